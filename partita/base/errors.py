@@ -1,0 +1,136 @@
+"""Every error a user can meet, and the exit code it becomes.
+
+    PartitaError              70 internal
+    ├── UsageError             2 usage        the command, the job file, or what a run would resume
+    ├── PlanError              1 plan         an illegal plan: carries every Problem
+    │   └── ScheduleError      1 plan         a schedule that cannot run
+    ├── DataError             65 data         the content of a data or tokenizer file
+    ├── CheckpointError       66 checkpoint
+    ├── PeerError             71 peer         a rank was lost, disagreed or timed out
+    │   └── CommError
+    ├── NonFiniteError        72 non_finite   a loss or gradient that is not a number
+    ├── WriteError            73 write        full or read-only disk
+    ├── BusyError             75 busy         the run folder is taken by a live owner
+    └── StoppedError     130/143 stopped      Ctrl-C, SIGTERM
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One rule that a plan breaks: what was asked, the numbers, and what would satisfy it.
+
+    `nearest` is a plan line that keeps the rule, where one is known.
+    """
+
+    room: str
+    rule: str
+    message: str
+    asked: str = ""
+    limit: str = ""
+    nearest: str | None = None
+    severity: Literal["error", "warning"] = "error"
+
+
+class PartitaError(Exception):
+    """Base of all errors with an exit code; `file` and `key` say where the fault lies."""
+
+    exit_code: ClassVar[int] = 70
+    kind: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, file: str | None = None, key: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.file, self.key = message, file, key
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles with its text: errors travel from ranks to the launcher."""
+        return _rebuild, (type(self), self.message, dict(self.__dict__))
+
+
+def _rebuild(kind: type[PartitaError], message: str, state: dict[str, object]) -> PartitaError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class UsageError(PartitaError):
+    """The command or the job file is wrong."""
+
+    exit_code, kind = 2, "usage"
+
+
+class PlanError(PartitaError):
+    """A plan that cannot be; `problems` holds all that is wrong with it at once."""
+
+    exit_code, kind = 1, "plan"
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message + "".join(map(problem_line, self.problems)))
+
+
+def problem_line(problem: Problem) -> str:
+    """One aligned line, as it stands under the headline of a PlanError."""
+    hint = f"   e.g. {problem.nearest}" if problem.nearest else ""
+    mark = "warning: " if problem.severity == "warning" else ""
+    return f"\n  {problem.room:<10} {mark}{problem.message}{hint}"
+
+
+class ScheduleError(PlanError):
+    """A schedule that cannot run: incomplete, out of order, or deadlocked."""
+
+
+class DataError(PartitaError):
+    """The content of a data or tokenizer file is bad."""
+
+    exit_code, kind = 65, "data"
+
+
+class CheckpointError(PartitaError):
+    """A checkpoint that must not be loaded."""
+
+    exit_code, kind = 66, "checkpoint"
+
+
+class PeerError(PartitaError):
+    """A peer was lost, hangs, or does something else than the others."""
+
+    exit_code, kind = 71, "peer"
+
+
+class CommError(PeerError):
+    """A collective that cannot complete: names rank, axis, operation and site."""
+
+
+class NonFiniteError(PartitaError):
+    """A loss or gradient is NaN or infinite; nothing was updated."""
+
+    exit_code, kind = 72, "non_finite"
+
+
+class WriteError(PartitaError):
+    """The disk is full or read-only; the last good checkpoint is kept."""
+
+    exit_code, kind = 73, "write"
+
+
+class BusyError(PartitaError):
+    """The run folder belongs to a live owner."""
+
+    exit_code, kind = 75, "busy"
+
+
+class StoppedError(PartitaError):
+    """Stopped by a signal; `exit_code` is 130 for Ctrl-C and 143 for SIGTERM."""
+
+    kind = "stopped"
+
+    def __init__(self, message: str, signal_number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # type: ignore[misc]

@@ -1,0 +1,161 @@
+"""What every Comm can do: one group of ranks, one axis, one lane.
+
+A collective returns a new tensor, or a Handle when it is started with `start_...`; `Handle.wait()`
+means "work issued after this on the current lane sees the result" and never blocks a CUDA host. The
+handle keeps the buffers alive until then. All ranks of a group issue a lane's collectives in one
+order. Collectives never modify their argument. Sums go in rank order where the implementation can
+(local, shm, single), so that a run repeats bit for bit.
+
+Every call names its `site` ('blocks.3.attention.wo:reduce_from'): the recorder writes it, and an
+error shows it. The phase and the step come from `Where`, which the executor moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+ReduceOp = Literal["sum", "max"]
+CollectiveName = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send"
+]
+
+
+@dataclass(slots=True)
+class Where:
+    """Where a rank is in its step; moved by the executor, read by recorders and error messages."""
+
+    step: int = 0
+    phase: str = "F"  # F B I W step
+    stage: int = -1
+    microbatch: int = -1
+    activity: str = "starting"  # "data", "forward", "backward", "optimizer", "checkpoint", ...
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Names a point-to-point message: what it is, for which stage's consumption, which microbatch.
+
+    kind is F (an activation going to `stage`) or B (a gradient going to `stage`); `slot` counts
+    tensors of one message.
+    """
+
+    kind: str
+    stage: int
+    microbatch: int
+    slot: int = 0
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor:
+        """The result; later work on this lane sees it. May be called once or more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A handle of work that is already done."""
+
+    value: Tensor
+
+    def wait(self) -> Tensor:
+        """The result."""
+        return self.value
+
+
+@runtime_checkable
+class Comm(Protocol):
+    """One group of ranks on one axis and lane. `rank` is this rank's place in the group."""
+
+    axis: str
+    lane: str
+    ranks: tuple[int, ...]
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
+        """Sum (or maximum) over the group, in a new tensor of x's shape."""
+        ...
+
+    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """The ranks' equal shards, concatenated along `dim` in rank order."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """This rank's 1/size of the sum, cut along `dim`; `x.shape[dim]` divides by size."""
+        ...
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        *,
+        site: str,
+        send_counts: Sequence[int] | None = None,
+        receive_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Rows of dim 0 to each rank in order; equal shares unless counts are given."""
+        ...
+
+    def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
+        """`x` of the group's rank `root`; other ranks hand in a tensor of the same shape."""
+        ...
+
+    def barrier(self, *, site: str) -> None:
+        """Returns when all ranks of the group have entered. Moves no bytes, is not recorded."""
+        ...
+
+    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+        """As all_reduce, under way; x must not change until `wait`."""
+        ...
+
+    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """As all_gather, under way."""
+        ...
+
+    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """As reduce_scatter, under way."""
+        ...
+
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+        """Sends to the group's rank `to` without waiting for it; recorded as op 'send'."""
+        ...
+
+    def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
+        """Posts a receive of a tensor shaped and typed like `like`; not recorded."""
+        ...
+
+
+class World(Protocol):
+    """All ranks of a run, as one rank sees them: makes groups. Every rank makes all groups in the
+    same order, those it is not in too (`make` then returns None)."""
+
+    rank: int
+    size: int
+
+    def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
+        """A Comm over `ranks` (in that order), or None where this rank is not among them."""
+        ...
+
+    def close(self) -> None:
+        """Frees groups, segments and files; safe to call twice."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What the recorder of collectives and errors knows of one call (used in mismatch tables)."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    site: str
+    extra: tuple[int, ...] = field(default=())
+
+    def __str__(self) -> str:
+        short = self.dtype.replace("torch.", "").replace("float", "f").replace("bf", "bf")
+        return f"{self.op:<14} {short}[{', '.join(map(str, self.shape))}]"

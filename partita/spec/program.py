@@ -1,0 +1,231 @@
+"""What one microbatch computes, as data: blocks -> segments -> ops on tensors with named dims.
+
+An op states five facts, and they are enough to derive every collective, byte and FLOP:
+    sums    dims it adds up                    a cut one leaves a partial sum
+    whole   (tensor, dim) it must see entire   a cut one must travel
+    space   its iteration space                FLOPs = flops_per_point x local points
+    saves   tensors kept for backward, by name a block keeps their union: none counts twice
+    cheap   selective recompute may drop what it writes
+
+One rule gives every partial sum: a dim cut by an axis, present in the op and absent from its output,
+from an input or from a weight makes that value, or that gradient, partial over the axis.
+
+Rooms cut dims and insert *regions*: ops that only move data, each with its events. A laid program is
+again a Program. Names of dims are the interface between rooms: batch (dp), seq (cp, then ulysses, then
+sp), heads, kv_heads, ffn, vocab (tp), experts (ep); others are never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from math import prod
+
+Sizes = Mapping[str, int]  # mesh axis -> its size
+
+ROLES = (
+    "value",  # carries a gradient
+    "weight",
+    "stat",  # a float that backward needs or the loss is made of
+    "constant",  # a float without a gradient: a running maximum
+    "mask",
+    "index",
+    "label",
+    "buffer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A named dim. `cut` lists the mesh axes that cut it, outermost first; `of` the dims it is folded
+    from: cutting one of them cuts it too. `padded`: it is padded until it divides (vocab)."""
+
+    name: str
+    size: int
+    cut: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
+    padded: bool = False
+
+    def ways(self, sizes: Sizes) -> int:
+        """Into how many parts it is cut."""
+        return prod(sizes[a] for a in self.cut)
+
+    def local(self, sizes: Sizes) -> int:
+        """The largest share of a rank. Fewer units than ways: ranks share one unit."""
+        return -(-self.size // self.ways(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A logical tensor. `role` says what it is; the precision room fills `dtype` in."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    role: str = "value"
+    dtype: str = ""
+    partial: tuple[str, ...] = ()
+
+    def local(self, sizes: Sizes) -> int:
+        """Elements on the rank that holds most."""
+        return prod(d.local(sizes) for d in self.dims)
+
+    def numel(self) -> int:
+        """Elements of the logical tensor, padding left out."""
+        return prod(d.size for d in self.dims)
+
+    def axes(self) -> set[str]:
+        """All mesh axes that cut it."""
+        return {a for d in self.dims for a in d.cut}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One collective of a region. `of` is the tensor this rank hands in: bytes are read off at the
+    end, when every room has cut it. `phase` is F, B or step (once a step)."""
+
+    phase: str
+    collective: str  # all_reduce | reduce_scatter | all_gather | all_to_all | broadcast | send
+    of: str
+    gradient: bool = False
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation, or a region (then `axes` and `events` are set and `kind` is its autograd pair)."""
+
+    name: str  # '<segment>.<op>', regions: '<op that wrote what it moves>:<kind>'
+    kind: str
+    reads: tuple[str, ...]
+    writes: str
+    weights: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
+    saves: tuple[str, ...] = ()
+    space: tuple[Dim, ...] = ()
+    flops_per_point: int = 2
+    cheap: bool = False
+    axes: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
+    lane: str = "compute"
+
+    @property
+    def segment(self) -> str:
+        """The segment it belongs to."""
+        return self.name.partition(".")[0]
+
+    @property
+    def is_region(self) -> bool:
+        """Whether it only moves data."""
+        return bool(self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring ops that run as one piece: attention, mlp, embedding, head."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A list of segments with one input and one output; equal blocks of a model are one object.
+
+    `kept` names what one microbatch keeps for backward. `regions` are on weights and run around the
+    block or once a step; those in segments run in order.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    tensors: Mapping[str, Tensor]
+    input: str
+    output: str
+    kept: frozenset[str] = frozenset()
+    regions: tuple[Op, ...] = ()
+
+    def ops(self) -> list[Op]:
+        """All ops in order, regions among them."""
+        return [op for s in self.segments for op in s.ops]
+
+    def weights(self) -> list[Tensor]:
+        """Weights in the order of their first use."""
+        names = dict.fromkeys(w for op in self.ops() for w in op.weights)
+        return [self.tensors[n] for n in names]
+
+
+@dataclass(frozen=True)
+class Program:
+    """blocks: embedding, the layers, head. `names[i]` is the full name of block i: 'embedding',
+    'blocks.0', ..., 'head'. `tied`: weights held by two blocks under one name. `step`: regions that
+    run once a step and belong to no block (token count, loss, gradient norm)."""
+
+    blocks: tuple[Block, ...]
+    names: tuple[str, ...]
+    tied: tuple[str, ...] = ()
+    step: tuple[Op, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of the step regions
+
+    def map(self, lay: Callable[[Block], Block]) -> Program:
+        """Each distinct block laid once."""
+        done = {id(b): lay(b) for b in {id(b): b for b in self.blocks}.values()}
+        return replace(self, blocks=tuple(done[id(b)] for b in self.blocks))
+
+    def full_name(self, index: int, weight: str) -> str:
+        """'blocks.3.attention.wq'; a tied weight keeps its owner's name wherever it is held."""
+        if weight in self.tied or weight.startswith(f"{self.names[index]}."):
+            return weight
+        return f"{self.names[index]}.{weight}"
+
+    def parameters(self) -> int:
+        """Exact number of parameters; a tied weight counts once."""
+        seen: set[str] = set()
+        total = 0
+        for i, block in enumerate(self.blocks):
+            for w in block.weights():
+                name = self.full_name(i, w.name)
+                total += 0 if name in seen else w.numel()
+                seen.add(name)
+        return total
+
+
+def rewrite(
+    block: Block, change: Callable[[Op], Iterable[Op]], tensors: Mapping[str, Tensor] | None = None
+) -> Block:
+    """The block with every op replaced by what `change` makes of it, and `tensors` added."""
+    segments = tuple(
+        replace(s, ops=tuple(new for op in s.ops for new in change(op))) for s in block.segments
+    )
+    return replace(block, segments=segments, tensors={**block.tensors, **(tensors or {})})
+
+
+def segments_of(ops: Iterable[Op]) -> tuple[Segment, ...]:
+    """Neighbours of one segment name are a segment."""
+    return tuple(Segment(n, tuple(group)) for n, group in groupby(ops, lambda op: op.segment))
+
+
+def well_formed(block: Block) -> list[str]:
+    """What is wrong with a block as data: each read written before, each name written once."""
+    written = {block.input} | {
+        n for n, t in block.tensors.items() if t.role in ("label", "index", "weight")
+    }
+    problems: list[str] = []
+    names: set[str] = set()
+    for op in block.ops():
+        if op.name in names:
+            problems.append(f"{block.name}: two ops are named {op.name}")
+        names.add(op.name)
+        problems += [
+            f"{block.name}.{op.name} reads {x}, which nothing before it writes"
+            for x in (*op.reads, *op.weights)
+            if x not in written
+        ]
+        if op.writes in written:
+            problems.append(f"{block.name}.{op.name} writes {op.writes} a second time")
+        written |= {op.writes, *op.saves}
+        missing = [x for x in (*op.reads, op.writes, *op.weights, *op.saves) if x not in block.tensors]
+        problems += [f"{block.name}.{op.name} names {x}, which is no tensor" for x in missing]
+    if block.output not in written:
+        problems.append(f"{block.name}: its output {block.output} is never written")
+    return problems
