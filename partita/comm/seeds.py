@@ -1,0 +1,266 @@
+"""Counter-based randomness: every value is a pure function of (seed, name, element index).
+
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64
+tensor operations, on any device; no default generator is read or moved. Element i of a logical
+tensor is word i % 4 of Philox block i // 4, so any shard of any plan draws the numbers of one
+device, at the cost of the shard.
+
+    counter word    0           1            2         3
+    values          block low   block high   0         0          key = xxh3(seed, "value", name)
+    dropout         block low   block high   sample    step       key = xxh3(seed, "dropout", site)
+
+A word has 32 bits: uniforms lie on multiples of 2**-32, normals within +-6.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod, sqrt
+
+import torch
+import xxhash
+from torch import Tensor
+
+Box = Sequence[tuple[int, int]]
+
+MASK = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123 philox.h, PHILOX_M4x32_0 and _1
+WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, PHILOX_W32_0 and _1
+CHUNK = 1 << 17  # elements worked on at once: 1 MB an int64 temporary, which stays in cache
+RUN = 8  # shorter contiguous runs are drawn element by element
+
+INIT_STD = 0.02  # GPT-2's; residual outputs are divided by sqrt(2 * layers), Radford et al. 2019
+RESIDUAL_OUTPUTS = ("attention.wo", "mlp.down", "mlp.fc2")
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox 4x32-10: four words of output for each counter.
+
+    `counter` is four int64 tensors of one shape holding 32-bit words (they broadcast); `key` two
+    32-bit words. Returns four int64 tensors of 32-bit words. A product of two words wraps in int64,
+    and its bits are right all the same.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = (p1 >> 32 & MASK) ^ c1 ^ k0, (p0 >> 32 & MASK) ^ c3 ^ k1
+        c1, c3 = p1 & MASK, p0 & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def key_of(seed: int, kind: str, name: str) -> tuple[int, int]:
+    """The Philox key of a named stream: two 32-bit words of xxh3 over (seed, kind, name)."""
+    digest = xxhash.xxh3_64_intdigest(f"{seed}\0{kind}\0{name}".encode())
+    return digest & MASK, digest >> 32
+
+
+def uniform(seed: int, name: str, indices: Tensor) -> Tensor:
+    """Uniform float64 in [0, 1), of the shape of `indices` (int64, elements of a tensor)."""
+    return _words(key_of(seed, "value", name), indices).double() * 2.0**-32
+
+
+def normal(seed: int, name: str, indices: Tensor) -> Tensor:
+    """Standard normal float64, of the shape of `indices`; by the inverse of the distribution."""
+    return _to_normal(_words(key_of(seed, "value", name), indices))
+
+
+def normal_box(
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    box: Box,
+    *,
+    std: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The values of `box` of the logical normal tensor `name` of `shape`, shaped like the box.
+
+    Equal to normal(...) at the box's element indices, times std, rounded to dtype. Costs time and
+    memory of the box, whatever `shape` is.
+    """
+    out = torch.empty([b - a for a, b in box], dtype=dtype, device=device)
+    flat, key = out.view(-1), key_of(seed, "value", name)
+    for first, words in _box_words(key, shape, box, device):
+        flat[first : first + words.numel()] = _to_normal(words).mul_(std).view(-1)
+    return out
+
+
+def initial_value(
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    box: Box,
+    *,
+    layers: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A new model's values of `box` of the weight `name` ('blocks.3.attention.wo') of `shape`.
+
+    Norm scales 1, biases 0, matrices normal with std 0.02; the outputs that are added to the
+    residual stream (wo, down, fc2) with std 0.02 / sqrt(2 * layers).
+    """
+    size = [b - a for a, b in box]
+    if name.endswith("_bias"):
+        return torch.zeros(size, dtype=dtype, device=device)
+    if name.endswith("norm"):
+        return torch.ones(size, dtype=dtype, device=device)
+    std = INIT_STD / sqrt(2 * layers) if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD
+    return normal_box(seed, name, shape, box, std=std, dtype=dtype, device=device)
+
+
+def dropout_mask(
+    seed: int, step: int, site: str, sample_indices: Tensor, element_indices: Tensor, p: float
+) -> Tensor:
+    """True where an element is kept, with probability 1 - p.
+
+    `sample_indices` [b] are samples of the step's global batch, `element_indices` [...] elements of
+    one sample's logical tensor; returns bool [b, ...]. A pure function of seed, step, site, sample
+    and element: the same under every plan, microbatch and recompute.
+    """
+    samples = sample_indices.reshape(-1, *[1] * element_indices.dim())
+    words = _words(key_of(seed, "dropout", site), element_indices, samples, step)
+    return words >= _threshold(p)
+
+
+def dropout_box(
+    seed: int,
+    step: int,
+    site: str,
+    sample_indices: Tensor,
+    *,
+    shape: Sequence[int],
+    box: Box,
+    p: float,
+) -> Tensor:
+    """dropout_mask over `box` of one sample's logical tensor of `shape`, at a quarter of the cost.
+
+    Returns bool [b, *box]: True where kept.
+    """
+    size = [b - a for a, b in box]
+    key, device = key_of(seed, "dropout", site), sample_indices.device
+    out = torch.empty(sample_indices.numel(), prod(size), dtype=torch.bool, device=device)
+    samples = sample_indices.reshape(-1, 1, 1)
+    for first, words in _box_words(key, shape, box, device, samples=samples, step=step):
+        part = words.reshape(out.shape[0], -1)
+        out[:, first : first + part.shape[1]] = part >= _threshold(p)
+    return out.view(-1, *size)
+
+
+def _threshold(p: float) -> int:
+    return round(p * 2**32)
+
+
+def _to_normal(words: Tensor) -> Tensor:
+    # The middle of each of 2**32 intervals: never 0 or 1, so never infinite.
+    return torch.special.ndtri((words.double() + 0.5) * 2.0**-32)
+
+
+def _blocks(
+    key: tuple[int, int], block: Tensor, sample: Tensor | None = None, step: int = 0
+) -> Tensor:
+    """[..., 4]: the words of Philox blocks `block`, for `sample` (broadcast) and step."""
+    zero = torch.zeros((), dtype=torch.int64, device=block.device)
+    counter = (
+        block & MASK,
+        block >> 32,
+        zero if sample is None else sample & MASK,
+        zero + (step & MASK),
+    )
+    return torch.stack(torch.broadcast_tensors(*philox(counter, key)), -1)
+
+
+def _words(
+    key: tuple[int, int], indices: Tensor, sample: Tensor | None = None, step: int = 0
+) -> Tensor:
+    """One 32-bit word for each element index (a block is drawn for each)."""
+    words = _blocks(key, indices >> 2, sample, step)
+    return words.gather(-1, (indices & 3).expand(words.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
+def _box_words(
+    key: tuple[int, int],
+    shape: Sequence[int],
+    box: Box,
+    device: torch.device | str,
+    *,
+    samples: Tensor | None = None,
+    step: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """Chunks (first flat place in the box, words [..., rows, width]) that together are the box.
+
+    A contiguous run draws each block once: a quarter of the work of element by element.
+    """
+    starts, width = _runs(shape, box)
+    each = 1 if samples is None else max(1, samples.numel())
+    if width == 0:
+        return
+    columns = min(width, max(1, CHUNK // each))
+    rows = max(1, CHUNK // (columns * each))
+    for r in range(0, len(starts), rows):
+        for c in range(0, width, columns):
+            run = min(columns, width - c)
+            first = starts.slice(r, r + rows).unsqueeze(-1) + c
+            offset = int(first[0, 0]) & 3 if len(first) == 1 else None  # read on the host
+            words = _run_words(key, first.to(device), run, samples, step, offset)
+            yield r * width + c, words
+
+
+def _run_words(
+    key: tuple[int, int],
+    first: Tensor,
+    run: int,
+    samples: Tensor | None,
+    step: int,
+    offset: int | None,
+) -> Tensor:
+    """Words [..., rows, run] of elements first .. first + run - 1 of each row.
+
+    `offset` is first % 4 where there is one row: its words are then a slice, not a gather.
+    """
+    along = torch.arange(run, device=first.device)
+    if run < RUN:
+        return _words(key, first + along, samples, step)
+    count = (run + 3) // 4 + 1
+    block = (first >> 2) + torch.arange(count, device=first.device)
+    words = _blocks(key, block, samples, step).flatten(-2)
+    if offset is not None:
+        return words[..., offset : offset + run]
+    place = (first & 3) + along
+    return words.gather(-1, place.expand(*words.shape[:-1], run))
+
+
+class _Starts:
+    """The first element index of each contiguous run of a box, made a slice at a time."""
+
+    def __init__(self, strides: Sequence[int], box: Box) -> None:
+        self.strides, self.box = strides, box
+        self.count = prod(b - a for a, b in box)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def slice(self, first: int, end: int) -> Tensor:
+        """Starts of runs first .. end - 1, int64."""
+        rest = torch.arange(first, min(end, self.count))
+        out = torch.zeros_like(rest)
+        for stride, (a, b) in zip(reversed(self.strides), reversed(list(self.box)), strict=True):
+            out += (rest % (b - a) + a) * stride
+            rest = rest // (b - a)
+        return out
+
+
+def _runs(shape: Sequence[int], box: Box) -> tuple[_Starts, int]:
+    """The box as equal contiguous runs: (their starts, their length)."""
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    if not shape:
+        return _Starts((), ()), 1
+    d = len(shape) - 1  # trailing dims that the box takes whole are part of the run
+    while d > 0 and tuple(box[d]) == (0, shape[d]):
+        d -= 1
+    a, b = box[d]
+    return _Starts([*strides[:d], strides[d]], [*box[:d], (a, a + 1)]), (b - a) * strides[d]
