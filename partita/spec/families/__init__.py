@@ -1,1 +1,17 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Families: a model's shape becomes a Program. One file a family; `program` finds the right one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from partita.spec.families.transformer import transformer_program
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+    from partita.spec.program import Program
+
+
+def program(spec: ModelSpec, batch: int = 1, seq_len: int = 0) -> Program:
+    """What one microbatch of `batch` samples (all data-parallel ranks together) of `seq_len` tokens
+    computes, before any room has cut it. seq_len 0 means the model's max_seq_len."""
+    return transformer_program(spec, batch, seq_len or spec.max_seq_len)

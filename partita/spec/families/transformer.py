@@ -1,0 +1,172 @@
+"""Llama (RMSNorm, RoPE, grouped-query attention, SwiGLU) and GPT-2 (LayerNorm, learned positions,
+GELU, biases, dropout) as Programs. docs/map.md has the table of ops, tensors and weights.
+
+With dropout 0 attention is one op (flash: keeps q, k, v, its output and the log-sum-exp); with dropout
+it is Korthikanti et al.'s explicit softmax (2205.05198, sec. 4), probabilities and masks kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partita.spec.families.writer import Writer
+from partita.spec.program import Block, Program
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+
+X = "batch seq hidden"
+Q, KV = "batch seq heads head_dim", "batch seq kv_heads head_dim"
+GRID = "batch heads seq keys head_dim"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's shape with one microbatch's size."""
+
+    spec: ModelSpec
+    batch: int
+    seq: int
+
+    @property
+    def biased(self) -> bool:
+        """GPT-2 has biases everywhere, and learned positions."""
+        return self.spec.family == "gpt2"
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops activations."""
+        return self.spec.dropout > 0
+
+    def writer(self, name: str) -> Writer:
+        """A writer that knows this model's dims."""
+        s = self.spec
+        return Writer(
+            name,
+            {
+                "batch": self.batch,
+                "seq": self.seq,
+                "keys": self.seq,
+                "hidden": s.hidden,
+                "heads": s.heads,
+                "kv_heads": s.kv_heads,
+                "head_dim": s.head_dim,
+                "ffn": s.ffn_hidden,
+                "vocab": s.vocab,
+                "positions": s.max_seq_len,
+                "pair": 2,
+            },
+        )
+
+    def norm(self, w: Writer, name: str, x: str, out: str) -> str:
+        """Normalises over hidden; keeps its input."""
+        weights = {name: "hidden"} | ({f"{name}_bias": "hidden"} if self.biased else {})
+        return w.op(name, "norm", x, (out, X), weights=weights, whole=((x, "hidden"),), saves=x)
+
+    def residual(self, w: Writer, segment: str, x: str, y: str, out: str) -> str:
+        """x + dropout(y); the mask is kept, one byte an element."""
+        if not self.drops:
+            return w.op(f"{segment}.residual", "map", f"{x} {y}", (out, X))
+        mask = f"{y}_mask"
+        w.op(f"{segment}.mask", "mask", "", (mask, X), role="mask")
+        return w.op(f"{segment}.residual", "map", f"{x} {y} {mask}", (out, X), saves=mask)
+
+    def attention(self, w: Writer, x: str) -> str:
+        """Projections, positions, attention and the output projection."""
+        b = self.biased
+        q = w.linear("attention.wq", x, ("q", Q), "heads head_dim hidden", "hidden", "heads head_dim" * b)
+        k = w.linear("attention.wk", x, ("k", KV), "kv_heads head_dim hidden", "hidden", "kv_heads head_dim" * b)
+        v = w.linear("attention.wv", x, ("v", KV), "kv_heads head_dim hidden", "hidden", "kv_heads head_dim" * b)
+        if self.spec.family == "llama":
+            q = w.op("attention.rope_q", "map", q, ("qr", Q))
+            k = w.op("attention.rope_k", "map", k, ("kr", KV))
+        a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v)
+        return w.linear("attention.wo", a, ("ao", X), "hidden heads head_dim", "heads head_dim", "hidden" * b)
+
+    def flash(self, w: Writer, q: str, k: str, v: str) -> str:
+        """FLOPs are those of the full square: 4 a point (model_full)."""
+        w.tensor("lse", "batch seq heads", "stat")
+        return w.op(
+            "attention.core",
+            "attention",
+            f"{q} {k} {v}",
+            ("a", Q),
+            whole=((k, "seq"), (v, "seq")),
+            space=GRID,
+            flops_per_point=4,
+            saves=f"{q} {k} {v} a lse",
+            cheap=True,
+        )
+
+    def softmax(self, w: Writer, q: str, k: str, v: str) -> str:
+        """Explicit probabilities, for dropout on them."""
+        p = "batch heads seq keys"
+        w.op("attention.softmax", "attention", f"{q} {k}", ("p", p), whole=((k, "seq"),), space=GRID,
+             saves=f"{q} {k} p", cheap=True)
+        w.op("attention.drop_mask", "mask", "", ("p_mask", p), role="mask", cheap=True)
+        w.op("attention.dropout", "map", "p p_mask", ("pd", p), saves="p_mask", cheap=True)
+        return w.op("attention.core", "attention", f"pd {v}", ("a", Q), sums=("keys",),
+                    whole=((v, "seq"),), space=GRID, saves=f"pd {v}", cheap=True)
+
+    def mlp(self, w: Writer, x: str) -> str:
+        """SwiGLU, or two linears with a GELU between."""
+        if self.spec.family == "llama":
+            gu = w.linear("mlp.gate_up", x, ("gu", "batch seq pair ffn"), "pair ffn hidden", "hidden")
+            act = w.op("mlp.act", "map", gu, ("act", "batch seq ffn"), saves=gu)
+            return w.linear("mlp.down", act, ("mo", X), "hidden ffn", "ffn")
+        up = w.linear("mlp.fc1", x, ("up", "batch seq ffn"), "ffn hidden", "hidden", "ffn")
+        act = w.op("mlp.act", "map", up, ("act", "batch seq ffn"), saves=up)
+        return w.linear("mlp.fc2", act, ("mo", X), "hidden ffn", "ffn", "hidden")
+
+    def layer(self) -> Block:
+        """One transformer layer: an attention segment and an mlp segment."""
+        w = self.writer("layer")
+        x = w.tensor("x", X)
+        ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"))
+        x1 = self.residual(w, "attention", x, ao, "x1")
+        mo = self.mlp(w, self.norm(w, "mlp.norm", x1, "n2"))
+        return w.block(x, self.residual(w, "mlp", x1, mo, "x2"))
+
+    def embedding(self) -> Block:
+        """Token table, and for GPT-2 positions and dropout."""
+        w = self.writer("embedding")
+        ids = w.tensor("ids", "batch seq", "index")
+        x = w.op("embedding.lookup", "lookup", ids, ("e", X), weights={"embedding.table": "vocab hidden"},
+                 sums=("vocab",), saves=ids)
+        if self.biased:
+            x = w.op("embedding.add_position", "map", x, ("ep", X),
+                     weights={"embedding.position": "positions hidden"})
+        if self.drops:
+            w.op("embedding.mask", "mask", "", ("e_mask", X), role="mask")
+            x = w.op("embedding.dropout", "map", f"{x} e_mask", ("ed", X), saves="e_mask")
+        return w.block(ids, x)
+
+    def head(self) -> Block:
+        """Final norm, output projection and cross-entropy by parts, so that logits stay cut: the
+        maximum, the sum of exponentials and the target's logit are each [batch, seq]."""
+        w = self.writer("head")
+        x = w.tensor("x", X)
+        n = self.norm(w, "head.norm", x, "n")
+        table = "embedding.table" if self.spec.tied else "head.table"
+        y = w.op("head.project", "linear", n, ("logits", "batch seq vocab"),
+                 weights={table: "vocab hidden"}, sums=("hidden",), space="batch seq vocab hidden", saves=n)
+        tokens = "batch seq"
+        targets, valid = w.tensor("targets", tokens, "index"), w.tensor("valid", tokens, "label")
+        top = w.op("loss.max", "reduce", y, ("row_max", tokens), role="constant", sums=("vocab",))
+        probs = w.op("loss.exp", "exp", f"{y} {top}", ("probs", "batch seq vocab"), role="stat", saves="probs")
+        total = w.op("loss.sum", "reduce", probs, ("row_sum", tokens), role="stat", sums=("vocab",))
+        pick = w.op("loss.pick", "reduce", f"{y} {targets}", ("row_target", tokens), role="stat",
+                    sums=("vocab",), saves=targets)
+        loss = w.op("loss.mean", "reduce", f"{top} {total} {pick} {valid}", ("loss", ""), role="stat",
+                    sums=("batch", "seq"), saves=f"{top} {total} {valid}")
+        return w.block(x, loss)
+
+
+def transformer_program(spec: ModelSpec, batch: int, seq_len: int) -> Program:
+    """Embedding, `layers` equal layers (one object), head."""
+    family = Family(spec, batch, seq_len)
+    layer = family.layer()
+    names = ("embedding", *(f"blocks.{i}" for i in range(spec.layers)), "head")
+    tied = ("embedding.table",) if spec.tied else ()
+    return Program((family.embedding(), *(layer,) * spec.layers, family.head()), names, tied)
