@@ -1,0 +1,115 @@
+"""The update: torch.optim's AdamW and SGD over flat master buffers, the learning rate, the clip.
+
+The optimizer sees one flat tensor a unit (or a shard of one); it is element-wise, so cutting changes
+nothing. Decay acts on tensors of two or more dims only, so each flat tensor states whether it decays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from partita.spec.job import TrainSpec
+
+CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def make_optimizer(
+    params: Sequence[tuple[str, Tensor, bool]], train: TrainSpec
+) -> torch.optim.Optimizer:
+    """torch.optim's AdamW or SGD, fused, over `params`: (name, flat master tensor, decays).
+
+    Masters are fp32, or fp64 under fp64; their states take the same dtype. There are two groups,
+    with weight decay and without; each keeps the order of `params`, and group["names"] lists their
+    names. Set each group's "lr" to learning_rate(...) before `step`. Empty shards are left out.
+    """
+    decay = [(name, p) for name, p, decays in params if decays and p.numel()]
+    plain = [(name, p) for name, p, decays in params if not decays and p.numel()]
+    groups = [
+        {"params": [p for _, p in group], "names": [n for n, _ in group], "weight_decay": rate}
+        for group, rate in ((decay, train.weight_decay), (plain, 0.0))
+        if group
+    ]
+    fused = _can_fuse([p for _, p in decay + plain])
+    if not groups:  # a rank whose shards are all empty still steps
+        groups = [{"params": [torch.zeros(0)], "names": [], "weight_decay": 0.0}]
+    if train.optimizer == "adamw":
+        b1, b2 = train.betas
+        return torch.optim.AdamW(groups, lr=train.lr, betas=(b1, b2), eps=train.eps, fused=fused)
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=fused)
+    raise UsageError(
+        f"train.optimizer is {train.optimizer!r}; accepted: adamw, sgd", key="train.optimizer"
+    )
+
+
+def state_names(train: TrainSpec) -> tuple[str, ...]:
+    """The states the optimizer keeps for every element, as torch names them."""
+    if train.optimizer == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if train.momentum else ()
+
+
+def state_tensor(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tensor | None:
+    """A state of `param`, flat as it is; None before the first step, and for an empty shard."""
+    return optimizer.state[param].get(name) if param in optimizer.state else None
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, param: Tensor, states: dict[str, Tensor], updates: int
+) -> None:
+    """Puts the optimizer where it was after `updates` updates of `param`, by the states it had."""
+    if not param.numel() or not updates:
+        return
+    state: dict[str, Tensor] = dict(states)
+    if isinstance(optimizer, torch.optim.AdamW):
+        state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=param.device)
+    optimizer.state[param] = state
+
+
+def learning_rate(train: TrainSpec, update: int) -> float:
+    """The rate of update `update`, counted from 1.
+
+    lr * min(1, update / warmup_steps); with "cosine", after the warm-up half a cosine from lr at
+    the last warm-up update to min_lr at `steps`, where it stays.
+    """
+    if update < train.warmup_steps:
+        return train.lr * update / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    if train.lr_schedule != "cosine":
+        raise UsageError(
+            f"train.lr_schedule is {train.lr_schedule!r}; accepted: constant, cosine",
+            key="train.lr_schedule",
+        )
+    length = train.steps - train.warmup_steps
+    done = min(1.0, (update - train.warmup_steps) / length) if length > 0 else 1.0
+    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Every group's rate for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_coefficient(norm: Tensor, limit: float) -> Tensor | None:
+    """What gradients are multiplied by, a scalar tensor; None where `limit` is 0 (no clipping).
+
+    min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s formula; stays on the device.
+    """
+    if not limit:
+        return None
+    return (limit / (norm + CLIP_EPSILON)).clamp(max=1.0)
+
+
+def _can_fuse(params: Sequence[Tensor]) -> bool:
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in params)
