@@ -72,17 +72,35 @@ class Family:
         w.op(f"{segment}.mask", "mask", "", (mask, X), role="mask")
         return w.op(f"{segment}.residual", "map", f"{x} {y} {mask}", (out, X), saves=mask)
 
+    def linear(
+        self, w: Writer, name: str, x: str, out: tuple[str, str], weight: str, sums: str
+    ) -> str:
+        """A linear, and behind it its bias over the dims of its output that the weight has."""
+        if not self.biased:
+            return w.linear(name, x, out, weight, sums)
+        y = w.linear(name, x, (f"{out[0]}.mm", out[1]), weight, sums)
+        own = " ".join(d for d in out[1].split() if d in weight.split())
+        return w.bias(name, y, out, own)
+
     def attention(self, w: Writer, x: str) -> str:
-        """Projections, positions, attention and the output projection."""
-        b = self.biased
-        q = w.linear("attention.wq", x, ("q", Q), "heads head_dim hidden", "hidden", "heads head_dim" * b)
-        k = w.linear("attention.wk", x, ("k", KV), "kv_heads head_dim hidden", "hidden", "kv_heads head_dim" * b)
-        v = w.linear("attention.wv", x, ("v", KV), "kv_heads head_dim hidden", "hidden", "kv_heads head_dim" * b)
-        if self.spec.family == "llama":
+        """Projections, positions, attention and the output projection. The three projections' weights
+        lie side by side, so that one matmul can serve them; their biases follow."""
+        mm = ".mm" if self.biased else ""
+        kv_weight = "kv_heads head_dim hidden"
+        q = w.linear("attention.wq", x, (f"q{mm}", Q), "heads head_dim hidden", "hidden")
+        k = w.linear("attention.wk", x, (f"k{mm}", KV), kv_weight, "hidden")
+        v = w.linear("attention.wv", x, (f"v{mm}", KV), kv_weight, "hidden")
+        if self.biased:
+            q = w.bias("attention.wq", q, ("q", Q), "heads head_dim")
+            k = w.bias("attention.wk", k, ("k", KV), "kv_heads head_dim")
+            v = w.bias("attention.wv", v, ("v", KV), "kv_heads head_dim")
+        else:
             q = w.op("attention.rope_q", "map", q, ("qr", Q))
             k = w.op("attention.rope_k", "map", k, ("kr", KV))
         a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v)
-        return w.linear("attention.wo", a, ("ao", X), "hidden heads head_dim", "heads head_dim", "hidden" * b)
+        return self.linear(
+            w, "attention.wo", a, ("ao", X), "hidden heads head_dim", "heads head_dim"
+        )
 
     def flash(self, w: Writer, q: str, k: str, v: str) -> str:
         """FLOPs are those of the full square: 4 a point (model_full)."""
@@ -102,22 +120,40 @@ class Family:
     def softmax(self, w: Writer, q: str, k: str, v: str) -> str:
         """Explicit probabilities, for dropout on them."""
         p = "batch heads seq keys"
-        w.op("attention.softmax", "attention", f"{q} {k}", ("p", p), whole=((k, "seq"),), space=GRID,
-             saves=f"{q} {k} p", cheap=True)
+        w.op(
+            "attention.softmax",
+            "attention",
+            f"{q} {k}",
+            ("p", p),
+            whole=((k, "seq"),),
+            space=GRID,
+            saves=f"{q} {k} p",
+            cheap=True,
+        )
         w.op("attention.drop_mask", "mask", "", ("p_mask", p), role="mask", cheap=True)
         w.op("attention.dropout", "map", "p p_mask", ("pd", p), saves="p_mask", cheap=True)
-        return w.op("attention.core", "attention", f"pd {v}", ("a", Q), sums=("keys",),
-                    whole=((v, "seq"),), space=GRID, saves=f"pd {v}", cheap=True)
+        return w.op(
+            "attention.core",
+            "attention",
+            f"pd {v}",
+            ("a", Q),
+            sums=("keys",),
+            whole=((v, "seq"),),
+            space=GRID,
+            saves=f"pd {v}",
+            cheap=True,
+        )
 
     def mlp(self, w: Writer, x: str) -> str:
         """SwiGLU, or two linears with a GELU between."""
-        if self.spec.family == "llama":
-            gu = w.linear("mlp.gate_up", x, ("gu", "batch seq pair ffn"), "pair ffn hidden", "hidden")
+        if not self.biased:
+            out = ("gu", "batch seq pair ffn")
+            gu = w.linear("mlp.gate_up", x, out, "pair ffn hidden", "hidden")
             act = w.op("mlp.act", "map", gu, ("act", "batch seq ffn"), saves=gu)
             return w.linear("mlp.down", act, ("mo", X), "hidden ffn", "ffn")
-        up = w.linear("mlp.fc1", x, ("up", "batch seq ffn"), "ffn hidden", "hidden", "ffn")
+        up = self.linear(w, "mlp.fc1", x, ("up", "batch seq ffn"), "ffn hidden", "hidden")
         act = w.op("mlp.act", "map", up, ("act", "batch seq ffn"), saves=up)
-        return w.linear("mlp.fc2", act, ("mo", X), "hidden ffn", "ffn", "hidden")
+        return self.linear(w, "mlp.fc2", act, ("mo", X), "hidden ffn", "ffn")
 
     def layer(self) -> Block:
         """One transformer layer: an attention segment and an mlp segment."""
@@ -132,11 +168,23 @@ class Family:
         """Token table, and for GPT-2 positions and dropout."""
         w = self.writer("embedding")
         ids = w.tensor("ids", "batch seq", "index")
-        x = w.op("embedding.lookup", "lookup", ids, ("e", X), weights={"embedding.table": "vocab hidden"},
-                 sums=("vocab",), saves=ids)
+        x = w.op(
+            "embedding.lookup",
+            "lookup",
+            ids,
+            ("e", X),
+            weights={"embedding.table": "vocab hidden"},
+            sums=("vocab",),
+            saves=ids,
+        )
         if self.biased:
-            x = w.op("embedding.add_position", "map", x, ("ep", X),
-                     weights={"embedding.position": "positions hidden"})
+            x = w.op(
+                "embedding.add_position",
+                "map",
+                x,
+                ("ep", X),
+                weights={"embedding.position": "positions hidden"},
+            )
         if self.drops:
             w.op("embedding.mask", "mask", "", ("e_mask", X), role="mask")
             x = w.op("embedding.dropout", "map", f"{x} e_mask", ("ed", X), saves="e_mask")
@@ -149,17 +197,46 @@ class Family:
         x = w.tensor("x", X)
         n = self.norm(w, "head.norm", x, "n")
         table = "embedding.table" if self.spec.tied else "head.table"
-        y = w.op("head.project", "linear", n, ("logits", "batch seq vocab"),
-                 weights={table: "vocab hidden"}, sums=("hidden",), space="batch seq vocab hidden", saves=n)
+        y = w.op(
+            "head.project",
+            "linear",
+            n,
+            ("logits", "batch seq vocab"),
+            weights={table: "vocab hidden"},
+            sums=("hidden",),
+            space="batch seq vocab hidden",
+            saves=n,
+        )
         tokens = "batch seq"
         targets, valid = w.tensor("targets", tokens, "index"), w.tensor("valid", tokens, "label")
         top = w.op("loss.max", "reduce", y, ("row_max", tokens), role="constant", sums=("vocab",))
-        probs = w.op("loss.exp", "exp", f"{y} {top}", ("probs", "batch seq vocab"), role="stat", saves="probs")
+        probs = w.op(
+            "loss.exp",
+            "exp",
+            f"{y} {top}",
+            ("probs", "batch seq vocab"),
+            role="stat",
+            saves="probs",
+        )
         total = w.op("loss.sum", "reduce", probs, ("row_sum", tokens), role="stat", sums=("vocab",))
-        pick = w.op("loss.pick", "reduce", f"{y} {targets}", ("row_target", tokens), role="stat",
-                    sums=("vocab",), saves=targets)
-        loss = w.op("loss.mean", "reduce", f"{top} {total} {pick} {valid}", ("loss", ""), role="stat",
-                    sums=("batch", "seq"), saves=f"{top} {total} {valid}")
+        pick = w.op(
+            "loss.pick",
+            "reduce",
+            f"{y} {targets}",
+            ("row_target", tokens),
+            role="stat",
+            sums=("vocab",),
+            saves=targets,
+        )
+        loss = w.op(
+            "loss.mean",
+            "reduce",
+            f"{top} {total} {pick} {valid}",
+            ("loss", ""),
+            role="stat",
+            sums=("batch", "seq"),
+            saves=f"{top} {total} {valid}",
+        )
         return w.block(x, loss)
 
 

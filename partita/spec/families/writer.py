@@ -28,9 +28,7 @@ class Writer:
         self.tensors[name] = Tensor(name, self.dims(dims), role)
         return name
 
-    def op(
-        self, name: str, kind: str, reads: str, out: tuple[str, str], **facts: Any
-    ) -> str:
+    def op(self, name: str, kind: str, reads: str, out: tuple[str, str], **facts: Any) -> str:
         """Appends an op that writes `out` = (tensor, dims). Facts: weights {'name': 'dims'}, role,
         space and saves as names, and any field of Op. Returns the tensor's name."""
         tensor, dims = out
@@ -53,26 +51,24 @@ class Writer:
         )
         return tensor
 
-    def linear(
-        self, name: str, x: str, out: tuple[str, str], weight: str, sums: str, bias: str = ""
-    ) -> str:
-        """A matmul that saves its input. `weight` and `bias` are dims; a bias is an op of its own
-        behind it, since a row-parallel bias comes after the sum."""
+    def linear(self, name: str, x: str, out: tuple[str, str], weight: str, sums: str) -> str:
+        """A matmul that saves its input; `weight` are the weight's dims."""
         tensor, dims = out
         free = [d for d in dims.split() if d not in weight.split()]
-        y = self.op(
+        return self.op(
             name,
             "linear",
             x,
-            (f"{tensor}.mm" if bias else tensor, dims),
+            (tensor, dims),
             weights={name: weight},
             sums=tuple(sums.split()),
             space=" ".join((*free, weight)),
             saves=x,
         )
-        if not bias:
-            return y
-        return self.op(f"{name}_bias", "bias", y, out, weights={f"{name}_bias": bias})
+
+    def bias(self, name: str, x: str, out: tuple[str, str], weight: str) -> str:
+        """An op of its own, since a row-parallel bias comes after the sum."""
+        return self.op(f"{name}_bias", "bias", x, out, weights={f"{name}_bias": weight})
 
     def block(self, input: str, output: str) -> Block:
         """The block; what its ops save is what it keeps."""

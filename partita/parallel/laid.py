@@ -1,0 +1,266 @@
+"""A plan laid on a model: all rooms in order, and the readings everything else is built from.
+
+    ORDER  dp, tp, sp, recompute, dp.reduce, the step's sums, precision; pp on the result
+
+tp comes before sp (sp turns tp's regions); every cut before dp.reduce (it needs gradient axes); pp reads
+only block inputs and outputs and tied names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from partita.base.errors import PlanError, Problem
+from partita.parallel.dp import rules as dp
+from partita.parallel.pp import rules as pp
+from partita.parallel.pp.rules import Stage
+from partita.parallel.precision import rules as precision
+from partita.parallel.read import Call, traffic
+from partita.parallel.recompute import rules as recompute
+from partita.parallel.room import Request, axis_name, axis_size, error
+from partita.parallel.sp import rules as sp
+from partita.parallel.tp import rules as tp
+from partita.record.transfer import TrafficLine
+from partita.spec.families import program as family_program
+from partita.spec.layout import Layout, layout_of
+from partita.spec.mesh import Mesh
+from partita.spec.program import Dim, Event, Op, Program, Tensor, well_formed
+
+ROOMS = (dp, tp, sp, pp, recompute, precision)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that lie in one flat buffer of a block: parameters, gradients, optimizer states.
+
+    `axes`: the gradient is summed over them once a step (site '<name>:reduce'). `tied`: it is held by
+    another stage too. `weights`: (full name, laid tensor, layout), in storage order.
+    """
+
+    name: str  # 'blocks.3.unit[dp_replicate]' or 'embedding.table'
+    axes: tuple[str, ...]
+    weights: tuple[tuple[str, Tensor, Layout], ...]
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Everything that follows from a plan, a model and a batch; readers take it from here."""
+
+    request: Request
+    program: Program
+    stages: tuple[Stage, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis -> size."""
+        return self.request.plan.sizes
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return Mesh(self.sizes, self.request.plan.mesh.order)
+
+    def holders(self, full_name: str) -> tuple[int, ...]:
+        """Stages that hold a weight; the first is primary."""
+        return self._holders[full_name]
+
+    @cached_property
+    def _holders(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, dict[int, None]] = {}
+        for stage in self.stages:
+            for name, block in zip(stage.names, stage.blocks, strict=True):
+                for w in block.weights():
+                    found.setdefault(self.full_name(name, w.name), {})[stage.index] = None
+        return {n: tuple(s) for n, s in found.items()}
+
+    def full_name(self, block: str, weight: str) -> str:
+        """'blocks.3.attention.wq'; embedding's and head's weights, and tied ones, as they stand."""
+        if weight in self.program.tied or weight.startswith(f"{block}."):
+            return weight
+        return f"{block}.{weight}"
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Full weight name -> layout."""
+        found: dict[str, Layout] = {}
+        for stage in self.stages:
+            for name, block in zip(stage.names, stage.blocks, strict=True):
+                for w in block.weights():
+                    full = self.full_name(name, w.name)
+                    found.setdefault(full, layout_of(w, self.sizes, self.holders(full)))
+        return found
+
+    def units(self, stage: int) -> list[Unit]:
+        """The flat units a rank of the stage stores, each once."""
+        found: dict[str, Unit] = {}
+        s, tied = self.stages[stage], self.program.tied
+        for name, block in zip(s.names, s.blocks, strict=True):
+            laid = dp.units(block, tied, self.sizes, self.request.model.kv_heads)
+            for unit, (axes, weights) in laid.items():
+                full = unit if unit in tied else f"{name}.{unit}"
+                if full in found:
+                    continue
+                held = [(self.full_name(name, w.name), w) for w in weights]
+                places = tuple((n, w, self.layouts[n]) for n, w in held)
+                across = unit in tied and len(self.holders(unit)) > 1
+                found[full] = Unit(full, axes, places, across)
+        return list(found.values())
+
+    def traffic(self, rank: int) -> list[TrafficLine]:
+        """What the rank sends in one step, exactly."""
+        stage, m = self.mesh.coords(rank)["pp"], self.request.plan.num_microbatches
+        found: dict[tuple[str, str, str, str], list[int]] = {}
+        for call, site in self.calls(stage):
+            if self._alone(call):
+                continue
+            times = call.times * (1 if call.phase == "step" else m)
+            entry = found.setdefault(
+                (axis_name(call.axes), call.collective, site, call.phase), [0, 0]
+            )
+            entry[0] += times
+            entry[1] += times * call.bytes
+        return sorted(TrafficLine(rank, *key, *n) for key, n in found.items())
+
+    def calls(self, stage: int) -> list[tuple[Call, str]]:
+        """Every call of a stage with its full site; F and B are of one microbatch."""
+        s, found = self.stages[stage], []
+        once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in s.blocks}.values()}
+        for name, block in zip(s.names, s.blocks, strict=True):
+            for call in once[id(block)]:
+                own = call.site.partition(":")[0]
+                full = (
+                    own
+                    if own.partition(".")[0] == name or own in self.program.tied
+                    else f"{name}.{own}"
+                )
+                full = name if call.site == "send" else full
+                found.append((call, f"{full}:{call.site.rpartition(':')[2]}"))
+        return found + [(c, c.site) for c in self._step_calls(stage)]
+
+    def _step_calls(self, stage: int) -> list[Call]:
+        last = stage == len(self.stages) - 1
+        mine = [op for op in self.program.step if last or "pp" in op.axes]
+        return [
+            Call(op.axes, e.collective, op.name, "step", 8, op.lane)
+            for op in mine
+            for e in op.events
+        ]
+
+    def _alone(self, call: Call) -> bool:
+        kv = self.request.model.kv_heads
+        return all(axis_size(a, self.sizes, kv) == 1 for a in call.axes)
+
+    def groups(self) -> list[tuple[tuple[str, ...], str]]:
+        """Every (axes, lane) that some rank's regions speak on, in one order on all ranks."""
+        found: dict[tuple[tuple[str, ...], str], None] = {}
+        for stage in range(len(self.stages)):
+            for call, _ in self.calls(stage):
+                if not self._alone(call):
+                    found[call.axes, call.lane] = None
+        return sorted(found)
+
+
+def problems(request: Request) -> list[Problem]:
+    """What every room finds wrong with the plan, all at once."""
+    return [*_later(request), *(p for room in ROOMS for p in room.problems(request))]
+
+
+def _later(request: Request) -> list[Problem]:
+    """Axes of the plan's grammar that have no room yet."""
+    m, found = request.plan.mesh, []
+    for axis, size in (("cp", m.cp), ("ep", m.ep), ("etp", m.etp)):
+        if size > 1:
+            nearest = str(request.plan.with_("mesh", **{axis: 1}))
+            message = f"{axis}{size} is not available in this version"
+            found.append(
+                error(
+                    axis,
+                    "available",
+                    message,
+                    asked=f"{axis}{size}",
+                    limit=f"{axis} = 1",
+                    nearest=nearest,
+                )
+            )
+    if request.plan.offload.to != "none":
+        nearest = str(request.plan.with_("offload", to="none", targets=()))
+        asked = f"offload:{request.plan.offload.to}"
+        found.append(
+            error(
+                "offload",
+                "available",
+                f"{asked} is not available in this version",
+                asked=asked,
+                limit="offload:none",
+                nearest=nearest,
+            )
+        )
+    return found
+
+
+def lay(request: Request) -> Laid:
+    """Lays the plan. Raises PlanError with every problem at once."""
+    found = [p for p in problems(request) if p.severity == "error"]
+    if found:
+        noun = "problem" if len(found) == 1 else "problems"
+        raise PlanError(f"{request.plan} cannot run this model ({len(found)} {noun})", found)
+    plan = request.plan
+    batch = request.micro_batch_size * plan.data_parallel_size
+    program = family_program(request.model, batch, request.seq_len)
+    for room in (dp, tp, sp, recompute):
+        program = room.lay(request, program)
+    program = step_sums(dp.reduce(request, program), plan.sizes)
+    program = precision.lay(request, program)
+    wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
+    if wrong:
+        raise AssertionError("; ".join(wrong))
+    return Laid(request, program, pp.stages(request, program))
+
+
+def step_sums(program: Program, sizes: dict[str, int]) -> Program:
+    """What is summed once a step: the loss leaves its block as a partial sum, and is reduced after the
+    last microbatch over the product of the axes that cut the labels; so is the count of valid tokens,
+    before the first. Then the loss goes to every stage, and the gradient's norm over its shards."""
+    *body, head = program.blocks
+    chain = [
+        op for op in head.ops() if op.kind == "reduce_from" and op.name == "loss.mean:reduce_from"
+    ]
+    axes = tuple(a for op in chain for a in op.axes)
+    drop = {id(op) for op in chain}
+    segments = tuple(
+        replace(s, ops=tuple(op for op in s.ops if id(op) not in drop)) for s in head.segments
+    )
+    output = next(op.writes for op in head.ops() if op.name == "loss.mean")
+    head = replace(head, segments=segments, output=output)
+    cut_labels = tuple(a for d in head.tensors["valid"].dims for a in d.cut if sizes[a] > 1)
+    norm_axes = tuple(a for a in ("pp", "tp") if sizes[a] > 1)
+    step: list[Op] = []
+    tensors = {"step.count": Tensor("step.count", (), "count")}
+    tensors |= {n: Tensor(n, (), "sum") for n in ("step.loss", "step.norm")}
+    if cut_labels:
+        step.append(_once("step.count", "reduce_from", cut_labels, "all_reduce"))
+    if axes:
+        step.append(_once("step.loss", "reduce_from", axes, "all_reduce"))
+    if sizes["pp"] > 1:
+        step.append(_once("step.loss", "broadcast", ("pp",), "broadcast"))
+    if norm_axes:
+        step.append(_once("step.norm", "reduce_from", norm_axes, "all_reduce"))
+    return replace(program, blocks=(*body, head), step=tuple(step), tensors=tensors)
+
+
+def _once(name: str, kind: str, axes: Iterable[str], collective: str) -> Op:
+    event = Event("step", collective, name)
+    return Op(
+        f"{name}:{kind}", kind, (name,), name, axes=tuple(axes), events=(event,), lane="compute"
+    )
+
+
+def local_shape(weight: Tensor, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of a rank's part of a weight; a padded vocabulary counts its padding."""
+    return tuple(d.local(sizes) for d in weight.dims)
+
+
+__all__ = ["Call", "Dim", "Laid", "Request", "Stage", "Unit", "lay", "local_shape", "problems"]

@@ -1,0 +1,62 @@
+"""Precision (Micikevicius et al. 2018): which dtype each role has.
+
+    plan   compute, activations, working weights   gradients   masters   optimizer, loss, statistics
+    fp32   fp32                                    fp32        -         fp32
+    bf16   bf16                                    fp32        fp32      fp32
+    fp64   fp64 everywhere (for proofs)
+
+bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from partita.base.errors import Problem
+from partita.parallel.room import Request, error
+from partita.spec.program import Block, Dim, Program, Tensor
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
+SUPPORTED = ("fp64", "fp32", "bf16")
+
+
+def problems(job: Request) -> list[Problem]:
+    """The dtypes that exist."""
+    dtype = job.plan.precision.dtype
+    if dtype in SUPPORTED:
+        return []
+    message = f"{dtype} is not available in this version: {', '.join(SUPPORTED)}"
+    nearest = str(job.plan.with_("precision", dtype="bf16"))
+    return [
+        error(
+            "precision", "dtype", message, asked=dtype, limit=", ".join(SUPPORTED), nearest=nearest
+        )
+    ]
+
+
+def dtypes(dtype: str) -> dict[str, str]:
+    """Role -> dtype."""
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    return {
+        "value": dtype, "weight": dtype, "parameter": dtype, "whole_parameter": dtype,
+        "stat": wide, "constant": wide, "gradient": wide, "whole_gradient": wide, "optimizer": wide,
+        "mask": "bool", "label": "bool", "index": "int64", "buffer": "", "count": "int64", "sum": "fp64",
+    }  # fmt: skip
+
+
+def lay(job: Request, program: Program) -> Program:
+    """Fills every tensor's dtype in; low precision adds a master word to the optimizer's."""
+    table = dtypes(job.plan.precision.dtype)
+    masters = job.plan.precision.dtype not in ("fp64", "fp32")
+
+    def words(t: Tensor) -> Tensor:
+        if t.role != "optimizer":
+            return replace(t, dtype=table[t.role])
+        count = Dim("words", job.state_words + masters)
+        return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
+
+    def one(block: Block) -> Block:
+        return replace(block, tensors={n: words(t) for n, t in block.tensors.items()})
+
+    step = {n: replace(t, dtype=table[t.role]) for n, t in program.tensors.items()}
+    return replace(program.map(one), tensors=step)

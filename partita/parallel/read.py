@@ -1,0 +1,120 @@
+"""Readers of a laid program: gradient axes, replay, traffic, kept bytes, states, FLOPs.
+
+None of them knows a room, an axis or a model. A number that one of them had to special-case would be a
+fact missing in the program.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from partita.spec.program import Block, Op, Sizes, Tensor
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
+STATES = {"parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One declared collective of a block: `bytes` of the tensor handed in, for one call."""
+
+    axes: tuple[str, ...]
+    collective: str
+    site: str  # without the block's name
+    phase: str
+    bytes: int
+    lane: str
+    times: int = 1
+
+
+def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
+    """Bytes on the rank that holds most."""
+    return t.local(sizes) * BYTES[t.dtype]
+
+
+def gradient_axes(block: Block, weight: Tensor, sizes: Sizes) -> tuple[str, ...]:
+    """Over which axes the weight's gradient is a partial sum: those that cut a dim its ops contract
+    for dW. Fewer units than ways: the ranks that share a unit add up too ('tp/share')."""
+    axes: dict[str, None] = {}
+    own = {d.name for d in weight.dims}
+    for op in block.ops():
+        if weight.name in op.weights:
+            for t in (block.tensors[n] for n in (*op.reads, op.writes)):
+                axes |= dict.fromkeys(a for d in t.dims if d.name not in own for a in d.cut)
+    axes = {a: None for a in axes if a not in weight.axes()}
+    for d in weight.dims:
+        if not d.padded and d.ways(sizes) > d.size:
+            axes |= dict.fromkeys(f"{a}/share" for a in d.cut)
+    return tuple(axes)
+
+
+def replayed(block: Block) -> list[Op]:
+    """The ops backward must run again: those between what is kept and what backward wants."""
+    writer = {op.writes: op for op in block.ops()}
+    for op in block.ops():
+        for t in op.saves:
+            writer.setdefault(t, op)
+    wanted = [t for op in block.ops() for t in op.saves if t not in block.kept]
+    found: dict[str, Op] = {}
+    while wanted:
+        t = wanted.pop()
+        op = writer.get(t)
+        if t in block.kept or t == block.input or op is None or op.name in found:
+            continue
+        found[op.name] = op
+        wanted += [r for r in op.reads if r not in block.kept]
+    return [op for op in block.ops() if op.name in found]
+
+
+def traffic(block: Block, sizes: Sizes) -> list[Call]:
+    """Every collective of the block, in the order of phases F, B (replay first), step. F and B are of
+    one microbatch."""
+    ops = [*block.ops(), *block.regions]
+    again = [c for op in replayed(block) for c in _calls(block, op, "F", "B", sizes)]
+    out = [c for op in ops for c in _calls(block, op, "F", "F", sizes)]
+    out += again
+    out += [c for op in reversed(ops) for c in _calls(block, op, "B", "B", sizes)]
+    return out + [c for op in ops for c in _calls(block, op, "step", "step", sizes)]
+
+
+def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Iterator[Call]:
+    for e in op.events:
+        if e.phase == phase:
+            size = tensor_bytes(block.tensors[e.of], sizes)
+            yield Call(op.axes, e.collective, op.name, as_phase, size, op.lane, e.times)
+
+
+def kept_bytes(block: Block, sizes: Sizes) -> int:
+    """Activation bytes one microbatch of this block keeps for backward."""
+    return sum(tensor_bytes(block.tensors[t], sizes) for t in block.kept)
+
+
+def state_bytes(block: Block, sizes: Sizes) -> Counter[str]:
+    """Bytes by ledger category of what lives for the whole run."""
+    found: Counter[str] = Counter()
+    for t in block.tensors.values():
+        if t.role in STATES:
+            found[STATES[t.role]] += tensor_bytes(t, sizes)
+    return found
+
+
+def op_flops(op: Op, sizes: Sizes) -> int:
+    """FLOPs of one op's forward on one rank (attention: the full square)."""
+    return op.flops_per_point * prod(d.local(sizes) for d in op.space) if op.space else 0
+
+
+def backward_factor(op: Op) -> float:
+    """Backward over forward: two matmuls for one; flash attention makes its scores again (5 for 2)."""
+    return 2.5 if op.kind == "attention" and len(op.reads) == 3 else 2.0
+
+
+def flops(block: Block, sizes: Sizes) -> dict[str, float]:
+    """FLOPs of one microbatch by phase: F, B, and replay, what recomputation adds to B."""
+    return {
+        "F": sum(op_flops(op, sizes) for op in block.ops()),
+        "B": sum(backward_factor(op) * op_flops(op, sizes) for op in block.ops()),
+        "replay": sum(op_flops(op, sizes) for op in replayed(block)),
+    }

@@ -1,0 +1,187 @@
+"""The contract of a room, and the moves all rooms are made of.
+
+A room answers two pure questions about its own axes:
+    problems(job)       why this plan cannot be (empty: fine)
+    lay(plan, program)  the program with dims cut and regions inserted
+
+It reads dims, cuts, partial sums and regions on its own axes and never asks which room made them. Two
+moves make them all: `cut` a dim wherever it appears, and `insert a region`. Two rules say where:
+
+    sum_rule    an op that sums a dim cut by the axis writes a partial sum   -> reduce_from behind it
+    copy_rule   a tensor whole on the axis, read by an op cut by it: its     -> copy_to before its readers
+                gradient is a partial sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from partita.base.errors import Problem
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewrite
+
+PRODUCT_ORDER = (
+    "pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "efsdp", "ep", "etp", "tp/share",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a room is asked about: a plan for a model at a batch, and how states are stored.
+
+    `state_words` is the number of fp32 values an optimizer keeps for a parameter (AdamW 2; SGD 1 with
+    momentum, else 0); masters are the precision room's.
+    """
+
+    plan: Plan
+    model: ModelSpec
+    seq_len: int
+    micro_batch_size: int = 1
+    state_words: int = 2
+
+
+class Room(Protocol):
+    """A module with these two functions."""
+
+    def problems(self, job: Request) -> list[Problem]:
+        """Everything that this room finds wrong."""
+        ...
+
+    def lay(self, job: Request, program: Program) -> Program:
+        """The program with this room's cuts and regions."""
+        ...
+
+
+def axis_name(axes: Iterable[str]) -> str:
+    """A product of axes as traffic shows it: 'dp_replicate.tp'."""
+    return ".".join(
+        sorted(axes, key=lambda a: PRODUCT_ORDER.index(a) if a in PRODUCT_ORDER else 99)
+    )
+
+
+def axis_size(axis: str, sizes: Sizes, kv_heads: int = 0) -> int:
+    """Ranks that meet on one axis or named group; 'tp/share' are those that hold the same kv head."""
+    if axis == "tp/share":
+        return sizes["tp"] // kv_heads if kv_heads else 1
+    return 2 if axis == "tied" else sizes[axis]
+
+
+def cut_tensor(t: Tensor, dims: Iterable[str], axis: str) -> Tensor:
+    """Cuts nest as they come; heads belong to tp, so its cut is the outermost there."""
+    names = set(dims)
+
+    def one(d: Tensor | object) -> object:
+        hit = d.name in names or names & set(d.of)  # type: ignore[attr-defined]
+        if not hit or axis in d.cut:  # type: ignore[attr-defined]
+            return d
+        heads = axis == "tp" and d.name in ("heads", "kv_heads")  # type: ignore[attr-defined]
+        return replace(d, cut=(axis, *d.cut) if heads else (*d.cut, axis))  # type: ignore
+
+    return replace(t, dims=tuple(map(one, t.dims)))  # type: ignore[arg-type]
+
+
+def cut(
+    block: Block, dims: Iterable[str], axis: str, only: Callable[[Tensor], bool] = lambda t: True
+) -> Block:
+    """Cuts the dims on every tensor of the block that `only` admits."""
+    names = tuple(dims)
+    tensors = {n: cut_tensor(t, names, axis) if only(t) else t for n, t in block.tensors.items()}
+    return replace(block, tensors=tensors)
+
+
+def cut_space(op: Op, dims: Iterable[str], axis: str) -> Op:
+    """Cuts an op's iteration space: FLOPs are its local points."""
+    return replace(op, space=cut_tensor(Tensor("", op.space), dims, axis).dims) if op.space else op
+
+
+def cut_everywhere(block: Block, dims: Iterable[str], axis: str) -> Block:
+    """Tensors and iteration spaces alike."""
+    names = tuple(dims)
+    return rewrite(cut(block, names, axis), lambda op: (cut_space(op, names, axis),))
+
+
+def region(
+    writer: str, kind: str, axes: tuple[str, ...], move: tuple[str, str], *events: Event
+) -> Op:
+    """An op that moves `move` = (from tensor, to tensor); its site is '<writer>:<kind>'."""
+    x, y = move
+    return Op(f"{writer}:{kind}", kind, (x,), y, axes=axes, events=events, lane=axes[0])
+
+
+def reduce_from(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
+    """Forward all-reduce of x; backward passes on. Conjugate of copy_to (Megatron's g)."""
+    return region(writer, "reduce_from", axes, (x, y), Event("F", "all_reduce", x))
+
+
+def copy_to(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
+    """Forward passes on; backward all-reduces y's gradient (Megatron's f)."""
+    return region(writer, "copy_to", axes, (x, y), Event("B", "all_reduce", y, gradient=True))
+
+
+def gather_from(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
+    """Forward all-gather along seq; backward reduce-scatter, and a second all-gather of the shard
+    that was kept, for the weight gradient."""
+    return region(
+        writer, "gather_from", axes, (x, y),
+        Event("F", "all_gather", x),
+        Event("B", "all_gather", x),
+        Event("B", "reduce_scatter", y, gradient=True),
+    )  # fmt: skip
+
+
+def scatter_to(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
+    """Forward reduce-scatter of the partial sum along seq; backward all-gather."""
+    return region(
+        writer, "scatter_to", axes, (x, y),
+        Event("F", "reduce_scatter", x),
+        Event("B", "all_gather", y, gradient=True),
+    )  # fmt: skip
+
+
+def sum_rule(block: Block, axis: str) -> Block:
+    """An op that sums a dim cut by `axis` writes a partial sum: reduce_from behind it."""
+    new: dict[str, Tensor] = {}
+
+    def change(op: Op) -> Iterable[Op]:
+        names = (*op.reads, *op.weights)
+        cuts = {d.name for n in names for d in block.tensors[n].dims if axis in d.cut}
+        if not cuts & set(op.sums) or op.is_region or axis in block.tensors[op.writes].partial:
+            return (op,)
+        part = f"{op.writes}~{axis}"
+        new[part] = replace(block.tensors[op.writes], name=part, partial=(axis,))
+        return (replace(op, writes=part), reduce_from(op.name, (axis,), part, op.writes))
+
+    return rewrite(block, change, new)
+
+
+def copy_rule(block: Block, axis: str) -> Block:
+    """copy_to once a tensor, not once a reader: q, k, v (gate, up) add up locally first."""
+    new: dict[str, Tensor] = {}
+    writer = {op.writes: op.name for op in block.ops()}
+
+    def needs(op: Op, x: str) -> bool:
+        t = block.tensors[x]
+        other = [d for n in (op.writes, *op.weights) for d in block.tensors[n].dims]
+        whole = t.role == "value" and axis not in t.axes()
+        return not op.is_region and whole and any(axis in d.cut for d in other)
+
+    def change(op: Op) -> Iterable[Op]:
+        before, renamed = [], {}
+        for x in op.reads:
+            if needs(op, x):
+                y = renamed[x] = f"{x}>{axis}"
+                if y not in new:
+                    new[y] = replace(block.tensors[x], name=y)
+                    before.append(copy_to(writer.get(x, "input"), (axis,), x, y))
+        reads = tuple(renamed.get(x, x) for x in op.reads)
+        return (*before, replace(op, reads=reads))
+
+    return rewrite(block, change, new)
+
+
+def error(room: str, rule: str, message: str, **facts: str) -> Problem:
+    """A problem that forbids the plan; facts: asked, limit, nearest."""
+    return Problem(room, rule, message, **facts)  # type: ignore[arg-type]
