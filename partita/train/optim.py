@@ -1,7 +1,8 @@
 """The update: torch.optim's AdamW and SGD over flat master buffers, the learning rate, the clip.
 
-The optimizer sees one flat tensor a unit (or a shard of one); it is element-wise, so cutting changes
-nothing. Decay acts on tensors of two or more dims only, so each flat tensor states whether it decays.
+The optimizer sees one flat tensor a unit (or a shard of one); it is element-wise, so cutting
+changes nothing. Decay acts on tensors of two or more dims only: each flat tensor states whether it
+decays.
 """
 
 from __future__ import annotations

@@ -54,8 +54,12 @@ def test_flat_shards_step_as_torch_steps_whole_tensors(train, dtype):
     matrices = torch.cat([whole[0].detach().flatten(), whole[2].detach().flatten()])
     shards = [matrices[:20].clone(), matrices[20:].clone(), whole[1].detach().clone()]
     mine = optim.make_optimizer(
-        [("a", shards[0], True), ("n", shards[2], False), ("b", shards[1], True)]
-        + [("empty", torch.zeros(0, dtype=dtype), True)],
+        [
+            ("a", shards[0], True),
+            ("n", shards[2], False),
+            ("b", shards[1], True),
+            ("empty", torch.zeros(0, dtype=dtype), True),
+        ],
         train,
     )
     for step in range(5):
