@@ -66,7 +66,7 @@ def problems(job: Request) -> list[Problem]:
 
 
 def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Layers of each stage, at least one each, so that the dearest stage is cheapest: an exact dynamic program.
+    """Layers of each stage, at least one each, so that the dearest stage is cheapest (exact).
 
     `costs` = embedding, layers, head. Ties go to the most even split.
 
