@@ -69,7 +69,7 @@ class Executor:
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     _posted: dict[tuple[str, int, int], Handle] = field(default_factory=dict)
     _ready: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _sent: list[Handle] = field(default_factory=list)
+    _sent: dict[tuple[str, int, int], Handle] = field(default_factory=dict)
 
     def run(self, batches: Sequence[Any]) -> Tensor:
         """One step's microbatches; returns this rank's share of the loss (zero but on the last
@@ -94,7 +94,7 @@ class Executor:
             else:
                 with self.span(action):
                     handlers[action.kind](action)
-        for handle in self._sent:
+        for handle in self._sent.values():
             handle.wait()
         self._sent.clear()
         self.where.microbatch = -1
@@ -119,6 +119,8 @@ class Executor:
         self.where.phase, self.where.activity = "B", "backward"
         stage, _, microbatch = action
         held = self._held.pop((stage, microbatch))
+        if ("F", stage + 1, microbatch) in self._sent:  # its gradient is back: it has arrived
+            self._sent.pop(("F", stage + 1, microbatch)).wait()
         last = stage == self.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
         torch.autograd.backward(held.y, gradient)
@@ -133,8 +135,7 @@ class Executor:
         x = self._ready.pop(action.key)
         site = self.link.send_site if action.what == "F" else self.link.back_site
         to = comm.rank + (1 if action.what == "F" else -1)
-        self._sent = [h for h in self._sent if not _is_done(h)]
-        self._sent.append(comm.send(x, to, key=Key(*action.key), site=site))
+        self._sent[action.key] = comm.send(x, to, key=Key(*action.key), site=site)
 
     def _post(self, action: Action) -> None:
         comm = self.link.down if action.what == "F" else self.link.up
@@ -151,9 +152,3 @@ class Executor:
         if key in self._posted:
             return self._posted.pop(key).wait()
         return self._ready.pop(key)
-
-
-def _is_done(handle: Handle) -> bool:
-    """Whether a send needs no more keeping; handles without a test are kept to the step's end."""
-    done = getattr(handle, "done", None)
-    return bool(done()) if callable(done) else False
