@@ -1,0 +1,280 @@
+"""Checkpoints: safetensors pieces and a manifest, committed by one rename.
+
+A save, on every rank:
+
+    1  main makes .step-00000100.<id>.tmp
+    2  each rank writes rank-N.safetensors, flushes it to disk, and lists its pieces in rank-N.json
+    3  main joins the lists into manifest.json, flushes it and the folder
+    4  main renames the folder to step-00000100 and flushes its parent      <- the commit
+    5  main removes all but the last K checkpoints
+
+Until 4 nothing of the save can be found, after it all of it can: a process killed anywhere leaves the
+old or the new checkpoint. Between the
+stages all ranks are asked "did it work for all?" (`Ranks.agree`).
+
+Digests are verified on every load; pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from partita.base.errors import CheckpointError, WriteError
+from partita.train.manifest import (
+    FORMAT,
+    MANIFEST,
+    Header,
+    Listing,
+    Manifest,
+    encode,
+    read_manifest,
+)
+from partita.train.pieces import Piece, Wanted, durable_write, file_problems, fill, write_pieces
+
+STEP = re.compile(r"^step-(\d{8,})(?:-(\d+))?$")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Who saves. `agree(ok)` returns on all ranks, once all have called it: were all of them ok?"""
+
+    rank: int = 0
+    world: int = 1
+    agree: Callable[[bool], bool] = bool
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 makes the folder and commits it."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `checkpoint inspect` and `verify` answer."""
+
+    step: int | None
+    plan: str | None
+    complete: bool
+    tensors: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+ALONE = Ranks()
+
+
+def save(
+    folder: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    header: Header,
+    *,
+    ranks: Ranks = ALONE,
+    keep_last: int = 2,
+) -> Path:
+    """Writes a checkpoint into `folder`/step-<step> and keeps the newest `keep_last`.
+
+    Called by all ranks with the pieces each is primary of; together they tile every role of every
+    tensor of `header`. Where a good checkpoint of this step stands already it is kept; a bad one
+    is left where it is and the new one lies beside it as step-<step>-2. Raises WriteError (full or
+    read-only disk) on all ranks, with nothing left behind.
+    """
+    with _stage(folder, ranks):
+        if ranks.is_main:
+            _prepare(folder, step)
+    temporary = _find_temporary(folder, step)
+    if temporary is None:
+        return next(p for p in list_checkpoints(folder) if _step_of(p)[0] == step)
+    final = _free_name(folder, step)
+    with _stage(temporary, ranks):
+        save_id = temporary.name.split(".")[2]
+        metadata = {"format": "partita", "save_id": save_id, "step": str(step)}
+        listing = write_pieces(temporary / f"rank-{ranks.rank}.safetensors", pieces, metadata)
+        durable_write(temporary / f"rank-{ranks.rank}.json", [msgspec.json.encode(listing)])
+    with _stage(temporary, ranks):
+        if ranks.is_main:
+            _commit(temporary, final, Manifest(FORMAT, save_id, step, ranks.world, header, (), ()))
+            _retain(final, keep_last)
+    return final
+
+
+def _prepare(folder: Path, step: int) -> None:
+    """Clears what killed saves left, and makes the temporary folder unless the step is saved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step-*.tmp"):
+        shutil.rmtree(left)
+    if _good(folder, step) is None:
+        (folder / f".step-{step:08d}.{secrets.token_hex(8)}.tmp").mkdir()
+
+
+def _find_temporary(folder: Path, step: int) -> Path | None:
+    return next(iter(folder.glob(f".step-{step:08d}.*.tmp")), None)
+
+
+def _good(folder: Path, step: int) -> Path | None:
+    for path in list_checkpoints(folder):
+        if _step_of(path)[0] == step and not inspect(path, digests=True).problems:
+            return path
+    return None
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    taken = [_step_of(p)[1] for p in list_checkpoints(folder) if _step_of(p)[0] == step]
+    suffix = f"-{max(taken) + 1}" if taken else ""
+    return folder / f"step-{step:08d}{suffix}"
+
+
+def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    listings: list[Listing] = []
+    for rank in range(manifest.world):
+        path = temporary / f"rank-{rank}.json"
+        listings.append(msgspec.json.decode(path.read_bytes(), type=Listing))
+        path.unlink()
+    whole = msgspec.structs.replace(
+        manifest,
+        files=tuple(listing.file for listing in listings),
+        pieces=tuple(entry for listing in listings for entry in listing.pieces),
+    )
+    durable_write(temporary / MANIFEST, [encode(whole)])
+    sync_folder(temporary)
+    read_manifest(temporary)  # pieces that do not tile the model are our fault: never commit them
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def _retain(final: Path, keep_last: int) -> None:
+    """Of `final` and the complete ones before it, removes all but the newest `keep_last`.
+
+    A newer one is never touched: after a fallback it is the damaged one.
+    """
+    until = [p for p in list_checkpoints(final.parent) if _step_of(p) <= _step_of(final)]
+    complete = [p for p in until if not inspect(p).problems]
+    for old in complete[max(1, keep_last) :]:
+        doomed = final.parent / f".{old.name}.{secrets.token_hex(8)}.tmp"
+        old.rename(doomed)  # first out of sight: a folder half removed is never found
+        shutil.rmtree(doomed)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _stage(path: Path, ranks: Ranks) -> Iterator[None]:
+    """One stage of a save: a rank's error becomes every rank's, and the folder is removed."""
+    error: BaseException | None = None
+    try:
+        yield
+    except (OSError, CheckpointError) as caught:
+        error = caught
+    if ranks.agree(error is None):
+        return
+    if ranks.is_main and path.name.endswith(".tmp"):
+        with suppress(OSError):
+            shutil.rmtree(path)
+    if isinstance(error, OSError):
+        raise _write_error(path, error) from error
+    if error is not None:
+        raise error
+    raise WriteError(
+        f"{path}: another rank could not write its part; nothing saved", file=str(path)
+    )
+
+
+def _write_error(path: Path, error: OSError) -> WriteError:
+    what = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+    free = ""
+    with suppress(OSError):
+        free = f" ({shutil.disk_usage(path.parent).free} bytes free)"
+    return WriteError(
+        f"cannot write the checkpoint {path}: {what}{free}; the last good one is kept",
+        file=str(error.filename or path),
+    )
+
+
+def _step_of(path: Path) -> tuple[int, int]:
+    found = STEP.match(path.name)
+    return (int(found[1]), int(found[2] or 1)) if found else (-1, 0)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Step folders of `folder`, newest first; complete or not."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if p.is_dir() and STEP.match(p.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def newest_complete(folder: Path, *, allow_fallback: bool = False) -> Path | None:
+    """The newest checkpoint of a checkpoints folder, every digest verified; None where none is.
+
+    A newest one that is damaged raises CheckpointError; with `allow_fallback` the newest good one
+    is taken instead. A bad copy of a step that was saved again (step-N-2) does not count.
+    """
+    first: CheckpointError | None = None
+    for path in list_checkpoints(folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            first = first or error
+            if not allow_fallback:
+                break
+        else:
+            return path
+    if first is None:
+        return None
+    advice = "" if allow_fallback else "; --allow-fallback takes the newest good one"
+    raise CheckpointError(first.message + advice, file=first.file, key=first.key) from first
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads every piece of a step folder; raises CheckpointError at the first that is bad."""
+    manifest = read_manifest(folder)
+    for problem in file_problems(folder, manifest, digests=True):
+        raise problem
+    return manifest
+
+
+def inspect(folder: Path, *, digests: bool = False) -> Inspection:
+    """What a step folder holds and what is wrong with it; with `digests` every byte is read."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return Inspection(None, None, False, 0, 0, (error.message,))
+    problems = tuple(e.message for e in file_problems(folder, manifest, digests=digests))
+    return Inspection(
+        manifest.step,
+        manifest.header.plan,
+        not problems,
+        len(manifest.header.tensors),
+        sum(entry.bytes for entry in manifest.pieces),
+        problems,
+    )
+
+
+def load(folder: Path, wanted: Iterable[Wanted]) -> Manifest:
+    """Fills the tensors of `wanted` from a step folder, whatever plan wrote it.
+
+    Each rank calls it for its own boxes and reads only the pieces that meet them; nothing is
+    communicated. Every piece read has its digest verified. fp32 and fp64 convert into each other
+    (a plan of another precision); any other dtype must be equal. Raises CheckpointError.
+    """
+    manifest = read_manifest(folder)
+    fill(folder, manifest, list(wanted))
+    return manifest

@@ -1,0 +1,200 @@
+"""manifest.json: what a checkpoint holds, piece by piece, with digests.
+
+    step-00000100/
+      manifest.json            format, save id, step, plan, model, fingerprints, every piece
+      rank-0.safetensors ...   the pieces each rank wrote; the save id stands in each file's header
+
+A piece is a box of a logical tensor: any plan loads any checkpoint by intersecting boxes. The boxes
+of a tensor's role tile it once. Reading a manifest checks it whole: an older format, an edited field, a
+path outside the folder, a box outside its tensor, a tensor not covered are CheckpointErrors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from partita.base.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+Box = tuple[tuple[int, int], ...]
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a save states about the run. Free of the mesh but for `plan`, which is told, not obeyed.
+
+    `tensors` maps every weight's name to its logical shape; `roles` lists what is kept of each
+    ("weight", "exp_avg", ...); the other fields are compared at a resume, field by field.
+    """
+
+    plan: str
+    tensors: dict[str, tuple[int, ...]]
+    roles: tuple[str, ...] = ("weight",)
+    model: dict[str, Any] = {}
+    tokenizer: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    state: dict[str, Any] = {}  # seed, update count and the like: whatever the loop resumes by
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One piece: box `box` of role `role` of tensor `name`, under `key` in `file`."""
+
+    file: str
+    key: str
+    name: str
+    role: str
+    box: Box
+    dtype: str
+    bytes: int
+    digest: str
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's file: its size in bytes, and the digest of all that stands before the pieces."""
+
+    file: str
+    bytes: int
+    head_digest: str
+
+
+class Listing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank wrote."""
+
+    file: File
+    pieces: tuple[Entry, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A checkpoint's contents; `digest` is over everything else in it."""
+
+    format: int
+    save_id: str
+    step: int
+    world: int
+    header: Header
+    files: tuple[File, ...]
+    pieces: tuple[Entry, ...]
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first field in which a checkpoint and a job disagree."""
+
+    field: str
+    checkpoint: object
+    job: object
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's bytes, with the digest filled in."""
+    sealed = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a step folder, checked. Raises CheckpointError naming file and tensor."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: no readable {MANIFEST} ({error.strerror}): not a whole checkpoint",
+            file=str(path),
+        ) from error
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: not a manifest: {error}", file=str(path)) from error
+    for problem, key in (*_entry_problems(manifest), *_cover_problems(manifest)):
+        raise CheckpointError(f"{path}: {problem}", file=str(path), key=key)
+    if manifest.digest != _digest(manifest):
+        raise CheckpointError(
+            f"{path}: its own digest does not match: a field was changed after the save",
+            file=str(path),
+        )
+    return manifest
+
+
+def box_text(box: Box) -> str:
+    """'0:4,8:16': a box as it stands in keys and messages."""
+    return ",".join(f"{a}:{b}" for a, b in box)
+
+
+def piece_key(name: str, role: str, box: Box) -> str:
+    """A piece's name within its file: 'weight:blocks.0.mlp.down[0:4,8:16]'."""
+    return f"{role}:{name}[{box_text(box)}]"
+
+
+def box_size(box: Box) -> int:
+    """Elements in a box."""
+    return prod(b - a for a, b in box)
+
+
+def first_difference(manifest: Manifest, job: Header) -> Difference | None:
+    """The first field of model, tokenizer, optimizer and data that differs from the job's."""
+    for section in ("model", "tokenizer", "optimizer", "data"):
+        mine, theirs = (_plain(getattr(h, section)) for h in (manifest.header, job))
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                return Difference(f"{section}.{key}", mine.get(key), theirs.get(key))
+    return None
+
+
+def _plain(section: dict[str, Any]) -> dict[str, Any]:
+    return msgspec.json.decode(msgspec.json.encode(section))
+
+
+def _digest(manifest: Manifest) -> str:
+    bare = msgspec.json.encode(msgspec.structs.replace(manifest, digest=""), order="deterministic")
+    return xxhash.xxh3_128_hexdigest(bare)
+
+
+def _entry_problems(manifest: Manifest):
+    if manifest.format != FORMAT:
+        yield f"format {manifest.format}; this version reads format {FORMAT}", None
+    files = {f"rank-{rank}.safetensors" for rank in range(manifest.world)}
+    if {held.file for held in manifest.files} != files:
+        yield f"files of {manifest.world} ranks are expected, each once", None
+    for entry in manifest.pieces:
+        where = f"{entry.role} of {entry.name}[{box_text(entry.box)}]"
+        if entry.file not in files:
+            yield f"{where} lies in {entry.file!r}, which is not a file of this save", entry.name
+        shape = manifest.header.tensors.get(entry.name)
+        if shape is None:
+            yield f"{where}: the stated model has no tensor {entry.name}", entry.name
+        elif not _inside(entry.box, shape):
+            yield f"{where} lies outside the stated shape {list(shape)}", entry.name
+        elif entry.key != piece_key(entry.name, entry.role, entry.box):
+            yield f"{where} lies under another piece's key, {entry.key}", entry.name
+        elif entry.role not in manifest.header.roles:
+            yield f"{where}: the stated roles are {', '.join(manifest.header.roles)}", entry.name
+
+
+def _inside(box: Box, shape: tuple[int, ...]) -> bool:
+    return len(box) == len(shape) and all(
+        0 <= a < b <= n for (a, b), n in zip(box, shape, strict=True)
+    )
+
+
+def _cover_problems(manifest: Manifest):
+    held: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for entry in manifest.pieces:
+        held[entry.name, entry.role] += box_size(entry.box)
+    for name, shape in manifest.header.tensors.items():
+        for role in manifest.header.roles:
+            if held[name, role] != prod(shape):
+                yield (
+                    f"{role} of {name}: the pieces hold {held[name, role]} elements, the stated "
+                    f"model {prod(shape)} ({list(shape)})",
+                    name,
+                )

@@ -1,0 +1,143 @@
+"""Full disks, killed saves, two owners of a run folder."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import pytest
+from saves import cut, files, header, is_step, save
+
+from partita.base.errors import BusyError, WriteError
+from partita.train import checkpoint
+from partita.train.lock import OWNER, Owner, RunLock
+
+
+@pytest.mark.parametrize("hurt", [0, 1])
+def test_a_full_disk_on_one_rank_leaves_the_old_one_alone(tmp_path, hurt):
+    old = save(tmp_path, 10)
+    before = files(tmp_path)
+    with pytest.raises(WriteError) as caught:
+        save(tmp_path, 20, hurt=hurt)
+    assert caught.value.exit_code == 73
+    assert files(tmp_path) == before and is_step(old, 10)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["write", "fsync", "mkdir", "rename"])
+def test_a_failing_disk_is_a_write_error(tmp_path, monkeypatch, call, code):
+    old = save(tmp_path, 10)
+
+    def fails(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fails)
+        with pytest.raises(WriteError, match=r"disk is full|Read-only|Input"):
+            checkpoint.save(tmp_path, 20, cut(0, 1, 20, 0), header())
+    assert checkpoint.newest_complete(tmp_path) == old and is_step(old, 10)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    save(tmp_path, 10)
+    left = tmp_path / ".step-00000020.0011223344556677.tmp"
+    left.mkdir()
+    (left / "rank-0.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_complete(tmp_path).name == "step-00000010"
+    save(tmp_path, 20)
+    assert not left.exists()
+
+
+SWEEP = """
+    import os, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import saves as t
+    from partita.train import checkpoint
+
+    def die_at(n):
+        left = [n]
+        def wrap(call):
+            def counted(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0 and call is os_write:
+                    call(args[0], bytes(args[1])[: len(args[1]) // 2])
+                if left[0] <= 0:
+                    os._exit(137)
+                return call(*args, **kwargs)
+            return counted
+        os_write = os.write
+        for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open", "close"):
+            setattr(os, name, wrap(getattr(os, name)))
+
+    root, n = Path(sys.argv[2]), 0
+    while True:
+        n += 1
+        folder = root / str(n)
+        for step in (10, 20):
+            checkpoint.save(folder, step, t.cut(0, 1, step, 0), t.header())
+        child = os.fork()
+        if child == 0:
+            die_at(n)
+            checkpoint.save(folder, 30, t.cut(0, 1, 30, 0), t.header())
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            print(n)
+            break
+"""
+
+
+def test_a_save_killed_at_any_call_leaves_the_old_or_the_new(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SWEEP), str(Path(__file__).parent), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    calls, seen = int(ran.stdout), []
+    assert calls > 20
+    for n in range(1, calls + 1):
+        newest = checkpoint.newest_complete(tmp_path / str(n))
+        step = 30 if newest.name == "step-00000030" else 20
+        assert is_step(newest, step)
+        seen.append(step)
+        after = checkpoint.save(tmp_path / str(n), 40, cut(0, 1, 40, 0), header())
+        assert is_step(after, 40) and not list((tmp_path / str(n)).glob(".step-*"))
+    assert seen == sorted(seen) and {20, 30} == set(seen)
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from partita.train.lock import RunLock; "
+    hold += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=f"pid {owner.pid} on") as caught:
+            RunLock(tmp_path)
+        assert caught.value.exit_code == 75
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+    with RunLock(tmp_path) as lock:
+        assert lock.took_over and f"pid {owner.pid}" in lock.took_over
+        with pytest.raises(BusyError, match=f"pid {os.getpid()}"):
+            RunLock(tmp_path)
+    with RunLock(tmp_path) as lock:
+        assert lock.took_over is None
+
+
+def test_an_owner_on_another_host_is_not_taken_over(tmp_path):
+    (tmp_path / OWNER).write_bytes(msgspec.json.encode(Owner("elsewhere", 1, 0.0)))
+    with pytest.raises(BusyError, match=r"pid 1 on elsewhere.*\.owner\.json"):
+        RunLock(tmp_path)
+    assert json.loads((tmp_path / OWNER).read_text())["host"] == "elsewhere"
