@@ -7,11 +7,20 @@ knowledge of a model: num_microbatches may be open until it meets a job.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DEFAULT_ORDER = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first
+_TWO_STAGES = re.compile(
+    r"zb_v|v_half|v_min|v_\d+_\d+|dualpipev"
+)  # two stages a rank by definition
+
+
+def has_fixed_stages(schedule: str) -> bool:
+    """Whether the schedule itself fixes the stages of a rank at two (zb_v, v_half, dualpipev ...)."""
+    return _TWO_STAGES.fullmatch(schedule) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +38,30 @@ class MeshPlan:
     order: tuple[str, ...] = DEFAULT_ORDER
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PipelinePlan:
-    """Which schedule, and how the layers are split (empty: balanced by cost)."""
+    """Which schedule, and how the layers are split (empty: balanced by cost).
+
+    An open num_microbatches equals 1: it means one microbatch until the plan meets a job.
+    """
 
     schedule: str = "1f1b"
     virtual_stages: int = 1
     num_microbatches: int | None = None  # None: from micro_batch_size, when the plan meets a job
     split: tuple[int, ...] = ()  # layers of each stage
+
+    def __post_init__(self) -> None:
+        if has_fixed_stages(self.schedule):
+            object.__setattr__(self, "virtual_stages", 2)
+
+    def _key(self) -> tuple[object, ...]:
+        return self.schedule, self.virtual_stages, self.num_microbatches or 1, self.split
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PipelinePlan) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
 
 @dataclass(frozen=True, slots=True)

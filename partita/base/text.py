@@ -1,0 +1,80 @@
+"""Text that one would paste into a paper: aligned tables and trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Tree = Mapping[str, Any]
+
+
+def _is_number(cell: str) -> bool:
+    """Whether the cell starts like a number, so that its column stands on the right."""
+    return bool(cell) and (cell[0].isdigit() or (cell[0] in "+-." and cell[1:2].isdigit()))
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
+    """Rows as aligned columns, two spaces apart; columns of numbers stand on the right.
+
+    >>> print(table([["tp", 12], ["dp", 3]], header=["axis", "calls"]))
+    axis  calls
+    tp       12
+    dp        3
+    """
+    cells = [["" if c is None else str(c) for c in row] for row in rows]
+    lines = [list(header), *cells] if header else cells
+    width = max((len(line) for line in lines), default=0)
+    columns = [[line[i] if i < len(line) else "" for line in lines] for i in range(width)]
+    body = [column[1:] if header else column for column in columns]
+    right = [any(b) and all(_is_number(c) or c in ("", "-") for c in b) for b in body]
+    sizes = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(
+            column[i].rjust(size) if r else column[i].ljust(size)
+            for column, size, r in zip(columns, sizes, right, strict=True)
+        ).rstrip()
+        for i in range(len(lines))
+    )
+
+
+def tree(root: str, branches: Tree) -> str:
+    """A tree of nested mappings; a leaf's value follows its name.
+
+    >>> print(tree("model", {"embedding": {}, "blocks": {"attention": 4, "mlp": 2}}))
+    model
+    ├── embedding
+    └── blocks
+        ├── attention  4
+        └── mlp  2
+    """
+    return "\n".join([root, *_branches(branches)])
+
+
+def _branches(branches: Tree) -> list[str]:
+    lines: list[str] = []
+    for i, (name, below) in enumerate(branches.items()):
+        last = i == len(branches) - 1
+        nested = isinstance(below, Mapping)
+        leaf = "" if nested or below is None else f"  {below}"
+        lines.append(f"{'└── ' if last else '├── '}{name}{leaf}")
+        if nested:
+            lines += [("    " if last else "│   ") + line for line in _branches(below)]
+    return lines
+
+
+def nearest_names(name: str, known: Sequence[str], limit: int = 1) -> list[str]:
+    """The known names that are most like `name`, best first; none where nothing is like it."""
+    from difflib import get_close_matches
+
+    by_fold = {k.casefold(): k for k in known}
+    found = get_close_matches(str(name)[:80].casefold(), by_fold, n=limit, cutoff=0.5)
+    return [by_fold[f] for f in found]
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """\"; did you mean 'layers'?\" where a known name is near, else \"; known: a, b, c\"."""
+    near = nearest_names(name, known)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    shown = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
+    return f"; known: {shown}" if known else ""

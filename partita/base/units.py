@@ -1,0 +1,78 @@
+"""Numbers as people read them. Inside, everything is SI base units: bytes, seconds, per second."""
+
+from __future__ import annotations
+
+from math import floor, isfinite, log10
+
+_LARGE = ("", "k", "M", "G", "T", "P", "E")
+_SMALL = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+
+
+def _scaled(value: float, suffixes: tuple[str, ...]) -> tuple[float, str]:
+    """The value with the SI prefix that leaves three digits before the point."""
+    size = abs(value)
+    if size < 1:
+        return value, suffixes[0]
+    step = min(floor(log10(size)) // 3, len(suffixes) - 1)
+    if step + 1 < len(suffixes) and float(f"{size / 1000**step:.3g}") >= 1000:
+        step += 1  # 999.9 kB is 1 MB once it is rounded
+    return value / 1000**step, suffixes[step]
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent; whole numbers stay whole."""
+    if value == int(value) and abs(value) < 1000:
+        return str(int(value))
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes in decimal units: 80_000_000_000 is '80 GB'.
+
+    >>> format_bytes(31_500_000)
+    '31.5 MB'
+    """
+    if not isfinite(num_bytes):
+        return str(num_bytes)
+    value, prefix = _scaled(num_bytes, _LARGE)
+    return f"{_digits(value)} {prefix}B"
+
+
+def format_count(count: float) -> str:
+    """A count with an SI prefix and no unit: 8_030_261_248 is '8.03G'."""
+    if not isfinite(count):
+        return str(count)
+    value, prefix = _scaled(count, _LARGE)
+    return f"{_digits(value)}{prefix}"
+
+
+def format_rate(per_second: float, unit: str = "B") -> str:
+    """A rate: format_rate(450e9) is '450 GB/s', format_rate(989e12, 'FLOP') is '989 TFLOP/s'."""
+    if not isfinite(per_second):
+        return f"{per_second} {unit}/s"
+    value, prefix = _scaled(per_second, _LARGE)
+    return f"{_digits(value)} {prefix}{unit}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration: '12.3 ms', '4.2 s', '3 min 20 s', '2 h 5 min', '3 d 4 h'."""
+    if not isfinite(seconds):
+        return str(seconds)
+    if seconds < 0:
+        return f"-{format_seconds(-seconds)}"
+    if seconds >= 99.95:
+        whole = round(seconds)
+        for size, name, smaller, small_name in (
+            (86400, "d", 3600, "h"),
+            (3600, "h", 60, "min"),
+            (60, "min", 1, "s"),
+        ):
+            if whole >= size:
+                rest = whole % size // smaller
+                return f"{whole // size} {name}" + (f" {rest} {small_name}" if rest else "")
+    for size, unit in _SMALL:
+        if seconds >= size:
+            return f"{_digits(seconds / size)} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds / 1e-9:.3g} ns"
