@@ -1,0 +1,122 @@
+"""A Hugging Face config.json as a ModelSpec. Reads what transformers 4 and 5 write.
+
+What ModelSpec cannot say is refused, never dropped: biases in a Llama, other activations, other RoPE
+scalings. GPT-2's dropout of attention probabilities (attn_pdrop) is the one exception: dropout acts on
+embeddings and residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from partita.base.config import decode, load_json
+from partita.base.errors import UsageError
+from partita.spec.model import ModelSpec
+
+_LLAMA = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "vocab": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden": "intermediate_size",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+_GPT2 = {
+    "layers": "n_layer",
+    "hidden": "n_embd",
+    "heads": "n_head",
+    "vocab": "vocab_size",
+    "max_seq_len": "n_positions",
+    "ffn_hidden": "n_inner",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+# key -> the values under which ModelSpec describes the same model
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "attention_dropout": (0.0,),
+        "partial_rotary_factor": (1.0,),
+    },
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+}
+
+
+def read_hf_config(path: str | Path) -> ModelSpec:
+    """The model of a Hugging Face folder or config.json. Raises UsageError with file and key."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    config = load_json(file)
+    kind = config.get("model_type")
+    if kind not in _ONLY:
+        raise UsageError(
+            f"{file}: model_type: {kind!r} is not supported; llama and gpt2 are",
+            file=str(file),
+            key="model_type",
+        )
+    for key, accepted in _ONLY[kind].items():
+        if config.get(key) is not None and config[key] not in accepted:
+            raise _refuse(file, key, config[key], accepted)
+    names = _LLAMA if kind == "llama" else _GPT2
+    table = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    table |= {"family": kind, "name": file.parent.name if path.is_dir() else ""}
+    if kind == "llama":
+        table = {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False} | table | _rope(config, file)
+    else:
+        table = {"max_seq_len": 1024} | table | _dropout(config, file)
+    try:
+        return decode(ModelSpec, table)
+    except UsageError as error:
+        theirs = names.get(error.key or "", error.key)
+        text = "\n".join(f"{file}: {line}" for line in error.message.splitlines())
+        raise UsageError(f"{text} (config: {theirs})", file=str(file), key=theirs) from None
+
+
+def _refuse(file: Path, key: str, value: Any, accepted: tuple[Any, ...]) -> UsageError:
+    text = f"{file}: {key}: {value!r} is not supported; accepted: {', '.join(map(repr, accepted))}"
+    return UsageError(text, file=str(file), key=key)
+
+
+def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise UsageError(f"{file}: rope_scaling: an object is wanted", file=str(file), key="rope_scaling")
+    table: dict[str, Any] = {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is not None:
+        table["rope_theta"] = theta
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise _refuse(file, "rope_scaling.rope_type", kind, ("default", "llama3"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refuse(file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,))
+    if kind == "llama3":
+        names = {
+            "factor": "factor",
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+            "original_max_seq_len": "original_max_position_embeddings",
+        }
+        table["rope_scaling"] = {ours: rope[theirs] for ours, theirs in names.items() if theirs in rope}
+    return table
+
+
+def _dropout(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    residual, embedding = config.get("resid_pdrop", 0.1), config.get("embd_pdrop", 0.1)
+    if residual != embedding:
+        raise _refuse(file, "embd_pdrop", embedding, (residual,))
+    return {"dropout": residual}
