@@ -1,0 +1,55 @@
+"""Bytes of a rank by category, read off the laid program and the schedule's lifetimes.
+
+parameters   working weights        gradients   flat units, whole        optimizer   moments, masters
+activations  kept tensors of each block x microbatches in flight (the schedule's peak)
+buffers      what lives inside one op at the worst moment: the tensors it makes and their gradients,
+             what a recomputed block makes again, and a copy of the largest unit under reduction
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from partita.parallel.laid import Laid
+from partita.parallel.read import kept_bytes, replayed, state_bytes, tensor_bytes
+from partita.record.ledger import Ledger
+from partita.schedule.clock import peak_activations
+from partita.schedule.ir import Schedule
+from partita.spec.program import Block, Sizes
+
+
+def stage_ledger(laid: Laid, stage: int, schedule: Schedule) -> Ledger:
+    """The predicted device ledger of a rank of the stage at its peak."""
+    blocks, sizes = laid.stages[stage].blocks, laid.sizes
+    categories: Counter[str] = Counter()
+    for block in blocks:
+        categories.update(state_bytes(block, sizes))
+    in_flight = peak_activations(schedule)[stage]
+    categories["activations"] = in_flight * sum(stage_kept(blocks, sizes))
+    categories["buffers"] = max(transient_bytes(b, sizes) for b in blocks)
+    rank = laid.mesh.rank_of({"pp": stage})
+    return Ledger(rank, "device", dict(categories))
+
+
+def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:
+    """Kept bytes of each block for one microbatch. Where a block keeps its input, that is the output
+    of the block before it: one storage."""
+    return [kept_bytes(b, sizes) for b in blocks]
+
+
+def transient_bytes(block: Block, sizes: Sizes) -> int:
+    """The worst moment inside the block: an op's tensors that are not kept, and their gradients; and
+    what recomputation holds again."""
+    held = (
+        {t for op in block.ops() for t in op.saves if t not in block.kept}
+        if replayed(block)
+        else set()
+    )
+    again = sum(tensor_bytes(block.tensors[t], sizes) for t in held)
+    worst = 0
+    for op in block.ops():
+        names = [n for n in (*op.reads, op.writes) if n not in held]
+        size = sum(tensor_bytes(block.tensors[n], sizes) for n in set(names))
+        weights = sum(tensor_bytes(block.tensors[w], sizes) for w in op.weights)
+        worst = max(worst, size + weights)
+    return again + worst

@@ -1,0 +1,226 @@
+"""One training step of a rank: count, forward and backward of all microbatches, reduce, norm, update.
+
+count   valid tokens of the step, summed over the axes that cut labels (8 bytes, last stage)
+run     the schedule; gradients add up in flat units; units are reduced under the last backward
+loss    summed over the same axes in fp64, sent to every stage (8 bytes each)
+norm    sum of squares of what this rank counts, summed over pp and tp in fp64 (8 bytes)
+update  clip by the global norm, AdamW or SGD on masters, working weights rounded from them
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import NonFiniteError
+from partita.comm.context import Context
+from partita.comm.protocol import Comm
+from partita.parallel.dp.replicate import Reducer
+from partita.parallel.laid import Laid
+from partita.parallel.pp.executor import Executor
+from partita.spec.job import TrainSpec
+from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
+
+
+class Batch(Protocol):
+    """One microbatch of a rank: [samples, seq] each."""
+
+    ids: Tensor
+    targets: Tensor
+    valid: Tensor
+    documents: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What a rank computes on in one step (counted from 0): its part of every microbatch."""
+
+    step: int
+    microbatches: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class StepComms:
+    """The Comms of the step's own sums; None where nothing moves."""
+
+    count: Comm | None
+    loss: Comm | None
+    broadcast: Comm | None
+    norm: Comm | None
+
+
+def step_comms(laid: Laid, context: Context) -> StepComms:
+    """Finds them by site in the laid program: no other collective can be chosen."""
+    found = {op.name: context.comm(*op.axes, lane=op.lane) for op in laid.program.step}
+    return StepComms(
+        found.get("step.count:reduce_from"),
+        found.get("step.loss:reduce_from"),
+        found.get("step.loss:broadcast"),
+        found.get("step.norm:reduce_from"),
+    )
+
+
+@dataclass
+class Model:
+    """This rank's stage of the model, and how a step runs on it."""
+
+    laid: Laid
+    context: Context
+    stage: int
+    blocks: Sequence[Any]
+    units: Sequence[Any]
+    executor: Executor
+    reducer: Reducer
+    comms: StepComms
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether it computes the loss."""
+        return self.stage == len(self.laid.stages) - 1
+
+    def forward_backward(self, batch: StepBatch) -> float:
+        """Runs the step's schedule; returns the global token mean of the loss, on every rank.
+
+        Gradients are left in the units, reduced. Raises NonFiniteError, before any update, naming
+        this rank and the step, when the loss is not a number.
+        """
+        self.begin(batch)
+        loss = self.executor.run(batch.microbatches)
+        self.reducer.finish()
+        return self.finish_loss(loss, batch.step)
+
+    def begin(self, batch: StepBatch) -> None:
+        """Zeroes gradients and tells the head how many valid tokens the step has."""
+        where = self.context.where
+        where.step, where.phase, where.activity = batch.step + 1, "step", "count"
+        for unit in self.units:
+            unit.gradient.zero_()
+        if self.is_last_stage:
+            total = sum(int(b.valid.sum()) for b in batch.microbatches)
+            if self.comms.count is not None:
+                counted = torch.tensor([total], dtype=torch.int64)
+                total = int(self.comms.count.all_reduce(counted, site="step.count:reduce_from"))
+            self.blocks[-1].total_valid = max(total, 1)
+        for block in self.blocks:
+            block.step = batch.step
+
+    def finish_loss(self, loss: Tensor, step: int) -> float:
+        """Sums the loss over ranks and hands it to every stage."""
+        where = self.context.where
+        where.phase, where.activity = "step", "loss"
+        if self.is_last_stage and self.comms.loss is not None:
+            loss = self.comms.loss.all_reduce(loss.reshape(1), site="step.loss:reduce_from")
+        if self.comms.broadcast is not None:
+            root = len(self.laid.stages) - 1
+            loss = self.comms.broadcast.broadcast(
+                loss.reshape(1), site="step.loss:broadcast", root=root
+            )
+        value = float(loss)
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of step {step + 1} is {value} (rank {self.context.rank}); nothing was "
+                "updated: lower train.lr, or look at the data of this step"
+            )
+        return value
+
+
+@dataclass
+class Update:
+    """The optimizer of this rank's units. `step` clips, updates and rounds working weights."""
+
+    model: Model
+    train: TrainSpec
+    optimizer: torch.optim.Optimizer
+    params: Sequence[tuple[str, Tensor, Tensor]]  # name, master slice, gradient slice
+    counted: Sequence[tuple[str, Tensor]]  # gradients this rank counts in the norm
+    updates: int = 0
+    lr: float = field(default=0.0)
+
+    def step(self) -> float:
+        """One update; returns the global gradient norm before clipping.
+
+        Communicates: all_reduce over pp.tp, 8 bytes. Raises NonFiniteError before anything changes.
+        """
+        where = self.model.context.where
+        where.phase, where.activity = "step", "optimizer"
+        norm = self.gradient_norm()
+        self._check(norm)
+        clip = self.train.clip_grad_norm
+        if clip and norm > clip:
+            torch._foreach_mul_([g for *_, g in self.params], clip / (norm + CLIP_EPSILON))
+        self.updates += 1
+        self.lr = learning_rate(self.train, self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        for _, master, gradient in self.params:
+            master.grad = gradient
+        self.optimizer.step()
+        for unit in self.model.units:
+            unit.round_working()
+        return norm
+
+    def gradient_norm(self) -> float:
+        """The 2-norm over all parameters, each element counted once."""
+        squares = torch.zeros(1, dtype=torch.float64)
+        gradients = [g for _, g in self.counted]
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients)).to(torch.float64).cpu()
+            squares[0] = (norms * norms).sum()
+        if self.model.comms.norm is not None:
+            squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
+        return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
+
+    def _check(self, norm: float) -> None:
+        if math.isfinite(norm):
+            return
+        step = self.model.context.where.step
+        bad = [n for n, g in self.counted if not bool(torch.isfinite(g).all())]
+        first = bad[0] if bad else "a tensor of another rank"
+        raise NonFiniteError(
+            f"the gradient of step {step} is not finite (rank {self.model.context.rank}): first bad "
+            f"tensor {first}; nothing was updated"
+        )
+
+
+def slices_for_decay(unit: Any, decays: dict[str, bool]) -> Iterator[tuple[str, slice, bool]]:
+    """The unit's weights joined into runs that decay or do not: one optimizer tensor each."""
+    start = end = 0
+    name, mode = "", None
+    for weight, first, size in unit.places:
+        if mode is not None and decays[weight] != mode:
+            yield name, slice(start, end), mode
+            start, name = first, weight
+        name, mode, end = name or weight, decays[weight], first + size
+    if mode is not None:
+        yield name, slice(start, end), mode
+
+
+def make_update(model: Model, train: TrainSpec) -> Update:
+    """The optimizer over the masters of this rank's units, and what it counts in the norm."""
+    decays = {n: decays_weight(n) for n in model.laid.layouts}
+    params, named = [], []
+    for unit in model.units:
+        for name, part, decay in slices_for_decay(unit, decays):
+            master = unit.master[part]
+            params.append((name, master, unit.gradient[part]))
+            named.append((name, master, decay))
+    at = {"pp": model.stage, "tp": model.context.coords["tp"]}
+    plane = model.laid.mesh.rank_of(at)  # dp coordinates 0: replicas count once
+    counted = [
+        (weight, unit.gradient[first : first + size])
+        for unit in model.units
+        for weight, first, size in unit.places
+        if any(p.primary for p in model.laid.layouts[weight].pieces(model.laid.mesh, plane))
+    ]
+    return Update(model, train, make_optimizer(named, train), params, counted)
+
+
+def decays_weight(name: str) -> bool:
+    """Decay acts on matrices and tables; not on biases and norms."""
+    last = name.rpartition(".")[2]
+    return not last.endswith("_bias") and last != "norm"
