@@ -129,6 +129,20 @@ class Model:
         return value
 
 
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the optimizer: a run of a unit's weights that all decay, or all do not.
+
+    `weights` are (full name, first element in the slot, elements).
+    """
+
+    name: str
+    master: Tensor
+    gradient: Tensor
+    decays: bool
+    weights: tuple[tuple[str, int, int], ...]
+
+
 @dataclass
 class Update:
     """The optimizer of this rank's units. `step` clips, updates and rounds working weights."""
@@ -136,7 +150,7 @@ class Update:
     model: Model
     train: TrainSpec
     optimizer: torch.optim.Optimizer
-    params: Sequence[tuple[str, Tensor, Tensor]]  # name, master slice, gradient slice
+    slots: Sequence[Slot]
     counted: Sequence[tuple[str, Tensor]]  # gradients this rank counts in the norm
     updates: int = 0
     lr: float = field(default=0.0)
@@ -150,15 +164,15 @@ class Update:
         where.phase, where.activity = "step", "optimizer"
         norm = self.gradient_norm()
         self._check(norm)
-        clip = self.train.clip_grad_norm
-        if clip and norm > clip:
-            torch._foreach_mul_([g for *_, g in self.params], clip / (norm + CLIP_EPSILON))
+        limit = self.train.clip_grad_norm
+        if limit and limit < norm + CLIP_EPSILON:
+            torch._foreach_mul_([s.gradient for s in self.slots], limit / (norm + CLIP_EPSILON))
         self.updates += 1
         self.lr = learning_rate(self.train, self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        for _, master, gradient in self.params:
-            master.grad = gradient
+        for slot in self.slots:
+            slot.master.grad = slot.gradient
         self.optimizer.step()
         for unit in self.model.units:
             unit.round_working()
@@ -187,28 +201,24 @@ class Update:
         )
 
 
-def slices_for_decay(unit: Any, decays: dict[str, bool]) -> Iterator[tuple[str, slice, bool]]:
-    """The unit's weights joined into runs that decay or do not: one optimizer tensor each."""
-    start = end = 0
-    name, mode = "", None
-    for weight, first, size in unit.places:
-        if mode is not None and decays[weight] != mode:
-            yield name, slice(start, end), mode
-            start, name = first, weight
-        name, mode, end = name or weight, decays[weight], first + size
-    if mode is not None:
-        yield name, slice(start, end), mode
+def slots_of(unit: Any) -> Iterator[Slot]:
+    """The unit's weights, joined as long as their decay agrees."""
+    runs: list[list[tuple[str, int, int]]] = []
+    for place in unit.places:
+        if not runs or decays_weight(runs[-1][-1][0]) != decays_weight(place[0]):
+            runs.append([])
+        runs[-1].append(place)
+    for run in runs:
+        first, end = run[0][1], run[-1][1] + run[-1][2]
+        weights = tuple((name, start - first, size) for name, start, size in run)
+        part = slice(first, end)
+        decays = decays_weight(run[0][0])
+        yield Slot(run[0][0], unit.master[part], unit.gradient[part], decays, weights)
 
 
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
-    decays = {n: decays_weight(n) for n in model.laid.layouts}
-    params, named = [], []
-    for unit in model.units:
-        for name, part, decay in slices_for_decay(unit, decays):
-            master = unit.master[part]
-            params.append((name, master, unit.gradient[part]))
-            named.append((name, master, decay))
+    slots = [slot for unit in model.units for slot in slots_of(unit)]
     at = {"pp": model.stage, "tp": model.context.coords["tp"]}
     plane = model.laid.mesh.rank_of(at)  # dp coordinates 0: replicas count once
     counted = [
@@ -217,7 +227,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
         for weight, first, size in unit.places
         if any(p.primary for p in model.laid.layouts[weight].pieces(model.laid.mesh, plane))
     ]
-    return Update(model, train, make_optimizer(named, train), params, counted)
+    named = [(slot.name, slot.master, slot.decays) for slot in slots]
+    return Update(model, train, make_optimizer(named, train), slots, counted)
 
 
 def decays_weight(name: str) -> bool:

@@ -1,0 +1,69 @@
+"""What launcher and ranks of one host tell each other without a message: a small mapped file.
+
+    word 0          a stop was asked for: the signal's number
+    word 1          the last step that everybody does before stopping; 0 while open
+    word 2 + rank   milliseconds the rank was busy in its newest step
+
+Each word has one writer at a time and is 8 bytes, aligned: readers see an old or a new value. A stop is
+agreed without a collective: when rank 0 has finished step s and sees word 0, it states s + 2; no rank can
+have finished s + 1, whose gradient norm needs rank 0.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+
+_WORD = struct.Struct("<q")
+_HEAD = 2
+
+
+class Control:
+    """The mapped file of one run; the launcher creates it, ranks open it."""
+
+    def __init__(self, path: Path, num_ranks: int, create: bool = False) -> None:
+        self.path, self.num_ranks = path, num_ranks
+        size = _WORD.size * (_HEAD + num_ranks)
+        if create:
+            path.write_bytes(bytes(size))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+
+    def _get(self, word: int) -> int:
+        return _WORD.unpack_from(self._map, word * _WORD.size)[0]
+
+    def _set(self, word: int, value: int) -> None:
+        _WORD.pack_into(self._map, word * _WORD.size, value)
+
+    def ask_stop(self, signal_number: int) -> None:
+        """Asks all ranks to stop at the end of a step they agree on."""
+        self._set(0, signal_number)
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that asked for a stop, or 0."""
+        return self._get(0)
+
+    def should_stop(self, rank: int, finished_step: int) -> bool:
+        """Whether the rank, having finished a step, must save and leave."""
+        if rank == 0 and self.stop_signal and not self._get(1):
+            self._set(1, finished_step + (2 if self.num_ranks > 1 else 0))
+        last = self._get(1)
+        return bool(last) and finished_step >= last
+
+    def report_busy(self, rank: int, seconds: float) -> None:
+        """The rank's own compute time of its newest step."""
+        self._set(_HEAD + rank, int(seconds * 1000))
+
+    def slowest(self) -> tuple[int, float]:
+        """The rank that was busy longest in its newest step, and its seconds."""
+        busy = [self._get(_HEAD + r) for r in range(self.num_ranks)]
+        rank = max(range(self.num_ranks), key=lambda r: busy[r])
+        return rank, busy[rank] / 1000
+
+    def close(self, remove: bool = False) -> None:
+        """Unmaps the file; the launcher removes it."""
+        self._map.close()
+        if remove:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""A run's state as pieces of logical tensors: saved by primaries, loaded by any plan.
+
+Masters are saved under role 'weight', optimizer states under torch's names. A rank of the dp-0 plane saves
+what it is primary of; every rank loads every box it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import UsageError
+from partita.spec.layout import Box
+from partita.train.checkpoint import Ranks, load, save
+from partita.train.manifest import Header, first_difference, read_manifest
+from partita.train.optim import restore_state, state_names, state_tensor
+from partita.train.pieces import Piece, Wanted
+from partita.train.step import Model, Update
+
+if TYPE_CHECKING:
+    from partita.spec.job import Job
+
+
+def header(job: Job, model: Model, update: Update, data: dict[str, Any]) -> Header:
+    """What the save states about the run; `data` = {'tokenizer': ..., 'data': ...} fingerprints."""
+    spec = job.model
+    t = job.train
+    optimizer = {"name": t.optimizer, "betas": list(t.betas), "eps": t.eps, "momentum": t.momentum}
+    return Header(
+        plan=str(job.plan),
+        tensors={n: x.shape for n, x in model.laid.layouts.items()},
+        roles=("weight", *state_names(t)),
+        model={k: v for k, v in asdict(spec).items() if not k.startswith("_")},
+        tokenizer=data["tokenizer"],
+        optimizer=optimizer,
+        data=data["data"],
+        state={"updates": update.updates, "seed": job.seed},
+    )
+
+
+Named = tuple[str, Tensor]  # role, the part of it that a box names
+
+
+def boxes(
+    model: Model, job: Job, update: Update, states: dict[str, dict[str, Tensor]], primary: bool
+) -> Iterator[tuple[str, Box, list[Named]]]:
+    """(weight, box, its values by role) of what this rank holds, or of what it is primary of.
+
+    `states[slot name][role]` is flat as the slot is."""
+    mesh, rank = model.laid.mesh, model.context.rank
+    for slot in update.slots:
+        flat = {"weight": slot.master, **states[slot.name]}
+        for weight, first, _ in slot.weights:
+            for piece in model.laid.layouts[weight].pieces(mesh, rank):
+                if primary and not piece.primary:
+                    continue
+                shape = tuple(b - a for a, b in piece.box)
+                inside = slice(first + piece.start, first + piece.start + piece.numel())
+                yield weight, piece.box, [(r, x[inside].view(shape)) for r, x in flat.items()]
+
+
+def _states(update: Update, job: Job) -> dict[str, dict[str, Tensor]]:
+    """Optimizer states by slot and role; zeros before the first step."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for slot in update.slots:
+        held = {r: state_tensor(update.optimizer, slot.master, r) for r in state_names(job.train)}
+        found[slot.name] = {
+            r: torch.zeros_like(slot.master) if x is None else x for r, x in held.items()
+        }
+    return found
+
+
+def pieces(model: Model, update: Update, job: Job) -> Iterator[Piece]:
+    """What this rank saves: the boxes it is primary of, of masters and optimizer states."""
+    for weight, box, named in boxes(model, job, update, _states(update, job), primary=True):
+        for role, values in named:
+            yield Piece(weight, role, box, values)
+
+
+def save_run(
+    folder: Path,
+    step: int,
+    job: Job,
+    model: Model,
+    update: Update,
+    data: dict[str, Any],
+    ranks: Ranks,
+) -> Path:
+    """Writes a checkpoint of all ranks; each calls it."""
+    model.context.where.activity = "checkpoint"
+    return save(
+        folder, step, pieces(model, update, job), header(job, model, update, data), ranks=ranks,
+        keep_last=job.train.keep_last,
+    )  # fmt: skip
+
+
+def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dict[str, Any]) -> int:
+    """Fills masters, states and working weights; returns the step it was saved after.
+
+    Raises UsageError (exit 2) naming the first field in which the run and the job differ.
+    """
+    manifest = read_manifest(checkpoint)
+    difference = first_difference(manifest, header(job, model, update, data))
+    if difference is not None:
+        raise UsageError(
+            f"{checkpoint} was written with {difference.field} = {difference.checkpoint}, the job has "
+            f"{difference.job}: change it back, or start anew with --fresh",
+            key=difference.field,
+        )
+    states = {
+        slot.name: {r: torch.zeros_like(slot.master) for r in state_names(job.train)}
+        for slot in update.slots
+    }
+    wanted = [
+        Wanted(weight, role, box, values)
+        for weight, box, named in boxes(model, job, update, states, primary=False)
+        for role, values in named
+    ]
+    load(checkpoint, wanted)
+    update.updates = manifest.step
+    for slot in update.slots:
+        restore_state(update.optimizer, slot.master, states[slot.name], manifest.step)
+    for unit in model.units:
+        unit.round_working()
+    return manifest.step
