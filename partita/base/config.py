@@ -100,11 +100,10 @@ def _decode(kind: Any, raw: Any, key: str, problems: list[tuple[str, str]]) -> A
     if isinstance(raw, Mapping) and (inner := _dataclass_in(kind)):
         return _decode_fields(inner, raw, key, problems)
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is tuple and arguments[1:] == (...,) and isinstance(raw, list | tuple):
-        if _dataclass_in(arguments[0]):
-            return tuple(
-                _decode(arguments[0], item, f"{key}[{i}]", problems) for i, item in enumerate(raw)
-            )
+    many = origin is tuple and arguments[1:] == (...,) and _dataclass_in(arguments[0])
+    if many and isinstance(raw, list | tuple):
+        kind = arguments[0]
+        return tuple(_decode(kind, item, f"{key}[{i}]", problems) for i, item in enumerate(raw))
     problems += [(where, text) for where, text in _absurd(raw, key)]
     if key.endswith("_bytes") and isinstance(raw, float) and raw.is_integer():
         raw = int(raw)  # 80e9 is how people write bytes
@@ -126,7 +125,9 @@ def _decode_fields(
     before = len(problems)
     for name in raw:
         if name not in known:
-            problems.append((_dotted(key, str(name)), "unknown key" + did_you_mean(name, list(known))))
+            problems.append(
+                (_dotted(key, str(name)), "unknown key" + did_you_mean(name, list(known)))
+            )
     values: dict[str, Any] = {}
     for name, field in known.items():
         if name in raw:
@@ -209,7 +210,9 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
         key, equals, text = word.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(p.replace("_", "").replace("-", "").isalnum() for p in parts):
-            raise UsageError(f"'{word[:100]}': an override is written section.field=value", key=word[:100])
+            raise UsageError(
+                f"'{word[:100]}': an override is written section.field=value", key=word[:100]
+            )
         table = result
         for part in parts[:-1]:
             below = table.setdefault(part, {})

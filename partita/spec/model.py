@@ -143,7 +143,7 @@ class ModelSpec:
         layer = 2.0 * self.matmul_weights_per_layer + attention
         return self.layers * layer + 2.0 * self.vocab * self.hidden
 
-    def training_flops_per_token(
+    def train_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal", recompute: str = "none"
     ) -> float:
         """FLOPs of forward and backward, a token: three times forward. Under `hw` recompute 'full'
@@ -229,10 +229,14 @@ def _base(
     rest = {k: v for k, v in table.items() if k not in ("preset", "path")}
     where = f"{file}: " if file else ""
     if "preset" in table and "path" in table:
-        raise UsageError(f"{where}{prefix}: preset or path, not both", file=file, key=f"{prefix}.path")
+        raise UsageError(
+            f"{where}{prefix}: preset or path, not both", file=file, key=f"{prefix}.path"
+        )
     for key in ("preset", "path"):
         if key in table and not isinstance(table[key], str):
-            raise UsageError(f"{where}{prefix}.{key}: a string is wanted", file=file, key=f"{prefix}.{key}")
+            raise UsageError(
+                f"{where}{prefix}.{key}: a string is wanted", file=file, key=f"{prefix}.{key}"
+            )
     if "preset" in table:
         names, name = ModelSpec.preset_names(), table["preset"].lower()
         if name not in names:
@@ -242,7 +246,9 @@ def _base(
         return decode(ModelSpec, {"name": name, **load_toml(path)}, file=str(path)), rest
     if "path" in table:
         path = folder / table["path"]
-        return ModelSpec.load(path) if path.suffix == ".toml" else ModelSpec.from_hf_config(path), rest
+        return ModelSpec.load(path) if path.suffix == ".toml" else ModelSpec.from_hf_config(
+            path
+        ), rest
     return None, rest
 
 

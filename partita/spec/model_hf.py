@@ -71,7 +71,9 @@ def read_hf_config(path: str | Path) -> ModelSpec:
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
     names = _LLAMA if kind == "llama" else _GPT2
-    table = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    table = {
+        ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
+    }
     table |= {"family": kind, "name": file.parent.name if path.is_dir() else ""}
     if kind == "llama":
         table = {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False} | table | _rope(config, file)
@@ -94,7 +96,9 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise UsageError(f"{file}: rope_scaling: an object is wanted", file=str(file), key="rope_scaling")
+        raise UsageError(
+            f"{file}: rope_scaling: an object is wanted", file=str(file), key="rope_scaling"
+        )
     table: dict[str, Any] = {}
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
@@ -103,7 +107,9 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if kind not in ("default", "llama3"):
         raise _refuse(file, "rope_scaling.rope_type", kind, ("default", "llama3"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _refuse(file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,))
+        raise _refuse(
+            file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
+        )
     if kind == "llama3":
         names = {
             "factor": "factor",
@@ -111,7 +117,9 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
             "high_freq_factor": "high_freq_factor",
             "original_max_seq_len": "original_max_position_embeddings",
         }
-        table["rope_scaling"] = {ours: rope[theirs] for ours, theirs in names.items() if theirs in rope}
+        table["rope_scaling"] = {
+            ours: rope[theirs] for ours, theirs in names.items() if theirs in rope
+        }
     return table
 
 

@@ -93,7 +93,9 @@ def problems_of(plan: Plan) -> list[tuple[str, str]]:
             ("pipeline.schedule", f"no schedule '{schedule}'{did_you_mean(schedule, SCHEDULES)}")
         )
     if any(layers < 0 or layers > 1_000_000 for layers in plan.pipeline.split):
-        found.append(("pipeline.split", f"{list(plan.pipeline.split)}: a stage has 0 or more layers"))
+        found.append(
+            ("pipeline.split", f"{list(plan.pipeline.split)}: a stage has 0 or more layers")
+        )
     if sorted(plan.mesh.order) != sorted(DEFAULT_ORDER):
         text = f"{','.join(plan.mesh.order)} must name each of {','.join(DEFAULT_ORDER)} once"
         found.append(("mesh.order", f"{text}, innermost first"))

@@ -93,7 +93,9 @@ def parse(line: str) -> Plan:
     found = problems_of(plan) + fixed_stages_problem(given.values)
     if found:
         section, _, name = found[0][0].partition(".")
-        word = given.words.get((section, name)) or given.words.get(("context", "method"), found[0][0])
+        word = given.words.get((section, name)) or given.words.get(
+            ("context", "method"), found[0][0]
+        )
         raise _error(line, word, "; ".join(f"{key}: {message}" for key, message in found))
     return plan
 
@@ -109,7 +111,9 @@ def _plain(line: str) -> str:
             raise _error(line, part[part.index('"') :], "the quote is never closed")
         if not part.isascii():
             odd = next(c for c in part if not c.isascii())
-            raise _error(line, odd, "a plan line is ASCII; other characters stand only in a quoted path")
+            raise _error(
+                line, odd, "a plan line is ASCII; other characters stand only in a quoted path"
+            )
     return "".join(parts)
 
 
@@ -132,11 +136,17 @@ def _unknown(line: str, word: str) -> UsageError:
     """Says which word was probably meant, and how it is written."""
     head = re.match(r"[A-Za-z_]*", word).group()  # type: ignore[union-attr]
     lower = head.lower().rstrip("_")
-    key = lower if lower in _EXAMPLES else next(iter(nearest_names(lower or word, list(_EXAMPLES))), "")
+    key = (
+        lower
+        if lower in _EXAMPLES
+        else next(iter(nearest_names(lower or word, list(_EXAMPLES))), "")
+    )
     if not head and word.endswith("b"):
         key = "mb"
     if re.fullmatch(r"dp_replicate\d+\.zero\d+", word):
-        return _error(line, word, "dp_replicate has no zero stage; dp_shard has, e.g. dp_shard4.zero1")
+        return _error(
+            line, word, "dp_replicate has no zero stage; dp_shard has, e.g. dp_shard4.zero1"
+        )
     if key:
         return _error(line, word, f"not understood; did you mean '{_EXAMPLES[key]}'?")
     words = " ".join(dict.fromkeys(_EXAMPLES.values()))
@@ -180,7 +190,9 @@ def _read_pipeline(given: _Given, word: str, match: re.Match[str]) -> None:
         schedule, stages = split[1], split[2]
     if not is_schedule(schedule):
         hint = did_you_mean(schedule, SCHEDULES)
-        raise _error(given.line, word, f"no schedule '{schedule}'{hint} (a file is quoted: \"file:a.csv\")")
+        raise _error(
+            given.line, word, f"no schedule '{schedule}'{hint} (a file is quoted: \"file:a.csv\")"
+        )
     given.set(word, "pipeline", "schedule", schedule)
     if stages:
         given.set(word, "pipeline", "virtual_stages", _integer(given.line, word, stages))
@@ -195,10 +207,14 @@ def _read_context(given: _Given, word: str, match: re.Match[str]) -> None:
     hybrid = re.fullmatch(r"hybrid(?:(\d+)x(\d+))?", method)
     if hybrid:
         if not hybrid[1]:
-            raise _error(given.line, word, "hybrid states its degrees, e.g. cp4:hybrid2x2 (ulysses x ring)")
+            raise _error(
+                given.line, word, "hybrid states its degrees, e.g. cp4:hybrid2x2 (ulysses x ring)"
+            )
         inner, outer = (_integer(given.line, word, hybrid[i]) for i in (1, 2))
         if inner * outer != size:
-            raise _error(given.line, word, f"hybrid {inner}x{outer} is {inner * outer} ranks, cp is {size}")
+            raise _error(
+                given.line, word, f"hybrid {inner}x{outer} is {inner * outer} ranks, cp is {size}"
+            )
         given.set(word, "context", "ulysses", inner)
     elif method not in CHOICES["context", "method"]:
         hint = did_you_mean(method, CHOICES["context", "method"])
@@ -231,7 +247,9 @@ def _read_order(given: _Given, word: str, match: re.Match[str]) -> None:
 _Reader = Callable[[_Given, str, "re.Match[str]"], None]
 _READERS: tuple[tuple[re.Pattern[str], _Reader], ...] = (
     (
-        re.compile(rf'pp(?P<n>\d+)(?::(?P<schedule>{_QUOTED}(?:x\d+)?|[^/"]+))?(?:/(?P<mb>\d+)mb)?'),
+        re.compile(
+            rf'pp(?P<n>\d+)(?::(?P<schedule>{_QUOTED}(?:x\d+)?|[^/"]+))?(?:/(?P<mb>\d+)mb)?'
+        ),
         _read_pipeline,
     ),
     (
@@ -253,11 +271,23 @@ def _read_assignment(given: _Given, word: str) -> None:
     key, _, text = word.partition("=")
     section, _, name = key.partition(".")
     if section not in _SECTIONS:
-        raise _error(given.line, word, f"no section '{section}'{did_you_mean(section, list(_SECTIONS))}")
+        raise _error(
+            given.line, word, f"no section '{section}'{did_you_mean(section, list(_SECTIONS))}"
+        )
     hints = get_type_hints(_SECTIONS[section])
     if name not in hints:
-        raise _error(given.line, word, f"{section} has no '{name}'{did_you_mean(name, list(hints))}")
+        raise _error(
+            given.line, word, f"{section} has no '{name}'{did_you_mean(name, list(hints))}"
+        )
     given.set(word, section, name, _value(given.line, word, hints[name], text))
+
+
+def read_field(word: str) -> tuple[str, str, Any]:
+    """'pipeline.split=5,5,4,4' as ('pipeline', 'split', (5, 5, 4, 4)). Raises UsageError."""
+    given = _Given(word)
+    _read_assignment(given, word)
+    ((section, name), value), *_ = given.values.items()
+    return section, name, value
 
 
 def _value(line: str, word: str, kind: Any, text: str) -> Any:
@@ -347,7 +377,11 @@ def _print_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     text = str(value)
-    return text if not isinstance(value, str) or re.fullmatch(r"\w+", text, re.ASCII) else json.dumps(text)
+    return (
+        text
+        if not isinstance(value, str) or re.fullmatch(r"\w+", text, re.ASCII)
+        else json.dumps(text)
+    )
 
 
 def slug(plan: Plan) -> str:

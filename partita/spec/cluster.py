@@ -1,0 +1,230 @@
+"""A cluster as numbers: devices, memory, peak rates by precision, link tiers, shared compute units.
+
+Ranks lie on devices in order; the devices of one node are neighbours. A link tier joins groups of
+neighbouring devices; of two ranks the innermost tier that joins them is the link between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from partita.base.config import encode, load_toml
+from partita.base.errors import UsageError
+from partita.base.text import did_you_mean
+from partita.base.units import format_bytes, format_rate
+from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows
+
+PRESETS = Path(__file__).parent / "presets" / "clusters"
+MAX_DEVICES = 10_000_000
+DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A tier: groups of `devices` neighbours, each device with `bytes_per_s` in each direction."""
+
+    name: str
+    devices: int
+    bytes_per_s: float
+    latency_s: float
+
+    def __post_init__(self) -> None:
+        _within("devices", self.devices, 1, MAX_DEVICES)
+        _within("bytes_per_s", self.bytes_per_s, 1, 1e18)
+        _within("latency_s", self.latency_s, 0, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """`count` nodes with `devices` devices each, where nodes differ."""
+
+    count: int
+    device: str
+    devices: int
+    memory_bytes: int
+    memory_bytes_per_s: float
+    peak_flops: Mapping[str, float] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        _within("count", self.count, 1, MAX_DEVICES)
+        _within("devices", self.devices, 1, MAX_DEVICES)
+        _check_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices and links. Where `nodes` differ, memory and rates are those of the weakest device, which
+    is what a plan that treats ranks alike must fit. Raises UsageError for what cannot be."""
+
+    name: str
+    devices: int
+    devices_per_node: int
+    device: str
+    memory_bytes: int
+    peak_flops: Mapping[str, float] = field(hash=False)
+    memory_bytes_per_s: float
+    links: tuple[Link, ...]
+    memory_limit_fraction: float = 0.94
+    cores_shared: int | None = None
+    host_memory_bytes: int | None = None
+    nodes: tuple[NodeGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        _within("devices", self.devices, 1, MAX_DEVICES)
+        _within("devices_per_node", self.devices_per_node, 1, MAX_DEVICES)
+        _check_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
+        _within("memory_limit_fraction", self.memory_limit_fraction, 0.01, 1)
+        if self.cores_shared is not None:
+            _within("cores_shared", self.cores_shared, 1, 100_000)
+        if self.host_memory_bytes is not None:
+            _within("host_memory_bytes", self.host_memory_bytes, 1, 10**18)
+        sizes = [link.devices for link in self.links]
+        if sizes != sorted(sizes):
+            raise UsageError(f"inner tiers come first, these join {sizes} devices", key="links")
+        if self.devices > 1 and (not sizes or sizes[-1] < self.devices):
+            joined = sizes[-1] if sizes else 1
+            text = f"the outermost tier joins {joined} of {self.devices} devices; add a tier"
+            raise UsageError(f"{text} that joins all", key="links")
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """What a rank may hold on its device: memory_bytes * memory_limit_fraction."""
+        return int(self.memory_bytes * self.memory_limit_fraction)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, the last one perhaps not full."""
+        return self.node_of(self.devices - 1) + 1
+
+    def node_of(self, rank: int) -> int:
+        """The node on which a rank lies."""
+        if not self.nodes:
+            return rank // self.devices_per_node
+        before = 0
+        for group in self.nodes:
+            if rank < group.count * group.devices:
+                return before + rank // group.devices
+            rank, before = rank - group.count * group.devices, before + group.count
+        return before
+
+    def node_group_of(self, rank: int) -> NodeGroup | None:
+        """The kind of node on which a rank lies, where nodes differ."""
+        for group in self.nodes:
+            if rank < group.count * group.devices:
+                return group
+            rank -= group.count * group.devices
+        return None
+
+    def link_for(self, ranks: Sequence[int]) -> Link:
+        """The innermost tier one of whose groups holds all these ranks. A rank alone meets itself at
+        the speed of its memory."""
+        low, high = min(ranks), max(ranks)
+        if low == high:
+            return Link("self", 1, self.memory_bytes_per_s, 0.0)
+        for link in self.links:
+            whole_node = link.devices == self.devices_per_node
+            group = self.node_of if whole_node else link.devices.__rfloordiv__
+            if group(low) == group(high):
+                return link
+        return self.links[-1]
+
+    def peak(self, dtype: str) -> float:
+        """Peak FLOP/s of matrix products. A precision that the device lacks runs at the next wider
+        one it has; fp64, and fp32 where none is published, at half the next."""
+        order = ("fp8", "fp16", "bf16", "fp32") if dtype == "fp8" else ("bf16", "fp16", "fp32")
+        chain = {"fp16": ("fp16", "bf16", "fp32"), "fp32": ("fp32",), "fp64": ("fp64",)}
+        for name in chain.get(dtype, order):
+            if name in self.peak_flops:
+                return self.peak_flops[name]
+        wider = {"fp64": "fp32", "fp32": "tf32"}.get(dtype)
+        return (
+            self.peak(wider) / 2 if wider in self.peak_flops else min(self.peak_flops.values()) / 2
+        )
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """Names that from_preset knows besides '<n>x<device>'."""
+        return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+    @staticmethod
+    def from_preset(name: str) -> Cluster:
+        """'laptop', '64xa100-80gb', '16384xh100'. Raises UsageError with the nearest name."""
+        return Cluster.from_toml({"preset": name})
+
+    @staticmethod
+    def from_toml(
+        table: Mapping[str, Any],
+        *,
+        file: str | None = None,
+        prefix: str = "cluster",
+        folder: str | Path = ".",
+    ) -> Cluster:
+        """A cluster file or a [cluster] table: `preset` or `path` (relative to `folder`), which the
+        other fields override, or all fields. Raises UsageError."""
+        from partita.spec.cluster_read import read_cluster
+
+        return read_cluster(table, file=file, prefix=prefix, folder=Path(folder))
+
+    @staticmethod
+    def load(what: str | Path | Mapping[str, Any]) -> Cluster:
+        """A cluster from a preset's name, '<n>x<device>', a TOML file or a table."""
+        if isinstance(what, Mapping):
+            return Cluster.from_toml(what)
+        path = Path(what)
+        if path.suffix != ".toml":
+            return Cluster.from_preset(str(what))
+        table = load_toml(path)
+        return Cluster.from_toml(table, file=str(path), prefix="", folder=path.parent)
+
+    def to_toml(self) -> dict[str, Any]:
+        """The cluster file with every field stated."""
+        table = encode(self)
+        if self.nodes:
+            for key in ("devices", "device"):
+                del table[key]
+        else:
+            del table["nodes"]
+        return table
+
+    def __str__(self) -> str:
+        peak = self.peak("bf16")
+        return (
+            f"{self.name}: {self.devices} x {self.device}, {format_bytes(self.memory_bytes)}, "
+            f"{format_rate(peak, 'FLOP')} bf16; "
+            + ", ".join(
+                f"{x.name} {format_rate(x.bytes_per_s)} over {x.devices}" for x in self.links
+            )
+        )
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{value} is not within {low:g}..{high:g}", key=key)
+
+
+def _check_rates(memory_bytes: int, memory_bytes_per_s: float, peaks: Mapping[str, float]) -> None:
+    _within("memory_bytes", memory_bytes, 1_000, 10**16)
+    _within("memory_bytes_per_s", memory_bytes_per_s, 1, 1e18)
+    if not peaks:
+        raise UsageError("at least one precision is wanted, e.g. {fp32 = 50e9}", key="peak_flops")
+    for name, peak in peaks.items():
+        if name not in DTYPES:
+            raise UsageError(f"no precision '{name}'{did_you_mean(name, DTYPES)}", key="peak_flops")
+        _within(f"peak_flops.{name}", peak, 1, 1e21)
+
+
+def _known() -> list[str]:
+    return [*Cluster.preset_names(), *(f"8x{d.lower()}" for d in (*ALIASES, *hardware_rows()))]
+
+
+def split_preset(name: str) -> tuple[int, Hardware]:
+    """'<n>x<device>' as its parts. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,9})x(.+)", name)
+    if not match:
+        text = f"no cluster preset '{name}'{did_you_mean(name, _known())}"
+        raise UsageError(f"{text} (or '<n>x<device>', or a .toml file)", key="preset")
+    return int(match[1]), find_hardware(match[2])

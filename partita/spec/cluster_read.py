@@ -1,0 +1,225 @@
+"""A cluster file or a [cluster] table as a Cluster: what it leaves out comes from hardware.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.base.config import decode, load_toml
+from partita.base.errors import UsageError
+from partita.spec.cluster import PRESETS, Cluster, Link, NodeGroup, split_preset
+from partita.spec.hardware import Hardware, find_hardware
+
+
+@dataclass(frozen=True)
+class _Link:
+    """As written: `devices` left out is all."""
+
+    bytes_per_s: float
+    name: str = ""
+    devices: int | None = None
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Node:
+    """As written; what follows `device` overrides its row."""
+
+    devices: int
+    device: str
+    count: int = 1
+    memory_bytes: int | None = None
+    memory_bytes_per_s: float | None = None
+    peak_flops: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A cluster file as written."""
+
+    name: str = ""
+    devices: int | None = None
+    devices_per_node: int | None = None
+    device: str | None = None
+    memory_bytes: int | None = None
+    memory_limit_fraction: float | None = None
+    peak_flops: dict[str, float] | None = None
+    memory_bytes_per_s: float | None = None
+    cores_shared: int | None = None
+    host_memory_bytes: int | None = None
+    links: tuple[_Link, ...] = ()
+    nodes: tuple[_Node, ...] = ()
+
+
+def read_cluster(
+    table: Mapping[str, Any], *, file: str | None, prefix: str, folder: Path
+) -> Cluster:
+    """The cluster of a table. Raises UsageError that names file and key."""
+    try:
+        rest = _with_base(table, folder)
+        stated = decode(_File, rest, file=file, prefix=prefix)
+    except UsageError as error:
+        if error.file is not None:
+            raise
+        raise _placed(error, file, prefix) from None
+    try:
+        return _resolve(stated)
+    except UsageError as error:
+        raise _placed(error, file, prefix) from None
+
+
+def _placed(error: UsageError, file: str | None, prefix: str) -> UsageError:
+    """The error with the file and the whole key."""
+    if error.key is None or (prefix and error.key.startswith(f"{prefix}.")):
+        return error
+    key = f"{prefix}.{error.key}" if prefix else error.key
+    where = f"{file}: " if file else ""
+    return UsageError(f"{where}{key}: {error.message}", file=file, key=key)
+
+
+def _with_base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of `preset` or `path`, and over them the table's own."""
+    rest = {k: v for k, v in table.items() if k not in ("preset", "path")}
+    if "preset" in table and "path" in table:
+        raise UsageError("preset or path, not both", key="path")
+    for key in ("preset", "path"):
+        if not isinstance(table.get(key, ""), str):
+            raise UsageError("a string is wanted", key=key)
+    base: dict[str, Any] = {}
+    if "preset" in table:
+        name = table["preset"].lower()
+        if name in Cluster.preset_names():
+            base = load_toml(PRESETS / f"{name}.toml")
+        else:
+            devices, row = split_preset(name)
+            base = {"name": name, "devices": devices, "device": row.name}
+    elif "path" in table:
+        path = folder / table["path"]
+        base = _with_base(load_toml(path), path.parent)
+    if isinstance(rest.get("peak_flops"), Mapping) and isinstance(base.get("peak_flops"), Mapping):
+        rest["peak_flops"] = {**base["peak_flops"], **rest["peak_flops"]}
+    if "nodes" in rest:
+        base = {k: v for k, v in base.items() if k not in ("device", "devices")}
+    return {**base, **rest}
+
+
+def _row(name: str) -> Hardware:
+    """A row of the table; a CPU, which has nothing published, with what the laptop preset states."""
+    row = find_hardware(name)
+    if row.memory_bytes:
+        return row
+    if row.name != "CPU":
+        raise UsageError(f"nothing is published about '{name}'", key="device")
+    laptop = decode(_File, load_toml(PRESETS / "laptop.toml"))
+    link = laptop.links[0]
+    return Hardware(
+        name="CPU",
+        memory_bytes=laptop.memory_bytes or 0,
+        peak_flops=laptop.peak_flops or {},
+        memory_bytes_per_s=laptop.memory_bytes_per_s or 0.0,
+        intra_name=link.name,
+        intra_bytes_per_s=link.bytes_per_s,
+        intra_latency_s=link.latency_s,
+        inter_bytes_per_s=0.0,
+        inter_latency_s=0.0,
+        domain_devices=0,
+        node_devices=0,
+        source=row.source,
+    )
+
+
+def _resolve(stated: _File) -> Cluster:
+    if stated.nodes and (stated.devices is not None or stated.device is not None):
+        raise UsageError("nodes replace devices and device", key="nodes")
+    nodes = tuple(_node(i, n) for i, n in enumerate(stated.nodes))
+    if stated.devices is None and not nodes:
+        raise UsageError("missing: how many devices?", key="devices")
+    devices = sum(n.count * n.devices for n in nodes) or stated.devices or 0
+    weakest = min(nodes, key=lambda n: max(n.peak_flops.values())) if nodes else None
+    if weakest is None and stated.device is None:
+        raise UsageError(
+            "missing: a row of hardware.csv, e.g. 'h100', 'a100' or 'laptop'", key="device"
+        )
+    row = _row(weakest.device if weakest else stated.device or "")
+    on_node = max((n.devices for n in nodes), default=stated.devices_per_node)
+    on_node = on_node or min(row.node_devices or devices, devices)
+    peaks = {**row.peak_flops, **(stated.peak_flops or {})}
+    memory = min((n.memory_bytes for n in nodes), default=row.memory_bytes)
+    speed = min((n.memory_bytes_per_s for n in nodes), default=row.memory_bytes_per_s)
+    is_cpu = row.name == "CPU"
+    return Cluster(
+        name=stated.name or f"{devices}x{row.name.lower()}",
+        devices=devices,
+        devices_per_node=on_node,
+        device=row.name,
+        memory_bytes=_or(stated.memory_bytes, memory),
+        peak_flops=_weakest_peaks(nodes, stated.peak_flops) if nodes else peaks,
+        memory_bytes_per_s=_or(stated.memory_bytes_per_s, speed),
+        links=_links(stated, row, devices, on_node),
+        memory_limit_fraction=_or(stated.memory_limit_fraction, 1.0 if is_cpu else 0.94),
+        cores_shared=_or(stated.cores_shared, 2 if is_cpu else None),
+        host_memory_bytes=stated.host_memory_bytes,
+        nodes=nodes,
+    )
+
+
+def _or(stated: Any, default: Any) -> Any:
+    return default if stated is None else stated
+
+
+def _node(index: int, stated: _Node) -> NodeGroup:
+    try:
+        row = _row(stated.device)
+        own, speed = stated.memory_bytes, stated.memory_bytes_per_s
+        return NodeGroup(
+            count=stated.count,
+            device=row.name,
+            devices=stated.devices,
+            memory_bytes=row.memory_bytes if own is None else own,
+            memory_bytes_per_s=row.memory_bytes_per_s if speed is None else speed,
+            peak_flops={**row.peak_flops, **(stated.peak_flops or {})},
+        )
+    except UsageError as error:
+        raise UsageError(error.message, key=f"nodes[{index}].{error.key}") from None
+
+
+def _weakest_peaks(nodes: tuple[NodeGroup, ...], own: dict[str, float] | None) -> dict[str, float]:
+    """For each precision that all nodes have, the lowest rate."""
+    names = set.intersection(*(set(n.peak_flops) for n in nodes))
+    return {n: min(x.peak_flops[n] for x in nodes) for n in sorted(names)} | (own or {})
+
+
+def _links(stated: _File, row: Hardware, devices: int, on_node: int) -> tuple[Link, ...]:
+    """The tiers as stated, else those of the device: inside its domain, then between domains."""
+    if stated.links:
+        return tuple(_link(i, x, devices) for i, x in enumerate(stated.links))
+    if devices == 1:
+        return ()
+    rack = row.domain_devices > row.node_devices  # the inner link leaves the node
+    domain = min(row.domain_devices if rack else on_node, devices)
+    tiers: list[Link] = []
+    if domain > 1 and not row.intra_bytes_per_s:
+        text = f"no link inside a node is published for {row.name}: state [[links]]"
+        raise UsageError(text, key="links")
+    if domain > 1:
+        tiers.append(Link(row.intra_name, domain, row.intra_bytes_per_s, row.intra_latency_s))
+    if domain < devices:
+        if not row.inter_bytes_per_s:
+            text = f"no link between nodes is published for {row.name}: state [[links]]"
+            raise UsageError(text, key="links")
+        tiers.append(Link("inter-node", devices, row.inter_bytes_per_s, row.inter_latency_s))
+    return tuple(tiers)
+
+
+def _link(index: int, stated: _Link, devices: int) -> Link:
+    try:
+        return Link(
+            name=stated.name or f"tier {index}",
+            devices=devices if stated.devices is None else stated.devices,
+            bytes_per_s=stated.bytes_per_s,
+            latency_s=stated.latency_s,
+        )
+    except UsageError as error:
+        raise UsageError(error.message, key=f"links[{index}].{error.key}") from None

@@ -1,0 +1,86 @@
+"""Published devices: the rows of presets/hardware.csv, which states a source for each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from partita.base.errors import UsageError
+from partita.base.text import did_you_mean
+
+FILE = Path(__file__).parent / "presets" / "hardware.csv"
+ALIASES = {
+    "h100": "H100-80GB-SXM",
+    "a100": "A100-80GB",
+    "h200": "H200-SXM",
+    "h800": "H800-SXM",
+    "a800": "A800-80GB",
+    "b200": "B200-SXM",
+    "b300": "B300-SXM",
+    "gh200": "GH200-141GB",
+    "v100": "V100-32GB",
+    "laptop": "CPU",
+}
+_PEAKS = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
+# [assumed] where the table leaves a latency blank: NVLink's and InfiniBand's order of magnitude
+INTRA_LATENCY_S, INTER_LATENCY_S = 10e-6, 20e-6
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device as published; 0 where nothing is published. Rates are per second and direction."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: Mapping[str, float]
+    memory_bytes_per_s: float
+    intra_name: str
+    intra_bytes_per_s: float
+    intra_latency_s: float
+    inter_bytes_per_s: float
+    inter_latency_s: float
+    domain_devices: int  # joined by the inner link
+    node_devices: int
+    source: str
+
+
+@cache
+def hardware_rows() -> dict[str, Hardware]:
+    """All rows by name."""
+    with FILE.open(encoding="utf-8", newline="") as lines:
+        return {row["device"]: _read(row) for row in csv.DictReader(lines)}
+
+
+def _read(row: Mapping[str, str]) -> Hardware:
+    def number(column: str, scale: float = 1.0) -> float:
+        return float(row[column]) * scale if row[column] else 0.0
+
+    peaks = {name: number(f"peak_{name}_tflops", 1e12) for name in _PEAKS}
+    node = int(number("gpus_per_node")) or 1
+    return Hardware(
+        name=row["device"],
+        memory_bytes=round(number("hbm_GB", 1e9)),
+        peak_flops={name: peak for name, peak in peaks.items() if peak},
+        memory_bytes_per_s=number("hbm_GBps", 1e9),
+        intra_name=row["intra_link"].split(" ")[0].split(",")[0].lower() or "intra",
+        intra_bytes_per_s=number("intra_GBps_per_dir_per_gpu", 1e9),
+        intra_latency_s=number("intra_latency_us") / 1e6 or INTRA_LATENCY_S,
+        inter_bytes_per_s=number("inter_GBps_per_dir_per_gpu", 1e9),
+        inter_latency_s=number("inter_latency_us") / 1e6 or INTER_LATENCY_S,
+        domain_devices=int(number("scaleup_domain_gpus")) or node,
+        node_devices=node,
+        source=row["source"],
+    )
+
+
+def find_hardware(name: str) -> Hardware:
+    """The row of a device, case-blind, or of its short name. Raises UsageError with the nearest."""
+    rows = {known.casefold(): row for known, row in hardware_rows().items()}
+    key = ALIASES.get(name.casefold(), name).casefold()
+    if key not in rows:
+        known = [*ALIASES, *hardware_rows()]
+        raise UsageError(f"no device '{name}'{did_you_mean(name, known)}", key="device")
+    return rows[key]

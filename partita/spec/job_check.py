@@ -1,0 +1,138 @@
+"""What a job's arithmetic alone shows: ranks, batch, sequence; and the nearest plan that keeps the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import isqrt
+
+from partita.base.errors import Problem
+from partita.spec.job import Job
+from partita.spec.plan import Plan
+
+
+def problems_of_job(job: Job) -> list[Problem]:
+    """Every problem at once, errors before warnings."""
+    found = [*_ranks(job), *_batch(job), *_experts(job), *_sequence(job)]
+    return sorted(found, key=lambda p: p.severity != "error")
+
+
+def _ranks(job: Job) -> Iterator[Problem]:
+    plan, devices = job.plan, job.cluster.devices
+    sizes = {
+        axis: getattr(plan.mesh, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    }
+    larger = {axis: size for axis, size in sizes.items() if size > 1} or {"tp": 1}
+    product = (
+        f"{'*'.join(larger)} = {'*'.join(map(str, larger.values()))} = {plan.world_size} ranks"
+    )
+    if plan.world_size > devices:
+        yield Problem(
+            "mesh",
+            "world",
+            f"{product}, the cluster has {devices}",
+            asked=str(plan.world_size),
+            limit=str(devices),
+            nearest=_line(nearest_plan(job)),
+        )
+    elif plan.world_size < devices:
+        yield Problem(
+            "mesh",
+            "spare",
+            f"{product}, {devices - plan.world_size} of {devices} devices stay idle",
+            asked=str(plan.world_size),
+            limit=str(devices),
+            severity="warning",
+        )
+
+
+def _batch(job: Job) -> Iterator[Problem]:
+    plan, batch, micro = job.plan, job.train.global_batch_size, job.micro_batch_size
+    made = micro * plan.num_microbatches * plan.data_parallel_size
+    if made != batch:
+        yield Problem(
+            "data",
+            "batch",
+            "micro_batch_size * num_microbatches * dp_replicate * dp_shard = "
+            f"{micro}*{plan.num_microbatches}*{plan.mesh.dp_replicate}*{plan.mesh.dp_shard} = {made}, "
+            f"global_batch_size is {batch}",
+            asked=str(made),
+            limit=str(batch),
+            nearest=_line(nearest_plan(job)),
+        )
+
+
+def _experts(job: Job) -> Iterator[Problem]:
+    mesh = job.plan.mesh
+    if mesh.ep > 1 or mesh.etp > 1:
+        plain = replace(job.plan, mesh=replace(mesh, ep=1, etp=1))
+        yield Problem(
+            "ep",
+            "experts",
+            f"ep{mesh.ep} etp{mesh.etp} lays out experts, the model has none",
+            asked=str(mesh.ep * mesh.etp),
+            limit="1",
+            nearest=_line(plain),
+        )
+
+
+def _sequence(job: Job) -> Iterator[Problem]:
+    seq_len, longest = job.train.seq_len, job.model.max_seq_len
+    if seq_len > longest:
+        learned = job.model.has_positions
+        yield Problem(
+            "model",
+            "seq_len",
+            f"seq_len {seq_len} is longer than max_seq_len {longest}"
+            + ("; it has no positions beyond" if learned else "; RoPE was made for no more"),
+            asked=str(seq_len),
+            limit=str(longest),
+            severity="error" if learned else "warning",
+        )
+
+
+def _line(plan: Plan | None) -> str | None:
+    return None if plan is None else str(plan)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in small]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(d for d in _divisors(number) if d <= max(limit, 1))
+
+
+def nearest_plan(job: Job) -> Plan | None:
+    """The plan with as little changed as makes ranks and batch come out: replicas go first, then
+    shards, context, stages and tensor parallelism; then microbatches. None where micro_batch_size
+    alone does not divide the batch."""
+    plan, batch = job.plan, job.train.global_batch_size
+    micro = job.train.micro_batch_size or 1
+    if batch % micro:
+        return None
+    mesh = plan.mesh
+    for axis in ("dp_replicate", "dp_shard", "cp", "pp", "tp"):
+        world = replace(plan, mesh=mesh).world_size
+        if world > job.cluster.devices:
+            size = getattr(mesh, axis)
+            room = job.cluster.devices // (world // size)
+            mesh = replace(mesh, **{axis: _largest_divisor(size, room)})
+    samples = batch // micro
+    for axis, other in (("dp_replicate", "dp_shard"), ("dp_shard", "dp_replicate")):
+        ways = mesh.dp_replicate * mesh.dp_shard
+        if samples % ways:
+            kept = getattr(mesh, other)
+            fits = [d for d in _divisors(getattr(mesh, axis)) if samples % (d * kept) == 0]
+            mesh = replace(mesh, **{axis: max(fits, default=1)})
+    ways = mesh.dp_replicate * mesh.dp_shard
+    if job.train.micro_batch_size is not None:
+        m = samples // ways
+    else:
+        m = _largest_divisor(samples // ways, plan.num_microbatches)
+    ulysses = plan.context.ulysses if mesh.cp % max(plan.context.ulysses, 1) == 0 else 1
+    split = plan.pipeline.split if mesh.pp == plan.mesh.pp else ()
+    changed = replace(plan, mesh=mesh, context=replace(plan.context, ulysses=ulysses))
+    return changed.with_("pipeline", num_microbatches=m, split=split)

@@ -1,0 +1,143 @@
+"""A job file, or a table, as a Job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os.path import normpath
+from pathlib import Path
+from typing import Any, Literal
+
+from partita.base.config import apply_overrides, decode, load_toml, parse_value
+from partita.base.errors import UsageError
+from partita.spec import plan_table, plan_text
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+from partita.spec.train import DataSpec, TrainSpec
+
+
+@dataclass(frozen=True)
+class _File:
+    """The top of a job file; plan, model and cluster have readers of their own."""
+
+    model: str | dict[str, Any]
+    train: TrainSpec
+    name: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    plan: str | dict[str, Any] = ""
+    cluster: str | dict[str, Any] = "laptop"
+    data: DataSpec = field(default_factory=DataSpec)
+
+
+def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
+    """The job of a file or table with overrides applied. Raises UsageError with file and key."""
+    file, folder, table = None, Path(), source
+    if not isinstance(table, Mapping):
+        file, folder = str(source), Path(source).parent  # type: ignore[arg-type]
+        table = load_toml(file)
+    fields = [word for word in overrides if word.startswith("plan.")]
+    table = apply_overrides(table, [word for word in overrides if not word.startswith("plan.")])
+    stated = decode(_File, table, file=file)
+    plan = _plan(stated.plan, fields, file)
+    model, init, path = _model(stated.model, file, folder)
+    try:
+        return Job(
+            model=model,
+            cluster=_cluster(stated.cluster, file, folder),
+            train=stated.train,
+            plan=plan,
+            data=stated.data.in_folder(folder),
+            name=_name(file) if stated.name is None else stated.name,
+            seed=stated.seed,
+            device=stated.device,
+            init=init,
+            model_path=path,
+            file=file,
+        )
+    except UsageError as error:
+        if error.file is not None or error.key is None:
+            raise
+        raise _usage(file, error.key, error.message) from None
+
+
+def _usage(file: str | None, key: str, text: str) -> UsageError:
+    lead = f"{file}: " if file else ""
+    return UsageError(f"{lead}{key}: {text}", file=file, key=key)
+
+
+def _name(file: str | None) -> str:
+    """A job without a name is called like its file."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", Path(file).stem)[:100] if file else "run"
+
+
+def _plan(stated: str | dict[str, Any], fields: Sequence[str], file: str | None) -> Plan:
+    """A plan from its line or table, then `plan.section.field=value` one by one."""
+    if stated == "auto":
+        raise _usage(
+            file,
+            "plan",
+            'the search for a plan is not part of this version: write one, e.g. "tp2+sp bf16"',
+        )
+    if isinstance(stated, str):
+        try:
+            plan = Plan.parse(stated)
+        except UsageError as error:
+            lead = f"{file}: " if file else ""
+            raise UsageError(f"{lead}{error.message}", file=file, key="plan") from None
+    else:
+        plan = plan_table.from_toml(stated, file=file)
+    for word in fields:
+        plan = _changed(plan, word)
+    return plan
+
+
+def _changed(plan: Plan, word: str) -> Plan:
+    """The plan with one field changed."""
+    key, equals, text = word.removeprefix("plan.").partition("=")
+    place = plan_table.ALIASES.get(key.strip())
+    section, _, name = ".".join(place).partition(".") if place else key.strip().partition(".")
+    if not equals or not name:
+        raise UsageError(f"'{word[:100]}': write plan.section.field=value", key=word[:100])
+    value = parse_value(text.strip())
+    if not isinstance(value, list):  # lists as TOML writes them, else as the line writes them
+        section, name, value = plan_text.read_field(f"{section}.{name}={text.strip()}")
+    table = plan_table.to_toml(plan)
+    table.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+    return plan_table.from_toml(table)
+
+
+def _model(
+    stated: str | dict[str, Any], file: str | None, folder: Path
+) -> tuple[ModelSpec, Literal["random", "pretrained"], str | None]:
+    """The model, how its weights start, and the folder they lie in."""
+    if isinstance(stated, str):
+        return _loaded(ModelSpec, stated, file, "model", folder), "random", None
+    table = {k: v for k, v in stated.items() if k != "init"}
+    init = stated.get("init", "random")
+    if init not in ("random", "pretrained"):
+        raise _usage(file, "model.init", f"{init!r} is none of random, pretrained")
+    model = ModelSpec.from_toml(table, file=file, folder=folder)
+    path = (
+        normpath(folder.absolute() / table["path"])
+        if init == "pretrained" and "path" in table
+        else None
+    )
+    return model, init, path
+
+
+def _cluster(stated: str | dict[str, Any], file: str | None, folder: Path) -> Cluster:
+    if isinstance(stated, str):
+        return _loaded(Cluster, stated, file, "cluster", folder)
+    return Cluster.from_toml(stated, file=file, folder=folder)
+
+
+def _loaded(kind: Any, name: str, file: str | None, key: str, folder: Path) -> Any:
+    """A preset's name, or a path that stands relative to the job file."""
+    beside = folder / name
+    if name.endswith((".toml", ".json")) or ("/" in name and beside.exists()):
+        return kind.load(beside)
+    return kind.from_toml({"preset": name}, file=file, prefix=key)
