@@ -141,12 +141,25 @@ def box_size(box: Box) -> int:
 
 
 def first_difference(manifest: Manifest, job: Header) -> Difference | None:
-    """The first field of model, tokenizer, optimizer and data that differs from the job's."""
+    """The first field of model, tokenizer, optimizer and data that differs from the job's.
+
+    Raises CheckpointError where the model's fields agree and its tensors do not: the checkpoint
+    then holds another model than its manifest states.
+    """
     for section in ("model", "tokenizer", "optimizer", "data"):
         mine, theirs = (_plain(getattr(h, section)) for h in (manifest.header, job))
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
                 return Difference(f"{section}.{key}", mine.get(key), theirs.get(key))
+    held, needed = manifest.header.tensors, job.tensors
+    for name in sorted({*held, *needed}):
+        if held.get(name) != needed.get(name):
+            raise CheckpointError(
+                f"step {manifest.step} holds tensors of another model than its manifest states: "
+                f"{name} is {held.get(name)}, the stated model's {needed.get(name)}",
+                file=MANIFEST,
+                key=name,
+            )
     return None
 
 
@@ -172,7 +185,7 @@ def _entry_problems(manifest: Manifest):
         shape = manifest.header.tensors.get(entry.name)
         if shape is None:
             yield f"{where}: the stated model has no tensor {entry.name}", entry.name
-        elif not _inside(entry.box, shape):
+        elif not inside(entry.box, shape):
             yield f"{where} lies outside the stated shape {list(shape)}", entry.name
         elif entry.key != piece_key(entry.name, entry.role, entry.box):
             yield f"{where} lies under another piece's key, {entry.key}", entry.name
@@ -180,7 +193,8 @@ def _entry_problems(manifest: Manifest):
             yield f"{where}: the stated roles are {', '.join(manifest.header.roles)}", entry.name
 
 
-def _inside(box: Box, shape: tuple[int, ...]) -> bool:
+def inside(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box is one of a tensor of this shape: within its bounds, not empty."""
     return len(box) == len(shape) and all(
         0 <= a < b <= n for (a, b), n in zip(box, shape, strict=True)
     )

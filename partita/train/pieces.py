@@ -32,6 +32,7 @@ from partita.train.manifest import (
     Manifest,
     box_size,
     box_text,
+    inside,
     piece_key,
 )
 
@@ -66,7 +67,7 @@ class Piece:
 class Wanted:
     """A box to fill: `tensor` (contiguous, any shape) receives its elements in row-major order.
 
-    `shape` is the logical tensor's.
+    `shape` is the logical tensor's; the checkpoint must state the same.
     """
 
     name: str
@@ -246,11 +247,12 @@ def _read(path: Path, source: Any, entry: Entry) -> Tensor:
 
 def _check_wanted(folder: Path, manifest: Manifest, want: Wanted) -> None:
     stated = manifest.header.tensors.get(want.name)
-    if stated != want.shape:
+    if stated != tuple(want.shape) or not inside(want.box, stated):
         held = "is not in it" if stated is None else f"has shape {list(stated)} in it"
         raise _bad(
             folder / MANIFEST,
-            f"the model needs {want.name} {list(want.shape)}, which {held}",
+            f"the model needs {want.name}[{box_text(want.box)}] of shape {list(want.shape)}, "
+            f"which {held}",
             want.name,
         )
     if want.role not in manifest.header.roles:

@@ -85,6 +85,7 @@ def test_another_model_or_role_is_named(tmp_path):
     for want, message in (
         (Wanted("blocks.9.norm", "weight", (6,), ((0, 6),), part), "is not in it"),
         (Wanted("blocks.0.norm", "weight", (7,), ((0, 6),), part), r"has shape \[6\]"),
+        (Wanted("blocks.0.norm", "weight", (6,), ((1, 7),), part), r"1:7\] of shape \[6\], which"),
         (Wanted("blocks.0.norm", "momentum", (6,), ((0, 6),), part), "was not saved"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -111,3 +112,8 @@ def test_the_first_different_field_is_named(tmp_path):
     assert manifest.first_difference(held, same) is None
     other = header(model={"layers": 2}, optimizer={"betas": [0.9, 0.95]})
     assert manifest.first_difference(held, other) == manifest.Difference("model.layers", 1, 2)
+    with pytest.raises(CheckpointError, match=r"another model than its manifest states: blocks\.9"):
+        manifest.first_difference(
+            held,
+            header(tensors={**SHAPES, "blocks.9.norm": (6,)}, optimizer={"betas": [0.9, 0.95]}),
+        )
