@@ -2,7 +2,9 @@
 
     word 0          a stop was asked for: the signal's number
     word 1          the last step that everybody does before stopping; 0 while open
-    word 2 + rank   milliseconds the rank was busy in its newest step
+    word 2 + 3 rank   milliseconds the rank was busy in its newest step
+    word 3 + 3 rank   the step it is in
+    word 4 + 3 rank   what it does there (an index into ACTIVITIES)
 
 Each word has one writer at a time and is 8 bytes, aligned: readers see an old or a new value. A stop is
 agreed without a collective: when rank 0 has finished step s and sees word 0, it states s + 2; no rank can
@@ -13,10 +15,18 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
+import time
 from pathlib import Path
 
+from partita.comm.protocol import Where
+
 _WORD = struct.Struct("<q")
-_HEAD = 2
+_HEAD, _EACH = 2, 3
+ACTIVITIES = (
+    "starting", "data", "count", "forward", "backward", "loss", "optimizer", "evaluation",
+    "checkpoint", "finished",
+)  # fmt: skip
 
 
 class Control:
@@ -24,7 +34,7 @@ class Control:
 
     def __init__(self, path: Path, num_ranks: int, create: bool = False) -> None:
         self.path, self.num_ranks = path, num_ranks
-        size = _WORD.size * (_HEAD + num_ranks)
+        size = _WORD.size * (_HEAD + _EACH * num_ranks)
         if create:
             path.write_bytes(bytes(size))
         with path.open("r+b") as file:
@@ -54,16 +64,34 @@ class Control:
 
     def report_busy(self, rank: int, seconds: float) -> None:
         """The rank's own compute time of its newest step."""
-        self._set(_HEAD + rank, int(seconds * 1000))
+        self._set(_HEAD + _EACH * rank, int(seconds * 1000))
 
     def slowest(self) -> tuple[int, float]:
         """The rank that was busy longest in its newest step, and its seconds."""
-        busy = [self._get(_HEAD + r) for r in range(self.num_ranks)]
+        busy = [self._get(_HEAD + _EACH * r) for r in range(self.num_ranks)]
         rank = max(range(self.num_ranks), key=lambda r: busy[r])
         return rank, busy[rank] / 1000
 
+    def mirror(self, rank: int, where: Where) -> None:
+        """Starts a thread that copies where the rank is into the file, 20 times a second: what a
+        launcher says of a rank that died without a word."""
+
+        def copy() -> None:
+            while True:
+                self._set(_HEAD + _EACH * rank + 1, where.step)
+                name = where.activity
+                index = ACTIVITIES.index(name) if name in ACTIVITIES else 0
+                self._set(_HEAD + _EACH * rank + 2, index)
+                time.sleep(0.05)
+
+        threading.Thread(target=copy, name="where-mirror", daemon=True).start()
+
+    def where(self, rank: int) -> tuple[int, str]:
+        """The step a rank was last seen in, and what it did."""
+        step = self._get(_HEAD + _EACH * rank + 1)
+        return step, ACTIVITIES[self._get(_HEAD + _EACH * rank + 2)]
+
     def close(self, remove: bool = False) -> None:
-        """Unmaps the file; the launcher removes it."""
-        self._map.close()
+        """The launcher removes the file; the map goes with the process."""
         if remove:
             self.path.unlink(missing_ok=True)

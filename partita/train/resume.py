@@ -117,7 +117,7 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
         for slot in update.slots
     }
     wanted = [
-        Wanted(weight, role, box, values)
+        Wanted(weight, role, model.laid.layouts[weight].shape, box, values)
         for weight, box, named in boxes(model, job, update, states, primary=False)
         for role, values in named
     ]

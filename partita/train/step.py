@@ -77,6 +77,7 @@ class Model:
     executor: Executor
     reducer: Reducer
     comms: StepComms
+    forward_only: Executor | None = None
 
     @property
     def is_last_stage(self) -> bool:
@@ -94,20 +95,38 @@ class Model:
         self.reducer.finish()
         return self.finish_loss(loss, batch.step)
 
+    def evaluate(self, batch: StepBatch) -> float:
+        """The token mean of the loss over one microbatch of every rank, forward only, dropout off."""
+        assert self.forward_only is not None
+        for block in self.blocks:
+            block.training = False
+        try:
+            with torch.no_grad():
+                self.count(batch)
+                loss = self.forward_only.run(batch.microbatches)
+                return self.finish_loss(loss, batch.step)
+        finally:
+            for block in self.blocks:
+                block.training = True
+
     def begin(self, batch: StepBatch) -> None:
         """Zeroes gradients and tells the head how many valid tokens the step has."""
         where = self.context.where
         where.step, where.phase, where.activity = batch.step + 1, "step", "count"
         for unit in self.units:
             unit.gradient.zero_()
+        for block in self.blocks:
+            block.step = batch.step
+        self.count(batch)
+
+    def count(self, batch: StepBatch) -> None:
+        """Tells the head the valid tokens of the whole step: the loss is a mean over them."""
         if self.is_last_stage:
             total = sum(int(b.valid.sum()) for b in batch.microbatches)
             if self.comms.count is not None:
                 counted = torch.tensor([total], dtype=torch.int64)
                 total = int(self.comms.count.all_reduce(counted, site="step.count:reduce_from"))
             self.blocks[-1].total_valid = max(total, 1)
-        for block in self.blocks:
-            block.step = batch.step
 
     def finish_loss(self, loss: Tensor, step: int) -> float:
         """Sums the loss over ranks and hands it to every stage."""

@@ -36,8 +36,10 @@ class Link:
 
     down: Comm | None  # activations, to the next stage
     up: Comm | None  # gradients, to the previous stage
-    send_site: str = ""  # '<last block>:send'
-    back_site: str = ""  # '<first block>:send'
+    send_site: str = ""  # '<own last block>:send'
+    back_site: str = ""  # '<own first block>:send'
+    from_previous: str = ""  # the previous stage's send_site
+    from_next: str = ""  # the next stage's back_site
 
 
 @dataclass
@@ -52,7 +54,7 @@ class _Held:
 class Executor:
     """Executes actions of one stage a rank.
 
-    `activation(batch)` is an empty tensor shaped and typed like the stage's input, for receives.
+    `activation(batch, what)` is an empty tensor like the stage's input (F) or output (B), to receive into.
     `last_backward` is called before the rank's last B, so that gradients may be reduced as they
     become ready. Communicates: sends of stage inputs and outputs on axis pp, keyed by (F or B,
     consuming stage, microbatch).
@@ -63,7 +65,7 @@ class Executor:
     num_stages: int
     link: Link
     where: Where
-    activation: Callable[[Any], Tensor]
+    activation: Callable[[Any, str], Tensor]
     last_backward: Callable[[], None] = lambda: None
     span: Callable[[Action], Any] | None = None
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
@@ -142,8 +144,8 @@ class Executor:
         assert comm is not None
         batch = self._batches[action.microbatch]
         source = comm.rank + (-1 if action.what == "F" else 1)
-        site = self.link.back_site if action.what == "F" else self.link.send_site
-        like = self.activation(batch)
+        site = self.link.from_previous if action.what == "F" else self.link.from_next
+        like = self.activation(batch, action.what)
         self._posted[action.key] = comm.receive(like, source, key=Key(*action.key), site=site)
 
     def _take(self, kind: str, stage: int, microbatch: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""Starts local ranks as processes: one fork server with torch loaded, so that a rank starts in a fraction
+of a second; one OpenMP thread a rank; ranks leave when their launcher dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+PRELOAD = ("torch", "partita.train.rank")
+
+
+def start_ranks(
+    num_ranks: int,
+    target: Callable[..., None],
+    args: Sequence[Any],
+    preload: Sequence[str] = PRELOAD,
+) -> list[tuple[BaseProcess, Connection]]:
+    """Starts target(rank, connection, *args) in `num_ranks` processes.
+
+    Returns each process with the launcher's end of a one-way connection from it. `target` must be a
+    module's function. Environment: OMP_NUM_THREADS=1 where the user did not set it.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    found = []
+    for rank in range(num_ranks):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_enter,
+            args=(os.getpid(), rank, writer, target, tuple(args)),
+            name=f"rank-{rank}",
+        )
+        process.start()
+        writer.close()
+        found.append((process, reader))
+    return found
+
+
+def _enter(
+    launcher: int, rank: int, writer: Connection, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the launcher too
+    leave_with_parent()
+    _watch(launcher)
+    target(rank, writer, *args)
+
+
+def leave_with_parent() -> None:
+    """Linux: the kernel kills this process when its parent (the fork server) dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _watch(launcher: int) -> None:
+    """The fork server outlives a killed launcher for a moment; a thread looks every second."""
+    import threading
+    import time
+
+    def look() -> None:
+        while True:
+            time.sleep(1.0)
+            if not is_alive(launcher):
+                os._exit(71)
+
+    threading.Thread(target=look, name="launcher-watch", daemon=True).start()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 (a pseudo file)
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True
+
+
+def torchrun_rank() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) when torchrun started this process, else None."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local
+
+
+def torchrun_store() -> dict[str, str]:
+    """Rendezvous of torchrun: MASTER_ADDR, MASTER_PORT and the restart count."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE")
+    return {n: os.environ[n] for n in names if n in os.environ}

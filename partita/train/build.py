@@ -1,0 +1,241 @@
+"""Builds a rank's part of a job. The order is fixed:
+
+    1 lay the plan        2 join groups (one order on all ranks)    3 create flat units from layouts
+    4 fill them by counter or from a folder's slices                5 build blocks on views of them
+    6 executor, reducer   7 optimizer over masters                  8 data
+
+Weights are created from the laid program's layouts and modules take their regions from it by site, so
+nothing here computes a shape or chooses a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.comm.context import Context
+from partita.comm.protocol import Where, World
+from partita.comm.seeds import initial_value
+from partita.cost.compute import Rates
+from partita.model.transformer import build_blocks
+from partita.parallel.dp.replicate import Reducer
+from partita.parallel.laid import Laid, lay
+from partita.parallel.pp.executor import Executor, Link
+from partita.parallel.units import Unit, make_units
+from partita.schedule.make import schedule as make_schedule
+from partita.schedule.passes import with_communication
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
+from partita.train.data import Dataset, open_dataset
+from partita.train.stage import StageBlocks
+from partita.train.step import Model, StepBatch, Update, make_update, step_comms
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+CACHE = Path("~/.cache/partita").expanduser()
+
+
+@dataclass
+class Built:
+    """Everything a loop needs on one rank."""
+
+    job: Job
+    context: Context
+    model: Model
+    update: Update
+    data: Dataset
+
+    def batch(self, step: int) -> StepBatch:
+        """This rank's microbatches of a step (from 0)."""
+        return StepBatch(step, [self.data.microbatch(step, s) for s in self._samples()])
+
+    def _samples(self) -> list[range]:
+        """Sample m * (micro_batch_size * dp) + place of the batch dim: docs/map.md, sample order."""
+        size, ways = self.job.micro_batch_size, self.job.plan.data_parallel_size
+        first = self.data_rank * size
+        starts = [m * size * ways + first for m in range(self.job.plan.num_microbatches)]
+        return [range(s, s + size) for s in starts]
+
+    @property
+    def data_rank(self) -> int:
+        """Place among the data-parallel ranks, dp_replicate outermost."""
+        at = self.context.coords
+        return at["dp_replicate"] * self.job.plan.mesh.dp_shard + at["dp_shard"]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share of tokenizer and data."""
+        tokenizer = self.data.tokenizer
+        name = tokenizer.fingerprint() if tokenizer is not None else "tokens"
+        return {"tokenizer": {"digest": name}, "data": self.data.fingerprint()}
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Steps of the job, from the first that is not done."""
+        for step in range(self.update.updates, self.job.train.steps):
+            yield self.batch(step)
+
+    def agree(self, ok: bool) -> bool:
+        """Whether all ranks are well; a collective of checkpoints, outside any step."""
+        comm = self.context.comm("world", lane="host")
+        found = comm.all_reduce(
+            torch.tensor([0.0 if ok else 1.0]), site="checkpoint:agree", op="max"
+        )
+        return not bool(found)
+
+    def waited(self) -> float:
+        """Seconds spent waiting in collectives since the last call."""
+        return self.context.recorder.take_wait_s()
+
+    def mfu(self, tokens_per_s: float) -> float:
+        """Model FLOP/s (model_causal) over the peak of the compute units that do the work."""
+        c, world = self.job.cluster, self.job.plan.world_size
+        units = min(world, c.cores_shared) if c.cores_shared else world
+        peak = Rates(c.peak_flops, 1.0).of(self.job.plan.precision.dtype) * units
+        flops = self.job.model.train_flops_per_token(self.job.train.seq_len, "model_causal")
+        return tokens_per_s * flops / peak
+
+    def eval_batches(self) -> Iterator[tuple[StepBatch, int]]:
+        """Held-out sequences in step-sized batches with their valid tokens (over all ranks)."""
+        plan, size = self.job.plan, self.job.micro_batch_size
+        whole = size * plan.data_parallel_size
+        for batch in self.data.eval_batches(whole, limit=64 * whole):
+            if batch.ids.shape[0] < whole:
+                return
+            first = self.data_rank * size
+            yield StepBatch(0, [batch.rows(first, first + size)]), int(batch.valid.sum())
+
+    def evaluate(self, batch: StepBatch) -> float:
+        """The token mean of the loss of one held-out batch; forward only."""
+        return self.model.evaluate(batch)
+
+
+def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any = None) -> Context:
+    """The rank's Context with every group the laid program speaks on, made in one order."""
+    groups = [*laid.groups(), (("world",), "host")]
+    return Context.create(
+        job.plan, laid.mesh, world, groups=groups, kv_heads=job.model.kv_heads, seed=job.seed,
+        where=where, recorder=recorder,
+    )  # fmt: skip
+
+
+def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
+    """Units, blocks, executor and reducer of this rank's stage; `fill` sets the units' masters."""
+    stage = context.coords["pp"]
+    units = make_units(laid, stage, DTYPES[job.plan.precision.dtype], context.device)
+    for unit in units:
+        fill(unit)
+        unit.round_working()
+    blocks = build_blocks(job.model, laid, stage, context, units)
+    reducer = _reducer(laid, stage, context, units)
+    module = StageBlocks(blocks, laid.stages[stage].names, reducer)
+    model = Model(
+        laid, context, stage, blocks, units, _executor(job, laid, stage, context, module, reducer),
+        reducer, step_comms(laid, context),
+    )  # fmt: skip
+    model.forward_only = _executor(job, laid, stage, context, module, reducer, "forward")
+    return model
+
+
+def _reducer(laid: Laid, stage: int, context: Context, units: list[Unit]) -> Reducer:
+    s = laid.stages[stage]
+    holders = {
+        u.name: frozenset(
+            name
+            for name, block in zip(s.names, s.blocks, strict=True)
+            if any(laid.full_name(name, w.name) == u.places[0][0] for w in block.weights())
+        )
+        for u in units
+    }
+    specs = {u.name: u for u in laid.units(stage)}
+    sums = {n: context.comm(*x.axes, lane="dp") for n, x in specs.items() if x.axes}
+    ties = {n: context.comm("tied", lane="dp") for n, x in specs.items() if x.tied}
+    return Reducer(units, holders, sums, ties, context.where)
+
+
+def _executor(
+    job: Job, laid: Laid, stage: int, context: Context, module: StageBlocks, reducer: Reducer,
+    name: str = "",
+) -> Executor:  # fmt: skip
+    plan = job.plan
+    pp = plan.mesh.pp
+    chosen = name or (plan.pipeline.schedule if pp > 1 else "1f1b")
+    microbatches = 1 if name == "forward" else plan.num_microbatches
+    made = make_schedule(chosen, num_ranks=pp, num_microbatches=microbatches)
+    names = laid.stages[stage].names
+    link = Link(None, None)
+    if pp > 1:
+        down, up = context.comm("pp", lane="pp_down"), context.comm("pp", lane="pp_up")
+        previous = f"{names[0]}:send"
+        following = f"{laid.stages[stage + 1].names[0]}:send" if stage + 1 < pp else ""
+        arriving = f"{laid.stages[stage - 1].names[-1]}:send" if stage > 0 else ""
+        link = Link(down, up, f"{names[-1]}:send", previous, arriving, following)
+    shape = _activation(laid, stage, DTYPES[plan.precision.dtype], context)
+    return Executor(
+        module, with_communication(made)[stage], pp, link, context.where, shape, reducer.arm
+    )
+
+
+def _activation(
+    laid: Laid, stage: int, dtype: torch.dtype, context: Context
+) -> Callable[[Any, str], Tensor]:
+    """Empty tensors shaped like the stage's input (F) or output (B), read off the laid program."""
+    blocks = laid.stages[stage].blocks
+    first, last = blocks[0].tensors[blocks[0].input], blocks[-1].tensors[blocks[-1].output]
+
+    def empty(batch: Any, what: str) -> Tensor:
+        t = first if what == "F" else last
+        shape = [d.local(laid.sizes) for d in t.dims]
+        if batch is not None:
+            shape[0] = batch.ids.shape[0]
+        return torch.empty(shape, dtype=dtype, device=context.device)
+
+    return empty
+
+
+def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
+    """Fills a unit's master: by counter, or from the slices of a Hugging Face folder."""
+    if job.init == "pretrained" and job.model_path is not None:
+        from partita.model.families.read import read_slices
+
+        reader = read_slices(Path(job.model_path), job.model)
+        value = reader.read
+    else:
+
+        def value(name: str, box: Any) -> Tensor:
+            return initial_value(job.model, name, box, seed=job.seed)
+
+    def fill(unit: Unit) -> None:
+        for weight, first, _ in unit.places:
+            for piece in laid.layouts[weight].pieces(laid.mesh, context.rank):
+                part = unit.master[first + piece.start : first + piece.start + piece.numel()]
+                part.copy_(value(weight, piece.box).reshape(-1))
+
+    return fill
+
+
+def assemble(job: Job, world: World, where: Where | None = None, recorder: Any = None) -> Built:
+    """A rank's part of the job, ready to train."""
+    laid = lay(request_of(job))
+    context = make_context(laid, job, world, where or Where(), recorder)
+    model = make_model(job, laid, context, filler(job, laid, context))
+    update = make_update(model, job.train)
+    data = open_dataset(job.data, job.train, vocab=job.model.vocab, seed=job.seed, cache=CACHE)
+    return Built(job, context, model, update, data)
+
+
+def build(job: Job, world: World | None = None) -> tuple[Model, Update, Built]:
+    """(model, optimizer, data) for a loop of your own, on every rank; the schedule runs inside.
+
+    for batch in data: loss = model.forward_backward(batch); norm = optimizer.step()
+    """
+    if world is None:
+        from partita.comm.single import SingleWorld
+
+        world = SingleWorld()
+    built = assemble(job, world)
+    return built.model, built.update, built

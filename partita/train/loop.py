@@ -1,0 +1,163 @@
+"""The training loop of one rank: data, steps, metrics, evaluation, checkpoints, an agreed stop.
+
+Everything that decides (resume step, stop step, whether to evaluate) is the same on every rank by
+construction, so that all enter the same collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partita.base.units import format_rate, format_seconds
+from partita.spec.job import Job
+from partita.train.build import Built
+from partita.train.checkpoint import Ranks, newest_complete
+from partita.train.control import Control
+from partita.train.metrics import Bar, MetricsFile
+from partita.train.resume import load_run, save_run
+
+
+@dataclass
+class Outcome:
+    """How a rank's loop ended: the newest metrics line, and the signal that stopped it, if any."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stopped_by: int = 0
+    already_done: bool = False
+
+
+@dataclass
+class Loop:
+    """One rank's run. `after_step(step)` is called when a step is over (recorders, tests)."""
+
+    job: Job
+    built: Built
+    folder: Path
+    control: Control
+    allow_fallback: bool = False
+    after_step: Callable[[int], None] = lambda step: None
+    peak_bytes: Callable[[], int] = lambda: 0
+
+    def run(self) -> Outcome:
+        """Trains from the newest complete checkpoint to the last step, or to an agreed stop."""
+        job, context = self.job, self.built.context
+        done = self._restore()
+        outcome = Outcome(already_done=done >= job.train.steps)
+        metrics = MetricsFile(self.folder / "metrics.jsonl")
+        if context.rank == 0:
+            metrics.truncate_after(done)
+        self._saved = done
+        start = time.perf_counter()
+        with _bar(context.rank == 0, job, done) as bar:
+            for step in range(done, job.train.steps):
+                line = self._one(step, start)
+                last = step + 1 == job.train.steps
+                if last or (job.train.eval_every and (step + 1) % job.train.eval_every == 0):
+                    line["eval_loss"] = self.evaluate()
+                outcome.metrics = line
+                if context.rank == 0:
+                    metrics.write(line)
+                    bar.update(step + 1, self._facts(line))
+                if self._after(step + 1, last):
+                    outcome.stopped_by = self.control.stop_signal
+                    break
+        if not outcome.metrics:
+            outcome.metrics = {"step": done}
+        return outcome
+
+    def _after(self, step: int, last: bool) -> bool:
+        """Checkpoints when due; True when the run must leave."""
+        self.after_step(step)
+        every = self.job.train.checkpoint_every
+        stop = self.control.should_stop(self.built.context.rank, step) and not last
+        if last or stop or (every and step % every == 0):
+            self.save(step)
+        return stop
+
+    def _one(self, step: int, start: float) -> dict[str, Any]:
+        built, job = self.built, self.job
+        begin = time.perf_counter()
+        built.context.where.activity = "data"
+        batch = built.batch(step)
+        loss = built.model.forward_backward(batch)
+        norm = built.update.step()
+        end = time.perf_counter()
+        self.control.report_busy(built.context.rank, end - begin - built.waited())
+        tokens = job.train.global_batch_size * job.train.seq_len
+        logging.info("step %d loss %.6f grad_norm %.6f", step + 1, loss, norm)
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": built.update.lr,
+            "tokens": (step + 1) * tokens,
+            "tokens_per_s": tokens / (end - begin),
+            "step_time_s": end - begin,
+            "peak_memory_bytes": self.peak_bytes(),
+            "wall_time_s": end - start,
+        }
+
+    def _facts(self, line: dict[str, Any]) -> str:
+        rank, busy = self.control.slowest()
+        slow = f"slowest rank {rank} ({format_seconds(busy)})" if self.control.num_ranks > 1 else ""
+        extra = f"  eval {line['eval_loss']:.4f}" if "eval_loss" in line else ""
+        rate = format_rate(line["tokens_per_s"], " tokens").replace("  ", " ")
+        mfu = self.built.mfu(line["tokens_per_s"])
+        return f"loss {line['loss']:.4f}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
+
+    def evaluate(self) -> float:
+        """Token mean of the loss on held-out sequences; the pipeline runs forward only."""
+        built = self.built
+        built.context.where.activity = "evaluation"
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch, valid in built.eval_batches():
+                total += built.evaluate(batch) * valid
+                tokens += valid
+        return total / tokens if tokens else math.nan
+
+    def _restore(self) -> int:
+        built = self.built
+        folder = self.folder / "checkpoints"
+        if not folder.exists():
+            return 0
+        newest = newest_complete(folder, allow_fallback=self.allow_fallback)
+        if newest is None:
+            return 0
+        step = load_run(newest, self.job, built.model, built.update, built.fingerprint)
+        logging.info("resumed from %s at step %d", newest, step)
+        return step
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint of all ranks; again for a step that is saved is nothing."""
+        if step == self._saved:
+            return
+        built = self.built
+        ranks = Ranks(built.context.rank, built.context.mesh.world_size, built.agree)
+        folder = self.folder / "checkpoints"
+        path = save_run(folder, step, self.job, built.model, built.update, built.fingerprint, ranks)
+        self._saved = step
+        logging.info("saved %s", path)
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, step: int, facts: str) -> None:
+        """Nothing to show on this rank."""
+
+
+def _bar(shown: bool, job: Job, done: int) -> Bar | _Silent:
+    return Bar(job.train.steps, done, f"train {job.name}") if shown else _Silent()

@@ -1,0 +1,98 @@
+"""What a run writes while it trains: metrics.jsonl, per-rank logs, and a progress bar on rank 0.
+
+Metrics are JSON lines with the contract's names; a full disk for them is one warning, not an end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsFile:
+    """Appends one JSON object a line; keeps going, with one warning, when the disk refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._warned = path, False
+
+    def truncate_after(self, step: int) -> None:
+        """Drops lines of steps that a resumed run does again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines()
+        kept = [x for x in lines if x.strip() and json.loads(x)["step"] <= step]
+        self.path.write_text("".join(f"{x}\n" for x in kept))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One line."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            if not self._warned:
+                logging.warning("cannot write %s (%s); training goes on", self.path, error)
+            self._warned = True
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics file."""
+    return [json.loads(x) for x in path.read_text().splitlines() if x.strip()]
+
+
+def log_to(path: Path) -> None:
+    """Sends this process's log to the rank's file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+
+
+class Bar:
+    """A progress bar on stderr: loss, tokens/s, MFU, the slowest rank, time left. Plain lines where
+    stderr is no terminal."""
+
+    def __init__(self, steps: int, done: int, label: str) -> None:
+        self.steps, self.label = steps, label
+        console = Console(stderr=True)
+        self._live = console.is_terminal
+        self._last_line = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(label, total=steps, completed=done, facts="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, facts: str) -> None:
+        """Moves the bar; without a terminal, a line every few seconds and at the end."""
+        self._progress.update(self._task, completed=step, facts=facts)
+        now = time.monotonic()
+        if not self._live and (now - self._last_line > 5 or step == self.steps):
+            self._last_line = now
+            sys.stderr.write(f"{self.label}  step {step}/{self.steps}  {facts}\n")
+            sys.stderr.flush()
