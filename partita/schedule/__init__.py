@@ -1,1 +1,5 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Pipeline schedules; `partita.schedule(name, ...)` makes one (see make)."""
+
+from partita.base.callable import answers_calls
+
+answers_calls(__name__, "partita.schedule.make")

@@ -1,0 +1,139 @@
+"""Pipeline schedules are data: who does what, in which order, on which rank.
+
+A Schedule says nothing about time or tensors. Five readers give it meaning: a generator writes it
+(make/), `check` proves that it can run, `clock` gives it durations, the executor gives it tensors,
+plots/timeline draws it.
+
+An action prints as <stage><kind><microbatch>: ``2F0`` is stage 2, forward, microbatch 0. Kinds:
+    F  forward              U  update (carries the last microbatch it covers)
+    B  whole backward       SEND_F, RECV_F  an activation to the next, from the previous stage
+    I  input-gradient half  SEND_B, RECV_B  a gradient to the previous, from the next stage
+    W  weight-gradient half
+The names are those of torch.distributed.pipelining, so that its CSV files read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
+
+COMPUTE = ("F", "B", "I", "W", "U")
+COMMUNICATION = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
+
+
+class Action(NamedTuple):
+    """One thing that a rank does, for one stage and one microbatch."""
+
+    stage: int
+    kind: str
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @property
+    def is_send(self) -> bool:
+        """Whether it hands a tensor to another stage."""
+        return self.kind.startswith("SEND")
+
+    @property
+    def is_receive(self) -> bool:
+        """Whether it posts a receive from another stage."""
+        return self.kind.startswith("RECV")
+
+    @property
+    def what(self) -> str:
+        """F (an activation) or B (a gradient) of a SEND or RECV; the kind itself of any other."""
+        return self.kind[-1]
+
+    @property
+    def peer_stage(self) -> int:
+        """The stage at the other end of a SEND or RECV."""
+        return self.stage + (1 if self.kind in ("SEND_F", "RECV_B") else -1)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What names the message of a SEND or RECV: (F or B, the stage that consumes it, microbatch)."""
+        return self.what, self.peer_stage if self.is_send else self.stage, self.microbatch
+
+
+Placement = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The compute actions of every rank, in order.
+
+    `placement[stage]` is the rank that holds the stage. A bidirectional schedule has a pair of
+    placements, and `direction[microbatch]` says which of them the microbatch follows. `paired` holds
+    actions that run overlapped with the next one of their rank.
+    """
+
+    name: str
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    placement: Placement | tuple[Placement, Placement]
+    ranks: tuple[tuple[Action, ...], ...]
+    direction: tuple[int, ...] | None = None
+    paired: frozenset[Action] = frozenset()
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages a rank holds in one direction."""
+        return max(self.num_stages // self.num_ranks, 1)
+
+    @property
+    def is_forward_only(self) -> bool:
+        """Whether nothing runs backward."""
+        return all(a.kind == "F" for a in self.actions())
+
+    @cached_property
+    def _placements(self) -> tuple[Placement, ...]:
+        two_way = self.direction is not None
+        return self.placement if two_way else (self.placement,)  # type: ignore[return-value]
+
+    def rank_of(self, stage: int, microbatch: int = 0) -> int:
+        """The rank that runs this microbatch at this stage."""
+        way = self.direction[microbatch] if self.direction is not None else 0
+        return self._placements[way][stage]
+
+    def actions(self) -> Iterator[Action]:
+        """All actions, rank by rank."""
+        return chain.from_iterable(self.ranks)
+
+    def __str__(self) -> str:
+        from partita.schedule.text import print_schedule
+
+        return print_schedule(self)
+
+
+def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
+    """What must be finished before `action` may start: data dependencies only.
+
+    An F stands for the activation; a B for the gradient of the stage's input, which B or I makes; a W
+    for the gradient of its weights, which B or W makes (`makes` is the other half of this rule).
+    """
+    stage, kind, microbatch = action
+    if kind == "F":
+        return (Action(stage - 1, "F", microbatch),) if stage > 0 else ()
+    if kind in ("B", "I"):
+        own = Action(stage, "F", microbatch)
+        return (own, Action(stage + 1, "B", microbatch)) if stage < num_stages - 1 else (own,)
+    if kind == "W":
+        return (Action(stage, "B", microbatch),)
+    if kind == "U":
+        return (Action(stage, "W", microbatch),)
+    return ()
+
+
+_MAKES = {"F": "F", "B": "BW", "I": "B", "W": "W"}
+
+
+def makes(action: Action) -> tuple[Action, ...]:
+    """The results that `needs` asks for, as `action` leaves them."""
+    kinds = _MAKES.get(action.kind, "")
+    return tuple(Action(action.stage, kind, action.microbatch) for kind in kinds)

@@ -1,0 +1,99 @@
+"""Every schedule by its name. One file a family: a generator is a pure function of (p, m, v).
+
+A new one is a file beside these and a line in GENERATORS; the checker, the clock, the executor and
+the drawings have never heard of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+
+from partita.base.errors import ScheduleError, UsageError
+from partita.schedule.ir import Schedule
+from partita.schedule.make.forward import forward
+from partita.schedule.make.gpipe import gpipe
+from partita.schedule.make.one_f_one_b import one_f_one_b
+from partita.schedule.text import read_schedule
+
+MAX_ACTIONS = 20_000_000  # F and B of every stage and microbatch: more is a slip of the hand
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """A generator and what it takes: `virtual` says whether a rank may hold several stages."""
+
+    make: Callable[..., Schedule]
+    virtual: bool = False
+
+
+GENERATORS = {
+    "gpipe": Generator(gpipe),
+    "1f1b": Generator(one_f_one_b),
+    "forward": Generator(forward, virtual=True),
+}
+
+
+def schedule(
+    name: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int = 1, **opts: object
+) -> Schedule:
+    """The schedule `name` for p ranks, m microbatches and v stages a rank.
+
+    `name` is a row of GENERATORS, or 'file:<path>.csv' (torch's action CSV). Raises UsageError for an
+    unknown name or option, ScheduleError where the schedule does not exist for these numbers.
+
+    >>> print(schedule("1f1b", num_ranks=2, num_microbatches=2))
+    0F0,0F1,0B0,0B1
+    1F0,1B0,1F1,1B1
+    """
+    for what, value in (
+        ("num_ranks", num_ranks),
+        ("num_microbatches", num_microbatches),
+        ("virtual_stages", virtual_stages),
+    ):
+        if value < 1:
+            raise UsageError(f"{what} is {value}; it must be at least 1", key=what)
+    if name.strip('"').startswith("file:"):
+        return _from_file(name.strip('"').removeprefix("file:"), num_ranks, num_microbatches)
+    generator = GENERATORS.get(name)
+    if generator is None:
+        close = get_close_matches(name, GENERATORS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(
+            f"no schedule is called '{name}'{hint}; there are {', '.join(GENERATORS)}, and "
+            "'file:<path>.csv'",
+            key="schedule",
+        )
+    if opts:
+        raise UsageError(f"{name} takes no option {', '.join(sorted(opts))}", key=min(opts))
+    if num_ranks * virtual_stages * num_microbatches > MAX_ACTIONS:
+        raise UsageError(
+            f"{num_ranks} ranks x {virtual_stages} stages x {num_microbatches} microbatches are more "
+            f"than {MAX_ACTIONS:,} stage-microbatches"
+        )
+    if generator.virtual:
+        return _made(generator, num_ranks, num_microbatches, virtual_stages)
+    if virtual_stages != 1:
+        others = ", ".join(n for n, g in GENERATORS.items() if g.virtual)
+        raise ScheduleError(
+            f"{name} has one stage a rank, {virtual_stages} were asked for; several have: {others}"
+        )
+    return _made(generator, num_ranks, num_microbatches)
+
+
+@lru_cache(maxsize=32)
+def _made(generator: Generator, *numbers: int) -> Schedule:
+    return generator.make(*numbers)
+
+
+def _from_file(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    found = read_schedule(path)
+    asked, given = (num_ranks, num_microbatches), (found.num_ranks, found.num_microbatches)
+    if asked != given:
+        raise ScheduleError(
+            f"{path} is a schedule of {given[0]} ranks and {given[1]} microbatches; "
+            f"{asked[0]} ranks and {asked[1]} microbatches were asked for"
+        )
+    return found

@@ -1,0 +1,124 @@
+"""Schedules as text: torch's action CSV, one line a rank, one cell an action (``2F0``).
+
+Empty cells are idle places of other generators and are skipped. Two actions that overlap share a
+cell: ``0F4+7B1`` (torch writes ``(0F4;7B1)OVERLAP_F_B``, which is read too).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from partita.base.errors import ScheduleError, UsageError
+from partita.schedule.ir import Action, Schedule
+
+_ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W|U)(\d+)")
+_OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
+
+
+def parse_action(text: str) -> Action:
+    """An action from its text, e.g. '2F0'. Raises UsageError.
+
+    >>> parse_action("2F0")
+    Action(stage=2, kind='F', microbatch=0)
+    """
+    found = _ACTION.fullmatch(text.strip())
+    if not found:
+        raise UsageError(
+            f"'{text.strip()}' is not an action: write <stage><kind><microbatch>, e.g. 2F0; "
+            "kinds are F B I W U SEND_F RECV_F SEND_B RECV_B"
+        )
+    return Action(int(found[1]), found[2], int(found[3]))
+
+
+def cells(actions: Iterable[Action], paired: frozenset[Action] = frozenset()) -> list[str]:
+    """The actions as cells; an overlapped pair is one cell, joined by '+'."""
+    out: list[str] = []
+    joins = False
+    for action in actions:
+        if joins:
+            out[-1] += f"+{action}"
+        else:
+            out.append(str(action))
+        joins = action in paired
+    return out
+
+
+def print_schedule(schedule: Schedule) -> str:
+    """The CSV of a schedule: one line a rank."""
+    return "\n".join(",".join(cells(actions, schedule.paired)) for actions in schedule.ranks)
+
+
+def print_ranks(ranks: Sequence[Sequence[Action]]) -> str:
+    """The CSV of plain action lists, e.g. those of `with_communication`."""
+    return "\n".join(",".join(map(str, actions)) for actions in ranks)
+
+
+def parse_schedule(text: str, name: str = "file") -> Schedule:
+    """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off.
+
+    SEND and RECV actions are dropped: they are added again when it runs. Raises UsageError for a
+    cell that is no action, ScheduleError for a stage that lies on two ranks.
+    """
+    paired: set[Action] = set()
+    ranks: list[tuple[Action, ...]] = []
+    for row, line in enumerate(text.strip().splitlines()):
+        try:
+            ranks.append(_parse_rank(line, paired))
+        except UsageError as error:
+            raise UsageError(f"{name}, line {row + 1}: {error.message}") from None
+    actions = [a for r in ranks for a in r]
+    if not actions:
+        raise UsageError(f"{name} holds no action; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1")
+    return Schedule(
+        name=name,
+        num_ranks=len(ranks),
+        num_stages=max(a.stage for a in actions) + 1,
+        num_microbatches=max(a.microbatch for a in actions) + 1,
+        placement=_placement(name, ranks),
+        ranks=tuple(ranks),
+        paired=frozenset(paired),
+    )
+
+
+def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
+    out: list[Action] = []
+    for cell in line.split(","):
+        cell = cell.strip().strip('"')
+        found = _OVERLAP.fullmatch(cell)
+        parts = list(found.groups()) if found else cell.split("+")
+        actions = [parse_action(part) for part in parts] if cell else []
+        paired.update(actions[:-1])
+        out += [a for a in actions if not (a.is_send or a.is_receive)]
+    return tuple(out)
+
+
+def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+    where: dict[int, set[int]] = {}
+    for rank, actions in enumerate(ranks):
+        for action in actions:
+            where.setdefault(action.stage, set()).add(rank)
+    missing = sorted(set(range(max(where) + 1)) - set(where))
+    if missing:
+        raise ScheduleError(
+            f"{name}: stages 0 to {max(where)} are named, but none of the ranks runs "
+            f"stage {', '.join(map(str, missing))}"
+        )
+    for stage, found in sorted(where.items()):
+        if len(found) > 1:
+            raise ScheduleError(
+                f"{name}: stage {stage} runs on ranks {', '.join(map(str, sorted(found)))}; "
+                "in a file a stage lies on one rank"
+            )
+    return tuple(min(where[stage]) for stage in sorted(where))
+
+
+def read_schedule(path: str | Path) -> Schedule:
+    """A schedule from a CSV file. Raises UsageError where the file is missing or not text."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the schedule {path}: {error}", file=str(path)) from None
+    return parse_schedule(text, name=str(path))
