@@ -1,1 +1,5 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Import from the modules of this folder; calling the package calls partita.train.launch.train."""
+
+from partita.base.callable import answers_calls
+
+answers_calls(__name__, "partita.train.launch")
