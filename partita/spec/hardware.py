@@ -72,7 +72,7 @@ def _read(row: Mapping[str, str]) -> Hardware:
         inter_latency_s=number("inter_latency_us") / 1e6 or INTER_LATENCY_S,
         domain_devices=int(number("scaleup_domain_gpus")) or node,
         node_devices=node,
-        source=row["source"],
+        source=row["source"] or row["verified"],
     )
 
 

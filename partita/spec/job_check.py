@@ -22,10 +22,10 @@ def _ranks(job: Job) -> Iterator[Problem]:
     sizes = {
         axis: getattr(plan.mesh, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     }
-    larger = {axis: size for axis, size in sizes.items() if size > 1} or {"tp": 1}
-    product = (
-        f"{'*'.join(larger)} = {'*'.join(map(str, larger.values()))} = {plan.world_size} ranks"
-    )
+    larger = {axis: size for axis, size in sizes.items() if size > 1}
+    factors = f"{'*'.join(larger)} = " if larger else ""
+    factors += f"{'*'.join(map(str, larger.values()))} = " if len(larger) > 1 else ""
+    product = f"{factors}{plan.world_size} rank{'s' * (plan.world_size > 1)}"
     if plan.world_size > devices:
         yield Problem(
             "mesh",

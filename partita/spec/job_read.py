@@ -23,13 +23,13 @@ from partita.spec.train import DataSpec, TrainSpec
 class _File:
     """The top of a job file; plan, model and cluster have readers of their own."""
 
-    model: str | dict[str, Any]
+    model: dict[str, Any]
     train: TrainSpec
     name: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     plan: str | dict[str, Any] = ""
-    cluster: str | dict[str, Any] = "laptop"
+    cluster: dict[str, Any] = field(default_factory=lambda: {"preset": "laptop"})
     data: DataSpec = field(default_factory=DataSpec)
 
 
@@ -40,14 +40,21 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
         file, folder = str(source), Path(source).parent  # type: ignore[arg-type]
         table = load_toml(file)
     fields = [word for word in overrides if word.startswith("plan.")]
-    table = apply_overrides(table, [word for word in overrides if not word.startswith("plan.")])
+    parts = {
+        key: _as_table(table[key])
+        for key in ("model", "cluster")
+        if isinstance(table.get(key), str)
+    }
+    table = apply_overrides(
+        {**table, **parts}, [word for word in overrides if not word.startswith("plan.")]
+    )
     stated = decode(_File, table, file=file)
     plan = _plan(stated.plan, fields, file)
     model, init, path = _model(stated.model, file, folder)
     try:
         return Job(
             model=model,
-            cluster=_cluster(stated.cluster, file, folder),
+            cluster=Cluster.from_toml(stated.cluster, file=file, folder=folder),
             train=stated.train,
             plan=plan,
             data=stated.data.in_folder(folder),
@@ -62,6 +69,11 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
         if error.file is not None or error.key is None:
             raise
         raise _usage(file, error.key, error.message) from None
+
+
+def _as_table(name: str) -> dict[str, str]:
+    """A model or cluster given as one word: a path, or a preset's name."""
+    return {"path" if name.endswith((".toml", ".json")) or "/" in name else "preset": name}
 
 
 def _usage(file: str | None, key: str, text: str) -> UsageError:
@@ -111,11 +123,9 @@ def _changed(plan: Plan, word: str) -> Plan:
 
 
 def _model(
-    stated: str | dict[str, Any], file: str | None, folder: Path
+    stated: Mapping[str, Any], file: str | None, folder: Path
 ) -> tuple[ModelSpec, Literal["random", "pretrained"], str | None]:
     """The model, how its weights start, and the folder they lie in."""
-    if isinstance(stated, str):
-        return _loaded(ModelSpec, stated, file, "model", folder), "random", None
     table = {k: v for k, v in stated.items() if k != "init"}
     init = stated.get("init", "random")
     if init not in ("random", "pretrained"):
@@ -127,17 +137,3 @@ def _model(
         else None
     )
     return model, init, path
-
-
-def _cluster(stated: str | dict[str, Any], file: str | None, folder: Path) -> Cluster:
-    if isinstance(stated, str):
-        return _loaded(Cluster, stated, file, "cluster", folder)
-    return Cluster.from_toml(stated, file=file, folder=folder)
-
-
-def _loaded(kind: Any, name: str, file: str | None, key: str, folder: Path) -> Any:
-    """A preset's name, or a path that stands relative to the job file."""
-    beside = folder / name
-    if name.endswith((".toml", ".json")) or ("/" in name and beside.exists()):
-        return kind.load(beside)
-    return kind.from_toml({"preset": name}, file=file, prefix=key)

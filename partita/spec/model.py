@@ -230,7 +230,7 @@ def _base(
     where = f"{file}: " if file else ""
     if "preset" in table and "path" in table:
         raise UsageError(
-            f"{where}{prefix}: preset or path, not both", file=file, key=f"{prefix}.path"
+            f"{where}{prefix}.path: preset or path, not both", file=file, key=f"{prefix}.path"
         )
     for key in ("preset", "path"):
         if key in table and not isinstance(table[key], str):

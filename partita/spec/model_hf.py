@@ -61,7 +61,7 @@ def read_hf_config(path: str | Path) -> ModelSpec:
     file = path / "config.json" if path.is_dir() else path
     config = load_json(file)
     kind = config.get("model_type")
-    if kind not in _ONLY:
+    if not isinstance(kind, str) or kind not in _ONLY:
         raise UsageError(
             f"{file}: model_type: {kind!r} is not supported; llama and gpt2 are",
             file=str(file),

@@ -118,14 +118,15 @@ def _plain(line: str) -> str:
 
 
 def _read_word(given: _Given, word: str, later: list[tuple[str, int]]) -> None:
-    """States the fields of one word; `dp<n>` waits in `later`."""
+    """States the fields of one word; a plain `dp<n>` waits in `later`."""
     if re.fullmatch(r"\w+\.\w+=.*", word, re.DOTALL) and not word.startswith('"'):
         return _read_assignment(given, word)
     if match := re.fullmatch(r"dp(\d+)(?:\.zero(\d+))?", word):
-        later.append((word, _integer(given.line, word, match[1])))
-        if match[2]:
-            given.set(word, "data", "zero_stage", _integer(given.line, word, match[2]))
-        return None
+        size = _integer(given.line, word, match[1])
+        if not match[2]:
+            return later.append((word, size))
+        given.set(word, "data", "zero_stage", _integer(given.line, word, match[2]))
+        return given.set(word, "mesh", "dp_shard", size)
     for pattern, read in _READERS:
         if match := pattern.fullmatch(word):
             return read(given, word, match)

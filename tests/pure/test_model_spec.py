@@ -1,0 +1,207 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partita.base.errors import UsageError
+from partita.spec.model import PRESETS, ModelSpec, RopeScaling
+
+TINY: dict[str, Any] = {
+    "family": "llama", "layers": 2, "hidden": 64, "heads": 4, "ffn_hidden": 96, "vocab": 50, "max_seq_len": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("llama3-405b", 405_853_388_800),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("quickstart", 2_755_008),
+    ],
+)
+def test_published_parameter_counts(name: str, parameters: int) -> None:
+    model = ModelSpec.from_preset(name)
+    assert model.parameters() == parameters
+    assert f"{parameters:_}" in (PRESETS / f"{name}.toml").read_text()
+
+
+def test_gpt3() -> None:
+    assert round(ModelSpec.from_preset("gpt3-175b").parameters() / 1e6) == 174_604
+
+
+def test_every_preset_round_trips() -> None:
+    for name in ModelSpec.preset_names():
+        model = ModelSpec.load(name)
+        assert model.name == name
+        assert ModelSpec.from_toml(model.to_toml()) == model
+        assert hash(model)
+
+
+def test_quickstart_keeps_its_budget() -> None:
+    model = ModelSpec.from_preset("quickstart")
+    assert 6 * model.parameters() * 100 * 16 * 256 <= 8e12
+
+
+def test_flops_by_hand() -> None:
+    model = ModelSpec(**{**TINY, "kv_heads": 2})
+    matmul = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    attention = 2 * 2 * 16 * 64  # QK' and PV: 2 products, 2 FLOPs, 16 positions, 64 channels
+    head = 2 * 50 * 64
+    assert model.forward_flops_per_token(16, "model_full") == 2 * (matmul + attention) + head
+    assert model.forward_flops_per_token(16) == 2 * (matmul + attention / 2) + head
+    forward = model.forward_flops_per_token(16, "hw")
+    assert model.train_flops_per_token(16, "hw") == 3 * forward
+    assert model.train_flops_per_token(16, "hw", "full") == 4 * forward - head
+    assert model.train_flops_per_token(16, "hw", "selective") == 3 * forward + 2 * attention
+    assert model.train_flops_per_token(16, recompute="full") == 3 * model.forward_flops_per_token(
+        16
+    )
+
+
+def test_flops_are_six_times_parameters() -> None:
+    """The rule of thumb of the scaling-law papers, for a short sequence."""
+    model = ModelSpec.from_preset("llama3-8b")
+    lookup = model.vocab * model.hidden
+    assert model.train_flops_per_token(1, "model_full") == pytest.approx(
+        6 * (model.parameters() - lookup), rel=1e-3
+    )
+
+
+def test_what_follows_from_other_fields() -> None:
+    gpt = ModelSpec(family="gpt2", layers=1, hidden=32, heads=2, vocab=10, max_seq_len=8)
+    assert (gpt.kv_heads, gpt.head_dim, gpt.ffn_hidden, gpt.tied) == (2, 16, 128, True)
+    llama = ModelSpec(**TINY)
+    assert (llama.kv_heads, llama.head_dim, llama.tied) == (4, 16, False)
+    wider = ModelSpec.from_toml({"preset": "tiny", "hidden": 128, "heads": 8})
+    assert (wider.head_dim, wider.kv_heads, wider.name) == (16, 2, "tiny changed")
+    assert ModelSpec.from_toml({"preset": "gpt2", "heads": 6}).kv_heads == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"layers": 10**12}, "layers"),
+        ({"heads": -1}, "heads"),
+        ({"hidden": 65}, "heads"),
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"kv_heads": -2}, "kv_heads"),
+        ({"vocab": 0}, "vocab"),
+        ({"ffn_hidden": 0}, "ffn_hidden"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"dropout": 0.5}, "dropout"),
+        ({"rope_scaling": {"factor": -1.0}}, "rope_scaling.factor"),
+        ({"famly": 1}, "famly"),
+        ({"family": "gpt3"}, "family"),
+        ({"family": "gpt2", "kv_heads": 2}, "kv_heads"),
+        ({"family": "gpt2", "head_dim": 8}, "head_dim"),
+        ({"family": "gpt2", "dropout": 1.0}, "dropout"),
+        ({"family": "gpt2", "rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+        ({"preset": "llama3-9b"}, "preset"),
+        ({"preset": 3}, "preset"),
+        ({"preset": "tiny", "path": "x"}, "path"),
+    ],
+)
+def test_absurd_models_are_refused(change: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError) as error:
+        ModelSpec.from_toml({**TINY, **change}, file="job.toml")
+    assert error.value.key == f"model.{key}"
+    assert error.value.message.startswith(f"job.toml: model.{key}: ")
+    assert error.value.file == "job.toml"
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "rope_theta": 5e5,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 50,
+    "n_inner": None, "activation_function": "gelu_new", "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+
+
+def write(folder: Path, config: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_hugging_face_llama(tmp_path: Path) -> None:
+    expected = ModelSpec(
+        **{**TINY, "kv_heads": 2, "norm_eps": 1e-6, "rope_theta": 5e5, "name": tmp_path.name},
+        rope_scaling=RopeScaling(factor=8.0),
+    )
+    assert ModelSpec.load(write(tmp_path, LLAMA)) == expected
+    old = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
+    new = {
+        **old,
+        "rope_parameters": {**LLAMA["rope_scaling"], "rope_theta": 5e5},
+    }  # as transformers 5 writes
+    assert ModelSpec.from_hf_config(write(tmp_path, new)) == expected
+    plain = ModelSpec.load(write(tmp_path, old) / "config.json")
+    assert (plain.rope_theta, plain.rope_scaling, plain.tied) == (10_000.0, None, False)
+    changed = ModelSpec.from_toml({"path": tmp_path.name, "layers": 5}, folder=tmp_path.parent)
+    assert changed.layers == 5
+
+
+def test_hugging_face_gpt2(tmp_path: Path) -> None:
+    model = ModelSpec.load(write(tmp_path, GPT2))
+    assert model == ModelSpec(
+        family="gpt2", layers=2, hidden=32, heads=2, vocab=50, max_seq_len=16, name=tmp_path.name
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            {**LLAMA, "attention_bias": True},
+            "attention_bias: True is not supported; accepted: False",
+        ),
+        ({**LLAMA, "hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({**LLAMA, "rope_scaling": 3}, "an object is wanted"),
+        ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({**LLAMA, "num_attention_heads": "4"}, "num_attention_heads"),
+        ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama and gpt2 are"),
+        ({**GPT2, "embd_pdrop": 0.1}, "embd_pdrop: 0.1"),
+        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"model_type": "gpt2"}, "n_layer"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ([], "object is wanted"),
+    ],
+)
+def test_hugging_face_refusals(tmp_path: Path, config: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)) as error:
+        ModelSpec.load(write(tmp_path, config))
+    assert "config.json" in (error.value.file or "")
+
+
+def test_load_names_the_nearest_preset(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'llama3-8b'"):
+        ModelSpec.load("llama3-8")
+    with pytest.raises(UsageError, match="no such file"):
+        ModelSpec.load(tmp_path / "config.json")
+    path = tmp_path / "m.toml"
+    path.write_text('[model]\npreset = "tiny"\nlayers = 3\n')
+    assert ModelSpec.load(path).layers == 3
+    path.write_text('preset = "tiny"\nlayrs = 3\n')
+    with pytest.raises(UsageError, match=r"m\.toml: layrs: unknown key; did you mean 'layers'"):
+        ModelSpec.load(path)
