@@ -146,10 +146,10 @@ def _decode_fields(
 
 def _dataclass_in(kind: Any) -> type | None:
     """The dataclass that a type is, or may be: D, or D | None."""
-    if is_dataclass(kind):
-        return kind  # type: ignore[return-value]
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind
     if get_origin(kind) in (Union, UnionType):
-        return next((a for a in get_args(kind) if is_dataclass(a)), None)
+        return next((a for a in get_args(kind) if isinstance(a, type) and is_dataclass(a)), None)
     return None
 
 

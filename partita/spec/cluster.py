@@ -140,10 +140,8 @@ class Cluster:
         for name in chain.get(dtype, order):
             if name in self.peak_flops:
                 return self.peak_flops[name]
-        wider = {"fp64": "fp32", "fp32": "tf32"}.get(dtype)
-        return (
-            self.peak(wider) / 2 if wider in self.peak_flops else min(self.peak_flops.values()) / 2
-        )
+        wider = {"fp64": "fp32", "fp32": "tf32"}.get(dtype, "")
+        return self.peak_flops.get(wider, min(self.peak_flops.values())) / 2
 
     @staticmethod
     def preset_names() -> list[str]:

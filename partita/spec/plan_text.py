@@ -49,7 +49,7 @@ _EXAMPLES = {
     "order": "order:tp,cp,dp_shard,dp_replicate,pp",
     **{dtype: dtype for dtype in CHOICES["precision", "dtype"]},
 }
-_SECTIONS = {f.name: f.default_factory for f in fields(Plan)}
+_SECTIONS: dict[str, type[Any]] = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
 
 
 @dataclass

@@ -89,7 +89,7 @@ def test_hardware_is_published_with_sources() -> None:
         try:
             Cluster.from_preset(f"2x{name}")
         except UsageError as error:
-            assert "published" in error.message  # nothing known about that link  # noqa: PT017
+            assert "published" in error.message  # nothing known about that link
 
 
 def test_peaks_of_missing_precisions() -> None:
@@ -128,18 +128,36 @@ def test_nodes_that_differ() -> None:
         ({"devices": 8}, "cluster.device: missing"),
         ({"device": "h100"}, "cluster.devices: missing"),
         ({"devices": -1, "device": "h100"}, "cluster.devices: -1 is not within"),
-        ({"devices": 8, "device": "h100", "memory_byts": 3}, "memory_byts: unknown key; did you mean 'memory_bytes'"),
-        ({"devices": 8, "device": "h100", "memory_bytes": float("inf")}, "memory_bytes: inf is not a finite"),
+        (
+            {"devices": 8, "device": "h100", "memory_byts": 3},
+            "memory_byts: unknown key; did you mean 'memory_bytes'",
+        ),
+        (
+            {"devices": 8, "device": "h100", "memory_bytes": float("inf")},
+            "memory_bytes: inf is not a finite",
+        ),
         ({"devices": 8, "device": "h100", "memory_bytes": 1.5}, "memory_bytes: expected 'int"),
-        ({"devices": 8, "device": "h100", "memory_limit_fraction": 2}, "memory_limit_fraction: 2.0 is not within"),
-        ({"devices": 8, "device": "h100", "peak_flops": {"bf17": 1e12}}, "no precision 'bf17'; did you mean 'bf16'"),
-        ({"devices": 8, "device": "h100", "links": [{"bytes_per_s": -1}]}, "links[0].bytes_per_s: -1.0 is not"),
-        ({"devices": 8, "device": "h100", "links": [{"bytes_per_s": 1, "devices": 4}]}, "joins 4 of 8 devices"),
+        (
+            {"devices": 8, "device": "h100", "memory_limit_fraction": 2},
+            "memory_limit_fraction: 2.0 is not within",
+        ),
+        (
+            {"devices": 8, "device": "h100", "peak_flops": {"bf17": 1e12}},
+            "no precision 'bf17'; did you mean 'bf16'",
+        ),
+        (
+            {"devices": 8, "device": "h100", "links": [{"bytes_per_s": -1}]},
+            "links[0].bytes_per_s: -1.0 is not",
+        ),
+        (
+            {"devices": 8, "device": "h100", "links": [{"bytes_per_s": 1, "devices": 4}]},
+            "joins 4 of 8 devices",
+        ),
         ({"devices": 8, "nodes": [{"device": "h100", "devices": 8}]}, "nodes replace devices"),
         ({"nodes": [{"device": "h1000", "devices": 8}]}, "nodes[0].device: no device 'h1000'"),
         ({"devices": 4096, "device": "gh200"}, "state [[links]]"),
     ],
-)  # fmt: skip
+)
 def test_errors_teach(table: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)) as error:
         Cluster.from_toml(table, file="job.toml")

@@ -139,8 +139,12 @@ def test_overrides() -> None:
         ["train.lr=3e-4", "name=llama3-8b", "data.source=tokens:a.npy", "x=[1, 2]", "d=1979-05-27"],
     )
     assert after == {
-        "train": {"lr": 3e-4}, "name": "llama3-8b", "data": {"source": "tokens:a.npy"}, "x": [1, 2], "d": "1979-05-27",
-    }  # fmt: skip
+        "train": {"lr": 3e-4},
+        "name": "llama3-8b",
+        "data": {"source": "tokens:a.npy"},
+        "x": [1, 2],
+        "d": "1979-05-27",
+    }
     assert before == {"train": {"lr": 1}, "name": "a"}
     for word in ("train", "=3", "a..b=1", "a b=1", "name.x=1"):
         with pytest.raises(UsageError):

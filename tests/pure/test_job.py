@@ -70,12 +70,15 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         (["plan=1mb"], "1mb"),
         (["plan=pp2/4mb", "plan.pipeline.split=1,1"], "pp2:1f1b/4mb pipeline.split=1,1"),
         (["plan=pp2/4mb", "plan.pipeline.split=[1, 1]"], "pp2:1f1b/4mb pipeline.split=1,1"),
-        (["plan=pp2/4mb", "plan.pipeline.num_microbatches=2", "plan.precision.dtype=bf16"], "pp2:1f1b/2mb bf16"),
+        (
+            ["plan=pp2/4mb", "plan.pipeline.num_microbatches=2", "plan.precision.dtype=bf16"],
+            "pp2:1f1b/2mb bf16",
+        ),
         (["plan=pp2:zb_v/4mb", "plan.tp=2", "plan.mesh.sp=true"], "pp2:zb_v/4mb tp2+sp"),
         (["plan=dp4", "train.micro_batch_size=2"], "dp_replicate4 2mb"),
         (["plan=dp2 dp_shard2.zero1"], "dp_replicate2 dp_shard2.zero1 4mb"),
     ],
-)  # fmt: skip
+)
 def test_plans_meet_the_job(overrides: list[str], line: str) -> None:
     job = load(*overrides)
     assert str(job.plan) == line
@@ -90,9 +93,14 @@ def test_plan_table() -> None:
 
 
 @given(
-    st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6),
-    st.none() | st.integers(1, 9), st.none() | st.integers(1, 3),
-)  # fmt: skip
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.none() | st.integers(1, 9),
+    st.none() | st.integers(1, 3),
+)
 def test_nearest_plans_are_legal(
     batch: int, replicate: int, shard: int, pp: int, tp: int, mb: int | None, micro: int | None
 ) -> None:

@@ -9,8 +9,14 @@ from partita.base.errors import UsageError
 from partita.spec.model import PRESETS, ModelSpec, RopeScaling
 
 TINY: dict[str, Any] = {
-    "family": "llama", "layers": 2, "hidden": 64, "heads": 4, "ffn_hidden": 96, "vocab": 50, "max_seq_len": 16,
-}  # fmt: skip
+    "family": "llama",
+    "layers": 2,
+    "hidden": 64,
+    "heads": 4,
+    "ffn_hidden": 96,
+    "vocab": 50,
+    "max_seq_len": 16,
+}
 
 
 @pytest.mark.parametrize(
@@ -126,16 +132,38 @@ def test_absurd_models_are_refused(change: dict[str, Any], key: str) -> None:
 
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "rope_theta": 5e5,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192},
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rope_theta": 5e5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 GPT2: dict[str, Any] = {
-    "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 50,
-    "n_inner": None, "activation_function": "gelu_new", "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "vocab_size": 50,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
 
 
 def write(folder: Path, config: object) -> Path:

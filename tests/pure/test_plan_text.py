@@ -32,10 +32,18 @@ contexts = st.builds(
 def plans(draw: st.DrawFn) -> Plan:
     mesh = draw(
         st.builds(
-            MeshPlan, size, size, size, size, size, size, size, st.booleans(),
+            MeshPlan,
+            size,
+            size,
+            size,
+            size,
+            size,
+            size,
+            size,
+            st.booleans(),
             st.permutations(DEFAULT_ORDER).map(tuple) | st.just(DEFAULT_ORDER),
         )
-    )  # fmt: skip
+    )
     context = draw(contexts)
     if draw(st.booleans()):
         inner = draw(st.sampled_from([d for d in range(1, mesh.cp + 1) if mesh.cp % d == 0]))
@@ -44,21 +52,33 @@ def plans(draw: st.DrawFn) -> Plan:
         mesh=mesh,
         pipeline=draw(
             st.builds(
-                PipelinePlan, schedules, st.integers(1, 5), st.none() | st.integers(1, 99),
+                PipelinePlan,
+                schedules,
+                st.integers(1, 5),
+                st.none() | st.integers(1, 99),
                 st.lists(st.integers(0, 9), max_size=4).map(tuple),
             )
         ),
-        data=draw(st.builds(DataPlan, st.integers(0, 3), st.booleans(), st.integers(0, 3), st.integers(1, 10**9))),
+        data=draw(
+            st.builds(
+                DataPlan, st.integers(0, 3), st.booleans(), st.integers(0, 3), st.integers(1, 10**9)
+            )
+        ),
         context=context,
-        recompute=draw(st.builds(RecomputePlan, st.sampled_from(CHOICES["recompute", "mode"]), st.integers(1, 4))),
+        recompute=draw(
+            st.builds(
+                RecomputePlan, st.sampled_from(CHOICES["recompute", "mode"]), st.integers(1, 4)
+            )
+        ),
         precision=draw(st.builds(PrecisionPlan, st.sampled_from(CHOICES["precision", "dtype"]))),
         offload=draw(
             st.builds(
-                OffloadPlan, st.sampled_from(CHOICES["offload", "to"]),
+                OffloadPlan,
+                st.sampled_from(CHOICES["offload", "to"]),
                 st.lists(st.sampled_from(TARGETS), unique=True).map(tuple),
             )
         ),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -115,13 +135,19 @@ FULL = "pp4:zb_h1/16mb dp_replicate2 dp_shard4.zero3 cp2:ring tp8+sp ep8 recompu
         ('pp4:"file:my.csv"/8mb', 'pp4:"file:my.csv"/8mb'),
         ('pp4:"a b·c/d.csv"x3', 'pp4:"file:a b\\u00b7c/d.csv"x3'),
         ("pp2 pipeline.split=5,3", "pp2:1f1b pipeline.split=5,3"),
-        ("offload.targets=optimizer,activations offload:nvme", "offload:nvme offload.targets=optimizer,activations"),
+        (
+            "offload.targets=optimizer,activations offload:nvme",
+            "offload:nvme offload.targets=optimizer,activations",
+        ),
         ("order:pp,tp,cp,dp_shard,dp_replicate tp2", "tp2 order:pp,tp,cp,dp_shard,dp_replicate"),
-        ("mesh.tp=2 mesh.sp=true data.reshard_after_forward=false", "tp2+sp data.reshard_after_forward=false"),
+        (
+            "mesh.tp=2 mesh.sp=true data.reshard_after_forward=false",
+            "tp2+sp data.reshard_after_forward=false",
+        ),
         ("recompute.every=2 bf16 data.prefetch=0", "bf16 data.prefetch=0 recompute.every=2"),
         ("pipeline.schedule=gpipe", "pipeline.schedule=gpipe"),
     ],
-)  # fmt: skip
+)
 def test_what_lines_mean(line: str, printed: str) -> None:
     assert str(Plan.parse(line)) == printed
     assert Plan.parse(printed) == Plan.parse(line)
@@ -173,7 +199,7 @@ def test_stages_a_rank() -> None:
         ("tp-1", "did you mean 'tp2"),
         ("x" * 20_000, "at most 10000"),
     ],
-)  # fmt: skip
+)
 def test_errors_teach(line: str, text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         Plan.parse(line)
@@ -189,8 +215,14 @@ def test_any_line_is_a_plan_or_a_usage_error(line: str) -> None:
 
 
 def test_tables_take_other_names() -> None:
-    table = {"tensor_parallel_size": 2, "pipeline_model_parallel_size": 4, "sequence_parallel": True,
-             "gradient_accumulation_steps": 8, "data_parallel_size": 2, "precision": {"dtype": "bf16"}}  # fmt: skip
+    table = {
+        "tensor_parallel_size": 2,
+        "pipeline_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "gradient_accumulation_steps": 8,
+        "data_parallel_size": 2,
+        "precision": {"dtype": "bf16"},
+    }
     assert str(from_toml(table)) == "pp4:1f1b/8mb dp_replicate2 tp2+sp bf16"
     assert str(from_toml({"dp": 8, "expert_parallel_degree": 8})) == "dp_shard8.zero0 ep8"
     for bad, text in [
@@ -217,8 +249,14 @@ def test_every_field_can_be_said_as_a_word() -> None:
             elif isinstance(value, bool):
                 other = not value
             else:
-                other = {"order": DEFAULT_ORDER[::-1], "schedule": "gpipe", "split": (1, 2),
-                         "targets": ("optimizer",), "num_microbatches": 4, "zero_stage": 1}.get(f.name, 2)  # fmt: skip
+                other = {
+                    "order": DEFAULT_ORDER[::-1],
+                    "schedule": "gpipe",
+                    "split": (1, 2),
+                    "targets": ("optimizer",),
+                    "num_microbatches": 4,
+                    "zero_stage": 1,
+                }.get(f.name, 2)
             plan = replace(Plan(), **{section.name: replace(default, **{f.name: other})})
             if isinstance(other, tuple):
                 said = ",".join(map(str, other))

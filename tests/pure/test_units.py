@@ -9,11 +9,20 @@ from partita.base.units import format_bytes, format_count, format_rate, format_s
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0 B"), (999, "999 B"), (999.9, "1.00 kB"), (1_000, "1 kB"), (999_950, "1.00 MB"), (1_500, "1.50 kB"),
-        (31_500_000, "31.5 MB"), (80e9, "80 GB"), (1.12e12, "1.12 TB"), (2.5e21, "2500 EB"), (-2e6, "-2 MB"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.9, "1.00 kB"),
+        (1_000, "1 kB"),
+        (999_950, "1.00 MB"),
+        (1_500, "1.50 kB"),
+        (31_500_000, "31.5 MB"),
+        (80e9, "80 GB"),
+        (1.12e12, "1.12 TB"),
+        (2.5e21, "2500 EB"),
+        (-2e6, "-2 MB"),
         (math.inf, "inf"),
     ],
-)  # fmt: skip
+)
 def test_bytes(value: float, text: str) -> None:
     assert format_bytes(value) == text
 
@@ -28,10 +37,18 @@ def test_rates_and_counts() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0 s"), (3.2e-10, "0.32 ns"), (1.5e-5, "15.0 us"), (0.0123, "12.3 ms"), (4.25, "4.25 s"),
-        (200, "3 min 20 s"), (3600, "1 h"), (7500, "2 h 5 min"), (90_000, "1 d 1 h"), (-2, "-2 s"),
+        (0, "0 s"),
+        (3.2e-10, "0.32 ns"),
+        (1.5e-5, "15.0 us"),
+        (0.0123, "12.3 ms"),
+        (4.25, "4.25 s"),
+        (200, "3 min 20 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (90_000, "1 d 1 h"),
+        (-2, "-2 s"),
     ],
-)  # fmt: skip
+)
 def test_seconds(value: float, text: str) -> None:
     assert format_seconds(value) == text
 
