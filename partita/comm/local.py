@@ -1,0 +1,455 @@
+"""Ranks are threads: a collective is a meeting in a numbered slot of its group.
+
+The rank that comes last computes the result, in rank order; the others copy theirs out, so that no rank
+sees another's tensor. CPU autograd runs backward in the calling thread, so functions that communicate in
+backward work unchanged. A mismatch, an absent rank and a deadlock are found at once, since the meeting place
+knows what everybody waits for. CPU only: on CUDA one autograd thread serves the device.
+
+    with local(4) as ranks:
+        results = ranks.run(function, *args)        # function(world, *args) on every rank
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import CommError, PartitaError
+from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
+from partita.comm.single import SingleComm
+from partita.comm.table import Status, describe
+
+DEADLINE_S = 60.0
+SlotKey = tuple[tuple[int, ...], str, str, int]
+
+
+@dataclass
+class _Slot:
+    """One meeting: what each rank brought, and the result each takes away."""
+
+    ranks: tuple[int, ...]
+    wake: threading.Condition
+    brought: dict[int, tuple[Message, Tensor]] = field(default_factory=dict)
+    results: dict[int, Tensor] | None = None
+    taken: int = 0
+
+    def absent(self) -> list[int]:
+        """Ranks that have not come."""
+        return [r for r in self.ranks if r not in self.brought]
+
+
+class Meeting:
+    """What all thread ranks of a run share."""
+
+    def __init__(self, size: int, timeout_s: float = DEADLINE_S) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self.lock = threading.Lock()
+        self.slots: dict[SlotKey, _Slot] = {}
+        self.mail: dict[tuple[Any, ...], deque[Tensor]] = {}
+        self.mail_wake = [threading.Condition(self.lock) for _ in range(size)]
+        self.blocked: dict[int, tuple[str, Any]] = {}
+        self.finished: set[int] = set()
+        self.status: list[Status] = [Status(r) for r in range(size)]
+        self.failure: str | None = None
+
+    def fail(self, message: str) -> None:
+        """Stops everybody; the lock is held."""
+        if self.failure is None:
+            self.failure = f"{message}\n{describe(self.status, time.monotonic())}"
+        for slot in self.slots.values():
+            slot.wake.notify_all()
+        for wake in self.mail_wake:
+            wake.notify_all()
+
+    def check(self) -> None:
+        """Finds waits that cannot end; the lock is held."""
+        for rank, (kind, what) in self.blocked.items():
+            gone = [r for r in self._waits_for(kind, what) if r in self.finished]
+            if gone:
+                axis, name = self._named(kind, what)
+                self.fail(
+                    f"rank {gone[0]} has left and is missing in {name} on {axis}, "
+                    f"for which rank {rank} waits"
+                )
+                return
+        if len(self.blocked) + len(self.finished) == self.size and self.blocked:
+            rank, (kind, what) = min(self.blocked.items())
+            axis, name = self._named(kind, what)
+            absent = ", ".join(map(str, self._waits_for(kind, what)))
+            self.fail(
+                f"deadlock: every rank waits. rank {rank} waits in {name} on {axis} for rank {absent}"
+            )
+
+    def _waits_for(self, kind: str, what: Any) -> list[int]:
+        return self.slots[what].absent() if kind == "slot" else [what[3]]
+
+    def _named(self, kind: str, what: Any) -> tuple[str, str]:
+        if kind == "mail":
+            return what[0], f"receive {what[5]}"
+        message = next(iter(self.slots[what].brought.values()))[0]
+        return what[1], f"collective #{what[3]} {message.op} ({message.site})"
+
+    def leave(self, rank: int) -> None:
+        """The rank's function has returned or raised."""
+        with self.lock:
+            self.finished.add(rank)
+            self.status[rank].left = True
+            self.check()
+
+
+class LocalWorld:
+    """One thread rank's view of the run."""
+
+    def __init__(self, meeting: Meeting, rank: int, where: Where | None = None) -> None:
+        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+        self.where = where or Where()
+
+    def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
+        """A Comm over `ranks`, or None where this rank is not among them."""
+        if self.rank not in ranks:
+            return None
+        if len(ranks) == 1:
+            return SingleComm(axis, lane, tuple(ranks), 0, 1)
+        return LocalComm(self, tuple(ranks), axis, lane)
+
+    def comm(self, axis: str = "world", lane: str = "compute") -> Comm:
+        """A Comm over all ranks."""
+        made = self.make(range(self.size), axis=axis, lane=lane)
+        assert made is not None
+        return made
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass
+class _Pending:
+    """A collective or receive under way."""
+
+    finish: Callable[[], Tensor]
+    value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """Blocks this thread until the others have come."""
+        if self.value is None:
+            self.value = self.finish()
+        return self.value
+
+
+class LocalComm:
+    """One group of thread ranks on one axis and lane."""
+
+    def __init__(self, world: LocalWorld, ranks: tuple[int, ...], axis: str, lane: str) -> None:
+        self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        self._sequence = 0
+
+    # Collectives ---------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
+        """Sum or maximum, in rank order."""
+        return self.start_all_reduce(x, site=site, op=op).wait()
+
+    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """Shards concatenated along dim."""
+        return self.start_all_gather(x, site=site, dim=dim).wait()
+
+    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """This rank's part of the sum."""
+        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
+
+    def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
+        """The root's tensor."""
+
+        def combine(xs: list[Tensor]) -> list[Tensor]:
+            return [xs[root].clone() for _ in xs]
+
+        return self._start("broadcast", x, site, combine, (root,)).wait()
+
+    def barrier(self, *, site: str) -> None:
+        """Meets without bytes."""
+        self._start("barrier", torch.empty(0), site, lambda xs: list(xs)).wait()
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        *,
+        site: str,
+        send_counts: Sequence[int] | None = None,
+        receive_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Rows to each rank in order."""
+        counts = list(send_counts) if send_counts else [x.shape[0] // self.size] * self.size
+        mine = torch.tensor(counts)
+        every = self.all_gather(mine, site=f"{site}:counts").view(self.size, self.size)
+
+        def swap(xs: list[Tensor]) -> list[Tensor]:
+            cut = [list(t.split(every[s].tolist())) for s, t in enumerate(xs)]
+            return [torch.cat([c[d] for c in cut]) for d in range(self.size)]
+
+        return self._start("all_to_all", x, site, swap, compare_shapes=False).wait()
+
+    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+        """Brings x; the last to come adds up."""
+
+        def combine(xs: list[Tensor]) -> list[Tensor]:
+            total = _reduce(xs, op)
+            return [total, *(total.clone() for _ in xs[1:])]
+
+        return self._start("all_reduce", x, site, combine, (op == "max",))
+
+    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """Brings the shard; the last to come concatenates."""
+
+        def combine(xs: list[Tensor]) -> list[Tensor]:
+            whole = torch.cat(xs, dim)
+            return [whole, *(whole.clone() for _ in xs[1:])]
+
+        return self._start("all_gather", x, site, combine, (dim,))
+
+    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """Brings x; the last to come adds up and cuts."""
+
+        def combine(xs: list[Tensor]) -> list[Tensor]:
+            return [p.clone() for p in _reduce(xs, "sum").chunk(self.size, dim)]
+
+        return self._start("reduce_scatter", x, site, combine, (dim,))
+
+    # The meeting ---------------------------------------------------------------------------------
+
+    def _start(
+        self,
+        op: str,
+        x: Tensor,
+        site: str,
+        combine: Callable[[list[Tensor]], list[Tensor]],
+        extra: tuple[int, ...] = (),
+        compare_shapes: bool = True,
+    ) -> Handle:
+        meeting, me = self.world.meeting, self.world.rank
+        key: SlotKey = (self.ranks, self.axis, self.lane, self._sequence)
+        self._sequence += 1
+        shape = tuple(x.shape) if compare_shapes else ()
+        message = Message(op, shape, str(x.dtype), site, tuple(map(int, extra)))
+        with meeting.lock:
+            self._raise_failure()
+            self._note(message, key[3])
+            slot = meeting.slots.get(key)
+            if slot is None:
+                slot = meeting.slots[key] = _Slot(self.ranks, threading.Condition(meeting.lock))
+            slot.brought[me] = (message, x.detach())
+            self._compare(slot, key[3])
+            last = len(slot.brought) == self.size
+        if last:
+            inputs = [slot.brought[r][1] for r in self.ranks]
+            results = dict(zip(self.ranks, combine(inputs), strict=True))
+            with meeting.lock:
+                slot.results = results
+                for r in self.ranks:
+                    if meeting.blocked.get(r) == ("slot", key):
+                        del meeting.blocked[r]
+                slot.wake.notify_all()
+        return _Pending(lambda: self._take(key, slot))
+
+    def _compare(self, slot: _Slot, number: int) -> None:
+        """All must bring the same operation; the lock is held."""
+        messages = {r: m for r, (m, _) in slot.brought.items()}
+        if len(set(messages.values())) == 1:
+            return
+        by_message: dict[Message, list[int]] = {}
+        for r, m in sorted(messages.items()):
+            by_message.setdefault(m, []).append(r)
+        first = next(iter(messages.values()))
+        sites = {m.site for m in by_message}
+        lines = "".join(
+            f"\n  rank {','.join(map(str, rs)):<10} {m}" + (f"  {m.site}" if len(sites) > 1 else "")
+            for m, rs in by_message.items()
+        )
+        phase = {"F": "forward", "B": "backward"}.get(
+            self.world.where.phase, self.world.where.phase
+        )
+        message = (
+            f"ranks disagree at {self.axis} collective #{number} ({first.site}, {phase}){lines}"
+        )
+        self.world.meeting.fail(message)
+        self._raise_failure()
+
+    def _take(self, key: SlotKey, slot: _Slot) -> Tensor:
+        meeting, me = self.world.meeting, self.world.rank
+        with meeting.lock:
+            if slot.results is None:
+                if slot.absent():
+                    meeting.blocked[me] = ("slot", key)
+                    meeting.check()
+                deadline = time.monotonic() + meeting.timeout_s
+                while slot.results is None and meeting.failure is None:
+                    if not slot.wake.wait(max(0.0, deadline - time.monotonic())):
+                        self._timed_out(f"{self.axis} collective #{key[3]}", slot.absent())
+                meeting.blocked.pop(me, None)
+            self._raise_failure()
+            assert slot.results is not None
+            result = slot.results.pop(me)
+            if not slot.results:
+                meeting.slots.pop(key, None)
+            meeting.status[me].completed = True
+        return result
+
+    # Point to point ------------------------------------------------------------------------------
+
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+        """Leaves a copy in the receiver's mailbox; never waits."""
+        meeting = self.world.meeting
+        target = self.ranks[to]
+        place = self._place(self.world.rank, target, key)
+        copy = x.detach().clone()
+        with meeting.lock:
+            self._raise_failure()
+            self._note(Message("send", tuple(x.shape), str(x.dtype), site), -1)
+            meeting.mail.setdefault(place, deque()).append(copy)
+            if meeting.blocked.get(target) == ("mail", place):
+                del meeting.blocked[target]
+            meeting.mail_wake[target].notify_all()
+            meeting.status[self.world.rank].completed = True
+        return Done(copy)
+
+    def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
+        """Posts a receive; `wait` blocks until the message with this key is there."""
+        place = self._place(self.ranks[source], self.world.rank, key)
+        message = Message("receive", tuple(like.shape), str(like.dtype), site)
+        return _Pending(lambda: self._collect(place, message))
+
+    def _place(self, source: int, target: int, key: Key) -> tuple[Any, ...]:
+        return (self.axis, self.lane, self.ranks, source, target, key)
+
+    def _collect(self, place: tuple[Any, ...], message: Message) -> Tensor:
+        meeting, me = self.world.meeting, self.world.rank
+        with meeting.lock:
+            self._raise_failure()
+            self._note(message, -1)
+            if not meeting.mail.get(place):
+                meeting.blocked[me] = ("mail", place)
+                meeting.check()
+                deadline = time.monotonic() + meeting.timeout_s
+                while not meeting.mail.get(place) and meeting.failure is None:
+                    if not meeting.mail_wake[me].wait(max(0.0, deadline - time.monotonic())):
+                        self._timed_out(f"receive {place[5]} on {self.axis}", [place[3]])
+                meeting.blocked.pop(me, None)
+            self._raise_failure()
+            x = meeting.mail[place].popleft()
+            if not meeting.mail[place]:
+                del meeting.mail[place]
+            meeting.status[me].completed = True
+        if tuple(x.shape) != message.shape or str(x.dtype) != message.dtype:
+            raise CommError(
+                f"rank {me} expects {message.dtype}{list(message.shape)} at {message.site}, rank {place[3]} "
+                f"sent {x.dtype}{list(x.shape)}"
+            )
+        return x
+
+    def _note(self, message: Message, number: int) -> None:
+        where, me = self.world.where, self.world.rank
+        frame = sys._getframe(2)
+        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        self.world.meeting.status[me].enter(self.axis, message, number, where, frame)
+
+    def _timed_out(self, what: str, absent: list[int]) -> None:
+        meeting = self.world.meeting
+        ranks = ", ".join(map(str, absent))
+        meeting.fail(
+            f"rank {ranks} did not come to {what} of group {self.ranks} within {meeting.timeout_s:g} s"
+        )
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self.world.meeting.failure is not None:
+            raise CommError(self.world.meeting.failure)
+
+
+def _reduce(xs: list[Tensor], op: ReduceOp) -> Tensor:
+    """In rank order; bf16 and fp16 add up in fp32 and round once."""
+    if op == "max":
+        out = xs[0].clone()
+        for x in xs[1:]:
+            out = torch.maximum(out, x)
+        return out
+    low = xs[0].dtype in (torch.bfloat16, torch.float16)
+    out = xs[0].float() if low else xs[0].clone()
+    for x in xs[1:]:
+        out += x
+    return out.to(xs[0].dtype)
+
+
+class LocalRanks:
+    """Thread ranks, started anew for each `run`."""
+
+    def __init__(self, size: int, timeout_s: float = DEADLINE_S) -> None:
+        self.size, self.timeout_s = size, timeout_s
+
+    def __enter__(self) -> LocalRanks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing outlives a run."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(world, *args) on every rank; the results by rank. The first failing rank's error is
+        raised, with a note of what the others said."""
+        meeting = Meeting(self.size, self.timeout_s)
+        results: list[Any] = [None] * self.size
+        errors: list[tuple[float, int, BaseException]] = []
+
+        def enter(rank: int) -> None:
+            try:
+                results[rank] = function(LocalWorld(meeting, rank), *args)
+            except BaseException as error:
+                errors.append((time.monotonic(), rank, error))
+                with meeting.lock:
+                    meeting.fail(f"rank {rank} raised {type(error).__name__}: {error}")
+            finally:
+                meeting.leave(rank)
+
+        threads = [
+            threading.Thread(target=enter, args=(r,), name=f"rank-{r}") for r in range(self.size)
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if errors:
+            _raise_first(errors)
+        return results
+
+
+def _raise_first(errors: list[tuple[float, int, BaseException]]) -> None:
+    own = [e for e in errors if not isinstance(e[2], CommError)]
+    _, rank, error = min(own or errors, key=lambda e: e[:2])
+    others = [
+        f"rank {r}: {str(e).splitlines()[0]}"
+        for _, r, e in sorted(errors, key=lambda e: e[1])
+        if r != rank
+    ]
+    if not isinstance(error, PartitaError):
+        error.add_note(f"on rank {rank}")
+    for line in others:
+        error.add_note(line)
+    raise error
+
+
+def local(size: int, timeout_s: float = DEADLINE_S) -> LocalRanks:
+    """`size` ranks as threads of this process, each with a LocalWorld."""
+    return LocalRanks(size, timeout_s)

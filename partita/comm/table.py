@@ -1,0 +1,56 @@
+"""The table of a communication error: for every rank the last call it entered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from partita.base.text import table
+from partita.comm.protocol import Message, Where
+
+
+@dataclass(slots=True)
+class Status:
+    """The last collective or message a rank entered, and whether it came out."""
+
+    rank: int
+    axis: str = ""
+    op: str = ""
+    sequence: int = -1
+    site: str = ""
+    phase: str = ""
+    step: int = 0
+    completed: bool = True
+    at: float = 0.0
+    file: str = ""
+    line: int = 0
+    left: bool = False
+
+    def enter(
+        self, axis: str, message: Message, sequence: int, where: Where, frame: FrameType
+    ) -> None:
+        """Notes a call as entered; `frame` is the caller's, outside comm."""
+        self.axis, self.op, self.site = axis, message.op, message.site
+        self.sequence, self.phase, self.step = sequence, where.phase, where.step
+        self.completed, self.at = False, time.monotonic()
+        self.file, self.line = frame.f_code.co_filename, frame.f_lineno
+
+
+def describe(status: Sequence[Status], now: float) -> str:
+    """One aligned line a rank."""
+    rows = []
+    for s in status:
+        if not s.op:
+            rows.append([s.rank, "no call yet", "", "", "", "", "", "left" if s.left else ""])
+            continue
+        number = f"#{s.sequence}" if s.sequence >= 0 else ""
+        state = ("completed" if s.completed else "entered") + (", left" if s.left else "")
+        ago = f"{max(now - s.at, 0):.1f} s ago"
+        line = f"{Path(s.file).name}:{s.line}" if s.file else ""
+        rows.append(
+            [s.rank, f"{s.axis} {s.op} {number}", s.site, s.phase, s.step, state, ago, line]
+        )
+    return table(rows, ["rank", "last call", "site", "phase", "step", "state", "when", "line"])
