@@ -115,10 +115,7 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
 
 
 def read_schedule(path: str | Path) -> Schedule:
-    """A schedule from a CSV file. Raises UsageError where the file is missing or not text."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the schedule {path}: {error}", file=str(path)) from None
-    return parse_schedule(text, name=str(path))
+    """A schedule from a CSV file. Raises UsageError where it is missing or not text."""
+    from partita.base.config import read_text  # slow to import, and only files need it
+
+    return parse_schedule(read_text(path), name=str(path))

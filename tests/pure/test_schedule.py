@@ -216,7 +216,7 @@ def test_a_schedule_from_a_file(tmp_path):
     path.write_text("0F0,zero\n")
     with pytest.raises(UsageError, match="line 1: 'zero' is not an action"):
         make(f"file:{path}", 1, 1)
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="no such file"):
         make(f"file:{tmp_path}/none.csv", 1, 1)
 
 

@@ -18,7 +18,7 @@ from partita.schedule.make.gpipe import gpipe
 from partita.schedule.make.one_f_one_b import one_f_one_b
 from partita.schedule.text import read_schedule
 
-MAX_ACTIONS = 20_000_000  # F and B of every stage and microbatch: more is a slip of the hand
+MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,7 @@ def schedule(
         )
     if opts:
         raise UsageError(f"{name} takes no option {', '.join(sorted(opts))}", key=min(opts))
-    if num_ranks * virtual_stages * num_microbatches > MAX_ACTIONS:
-        raise UsageError(
-            f"{num_ranks} ranks x {virtual_stages} stages x {num_microbatches} microbatches are more "
-            f"than {MAX_ACTIONS:,} stage-microbatches"
-        )
+    hold_to_size(num_ranks * virtual_stages, num_microbatches)
     if generator.virtual:
         return _made(generator, num_ranks, num_microbatches, virtual_stages)
     if virtual_stages != 1:
@@ -81,6 +77,16 @@ def schedule(
             f"{name} has one stage a rank, {virtual_stages} were asked for; several have: {others}"
         )
     return _made(generator, num_ranks, num_microbatches)
+
+
+def hold_to_size(num_stages: int, num_microbatches: int) -> None:
+    """Raises UsageError where there would be more stage-microbatches than anyone means."""
+    if num_stages * num_microbatches > MAX_ACTIONS:
+        raise UsageError(
+            f"{num_stages} stages x {num_microbatches} microbatches are more than {MAX_ACTIONS:,} "
+            "stage-microbatches",
+            key="num_microbatches",
+        )
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,259 @@
+"""`partita draw`: schedules as text, SVG or HTML, with what they cost."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from partita.base.errors import Problem, ScheduleError, UsageError
+from partita.base.text import table
+from partita.cli.out import problem_rows, write_file, write_json, write_text
+from partita.plots import timeline
+from partita.record.span import Span
+from partita.schedule import clock as clocks
+from partita.schedule.check import check
+from partita.schedule.clock import Costs
+from partita.schedule.ir import Schedule
+from partita.schedule.make import GENERATORS, hold_to_size, schedule
+from partita.schedule.passes import repeat
+from partita.schedule.text import cells, read_schedule
+
+Pair = Literal["sequence", "block"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A schedule with its times; no spans and some problems where it cannot run."""
+
+    schedule: Schedule
+    spans: list[Span]
+    problems: list[Problem] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it could be clocked."""
+        return not any(p.severity == "error" for p in self.problems or ())
+
+    def document(self) -> dict[str, Any]:
+        """What `--json` answers (contract: draw). Every number is null where it cannot run."""
+        s, spans, runs = self.schedule, self.spans, self.runs
+        out = {
+            "schedule": s.name,
+            "num_ranks": s.num_ranks,
+            "num_stages": s.num_stages,
+            "num_microbatches": s.num_microbatches,
+            "placement": s.placement,
+            "actions": [cells(actions, s.paired) for actions in s.ranks],
+            "direction": s.direction,
+            "makespan": clocks.makespan(spans) if runs else None,
+            "span": clocks.span(spans) if runs else None,
+            "bubble_overhead": clocks.bubble_overhead(spans) if runs else None,
+            "steady_bubble_overhead": clocks.steady_bubble_overhead(spans) if runs else None,
+            "peak_activations": clocks.peak_activations(s) if runs else None,
+        }
+        return out if self.problems is None else {**out, "problems": problem_rows(self.problems)}
+
+    def text(self, width: int | None) -> str:
+        """Title, picture and problems."""
+        s = self.schedule
+        title = f"{s.name}   {s.num_ranks} ranks, {s.num_microbatches} microbatches"
+        picture = timeline.text(self.spans, width) if self.runs else str(s)
+        found = [f"  {p.rule}: {p.message}" for p in self.problems or ()]
+        verdict = [] if self.problems is None or found else ["  it can run"]
+        return "\n".join([title, picture, *found, *verdict])
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("draw", help=draw.__doc__)(draw)
+
+
+def draw(
+    schedules: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SCHEDULE...", help=f"{', '.join(GENERATORS)}, or file:<path>.csv"),
+    ] = None,
+    ranks: Annotated[int | None, typer.Option("-p", "--num-ranks", help="Pipeline ranks.")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option("-m", "--num-microbatches", help="Microbatches a step.")
+    ] = None,
+    virtual: Annotated[int, typer.Option("-v", "--virtual-stages", help="Stages a rank.")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps back to back.")] = 1,
+    costs: Annotated[
+        str, typer.Option(help="F,I,W[,SEND] of a rank's whole share, or FILE.json by stage.")
+    ] = "1,1,1",
+    pair: Annotated[Pair, typer.Option(help="How an overlapped pair is timed.")] = "sequence",
+    limit: Annotated[
+        float | None, typer.Option(help="Most activations a rank may hold, in whole shares.")
+    ] = None,
+    limit_bytes: Annotated[
+        float | None, typer.Option(help="The same in bytes; needs a cost file.")
+    ] = None,
+    check_file: Annotated[
+        Path | None, typer.Option("--check", help="Prove that a schedule's CSV can run.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Write an SVG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+) -> None:
+    """Schedules as text, SVG or HTML, side by side."""
+    wanted = [] if check_file is None else [read_schedule(check_file)]
+    wanted += [_make(name, ranks, microbatches, virtual) for name in schedules or ()]
+    if not wanted:
+        raise UsageError(f"which schedule? There are {', '.join(GENERATORS)}, and file:<path>.csv")
+    drawings = []
+    for i, made in enumerate(wanted):
+        checked = check_file is not None and i == 0
+        drawings.append(_drawing(made, costs, pair, _at_least_one("steps", steps), checked))
+        _hold_to_limit(made, costs, limit, limit_bytes)
+    _write_pictures(drawings, svg, html)
+    if json:
+        documents = [d.document() for d in drawings]
+        write_json(documents[0] if len(documents) == 1 else {"schedules": documents})
+    else:
+        _print(drawings)
+    if not all(d.runs for d in drawings):
+        raise typer.Exit(1)
+
+
+def _at_least_one(name: str, value: int | None) -> int:
+    if value is None:
+        raise UsageError(f"how many {name}? e.g. -p 4 -m 8", key=name)
+    if value < 1:
+        raise UsageError(f"{name} is {value}; it must be at least 1", key=name)
+    return value
+
+
+def _make(name: str, ranks: int | None, microbatches: int | None, virtual: int) -> Schedule:
+    if name.strip('"').startswith("file:") and ranks is None and microbatches is None:
+        return read_schedule(name.strip('"').removeprefix("file:"))
+    return schedule(
+        name,
+        num_ranks=_at_least_one("ranks", ranks),
+        num_microbatches=_at_least_one("microbatches", microbatches),
+        virtual_stages=virtual,
+    )
+
+
+def _drawing(made: Schedule, costs: str, pair: Pair, steps: int, checked: bool) -> Drawing:
+    problems = check(made) if checked else None
+    prices = read_costs(costs, made)
+    if problems:
+        return Drawing(made, [], problems)
+    hold_to_size(made.num_stages, made.num_microbatches * steps)
+    many = repeat(made, steps) if steps > 1 else made
+    return Drawing(many, clocks.clock(many, prices, pair), problems)
+
+
+def read_costs(text: str, of: Schedule) -> Costs:
+    """Costs from 'F,I,W[,SEND]' or from a JSON file. Raises UsageError."""
+    if text.endswith(".json"):
+        return _costs_from_file(text, of)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (3, 4):
+        raise UsageError(f"--costs {text}: write F,I,W or F,I,W,SEND, or FILE.json", key="costs")
+    _hold_sane(numbers, f"--costs {text}")
+    return Costs.equal(of, *numbers)
+
+
+def _costs_from_file(path: str, of: Schedule) -> Costs:
+    from partita.base.config import decode, load_json
+
+    costs = decode(Costs, load_json(path), file=path)
+    if len(costs.stages) != of.num_stages:
+        raise UsageError(
+            f"{path} has costs of {len(costs.stages)} stages, {of.name} has {of.num_stages}",
+            file=path,
+            key="stages",
+        )
+    for i, stage in enumerate(costs.stages):
+        _hold_sane(
+            [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes], f"{path}: stages[{i}]"
+        )
+    _hold_sane([costs.send], f"{path}: send")
+    return costs
+
+
+def _hold_sane(numbers: list[float], where: str) -> None:
+    if not all(math.isfinite(x) and 0 <= x < 1e18 for x in numbers):
+        raise UsageError(f"{where}: costs are finite numbers of at least 0", key="costs")
+
+
+def _hold_to_limit(
+    made: Schedule, costs: str, limit: float | None, limit_bytes: float | None
+) -> None:
+    if limit is not None:
+        held = max(clocks.peak_share(made))
+        if not held <= limit:
+            _raise_over(made, f"{held:g} activations a rank", f"{limit:g}", limit)
+    if limit_bytes is not None:
+        prices = read_costs(costs, made)
+        if not any(stage.activation_bytes for stage in prices.stages):
+            raise UsageError(
+                "--limit-bytes needs --costs FILE.json with activation_bytes", key="costs"
+            )
+        held = max(clocks.peak_activation_bytes(made, prices))
+        if not held <= limit_bytes:
+            _raise_over(made, f"{held:.6g} bytes of activations", f"{limit_bytes:.6g}", None)
+
+
+def _raise_over(made: Schedule, held: str, limit: str, shares: float | None) -> None:
+    p, m = made.num_ranks, made.num_microbatches
+    others = [
+        name
+        for name in GENERATORS
+        if shares is not None and name != "forward"
+        if max(clocks.peak_share(schedule(name, num_ranks=p, num_microbatches=m))) <= shares
+    ]
+    hint = (
+        f"; within it: {', '.join(others)}" if others else "; fewer ranks or microbatches hold less"
+    )
+    message = (
+        f"{made.name} on {p} ranks with {m} microbatches holds {held}, the limit is {limit}{hint}"
+    )
+    raise ScheduleError(message)
+
+
+def _write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None) -> None:
+    if svg is None and html is None:
+        return
+    pictures: dict[str, list[Span]] = {}
+    for i, d in enumerate(drawings):
+        if d.runs:
+            again = "" if d.schedule.name not in pictures else f" ({i})"
+            overhead = clocks.bubble_overhead(d.spans)
+            pictures[f"{d.schedule.name}{again}   bubble overhead {overhead:.1%}"] = d.spans
+    if svg is not None:
+        write_file(svg, timeline.svg(pictures) + "\n")
+    if html is not None:
+        write_file(html, timeline.html(pictures, title="Pipeline schedules"))
+
+
+def _print(drawings: list[Drawing]) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for drawing in drawings:
+        write_text(drawing.text(width) + "\n")
+    header = ("schedule", "makespan", "span", "bubble overhead", "steady", "peak by rank")
+    rows = [
+        (
+            d.schedule.name,
+            f"{clocks.makespan(d.spans):g}",
+            f"{clocks.span(d.spans):g}",
+            f"{clocks.bubble_overhead(d.spans):.4f}",
+            f"{clocks.steady_bubble_overhead(d.spans):.4f}",
+            " ".join(map(str, clocks.peak_activations(d.schedule))),
+        )
+        for d in drawings
+        if d.runs
+    ]
+    if rows:
+        write_text(table(rows, header))

@@ -1,0 +1,148 @@
+"""`partita <verb> ...`: finds the verb, runs it, and turns every error into its exit code.
+
+Only the module of the verb that is asked for is imported, so that `partita draw` starts in a fraction
+of a second and never meets torch. A verb is a file beside this one with `register(app)`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import partita
+from partita.base.errors import PartitaError, StoppedError, UsageError, WriteError
+from partita.cli.out import failure_document, note, write_json, write_text
+
+VERBS = {
+    "draw": "Schedules as text, SVG or HTML, side by side.",
+    "plan": "Judges a plan for a model on a cluster.",
+    "simulate": "Predicted time, memory and traffic of a job.",
+    "train": "Trains a job over its ranks.",
+    "verify": "Proves a job's plan equal to one device.",
+    "report": "Predicted beside measured: timeline, memory, traffic, loss.",
+    "calibrate": "Measures this machine and writes its cluster file.",
+    "checkpoint": "Inspects, verifies, exports and converts checkpoints.",
+    "generate": "Continues a text with a trained model.",
+    "doctor": "Preflight on the real ranks.",
+    "validate": "Holds the simulator against published measurements.",
+}
+COMPLETION = "_PARTITA_COMPLETE"  # set by the shell while it completes a line
+
+# The errors of a wrong command line share one base; which library owns it depends on typer's version.
+CommandLineError = typer.BadParameter.__mro__[2]
+
+
+def available() -> dict[str, str]:
+    """The verbs whose file is there, with their line of help."""
+    here = Path(__file__).parent
+    return {verb: text for verb, text in VERBS.items() if (here / f"{verb}.py").exists()}
+
+
+def application(words: Sequence[str]) -> typer.Typer:
+    """The commands, for a line of these words: its verb in full, the others by their line of help."""
+    app = typer.Typer(name="partita", no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback(help=partita.__doc__.partition("\n")[0] if partita.__doc__ else None)(_options)
+    verbs = available()
+    asked = next((word for word in words if word in verbs), None)
+    for verb, text in verbs.items():
+        if verb == asked:
+            import_module(f"partita.cli.{verb}").register(app)
+        else:
+            app.command(verb, help=text)(_elsewhere)
+    return app
+
+
+def _elsewhere() -> None:
+    """Stands for a verb that this line does not ask for."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write_text(f"partita {partita.__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; its exit code. Errors are printed: text on stderr, `--json` on stdout."""
+    words = list(arguments)
+    if COMPLETION in os.environ:
+        words = _words_to_complete(os.environ)
+    try:
+        command = typer.main.get_command(application(words))
+        code = command.main(args=list(arguments), prog_name="partita", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left
+        return 0
+    except CommandLineError as error:
+        failure: PartitaError = UsageError(_what_to_type(error, arguments))
+    except (KeyboardInterrupt, typer.Abort):
+        failure = StoppedError("stopped by Ctrl-C", 2)
+    except PartitaError as error:
+        failure = error
+    except OSError as error:
+        failure = _os_error(error)
+    except Exception as error:
+        note(traceback.format_exc())
+        failure = PartitaError(f"our own fault: {type(error).__name__}: {error}")
+    _print_failure(failure, as_json="--json" in arguments)
+    return failure.exit_code
+
+
+def _words_to_complete(environment: os._Environ[str]) -> list[str]:
+    line = environment.get("COMP_WORDS") or environment.get("_TYPER_COMPLETE_ARGS") or ""
+    try:
+        return shlex.split(line)
+    except ValueError:  # an open quote
+        return line.split()
+
+
+def _what_to_type(error: Exception, arguments: Sequence[str]) -> str:
+    message = error.format_message() if isinstance(error, CommandLineError) else str(error)
+    verb = next((word for word in arguments if word in available()), None)
+    return (
+        f"{message.rstrip('.')}; `partita {f'{verb} ' if verb else ''}--help` shows what it takes"
+    )
+
+
+def _os_error(error: OSError) -> PartitaError:
+    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        return WriteError(f"cannot write: {error}", file=str(error.filename or "") or None)
+    note(traceback.format_exc())
+    return PartitaError(f"our own fault: {type(error).__name__}: {error}")
+
+
+def _print_failure(error: PartitaError, as_json: bool) -> None:
+    if as_json:
+        write_json(failure_document(error))
+    lines = str(error).splitlines() or [type(error).__name__]
+    if len(lines) > 1:
+        note("\n".join(lines))
+    cause = ": ".join(line.strip().rstrip(":") for line in lines[:2])
+    where = f"{error.file}: " if error.file and error.file not in cause else ""
+    note(f"partita: {where}{cause}")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

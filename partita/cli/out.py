@@ -1,0 +1,81 @@
+"""What the verbs print: one JSON document on stdout, or text; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.base.errors import PartitaError, PlanError, Problem, UsageError, WriteError
+
+FORMAT = 1
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: dataclasses are objects, a number that is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    return value
+
+
+def write_json(document: Mapping[str, Any]) -> None:
+    """The one document of `--json`, on stdout."""
+    text = json.dumps(plain({"format": FORMAT, **document}), allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_text(text: str) -> None:
+    """Text for people, on stdout."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Progress and warnings, on stderr."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+def write_file(path: Path, text: str) -> None:
+    """A file the user asked for. Raises UsageError where its folder is missing, WriteError where the
+    disk refuses."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist", file=str(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, a file is wanted", file=str(path))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}", file=str(path)) from None
+    note(f"wrote {path}")
+
+
+def problem_rows(problems: tuple[Problem, ...] | list[Problem]) -> list[dict[str, Any]]:
+    """Problems as the contract prints them."""
+    return [asdict(p) for p in problems]
+
+
+def failure_document(error: PartitaError) -> dict[str, Any]:
+    """What `--json` answers instead of a result; a plan's problems come with it."""
+    document: dict[str, Any] = {
+        "error": {
+            "kind": error.kind,
+            "message": error.message if not isinstance(error, PlanError) else str(error),
+            "file": error.file,
+            "key": error.key,
+        }
+    }
+    if isinstance(error, PlanError):
+        document["problems"] = problem_rows(error.problems)
+    return document

@@ -1,0 +1,115 @@
+"""`partita draw`: its JSON, its pictures, and what a wrong command gets."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from partita.cli.main import VERBS, available, run
+
+
+def ask(capsys, *words: str) -> tuple[int, str, str]:
+    code = run(["draw", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_json_is_the_contracts(capsys):
+    code, out, _ = ask(capsys, "1f1b", "-p", "4", "-m", "8", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["actions"][3][:4] == ["3F0", "3B0", "3F1", "3B1"]
+    assert document["peak_activations"] == [4, 3, 2, 1]
+    assert document["makespan"] == document["span"] == 33.0
+    assert document["bubble_overhead"] == document["steady_bubble_overhead"] == 0.375
+    assert document["placement"] == [0, 1, 2, 3] and document["direction"] is None
+    assert (document["format"], document["num_stages"], document["num_microbatches"]) == (1, 4, 8)
+
+
+def test_several_and_steps_and_costs(capsys, tmp_path):
+    _, out, _ = ask(capsys, "gpipe", "1f1b", "-p", "2", "-m", "4", "--costs", "2,1,1,0.5", "--json")
+    gpipe, other = json.loads(out)["schedules"]
+    assert (gpipe["schedule"], other["schedule"]) == ("gpipe", "1f1b")
+    assert gpipe["makespan"] == (4 + 1) * 4 + 2 * 0.5
+    _, out, _ = ask(capsys, "1f1b", "-p", "2", "-m", "4", "--steps", "3", "--json")
+    assert json.loads(out)["num_microbatches"] == 12
+    stages = [{"F": 1, "I": 1, "W": 1, "activation_bytes": 10}, {"F": 2, "I": 2, "W": 2}]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"stages": stages, "send": 0}))
+    words = ["1f1b", "-p", "2", "-m", "8", "--costs", str(path), "--json"]
+    assert json.loads(ask(capsys, *words)[1])["makespan"] == 51
+    assert ask(capsys, *words, "--limit-bytes", "20")[0] == 0
+    assert ask(capsys, *words, "--limit-bytes", "19")[0] == 1
+
+
+def test_text_svg_and_html(capsys, tmp_path):
+    svg, html = tmp_path / "a.svg", tmp_path / "a.html"
+    code, out, _ = ask(
+        capsys, "gpipe", "1f1b", "-p", "3", "-m", "4", "--costs", "1,.5,.5", "--svg", str(svg),
+        "--html", str(html),
+    )  # fmt: skip
+    assert code == 0
+    assert "rank 0 | 0F0 0F1 0F2         0B0 0F3 0B1     0B2     0B3" in out
+    assert len(ET.parse(svg).findall(".//{*}g")) == 2 * 3 * 8
+    page = html.read_text()
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "1f1b" in page
+
+
+@pytest.mark.parametrize("text, code, words", [
+    ("0F0,0B0\n1F0,1B0\n", 0, []),
+    ("0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1\n", 1, ["alive"]),
+    ("0F0,0B0\n1F0\n", 1, ["complete"]),
+])  # fmt: skip
+def test_check_proves_a_file(capsys, tmp_path, text, code, words):
+    path = tmp_path / "s.csv"
+    path.write_text(text)
+    got, out, _ = ask(capsys, "--check", str(path), "--json")
+    document = json.loads(out)
+    assert got == code and [p["rule"] for p in document["problems"]] == words
+    assert (document["makespan"] is None) == bool(words)
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["1f", "-p", "2", "-m", "2"], 2, "did you mean 1f1b"),
+    (["1f1b", "-p", "2"], 2, "how many microbatches"),
+    (["1f1b", "-p", "-1", "-m", "2"], 2, "ranks is -1"),
+    (["1f1b", "-p", "2", "-m", "1000000000000"], 2, "more than"),
+    (["1f1b", "-p", "2", "-m", "2", "--costs", "1,nan,1"], 2, "finite"),
+    (["1f1b", "-p", "2", "-m", "2", "--costs", "none.json"], 2, "no such file"),
+    (["1f1b", "-p", "2", "-m", "2", "--costs", "1,2"], 2, "F,I,W"),
+    (["1f1b", "-p", "2", "-m", "2", "--svg", "no/such/a.svg"], 2, "does not exist"),
+    (["gpipe", "-p", "4", "-m", "8", "--limit", "5"], 1, "within it: 1f1b"),
+    (["1f1b", "-p", "4", "-m", "8", "-v", "2"], 1, "one stage a rank"),
+    (["1f1b", "-p", "two", "-m", "2"], 2, "integer"),
+    (["1f1b", "-p", "2", "-m", "2", "--steps", "1000000000"], 2, "more than"),
+    (["--wings"], 2, "--wings"),
+    ([], 2, "which schedule"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_a_document(capsys, words, code, says):
+    got, out, err = ask(capsys, *words)
+    assert (got, out) == (code, "") and says in err.splitlines()[-1] and "Traceback" not in err
+    got, out, err = ask(capsys, *words, "--json")
+    error = json.loads(out)["error"]
+    assert (
+        got == code
+        and says in error["message"]
+        and set(error) == {"kind", "message", "file", "key"}
+    )
+    assert error["kind"] == ("usage" if code == 2 else "plan")
+
+
+def test_version_help_and_unknown_verbs(capsys):
+    assert run(["--version"]) == 0 and capsys.readouterr().out.startswith("partita 0.")
+    assert run(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(verb in listed for verb in available()) and set(available()) <= set(VERBS)
+    assert run(["drow"]) == 2 and "drow" in capsys.readouterr().err
+
+
+def test_completion_knows_the_options_of_the_verb(capfd, monkeypatch):
+    monkeypatch.setenv("_PARTITA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "partita draw --")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    with pytest.raises(SystemExit):
+        run([])
+    assert "--num-microbatches" in capfd.readouterr().out
