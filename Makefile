@@ -1,0 +1,54 @@
+# make train | test | check | test-slow | bench | docs. Each makes the .venv it needs.
+#
+# On a machine without a GPU, torch's CPU build is a tenth of the download:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+BIN := .venv/bin
+STAMP := .venv/installed
+JOB ?= jobs/quickstart.toml
+RUN ?= runs/quickstart
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: train test check test-slow bench docs clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "torch==$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+# Prints what a line took: $(call timed,name,command)
+timed = @start=$$(date +%s.%N); echo "== $(1): $(2)"; $(2) || exit $$?; \
+	echo "== $(1) took $$(echo "$$(date +%s.%N) $$start" | awk '{printf "%.1f", $$1-$$2}') s"
+
+train: $(STAMP)
+	$(call timed,calibrate,$(BIN)/partita calibrate)
+	$(call timed,train,$(BIN)/partita train $(JOB))
+	$(call timed,verify,$(BIN)/partita verify $(JOB))
+	$(call timed,report,$(BIN)/partita report $(RUN))
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(PYTEST) tests/house tests/pure -m "not slow"
+
+test: $(STAMP)
+	$(PYTEST) tests -m "not slow and not gpu" --session-timeout=590 --durations=15
+
+test-slow: $(STAMP)
+	$(PYTEST) tests -m "slow and not gpu" --session-timeout=590 --durations=15 $(SLOW)
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[bench]"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks
+
+docs: $(STAMP)
+	$(BIN)/partita draw gpipe 1f1b -p 4 -m 8 --costs 1,1,1 --svg docs/schedules.svg > /dev/null
+	$(PYTEST) tests/house/test_docs.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

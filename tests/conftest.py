@@ -1,0 +1,49 @@
+"""What all tests share: a deadline for each test, tolerances by dtype and number of terms, a browser."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+# Seconds a test of each folder may take; a mark on the test itself goes before.
+DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2e": 300}
+EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-browser", action="store_true", help="fail, not skip, where Chromium is missing"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0] if here in item.path.parents else ""
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(DEADLINES.get(folder, 60)))
+
+
+@pytest.fixture
+def tolerance():
+    """tolerance(dtype, num_terms): the relative error that sums of so many terms may differ by."""
+
+    def of(dtype: str, num_terms: int) -> float:
+        # Two orders of one sum differ by about sqrt(n) roundings (Higham 2002, 2.8); 8 covers the
+        # handful of such sums that a value passes through.
+        return 8 * EPSILON[dtype] * math.sqrt(max(num_terms, 1))
+
+    return of
+
+
+@pytest.fixture
+def chromium(request) -> str:
+    """The path of a Chromium; the test is skipped without one, or fails under --require-browser."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not (found and shutil.which("chromedriver")):
+        message = "chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
+        if request.config.getoption("--require-browser"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return found

@@ -1,0 +1,36 @@
+"""What needs no torch starts at once."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from layers import ROOT
+
+from partita.cli.main import available
+
+LIMIT_S = 0.5
+ROUNDS = 4  # a busy machine may spoil one
+
+LINES = {
+    "draw": ["draw", "1f1b", "-p", "4", "-m", "8"],
+    "simulate": ["simulate", "--help"],
+    "plan": ["plan", "--help"],
+}
+
+
+@pytest.mark.parametrize("verb", [verb for verb in LINES if verb in available()])
+def test_it_starts_in_half_a_second(verb):
+    words = [sys.executable, "-m", "partita", *LINES[verb]]
+    medians = []
+    for _ in range(ROUNDS):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run(words, check=True, capture_output=True, cwd=ROOT, timeout=30)
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+        if medians[-1] < LIMIT_S:
+            return
+    pytest.fail(f"partita {verb}: medians of three starts {[f'{m:.2f}' for m in medians]} s")
