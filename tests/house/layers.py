@@ -15,7 +15,7 @@ LEVELS = {
     "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 9, "verify": 10, "tune": 10,
     "report": 10, "cli": 11,
 }  # fmt: skip
-PARALLEL = {"__init__.py": 3.0, "room.py": 3.0, "read.py": 3.0, "regions.py": 7.0}  # others: 3.2
+JOINS_ROOMS = ("laid.py", "execute")  # beginnings of names, pure
 
 
 def files() -> list[Path]:
@@ -27,7 +27,7 @@ def place(file: Path) -> tuple[float, str]:
     """(level, unit) of a file. Units of one level must not import each other.
 
     parallel lies on both sides of the torch line: the contract (3.0), each room's rules (3.1), what
-    joins or executes them (3.2); then regions (7.0) and each room's torch code (7.1).
+    joins or executes them (3.2); then regions and units (7.0) and each room's torch code (7.1).
     """
     parts = file.relative_to(PACKAGE).parts
     if len(parts) == 1:
@@ -35,7 +35,9 @@ def place(file: Path) -> tuple[float, str]:
     if parts[0] != "parallel":
         return float(LEVELS[parts[0]]), parts[0]
     if len(parts) == 2:
-        return PARALLEL.get(parts[1], 3.2), "parallel"
+        contract = parts[1] in ("__init__.py", "room.py", "read.py")
+        joins = parts[1].startswith(JOINS_ROOMS)
+        return (3.0 if contract else 3.2 if joins else 7.0), "parallel"
     pure = parts[-1] in ("rules.py", "__init__.py")
     return (3.1 if pure else 7.1), f"parallel.{parts[1]}"
 
