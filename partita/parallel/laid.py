@@ -129,16 +129,17 @@ class Laid:
         s, found = self.stages[stage], []
         once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in s.blocks}.values()}
         for name, block in zip(s.names, s.blocks, strict=True):
-            for call in once[id(block)]:
-                own = call.site.partition(":")[0]
-                full = (
-                    own
-                    if own.partition(".")[0] == name or own in self.program.tied
-                    else f"{name}.{own}"
-                )
-                full = name if call.site == "send" else full
-                found.append((call, f"{full}:{call.site.rpartition(':')[2]}"))
+            found += [(call, self.site(name, call.site)) for call in once[id(block)]]
         return found + [(c, c.site) for c in self._step_calls(stage)]
+
+    def site(self, block: str, region: str) -> str:
+        """Full site of a block's region: 'blocks.3' and 'attention.wo:reduce_from' joined; what is named
+        after its block, and a tied weight's unit, stand as they are."""
+        writer, _, kind = region.partition(":")
+        if region == "send":
+            return f"{block}:send"
+        own = writer.partition(".")[0] == block or writer in self.program.tied
+        return region if own else f"{block}.{writer}:{kind}"
 
     def _step_calls(self, stage: int) -> list[Call]:
         last = stage == len(self.stages) - 1

@@ -1,0 +1,287 @@
+"""One block on all ranks of a stage: forward through its ops and regions, backward in reverse.
+
+Backward has what the block keeps, what it replays from that (read.replayed), and what regions declare for
+phase B; asking for more is an ExecuteError. A region does what its *events* say and nothing else, so a
+program whose events are wrong computes other numbers. Every event is recorded as it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from partita.parallel.execute_ops import (
+    BACKWARD,
+    FORWARD,
+    ExecuteError,
+    Get,
+    Local,
+    P,
+    Place,
+    meet,
+    total,
+)
+from partita.parallel.laid import Laid
+from partita.parallel.read import BYTES, replayed
+from partita.parallel.room import axis_name
+from partita.record.transfer import TrafficLine
+from partita.spec.layout import product_coordinate
+from partita.spec.mesh import DENSE
+from partita.spec.program import Block, Dim, Event, Op, Tensor
+
+Parts = Mapping[int, Local]  # rank -> its part of one tensor
+CARRIES = ("value", "stat", "weight")  # roles that have a gradient
+
+
+@dataclass
+class World:
+    """All ranks of a laid plan: who holds what, who meets whom, and what they sent this step."""
+
+    laid: Laid
+    sent: dict[tuple[int, str, str, str, str], list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        mesh = self.laid.mesh
+        self.at = [mesh.coords(r) for r in range(mesh.world_size)]
+        self.span, self.group = cache(self._span), cache(self._group)
+
+    def ranks(self, stage: int) -> list[int]:
+        """Ranks of a stage."""
+        return [r for r, at in enumerate(self.at) if at["pp"] == stage]
+
+    def _span(self, d: Dim, rank: int) -> range:
+        ways, mine = product_coordinate(self.laid.sizes, self.at[rank], d.cut)
+        if d.padded:
+            each = d.local(self.laid.sizes)
+        elif ways > d.size and ways % d.size == 0:  # neighbours share one unit
+            return range(mine // (ways // d.size), mine // (ways // d.size) + 1)
+        elif d.size % ways:
+            raise ExecuteError(f"{d.name} {d.size} is cut {ways} ways")
+        else:
+            each = d.size // ways
+        return range(min(mine * each, d.size), min((mine + 1) * each, d.size))
+
+    def share(self, t: Tensor, rank: int) -> tuple[range, ...]:
+        """What a rank holds of a tensor."""
+        return tuple(self.span(d, rank) for d in t.dims)
+
+    def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """Ranks that meet on a product of axes; on 'tp/share' those that hold the same kv head."""
+        at, sizes = self.at[rank], self.laid.sizes
+        shared = {a.removesuffix("/share") for a in axes if a.endswith("/share")}
+        holders = sizes["tp"] // min(self.laid.request.model.kv_heads, sizes["tp"])
+        free = set(axes) | shared
+
+        def meets(other: Mapping[str, int]) -> bool:
+            same = all(other[a] == at[a] for a in DENSE if a not in free)
+            return same and all(other[a] // holders == at[a] // holders for a in shared)
+
+        return tuple(r for r, other in enumerate(self.at) if meets(other))
+
+    def record(self, rank: int, op: Op, event: Event, site: str, phase: str, size: int) -> None:
+        """Notes one collective of one rank."""
+        key = rank, axis_name(op.axes), event.collective, site, phase
+        entry = self.sent.setdefault(key, [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + size
+
+    def traffic(self, rank: int) -> list[TrafficLine]:
+        """What the rank sent since `sent` was last emptied, as Laid.traffic declares it."""
+        return sorted(TrafficLine(*key, *n) for key, n in self.sent.items() if key[0] == rank)
+
+
+def cut_to(x: Local, spans: tuple[range, ...], site: str) -> Local:
+    """The part of x at `spans`, which x must hold."""
+    if any(
+        s and (s.start < o.start or s.stop > o.stop) for s, o in zip(spans, x.spans, strict=True)
+    ):
+        raise ExecuteError(f"{site}: {spans} is not within {x.spans}")
+    at = tuple(
+        slice(s.start - o.start, s.stop - o.start) for s, o in zip(spans, x.spans, strict=True)
+    )
+    return Local(x.dims, spans, x.values[at])
+
+
+def assemble(parts: Sequence[Local], spans: tuple[range, ...], site: str) -> Local:
+    """Parts side by side; where they overlap they must be equal, and nothing may be left open."""
+    values = np.full([len(s) for s in spans], -1, np.int64)
+    for x in parts:
+        at = tuple(
+            slice(s.start - o.start, s.stop - o.start) for s, o in zip(x.spans, spans, strict=True)
+        )
+        if (
+            values[at].shape != x.values.shape
+            or ((values[at] != -1) & (values[at] != x.values)).any()
+        ):
+            raise ExecuteError(f"{site}: gathers parts that do not fit each other")
+        values[at] = x.values
+    if (values == -1).any():
+        raise ExecuteError(f"{site}: gathers parts that leave a gap")
+    return Local(parts[0].dims, spans, values)
+
+
+def add(a: Local, b: Local) -> Local:
+    """The sum of two parts of one tensor."""
+    return total(a.dims, a, b)
+
+
+@dataclass
+class BlockRun:
+    """One block, one microbatch, all ranks of its stage. `env` holds local tensors by rank and name,
+    weights among them; after `forward` only what the block keeps (less `lost`, a fault to be found)."""
+
+    world: World
+    name: str
+    block: Block
+    ranks: Sequence[int]
+    step: int
+    first: int
+    env: dict[int, dict[str, Local]]
+    lost: str = ""
+    grads: dict[int, dict[str, Local]] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.places = {r: self._place(r) for r in self.ranks}
+
+    def _place(self, rank: int) -> Place:
+        world = self.world
+        return Place(
+            self.name, self.block.tensors, lambda t: world.share(t, rank), self.step, self.first
+        )
+
+    def forward(self) -> dict[int, Local]:
+        """Runs the block; returns its output and keeps what it says it keeps."""
+        self._run(self.block.ops(), "F")
+        out = {r: self.env[r][self.block.output] for r in self.ranks}
+        self._keep(self.block.kept - {self.lost})
+        return out
+
+    def backward(self, gradient: Parts) -> None:
+        """Fills `grads` from the gradient of the block's output."""
+        self._run(replayed(self.block), "B")
+        self._keep(frozenset(n for op in self.block.ops() for n in op.saves))
+        self.grads = {r: {self.block.output: gradient[r]} for r in self.ranks}
+        for op in reversed(self.block.ops()):
+            if self.block.tensors[op.writes].role not in CARRIES:
+                continue
+            if op.is_region:
+                self._region_back(op)
+            else:
+                self._made_again(op)
+                for r in self.ranks:
+                    self._op_back(op, r)
+
+    def input_gradient(self) -> dict[int, Local]:
+        """The gradient of the block's input."""
+        x = self.block.input
+        return {r: self.grads[r].get(x, self.places[r].filled(x)) for r in self.ranks}
+
+    def _keep(self, names: frozenset[str]) -> None:
+        kept = names | {w.name for w in self.block.weights()}
+        self.env = {r: {n: x for n, x in mine.items() if n in kept} for r, mine in self.env.items()}
+
+    def _get(self, rank: int, op: Op, names: Iterable[str] | None = None) -> Get:
+        """What an op may ask for on a rank; in backward `names` only."""
+
+        def get(name: str) -> Local:
+            if names is not None and name not in names:
+                raise ExecuteError(f"{self.name}.{op.name} needs {name}, which it does not save")
+            if name not in self.env[rank]:
+                raise ExecuteError(f"{self.name}.{op.name} needs {name}, which is not there")
+            return self.env[rank][name]
+
+        return get
+
+    def _run(self, ops: Sequence[Op], phase: str) -> None:
+        for op in ops:
+            if op.is_region:
+                events = [e for e in op.events if e.phase == "F"]
+                got = self._move(op, events, op.reads[0], op.writes, self.env, phase)
+                for r in self.ranks:
+                    self.env[r][op.writes] = got[r]
+                continue
+            for r in self.ranks:
+                made = FORWARD[op.kind](op, self.places[r], self._get(r, op))
+                for n, x in made.items():
+                    self._holds(op, n, x, r)
+                self.env[r] |= made
+
+    def _holds(self, op: Op, name: str, x: Local, rank: int) -> None:
+        want = self.world.share(self.block.tensors[name], rank)
+        if x.spans != want:
+            raise ExecuteError(f"{self.name}.{op.name}: {name} is {x.spans}, laid as {want}")
+
+    def _move(
+        self, op: Op, events: Sequence[Event], x: str, y: str,
+        held: Mapping[int, Mapping[str, Local]], phase: str,
+    ) -> dict[int, Local]:  # fmt: skip
+        """Tensor x, moved as the events say, arrives as y; without one it passes on."""
+        site = self.world.laid.site(self.name, op.name)
+        for r in self.ranks:
+            if x not in held[r]:
+                raise ExecuteError(f"{site} needs {x}, which is not there")
+        parts = {r: held[r][x] for r in self.ranks}
+        out = dict(parts)
+        for event in events:
+            for r in self.ranks:
+                group = self.world.group(r, op.axes)
+                out[r] = self._collective(event, [parts[q] for q in group], y, r, site)
+                if len(group) > 1:
+                    size = parts[r].values.size * BYTES[self.block.tensors[event.of].dtype]
+                    self.world.record(r, op, event, site, phase, size)
+        for r in self.ranks:
+            self._holds(op, y, out[r], r)
+        return out
+
+    def _collective(
+        self, event: Event, parts: Sequence[Local], y: str, rank: int, site: str
+    ) -> Local:
+        spans = self.world.share(self.block.tensors[y], rank)
+        if event.collective == "all_gather":
+            return assemble(parts, spans, site)
+        meet(parts)
+        summed = Local(parts[0].dims, parts[0].spans, sum(x.values for x in parts) % P)  # type: ignore[operator]
+        if event.collective == "all_reduce":
+            return summed
+        if event.collective == "reduce_scatter":
+            return cut_to(summed, spans, site)
+        raise ExecuteError(f"{site}: {event.collective} within a block")
+
+    def _region_back(self, op: Op) -> None:
+        x, y = op.reads[0], op.writes
+        events = [e for e in op.events if e.phase == "B" and e.gradient]
+        for r in self.ranks:
+            self.grads[r].setdefault(y, self.places[r].filled(y))
+        got = self._move(op, events, y, x, self.grads, "B")
+        for r in self.ranks:
+            self._accumulate(r, x, got[r])
+
+    def _made_again(self, op: Op) -> None:
+        """Regions on what this op saved, whose result it reads, run again; if moving, as declared."""
+        for region in self._sources(op):
+            if region.writes in self.again:
+                continue
+            events = [e for e in region.events if e.phase == "B" and not e.gradient]
+            got = self._move(region, events, region.reads[0], region.writes, self.env, "B")
+            self.again.add(region.writes)
+            for r in self.ranks:
+                self.env[r][region.writes] = got[r]
+
+    def _sources(self, op: Op) -> list[Op]:
+        regions = [o for o in self.block.ops() if o.is_region and o.writes in op.reads]
+        return [o for o in regions if o.writes not in op.saves and o.reads[0] in op.saves]
+
+    def _op_back(self, op: Op, rank: int) -> None:
+        place = self.places[rank]
+        g = self.grads[rank].get(op.writes, place.filled(op.writes))
+        knows = {*op.saves, *op.weights, *(o.writes for o in self._sources(op))}
+        for name, x in BACKWARD[op.kind](op, place, self._get(rank, op, knows), g).items():
+            if self.block.tensors[name].role in CARRIES:
+                self._accumulate(rank, name, x)
+
+    def _accumulate(self, rank: int, name: str, x: Local) -> None:
+        held = self.grads[rank].get(name)
+        self.grads[rank][name] = x if held is None else add(held, x)

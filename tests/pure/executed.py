@@ -1,0 +1,106 @@
+"""Executed plans beside one device: used by tests of the executor and of the rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from partita.parallel.execute import Outcome, execute
+from partita.parallel.execute_ops import ExecuteError
+from partita.parallel.laid import Laid, Request, lay
+from partita.spec.model import ModelSpec
+from partita.spec.plan_text import parse
+from partita.spec.program import Block, Op
+
+SAMPLES, SEQ = 4, 4
+
+
+def model(family: str = "llama", **changes: object) -> ModelSpec:
+    """Small, odd where a plan allows it: 3 layers, a vocabulary of 7."""
+    sizes = {"layers": 3, "hidden": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "ffn_hidden": 4}
+    sizes |= {"vocab": 7, "max_seq_len": 5} | changes
+    return ModelSpec(family=family, **sizes)  # type: ignore[arg-type]
+
+
+LLAMA = model(kv_heads=2)
+TIED = model(tied=True)
+GPT2 = model("gpt2")
+DROPS = model("gpt2", dropout=0.1, tied=False)
+
+
+def request(spec: ModelSpec, line: str) -> Request:
+    """The plan at SAMPLES a step."""
+    plan = parse(line)
+    each = SAMPLES // (plan.num_microbatches * plan.data_parallel_size)
+    return Request(plan, spec, SEQ, each)
+
+
+@cache
+def laid(spec: ModelSpec, line: str) -> Laid:
+    """The plan laid on the model."""
+    return lay(request(spec, line))
+
+
+@cache
+def one_device(spec: ModelSpec, steps: int) -> Outcome:
+    """The judge: all samples in one microbatch on one rank."""
+    return execute(laid(spec, "fp32"), steps)
+
+
+def difference(spec: ModelSpec, got: Outcome, steps: int) -> str:
+    """What differs from one device first: loss, norm, a gradient, a weight; '' when nothing."""
+    want = one_device(spec, steps)
+    for step in range(steps):
+        for what in ("losses", "norms"):
+            if set(getattr(got, what)[step].values()) != {getattr(want, what)[step][0]}:
+                return f"step {step}: {what}"
+        wrong = unequal(got.gradients[step], want.gradients[step])
+        if wrong:
+            return f"step {step}: gradient of {wrong}"
+    wrong = unequal(got.weights, want.weights)
+    return f"weight {wrong}" if wrong else ""
+
+
+def unequal(got: dict, want: dict) -> str:
+    """The first tensor that differs from the same place of the whole one; all must be there."""
+    for (rank, name), x in got.items():
+        whole = want[0, name]
+        at = tuple(slice(s.start, s.stop) for s in x.spans)
+        if not np.array_equal(whole.values[at], x.values):
+            return f"{name} on rank {rank}"
+    missing = {n for _, n in want} - {n for _, n in got}
+    return f"{missing} nobody stores" if missing else ""
+
+
+def found_wrong(spec: ModelSpec, changed: Laid, **faults: str) -> bool:
+    """Whether running a changed program is noticed within a step."""
+    try:
+        return bool(difference(spec, execute(changed, 1, **faults), 1))
+    except ExecuteError:
+        return True
+
+
+def change_ops(whole: Laid, change: Callable[[Op], Op | None]) -> Laid:
+    """A laid plan whose ops and regions are replaced; None takes a region's events out."""
+
+    def one(op: Op) -> Op:
+        new = change(op)
+        return replace(op, events=()) if new is None else new
+
+    def block(b: Block) -> Block:
+        segments = tuple(replace(s, ops=tuple(map(one, s.ops))) for s in b.segments)
+        return replace(b, segments=segments, regions=tuple(map(one, b.regions)))
+
+    stages = tuple(replace(s, blocks=tuple(map(block, s.blocks))) for s in whole.stages)
+    step = tuple(map(one, whole.program.step))
+    return replace(whole, stages=stages, program=replace(whole.program, step=step))
+
+
+def regions(whole: Laid) -> Iterator[Op]:
+    """Every distinct region of the plan."""
+    ops = [op for s in whole.stages for b in s.blocks for op in (*b.ops(), *b.regions)]
+    found = {(op.name, op.axes, op.events): op for op in (*ops, *whole.program.step)}
+    return (op for op in found.values() if op.is_region)
