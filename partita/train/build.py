@@ -10,7 +10,7 @@ nothing here computes a shape or chooses a collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,8 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.train.data import Dataset, open_dataset
 from partita.train.stage import StageBlocks
-from partita.train.step import Model, StepBatch, Update, make_update, step_comms
+from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
+from partita.train.streams import Batch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 CACHE = Path("~/.cache/partita").expanduser()
@@ -52,7 +53,8 @@ class Built:
 
     def batch(self, step: int) -> StepBatch:
         """This rank's microbatches of a step (from 0)."""
-        return StepBatch(step, [self.data.microbatch(step, s) for s in self._samples()])
+        found = [(s, self.data.microbatch(step, s)) for s in self._samples()]
+        return StepBatch(step, [microbatch(b, s) for s, b in found])
 
     def _samples(self) -> list[range]:
         """Sample m * (micro_batch_size * dp) + place of the batch dim: docs/map.md, sample order."""
@@ -107,11 +109,23 @@ class Built:
             if batch.ids.shape[0] < whole:
                 return
             first = self.data_rank * size
-            yield StepBatch(0, [batch.rows(first, first + size)]), int(batch.valid.sum())
+            mine = slice(first, first + size)
+            documents = None if batch.documents is None else batch.documents[mine]
+            part = Batch(batch.ids[mine], batch.targets[mine], batch.valid[mine], documents)
+            yield (
+                StepBatch(0, [microbatch(part, range(first, first + size))]),
+                int(batch.valid.sum()),
+            )
 
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss of one held-out batch; forward only."""
         return self.model.evaluate(batch)
+
+
+def microbatch(batch: Batch, samples: Sequence[int]) -> Microbatch:
+    """A batch with its samples' places in the step."""
+    places = torch.tensor(list(samples), dtype=torch.int64)
+    return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places)
 
 
 def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any = None) -> Context:
@@ -207,7 +221,8 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
     else:
 
         def value(name: str, box: Any) -> Tensor:
-            return initial_value(job.model, name, box, seed=job.seed)
+            shape = laid.layouts[name].shape
+            return initial_value(job.seed, name, shape, box, layers=job.model.layers)
 
     def fill(unit: Unit) -> None:
         for weight, first, _ in unit.places:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,16 @@ from partita.spec.job import TrainSpec
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 
 
-class Batch(Protocol):
-    """One microbatch of a rank: [samples, seq] each."""
+@dataclass(frozen=True)
+class Microbatch:
+    """A rank's part of one microbatch: ids, targets, valid (and documents) [samples, seq]; `samples`
+    are the samples' places in the step's global batch, which dropout is keyed by."""
 
     ids: Tensor
     targets: Tensor
     valid: Tensor
     documents: Tensor | None
+    samples: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class StepBatch:
     """What a rank computes on in one step (counted from 0): its part of every microbatch."""
 
     step: int
-    microbatches: Sequence[Any]
+    microbatches: Sequence[Microbatch]
 
 
 @dataclass(frozen=True)

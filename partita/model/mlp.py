@@ -1,0 +1,61 @@
+"""The mlp segment of a layer: norm, up projection, activation, down projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from partita.model.dropout import Dropout
+from partita.parallel.sp.norm import Norm
+from partita.parallel.tp.linear import Column, Row
+
+
+@dataclass(frozen=True)
+class MLP:
+    """norm -> up -> SwiGLU (gate and up in one matmul) or GELU -> down, added to x."""
+
+    norm: Norm
+    up: Column
+    down: Row
+    gated: bool
+    drop_residual: Dropout | None = None
+
+    def __call__(
+        self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
+    ) -> Tensor:
+        """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
+        h = self.up(self.norm(x))
+        h = SwiGLU.apply(h) if self.gated else gelu(h, approximate="tanh")
+        y = self.down(h, replay)
+        if self.drop_residual is not None and training:
+            y = self.drop_residual(y, step, batch.samples)
+        return x + y
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., (gate, up)] (Shazeer 2020); keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        """Half the width."""
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        """Both halves into one buffer."""
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, -1)
+        torch.mul(dy, silu(gate), out=d_up)
+        sigmoid = gate.sigmoid()
+        # d silu(g) = s (1 + g (1 - s))
+        slope = sigmoid.mul(torch.addcmul(torch.ones_like(gate), gate, 1 - sigmoid))
+        torch.mul(dy * up, slope, out=d_gate)
+        return out

@@ -1,0 +1,63 @@
+"""Rotary positions (Su et al. 2021), halves rotated as in Llama; llama3's frequency scaling.
+
+    [a, b] at position p  ->  [a cos - b sin, b cos + a sin],  angle = p * theta^(-2 i / head_dim)
+
+Positions are global: tables are made for the whole sequence, whatever cuts it. Applying them keeps nothing
+but the tables, since the backward is the rotation the other way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+
+
+def frequencies(spec: ModelSpec) -> Tensor:
+    """[head_dim / 2] angles a position, fp64."""
+    steps = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    found = 1.0 / spec.rope_theta**steps
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return found
+    length = 2 * math.pi / found
+    low = scaling.original_max_seq_len / scaling.low_freq_factor
+    high = scaling.original_max_seq_len / scaling.high_freq_factor
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = (scaling.original_max_seq_len / length - scaling.low_freq_factor) / span
+    between = (1 - smooth) * found / scaling.factor + smooth * found
+    out = torch.where(length > low, found / scaling.factor, found)
+    return torch.where((length <= low) & (length >= high), between, out)
+
+
+def tables(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [seq, head_dim / 2] in `dtype`; angles are computed in fp64."""
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies(spec))
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., seq, head_dim] rotated by tables [seq, head_dim / 2], in x's dtype."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Rotate(torch.autograd.Function):
+    """rotate as a function that keeps the tables alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates."""
+        ctx.tables = cos, sin
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """Rotates back."""
+        cos, sin = ctx.tables
+        return rotate(dy, cos, -sin), None, None

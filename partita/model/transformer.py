@@ -1,0 +1,225 @@
+"""The parallel model: a `for` over blocks, a block a list of segments, built from the laid program.
+
+Regions come by site from the laid block, weights from the units by name: nothing here knows a mesh.
+Blocks are called as block(x, batch); `step`, `training` and, on the head, `total_valid` are set by the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.comm.context import Context
+from partita.model.attention import Attention
+from partita.model.dropout import Dropout
+from partita.model.mlp import MLP
+from partita.model.rope import tables
+from partita.parallel.laid import Laid
+from partita.parallel.recompute.full import Recomputed
+from partita.parallel.regions import Regions
+from partita.parallel.sp.norm import Norm
+from partita.parallel.tp.embedding import Lookup
+from partita.parallel.tp.linear import AddBias, Column, Row
+from partita.parallel.tp.loss import CrossEntropy
+from partita.parallel.units import Unit, Weight
+from partita.spec.model import ModelSpec
+from partita.spec.program import Block
+from partita.spec.program import Tensor as Named
+
+
+class Maker:
+    """Hands one block its weights, regions and dropout sites."""
+
+    def __init__(
+        self, laid: Laid, name: str, block: Block, context: Context, weights: dict[str, Weight]
+    ) -> None:
+        self.laid, self.name, self.block, self.context = laid, name, block, context
+        self.spec: ModelSpec = laid.request.model
+        self.regions = Regions(block, name, context)
+        self._weights = weights
+
+    def weight(self, name: str) -> Weight:
+        """A weight by its name within the block."""
+        return self._weights[self.laid.full_name(self.name, name)]
+
+    def bias(self, name: str) -> Weight | None:
+        """The bias beside a weight, where the family has one."""
+        return self.weight(f"{name}_bias") if self.spec.has_biases else None
+
+    def norm(self, name: str) -> Norm:
+        """A norm and its weights."""
+        return Norm(self.weight(name), self.bias(name), self.spec.norm_eps)
+
+    def column(self, after: str, *names: str) -> Column:
+        """Linears that read what `after` wrote."""
+        biases = [self.weight(f"{n}_bias") for n in names] if self.spec.has_biases else []
+        return Column.of([self.weight(n) for n in names], self.regions.at(after), biases)
+
+    def row(self, name: str) -> Row:
+        """A linear and the region behind it."""
+        return Row.of(self.weight(name), self.regions.at(name), self.bias(name))
+
+    def dropout(self, site: str, mask: str) -> Dropout | None:
+        """The site whose mask is the tensor `mask` of the block; its box is this rank's part."""
+        if self.spec.dropout == 0:
+            return None
+        tensor = self.block.tensors[mask]
+        box = tuple(self._span(d) for d in tensor.dims[1:])
+        shape = tuple(d.size for d in tensor.dims[1:])
+        return Dropout(self.context.seed, f"{self.name}.{site}", self.spec.dropout, shape, box)
+
+    def _span(self, dim: Any) -> tuple[int, int]:
+        size = dim.local(self.laid.sizes)
+        place = 0
+        for axis in dim.cut:
+            place = place * self.laid.sizes[axis] + self.context.coords[axis]
+        return place * size, (place + 1) * size
+
+    def local(self, tensor: str, dim: str) -> int:
+        """This rank's size of a dim."""
+        found: Named = self.block.tensors[tensor]
+        return next(d for d in found.dims if d.name == dim).local(self.laid.sizes)
+
+    def vocab_range(self, table: str) -> tuple[int, int]:
+        """(first id, real rows) of this rank's part of a table."""
+        full = self.laid.full_name(self.name, table)
+        pieces = self.laid.layouts[full].pieces(self.laid.mesh, self.context.rank)
+        rows = self.weight(table).value.shape[0]
+        first = rows * self.context.coords["tp"]
+        return first, sum(b - a for (a, b), *_ in (p.box for p in pieces))
+
+
+class EmbeddingBlock:
+    """ids -> x."""
+
+    def __init__(self, make: Maker) -> None:
+        self.step, self.training = 0, True
+        spec = make.spec
+        first, _ = make.vocab_range("embedding.table")
+        at = make.regions.at("embedding.lookup")
+        self.lookup = Lookup(make.weight("embedding.table"), first, at)
+        self.position: Weight | None = None
+        if spec.has_positions:
+            self.position = make.weight("embedding.position")
+            self._span = make._span(
+                next(d for d in make.block.tensors["e"].dims if d.name == "seq")
+            )
+        self.drop = make.dropout("embedding.dropout", "e_mask") if spec.dropout else None
+
+    def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
+        """Table, positions, dropout."""
+        h = self.lookup(batch.ids)
+        if self.position is not None:
+            h = AddPosition.apply(h, self.position, self._span[0])
+        if self.drop is not None and self.training:
+            h = self.drop(h, self.step, batch.samples)
+        return h
+
+
+class AddPosition(torch.autograd.Function):
+    """x + position[first : first + seq]; the gradient sums this rank's samples."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, position: Weight, first: int) -> Tensor:
+        """Adds rows of the table."""
+        ctx.rows = position.gradient[first : first + x.shape[1]]
+        return x + position.value[first : first + x.shape[1]]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """Passes on."""
+        ctx.rows.add_(dy.sum(0, dtype=ctx.rows.dtype))
+        return dy, None, None
+
+
+class LayerBlock:
+    """x -> attention segment -> mlp segment."""
+
+    def __init__(self, make: Maker, rope: tuple[Tensor, Tensor] | None) -> None:
+        self.step, self.training = 0, True
+        spec = make.spec
+        gated = spec.family == "llama"
+        drops = spec.dropout > 0
+        self.attention = Attention(
+            make.norm("attention.norm"),
+            make.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
+            make.row("attention.wo"),
+            make.local("q", "heads"),
+            make.local("k", "kv_heads"),
+            spec.head_dim,
+            rope,
+            make.dropout("attention.core", "p_mask") if drops else None,
+            make.dropout("attention.residual", "ao_mask") if drops else None,
+        )
+        up, down = ("mlp.gate_up", "mlp.down") if gated else ("mlp.fc1", "mlp.fc2")
+        self.mlp = MLP(
+            make.norm("mlp.norm"),
+            make.column("mlp.norm", up),
+            make.row(down),
+            gated,
+            make.dropout("mlp.residual", "mo_mask") if drops else None,
+        )
+        self.recomputes = make.block.kept == frozenset({make.block.input})
+
+    def __call__(self, x: Tensor, batch: Any) -> Tensor:
+        """One layer; under recomputation only x is kept."""
+        if self.recomputes and torch.is_grad_enabled():
+            return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
+        return self.run(x, batch)
+
+    def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
+        """The segments in order; `replay` leaves out what backward does not need."""
+        x = self.attention(x, batch, self.step, self.training)
+        return self.mlp(x, batch, self.step, self.training, replay)
+
+
+class HeadBlock:
+    """x -> this rank's share of the step's loss; `logits` alone for generation."""
+
+    def __init__(self, make: Maker) -> None:
+        self.step, self.training, self.total_valid = 0, True, 1
+        table = "embedding.table" if make.spec.tied else "head.table"
+        self.norm = make.norm("head.norm")
+        self.project = Column.of([make.weight(table)], make.regions.at("head.norm"))
+        first, rows = make.vocab_range(table)
+        at = make.regions.at
+        self.loss = CrossEntropy(first, rows, at("loss.max"), at("loss.sum"), at("loss.pick"))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[batch, seq, local vocab], padding included."""
+        return self.project(self.norm(x))
+
+    def __call__(self, x: Tensor, batch: Any) -> Tensor:
+        """Sum of the valid tokens' losses over the step's valid tokens."""
+        return self.loss(self.logits(x), batch.targets, batch.valid, self.total_valid)
+
+
+def build_blocks(
+    spec: ModelSpec, laid: Laid, stage: int, context: Context, units: Sequence[Unit]
+) -> list[Any]:
+    """The stage's blocks in order, on views of its units."""
+    weights = {n: w for unit in units for n, w in unit.weights().items()}
+    s = laid.stages[stage]
+    rope = None
+    if not spec.has_positions:
+        rope = tables(spec, laid.request.seq_len, _dtype(units))
+    found: list[Any] = []
+    for name, block in zip(s.names, s.blocks, strict=True):
+        make = Maker(laid, name, block, context, weights)
+        if name == "embedding":
+            found.append(EmbeddingBlock(make))
+        elif name == "head":
+            found.append(HeadBlock(make))
+        else:
+            found.append(LayerBlock(make, rope))
+    return found
+
+
+def _dtype(units: Sequence[Unit]) -> torch.dtype:
+    return units[0].working.dtype
+
+
+__all__ = ["AddBias", "EmbeddingBlock", "HeadBlock", "LayerBlock", "build_blocks"]

@@ -1,0 +1,115 @@
+"""Regions: conjugate autograd pairs that only move data (Megatron-LM's f and g, and their sp forms).
+
+    kind          forward               backward
+    identity      x                     dx
+    copy_to       x                     all_reduce(dx)
+    reduce_from   all_reduce(x)         dx
+    gather_from   all_gather(x, seq)    reduce_scatter(dx, seq)
+    scatter_to    reduce_scatter(x, seq)  all_gather(dx, seq)
+
+A module asks for the region at a site and is given what the laid program says there, so it cannot choose
+another collective. seq is dim 1 of [batch, seq, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.comm.context import Context
+from partita.comm.protocol import Comm, Done, Handle
+from partita.comm.single import SingleComm
+from partita.spec.program import Block
+
+SEQ = 1
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region bound to its Comm and site. Forward and backward are plain calls, for functions that
+    overlap them with a matmul; `Region.apply` is the autograd pair."""
+
+    kind: str
+    comm: Comm
+    site: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Moves a value."""
+        return self.start_forward(x).wait()
+
+    def start_forward(self, x: Tensor) -> Handle:
+        """Starts to move a value."""
+        if self.kind == "reduce_from":
+            return self.comm.start_all_reduce(x, site=self.site)
+        if self.kind == "gather_from":
+            return self.comm.start_all_gather(x, site=self.site, dim=SEQ)
+        if self.kind == "scatter_to":
+            return self.comm.start_reduce_scatter(x, site=self.site, dim=SEQ)
+        return Done(x)
+
+    def start_backward(self, dx: Tensor) -> Handle:
+        """Starts to move a gradient."""
+        if self.kind == "copy_to":
+            return self.comm.start_all_reduce(dx, site=self.site)
+        if self.kind == "gather_from":
+            return self.comm.start_reduce_scatter(dx, site=self.site, dim=SEQ)
+        if self.kind == "scatter_to":
+            return self.comm.start_all_gather(dx, site=self.site, dim=SEQ)
+        return Done(dx)
+
+    def backward(self, dx: Tensor) -> Tensor:
+        """Moves a gradient."""
+        return self.start_backward(dx).wait()
+
+    def shape_after(self, shape: torch.Size) -> torch.Size:
+        """The shape of what forward returns."""
+        b, s, *rest = shape
+        if self.kind == "gather_from":
+            s *= self.comm.size
+        elif self.kind == "scatter_to":
+            s //= self.comm.size
+        return torch.Size([b, s, *rest])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The autograd pair on x."""
+        return x if self.kind == "identity" else Move.apply(x, self)  # type: ignore[return-value]
+
+
+class Move(torch.autograd.Function):
+    """Forward: region.forward. Backward: region.backward, its conjugate."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, region: Region) -> Tensor:
+        """Moves the value; keeps nothing."""
+        ctx.region = region
+        return region.forward(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:
+        """Moves the gradient."""
+        return ctx.region.backward(dx), None
+
+
+IDENTITY = Region("identity", SingleComm("none"), "")
+
+
+class Regions:
+    """The regions of one laid block by the op behind which they stand."""
+
+    def __init__(self, block: Block, name: str, context: Context) -> None:
+        found: dict[str, Region] = {}
+        for op in block.ops():
+            if op.is_region:
+                writer, _, kind = op.name.partition(":")
+                site = op.name if writer.startswith(f"{name}.") else f"{name}.{op.name}"
+                comm = context.comm(*op.axes, lane=op.lane)
+                region = Region(kind, comm, site)
+                found[writer] = region if comm.size > 1 else IDENTITY
+        self._at: Mapping[str, Region] = found
+
+    def at(self, op: str) -> Region:
+        """The region behind `op` ('attention.wo'), or the identity."""
+        return self._at.get(op, IDENTITY)

@@ -1,0 +1,88 @@
+"""RMSNorm and LayerNorm on the tokens a rank holds; their weight gradients are then partial over tp, and
+are summed once a step with their unit. Statistics in fp32 (fp64 under fp64). Keeps x alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.units import Weight
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (Zhang and Sennrich 2019), or LayerNorm where there is a bias. [..., hidden] -> same."""
+
+    weight: Weight
+    bias: Weight | None
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalises over the last dim."""
+        kind = _RMSNorm if self.bias is None else _LayerNorm
+        return kind.apply(x, self)  # type: ignore[return-value]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = cast(x / rms(x)) * weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Norm) -> Tensor:
+        """Normalises in the wide dtype, scales in x's."""
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        wide = _wide(x)
+        scale = (wide.square().mean(-1, keepdim=True) + layer.epsilon).rsqrt_()
+        return (wide * scale).to(x.dtype) * layer.weight.value
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """Makes the statistics again from x."""
+        (x,) = ctx.saved_tensors
+        layer: Norm = ctx.layer
+        wide = _wide(x)
+        scale = (wide.square().mean(-1, keepdim=True) + layer.epsilon).rsqrt_()
+        unit = wide * scale
+        g = _wide(dy * layer.weight.value)
+        hidden = x.shape[-1]
+        dw = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden).sum(0)
+        layer.weight.gradient.add_(dw)
+        dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * scale
+        return dx.to(x.dtype), None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """torch's kernels with the statistics made again in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Norm) -> Tensor:
+        """(x - mean) / std * weight + bias."""
+        assert layer.bias is not None
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        wide, w, b = _wide(x), _wide(layer.weight.value), _wide(layer.bias.value)
+        y, _, _ = torch.native_layer_norm(wide, [x.shape[-1]], w, b, layer.epsilon)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """One native kernel for all three gradients."""
+        (x,) = ctx.saved_tensors
+        layer: Norm = ctx.layer
+        assert layer.bias is not None
+        wide, w, b = _wide(x), _wide(layer.weight.value), _wide(layer.bias.value)
+        shape = [x.shape[-1]]
+        _, mean, rstd = torch.native_layer_norm(wide, shape, w, b, layer.epsilon)
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            _wide(dy).contiguous(), wide, shape, mean, rstd, w, b, [True, True, True]
+        )
+        layer.weight.gradient.add_(dw)
+        layer.bias.gradient.add_(db)
+        return dx.to(x.dtype), None

@@ -1,0 +1,56 @@
+"""Vocab-parallel lookup: each rank holds a range of rows; tokens of other ranks contribute zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.regions import Region
+from partita.parallel.units import Weight
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """ids [batch, seq] -> [batch, seq or its share, hidden]. `first` is the range's first id; padded
+    rows are never met, since ids are checked before training."""
+
+    table: Weight
+    first: int
+    region: Region
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Looks up and adds over the ranks."""
+        anchor = torch.empty(0, requires_grad=True)  # gives the output a backward
+        return _Lookup.apply(anchor, ids, self)  # type: ignore[return-value]
+
+
+class _Lookup(torch.autograd.Function):
+    """Keeps ids."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, ids: Tensor, layer: Lookup) -> Tensor:
+        """Rows of the own range, zero elsewhere, then the region."""
+        ctx.save_for_backward(ids)
+        ctx.layer = layer
+        rows = layer.table.value.shape[0]
+        if layer.region.kind == "identity":  # the whole table is here
+            return layer.region.forward(layer.table.value[ids])
+        local = ids - layer.first
+        outside = (local < 0) | (local >= rows)
+        found = layer.table.value[local.masked_fill(outside, 0)]
+        return layer.region.forward(found.masked_fill_(outside.unsqueeze(-1), 0))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
+        """Adds each token's gradient to its row, where this rank holds it."""
+        (ids,) = ctx.saved_tensors
+        layer: Lookup = ctx.layer
+        dy = layer.region.backward(dy)
+        gradient = layer.table.gradient
+        local = (ids - layer.first).reshape(-1)
+        inside = (local >= 0) & (local < gradient.shape[0])
+        rows = dy.reshape(-1, dy.shape[-1])[inside].to(gradient.dtype)
+        gradient.index_add_(0, local[inside], rows)
+        return None, None, None

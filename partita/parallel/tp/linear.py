@@ -1,0 +1,152 @@
+"""Column- and row-parallel linears (Shoeybi et al. 2019, sec. 3), the region fused with the matmul.
+
+    column   x -[region]-> X,  y = X W.T    W [rows / tp, columns]    backward: dX = dy W, dW += dy.T X
+    row      y = x W.T -[region]->          W [rows, columns / tp]    backward: dx = dY W, dW += dY.T x
+
+Collectives run under the matmul that does not need them: the sum of dX under dW; the second gather of the
+shard that was kept (sp) under dX. Weight gradients go straight into the unit's buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.regions import IDENTITY, Region
+from partita.parallel.units import Matrix, Weight, matrices
+
+
+@dataclass(frozen=True)
+class Column:
+    """Column-parallel linears that read one tensor: q, k, v are one call, gate and up are one.
+
+    [batch, seq or its share, columns] -> [batch, seq, sum of local rows]."""
+
+    matrices: tuple[Matrix, ...]
+    biases: tuple[Weight, ...]
+    region: Region
+
+    @staticmethod
+    def of(weights: Sequence[Weight], region: Region, biases: Sequence[Weight] = ()) -> Column:
+        """Weights whose last dim is the input's; neighbours become one matmul."""
+        return Column(tuple(matrices(weights)), tuple(biases), region)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Moves x by the region and multiplies."""
+        return _Column.apply(x, self)  # type: ignore[return-value]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., columns] by all matrices, biases added."""
+        parts = [x @ m.value.t() for m in self.matrices]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.biases:
+            y += torch.cat([b.value.reshape(-1) for b in self.biases])
+        return y
+
+    def accumulate(self, dy: Tensor, x: Tensor) -> None:
+        """Adds the weight gradients of dy [tokens, rows] and x [tokens, columns]."""
+        rows = [m.value.shape[0] for m in self.matrices]
+        for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
+            m.accumulate(part, x)
+        if self.biases:
+            total = dy.sum(0, dtype=self.biases[0].gradient.dtype)
+            for b, part in zip(
+                self.biases, total.split([b.value.numel() for b in self.biases]), strict=True
+            ):
+                b.gradient.view(-1).add_(part)
+
+
+class _Column(torch.autograd.Function):
+    """Keeps x as it came: the shard under sp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Column) -> Tensor:
+        """Region, then matmul."""
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer.multiply(layer.region.forward(x))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """The conjugate; sp gathers x again."""
+        (x,) = ctx.saved_tensors
+        layer: Column = ctx.layer
+        again = layer.region.kind == "gather_from"
+        whole = layer.region.start_forward(x) if again else None
+        rows = [m.value.shape[0] for m in layer.matrices]
+        parts = dy.split(rows, -1)
+        dx = parts[0] @ layer.matrices[0].value
+        for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
+            dx += part @ m.value
+        under_way = layer.region.start_backward(dx)
+        x = whole.wait() if whole is not None else x
+        layer.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return under_way.wait(), None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row-parallel linear: [batch, seq, local columns] -> [batch, seq or its share, rows]."""
+
+    matrix: Matrix
+    region: Region
+    bias: Weight | None = None
+
+    @staticmethod
+    def of(weight: Weight, region: Region, bias: Weight | None = None) -> Row:
+        """A weight whose first dim is the output's, the others folded into columns."""
+        value, gradient = weight.matrix(columns=weight.value.dim() - 1)
+        return Row(Matrix(value, gradient), region, bias)
+
+    def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
+        """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so
+        neither the matmul nor its region runs, and the values are arbitrary."""
+        y = _Row.apply(x, self, replay)
+        return y if self.bias is None else AddBias.apply(y, self.bias)  # type: ignore[return-value]
+
+
+class _Row(torch.autograd.Function):
+    """Keeps x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Row, replay: bool) -> Tensor:
+        """Matmul, then region."""
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        if replay:
+            rows = layer.matrix.value.shape[0]
+            return x.new_empty(layer.region.shape_after(torch.Size([*x.shape[:-1], rows])))
+        return layer.region.forward(x @ layer.matrix.value.t())
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """The conjugate."""
+        (x,) = ctx.saved_tensors
+        layer: Row = ctx.layer
+        dy = layer.region.backward(dy)
+        dx = dy @ layer.matrix.value
+        layer.matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return dx, None, None
+
+
+class AddBias(torch.autograd.Function):
+    """y + bias; the bias's gradient sums the tokens this rank holds."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Weight) -> Tensor:
+        """Adds along the last dim."""
+        ctx.bias = bias
+        return y + bias.value
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """Passes on."""
+        total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.gradient.dtype)
+        ctx.bias.gradient.add_(total)
+        return dy, None
+
+
+__all__ = ["IDENTITY", "AddBias", "Column", "Row"]

@@ -1,0 +1,78 @@
+"""Vocab-parallel cross-entropy (Shoeybi et al. 2019): logits are never gathered.
+
+    loss = sum over valid tokens of (max + log sum exp(logit - max) - logit[target]) / N
+
+Three reductions of [batch, seq] over tp: the maximum, the sum, the target's logit. N counts the valid
+tokens of the whole step, so the loss does not change with the plan. Statistics are fp32 (fp64 under fp64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.regions import Region
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """logits [batch, seq, local vocab] -> scalar. `first` is the first id of this rank, `rows` how many
+    of its columns are real: padding takes no part."""
+
+    first: int
+    rows: int
+    maximum: Region
+    total: Region
+    target: Region
+
+    def __call__(self, logits: Tensor, targets: Tensor, valid: Tensor, total_valid: int) -> Tensor:
+        """The rank's share of the step's loss."""
+        return _CrossEntropy.apply(logits, targets, valid, total_valid, self)  # type: ignore[return-value]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps exp(logit - max), its sum, targets and mask."""
+
+    @staticmethod
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, valid: Tensor, total_valid: int, layer: CrossEntropy
+    ) -> Tensor:
+        """Max, exp, sum, pick; each summed over tp."""
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        x = logits.to(wide) if logits.dtype != wide else logits
+        if layer.rows < x.shape[-1]:
+            x = x.clone() if x is logits else x
+            x[..., layer.rows :] = -torch.inf
+        top = _maximum(x.amax(-1), layer.maximum)
+        local = targets - layer.first
+        outside = (local < 0) | (local >= layer.rows)
+        local = local.masked_fill(outside, 0)
+        pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
+        probs = (x - top.unsqueeze(-1)).exp_()
+        total = layer.total.forward(probs.sum(-1))
+        pick = layer.target.forward(pick)
+        losses = (total.log() + top - pick) * valid
+        ctx.save_for_backward(probs, total, local, outside, valid)
+        ctx.scale, ctx.dtype = 1.0 / total_valid, logits.dtype
+        return losses.sum() * ctx.scale
+
+    @staticmethod
+    def backward(ctx, seed: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """(softmax - one hot) * valid / N, made in place of the probabilities."""
+        probs, total, local, outside, valid = ctx.saved_tensors
+        weight = valid.to(probs.dtype) * (seed * ctx.scale)
+        dx = probs.mul_((weight / total).unsqueeze(-1))
+        own = weight.masked_fill(outside, 0).neg_().unsqueeze(-1)
+        dx.scatter_add_(-1, local.unsqueeze(-1), own)
+        return dx.to(ctx.dtype), None, None, None, None
+
+
+def _maximum(top: Tensor, region: Region) -> Tensor:
+    """The maximum over ranks; it carries no gradient."""
+    return (
+        top
+        if region.kind == "identity"
+        else region.comm.all_reduce(top, site=region.site, op="max")
+    )
