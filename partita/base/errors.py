@@ -1,17 +1,17 @@
 """Every error a user can meet, and the exit code it becomes.
 
-    PartitaError              70 internal
-    ├── UsageError             2 usage        the command, the job file, or what a run would resume
-    ├── PlanError              1 plan         an illegal plan: carries every Problem
-    │   └── ScheduleError      1 plan         a schedule that cannot run
-    ├── DataError             65 data         the content of a data or tokenizer file
-    ├── CheckpointError       66 checkpoint
-    ├── PeerError             71 peer         a rank was lost, disagreed or timed out
-    │   └── CommError
-    ├── NonFiniteError        72 non_finite   a loss or gradient that is not a number
-    ├── WriteError            73 write        full or read-only disk
-    ├── BusyError             75 busy         the run folder is taken by a live owner
-    └── StoppedError     130/143 stopped      Ctrl-C, SIGTERM
+PartitaError              70 internal
+├── UsageError             2 usage        the command, the job file, or what a run would resume
+├── PlanError              1 plan         an illegal plan: carries every Problem
+│   └── ScheduleError      1 plan         a schedule that cannot run
+├── DataError             65 data         the content of a data or tokenizer file
+├── CheckpointError       66 checkpoint
+├── PeerError             71 peer         a rank was lost, disagreed or timed out
+│   └── CommError
+├── NonFiniteError        72 non_finite   a loss or gradient that is not a number
+├── WriteError            73 write        full or read-only disk
+├── BusyError             75 busy         the run folder is taken by a live owner
+└── StoppedError     130/143 stopped      Ctrl-C, SIGTERM
 """
 
 from __future__ import annotations

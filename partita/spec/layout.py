@@ -135,9 +135,7 @@ def _explode(spans: Sequence[tuple[int, int, bool]]) -> list[tuple[int, int, boo
     return [(i, i + 1, flag) for a, b, flag in spans for i in range(a, b)]
 
 
-def product_coordinate(
-    sizes: Sizes, at: Mapping[str, int], axes: Sequence[str]
-) -> tuple[int, int]:
+def product_coordinate(sizes: Sizes, at: Mapping[str, int], axes: Sequence[str]) -> tuple[int, int]:
     """Ways and coordinate over a product of axes, the last one innermost."""
     ways, coordinate = 1, 0
     for a in axes:

@@ -37,7 +37,9 @@ class Mesh:
     @cached_property
     def _order(self) -> tuple[str, ...]:
         """Ulysses is the inner part of cp."""
-        return tuple(a for axis in self.order for a in (("ulysses", "cp") if axis == "cp" else (axis,)))
+        return tuple(
+            a for axis in self.order for a in (("ulysses", "cp") if axis == "cp" else (axis,))
+        )
 
     @cached_property
     def world_size(self) -> int:

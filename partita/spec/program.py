@@ -224,7 +224,9 @@ def well_formed(block: Block) -> list[str]:
         if op.writes in written:
             problems.append(f"{block.name}.{op.name} writes {op.writes} a second time")
         written |= {op.writes, *op.saves}
-        missing = [x for x in (*op.reads, op.writes, *op.weights, *op.saves) if x not in block.tensors]
+        missing = [
+            x for x in (*op.reads, op.writes, *op.weights, *op.saves) if x not in block.tensors
+        ]
         problems += [f"{block.name}.{op.name} names {x}, which is no tensor" for x in missing]
     if block.output not in written:
         problems.append(f"{block.name}: its output {block.output} is never written")
