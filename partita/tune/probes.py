@@ -1,0 +1,221 @@
+"""What one rank measures of its machine: matrix products, memory, the optimizer, collectives.
+
+Ranks go through the same phases behind a barrier, so that it is known how many are busy at a time. Nothing
+here knows a model or runs a training step. The median of the repetitions counts: other programs only ever
+make a machine slower, and the median forgets a few of their moments.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partita.comm.protocol import Comm, Key, Where, World
+
+# rows, inner, columns: a microbatch's tokens against the weights of small and middling blocks
+MATMUL_SIZES = (
+    (256, 192, 192),
+    (256, 192, 512),
+    (512, 512, 512),
+    (512, 512, 1408),
+    (768, 1024, 1024),
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEMORY_ELEMENTS = 8_000_000  # fp32: 32 MB, beyond the caches of a core
+OPTIMIZER_ELEMENTS = 2_000_000
+COMM_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22)
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
+ADAMW_BYTES = 28  # an element: parameter, both moments read and written, gradient read, in fp32
+
+
+@dataclass(frozen=True)
+class Call:
+    """A measured collective: `seconds` of one call over `ranks` ranks, `bytes` handed in."""
+
+    backend: str
+    op: str
+    ranks: int
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Found:
+    """What one rank found; rates are per second."""
+
+    rank: int
+    busy_flops: dict[int, float] = field(default_factory=dict)  # ranks busy -> FLOP/s of this one
+    matmul: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype -> size -> FLOP/s
+    memory_bytes_per_s: float = 0.0
+    optimizer_bytes_per_s: float = 0.0
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every rank is given. `busy` are the numbers of busy ranks to try, `units` how many compute
+    in the other phases; `scratch` is a folder for the rendezvous."""
+
+    num_ranks: int
+    units: int
+    busy: tuple[int, ...]
+    groups: tuple[int, ...]
+    backends: tuple[str, ...]
+    scratch: Path
+    seconds_each: float = 0.15
+
+
+def probe(rank: int, connection: Connection, setup: Setup, barrier: Any) -> None:
+    """Runs all phases of one rank; sends the name of each as it begins, then what it found.
+
+    Ends with an exception where a peer is lost: `barrier` breaks for all.
+    """
+    torch.set_num_threads(1)
+    found = Found(rank)
+    for name, phase in _phases(found, setup):
+        barrier.wait()
+        connection.send(name)
+        phase()
+    barrier.wait()
+    connection.send(found)
+
+
+def phase_names(setup: Setup) -> list[str]:
+    """The phases in order, for a progress bar."""
+    return [name for name, _ in _phases(Found(0), setup)]
+
+
+def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None]]]:
+    for n in setup.busy:
+        yield f"{n} ranks busy" if n > 1 else "one rank busy", lambda n=n: _busy(found, setup, n)
+    for dtype in DTYPES:
+        yield f"matmul {dtype}", lambda d=dtype: _matmuls(found, setup, d)
+    yield "memory and optimizer", lambda: _memory(found, setup)
+    for backend in setup.backends:
+        yield f"collectives over {backend}", lambda b=backend: _collectives(found, setup, b)
+
+
+def median_seconds(call: Callable[[], object], at_least_s: float, repetitions: int = 3) -> float:
+    """Median time of a call, repeated for `at_least_s` and at least `repetitions` times."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + at_least_s
+    while len(times) < repetitions or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of x[rows, inner] @ w[columns, inner].T, as a linear layer computes it."""
+    x, w = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+    return 2 * rows * inner * columns / median_seconds(lambda: x @ w.T, seconds)
+
+
+def _busy(found: Found, setup: Setup, busy: int) -> None:
+    if found.rank < busy:
+        rate = matmul_flops(512, 512, 512, torch.float32, 4 * setup.seconds_each)
+        found.busy_flops[busy] = rate
+
+
+def _matmuls(found: Found, setup: Setup, dtype: str) -> None:
+    if found.rank < setup.units:
+        found.matmul[dtype] = {
+            f"{rows}x{inner}x{columns}": matmul_flops(
+                rows, inner, columns, DTYPES[dtype], setup.seconds_each
+            )
+            for rows, inner, columns in MATMUL_SIZES
+        }
+
+
+def _memory(found: Found, setup: Setup) -> None:
+    if found.rank >= setup.units:
+        return
+    x, y = torch.ones(MEMORY_ELEMENTS), torch.empty(MEMORY_ELEMENTS)
+    seconds = median_seconds(lambda: torch.add(x, 1.0, out=y), 4 * setup.seconds_each)
+    found.memory_bytes_per_s = 2 * x.nbytes / seconds
+    weight = torch.ones(OPTIMIZER_ELEMENTS, requires_grad=True)
+    weight.grad = torch.ones(OPTIMIZER_ELEMENTS)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    seconds = median_seconds(optimizer.step, 2 * setup.seconds_each)
+    found.optimizer_bytes_per_s = ADAMW_BYTES * OPTIMIZER_ELEMENTS / seconds
+
+
+def make_world(backend: str, rank: int, num_ranks: int, scratch: Path) -> World:
+    """The world of a backend that trains between CPU ranks of one host: 'shm' or 'gloo'."""
+    path, where = scratch / f"rendezvous-{backend}", Where(activity="calibration")
+    if backend == "shm":
+        from partita.comm.shm import ShmWorld
+
+        return ShmWorld(rank, num_ranks, path, timeout_s=20.0, where=where)
+    from partita.comm.torch import TorchWorld
+
+    return TorchWorld(rank, num_ranks, path, timeout_s=20.0, where=where)
+
+
+def _collectives(found: Found, setup: Setup, backend: str) -> None:
+    world = make_world(backend, found.rank, setup.num_ranks, setup.scratch)
+    try:
+        for n in setup.groups:
+            comm = world.make(range(n), axis=f"group of {n}", lane="compute")
+            if comm is not None:
+                for size in COMM_BYTES:
+                    found.calls += [_timed(comm, backend, op, size) for op in COLLECTIVES]
+    finally:
+        world.close()
+
+
+def _timed(comm: Comm, backend: str, op: str, size: int) -> Call:
+    """Mean of some calls in a row after one to warm up: alone, a call would hide its latency behind
+    the others' entry."""
+    repetitions = max(3, min(20, (1 << 22) // size))
+    x = torch.ones(size // 4)
+    run = getattr(_Calls(comm, x), op)
+    run(0)
+    comm.barrier(site="calibrate:barrier")
+    start = time.perf_counter()
+    for i in range(1, repetitions + 1):
+        run(i)
+    seconds = (time.perf_counter() - start) / repetitions
+    return Call(backend, op, comm.size, size, seconds / 2 if op == "send" else seconds)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """One call of each collective, as layers make them; `send` goes there and back."""
+
+    comm: Comm
+    x: torch.Tensor
+
+    def all_reduce(self, i: int) -> None:
+        self.comm.all_reduce(self.x, site="calibrate:all_reduce")
+
+    def all_gather(self, i: int) -> None:
+        self.comm.all_gather(self.x, site="calibrate:all_gather")
+
+    def reduce_scatter(self, i: int) -> None:
+        self.comm.reduce_scatter(self.x, site="calibrate:reduce_scatter")
+
+    def all_to_all(self, i: int) -> None:
+        self.comm.all_to_all(self.x, site="calibrate:all_to_all")
+
+    def broadcast(self, i: int) -> None:
+        self.comm.broadcast(self.x, site="calibrate:broadcast")
+
+    def send(self, i: int) -> None:
+        site, there, back = "calibrate:send", Key("F", 1, i), Key("B", 0, i)
+        if self.comm.rank == 0:
+            sent = self.comm.send(self.x, 1, key=there, site=site)
+            self.comm.receive(self.x, 1, key=back, site=site).wait()
+            sent.wait()
+        elif self.comm.rank == 1:
+            self.comm.receive(self.x, 0, key=there, site=site).wait()
+            self.comm.send(self.x, 0, key=back, site=site).wait()

@@ -1,0 +1,99 @@
+"""What ranks measured becomes a cluster that jobs can read; wrong measurements would show."""
+
+from __future__ import annotations
+
+import pytest
+
+from partita.base.config import to_toml
+from partita.base.errors import UsageError
+from partita.cost.comm import AlphaBeta, seconds
+from partita.spec.cluster import Cluster
+from partita.tune.calibrate import adopt, calibrate, compute_units, fit, slowest_calls, summarise
+from partita.tune.probes import COLLECTIVES, COMM_BYTES, MATMUL_SIZES, Call, Found
+
+LINK = AlphaBeta(latency_s=20e-6, bytes_per_s=3e9)
+
+
+def calls_of(link: AlphaBeta, backend: str = "shm") -> list[Call]:
+    return [
+        Call(backend, op, n, size, seconds(op, 2 if op == "send" else n, size, link))
+        for op in COLLECTIVES
+        for n in (2, 4)
+        for size in COMM_BYTES
+    ]
+
+
+def found_of(rank: int, busy: dict[int, float]) -> Found:
+    rates = {f"{r}x{i}x{c}": 40e9 for r, i, c in MATMUL_SIZES}
+    matmul = {"fp32": rates, "bf16": {s: 2 * x for s, x in rates.items()}} if rank < 2 else {}
+    slow = AlphaBeta(10 * LINK.latency_s, LINK.bytes_per_s / 10)
+    calls = calls_of(LINK) + calls_of(slow, "gloo")
+    return Found(rank, busy, matmul, 8e9 if rank < 2 else 0, 6e9 if rank < 2 else 0, calls)
+
+
+def machine() -> list[Found]:
+    """Four ranks on two cores."""
+    return [
+        found_of(rank, {n: min(1, 2 / n) * 40e9 for n in (1, 2, 4) if rank < n})
+        for rank in range(4)
+    ]
+
+
+def test_fit_finds_the_link_that_made_the_times() -> None:
+    found = fit(calls_of(LINK))
+    assert found.latency_s == pytest.approx(LINK.latency_s, rel=1e-6)
+    assert found.bytes_per_s == pytest.approx(LINK.bytes_per_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("busy", "units"),
+    [({1: 40.0, 2: 40.0, 4: 20.0}, 2), ({1: 40.0, 2: 20.0, 4: 10.0}, 1), ({1: 40.0, 4: 30.0}, 3)],
+)
+def test_units_are_how_many_ranks_run_at_full_speed(busy: dict[int, float], units: int) -> None:
+    assert compute_units(busy) == units
+
+
+def test_ranks_that_do_not_slow_down_share_the_whole_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda: 16)
+    assert compute_units({1: 40.0, 2: 40.0, 4: 39.0}) == 16
+
+
+def test_a_collective_lasts_as_long_as_its_last_rank() -> None:
+    quick, slow = Call("shm", "send", 2, 8, 1.0), Call("shm", "send", 2, 8, 3.0)
+    assert slowest_calls([Found(0, calls=[quick]), Found(1, calls=[slow])]) == [slow]
+
+
+def test_the_cluster_keeps_the_limits_and_takes_the_rates(tmp_path) -> None:
+    base = Cluster.load("laptop")
+    found = summarise(base, machine(), has_bf16=True)
+    made = found.cluster
+    assert (made.devices, made.memory_bytes, made.memory_limit_bytes) == (
+        base.devices,
+        base.memory_bytes,
+        base.memory_limit_bytes,
+    )
+    assert made.cores_shared == 2
+    assert made.peak_flops == pytest.approx({"fp32": 40e9, "bf16": 80e9, "fp64": 20e9})
+    assert made.links[0].name == "shared memory"
+    assert made.links[0].bytes_per_s == pytest.approx(3e9)
+    path = tmp_path / "cluster.toml"
+    path.write_text(to_toml(made.to_toml()))
+    assert Cluster.load(path) == made
+    assert "slow-down" in str(found)
+    assert found.to_json()["cluster"]["devices"] == base.devices
+
+
+def test_another_base_adopts_the_rates() -> None:
+    measured = summarise(Cluster.load("laptop"), machine(), has_bf16=False).cluster
+    other = Cluster.load({"preset": "laptop", "devices": 2, "memory_bytes": 10**9})
+    made = adopt(other, measured)
+    assert (made.devices, made.memory_bytes) == (2, 10**9)
+    assert made.links[0].devices == 2
+    assert made.peak_flops == measured.peak_flops
+
+
+def test_published_devices_are_not_measured() -> None:
+    with pytest.raises(UsageError, match="CPU ranks"):
+        calibrate(Cluster.load("8xh100"))
