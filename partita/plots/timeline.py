@@ -48,7 +48,7 @@ def text(spans: Sequence[Span], width: int | None = None) -> str:
     cell = max(len(s.name) for s in spans) + 1
     columns = round(makespan(spans) / unit) if unit else 0
     label = len(str(max(s.rank for s in spans)))
-    if not unit or columns > _MAX_COLUMNS or (width and columns * cell + label + 7 > width):
+    if not unit or columns > _MAX_COLUMNS or (width and columns * cell + label + 8 > width):
         return _compact(spans, label, width or 120)
     start = min(s.start_s for s in spans)
     rows = []
@@ -82,7 +82,7 @@ def _unit(spans: Sequence[Span]) -> float:
 
 
 def _compact(spans: Sequence[Span], label: int, width: int) -> str:
-    start, columns = min(s.start_s for s in spans), max(width - label - 7, 20)
+    start, columns = min(s.start_s for s in spans), max(width - label - 8, 20)
     per_column = makespan(spans) / columns or 1.0
     rows = []
     for rank, own in _rows(spans).items():
