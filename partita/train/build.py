@@ -239,8 +239,13 @@ def assemble(job: Job, world: World, where: Where | None = None, recorder: Any =
     context = make_context(laid, job, world, where or Where(), recorder)
     model = make_model(job, laid, context, filler(job, laid, context))
     update = make_update(model, job.train)
-    data = open_dataset(job.data, job.train, vocab=job.model.vocab, seed=job.seed, cache=CACHE)
+    data = open_job_data(job)
     return Built(job, context, model, update, data)
+
+
+def open_job_data(job: Job) -> Dataset:
+    """The job's data, with the tokenizer's cache shared by all ranks of the host."""
+    return open_dataset(job.data, job.train, vocab=job.model.vocab, seed=job.seed, cache=CACHE)
 
 
 def build(job: Job, world: World | None = None) -> tuple[Model, Update, Built]:

@@ -31,10 +31,14 @@ from partita.comm.processes import start_ranks, torchrun_rank
 from partita.planner.judge import fit_error
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
+from partita.train.build import open_job_data
+from partita.train.checkpoint import newest_complete
 from partita.train.control import Control
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, run_rank
+from partita.train.sample import continue_text
 
+PROMPT, SAMPLE_TOKENS = "def ", 96
 GRACE_S = 3.0  # for the others to say what they saw, once one has failed
 
 
@@ -74,7 +78,19 @@ def train(
         if lock.took_over:
             spec.notices.append(lock.took_over)
         (spec.folder / "job.toml").write_text(job.to_toml())
-        return Launcher(spec).run()
+        open_job_data(job)  # bad data is found here, once, before any rank starts
+        return _with_text(Launcher(spec).run(), spec)
+
+
+def _with_text(metrics: dict[str, Any], spec: RunSpec) -> dict[str, Any]:
+    """Adds what a finished run is judged by: the unigram entropy, and a few lines the model wrote."""
+    data = open_job_data(spec.job)
+    found = {**metrics, "unigram_entropy": data.unigram_entropy()}
+    newest = newest_complete(spec.folder / "checkpoints")
+    if data.tokenizer is not None and newest is not None:
+        found["sample"] = PROMPT + continue_text(newest, PROMPT, SAMPLE_TOKENS).text
+        (spec.folder / "sample.txt").write_text(found["sample"] + "\n")
+    return found
 
 
 def _run_folder(job: Job, fresh: bool) -> Path:
@@ -213,7 +229,9 @@ class Launcher:
                 f"stopped by {name} after step {metrics.get('step', 0)}; start the job again to go on",
                 number,
             )
-        return {**metrics, "run": str(self.spec.folder), "plan": str(self.spec.job.plan)}
+        done = any(r.already_done for r in self.reports.values())
+        out = {**metrics, "run": str(self.spec.folder), "plan": str(self.spec.job.plan)}
+        return {**out, "already_done": True} if done else out
 
     def _first_error(self) -> PartitaError | None:
         """The cause: a rank that died without a word, else an error of a rank's own, else a peer's."""

@@ -54,6 +54,7 @@ class Report:
     rank: int
     metrics: dict[str, Any] = field(default_factory=dict)
     stopped_by: int = 0
+    already_done: bool = False
     error: PartitaError | None = None
 
 
@@ -103,7 +104,7 @@ def _run(rank: int, spec: RunSpec, backend: str) -> Report:
         where.activity = "finished"
     finally:
         world.close()
-    return Report(rank, outcome.metrics, outcome.stopped_by)
+    return Report(rank, outcome.metrics, outcome.stopped_by, outcome.already_done)
 
 
 def _own_control(spec: RunSpec, rank: int) -> Path:

@@ -1,0 +1,77 @@
+"""`partita checkpoint inspect|verify|export DIR`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from partita.base.errors import CheckpointError, UsageError
+from partita.cli.jobs import Json
+from partita.cli.out import write_json, write_text
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb and its parts."""
+    group = typer.Typer(no_args_is_help=True, help="Inspects, verifies and exports checkpoints.")
+    group.command("inspect")(inspect)
+    group.command("verify")(verify)
+    group.command("export")(export)
+    app.add_typer(group, name="checkpoint")
+
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A step folder, or a run folder (its newest).")
+]
+
+
+def inspect(folder: Folder, json: Json = False) -> None:
+    """What a checkpoint states, without reading its tensors."""
+    _answer(_step_folder(folder), False, json)
+
+
+def verify(folder: Folder, json: Json = False) -> None:
+    """Every digest of a checkpoint."""
+    _answer(_step_folder(folder), True, json)
+
+
+def _step_folder(folder: Path) -> Path:
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist", file=str(folder))
+    inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    from partita.train.checkpoint import list_checkpoints
+
+    found = list_checkpoints(inner)
+    return found[-1] if found else folder
+
+
+def _answer(folder: Path, digests: bool, json: bool) -> None:
+    from partita.train.checkpoint import inspect as look
+
+    found = asdict(look(folder, digests=digests))
+    if json:
+        write_json(found)
+    else:
+        write_text("\n".join(f"{k:<10}{v}" for k, v in found.items()))
+    if found["problems"] or not found["complete"]:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+def export(
+    source: Folder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
+    json: Json = False,
+) -> None:
+    """Writes a folder that transformers loads."""
+    from partita.model.families.export import export_checkpoint
+
+    folder = _step_folder(source)
+    found: dict[str, Any] = export_checkpoint(folder, target)
+    if json:
+        write_json(found)
+    else:
+        write_text(
+            f"exported {folder} to {target}: {found['tensors']} tensors, {found['bytes']} bytes"
+        )

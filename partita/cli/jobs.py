@@ -1,0 +1,56 @@
+"""How verbs take a job: a file with overrides, or a model and a cluster with a plan's line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from partita.base.errors import UsageError
+from partita.spec.job import Job
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB.toml", help="The job file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.FIELD=VALUE]...", help='Overrides, e.g. plan="tp2+sp" train.lr=1e-3.'
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+PlanLine = Annotated[
+    str | None, typer.Option("--plan", help='A plan, e.g. "pp2:1f1b/8mb tp2+sp bf16".')
+]
+
+
+def load(path: str, overrides: list[str] | None, plan: str | None = None) -> Job:
+    """The job of a file, `plan` and overrides applied. Raises UsageError."""
+    extra = [f"plan={plan}"] if plan is not None else []
+    return Job.load(path, *(overrides or []), *extra)
+
+
+def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job:
+    """`JOB.toml [overrides]`, or `MODEL CLUSTER [overrides]` with --plan, --global-batch-size and
+    --seq-len."""
+    if len(words) < 2 or "=" in words[1] or _is_job(words[0]):
+        extra = [f"train.{k}={v}" for k, v in batch.items() if v is not None]
+        return load(words[0], [*words[1:], *extra], plan)
+    missing = [
+        f"--{k.replace('_', '-')}" for k in ("global_batch_size", "seq_len") if batch.get(k) is None
+    ]
+    if missing:
+        raise UsageError(f"{words[0]} on {words[1]} needs {' and '.join(missing)}")
+    stated = {k: v for k, v in batch.items() if v is not None}
+    job = Job.of(words[0], words[1], plan or "", **stated)
+    if len(words) > 2:
+        raise UsageError(f"overrides ({words[2]}) go with a job file")
+    return job
+
+
+def _is_job(path: str) -> bool:
+    """A TOML file with the sections of a job, not of a model."""
+    if not path.endswith(".toml") or not Path(path).is_file():
+        return path.endswith(".toml") and not Path(path).exists()
+    from partita.base.config import load_toml
+
+    return "model" in load_toml(path)

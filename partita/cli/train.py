@@ -1,0 +1,58 @@
+"""`partita train`: trains a job over its ranks; resumes by itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from partita.cli.jobs import JobFile, Json, Overrides, PlanLine, load
+from partita.cli.out import note, write_json, write_text
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("train", help=train.__doc__)(train)
+
+
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    plan: PlanLine = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run a plan that is predicted not to fit.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run folder.")] = False,
+    allow_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fallback", help="Resume from an older checkpoint if the newest is bad."
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Trains a job over its ranks."""
+    loaded = load(job, overrides, plan)
+    from partita.train.launch import train as run
+
+    metrics = run(loaded, force=force, fresh=fresh, allow_fallback=allow_fallback)
+    if metrics.get("already_done"):
+        note(f"{metrics['run']} is finished: step {metrics['step']}; --fresh starts anew")
+    if json:
+        write_json(metrics)
+        return
+    write_text(_summary(metrics))
+
+
+def _summary(metrics: dict[str, object]) -> str:
+    lines = [f"trained  {metrics['run']}  plan {metrics['plan']}  step {metrics['step']}"]
+    if "loss" in metrics:
+        lines.append(f"loss     {metrics['loss']:.4f}")
+    if "eval_loss" in metrics:
+        lines.append(
+            f"held out {metrics['eval_loss']:.4f} nats a token; unigram entropy "
+            f"{metrics['unigram_entropy']:.4f} ({metrics['unigram_entropy'] - metrics['eval_loss']:+.4f})"  # type: ignore[operator]
+        )
+    if metrics.get("sample"):
+        lines += ["", "what it writes:", str(metrics["sample"])]
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Text that a checkpoint's model writes, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from partita.base.errors import CheckpointError, UsageError
+from partita.comm.protocol import Where
+from partita.comm.single import SingleWorld
+from partita.model.generate import greedy
+from partita.parallel.laid import lay
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
+from partita.spec.plan import Plan
+from partita.train.build import make_context, make_model, open_job_data
+from partita.train.checkpoint import load
+from partita.train.pieces import Wanted
+from partita.train.step import Model
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written: the prompt's continuation."""
+
+    text: str
+    token_ids: list[int]
+
+
+def job_of(step_folder: Path) -> Job:
+    """The job that wrote a checkpoint: job.toml of its run folder."""
+    path = step_folder.parent.parent / "job.toml"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing: a checkpoint is read with its run's job.toml", file=str(path)
+        )
+    return Job.load(path)
+
+
+def load_single(step_folder: Path, job: Job) -> Model:
+    """The whole model of a checkpoint on one rank, fp32."""
+    plan = Plan().with_("pipeline", num_microbatches=1)
+    train = replace(job.train, global_batch_size=1, micro_batch_size=1)
+    alone = replace(job, plan=plan, train=train)
+    laid = lay(request_of(alone))
+    context = make_context(laid, alone, SingleWorld(), Where())
+    model = make_model(alone, laid, context, lambda unit: None)
+    wanted = []
+    for unit in model.units:
+        for weight, first, size in unit.places:
+            shape = laid.layouts[weight].shape
+            whole = tuple((0, n) for n in shape)
+            wanted.append(
+                Wanted(
+                    weight, "weight", shape, whole, unit.master[first : first + size].view(shape)
+                )
+            )
+    load(step_folder, wanted)
+    for unit in model.units:
+        unit.round_working()
+    for block in model.blocks:
+        block.training = False
+    return model
+
+
+def continue_text(step_folder: Path, prompt: str, new_tokens: int) -> Text:
+    """Greedy continuation of `prompt`. Raises UsageError where the run has no tokenizer."""
+    job = job_of(step_folder)
+    data = open_job_data(job)
+    if data.tokenizer is None:
+        raise UsageError(
+            f"{job.data.source} is tokens without a tokenizer: nothing can be read or written as text"
+        )
+    ids = list(data.tokenizer.encode(prompt))
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one character", key="prompt")
+    model = load_single(step_folder, job)
+    new = greedy(model.blocks, ids, new_tokens, job.train.seq_len, job.model.vocab)
+    return Text(data.tokenizer.decode(new), new)
