@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from partita.parallel.execute_block import BlockRun, Parts, World
-from partita.parallel.execute_ops import ExecuteError, Local, P, Place, Values, noise
+from partita.parallel.execute_ops import ExecuteError, Local, P, Place, Values, inverse, noise
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES
 from partita.record.transfer import TrafficLine
@@ -138,7 +138,7 @@ class Execution:
             for r in counts:
                 counts[r] += int(self._data(block.tensors["valid"], r, step, m).values.sum())
         counts = self._once("step.count", counts)
-        return {r: pow(n, -1, P) for r, n in counts.items()}
+        return {r: int(inverse(np.array(n % P, np.int64))) for r, n in counts.items()}
 
     def _once(self, name: str, values: dict[int, int]) -> dict[int, int]:
         """A number of the step through its regions, in order."""

@@ -47,6 +47,7 @@ class World:
         mesh = self.laid.mesh
         self.at = [mesh.coords(r) for r in range(mesh.world_size)]
         self.span, self.group = cache(self._span), cache(self._group)
+        self.shares: dict[tuple[int, int], tuple[range, ...]] = {}  # by the laid tensor's identity
 
     def ranks(self, stage: int) -> list[int]:
         """Ranks of a stage."""
@@ -66,7 +67,10 @@ class World:
 
     def share(self, t: Tensor, rank: int) -> tuple[range, ...]:
         """What a rank holds of a tensor."""
-        return tuple(self.span(d, rank) for d in t.dims)
+        key = id(t), rank
+        if key not in self.shares:
+            self.shares[key] = tuple(self.span(d, rank) for d in t.dims)
+        return self.shares[key]
 
     def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Ranks that meet on a product of axes; on 'tp/share' those that hold the same kv head."""
@@ -224,17 +228,20 @@ class BlockRun:
             if x not in held[r]:
                 raise ExecuteError(f"{site} needs {x}, which is not there")
         parts = {r: held[r][x] for r in self.ranks}
-        out = dict(parts)
         for event in events:
-            for r in self.ranks:
-                group = self.world.group(r, op.axes)
-                out[r] = self._collective(event, [parts[q] for q in group], y, r, site)
+            size = BYTES[self.block.tensors[event.of].dtype]
+            groups = {r: self.world.group(r, op.axes) for r in self.ranks}
+            for r, group in groups.items():
                 if len(group) > 1:
-                    size = parts[r].values.size * BYTES[self.block.tensors[event.of].dtype]
-                    self.world.record(r, op, event, site, phase, size)
+                    handed_in = parts[r].values.size * size
+                    self.world.record(r, op, event, site, phase, handed_in)
+            parts = {
+                r: self._collective(event, [parts[q] for q in group], y, r, site)
+                for r, group in groups.items()
+            }
         for r in self.ranks:
-            self._holds(op, y, out[r], r)
-        return out
+            self._holds(op, y, parts[r], r)
+        return parts
 
     def _collective(
         self, event: Event, parts: Sequence[Local], y: str, rank: int, site: str

@@ -92,7 +92,9 @@ def noise(key: str, spans: Sequence[range]) -> Values:
 
 
 def inverse(x: Values) -> Values:
-    """1/x modulo P, element by element."""
+    """1/x modulo P, element by element. Raises ExecuteError at 0, which data alone does not make."""
+    if not x.all():
+        raise ExecuteError("a division by zero: a sum is missing")
     return np.array([pow(v, -1, P) for v in x.ravel().tolist()], np.int64).reshape(x.shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -55,7 +54,8 @@ def difference(spec: ModelSpec, got: Outcome, steps: int) -> str:
     want = one_device(spec, steps)
     for step in range(steps):
         for what in ("losses", "norms"):
-            if set(getattr(got, what)[step].values()) != {getattr(want, what)[step][0]}:
+            one, all_ranks = getattr(want, what)[step][0], range(len(got.traffic))
+            if getattr(got, what)[step] != dict.fromkeys(all_ranks, one):
                 return f"step {step}: {what}"
         wrong = unequal(got.gradients[step], want.gradients[step])
         if wrong:
@@ -83,24 +83,28 @@ def found_wrong(spec: ModelSpec, changed: Laid, **faults: str) -> bool:
         return True
 
 
-def change_ops(whole: Laid, change: Callable[[Op], Op | None]) -> Laid:
-    """A laid plan whose ops and regions are replaced; None takes a region's events out."""
+Site = tuple[str, Op]  # a block's name ('layer' for all equal ones, '' once a step), and a region
 
-    def one(op: Op) -> Op:
-        new = change(op)
-        return replace(op, events=()) if new is None else new
+
+def change_region(whole: Laid, site: Site, new: tuple[Op, ...]) -> Laid:
+    """A laid plan with other regions in the place of one."""
+    name, region = site
+
+    def change(ops: tuple[Op, ...], where: str) -> tuple[Op, ...]:
+        return tuple(x for op in ops for x in (new if (where, op) == (name, region) else (op,)))
 
     def block(b: Block) -> Block:
-        segments = tuple(replace(s, ops=tuple(map(one, s.ops))) for s in b.segments)
-        return replace(b, segments=segments, regions=tuple(map(one, b.regions)))
+        segments = tuple(replace(s, ops=change(s.ops, b.name)) for s in b.segments)
+        return replace(b, segments=segments, regions=change(b.regions, b.name))
 
     stages = tuple(replace(s, blocks=tuple(map(block, s.blocks))) for s in whole.stages)
-    step = tuple(map(one, whole.program.step))
+    step = change(whole.program.step, "")
     return replace(whole, stages=stages, program=replace(whole.program, step=step))
 
 
-def regions(whole: Laid) -> Iterator[Op]:
+def regions(whole: Laid) -> list[Site]:
     """Every distinct region of the plan."""
-    ops = [op for s in whole.stages for b in s.blocks for op in (*b.ops(), *b.regions)]
-    found = {(op.name, op.axes, op.events): op for op in (*ops, *whole.program.step)}
-    return (op for op in found.values() if op.is_region)
+    blocks = [b for s in whole.stages for b in s.blocks]
+    ops = [(b.name, op) for b in blocks for op in (*b.ops(), *b.regions) if op.is_region]
+    found = {(n, op.name, op.axes, op.events): (n, op) for n, op in ops}
+    return [*found.values(), *(("", op) for op in whole.program.step)]

@@ -4,7 +4,7 @@ steps; and sends what it declares."""
 from __future__ import annotations
 
 import pytest
-from executed import DROPS, GPT2, LLAMA, TIED, difference, laid
+from executed import DROPS, GPT2, LLAMA, TIED, difference, laid, model
 
 from partita.parallel.execute import execute
 
@@ -13,14 +13,42 @@ PLANS = [
     "dp_replicate2 tp2", "dp_replicate2 pp2/2mb", "pp2/2mb tp2+sp",
     "dp_replicate2 pp2/2mb tp2+sp", "dp_replicate2 dp_shard2.zero0 tp2",
 ]  # fmt: skip
-CASES = [(m, p) for m in (LLAMA, TIED, GPT2, DROPS) for p in PLANS]
+MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS}
+FULL = " recompute:full"
+CASES = [(m, p) for m in MODELS for p in PLANS]
+CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
 
 
-@pytest.mark.parametrize("recompute", ["", " recompute:full"], ids=["keeps", "replays"])
-@pytest.mark.parametrize(("spec", "line"), CASES)
-def test_plan_equals_one_device(spec, line, recompute) -> None:
-    whole = laid(spec, line + recompute)
+@pytest.mark.parametrize(("name", "line"), CASES)
+def test_plan_equals_one_device(name, line) -> None:
+    whole = laid(MODELS[name], line)
     got = execute(whole)
-    assert difference(spec, got, 2) == ""
+    assert difference(MODELS[name], got, 2) == ""
     for rank in range(whole.mesh.world_size):
         assert got.traffic[rank] == whole.traffic(rank)
+
+
+def test_more_stages_and_a_stated_split() -> None:
+    """A stage of embedding or head alone, more stages than microbatches, other orders of the mesh."""
+    for line in (
+        "pp3/2mb",
+        "pp2/4mb pipeline.split=1,2",
+        "dp_replicate2 pp2/1mb tp2 order:pp,dp_replicate,cp,dp_shard,tp",
+    ):
+        assert difference(TIED, execute(laid(TIED, line)), 2) == "", line
+
+
+def test_last_ranks_hold_fewer_rows() -> None:
+    """A vocabulary of 5 on 4 ranks: 2, 2, 1, 0 rows; one of 127: 32, 32, 32, 31."""
+    for vocab in (5, 127):
+        spec = model(vocab=vocab, layers=1)
+        whole = laid(spec, "tp4+sp")
+        rows = [len(execute(whole, 1).weights[r, "head.table"].spans[0]) for r in range(4)]
+        assert rows == ([2, 2, 1, 0] if vocab == 5 else [32, 32, 32, 31])
+        assert difference(spec, execute(whole), 2) == ""
+
+
+def test_samples_may_move() -> None:
+    """However four samples are spread over ranks and microbatches, some without a valid token."""
+    for line in ("pp1/2mb", "pp1/4mb", "dp_replicate4", "dp_replicate2 pp1/2mb"):
+        assert difference(LLAMA, execute(laid(LLAMA, line), 1), 1) == "", line

@@ -1,0 +1,90 @@
+"""Whatever is left out of, or doubled in, a laid plan is noticed: regions, their events, gradient axes,
+tensors that are kept, ops that are replayed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from executed import DROPS, GPT2, LLAMA, TIED, change_region, found_wrong, laid, regions
+
+from partita.parallel import execute_block
+from partita.parallel.read import replayed
+
+FAULTY = [
+    (LLAMA, "tp4", 11), (TIED, "tp2+sp", 21), (DROPS, "dp_replicate2 tp2+sp recompute:full", 27),
+    (TIED, "pp2/2mb", 6), (GPT2, "dp_replicate2 dp_shard2.zero0", 6),
+    (LLAMA, "dp_replicate2 pp2/2mb tp2", 18),
+]  # fmt: skip
+IDS = [line for _, line, _ in FAULTY]
+
+
+@pytest.mark.parametrize(("spec", "line", "events"), FAULTY, ids=IDS)
+def test_every_event_is_needed(spec, line, events) -> None:
+    whole, tried, unneeded = laid(spec, line), 0, []
+    for name, region in regions(whole):
+        for event in region.events:
+            left = replace(region, events=tuple(e for e in region.events if e is not event))
+            tried += 1
+            if not found_wrong(spec, change_region(whole, (name, region), (left,))):
+                unneeded.append((name, region.name, event))
+    assert not unneeded
+    assert tried == events
+
+
+@pytest.mark.parametrize("line", ["tp2", "dp_replicate2"])
+def test_every_sum_done_twice_is_found(line) -> None:
+    whole = laid(TIED, line)
+    sums = [s for s in regions(whole) if s[1].events[0].collective == "all_reduce"]
+    assert len(sums) >= 5
+    for name, region in sums:
+        once_more = (replace(region, events=region.events * 2),)
+        twice = (region, region) if region.kind == "reduce" else once_more
+        assert found_wrong(TIED, change_region(whole, (name, region), twice)), (name, region.name)
+
+
+AXES = [
+    (LLAMA, "tp4", 1), (LLAMA, "dp_replicate2 tp4+sp", 9),
+    (DROPS, "dp_shard2.zero0 tp2+sp", 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "line", "axes"), AXES, ids=[line for _, line, _ in AXES])
+def test_every_gradient_axis_is_needed(spec, line, axes) -> None:
+    whole, tried = laid(spec, line), 0
+    for name, region in regions(whole):
+        for axis in region.axes if region.kind == "reduce" else ():
+            left = tuple(a for a in region.axes if a != axis) or ("cp",)
+            tried += 1
+            changed = change_region(whole, (name, region), (replace(region, axes=left),))
+            assert found_wrong(spec, changed), (name, region.name, axis)
+    assert tried == axes
+
+
+KEPT = [
+    (LLAMA, "fp32"),
+    (LLAMA, "tp4+sp"),
+    (LLAMA, "tp2 recompute:full"),
+    (DROPS, "tp2+sp"),
+    (DROPS, "pp2/2mb"),
+]
+
+
+@pytest.mark.parametrize(("spec", "line"), KEPT, ids=[f"{s.family} {line}" for s, line in KEPT])
+def test_every_kept_tensor_is_needed(spec, line) -> None:
+    whole = laid(spec, line)
+    kept = sorted({t for b in whole.program.blocks for t in b.kept})
+    assert len(kept) >= 5
+    assert [name for name in kept if not found_wrong(spec, whole, lost=name)] == []
+
+
+@pytest.mark.parametrize("spec", [LLAMA, DROPS], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("line", ["tp2+sp recompute:full", "recompute:full"])
+def test_every_replayed_op_is_needed(spec, line, monkeypatch) -> None:
+    whole = laid(spec, line)
+    names = sorted({op.name for b in whole.program.blocks for op in replayed(b)})
+    assert len(names) >= 10
+    for name in names:
+        left_out = lambda b, name=name: [op for op in replayed(b) if op.name != name]  # noqa: E731
+        monkeypatch.setattr(execute_block, "replayed", left_out)
+        assert found_wrong(spec, whole), name
