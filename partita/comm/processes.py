@@ -100,6 +100,6 @@ def torchrun_rank() -> tuple[int, int, int] | None:
 
 
 def torchrun_store() -> dict[str, str]:
-    """Rendezvous of torchrun: MASTER_ADDR, MASTER_PORT and the restart count."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE")
+    """Rendezvous of torchrun: rank, world, address, port and the restart count."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     return {n: os.environ[n] for n in names if n in os.environ}

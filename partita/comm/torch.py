@@ -1,0 +1,255 @@
+"""torch.distributed as a World: gloo between CPU ranks (and hosts), nccl between GPUs.
+
+Every rank makes every group, in one order. Gloo's errors never name a rank or an operation: they are caught
+here, and told with the axis, op, site, phase and step, and with what the status board knows of the
+others. bf16 sums are made in fp32. reduce_scatter, which gloo lacks, is an all_to_all and a sum in
+rank order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.base.errors import CommError
+from partita.comm.board import Board
+from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where
+from partita.comm.single import SingleComm
+from partita.comm.table import Status
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+class TorchWorld:
+    """All ranks of a run over torch.distributed. `path` is a file all ranks of one host see."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        path: Path | None,
+        *,
+        timeout_s: float = 60.0,
+        where: Where | None = None,
+        backend: str = "gloo",
+        store: Any = None,
+    ) -> None:
+        self.rank, self.size, self.where = rank, size, where or Where()
+        self.timeout = timedelta(seconds=timeout_s)
+        store = store if store is not None else dist.FileStore(str(path), size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=self.timeout
+        )
+        board = None if path is None else path.with_suffix(".board")
+        self.board = Board(board, rank, size)
+
+    @staticmethod
+    def from_torchrun(env: Mapping[str, str], *, timeout_s: float, where: Where) -> TorchWorld:
+        """Joins what torchrun started; stores of restarts are kept apart."""
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            size,
+            is_master=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        apart = dist.PrefixStore(f"attempt{attempt}", store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        return TorchWorld(
+            rank, size, None, timeout_s=timeout_s, where=where, backend=backend, store=apart
+        )
+
+    def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
+        """A Comm over `ranks`; every rank calls it for every group."""
+        if len(ranks) == 1:
+            return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
+        group = dist.new_group(list(ranks), timeout=self.timeout)
+        return TorchComm(self, tuple(ranks), axis, lane, group) if self.rank in ranks else None
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class _Work:
+    """A torch work handle and how its result is finished."""
+
+    comm: TorchComm
+    work: Any
+    result: Callable[[], Tensor]
+    note: tuple[Message, int]
+    keeps: Any = None
+    value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """Waits, and says who was missing when that fails."""
+        if self.value is None:
+            self.comm.run(self.work.wait if self.work is not None else lambda: None, *self.note)
+            self.value = self.result()
+            self.comm.world.board.leave()
+            self.work = self.keeps = None
+        return self.value
+
+
+class TorchComm:
+    """One process group on one axis and lane."""
+
+    def __init__(
+        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any
+    ) -> None:
+        self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        self._sequence = 0
+
+    def run(self, call: Callable[[], Any], message: Message, number: int) -> Any:
+        """A torch call whose failure becomes a CommError that names what and who."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise self._failure(error, message, number) from None
+
+    def _failure(self, error: RuntimeError, message: Message, number: int) -> CommError:
+        where, board = self.world.where, self.world.board
+        time.sleep(0.2)  # a peer that died with us needs a moment to be seen dead
+        dead = [r for r in self.ranks if board.is_dead(r)]
+        late = [r for r in self.ranks if r not in dead and board.is_behind(r, self.world.rank)]
+        first = ""
+        if dead:
+            first = f"rank {dead[0]} has died: "
+        elif late:
+            first = f"rank {late[0]} did not come: "
+        text = str(error).splitlines()[0]
+        return CommError(
+            f"{first}{self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, phase "
+            f"{where.phase}, step {where.step}) failed on rank {self.world.rank}: {text}\n"
+            f"{board.describe()}"
+        )
+
+    def _enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
+        number = self._sequence
+        self._sequence += 1
+        message = Message(op, tuple(x.shape), str(x.dtype), site)
+        frame = sys._getframe(2)
+        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        status = Status(self.world.rank)
+        status.enter(self.axis, message, number, self.world.where, frame)
+        self.world.board.enter(status)
+        return message, number
+
+    # Collectives ---------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
+        """Sum or maximum."""
+        return self.start_all_reduce(x, site=site, op=op).wait()
+
+    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """Shards along dim."""
+        return self.start_all_gather(x, site=site, dim=dim).wait()
+
+    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """This rank's part of the sum."""
+        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
+
+    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+        """Low precision adds up in fp32."""
+        note = self._enter("all_reduce", x, site)
+        out = x.detach().to(torch.float32) if x.dtype in LOW else x.detach().clone()
+        kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        work = self.run(lambda: dist.all_reduce(out, kind, self.group, async_op=True), *note)
+        return _Work(self, work, lambda: out.to(x.dtype), note)
+
+    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """Gathers into one buffer."""
+        note = self._enter("all_gather", x, site)
+        source = x.detach().contiguous()
+        parts = [torch.empty_like(source) for _ in range(self.size)]
+        work = self.run(lambda: dist.all_gather(parts, source, self.group, async_op=True), *note)
+        return _Work(self, work, lambda: torch.cat(parts, dim), note, keeps=source)
+
+    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """An all_to_all of the parts, added up in rank order."""
+        note = self._enter("reduce_scatter", x, site)
+        parts = [p.contiguous() for p in x.detach().chunk(self.size, dim)]
+        source = torch.stack(parts)
+        came = torch.empty_like(source)
+        shared = (came, source)
+        work = self.run(
+            lambda: dist.all_to_all_single(*shared, group=self.group, async_op=True), *note
+        )
+
+        def added() -> Tensor:
+            low = came.dtype in LOW
+            return (came.float() if low else came).sum(0).to(x.dtype)
+
+        return _Work(self, work, added, note, keeps=source)
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        *,
+        site: str,
+        send_counts: Sequence[int] | None = None,
+        receive_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Rows of dim 0 to each rank."""
+        note = self._enter("all_to_all", x, site)
+        send = list(send_counts) if send_counts else None
+        take = list(receive_counts) if receive_counts else None
+        rows = sum(take) if take else x.shape[0]
+        out = x.new_empty((rows, *x.shape[1:]))
+        source = x.detach().contiguous()
+        self.run(lambda: dist.all_to_all_single(out, source, take, send, self.group), *note)
+        self.world.board.leave()
+        return out
+
+    def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
+        """The root's tensor."""
+        note = self._enter("broadcast", x, site)
+        out = x.detach().clone()
+        self.run(lambda: dist.broadcast(out, self.ranks[root], self.group), *note)
+        self.world.board.leave()
+        return out
+
+    def barrier(self, *, site: str) -> None:
+        """Waits for all."""
+        note = self._enter("barrier", torch.empty(0), site)
+        self.run(lambda: dist.barrier(self.group), *note)
+        self.world.board.leave()
+
+    # Point to point ------------------------------------------------------------------------------
+
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+        """Tagged by its key, so that orders may differ."""
+        note = self._enter("send", x, site)
+        source = x.detach().contiguous()
+        tag = _tag(key)
+        work = self.run(lambda: dist.isend(source, self.ranks[to], self.group, tag), *note)
+        return _Work(self, work, lambda: source, note, keeps=source)
+
+    def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
+        """Posted now."""
+        note = self._enter("receive", like, site)
+        out = torch.empty_like(like)
+        tag = _tag(key)
+        work = self.run(lambda: dist.irecv(out, self.ranks[source], self.group, tag), *note)
+        return _Work(self, work, lambda: out, note)
+
+
+def _tag(key: Key) -> int:
+    """Stage, kind, slot and microbatch in 31 bits."""
+    kind = 0 if key.kind == "F" else 1
+    return (((key.stage * 2 + kind) * 8 + key.slot) * 65536 + key.microbatch) % 2**31
