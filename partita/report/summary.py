@@ -1,0 +1,130 @@
+"""What a run folder says, read once: the run, its forecast, what was measured, and how they compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from partita.base.errors import UsageError
+from partita.record.compare import TrafficPair, pair_traffic
+from partita.record.run import (
+    Forecast,
+    RankRecord,
+    RunFacts,
+    read_facts,
+    read_forecast,
+    read_ranks,
+)
+from partita.spec.job import Job
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run folder's contents."""
+
+    folder: Path
+    job: Job
+    metrics: tuple[Mapping[str, Any], ...]
+    forecast: Forecast | None
+    ranks: tuple[RankRecord, ...]
+    facts: RunFacts
+
+    @cached_property
+    def predicted(self) -> tuple[RankRecord, ...]:
+        """The forecast of every rank, empty where a run has none."""
+        return self.forecast.ranks if self.forecast else ()
+
+    @cached_property
+    def traffic(self) -> list[TrafficPair]:
+        """Declared beside recorded, exact, of the ranks that recorded a step."""
+        known = {r.rank for r in self.ranks}
+        declared = [t for r in self.predicted if r.rank in known for t in r.traffic]
+        return pair_traffic(declared, [t for r in self.ranks for t in r.traffic])
+
+    @property
+    def traffic_equal(self) -> bool | None:
+        """Whether every line agrees; None where nothing was recorded."""
+        return all(p.equal for p in self.traffic) if self.ranks and self.forecast else None
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median over the steps, without the first two where there are more: the first warms up, the
+        second is recorded."""
+        times = [m["step_time_s"] for m in self.metrics if m.get("step_time_s")]
+        times = times[2:] if len(times) > 3 else times
+        return median(times) if times else None
+
+    def last(self, key: str) -> Any:
+        """The newest value of a metric."""
+        return next((m[key] for m in reversed(self.metrics) if m.get(key) is not None), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `report --json`, without the report's path."""
+        first = self.metrics[0].get("loss") if self.metrics else None
+        return {
+            "run": str(self.folder),
+            "plan": str(self.job.plan),
+            "steps": self.last("step"),
+            "loss": {
+                "first": first, "last": self.last("loss"), "eval": self.last("eval_loss"),
+                "unigram_entropy": self.facts.unigram_entropy,
+            },
+            "step_time_s": {
+                "predicted": self.forecast.step_time_s if self.forecast else None,
+                "measured": self.step_time_s,
+            },
+            "memory": {
+                "limit_bytes": self.job.cluster.memory_limit_bytes,
+                "predicted": [_ledger(r) for r in self.predicted],
+                "measured": [_ledger(r) for r in self.ranks],
+            },
+            "traffic": {
+                "equal": self.traffic_equal, "lines": len(self.traffic),
+                "different": sum(not p.equal for p in self.traffic),
+            },
+        }  # fmt: skip
+
+
+def _ledger(record: RankRecord) -> dict[str, Any]:
+    ledger = record.ledger
+    if ledger is None:
+        return {"rank": record.rank, "peak_bytes": None}
+    return {"rank": record.rank, "peak_bytes": ledger.peak_bytes, **ledger.at_peak}
+
+
+def read_run(folder: Path) -> RunSummary:
+    """Everything a report needs, from the folder alone. Raises UsageError where it is no run folder."""
+    if not (folder / "job.toml").is_file():
+        raise UsageError(
+            f"{folder} is no run folder: it has no job.toml (a run's folder is runs/<name>)",
+            file=str(folder),
+        )
+    path = folder / "metrics.jsonl"
+    metrics = [_line(path, i, x) for i, x in enumerate(_lines(path)) if x.strip()]
+    return RunSummary(
+        folder,
+        Job.load(folder / "job.toml"),
+        tuple(metrics),
+        read_forecast(folder),
+        read_ranks(folder),
+        read_facts(folder),
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _line(path: Path, index: int, text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or "step" not in value:
+        raise UsageError(f"{path}: line {index + 1} is no metrics line", file=str(path))
+    return value

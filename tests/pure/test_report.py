@@ -1,0 +1,105 @@
+"""A report is made from a run folder alone, and shows where measurement leaves prediction."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runs import CLOCK_S, write_run
+
+from partita.base.errors import UsageError
+from partita.cli.main import run as command
+from partita.record.compare import join_blocks, pair_traffic
+from partita.record.run import read_forecast, read_ranks
+from partita.record.transfer import TrafficLine
+from partita.report.make import report_page
+from partita.report.summary import read_run
+
+
+def test_records_read_back_on_one_clock(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    forecast, ranks = read_forecast(tmp_path), read_ranks(tmp_path)
+    assert forecast is not None
+    assert [r.rank for r in ranks] == [0, 1, 2, 3]
+    assert min(s.start_s for r in ranks for s in r.spans) == 0
+    assert max(s.end_s for r in ranks for s in r.spans) < CLOCK_S
+    for predicted, measured in zip(forecast.ranks, ranks, strict=True):
+        assert measured.traffic == predicted.traffic
+        assert measured.ledger.peak_bytes == predicted.ledger.peak_bytes + 1000
+
+
+def test_forecast_has_every_rank_to_the_end_of_the_step(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    forecast = read_forecast(tmp_path)
+    for rank in forecast.ranks:
+        assert {s.rank for s in rank.spans} == {rank.rank}
+        assert {"F", "B", "U"} <= {s.kind for s in rank.spans}
+        assert max(s.end_s for s in rank.spans) == pytest.approx(forecast.step_time_s)
+
+
+def test_trace_has_a_process_for_each_rank_measured_and_predicted(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {f"rank {r} {w}" for r in range(4) for w in ("predicted", "measured")}
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_summary_of_a_run_that_matched(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    found = read_run(tmp_path).to_json()
+    assert found["traffic"]["equal"] is True
+    assert found["step_time_s"]["measured"] == pytest.approx(
+        1.1 * found["step_time_s"]["predicted"]
+    )
+    assert found["loss"] == {
+        "first": 6.9, "last": 5.0, "eval": 5.2, "unigram_entropy": 6.0,
+    }  # fmt: skip
+
+
+def test_one_byte_of_traffic_shows(tmp_path: Path) -> None:
+    write_run(tmp_path, changed_bytes=1)
+    run = read_run(tmp_path)
+    assert run.to_json()["traffic"]["different"] == 1
+    text = report_page(run)
+    assert "different</b>: 1 of" in text
+    assert text.count('<tr class="different">') == 1
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = report_page(read_run(tmp_path))
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
+    assert "&lt;pass &amp; go&gt;" in text
+
+
+def test_a_line_that_one_side_lacks_is_different() -> None:
+    line = TrafficLine(0, "tp", "all_reduce", "blocks.0.mlp.down:reduce_from", "F", 2, 64)
+    other = TrafficLine(0, "tp", "all_reduce", "blocks.1.mlp.down:reduce_from", "F", 2, 64)
+    pairs = pair_traffic([line, other], [line])
+    assert [p.equal for p in pairs] == [True, False]
+    (joined,) = join_blocks(pairs)
+    assert (joined.site, joined.declared_count, joined.recorded_count) == (
+        "blocks.*.mlp.down:reduce_from", 4, 2,
+    )  # fmt: skip
+    assert not joined.equal
+
+
+def test_no_run_folder_is_the_users_mistake(tmp_path: Path, capsys) -> None:
+    with pytest.raises(UsageError, match=r"no job\.toml"):
+        read_run(tmp_path)
+    assert command(["report", str(tmp_path / "missing"), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
+
+
+def test_the_verb_writes_the_page_and_one_document(tmp_path: Path, capsys) -> None:
+    write_run(tmp_path)
+    assert command(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == 1
+    assert Path(found["report"]).read_text().startswith("<!doctype html>")
