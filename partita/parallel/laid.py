@@ -19,7 +19,7 @@ from partita.parallel.pp.rules import Stage
 from partita.parallel.precision import rules as precision
 from partita.parallel.read import Call, traffic
 from partita.parallel.recompute import rules as recompute
-from partita.parallel.room import Request, axis_name, axis_size, error
+from partita.parallel.room import PRODUCT_ORDER, Request, axis_name, axis_size, error
 from partita.parallel.sp import rules as sp
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
@@ -229,7 +229,7 @@ def step_sums(program: Program, sizes: dict[str, int]) -> Program:
     chain = [
         op for op in head.ops() if op.kind == "reduce_from" and op.name == "loss.mean:reduce_from"
     ]
-    axes = tuple(a for op in chain for a in op.axes)
+    axes = sorted((a for op in chain for a in op.axes), key=PRODUCT_ORDER.index)
     drop = {id(op) for op in chain}
     segments = tuple(
         replace(s, ops=tuple(op for op in s.ops if id(op) not in drop)) for s in head.segments

@@ -151,7 +151,8 @@ def sum_rule(block: Block, axis: str) -> Block:
         if not cuts & set(op.sums) or op.is_region or axis in block.tensors[op.writes].partial:
             return (op,)
         part = f"{op.writes}~{axis}"
-        new[part] = replace(block.tensors[op.writes], name=part, partial=(axis,))
+        t = block.tensors[op.writes]
+        new[part] = replace(t, name=part, partial=(*t.partial, axis))
         return (replace(op, writes=part), reduce_from(op.name, (axis,), part, op.writes))
 
     return rewrite(block, change, new)

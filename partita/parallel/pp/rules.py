@@ -8,8 +8,9 @@ held twice by one stage, its first holder owns it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from partita.base.errors import Problem
 from partita.parallel.read import flops
@@ -54,7 +55,9 @@ def problems(job: Request) -> list[Problem]:
             )
         )
     split = pipe.split
-    if split and (len(split) != pp or sum(split) != layers or min(split) < 0):
+    if split and len(split) == pp and sum(split) == layers and 0 in split[1:-1]:
+        found.append(_empty_stage(job))
+    elif split and (len(split) != pp or sum(split) != layers or min(split) < 0):
         message = (
             f"pipeline.split={','.join(map(str, split))} has {len(split)} stages and {sum(split)} layers; "
             f"the plan has {pp} stages, the model {layers} layers"
@@ -65,6 +68,18 @@ def problems(job: Request) -> list[Problem]:
     return found
 
 
+def _empty_stage(job: Request) -> Problem:
+    split = job.plan.pipeline.split
+    empty = [i for i, n in enumerate(split) if n == 0 and 0 < i < len(split) - 1]
+    text = ",".join(map(str, split))
+    message = (
+        f"pipeline.split={text} leaves stage {empty[0]} nothing: it has no embedding, layer or head"
+    )
+    nearest = str(job.plan.with_("pipeline", split=()))
+    limit = "a layer on every stage but the first and the last"
+    return error("pp", "split", message, asked=text, limit=limit, nearest=nearest)
+
+
 def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Layers of each stage, at least one each, so that the dearest stage is cheapest (exact).
 
@@ -73,27 +88,48 @@ def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     >>> balanced([0, 1, 1, 1, 1, 1, 1, 2], 2)
     (4, 2)
     """
-    layers = len(costs) - 2
-    prefix = [0.0]
-    for c in costs[1:-1]:
-        prefix.append(prefix[-1] + c)
+    worst = _cheapest(costs, stages, max, _even(costs, stages))[0]
+    return _cheapest(costs, stages, lambda squares, c: squares + c * c, worst)[1]
+
+
+def _stage_cost(costs: Sequence[float], stages: int) -> Callable[[int, int, int], float]:
+    """(stage, first, end of its layers) -> its cost, embedding and head counted."""
+    prefix = list(accumulate(costs[1:-1], initial=0.0))
 
     def cost(stage: int, a: int, b: int) -> float:
         ends = (costs[0] if stage == 0 else 0) + (costs[-1] if stage == stages - 1 else 0)
         return prefix[b] - prefix[a] + ends
 
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    return cost
+
+
+def _even(costs: Sequence[float], stages: int) -> float:
+    """The dearest stage of the split into equal numbers: no better split has a dearer one."""
+    layers, cost = len(costs) - 2, _stage_cost(costs, stages)
+    at = [i * layers // stages for i in range(stages + 1)]
+    return max(cost(i, at[i], at[i + 1]) for i in range(stages))
+
+
+def _cheapest(
+    costs: Sequence[float], stages: int, join: Callable[[float, float], float], limit: float
+) -> tuple[float, tuple[int, ...]]:
+    """The split whose stages' costs, joined, are least, among those with no stage dearer than `limit`.
+    Costs are not negative, so a stage's search ends where it gets too dear."""
+    layers, cost = len(costs) - 2, _stage_cost(costs, stages)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(stages):
-        new: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for a, (worst, squares, split) in best.items():
-            last = layers if stage == stages - 1 else a + 1
-            for b in range(last, layers - (stages - 1 - stage) + 1):
+        new: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for a, (value, split) in best.items():
+            least = layers if stage == stages - 1 else a + 1
+            for b in range(least, layers - (stages - 1 - stage) + 1):
                 c = cost(stage, a, b)
-                option = (max(worst, c), squares + c * c, (*split, b - a))
-                if b > a and (b not in new or option < new[b]):
-                    new[b] = option
+                if c > limit:
+                    break
+                joined = join(value, c)
+                if b not in new or (joined, (*split, b - a)) < new[b]:
+                    new[b] = joined, (*split, b - a)
         best = new
-    return best[layers][2]
+    return best[layers]
 
 
 def split_of(job: Request, program: Program) -> tuple[int, ...]:
