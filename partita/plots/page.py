@@ -55,7 +55,7 @@ def figure(fig: Any, name: str, detail: str = "") -> str:
     """A plotly figure as HTML; with `detail`, a box below it that shows the words of what is clicked."""
     from plotly.io import to_html
 
-    config = {"displaylogo": False, "responsive": True, "scrollZoom": False}
+    config = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
     body = to_html(fig, include_plotlyjs=False, full_html=False, div_id=name, config=config)
     if not detail:
         return body

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from partita.base.units import format_seconds
-from partita.plots.timeline import colour
+from partita.plots.timeline import COLOURS, colour
 from partita.record.run import RankRecord
 from partita.record.span import Span
 
@@ -61,8 +61,9 @@ def _rows(
     return sorted(both, key=lambda x: (x[0].rank, x[1] == "measured"))
 
 
-def _drawn_late(kind: str) -> tuple[bool, str]:
-    return kind in ("comm", "wait"), kind
+def _drawn_late(kind: str) -> tuple[bool, int]:
+    order = list(COLOURS)
+    return kind in ("comm", "wait"), order.index(kind) if kind in order else len(order)
 
 
 def _is_thin(span: Span) -> bool:

@@ -46,7 +46,9 @@ def _facts(run: RunSummary) -> list[tuple[str, str]]:
     if run.step_time_s:
         found.append((format_seconds(run.step_time_s), "a step, measured (median)"))
     if run.last("tokens_per_s"):
-        found.append((format_rate(run.last("tokens_per_s"), "tokens").replace("  ", " "), "last"))
+        found.append(
+            (format_rate(run.last("tokens_per_s"), "tokens").replace("  ", " "), "newest step")
+        )
     measured = [r.ledger.peak_bytes for r in run.ranks if r.ledger]
     if measured:
         found.append((format_bytes(max(measured)), "peak of the fullest rank, measured"))
