@@ -6,9 +6,10 @@ summed over and the places weights lie in make the same numbers as one device. A
 not whole is an ExecuteError; a sum left out or done twice is another number. What ranks send is recorded
 in the form Laid.traffic declares it.
 
-    execute_ops.py     local tensors, each kind of op on one rank
-    execute_block.py   one block on all ranks of a stage
-    execute.py         states, microbatches, steps
+    execute_algebra.py     local tensors that know their global indices
+    execute_ops.py         each kind of op on one rank; execute_attention.py that one
+    execute_block.py       one block on all ranks of a stage
+    execute.py             states, microbatches, steps
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from partita.parallel.execute_algebra import ExecuteError, Local, P, Place, Values, inverse, noise
 from partita.parallel.execute_block import BlockRun, Parts, World
-from partita.parallel.execute_ops import ExecuteError, Local, P, Place, Values, inverse, noise
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES
 from partita.record.transfer import TrafficLine

@@ -13,17 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from partita.parallel.execute_ops import (
-    BACKWARD,
-    FORWARD,
-    ExecuteError,
-    Get,
-    Local,
-    P,
-    Place,
-    meet,
-    total,
-)
+from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, meet, total
+from partita.parallel.execute_ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, replayed
 from partita.parallel.room import axis_name

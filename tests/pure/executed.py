@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from partita.parallel.execute import Outcome, execute
-from partita.parallel.execute_ops import ExecuteError
+from partita.parallel.execute_algebra import ExecuteError
 from partita.parallel.laid import Laid, Request, lay
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
