@@ -24,11 +24,24 @@ class Recorder:
     active: bool = True
     transfers: list[Transfer] = field(default_factory=list)
     origin_s: float = field(default_factory=time.perf_counter)
+    waits: list[tuple[float, float]] = field(default_factory=list)
     _wait_s: float = 0.0
 
     def waited(self, seconds: float) -> None:
         """Adds time spent waiting for others."""
         self._wait_s += seconds
+
+    def waited_for(self, start_s: float) -> None:
+        """Adds a wait for a handle, from `start_s` until now on the host's clock."""
+        end_s = time.perf_counter()
+        self.waited(end_s - start_s)
+        if self.active:
+            self.waits.append((start_s, end_s))
+
+    def take_waits(self) -> list[tuple[float, float]]:
+        """Start and end of the waits for handles since the last call of this."""
+        found, self.waits = self.waits, []
+        return found
 
     def take_wait_s(self) -> float:
         """Seconds waited since the last call of this."""
@@ -52,7 +65,7 @@ class _Timed:
         """Waits, and says how long."""
         start = time.perf_counter()
         out = self.inner.wait()
-        self.recorder.waited(time.perf_counter() - start)
+        self.recorder.waited_for(start)
         return out
 
 

@@ -28,8 +28,8 @@ _LANES = ("compute", "tp", "dp", "pp_up", "pp_down", "ep", "host")
 class RankRecord:
     """One step of one rank. Measured spans carry the host's clock; `aligned` makes them comparable.
 
-    `declared` is the ledger of what the laid program says the rank holds for the whole run, where the
-    record is a measured one.
+    `declared` is, where the record is a measured one, what the laid program says the rank holds for the
+    whole run; `aside` are checkpoints and evaluations, outside the recorded step.
     """
 
     rank: int
@@ -39,6 +39,7 @@ class RankRecord:
     traffic: tuple[TrafficLine, ...] = ()
     ledger: Ledger | None = None
     declared: Ledger | None = None
+    aside: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,15 @@ def aligned(records: Sequence[RankRecord]) -> tuple[RankRecord, ...]:
     return tuple(
         replace(
             r,
-            spans=tuple(
-                replace(s, start_s=s.start_s - start[r.host], end_s=s.end_s - start[r.host])
-                for s in r.spans
-            ),
+            spans=tuple(_earlier(s, start.get(r.host, 0.0)) for s in r.spans),
+            aside=tuple(_earlier(s, start.get(r.host, 0.0)) for s in r.aside),
         )
         for r in records
     )
+
+
+def _earlier(s: Span, by_s: float) -> Span:
+    return replace(s, start_s=s.start_s - by_s, end_s=s.end_s - by_s)
 
 
 def chrome_trace(predicted: Sequence[RankRecord], measured: Sequence[RankRecord]) -> dict[str, Any]:
@@ -137,11 +140,12 @@ def chrome_trace(predicted: Sequence[RankRecord], measured: Sequence[RankRecord]
             events.append({"ph": "M", "pid": process, "name": "process_name", "args": name})
             order = {"sort_index": process}
             events.append({"ph": "M", "pid": process, "name": "process_sort_index", "args": order})
-            lanes = {s.lane for s in record.spans}
+            spans = (*record.spans, *record.aside)
+            lanes = {s.lane for s in spans}
             for lane in sorted(lanes, key=_lane_number):
                 thread = {"ph": "M", "pid": process, "tid": _lane_number(lane)}
                 events.append({**thread, "name": "thread_name", "args": {"name": lane}})
-            events += [_event(s, process) for s in record.spans]
+            events += [_event(s, process) for s in spans]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

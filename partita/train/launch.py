@@ -29,6 +29,9 @@ from partita.base.errors import (
 )
 from partita.comm.processes import start_ranks, torchrun_rank
 from partita.planner.judge import fit_error
+from partita.record.run import FOLDER as RECORDS
+from partita.record.run import RunFacts, write_record, write_trace
+from partita.simulate.forecast import forecast
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.train.build import open_job_data
@@ -36,6 +39,7 @@ from partita.train.checkpoint import newest_complete
 from partita.train.control import Control
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, run_rank
+from partita.train.recorder import machine
 from partita.train.sample import continue_text
 
 PROMPT, SAMPLE_TOKENS = "def ", 96
@@ -78,6 +82,7 @@ def train(
         if lock.took_over:
             spec.notices.append(lock.took_over)
         (spec.folder / "job.toml").write_text(job.to_toml())
+        write_record(spec.folder / RECORDS / "prediction.json", forecast(prediction))
         open_job_data(job)  # bad data is found here, once, before any rank starts
         return _with_text(Launcher(spec).run(), spec)
 
@@ -85,11 +90,15 @@ def train(
 def _with_text(metrics: dict[str, Any], spec: RunSpec) -> dict[str, Any]:
     """Adds what a finished run is judged by: the unigram entropy, and a few lines the model wrote."""
     data = open_job_data(spec.job)
-    found = {**metrics, "unigram_entropy": data.unigram_entropy()}
+    entropy = data.unigram_entropy()
+    found = {**metrics, "unigram_entropy": entropy}
     newest = newest_complete(spec.folder / "checkpoints")
     if data.tokenizer is not None and newest is not None:
         found["sample"] = PROMPT + continue_text(newest, PROMPT, SAMPLE_TOKENS).text
         (spec.folder / "sample.txt").write_text(found["sample"] + "\n")
+    text = found.get("sample", "").removeprefix(PROMPT)
+    write_record(spec.folder / RECORDS / "run.json", RunFacts(machine(), entropy, PROMPT, text))
+    write_trace(spec.folder)
     return found
 
 

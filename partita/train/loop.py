@@ -22,6 +22,7 @@ from partita.train.build import Built
 from partita.train.checkpoint import Ranks, newest_complete
 from partita.train.control import Control
 from partita.train.metrics import Bar, MetricsFile
+from partita.train.recorder import StepRecorder
 from partita.train.resume import load_run, save_run
 
 
@@ -36,7 +37,7 @@ class Outcome:
 
 @dataclass
 class Loop:
-    """One rank's run. `after_step(step)` is called when a step is over (recorders, tests)."""
+    """One rank's run. `after_step(step)` is called when a step is over (tests)."""
 
     job: Job
     built: Built
@@ -44,7 +45,9 @@ class Loop:
     control: Control
     allow_fallback: bool = False
     after_step: Callable[[int], None] = lambda step: None
-    peak_bytes: Callable[[], int] = lambda: 0
+
+    def __post_init__(self) -> None:
+        self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
 
     def run(self) -> Outcome:
         """Trains from the newest complete checkpoint to the last step, or to an agreed stop."""
@@ -61,7 +64,8 @@ class Loop:
                 line = self._one(step, start)
                 last = step + 1 == job.train.steps
                 if last or (job.train.eval_every and (step + 1) % job.train.eval_every == 0):
-                    line["eval_loss"] = self.evaluate()
+                    with self.recorder.span("eval", "evaluation"):
+                        line["eval_loss"] = self.evaluate()
                 outcome.metrics = line
                 if context.rank == 0:
                     metrics.write(line)
@@ -71,6 +75,7 @@ class Loop:
                     break
         if not outcome.metrics:
             outcome.metrics = {"step": done}
+        self.recorder.finish()
         return outcome
 
     def _after(self, step: int, last: bool) -> bool:
@@ -79,16 +84,20 @@ class Loop:
         every = self.job.train.checkpoint_every
         stop = self.control.should_stop(self.built.context.rank, step) and not last
         if last or stop or (every and step % every == 0):
-            self.save(step)
+            with self.recorder.span("checkpoint", f"checkpoint {step}"):
+                self.save(step)
         return stop
 
     def _one(self, step: int, start: float) -> dict[str, Any]:
         built, job = self.built, self.job
         begin = time.perf_counter()
         built.context.where.activity = "data"
-        batch = built.batch(step)
-        loss = built.model.forward_backward(batch)
-        norm = built.update.step()
+        with self.recorder.step(step):
+            with self.recorder.span("data", "data"):
+                batch = built.batch(step)
+            loss = built.model.forward_backward(batch)
+            with self.recorder.span("U", "optimizer"):
+                norm = built.update.step()
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
@@ -101,7 +110,7 @@ class Loop:
             "tokens": (step + 1) * tokens,
             "tokens_per_s": tokens / (end - begin),
             "step_time_s": end - begin,
-            "peak_memory_bytes": self.peak_bytes(),
+            "peak_memory_bytes": self.recorder.peak_bytes(),
             "wall_time_s": end - start,
         }
 

@@ -1,0 +1,154 @@
+"""What a rank really holds: storages entered when they are born and dropped when they are freed.
+
+On CPU a dispatch mode sees every operation of a step, so every storage that torch makes; a weak reference
+to the storage tells when it is freed. Sizes are the storages', never computed from shapes. It slows a step
+down, so that only a few steps are measured; their peak is reported for the steps between. On CUDA the
+caching allocator knows the peak of every step, and the mode only tells the categories apart.
+
+A storage is what it was claimed as (parameters, gradients, optimizer); else `activations` once
+autograd keeps it, or when it outlives the forward it was born in; else `buffers`: alive inside an
+operation, a collective or a backward. What was there before the step and nobody claims is `untagged`.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from partita.comm.protocol import Where
+from partita.record.ledger import Ledger
+
+CLAIMED = ("parameters", "gradients", "optimizer")
+
+
+class Allocations(TorchDispatchMode):
+    """The storages of one rank's process on one kind of device.
+
+    Enter it as a context (through `watch`) while something runs. `at_peak` are the bytes by category
+    when their sum was largest; `on_peak` is called then.
+    """
+
+    def __init__(self, where: Where, device: str = "cpu") -> None:
+        super().__init__()
+        self.where, self.device = where, device
+        self.held: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.total = self.peak = 0
+        self.on_peak: Callable[[], None] | None = None
+        self._live: dict[
+            int, tuple[int, str, Any]
+        ] = {}  # storage -> bytes, category, weak reference
+        self._born: set[int] = set()  # in this forward, not yet kept
+
+    def claim(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Says what these tensors' storages are, for as long as they live."""
+        for t in tensors:
+            self._enter(t, category)
+            if t.device.type == self.device:
+                self._move(t.untyped_storage()._cdata, category)
+
+    def adopt(self) -> None:
+        """Enters every tensor that Python can reach and nobody has claimed, as untagged."""
+        for found in gc.get_objects():
+            if issubclass(type(found), Tensor):
+                self._enter(found, "untagged")
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Measures what runs inside; the peak starts anew."""
+        self._note_peak(fresh=True)
+        with self, saved_tensors_hooks(self._kept, lambda t: t):
+            yield
+        self._born.clear()
+
+    def forward_over(self) -> None:
+        """A stage's forward has ended: what it made and is still there waits for its backward."""
+        for key in self._born:
+            if key in self._live:
+                self._move(key, "activations")
+        self._born.clear()
+
+    def backward_over(self) -> None:
+        """A stage's backward has ended: what it made is no activation of the forward that follows."""
+        self._born.clear()
+
+    def ledger(self, rank: int) -> Ledger:
+        """The peak of the newest `watch`."""
+        return Ledger(rank, "device", {c: n for c, n in self.at_peak.items() if n})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation and enters the storages of its arguments and results."""
+        kwargs = kwargs or {}
+        self._enter_all(args, "untagged")
+        out = func(*args, **kwargs)
+        self._enter_all(kwargs.values(), "untagged")
+        self._enter_all((out,), "buffers")
+        return out
+
+    def _enter_all(self, values: Iterable[Any], category: str) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._enter(value, category)
+            elif isinstance(value, list | tuple):
+                self._enter_all(value, category)
+
+    def _enter(self, t: Tensor, category: str) -> None:
+        if t.device.type != self.device or t.layout is not torch.strided:
+            return
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._live.get(key)
+        if known is None:
+            gone = weakref.ref(storage, lambda _, key=key: self._freed(key))
+            self._live[key] = (size, category, gone)
+            if category == "buffers" and self.where.phase == "F":
+                self._born.add(key)
+        elif known[0] != size:  # resized in place
+            category = known[1]
+            self._live[key] = (size, category, known[2])
+            size -= known[0]
+        else:
+            return
+        self.held[category] += size
+        self.total += size
+        if self.total > self.peak:
+            self._note_peak()
+
+    def _freed(self, key: int) -> None:
+        entry = self._live.pop(key, None)
+        if entry is not None:
+            self.held[entry[1]] -= entry[0]
+            self.total -= entry[0]
+
+    def _move(self, key: int, category: str) -> None:
+        size, before, gone = self._live[key]
+        if before != category:
+            self._live[key] = (size, category, gone)
+            self.held[before] -= size
+            self.held[category] += size
+
+    def _kept(self, t: Tensor) -> Tensor:
+        """Autograd saves a tensor; what a replay saves in backward is gone when that is over."""
+        if self.where.phase == "F" and t.device.type == self.device:
+            self._enter(t, "buffers")
+            key = t.untyped_storage()._cdata
+            if self._live[key][1] == "buffers":
+                self._move(key, "activations")
+        return t
+
+    def _note_peak(self, fresh: bool = False) -> None:
+        self.peak = self.total
+        self.at_peak = Counter(self.held)
+        if self.on_peak is not None and not fresh:
+            self.on_peak()

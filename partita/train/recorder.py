@@ -1,0 +1,207 @@
+"""Measures a rank's steps: where its time goes in one, what it holds at most, what it sends.
+
+    first steps of this start     measured for memory (the dispatch mode slows them down)
+    the step after them           measured for time and traffic, undisturbed
+    every MEMORY_EVERY steps      memory again, and in the last one: a leak would show
+
+The record goes to records/rank-N.json of the run folder; the launcher merges all into trace.json. A run
+of one or two steps measures both in the last.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from partita.base.units import format_bytes
+from partita.parallel.read import state_bytes
+from partita.record.ledger import Ledger
+from partita.record.run import FOLDER, RankRecord, write_record
+from partita.record.span import Span
+from partita.record.transfer import Transfer, summarise
+from partita.schedule.ir import Action
+from partita.train.allocation import Allocations
+from partita.train.build import Built
+
+MEMORY_FIRST, MEMORY_EVERY = 2, 50
+
+
+class StepRecorder:
+    """One rank's recorder. The loop enters `step` around each step and `span` around its parts."""
+
+    def __init__(self, built: Built, folder: Path, steps: int) -> None:
+        self.built, self.folder, self.last_step = built, folder, steps - 1
+        context = built.context
+        self.where, self.rank = context.where, context.rank
+        self.allocations = Allocations(self.where, context.device.type)
+        self.record = RankRecord(self.rank, host=socket.gethostname())
+        self.aside: list[Span] = []  # checkpoints and evaluations, outside the recorded step
+        self._first: int | None = None
+        self._spans: list[Span] | None = None
+        self._ledger = Ledger(self.rank)
+        self._peak = 0
+        context.recorder.active = False
+
+    def peak_bytes(self) -> int:
+        """The largest peak measured so far; on CUDA, the allocator's of this process."""
+        if self.allocations.device == "cuda":
+            return torch.cuda.max_memory_allocated(self.built.context.device)
+        return self._peak
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around a whole step (counted from 0)."""
+        if self._first is None:
+            self._first = step
+        number = step - self._first
+        timed = number == MEMORY_FIRST or (step == self.last_step and number < MEMORY_FIRST)
+        memory = number < MEMORY_FIRST or step % MEMORY_EVERY == 0 or step == self.last_step
+        watched = memory and number != MEMORY_FIRST
+        with (
+            self._memory() if watched else nullcontext(),
+            self._timed(step) if timed else nullcontext(),
+        ):
+            yield
+        if timed:
+            self.write()
+
+    @contextmanager
+    def span(self, kind: str, name: str, lane: str = "compute") -> Iterator[None]:
+        """Around a part of a step, a checkpoint or an evaluation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            found = Span(
+                self.rank, lane, kind, name, start, time.perf_counter(), step=self.where.step
+            )
+            if self._spans is not None:
+                self._spans.append(found)
+            elif kind in ("checkpoint", "eval"):
+                self.aside.append(found)
+
+    @contextmanager
+    def action(self, action: Action) -> Iterator[None]:
+        """Around a forward or a backward of the executor."""
+        start = time.perf_counter()
+        yield
+        if self.where.phase == "F" and action.kind == "F":
+            self.allocations.forward_over()
+        else:
+            self.allocations.backward_over()
+        if self._spans is not None:
+            end = time.perf_counter()
+            stage, kind, microbatch = action
+            self._spans.append(
+                Span(
+                    self.rank, "compute", kind, str(action), start, end, stage, microbatch,
+                    self.where.step,
+                )
+            )  # fmt: skip
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        model, seen = self.built.model, self.allocations
+        seen.adopt()
+        self._claim()
+        with self._hooked(), seen.watch():
+            yield
+        self._claim()
+        if seen.peak >= self._peak:
+            self._peak, self._ledger = seen.peak, seen.ledger(self.rank)
+        blocks = model.laid.stages[model.stage].blocks
+        declared = sum((state_bytes(b, model.laid.sizes) for b in blocks), start=Counter())
+        self.record = replace(
+            self.record, ledger=self._ledger, declared=Ledger(self.rank, "device", dict(declared))
+        )
+
+    def _claim(self) -> None:
+        """Tells the long-lived storages apart. Moments are there from the first update on."""
+        seen, update = self.allocations, self.built.update
+        for unit in self.built.model.units:
+            seen.claim("optimizer", [unit.master])
+            seen.claim("gradients", [unit.gradient])
+            seen.claim("parameters", [unit.working])
+        for states in update.optimizer.state.values():
+            seen.claim("optimizer", [s for s in states.values() if isinstance(s, torch.Tensor)])
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        executor = self.built.model.executor
+        before, executor.span = executor.span, self.action
+        try:
+            yield
+        finally:
+            executor.span = before
+
+    @contextmanager
+    def _timed(self, step: int) -> Iterator[None]:
+        recorder = self.built.context.recorder
+        recorder.take()
+        recorder.active, self._spans = True, []
+        with self._hooked():
+            yield
+        recorder.active = False
+        waits = recorder.take_waits()
+        transfers = recorder.take()
+        spans = [*self._spans, *comm_spans(transfers, waits, self.rank, recorder.origin_s)]
+        self._spans = None
+        spans = [replace(s, step=step + 1) for s in sorted(spans, key=lambda s: s.start_s)]
+        self.record = replace(
+            self.record,
+            step=step + 1,
+            spans=tuple(spans),
+            traffic=tuple(summarise(transfers)),
+        )
+
+    def write(self) -> None:
+        """Writes the rank's record as it is now."""
+        record = replace(self.record, ledger=self._ledger, aside=tuple(self.aside))
+        write_record(self.folder / FOLDER / f"rank-{self.rank}.json", record)
+
+    def finish(self) -> None:
+        """The run is over: the record with its last memory, checkpoints and evaluations."""
+        if self._first is not None:
+            self.write()
+
+
+def comm_spans(
+    transfers: Sequence[Transfer], waits: Sequence[tuple[float, float]], rank: int, origin_s: float
+) -> list[Span]:
+    """Recorded collectives and waits as spans on their lanes; times on the host's clock."""
+    found = [
+        Span(
+            rank, lane_of(t), "comm", f"{t.op} {t.site}", t.start_s + origin_s, t.end_s + origin_s,
+            microbatch=t.microbatch,
+        )
+        for t in transfers
+    ]  # fmt: skip
+    return found + [Span(rank, "host", "wait", "wait", start, end) for start, end in waits]
+
+
+def lane_of(transfer: Transfer) -> str:
+    """The lane a transfer lies on in a trace."""
+    if transfer.op == "send":
+        return "pp_down" if transfer.phase == "F" else "pp_up"
+    axes = transfer.axis.split(".")
+    if transfer.axis == "tied" or any(a.startswith("dp") for a in axes):
+        return "dp"
+    return "tp" if any(a.startswith("tp") for a in axes) else "compute"
+
+
+def machine() -> str:
+    """This host in a line: processor, memory, Python and torch."""
+    memory = format_bytes(psutil.virtual_memory().total)
+    return (
+        f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, {memory}, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
