@@ -6,17 +6,17 @@ there is no board: each rank then knows itself alone.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
+import struct
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from partita.comm.processes import is_alive
 from partita.comm.table import Status, describe
 
 SLOT = 512
+_HEAD = struct.Struct("<iii?dii")
 
 
 class Board:
@@ -25,13 +25,20 @@ class Board:
     def __init__(self, path: Path | None, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.status = Status(rank)
+        self._pid = os.getpid()
         self._map: mmap.mmap | None = None
+        self._path = path
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(descriptor, SLOT * size)
             self._map = mmap.mmap(descriptor, SLOT * size)
             os.close(descriptor)
         self._write()
+
+    def unlink(self) -> None:
+        """Removes the file; the map stays with those who have it."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     def enter(self, status: Status) -> None:
         """Notes a call as entered."""
@@ -41,25 +48,32 @@ class Board:
     def leave(self) -> None:
         """Notes it as completed."""
         self.status.completed = True
-        self._write()
+        if self._map is not None:
+            self._map[self.rank * SLOT + 12] = 1  # the head's flag
 
     def _write(self) -> None:
         if self._map is None:
             return
-        text = json.dumps({"pid": os.getpid(), **asdict(self.status)}).encode()[: SLOT - 1]
+        s = self.status
+        text = f"{s.axis}\n{s.op}\n{s.site}\n{s.phase}\n{s.file}".encode()[: SLOT - _HEAD.size]
+        numbers = (self._pid, s.sequence, s.step, s.completed, s.at, s.line, len(text))
         start = self.rank * SLOT
-        self._map[start : start + SLOT] = text + b"\0" * (SLOT - len(text))
+        _HEAD.pack_into(self._map, start, *numbers)
+        self._map[start + _HEAD.size : start + _HEAD.size + len(text)] = text
 
     def read(self, rank: int) -> tuple[int, Status]:
         """(pid, status) of a rank; pid 0 where nothing is known."""
         if self._map is None:
-            return (os.getpid(), self.status) if rank == self.rank else (0, Status(rank))
-        raw = self._map[rank * SLOT : (rank + 1) * SLOT].rstrip(b"\0")
-        try:
-            found = json.loads(raw)
-            return found.pop("pid"), Status(**found)
-        except (ValueError, KeyError, TypeError):
-            return 0, Status(rank)
+            return (self._pid, self.status) if rank == self.rank else (0, Status(rank))
+        start = rank * SLOT
+        pid, sequence, step, completed, at, line, size = _HEAD.unpack_from(self._map, start)
+        text = self._map[start + _HEAD.size : start + _HEAD.size + size].decode(errors="replace")
+        words = text.split("\n")
+        if len(words) != 5:  # torn
+            return pid, Status(rank)
+        axis, op, site, phase, file = words
+        status = Status(rank, axis, op, sequence, site, phase, step, completed, at, file, line)
+        return pid, status
 
     def is_dead(self, rank: int) -> bool:
         """Whether the rank was here and its process is gone."""

@@ -121,6 +121,11 @@ def join(rank: int, world_size: int, spec: RunSpec, where: Where, backend: str) 
         from partita.comm.torch import TorchWorld
 
         return TorchWorld.from_torchrun(torchrun_store(), timeout_s=timeout_s, where=where)
+    from partita.comm import shm
+
+    if shm.available():
+        path = spec.scratch / "segment"
+        return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)
     from partita.comm.torch import TorchWorld
 
     path = spec.scratch / "rendezvous"

@@ -1,0 +1,192 @@
+"""Keyed messages between ranks of a shared-memory group: a ring a directed pair.
+
+    words   written (0, by the sender), read (16, by the receiver), both in chunks
+    chunk   header (digest of the key, bytes of the message, offset) and CHUNK bytes of it
+
+A send copies in as much as there is room for; the rest stays with the sender and moves whenever it waits or
+sends again, so that no order of non-blocking sends can deadlock. The receiver parks what it did not expect.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import CommError
+from partita.comm.futex import Words
+from partita.comm.protocol import Done, Handle, Key, Message
+
+if TYPE_CHECKING:
+    from partita.comm.shm import ShmComm
+
+CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
+_HEAD = struct.Struct("<IIQQ")
+_HEAD_BYTES = 64
+
+
+def ring_bytes() -> int:
+    """Bytes of one ring: a page of words, then chunks with their headers."""
+    return mmap.PAGESIZE + CHUNKS * (CHUNK + _HEAD_BYTES)
+
+
+class _Ring:
+    """One directed pair's ring, as one of its two ends."""
+
+    def __init__(self, region: mmap.mmap, start: int) -> None:
+        self.memory = memoryview(region)[start + mmap.PAGESIZE : start + ring_bytes()]
+        self.bytes = torch.frombuffer(region, dtype=torch.uint8)[
+            start + mmap.PAGESIZE : start + ring_bytes()
+        ]
+        self.at = 0  # this end's own count
+
+    def chunk(self, number: int) -> tuple[memoryview, Tensor]:
+        """Header and payload of a chunk."""
+        start = (number % CHUNKS) * (CHUNK + _HEAD_BYTES)
+        head = self.memory[start : start + _HEAD_BYTES]
+        return head, self.bytes[start + _HEAD_BYTES : start + _HEAD_BYTES + CHUNK]
+
+
+@dataclass
+class _Outgoing:
+    """A message that is on its way: `sent` bytes are in the ring."""
+
+    data: Tensor  # bytes
+    digest: int
+    kind: int
+    sent: int = 0
+    done: bool = False
+
+
+class Mailbox:
+    """All rings of one group's rank."""
+
+    def __init__(self, comm: ShmComm, region: mmap.mmap, start: int) -> None:
+        self.comm = comm
+        n, me = comm.size, comm.rank
+        self._rings: dict[tuple[int, int], _Ring] = {}
+        self._words: dict[tuple[int, int], Words] = {}
+        number = 0
+        for a in range(n):
+            for b in range(n):
+                if a == b:
+                    continue
+                if me in (a, b):
+                    place = start + number * ring_bytes()
+                    self._rings[a, b] = _Ring(region, place)
+                    self._words[a, b] = Words(region, 32, place)
+                number += 1
+        self._outgoing: dict[int, deque[_Outgoing]] = {r: deque() for r in range(n)}
+        self._parked: dict[tuple[int, int, int], deque[Tensor]] = {}
+        self._partial: dict[int, tuple[Tensor, int]] = {}
+
+    def send(self, x: Tensor, to: int, key: Key, site: str) -> Handle:
+        """Queues a copy and moves what fits."""
+        self.comm.enter("send", x, site)
+        data = x.detach().contiguous().view(-1).view(torch.uint8)
+        message = _Outgoing(data, zlib.crc32(repr(key).encode()), _kind(x))
+        self._outgoing[to].append(message)
+        self._move(to)
+        if not message.done:  # the ring is full: the caller may change its tensor
+            message.data = data.clone()
+        self.comm.world.board.leave()
+        return Done(x)
+
+    def progress(self) -> None:
+        """Moves queued messages as far as there is room."""
+        for to, queue in self._outgoing.items():
+            if queue:
+                self._move(to)
+
+    def _move(self, to: int) -> None:
+        ring, words = self._rings[self.comm.rank, to], self._words[self.comm.rank, to]
+        queue = self._outgoing[to]
+        while queue:
+            message = queue[0]
+            total = message.data.numel()
+            while message.sent < total or (total == 0 and not message.done):
+                if not words.reached(16, ring.at - CHUNKS + 1):
+                    return
+                head, payload = ring.chunk(ring.at)
+                n = min(CHUNK, total - message.sent)
+                payload[:n].copy_(message.data[message.sent : message.sent + n])
+                _HEAD.pack_into(head, 0, message.digest, message.kind, total, message.sent)
+                message.sent += n
+                message.done = message.sent >= total
+                ring.at += 1
+                words.set(0, ring.at)
+            message.done = True
+            queue.popleft()
+
+    def receive(self, like: Tensor, source: int, key: Key, site: str) -> Handle:
+        """Posts a receive; nothing moves until it is waited for."""
+        message = Message("receive", tuple(like.shape), str(like.dtype), site)
+        return _Receive(self, like, source, key, message)
+
+    def take(self, like: Tensor, source: int, key: Key, note: tuple[Message, int]) -> Tensor:
+        """The message with this key, waited for; others that come first are parked."""
+        want = (source, zlib.crc32(repr(key).encode()), _kind(like))
+        size = like.numel() * like.element_size()
+        ring, words = self._rings[source, self.comm.rank], self._words[source, self.comm.rank]
+        while not self._parked.get(want):
+            if not words.reached(0, ring.at + 1):
+                self.comm.world.progress()
+                peer = self.comm.ranks[source]
+                self.comm.wait_word(words, 0, ring.at + 1, peer, note)
+            self._collect(source, ring, words)
+        data = self._parked[want].popleft()
+        if not self._parked[want]:
+            del self._parked[want]
+        if data.numel() != size:
+            raise CommError(
+                f"rank {self.comm.world.rank} expects {size} bytes at {note[0].site}, rank "
+                f"{self.comm.ranks[source]} sent {data.numel()}"
+            )
+        return data.view(like.dtype).view(like.shape)
+
+    def _collect(self, source: int, ring: _Ring, words: Words) -> None:
+        """Takes one chunk out of the ring."""
+        head, payload = ring.chunk(ring.at)
+        digest, kind, total, offset = _HEAD.unpack_from(head, 0)
+        if offset == 0:
+            self._partial[source] = (torch.empty(total, dtype=torch.uint8), 0)
+        data, _ = self._partial[source]
+        n = min(CHUNK, total - offset)
+        data[offset : offset + n].copy_(payload[:n])
+        ring.at += 1
+        words.set(16, ring.at)
+        if offset + n >= total:
+            del self._partial[source]
+            self._parked.setdefault((source, digest, kind), deque()).append(data)
+
+
+@dataclass
+class _Receive:
+    """A posted receive."""
+
+    mailbox: Mailbox
+    like: Tensor
+    source: int
+    key: Key
+    message: Message
+    value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The message."""
+        if self.value is None:
+            comm = self.mailbox.comm
+            note = comm.enter("receive", self.like, self.message.site)
+            self.value = self.mailbox.take(self.like, self.source, self.key, note)
+            comm.world.board.leave()
+        return self.value
+
+
+def _kind(x: Tensor) -> int:
+    """A digest of the dtype."""
+    return zlib.crc32(str(x.dtype).encode())
