@@ -3,8 +3,8 @@
     rank 0   write slot 0 | word 0 := k | wait words 1..n >= k | read all slots
     rank 1   write slot 1 | word 1 := k | wait ...
 
-Two buffers take turns: whoever has met the others at k + 1 knows that all have read what was written at k,
-so that k + 2 may overwrite it, and no second meeting is needed. Sums go in rank order; bf16 adds up in
+Two buffers take turns: a rank may have two collectives under way, and writes for meeting k + 2 once all
+have read meeting k (a word each says how far), so that no second meeting is needed. Sums go in rank order; bf16 adds up in
 fp32 and rounds once. Larger tensors pass in chunks. A meeting compares a digest of operation, shape, dtype
 and site first. The file is unlinked once all have mapped it: a killed run leaves nothing.
 """
@@ -130,7 +130,7 @@ class ShmComm:
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
         self.rank, self.size = ranks.index(world.rank), len(ranks)
         n = self.size
-        self._words = Words(region, 3 * n)  # met, then two digests a rank
+        self._words = Words(region, 4 * n)  # written, two digests a rank, read
         self._bytes = torch.frombuffer(region, dtype=torch.uint8)
         self._meeting = 0  # chunks handed over so far
         self._sequence = 0
@@ -144,6 +144,15 @@ class ShmComm:
         """The first `size` bytes of a rank's buffer for a meeting."""
         start = PAGE + ((meeting & 1) * self.size + rank) * SLOT
         return self._bytes[start : start + size]
+
+    def make_room(self, note: tuple[Message, int]) -> int:
+        """The next meeting's number, once its buffer has been read by all."""
+        k = self._meeting + 1
+        for r in range(self.size):
+            index = 3 * self.size + r
+            if r != self.rank and k > 2 and not self._words.reached(index, k - 2):
+                self.wait_word(self._words, index, k - 2, self.ranks[r], note)
+        return k
 
     def hand_over(self, digest: int) -> int:
         """Says that this rank's slot is written; the meeting's number."""
@@ -232,7 +241,7 @@ class ShmComm:
         digest = self.digest(message[0], extra)
         while self._pending and (chunks > 1 or len(self._pending) > 1):
             self._pending[0].wait()
-        write(0, self._meeting + 1)
+        write(0, self.make_room(message))
         first = self.hand_over(digest)
         many = chunks > 1
 
@@ -242,10 +251,11 @@ class ShmComm:
             for chunk in range(chunks):
                 k = first + chunk
                 if chunk:
-                    write(chunk, k)
+                    write(chunk, self.make_room(message))
                     self.hand_over(digest)
                 self.meet(k, digest, message)
                 read(chunk, k)
+                self._words.set(3 * self.size + self.rank, k)
             self._pending.remove(pending)
             self.world.board.leave()
             return result()
