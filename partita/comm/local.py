@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -24,86 +24,9 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError, PartitaError
+from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
-from partita.comm.table import Status, describe
-
-DEADLINE_S = 60.0
-SlotKey = tuple[tuple[int, ...], str, str, int]
-
-
-@dataclass
-class _Slot:
-    """One meeting: what each rank brought, and the result each takes away."""
-
-    ranks: tuple[int, ...]
-    wake: threading.Condition
-    brought: dict[int, tuple[Message, Tensor]] = field(default_factory=dict)
-    results: dict[int, Tensor] | None = None
-    taken: int = 0
-
-    def absent(self) -> list[int]:
-        """Ranks that have not come."""
-        return [r for r in self.ranks if r not in self.brought]
-
-
-class Meeting:
-    """What all thread ranks of a run share."""
-
-    def __init__(self, size: int, timeout_s: float = DEADLINE_S) -> None:
-        self.size, self.timeout_s = size, timeout_s
-        self.lock = threading.Lock()
-        self.slots: dict[SlotKey, _Slot] = {}
-        self.mail: dict[tuple[Any, ...], deque[Tensor]] = {}
-        self.mail_wake = [threading.Condition(self.lock) for _ in range(size)]
-        self.blocked: dict[int, tuple[str, Any]] = {}
-        self.finished: set[int] = set()
-        self.status: list[Status] = [Status(r) for r in range(size)]
-        self.failure: str | None = None
-
-    def fail(self, message: str) -> None:
-        """Stops everybody; the lock is held."""
-        if self.failure is None:
-            self.failure = f"{message}\n{describe(self.status, time.monotonic())}"
-        for slot in self.slots.values():
-            slot.wake.notify_all()
-        for wake in self.mail_wake:
-            wake.notify_all()
-
-    def check(self) -> None:
-        """Finds waits that cannot end; the lock is held."""
-        for rank, (kind, what) in self.blocked.items():
-            gone = [r for r in self._waits_for(kind, what) if r in self.finished]
-            if gone:
-                axis, name = self._named(kind, what)
-                self.fail(
-                    f"rank {gone[0]} has left and is missing in {name} on {axis}, "
-                    f"for which rank {rank} waits"
-                )
-                return
-        if len(self.blocked) + len(self.finished) == self.size and self.blocked:
-            rank, (kind, what) = min(self.blocked.items())
-            axis, name = self._named(kind, what)
-            absent = ", ".join(map(str, self._waits_for(kind, what)))
-            self.fail(
-                f"deadlock: every rank waits. rank {rank} waits in {name} on {axis} for rank {absent}"
-            )
-
-    def _waits_for(self, kind: str, what: Any) -> list[int]:
-        return self.slots[what].absent() if kind == "slot" else [what[3]]
-
-    def _named(self, kind: str, what: Any) -> tuple[str, str]:
-        if kind == "mail":
-            return what[0], f"receive {what[5]}"
-        message = next(iter(self.slots[what].brought.values()))[0]
-        return what[1], f"collective #{what[3]} {message.op} ({message.site})"
-
-    def leave(self, rank: int) -> None:
-        """The rank's function has returned or raised."""
-        with self.lock:
-            self.finished.add(rank)
-            self.status[rank].left = True
-            self.check()
 
 
 class LocalWorld:
@@ -245,7 +168,7 @@ class LocalComm:
             self._note(message, key[3])
             slot = meeting.slots.get(key)
             if slot is None:
-                slot = meeting.slots[key] = _Slot(self.ranks, threading.Condition(meeting.lock))
+                slot = meeting.slots[key] = Slot(self.ranks, threading.Condition(meeting.lock))
             slot.brought[me] = (message, x.detach())
             self._compare(slot, key[3])
             last = len(slot.brought) == self.size
@@ -260,7 +183,7 @@ class LocalComm:
                 slot.wake.notify_all()
         return _Pending(lambda: self._take(key, slot))
 
-    def _compare(self, slot: _Slot, number: int) -> None:
+    def _compare(self, slot: Slot, number: int) -> None:
         """All must bring the same operation; the lock is held."""
         messages = {r: m for r, (m, _) in slot.brought.items()}
         if len(set(messages.values())) == 1:
@@ -283,7 +206,7 @@ class LocalComm:
         self.world.meeting.fail(message)
         self._raise_failure()
 
-    def _take(self, key: SlotKey, slot: _Slot) -> Tensor:
+    def _take(self, key: SlotKey, slot: Slot) -> Tensor:
         meeting, me = self.world.meeting, self.world.rank
         with meeting.lock:
             if slot.results is None:

@@ -24,7 +24,7 @@ from partita.comm.futex import Words
 from partita.comm.protocol import Done, Handle, Key, Message
 
 if TYPE_CHECKING:
-    from partita.comm.shm import ShmComm
+    from partita.comm.shm_group import ShmComm
 
 CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
 _HEAD = struct.Struct("<IIQQ")
@@ -103,6 +103,10 @@ class Mailbox:
         for to, queue in self._outgoing.items():
             if queue:
                 self._move(to)
+
+    def waiting(self) -> list[int]:
+        """Ranks for whom messages are queued here."""
+        return [self.comm.ranks[to] for to, queue in self._outgoing.items() if queue]
 
     def _move(self, to: int) -> None:
         ring, words = self._rings[self.comm.rank, to], self._words[self.comm.rank, to]

@@ -9,13 +9,16 @@ import multiprocessing as mp
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 PRELOAD = ("torch", "partita.train.rank")
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def start_ranks(
@@ -33,6 +36,8 @@ def start_ranks(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    with _held_back():
+        forkserver.ensure_running()
     found = []
     for rank in range(num_ranks):
         reader, writer = context.Pipe(duplex=False)
@@ -47,10 +52,27 @@ def start_ranks(
     return found
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """A process started in here never sees SIGTERM and Ctrl-C, nor do its children before they ask:
+    both may be sent to the whole group, and the fork server must outlive the ranks' last save."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _enter(
     launcher: int, rank: int, writer: Connection, target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the launcher too
+    for number in STOPS:  # whoever stops a run tells the launcher too
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     leave_with_parent()
     _watch(launcher)
     target(rank, writer, *args)
@@ -100,6 +122,9 @@ def torchrun_rank() -> tuple[int, int, int] | None:
 
 
 def torchrun_store() -> dict[str, str]:
-    """Rendezvous of torchrun: rank, world, address, port and the restart count."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    """Rendezvous of torchrun: rank, world, ranks of this host, address, port, the restart count."""
+    names = (
+        "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+        "TORCHELASTIC_RESTART_COUNT",
+    )  # fmt: skip
     return {n: os.environ[n] for n in names if n in os.environ}

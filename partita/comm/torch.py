@@ -8,6 +8,7 @@ rank order.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ class TorchWorld:
     ) -> None:
         self.rank, self.size, self.where = rank, size, where or Where()
         self.timeout = timedelta(seconds=timeout_s)
+        self.sends: list[Any] = []
         store = store if store is not None else dist.FileStore(str(path), size)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=self.timeout
@@ -78,7 +80,11 @@ class TorchWorld:
         return TorchComm(self, tuple(ranks), axis, lane, group) if self.rank in ranks else None
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, once what was sent has gone out."""
+        for work in self.sends:
+            with contextlib.suppress(RuntimeError):  # a peer that is gone wants nothing more
+                work.wait()
+        self.sends.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -113,6 +119,11 @@ class TorchComm:
         self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
         self.rank, self.size = ranks.index(world.rank), len(ranks)
         self._sequence = 0
+        by_number = sorted(
+            ranks
+        )  # torch numbers a group's ranks in this order, whatever it is given
+        self._place = [by_number.index(r) for r in ranks]
+        self._ours = [ranks.index(r) for r in by_number]
 
     def run(self, call: Callable[[], Any], message: Message, number: int) -> Any:
         """A torch call whose failure becomes a CommError that names what and who."""
@@ -178,13 +189,15 @@ class TorchComm:
         source = x.detach().contiguous()
         parts = [torch.empty_like(source) for _ in range(self.size)]
         work = self.run(lambda: dist.all_gather(parts, source, self.group, async_op=True), *note)
-        return _Work(self, work, lambda: torch.cat(parts, dim), note, keeps=source)
+        return _Work(
+            self, work, lambda: torch.cat([parts[i] for i in self._place], dim), note, keeps=source
+        )
 
     def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
         """An all_to_all of the parts, added up in rank order."""
         note = self._enter("reduce_scatter", x, site)
         parts = [p.contiguous() for p in x.detach().chunk(self.size, dim)]
-        source = torch.stack(parts)
+        source = torch.stack([parts[i] for i in self._ours])
         came = torch.empty_like(source)
         shared = (came, source)
         work = self.run(
@@ -193,7 +206,8 @@ class TorchComm:
 
         def added() -> Tensor:
             low = came.dtype in LOW
-            return (came.float() if low else came).sum(0).to(x.dtype)
+            every = (came.float() if low else came)[self._place]
+            return every.sum(0).to(x.dtype)
 
         return _Work(self, work, added, note, keeps=source)
 
@@ -207,14 +221,16 @@ class TorchComm:
     ) -> Tensor:
         """Rows of dim 0 to each rank."""
         note = self._enter("all_to_all", x, site)
-        send = list(send_counts) if send_counts else None
-        take = list(receive_counts) if receive_counts else None
-        rows = sum(take) if take else x.shape[0]
-        out = x.new_empty((rows, *x.shape[1:]))
-        source = x.detach().contiguous()
-        self.run(lambda: dist.all_to_all_single(out, source, take, send, self.group), *note)
+        even = [x.shape[0] // self.size] * self.size
+        send, take = list(send_counts or even), list(receive_counts or even)
+        parts = x.detach().split(send)
+        source = torch.cat([parts[i] for i in self._ours])
+        out = x.new_empty((sum(take), *x.shape[1:]))
+        theirs, mine = [take[i] for i in self._ours], [send[i] for i in self._ours]
+        self.run(lambda: dist.all_to_all_single(out, source, theirs, mine, self.group), *note)
         self.world.board.leave()
-        return out
+        came = out.split(theirs)
+        return torch.cat([came[i] for i in self._place])
 
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """The root's tensor."""
@@ -238,6 +254,7 @@ class TorchComm:
         source = x.detach().contiguous()
         tag = _tag(key)
         work = self.run(lambda: dist.isend(source, self.ranks[to], self.group, tag), *note)
+        self.world.sends = [w for w in self.world.sends if not w.is_completed()] + [work]
         return _Work(self, work, lambda: source, note, keeps=source)
 
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:

@@ -1,0 +1,131 @@
+"""What every World must do, whatever carries it: the bodies of the contract tests, run on every rank."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from partita.base.errors import CommError
+from partita.comm.protocol import Key, Where
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+
+
+def tensor_of(rank: int, shape: tuple[int, ...], dtype: torch.dtype, salt: int) -> torch.Tensor:
+    """What `rank` brings: small integers, so that every sum is exact in every dtype."""
+    generator = torch.Generator().manual_seed(1000 * salt + rank)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def collectives(world, cases: int = 30) -> int:
+    """Random shapes, dtypes, dims and groups: every collective against what one process computes."""
+    dice = random.Random(7)
+    n = world.size
+    groups = [tuple(range(n)), tuple(range(0, n, 2)), tuple(reversed(range(n)))]
+    comms = [(g, world.make(g, axis=f"axis{i}", lane="tp")) for i, g in enumerate(groups)]
+    for case in range(cases):
+        ranks, comm = dice.choice(comms)
+        shape = tuple(dice.choice((1, 2, 3, 5)) for _ in range(dice.randint(1, 3)))
+        dtype, dim = dice.choice(DTYPES), dice.randrange(len(shape))
+        kind = dice.choice(
+            ("all_reduce", "max", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
+        )
+        if comm is None:
+            continue
+        one_case(comm, ranks, (case, kind, shape, dtype, dim))
+    return cases
+
+
+def one_case(comm, ranks, what) -> None:
+    """One collective; `ranks` is the group's order."""
+    case, kind, shape, dtype, dim = what
+    n, site = len(ranks), f"case{case}"
+    if kind == "reduce_scatter":
+        shape = tuple(s * n if i == dim else s for i, s in enumerate(shape))
+    if kind == "all_to_all":
+        shape = (shape[0] * n, *shape[1:])
+    every = [tensor_of(r, shape, dtype, case) for r in ranks]
+    mine = every[comm.rank].clone()
+    if kind == "all_reduce":
+        got, want = comm.all_reduce(mine, site=site), sum(every[1:], every[0])
+    elif kind == "max":
+        got, want = comm.all_reduce(mine, site=site, op="max"), torch.stack(every).amax(0)
+    elif kind == "all_gather":
+        got, want = comm.all_gather(mine, site=site, dim=dim), torch.cat(every, dim)
+    elif kind == "reduce_scatter":
+        got = comm.reduce_scatter(mine, site=site, dim=dim)
+        want = sum(every[1:], every[0]).chunk(n, dim)[comm.rank]
+    elif kind == "broadcast":
+        got, want = comm.broadcast(mine, site=site, root=n - 1), every[n - 1]
+    else:
+        got = comm.all_to_all(mine, site=site)
+        want = torch.cat([x.chunk(n)[comm.rank] for x in every])
+    assert torch.equal(got, want), (what, ranks)
+    assert torch.equal(mine, every[comm.rank]), "a collective changed its argument"
+    got.add_(1)  # results are the rank's own
+
+
+def large_and_overlapped(world) -> float:
+    """Tensors beyond any buffer, and three collectives under way at once, waited for out of order."""
+    comm = world.make(range(world.size), axis="tp", lane="tp")
+    n = world.size
+    big = tensor_of(world.rank, (n * 700_001,), torch.float32, 1)
+    total = sum(tensor_of(r, (n * 700_001,), torch.float32, 1) for r in range(n))
+    assert torch.equal(comm.all_reduce(big, site="big"), total)
+    assert torch.equal(comm.reduce_scatter(big, site="big"), total.chunk(n)[world.rank])
+    whole = comm.all_gather(big[:600_000].view(200, 3000), site="big", dim=1)
+    assert torch.equal(whole.chunk(n, 1)[world.rank], big[:600_000].view(200, 3000))
+    for turn in range(20):
+        x = torch.full((4092,), float(world.rank + turn))
+        first = comm.start_all_reduce(x, site="a")
+        second = comm.start_all_gather(x[:5], site="b")
+        third = comm.start_reduce_scatter(x, site="c")
+        assert third.wait()[0] == sum(r + turn for r in range(n))
+        assert torch.equal(
+            second.wait(), torch.cat([torch.full((5,), float(r + turn)) for r in range(n)])
+        )
+        assert first.wait()[0] == sum(r + turn for r in range(n))
+    return float(total.sum())
+
+
+def messages(world, count: int = 12, size: int = 70_000) -> int:
+    """Keyed messages both ways between neighbours, received in another order than sent."""
+    down = world.make(range(world.size), axis="pp", lane="pp_down")
+    up = world.make(range(world.size), axis="pp", lane="pp_up")
+    right, left = (down.rank + 1) % down.size, (down.rank - 1) % down.size
+    like = torch.empty(size)
+    posted = [down.receive(like, left, key=Key("F", 1, m), site="s") for m in range(count)]
+    for m in range(count):
+        down.send(
+            torch.full((size,), float(10 * world.rank + m)), right, key=Key("F", 1, m), site="s"
+        )
+        up.send(torch.full((3,), float(m)), left, key=Key("B", 0, m), site="s")
+    for m in reversed(range(count)):
+        assert (posted[m].wait() == 10 * down.ranks[left] + m).all()
+    for m in range(count):
+        got = up.receive(torch.empty(3), right, key=Key("B", 0, m), site="s").wait()
+        assert (got == m).all()
+    return count
+
+
+def disagreement(world, how: str) -> str:
+    """Rank 1 does something else than the others; the error's text on this rank."""
+    comm = world.make(range(world.size), axis="tp", lane="tp")
+    comm.all_reduce(torch.zeros(2), site="before")
+    try:
+        if how == "op" and world.rank == 1:
+            comm.all_gather(torch.zeros(4), site="blocks.0.mlp.down:reduce_from")
+        elif how == "shape" and world.rank == 1:
+            comm.all_reduce(torch.zeros(5), site="blocks.0.mlp.down:reduce_from")
+        elif how == "order" and world.rank == 1:
+            comm.all_reduce(torch.zeros(4), site="blocks.1.mlp.down:reduce_from")
+        else:
+            comm.all_reduce(torch.zeros(4), site="blocks.0.mlp.down:reduce_from")
+    except CommError as error:
+        return str(error)
+    return ""
+
+
+def where(step: int) -> Where:
+    return Where(step=step, phase="F", activity="forward")

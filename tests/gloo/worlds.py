@@ -1,0 +1,59 @@
+"""Runs a contract body on real processes, one World each; results or error texts come back."""
+
+from __future__ import annotations
+
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from partita.comm.processes import start_ranks
+
+
+def enter(rank: int, writer: Connection, kind: str, size: int, path: str, body, args) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        from partita.comm.shm import ShmWorld
+        from partita.comm.torch import TorchWorld
+
+        make = ShmWorld if kind == "shm" else TorchWorld
+        world = make(rank, size, Path(path), timeout_s=args[0])
+        writer.send(("ok", body(world, *args[1:])))
+        world.close()
+    except Exception as error:
+        writer.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def run(
+    kind: str, size: int, folder: Path, body, *args: Any, timeout_s: float = 30, while_running=None
+):
+    """[(how, what)] by rank; a rank that died without a word is ('dead', exit code)."""
+    ranks = start_ranks(
+        size, enter, (kind, size, str(folder / "world"), body, (timeout_s, *args)), ["torch"]
+    )
+    if while_running is not None:
+        while_running([p.pid for p, _ in ranks])
+    found: dict[int, tuple[str, Any]] = {}
+    try:
+        for _ in range(400):
+            missing = [r for r in range(size) if r not in found]
+            if not missing:
+                break
+            wait([ranks[r][1] for r in missing] + [ranks[r][0].sentinel for r in missing], 0.2)
+            for r in missing:
+                process, reader = ranks[r]
+                try:
+                    if reader.poll():
+                        found[r] = reader.recv()
+                        continue
+                except EOFError:
+                    pass
+                if not process.is_alive():
+                    found[r] = ("dead", process.exitcode)
+    finally:
+        for process, _ in ranks:
+            process.kill()
+            process.join(5)
+    return [found.get(r, ("silent", None)) for r in range(size)]

@@ -1,0 +1,104 @@
+import threading
+import time
+
+import comm_contract as contract
+import pytest
+import torch
+
+from partita.base.errors import CommError
+from partita.comm.local import local
+from partita.comm.single import SingleWorld
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_collective_is_what_one_process_computes(size):
+    with local(size) as ranks:
+        assert ranks.run(contract.collectives, 60) == [60] * size
+
+
+def test_large_tensors_and_overlap():
+    with local(3) as ranks:
+        assert len(set(ranks.run(contract.large_and_overlapped))) == 1
+
+
+def test_messages_by_key():
+    with local(4) as ranks:
+        assert ranks.run(contract.messages) == [12] * 4
+
+
+def test_a_rank_alone():
+    assert contract.collectives(SingleWorld(), 20) == 20
+
+
+@pytest.mark.parametrize("how", ["op", "shape", "order"])
+def test_disagreement_is_told_at_once_with_both_sides(how):
+    start = time.monotonic()
+    with local(3, timeout_s=30) as ranks:
+        told = ranks.run(contract.disagreement, how)
+    assert time.monotonic() - start < 5
+    text = max(told, key=len)
+    assert "ranks disagree at tp collective #1 (blocks." in text
+    assert (
+        "rank 1" in text
+        and "mlp.down:reduce_from" in text
+        and "test_comm" not in text.split("\n")[0]
+    )
+
+
+def test_a_rank_that_leaves_is_named_at_once():
+    def early(world):
+        comm = world.comm("tp")
+        if world.rank != 1:
+            comm.all_reduce(torch.zeros(3), site="q")
+
+    with (
+        pytest.raises(
+            CommError, match=r"^rank 1 has left and is missing in collective #0 all_reduce"
+        ),
+        local(4, timeout_s=30) as ranks,
+    ):
+        ranks.run(early)
+
+
+def test_a_deadlock_is_named_at_once():
+    def crossed(world):
+        a = world.make((0, 1), axis="a", lane="a")
+        b = world.make((0, 1), axis="b", lane="b")
+        (a if world.rank == 0 else b).all_reduce(torch.zeros(1), site="x")
+
+    with pytest.raises(CommError, match="deadlock"), local(2, timeout_s=30) as ranks:
+        ranks.run(crossed)
+
+
+def test_a_stuck_rank_is_named_at_the_deadline():
+    free = threading.Event()
+
+    def stuck(world):
+        world.where.activity = "data"
+        if world.rank == 1:
+            free.wait(3)
+        world.comm("tp").all_reduce(torch.zeros(1), site="x")
+
+    with pytest.raises(CommError, match="rank 1 did not come"), local(2, timeout_s=0.3) as ranks:
+        ranks.run(stuck)
+    free.set()
+
+
+def test_the_first_error_is_raised_and_the_others_are_notes():
+    def fails(world):
+        if world.rank == 2:
+            raise ValueError("mine")
+        world.comm("tp").all_reduce(torch.zeros(1), site="x")
+
+    with pytest.raises(ValueError, match="mine") as caught, local(4) as ranks:
+        ranks.run(fails)
+    assert any("rank 0" in note for note in caught.value.__notes__)
+
+
+def test_sixty_four_ranks():
+    def add(world):
+        comm = world.comm("tp")
+        return sum(float(comm.all_reduce(torch.ones(1), site=f"s{i}")) for i in range(5))
+
+    with local(64) as ranks:
+        assert ranks.run(add) == [320.0] * 64
