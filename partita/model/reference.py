@@ -1,0 +1,179 @@
+"""The judge: Llama and GPT-2 in plain PyTorch, on one device, with no parallelism in it.
+
+Weights are a dict of logical tensors by full name ('blocks.3.attention.wq' [heads, head_dim, hidden]; see
+docs/map.md). Under bf16 it makes the casts that every plan makes, and no others:
+
+    weights       fp32, rounded to bf16 where they are used; gradients come back in fp32
+    activations   bf16; norms compute in fp32, round, then scale; softmax and loss in fp32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+
+from partita.comm.seeds import dropout_box
+from partita.model.rope import rotate, tables
+from partita.spec.families import program
+from partita.spec.model import ModelSpec
+
+
+class Batch(Protocol):
+    """[batch, seq] each; `samples` are places in the step's global batch, which dropout is keyed by."""
+
+    ids: Tensor
+    targets: Tensor
+    valid: Tensor
+    documents: Tensor | None
+    samples: Tensor
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Full name -> logical shape, in program order."""
+    made = program(spec, 1)
+    found: dict[str, tuple[int, ...]] = {}
+    for i, block in enumerate(made.blocks):
+        for w in block.weights():
+            found.setdefault(made.full_name(i, w.name), tuple(d.size for d in w.dims))
+    return found
+
+
+class Reference:
+    """The whole model. `dtype` is what it computes in; `see(name, x)` is told every segment's output."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        see: Callable[[str, Tensor], None] = lambda name, x: None,
+    ) -> None:
+        self.spec, self.weights, self.seed, self.see = spec, weights, seed, see
+        self.dtype = dtype or next(iter(weights.values())).dtype
+        self.training, self.step = True, 0
+
+    def weight(self, name: str) -> Tensor:
+        """A weight in the compute dtype."""
+        return self.weights[name].to(self.dtype)
+
+    def hidden(self, ids: Tensor, documents: Tensor | None, samples: Tensor | None) -> Tensor:
+        """[batch, seq, hidden] before the head."""
+        s = self.spec
+        x = self.weight("embedding.table")[ids.clamp(min=0)]
+        if s.has_positions:
+            x = x + self.weight("embedding.position")[: ids.shape[1]]
+        x = self.drop("embedding.dropout", x, samples)
+        self.see("embedding", x)
+        for i in range(s.layers):
+            name = f"blocks.{i}"
+            x = x + self.drop(
+                f"{name}.attention.residual", self.attention(name, x, documents, samples), samples
+            )
+            self.see(f"{name}.attention", x)
+            x = x + self.drop(f"{name}.mlp.residual", self.mlp(name, x), samples)
+            self.see(f"{name}.mlp", x)
+        return x
+
+    def logits(
+        self, ids: Tensor, documents: Tensor | None = None, samples: Tensor | None = None
+    ) -> Tensor:
+        """[batch, seq, vocab]."""
+        x = self.norm("head.norm", self.hidden(ids, documents, samples))
+        return x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()
+
+    def loss(self, batch: Batch, total_valid: int) -> Tensor:
+        """Sum of the valid tokens' losses over `total_valid`, in fp32 (fp64 under fp64)."""
+        logits = self.logits(batch.ids, batch.documents, batch.samples)
+        logits = logits.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        target = logits.gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return ((logits.logsumexp(-1) - target) * batch.valid).sum() / total_valid
+
+    def attention(
+        self, name: str, x: Tensor, documents: Tensor | None, samples: Tensor | None
+    ) -> Tensor:
+        """Norm, q k v, positions, causal attention within documents, output projection."""
+        s = self.spec
+        h = self.norm(f"{name}.attention.norm", x)
+        q, k, v = (self.heads(f"{name}.attention.{w}", h) for w in ("wq", "wk", "wv"))
+        if not s.has_positions:
+            cos, sin = tables(s, h.shape[1], self.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        group = s.heads // s.kv_heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        if documents is not None:
+            mask = (mask & (documents.unsqueeze(-1) == documents.unsqueeze(-2))).unsqueeze(1)
+        if s.dropout and self.training:
+            scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            p = scores.softmax(-1, dtype=wide).to(self.dtype)
+            a = self.drop(f"{name}.attention.core", p, samples) @ v
+        else:
+            a = scaled_dot_product_attention(
+                q, k, v, attn_mask=None if documents is None else mask, is_causal=documents is None
+            )
+        wo = self.weight(f"{name}.attention.wo").flatten(1)
+        y = a.transpose(1, 2).flatten(2) @ wo.t()
+        return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
+
+    def heads(self, name: str, h: Tensor) -> Tensor:
+        """[batch, heads, seq, head_dim] of a projection [heads, head_dim, hidden]."""
+        w = self.weight(name)
+        y = h @ w.flatten(0, 1).t()
+        if self.spec.has_biases:
+            y = y + self.weight(f"{name}_bias").flatten()
+        return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        """Norm, then SwiGLU, or GELU (tanh) with biases."""
+        h = self.norm(f"{name}.mlp.norm", x)
+        if self.spec.family == "llama":
+            gate, up = (h @ w.t() for w in self.weight(f"{name}.mlp.gate_up"))
+            return (silu(gate) * up) @ self.weight(f"{name}.mlp.down").t()
+        h = h @ self.weight(f"{name}.mlp.fc1").t() + self.weight(f"{name}.mlp.fc1_bias")
+        h = gelu(h, approximate="tanh") @ self.weight(f"{name}.mlp.fc2").t()
+        return h + self.weight(f"{name}.mlp.fc2_bias")
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm, or LayerNorm where the family has biases."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        w = self.weight(name)
+        if not self.spec.has_biases:
+            scale = (wide.square().mean(-1, keepdim=True) + self.spec.norm_eps).rsqrt()
+            return (wide * scale).to(x.dtype) * w
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + self.spec.norm_eps).rsqrt()
+        bias = self.weight(f"{name}_bias").to(wide.dtype)
+        return (centred * scale * w.to(wide.dtype) + bias).to(x.dtype)
+
+    def drop(self, site: str, x: Tensor, samples: Tensor | None) -> Tensor:
+        """Dropout by counter, while training."""
+        p = self.spec.dropout
+        if not p or not self.training or samples is None:
+            return x
+        shape = tuple(x.shape[1:])
+        box = tuple((0, n) for n in shape)
+        mask = dropout_box(self.seed, self.step, site, samples, shape=shape, box=box, p=p)
+        return x * mask * (1.0 / (1.0 - p))
+
+
+def loss_and_gradients(
+    reference: Reference, microbatches: Sequence[Batch]
+) -> tuple[float, dict[str, Tensor]]:
+    """The step's loss and the gradient of every weight, microbatch by microbatch."""
+    leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
+    judge = Reference(reference.spec, leaves, reference.dtype, reference.seed, reference.see)
+    judge.step, judge.training = reference.step, reference.training
+    total = max(sum(int(b.valid.sum()) for b in microbatches), 1)
+    loss = 0.0
+    for batch in microbatches:
+        part = judge.loss(batch, total)
+        part.backward()
+        loss += float(part.detach())
+    zeros = torch.zeros_like
+    return loss, {n: zeros(w) if w.grad is None else w.grad for n, w in leaves.items()}
