@@ -107,7 +107,7 @@ class EmbeddingBlock:
             self._span = make._span(
                 next(d for d in make.block.tensors["e"].dims if d.name == "seq")
             )
-        self.drop = make.dropout("embedding.dropout", "e_mask") if spec.dropout else None
+        self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """Table, positions, dropout."""

@@ -53,11 +53,11 @@ class Built:
 
     def batch(self, step: int) -> StepBatch:
         """This rank's microbatches of a step (from 0)."""
-        found = [(s, self.data.microbatch(step, s)) for s in self._samples()]
+        found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
         return StepBatch(step, [microbatch(b, s) for s, b in found])
 
-    def _samples(self) -> list[range]:
-        """Sample m * (micro_batch_size * dp) + place of the batch dim: docs/map.md, sample order."""
+    def samples(self) -> list[range]:
+        """This rank's samples of each microbatch. Sample m * (micro_batch_size * dp) + place of the batch dim: docs/map.md, sample order."""
         size, ways = self.job.micro_batch_size, self.job.plan.data_parallel_size
         first = self.data_rank * size
         starts = [m * size * ways + first for m in range(self.job.plan.num_microbatches)]
@@ -72,9 +72,7 @@ class Built:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share of tokenizer and data."""
-        tokenizer = self.data.tokenizer
-        name = tokenizer.fingerprint() if tokenizer is not None else "tokens"
-        return {"tokenizer": {"digest": name}, "data": self.data.fingerprint()}
+        return fingerprint(self.data)
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Steps of the job, from the first that is not done."""
@@ -88,6 +86,12 @@ class Built:
             torch.tensor([0.0 if ok else 1.0]), site="checkpoint:agree", op="max"
         )
         return not bool(found)
+
+    def exchange(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values, by rank; a collective of ranks that share no file, outside any step."""
+        comm = self.context.comm("world", lane="host")
+        mine = torch.tensor([list(values)], dtype=torch.int64)
+        return comm.all_gather(mine, site="checkpoint:exchange").tolist()
 
     def waited(self) -> float:
         """Seconds spent waiting in collectives since the last call."""
@@ -241,6 +245,12 @@ def assemble(job: Job, world: World, where: Where | None = None, recorder: Any =
     update = make_update(model, job.train)
     data = open_job_data(job)
     return Built(job, context, model, update, data)
+
+
+def fingerprint(data: Dataset) -> dict[str, Any]:
+    """What a resumed run must share of tokenizer and data."""
+    name = data.tokenizer.fingerprint() if data.tokenizer is not None else "tokens"
+    return {"tokenizer": {"digest": name}, "data": data.fingerprint()}
 
 
 def open_job_data(job: Job) -> Dataset:

@@ -1,0 +1,37 @@
+"""`partita verify`: proves a job's plan equal to one device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from partita.cli.jobs import JobFile, Json, Overrides, PlanLine, load
+from partita.cli.out import write_json, write_text
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("verify", help=verify.__doc__)(verify)
+
+
+def verify(
+    job: JobFile,
+    overrides: Overrides = None,
+    plan: PlanLine = None,
+    backend: Annotated[
+        Literal["local", "shm", "gloo"], typer.Option(help="Threads, shared memory, or sockets.")
+    ] = "local",
+    json: Json = False,
+) -> None:
+    """Proves a job's plan equal to one device."""
+    loaded = load(job, overrides, plan)
+    from partita.verify.parity import verify as prove
+
+    found = prove(loaded, backend=backend)
+    if json:
+        write_json(found.to_json())
+    else:
+        write_text(str(found))
+    if not found.equal:
+        raise typer.Exit(1)

@@ -1,0 +1,197 @@
+"""`verify`: proves that a plan computes one device's numbers: loss, every gradient, the gradient norm, the
+weights after the step, and the traffic to the byte.
+
+    twice    in float64 with the precision set aside; at the plan's own precision against the same casts
+    each     two steps of SGD with momentum at a large rate, two of AdamW; decay and clipping active
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from partita.base.errors import PlanError
+from partita.base.text import table
+from partita.comm.local import local
+from partita.parallel.laid import lay
+from partita.record.transfer import TrafficLine
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
+from partita.spec.plan import Plan
+from partita.train.data import Dataset
+from partita.verify.batches import open_data
+from partita.verify.bisect import Divergence, first_divergence, traffic_difference
+from partita.verify.compare import Difference, differences
+from partita.verify.processes import run_processes
+from partita.verify.runs import RankSeen, StepSeen, optimizers, run_judge, run_rank
+from partita.verify.shrink import shrink
+
+BACKENDS = ("local", "shm", "gloo")
+
+
+@dataclass
+class Trial:
+    """One optimizer at one precision."""
+
+    job: Job
+    judge: list[StepSeen]
+    ranks: list[RankSeen]
+    found: list[Difference]
+
+    @property
+    def equal(self) -> bool:
+        """No number out of bounds."""
+        return not any(d.bad for d in self.found)
+
+    def worst(self, kind: str) -> Difference:
+        """The worst difference of a kind."""
+        return next((d for d in self.found if d.kind == kind), Difference(kind))
+
+
+@dataclass
+class Verification:
+    """The answer."""
+
+    plan: str
+    shrunk: str | None
+    equal: bool
+    precision: dict[str, bool]
+    trials: list[Trial]
+    declared: list[TrafficLine]
+    recorded: list[TrafficLine]
+    traffic_equal: bool
+    divergence: Divergence | None = field(default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's document."""
+        main = next((t for t in self.trials if not t.equal), self.trials[0])
+        gradients, weights = main.worst("gradients"), main.worst("weights")
+        at = self.divergence
+        return {
+            "plan": self.plan,
+            "shrunk": self.shrunk,
+            "equal": self.equal,
+            "reference": "single",
+            "precision": self.precision,
+            "loss": _series(main, "loss", "loss"),
+            "grad_norm": _series(main, "norm", "grad_norm"),
+            "gradients": {"worst": gradients.name, "max_relative_difference": gradients.relative},
+            "weights": {"worst": weights.name, "max_relative_difference": weights.relative},
+            "traffic": {
+                "declared": [asdict(t) for t in self.declared],
+                "recorded": [asdict(t) for t in self.recorded],
+                "equal": self.traffic_equal,
+            },
+            "first_divergence": None if at is None else {
+                "module": at.module, "phase": at.phase, "rank": at.rank,
+                "expected_collective": _collective(at),
+                "message": at.message,
+            },
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        head = f"{self.plan}: {'equal to one device' if self.equal else 'NOT equal to one device'}"
+        lines = [head] + ([f"shrunk to {self.shrunk}"] if self.shrunk else [])
+        rows = []
+        for t in self.trials:
+            cells = [
+                f"{t.worst(k).relative:.1e}" for k in ("loss", "grad_norm", "gradients", "weights")
+            ]
+            rows.append(
+                [
+                    t.job.plan.precision.dtype,
+                    t.job.train.optimizer,
+                    *cells,
+                    "ok" if t.equal else "DIFFERS",
+                ]
+            )
+        header = ["precision", "optimizer", "loss", "norm", "gradients", "weights", ""]
+        lines.append(table(rows, header))
+        total = sum(t.bytes for t in self.declared)
+        verdict = "equal to the byte" if self.traffic_equal else "NOT equal"
+        lines.append(
+            f"traffic of all ranks, declared and recorded: {verdict} ({total} bytes a step)"
+        )
+        if self.divergence is not None:
+            d = self.divergence
+            lines.append(f"first divergence: {d.module}, {d.phase}, rank {d.rank}: {d.message}")
+            if d.expected is not None:
+                lines.append(f"collective there: {d.expected[0]} over {d.expected[1]}")
+        return "\n".join(lines)
+
+
+def _collective(at: Divergence) -> dict[str, str] | None:
+    return None if at.expected is None else {"op": at.expected[0], "axis": at.expected[1]}
+
+
+def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
+    return {
+        "reference": [getattr(s, name) for s in trial.judge],
+        "parallel": [getattr(s, name) for s in trial.ranks[0].steps],
+        "max_relative_difference": trial.worst(kind).relative,
+    }
+
+
+def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") -> Verification:
+    """Runs the plan on thread ranks (or processes) and the judge on one device, and compares.
+
+    Raises PlanError for an illegal plan, DataError for bad data.
+    """
+    job = job if plan is None else job.with_plan(plan)
+    wrong = [p for p in job.problems() if p.severity == "error" and p.rule != "world"]
+    if wrong:
+        raise PlanError(f"{job.plan} cannot run {job.name}", wrong)
+    lay(request_of(job))  # raises what the rooms find
+    small, note = shrink(job)
+    data = open_data(small, job)
+    own = job.plan.precision.dtype
+    trials: list[Trial] = []
+    for dtype in dict.fromkeys(("fp64", own)):
+        for train in optimizers(small.train):
+            at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
+            trials.append(_trial(at, data, backend))
+            if not trials[-1].equal:
+                break
+    first = trials[0].ranks
+    same = traffic_difference(first) is None and all(
+        traffic_difference(t.ranks) is None for t in trials
+    )
+    bad = next((t for t in trials if not t.equal), None)
+    divergence = None
+    if bad is not None or not same:
+        divergence = _bisect(bad or trials[0], data)
+    precision = {
+        "fp64": all(t.equal for t in trials if t.job.plan.precision.dtype == "fp64"),
+        "plan": all(t.equal for t in trials if t.job.plan.precision.dtype == own),
+    }
+    declared = [t for r in first for t in r.declared]
+    recorded = [t for r in first for t in r.recorded]
+    equal = bad is None and same
+    return Verification(
+        str(job.plan), note, equal, precision, trials, declared, recorded, same, divergence
+    )
+
+
+def _trial(job: Job, data: Dataset, backend: str) -> Trial:
+    judge, _ = run_judge(job, data)
+    ranks = run_ranks(job, data, backend)
+    return Trial(job, judge, ranks, differences(judge, ranks, job))
+
+
+def run_ranks(job: Job, data: Dataset, backend: str, watches: bool = False) -> list[RankSeen]:
+    """What every rank saw."""
+    if backend == "local":
+        with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
+            return ranks.run(run_rank, job, data, watches)
+    return run_processes(job, data, backend)
+
+
+def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
+    """Runs the failing trial again on thread ranks, watched."""
+    _, judge = run_judge(trial.job, data, watches=True)
+    ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", watches=True)
+    laid = lay(request_of(trial.job))
+    for watched, seen in zip(ranks, trial.ranks, strict=True):
+        watched.recorded = seen.recorded
+    return first_divergence(trial.job, laid, judge, ranks, trial.found)

@@ -1,0 +1,68 @@
+"""verify on real processes: the same rank function over shared memory or gloo."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from partita.base.errors import PartitaError, PeerError, UsageError
+from partita.comm.processes import start_ranks
+from partita.comm.protocol import World
+from partita.spec.job import Job
+from partita.train.data import Dataset
+from partita.verify.runs import RankSeen, run_rank
+
+
+def run_processes(job: Job, data: Dataset, backend: str) -> list[RankSeen]:
+    """What every rank saw, from processes of this host."""
+    if backend not in ("shm", "gloo"):
+        raise UsageError(f"--backend {backend}: accepted are local, shm and gloo on this machine")
+    folder = Path(tempfile.mkdtemp(prefix="partita-verify-"))
+    ranks = start_ranks(job.plan.world_size, _enter, (job, data, backend, str(folder / "world")))
+    found: list[RankSeen] = []
+    try:
+        for rank, (_, reader) in enumerate(ranks):
+            try:
+                answer = reader.recv()
+            except EOFError:
+                raise PeerError(f"rank {rank} died during verify") from None
+            if isinstance(answer, PartitaError):
+                raise answer
+            found.append(answer)
+    finally:
+        for process, _ in ranks:
+            process.join(0.5 if len(found) == len(ranks) else 0)
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _enter(rank: int, writer: Connection, job: Job, data: Dataset, backend: str, path: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        world = _join(rank, job, backend, Path(path))
+        writer.send(run_rank(world, job, data))
+        world.close()
+    except PartitaError as error:
+        writer.send(error)
+    except Exception as error:
+        writer.send(PartitaError(f"rank {rank}: {type(error).__name__}: {error}"))
+
+
+def _join(rank: int, job: Job, backend: str, path: Path) -> World:
+    size, timeout_s = job.plan.world_size, job.train.comm_timeout_s
+    if size == 1:
+        from partita.comm.single import SingleWorld
+
+        return SingleWorld()
+    if backend == "shm":
+        from partita.comm.shm import ShmWorld
+
+        return ShmWorld(rank, size, path, timeout_s=timeout_s)
+    from partita.comm.torch import TorchWorld
+
+    return TorchWorld(rank, size, path, timeout_s=timeout_s)

@@ -1,0 +1,163 @@
+"""The two runs that are compared: a plan on its ranks, and the judge on one device.
+
+Both start from the same perturbed weights (biases and norm scales too, so that nothing hides behind a
+zero or a one) and take the same steps on the same batches. What a rank saw is told as boxes of logical
+tensors, so that every owner of every element is held against the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.comm.protocol import Where, World
+from partita.comm.seeds import initial_value, normal_box
+from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.parallel.laid import lay
+from partita.parallel.units import Unit
+from partita.record.transfer import TrafficLine, summarise
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
+from partita.spec.layout import Box
+from partita.spec.train import TrainSpec
+from partita.train.build import DTYPES, Built, make_context, make_model
+from partita.train.data import Dataset
+from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
+from partita.train.step import Model, decays_weight, make_update
+from partita.verify.batches import rank_batch, whole_batch
+from partita.verify.watch import Watch, watch_blocks
+
+STEPS = 2
+Boxes = dict[str, list[tuple[Box, Tensor]]]
+
+
+@dataclass
+class StepSeen:
+    """One step: the loss, the norm before clipping, gradients before clipping and weights after."""
+
+    loss: float
+    norm: float
+    gradients: Any  # Boxes of a rank, or name -> tensor of the judge
+    weights: Any
+
+
+@dataclass
+class RankSeen:
+    """What one rank saw."""
+
+    rank: int
+    steps: list[StepSeen] = field(default_factory=list)
+    recorded: list[TrafficLine] = field(default_factory=list)
+    declared: list[TrafficLine] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
+
+
+def optimizers(train: TrainSpec) -> list[TrainSpec]:
+    """SGD with momentum at a large rate, then AdamW; decay and clipping active in both."""
+    active = {
+        "weight_decay": 0.1,
+        "clip_grad_norm": 0.5,
+        "warmup_steps": 0,
+        "lr_schedule": "constant",
+    }
+    sgd = replace(train, optimizer="sgd", lr=0.5, momentum=0.9, **active)  # type: ignore[arg-type]
+    adamw = replace(train, optimizer="adamw", lr=1e-2, **active)  # type: ignore[arg-type]
+    return [sgd, adamw]
+
+
+def start_value(
+    job: Job, name: str, shape: tuple[int, ...], box: Box, dtype: torch.dtype
+) -> Tensor:
+    """The perturbed initial value of a box."""
+    value = initial_value(job.seed, name, shape, box, layers=job.model.layers, dtype=dtype)
+    return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
+
+
+def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> RankSeen:
+    """STEPS steps of the plan on one rank."""
+    laid = lay(request_of(job))
+    where = getattr(world, "where", None) or Where()
+    context = make_context(laid, job, world, where)
+
+    def fill(unit: Unit) -> None:
+        for weight, first, _ in unit.places:
+            layout = laid.layouts[weight]
+            for piece in layout.pieces(laid.mesh, context.rank):
+                part = unit.master[first + piece.start : first + piece.start + piece.numel()]
+                value = start_value(job, weight, layout.shape, piece.box, unit.master.dtype)
+                part.copy_(value.reshape(-1))
+
+    model = make_model(job, laid, context, fill)
+    update = make_update(model, job.train)
+    built = Built(job, context, model, update, data)
+    seen = RankSeen(context.rank, declared=laid.traffic(context.rank))
+    if watches:
+        watch_blocks(model, seen.watch)
+    context.recorder.take()
+    for step in range(STEPS):
+        batch = rank_batch(built, step)
+        if watches and step == 0:
+            seen.watch.start(batch.microbatches)
+        loss = model.forward_backward(batch)
+        gradients = boxes(model, lambda unit: unit.gradient)
+        norm = update.step()
+        if step == 0:
+            seen.recorded = summarise(context.recorder.take())
+            seen.watch.stop()
+        seen.steps.append(StepSeen(loss, norm, gradients, boxes(model, lambda unit: unit.master)))
+    return seen
+
+
+def boxes(model: Model, flat: Callable[[Unit], Tensor]) -> Boxes:
+    """Every box this rank holds, cloned."""
+    found: Boxes = {}
+    for unit in model.units:
+        for weight, first, _ in unit.places:
+            layout = model.laid.layouts[weight]
+            for piece in layout.pieces(model.laid.mesh, model.context.rank):
+                shape = [b - a for a, b in piece.box]
+                part = flat(unit)[first + piece.start : first + piece.start + piece.numel()]
+                found.setdefault(weight, []).append((piece.box, part.clone().view(shape)))
+    return found
+
+
+def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[StepSeen], Watch]:
+    """The same steps on one device."""
+    dtype = DTYPES[job.plan.precision.dtype]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = {
+        n: start_value(job, n, s, tuple((0, k) for k in s), wide)
+        for n, s in weight_shapes(job.model).items()
+    }
+    named = [(n, w, decays_weight(n)) for n, w in weights.items()]
+    optimizer = make_optimizer(named, job.train)
+    watch = Watch()
+    found = []
+    for step in range(STEPS):
+        batches = whole_batch(data, job, step)
+        judge = Reference(job.model, weights, dtype, job.seed)
+        judge.step = step
+        if watches and step == 0:
+            watch.start(batches)
+            judge.see = watch.see_whole
+        loss, gradients = loss_and_gradients(judge, batches)
+        watch.stop()
+        norm = float(
+            torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
+        )
+        kept = {n: g.clone() for n, g in gradients.items()}
+        limit = job.train.clip_grad_norm
+        if limit and limit < norm + CLIP_EPSILON:
+            for g in gradients.values():
+                g.mul_(limit / (norm + CLIP_EPSILON))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(job.train, step + 1)
+        for n, w in weights.items():
+            w.grad = gradients[n]
+        optimizer.step()
+        found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
+    return found, watch

@@ -1,0 +1,60 @@
+"""A job too big for this machine, made small with every relation kept.
+
+kept     kv_heads < tp, layers modulo pp, vocab modulo tp, biases, tied or not, replicas >= 2
+changed  widths, layers to two or three a stage, vocabulary, sequence, samples, axes of more than 2 or 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from partita.spec.job import Job
+from partita.spec.model import ModelSpec
+
+MAX_PARAMETERS, MAX_RANKS, MAX_TOKENS = 4_000_000, 64, 8192
+
+
+def too_big(job: Job) -> bool:
+    """Whether thread ranks of this machine should not run it whole, in float64, several times."""
+    tokens = job.train.global_batch_size * job.train.seq_len
+    big = job.model.parameters() > MAX_PARAMETERS or tokens > MAX_TOKENS
+    return big or job.plan.world_size > MAX_RANKS
+
+
+def shrink(job: Job) -> tuple[Job, str | None]:
+    """(the job to verify, what was changed or None)."""
+    if not too_big(job):
+        return job, None
+    plan = job.plan
+    mesh, pipe = plan.mesh, plan.pipeline
+    small = {"pp": min(mesh.pp, 4), "tp": min(mesh.tp, 4), "dp_replicate": min(mesh.dp_replicate, 2),
+             "dp_shard": min(mesh.dp_shard, 2)}  # fmt: skip
+    microbatches = min(plan.num_microbatches, 2 * small["pp"])
+    plan = replace(
+        plan,
+        mesh=replace(mesh, **small),
+        pipeline=replace(pipe, num_microbatches=microbatches, split=()),
+    )
+    spec = _model(job.model, mesh.tp, small["tp"], small["pp"])
+    seq_len = min(job.train.seq_len, 16 * small["tp"])
+    spec = replace(spec, max_seq_len=max(seq_len, 1) if spec.has_positions else spec.max_seq_len)
+    batch = microbatches * plan.data_parallel_size
+    train = replace(job.train, global_batch_size=batch, seq_len=seq_len, micro_batch_size=None)
+    out = replace(job, plan=plan, model=spec, train=train)
+    return (
+        out,
+        f"{spec.layers} layers, hidden {spec.hidden}, vocab {spec.vocab}, plan {plan}, {batch} x {seq_len} tokens",
+    )
+
+
+def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:
+    """Few heads, but as many as tp wants, and key/value heads that stay fewer than tp where they were."""
+    group = max(spec.heads // spec.kv_heads, 1)
+    kv_heads = max(small_tp // 2, 1) if spec.kv_heads < tp else small_tp
+    heads = max(kv_heads * min(group, 4), small_tp)
+    layers = 2 * pp + (1 if spec.layers % max(pp, 2) else 0)
+    vocab = 96 + spec.vocab % 32 if spec.vocab > 512 else spec.vocab
+    return replace(
+        spec, layers=layers, hidden=8 * heads, heads=heads, kv_heads=kv_heads, head_dim=8,
+        ffn_hidden=12 * small_tp, vocab=vocab,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Watches segments from outside: outputs in forward, their gradients in backward, box by box.
+
+Only used to find where a difference begins: modules are wrapped, none is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from partita.train.step import Microbatch, Model
+
+Seen = dict[
+    tuple[str, int], tuple[tuple[int, int], Tensor]
+]  # (module, sample) -> (seq span, values)
+
+
+@dataclass
+class Watch:
+    """What was seen in one step, sample by sample: outputs, gradients, input ids."""
+
+    outputs: Seen = field(default_factory=dict)
+    gradients: Seen = field(default_factory=dict)
+    ids: dict[int, Tensor] = field(default_factory=dict)
+    _by_batch: dict[int, Microbatch] = field(default_factory=dict)
+    _order: list[Microbatch] = field(default_factory=list)
+    active: bool = False
+
+    def start(self, batches: Sequence[Microbatch]) -> None:
+        """From now on, these microbatches."""
+        self.active = True
+        for b in batches:
+            for row, sample in enumerate(b.samples.tolist()):
+                self.ids[sample] = b.ids[row].clone()
+        self._order = list(batches)
+
+    def stop(self) -> None:
+        """No more."""
+        self.active = False
+
+    def see(self, name: str, x: Tensor, batch: Microbatch, first: int) -> None:
+        """A module's output [samples, seq share, hidden]; `first` is the share's first position."""
+        if not self.active:
+            return
+        span = (first, first + x.shape[1])
+        samples = batch.samples.tolist()
+        for row, sample in enumerate(samples):
+            self.outputs.setdefault((name, sample), (span, x[row].detach().clone()))
+        if x.requires_grad:
+            x.register_hook(lambda g: self._gradient(name, g, samples, span))
+
+    def _gradient(self, name: str, g: Tensor, samples: list[int], span: tuple[int, int]) -> None:
+        for row, sample in enumerate(samples):
+            self.gradients.setdefault((name, sample), (span, g[row].detach().clone()))
+
+    def see_whole(self, name: str, x: Tensor) -> None:
+        """The judge's modules, microbatch after microbatch: the first name starts the next one."""
+        if not self.active:
+            return
+        seen = sum(1 for n, _ in self.outputs if n == name)
+        done, at = 0, 0
+        while at < len(self._order) and done + len(self._order[at].samples) <= seen:
+            done += len(self._order[at].samples)
+            at += 1
+        self.see(name, x, self._order[at], 0)
+
+
+class _Watched:
+    """A segment that tells what it makes."""
+
+    def __init__(self, inner: Any, name: str, model: Model, watch: Watch) -> None:
+        self._inner, self._name, self._model, self._watch = inner, name, model, watch
+
+    def __call__(self, x: Tensor, batch: Any, *rest: Any, **more: Any) -> Tensor:
+        """The segment's output, seen."""
+        y = self._inner(x, batch, *rest, **more)
+        tell(self._model, self._watch, self._name, y, batch)
+        return y
+
+
+def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
+    """Says which positions this rank holds of y."""
+    sp = model.context.plan.mesh.sp and model.context.plan.mesh.tp > 1
+    first = model.context.coords["tp"] * y.shape[1] if sp else 0
+    watch.see(name, y, batch, first)
+
+
+def watch_blocks(model: Model, watch: Watch) -> None:
+    """Wraps the segments of every layer, and the embedding."""
+    names = model.laid.stages[model.stage].names
+    wrapped = list(model.executor.module.blocks)  # type: ignore[attr-defined]
+    for i, (name, block) in enumerate(zip(names, wrapped, strict=True)):
+        if name == "embedding":
+            wrapped[i] = _Watched(block, "embedding", model, watch)
+        elif name != "head":
+            block.attention = _Watched(block.attention, f"{name}.attention", model, watch)
+            block.mlp = _Watched(block.mlp, f"{name}.mlp", model, watch)
+    model.executor.module.blocks = tuple(wrapped)  # type: ignore[attr-defined]
