@@ -15,6 +15,7 @@ h1{font-size:26px;margin:0 0 4px}
 h2{font-size:18px;margin:0 0 10px}
 section{margin:18px auto;padding:18px 24px;background:#fff;border:1px solid #dfe3e8;border-radius:8px;
  box-sizing:border-box}
+pre{max-height:420px;overflow:auto}
 code,pre{font:13px/1.4 ui-monospace,monospace}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f6f8;padding:12px;border-radius:6px;margin:0}
 table{border-collapse:collapse;font-size:13px;width:100%}
