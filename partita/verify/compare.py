@@ -35,7 +35,7 @@ BOUNDS = {
     "fp32": Bound(1e-5, 1e-4, 1e-3, 1e-6),
     "bf16": Bound(2e-2, 5e-2, 0.2, 1e-2),
 }
-ADAM_STEPS = 2.1  # how many learning rates a weight may be off after two steps at low precision
+ADAM_STEPS = 4.2  # learning rates a weight may be off after two steps: one up here, one down there
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,8 @@ def shrink(job: Job) -> tuple[Job, str | None]:
     batch = microbatches * plan.data_parallel_size
     train = replace(job.train, global_batch_size=batch, seq_len=seq_len, micro_batch_size=None)
     out = replace(job, plan=plan, model=spec, train=train)
-    return (
-        out,
-        f"{spec.layers} layers, hidden {spec.hidden}, vocab {spec.vocab}, plan {plan}, {batch} x {seq_len} tokens",
-    )
+    size = f"{spec.layers} layers, hidden {spec.hidden}, vocab {spec.vocab}"
+    return out, f"{size}, plan {plan}, {batch} x {seq_len} tokens"
 
 
 def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:

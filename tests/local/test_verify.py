@@ -1,0 +1,71 @@
+import pytest
+import verify_jobs
+
+from partita.verify.parity import verify
+
+PLANS = (
+    "tp2", "tp2+sp", "tp4+sp", "dp2", "dp4", "2mb", "pp2:gpipe/4mb", "pp2:1f1b/4mb", "pp4:1f1b/8mb",
+    "pp4:1f1b/2mb", "dp2 tp2", "dp2 pp2/4mb", "tp2+sp pp2/2mb", "dp2 tp2+sp pp2:1f1b/4mb",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.mark.parametrize("recompute", ["", "recompute:full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_equals_one_device(plan, family, recompute, folder):
+    found = verify(verify_jobs.job(folder, f"{plan} {recompute} fp64", family))
+    assert found.equal, str(found)
+    assert found.traffic_equal and found.precision["fp64"]
+
+
+@pytest.mark.parametrize("plan", ["dp2 tp2+sp pp2:1f1b/4mb bf16", "tp4+sp bf16", "pp2/8mb fp32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plan_equals_one_device_at_its_own_precision(plan, family, folder):
+    found = verify(verify_jobs.job(folder, plan, family))
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("plan", ["tp4+sp fp64", "dp2 tp2+sp pp2:1f1b/4mb recompute:full fp64"])
+def test_dropout_masks_agree_with_one_device(plan, folder):
+    found = verify(verify_jobs.job(folder, plan, "gpt2", dropout=0.2))
+    assert found.equal, str(found)
+
+
+def test_tied_llama_and_untied_gpt2(folder):
+    for family, tied in (("llama", True), ("gpt2", False)):
+        found = verify(verify_jobs.job(folder, "tp2+sp pp2/2mb fp64", family, tied=tied))
+        assert found.equal, str(found)
+
+
+def test_microbatches_that_do_not_divide_the_stages(folder):
+    assert verify(verify_jobs.job(folder, "pp4:1f1b/3mb fp64", batch=6)).equal
+    assert verify(verify_jobs.job(folder, "pp3:gpipe/5mb fp64", batch=5)).equal
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_sixty_four_ranks(folder):
+    found = verify(verify_jobs.job(folder, "tp8+sp pp4:1f1b/4mb dp2 fp64", heads=8, hidden=32))
+    assert found.equal, str(found)
+
+
+def test_a_job_too_big_is_shrunk_and_says_so(folder):
+    big = {"hidden": 512, "heads": 16, "kv_heads": 4, "layers": 9, "ffn_hidden": 1024}
+    found = verify(verify_jobs.job(folder, "tp8+sp pp2/2mb fp64", **big))
+    assert found.equal and found.shrunk is not None and "layers" in found.shrunk
+    assert found.to_json()["shrunk"] == found.shrunk
+
+
+def test_the_document_has_the_contract_fields(folder):
+    document = verify(verify_jobs.job(folder, "tp2+sp fp64")).to_json()
+    assert document["equal"] is True and document["reference"] == "single"
+    assert document["first_divergence"] is None and document["traffic"]["equal"] is True
+    assert document["traffic"]["declared"] and len(document["loss"]["parallel"]) == 2
+    assert set(document["traffic"]["declared"][0]) == {
+        "rank", "axis", "op", "site", "phase", "count", "bytes",
+    }  # fmt: skip

@@ -1,0 +1,39 @@
+"""Tiny jobs for verify: odd sizes, both families, tokens from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from partita.spec.job import Job
+
+SEQ = 8
+
+
+def tokens(folder: Path, vocab: int = 127) -> Path:
+    path = folder / "tokens.npy"
+    if not path.exists():
+        np.save(path, np.random.default_rng(0).integers(0, vocab, 2000))
+    return path
+
+
+def job(folder: Path, plan: str, family: str = "llama", batch: int = 8, **model) -> Job:
+    """kv_heads 2 (fewer than tp4), vocab 127 (padded), 5 layers (uneven stages)."""
+    spec = {
+        "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 24, "vocab": 127,
+        "max_seq_len": SEQ, "tied": family == "gpt2",
+    }  # fmt: skip
+    if family == "llama":
+        spec["kv_heads"] = 2
+    return Job.load(
+        {
+            "name": "tiny",
+            "seed": 3,
+            "plan": plan,
+            "model": {**spec, **model},
+            "cluster": {"preset": "laptop", "devices": 64, "memory_bytes": 1e9},
+            "data": {"source": f"tokens:{tokens(folder)}"},
+            "train": {"steps": 2, "global_batch_size": batch, "seq_len": SEQ, "comm_timeout_s": 20},
+        }
+    )
