@@ -24,7 +24,7 @@ from partita.comm.futex import Words
 from partita.comm.protocol import Done, Handle, Key, Message
 
 if TYPE_CHECKING:
-    from partita.comm.shm_group import ShmComm
+    from partita.comm.shm_comm import ShmComm
 
 CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
 _HEAD = struct.Struct("<IIQQ")

@@ -1,4 +1,4 @@
-"""The World of CPU ranks that share one host's memory: one mapped file, a region a group (shm_group.py).
+"""The World of CPU ranks that share one host's memory: one mapped file, a region a group (shm_comm.py).
 
 The file is unlinked once all have mapped it, so that a killed run leaves nothing behind.
 """
@@ -15,7 +15,7 @@ from partita.base.errors import CommError
 from partita.comm.board import Board
 from partita.comm.futex import Words, available
 from partita.comm.protocol import Comm, Where
-from partita.comm.shm_group import ShmComm, region_bytes
+from partita.comm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
 __all__ = ["ShmComm", "ShmWorld", "available"]

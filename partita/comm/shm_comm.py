@@ -1,0 +1,380 @@
+"""One group of CPU ranks in shared memory: a slot a rank, two buffers, one meeting a collective.
+
+    rank 0   write slot 0 | word 0 := k | wait words 1..n >= k | read all slots
+    rank 1   write slot 1 | word 1 := k | wait ...
+
+Two buffers take turns: a rank may have two collectives under way, and writes for meeting k + 2 once all
+have read meeting k (a word each says how far), so that no second meeting is needed. Sums go in rank
+order; bf16 adds up in fp32 and rounds once. Larger tensors pass in chunks. A meeting compares a digest
+of operation, shape, dtype and site first.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import CommError
+from partita.comm.futex import Words
+from partita.comm.mailbox import Mailbox, ring_bytes
+from partita.comm.protocol import Handle, Key, Message, ReduceOp
+
+if TYPE_CHECKING:
+    from partita.comm.shm import ShmWorld
+
+SLOT = 1 << 20  # bytes a rank hands over at once: both buffers of two ranks stay in the caches
+PAGE = mmap.PAGESIZE
+LOOK_S = 0.05  # how often a waiting rank looks whether its peers live
+LOW = (torch.bfloat16, torch.float16)
+
+
+def region_bytes(num_ranks: int) -> int:
+    """Bytes of a group's part of the file: words, slots, rings."""
+    size = PAGE + 2 * num_ranks * SLOT + num_ranks * (num_ranks - 1) * ring_bytes()
+    return -(-size // PAGE) * PAGE
+
+
+class _Pending:
+    """A collective whose first chunk is handed over."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+        self._value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """Meets the others and returns the result."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self._value = finish()
+        assert self._value is not None
+        return self._value
+
+
+class ShmComm:
+    """One group on one axis and lane."""
+
+    def __init__(
+        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap
+    ) -> None:
+        self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        n = self.size
+        self._words = Words(region, 4 * n)  # written, two digests a rank, read
+        self._bytes = torch.frombuffer(region, dtype=torch.uint8)
+        self._meeting = 0  # chunks handed over so far
+        self._sequence = 0
+        self._pending: list[_Pending] = []
+        self._digests: dict[tuple[object, ...], int] = {}
+        self.mailbox = Mailbox(self, region, PAGE + 2 * n * SLOT)
+
+    # Slots and meetings --------------------------------------------------------------------------
+
+    def slot(self, rank: int, meeting: int, size: int) -> Tensor:
+        """The first `size` bytes of a rank's buffer for a meeting."""
+        start = PAGE + ((meeting & 1) * self.size + rank) * SLOT
+        return self._bytes[start : start + size]
+
+    def make_room(self, note: tuple[Message, int]) -> int:
+        """The next meeting's number, once its buffer has been read by all."""
+        k = self._meeting + 1
+        for r in range(self.size):
+            index = 3 * self.size + r
+            if r != self.rank and k > 2 and not self._words.reached(index, k - 2):
+                self.wait_word(self._words, index, k - 2, self.ranks[r], note)
+        return k
+
+    def hand_over(self, digest: int) -> int:
+        """Says that this rank's slot is written; the meeting's number."""
+        self._meeting += 1
+        k = self._meeting
+        self._words.view[self.size + 2 * self.rank + (k & 1)] = digest
+        self._words.set(self.rank, k)
+        return k
+
+    def meet(self, k: int, digest: int, note: tuple[Message, int]) -> None:
+        """Waits for all at meeting k, and compares what they bring."""
+        for r in range(self.size):
+            if r != self.rank and not self._words.reached(r, k):
+                self.wait_word(self._words, r, k, self.ranks[r], note)
+        view = self._words.view
+        for r in range(self.size):
+            if view[self.size + 2 * r + (k & 1)] != digest and view[r] == k:
+                raise self._disagreement(note)
+
+    def wait_word(
+        self, words: Words, index: int, value: int, peer: int, note: tuple[Message, int]
+    ) -> None:
+        """Waits on a peer's word; looks after the peer, and moves own sends, meanwhile."""
+        deadline = time.monotonic() + self.world.timeout_s
+        while not words.wait(index, value, LOOK_S):
+            self.world.progress()
+            if self.world.board.is_dead(peer):
+                time.sleep(0.1)
+                raise self.failure(f"rank {peer} has died", note)
+            if time.monotonic() > deadline:
+                raise self.failure(
+                    f"rank {peer} did not come within {self.world.timeout_s:g} s", note
+                )
+
+    def failure(self, cause: str, note: tuple[Message, int]) -> CommError:
+        """The error of a wait: the cause first, then what was asked, then every rank's last call."""
+        message, number = note
+        where = self.world.where
+        return CommError(
+            f"{cause}: {self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, phase "
+            f"{where.phase}, step {where.step}) cannot complete on rank {self.world.rank}\n"
+            f"{self.world.board.describe()}"
+        )
+
+    def _disagreement(self, note: tuple[Message, int]) -> CommError:
+        message, number = note
+        time.sleep(0.02)  # the others' notes are written before they meet
+        return CommError(
+            f"ranks disagree at {self.axis} collective #{number} ({message.site}, phase "
+            f"{self.world.where.phase}): rank {self.world.rank} brings {message}\n"
+            f"{self.world.board.describe()}"
+        )
+
+    def enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
+        """Notes the call on the board."""
+        message = Message(op, tuple(x.shape), str(x.dtype), site)
+        number, self._sequence = self._sequence, self._sequence + 1
+        frame = sys._getframe(2)
+        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        status = self.world.board.status
+        status.enter(self.axis, message, number, self.world.where, frame)
+        self.world.board.enter(status)
+        return message, number
+
+    def digest(self, message: Message, extra: int = 0) -> int:
+        """32 bits of what must agree."""
+        key = (message, extra)
+        found = self._digests.get(key)
+        if found is None:
+            found = self._digests[key] = zlib.crc32(repr(key).encode())
+        return found
+
+    # Collectives ---------------------------------------------------------------------------------
+
+    def _start(
+        self,
+        message: tuple[Message, int],
+        write: Callable[[int, int], None],
+        read: Callable[[int, int], None],
+        chunks: int,
+        result: Callable[[], Tensor],
+        extra: int = 0,
+    ) -> Handle:
+        """`write(chunk, meeting)` fills the own slot, `read(chunk, meeting)` takes from all slots."""
+        digest = self.digest(message[0], extra)
+        while self._pending and (chunks > 1 or len(self._pending) > 1):
+            self._pending[0].wait()
+        write(0, self.make_room(message))
+        first = self.hand_over(digest)
+        many = chunks > 1
+
+        def finish() -> Tensor:
+            while self._pending[0] is not pending:
+                self._pending[0].wait()
+            for chunk in range(chunks):
+                k = first + chunk
+                if chunk:
+                    write(chunk, self.make_room(message))
+                    self.hand_over(digest)
+                self.meet(k, digest, message)
+                read(chunk, k)
+                self._words.set(3 * self.size + self.rank, k)
+            self._pending.remove(pending)
+            self.world.board.leave()
+            return result()
+
+        pending = _Pending(finish)
+        self._pending.append(pending)
+        if many:
+            pending.wait()  # chunks of two collectives must not mix
+        return pending
+
+    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+        """Every rank adds up all slots, in rank order."""
+        note = self.enter("all_reduce", x, site)
+        source = x.detach().contiguous().view(-1)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        flat = out.view(-1)
+        each = SLOT // x.element_size()
+        size = x.element_size()
+
+        def part(rank: int, meeting: int, count: int) -> Tensor:
+            return self.slot(rank, meeting, count * size).view(x.dtype)
+
+        def write(chunk: int, meeting: int) -> None:
+            piece = source[chunk * each : (chunk + 1) * each]
+            part(self.rank, meeting, piece.numel()).copy_(piece)
+
+        def read(chunk: int, meeting: int) -> None:
+            target = flat[chunk * each : (chunk + 1) * each]
+            parts = [part(r, meeting, target.numel()) for r in range(self.size)]
+            reduce_into(target, parts, op)
+
+        chunks = max(-(-source.numel() // each), 1)
+        return self._start(note, write, read, chunks, lambda: out, int(op == "max"))
+
+    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """Every rank copies all slots to their places."""
+        note = self.enter("all_gather", x, site)
+        small = x.numel() * x.element_size() <= SLOT
+        shape = list(x.shape)
+        shape[dim] *= self.size
+        out = torch.empty(shape, dtype=x.dtype)
+        if small:
+            places = out.chunk(self.size, dim)
+            size = x.numel() * x.element_size()
+
+            def view(rank: int, meeting: int) -> Tensor:
+                return self.slot(rank, meeting, size).view(x.dtype).view(x.shape)
+
+            def write(_: int, meeting: int) -> None:
+                view(self.rank, meeting).copy_(x.detach())
+
+            def read(_: int, meeting: int) -> None:
+                for r, place in enumerate(places):
+                    place.copy_(view(r, meeting))
+
+            return self._start(note, write, read, 1, lambda: out, dim)
+        return self._chunked_gather(note, x, out, dim)
+
+    def _chunked_gather(
+        self, note: tuple[Message, int], x: Tensor, out: Tensor, dim: int
+    ) -> Handle:
+        source = x.detach().contiguous().view(-1)
+        flat = (
+            torch.empty(self.size, source.numel(), dtype=x.dtype)
+            if dim
+            else out.view(self.size, -1)
+        )
+        each, size = SLOT // x.element_size(), x.element_size()
+
+        def write(chunk: int, meeting: int) -> None:
+            piece = source[chunk * each : (chunk + 1) * each]
+            self.slot(self.rank, meeting, piece.numel() * size).view(x.dtype).copy_(piece)
+
+        def read(chunk: int, meeting: int) -> None:
+            for r in range(self.size):
+                target = flat[r, chunk * each : (chunk + 1) * each]
+                target.copy_(self.slot(r, meeting, target.numel() * size).view(x.dtype))
+
+        def result() -> Tensor:
+            if dim:
+                for place, row in zip(out.chunk(self.size, dim), flat, strict=True):
+                    place.copy_(row.view(x.shape))
+            return out
+
+        return self._start(note, write, read, -(-source.numel() // each), result, dim)
+
+    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        """Every rank adds up its part of all slots."""
+        note = self.enter("reduce_scatter", x, site)
+        parts = x.detach().chunk(self.size, dim)
+        shape, count, size = parts[0].shape, parts[0].numel(), x.element_size()
+        each = SLOT // size // self.size
+        out = torch.empty(shape, dtype=x.dtype)
+        flat = out.view(-1)
+        whole = count <= each  # then strided parts are copied straight into the slot
+        rows = None if whole else [p.reshape(-1) for p in parts]
+
+        def place(rank: int, meeting: int, part: int, n: int) -> Tensor:
+            start = part * n * size
+            return self.slot(rank, meeting, SLOT)[start : start + n * size].view(x.dtype)
+
+        def write(chunk: int, meeting: int) -> None:
+            for i, p in enumerate(parts):
+                if rows is None:
+                    place(self.rank, meeting, i, count).view(shape).copy_(p)
+                else:
+                    piece = rows[i][chunk * each : (chunk + 1) * each]
+                    place(self.rank, meeting, i, piece.numel()).copy_(piece)
+
+        def read(chunk: int, meeting: int) -> None:
+            target = flat if whole else flat[chunk * each : (chunk + 1) * each]
+            found = [place(r, meeting, self.rank, target.numel()) for r in range(self.size)]
+            reduce_into(target, found, "sum")
+
+        chunks = 1 if whole else -(-count // each)
+        return self._start(note, write, read, chunks, lambda: out, dim)
+
+    def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
+        """The root's tensor, through a gather (broadcasts here are a few bytes)."""
+        every = self.start_all_gather(x.reshape(1, -1), site=site).wait()
+        return every[root].reshape(x.shape)
+
+    def barrier(self, *, site: str) -> None:
+        """An all-reduce of nothing."""
+        self.start_all_reduce(torch.zeros(1, dtype=torch.uint8), site=site).wait()
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        *,
+        site: str,
+        send_counts: Sequence[int] | None = None,
+        receive_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Rows to each rank in order, by point to point messages."""
+        counts = list(send_counts) if send_counts else [x.shape[0] // self.size] * self.size
+        mine = torch.tensor(counts, dtype=torch.int64)
+        every = self.start_all_gather(mine.view(1, -1), site=f"{site}:counts").wait()
+        parts = x.detach().split(counts)
+        number = self._sequence
+        handles = []
+        for r in range(self.size):
+            if r != self.rank:
+                self.send(parts[r], r, key=Key("A", r, number), site=site)
+        for r in range(self.size):
+            like = x.new_empty((int(every[r, self.rank]), *x.shape[1:]))
+            key = Key("A", self.rank, number)
+            handles.append(None if r == self.rank else self.mailbox.receive(like, r, key, site))
+        return torch.cat([parts[r] if h is None else h.wait() for r, h in enumerate(handles)])
+
+    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
+        """Sum or maximum."""
+        return self.start_all_reduce(x, site=site, op=op).wait()
+
+    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """Shards along dim."""
+        return self.start_all_gather(x, site=site, dim=dim).wait()
+
+    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
+        """This rank's part of the sum."""
+        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
+
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+        """Copies into the pair's ring, or keeps it until there is room; never waits."""
+        return self.mailbox.send(x, to, key, site)
+
+    def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
+        """`wait` takes the message with this key."""
+        return self.mailbox.receive(like, source, key, site)
+
+
+def reduce_into(target: Tensor, parts: Sequence[Tensor], op: ReduceOp) -> None:
+    """target = parts in rank order, summed or their maximum; low precision adds up in fp32."""
+    if op == "max":
+        torch.maximum(parts[0], parts[1], out=target)
+        for p in parts[2:]:
+            torch.maximum(target, p, out=target)
+    elif target.dtype in LOW and len(parts) > 2:
+        total = parts[0].float()
+        for p in parts[1:]:
+            total += p
+        target.copy_(total)
+    else:
+        torch.add(parts[0], parts[1], out=target)
+        for p in parts[2:]:
+            target.add_(p)
