@@ -19,8 +19,9 @@ from typing import Annotated
 import typer
 
 import partita
-from partita.base.errors import PartitaError, StoppedError, UsageError, WriteError
+from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
 from partita.cli.out import failure_document, note, write_json, write_text
+from partita.comm.processes import torchrun_rank
 
 VERBS = {
     "draw": "Schedules as text, SVG or HTML, side by side.",
@@ -133,12 +134,14 @@ def _os_error(error: OSError) -> PartitaError:
 
 
 def _print_failure(error: PartitaError, as_json: bool) -> None:
-    if as_json:
+    place = torchrun_rank()
+    if as_json and (place is None or place[0] == 0):  # of torchrun's ranks the first one answers
         write_json(failure_document(error))
     lines = str(error).splitlines() or [type(error).__name__]
     if len(lines) > 1:
         note("\n".join(lines))
-    cause = ": ".join(line.strip().rstrip(":") for line in lines[:2])
+    telling = 2 if isinstance(error, PlanError) else 1
+    cause = ": ".join(line.strip().rstrip(":") for line in lines[:telling])
     where = f"{error.file}: " if error.file and error.file not in cause else ""
     note(f"partita: {where}{cause}")
 

@@ -36,6 +36,8 @@ def train(
     from partita.train.launch import train as run
 
     metrics = run(loaded, force=force, fresh=fresh, allow_fallback=allow_fallback)
+    if not metrics:  # one of torchrun's ranks: rank 0 speaks for all
+        return
     if metrics.get("already_done"):
         note(f"{metrics['run']} is finished: step {metrics['step']}; --fresh starts anew")
     if json:
@@ -48,7 +50,7 @@ def _summary(metrics: dict[str, object]) -> str:
     lines = [f"trained  {metrics['run']}  plan {metrics['plan']}  step {metrics['step']}"]
     if "loss" in metrics:
         lines.append(f"loss     {metrics['loss']:.4f}")
-    if "eval_loss" in metrics:
+    if metrics.get("eval_loss") is not None and "unigram_entropy" in metrics:
         lines.append(
             f"held out {metrics['eval_loss']:.4f} nats a token; unigram entropy "
             f"{metrics['unigram_entropy']:.4f} ({metrics['unigram_entropy'] - metrics['eval_loss']:+.4f})"  # type: ignore[operator]

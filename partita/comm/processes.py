@@ -98,6 +98,11 @@ def _watch(launcher: int) -> None:
     threading.Thread(target=look, name="launcher-watch", daemon=True).start()
 
 
+def on_loopback() -> None:
+    """Keeps this process's gloo sockets to this host. Environment: GLOO_SOCKET_IFNAME, unless set."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
+from partita.comm.processes import on_loopback
 from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
 from partita.comm.table import Status
@@ -47,7 +48,9 @@ class TorchWorld:
         self.rank, self.size, self.where = rank, size, where or Where()
         self.timeout = timedelta(seconds=timeout_s)
         self.sends: list[Any] = []
-        store = store if store is not None else dist.FileStore(str(path), size)
+        if store is None:
+            on_loopback()
+            store = dist.FileStore(str(path), size)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=self.timeout
         )
@@ -55,22 +58,14 @@ class TorchWorld:
         self.board = Board(board, rank, size)
 
     @staticmethod
-    def from_torchrun(env: Mapping[str, str], *, timeout_s: float, where: Where) -> TorchWorld:
-        """Joins what torchrun started; stores of restarts are kept apart."""
+    def from_torchrun(
+        env: Mapping[str, str], store: Any, *, timeout_s: float, where: Where
+    ) -> TorchWorld:
+        """Joins what torchrun started, through the store of `rendezvous`."""
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.TCPStore(
-            env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]),
-            size,
-            is_master=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        apart = dist.PrefixStore(f"attempt{attempt}", store)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        return TorchWorld(
-            rank, size, None, timeout_s=timeout_s, where=where, backend=backend, store=apart
-        )
+        if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+            on_loopback()
+        return TorchWorld(rank, size, None, timeout_s=timeout_s, where=where, store=store)
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """A Comm over `ranks`; every rank calls it for every group."""
@@ -87,6 +82,13 @@ class TorchWorld:
         self.sends.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def rendezvous() -> Any:
+    """The store of the ranks that torchrun (or an environment like its) started; restarts have
+    stores of their own. Call it once."""
+    store, _, _ = next(iter(dist.rendezvous("env://")))
+    return store
 
 
 @dataclass

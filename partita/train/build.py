@@ -57,7 +57,8 @@ class Built:
         return StepBatch(step, [microbatch(b, s) for s, b in found])
 
     def samples(self) -> list[range]:
-        """This rank's samples of each microbatch. Sample m * (micro_batch_size * dp) + place of the batch dim: docs/map.md, sample order."""
+        """This rank's samples of each microbatch: m * (micro_batch_size * dp) + place in the batch dim
+        (docs/map.md, sample order)."""
         size, ways = self.job.micro_batch_size, self.job.plan.data_parallel_size
         first = self.data_rank * size
         starts = [m * size * ways + first for m in range(self.job.plan.num_microbatches)]

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 from partita.comm.protocol import Where
@@ -27,13 +26,37 @@ ACTIVITIES = (
     "starting", "data", "count", "forward", "backward", "loss", "optimizer", "evaluation",
     "checkpoint", "finished",
 )  # fmt: skip
+_NUMBER = {name: number for number, name in enumerate(ACTIVITIES)}
+
+
+class NotedWhere(Where):
+    """A Where whose step and activity are written through as they change, so that the last word of a
+    rank that dies is right."""
+
+    __slots__ = ("_note",)
+
+    def __init__(self, note: Callable[[int, str], None]) -> None:
+        object.__setattr__(self, "_note", lambda step, activity: None)
+        super().__init__()
+        object.__setattr__(self, "_note", note)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "activity":
+            self._note(self.step, self.activity)
 
 
 class Control:
-    """The mapped file of one run; the launcher creates it, ranks open it."""
+    """The mapped file of one run; the launcher creates it, ranks open it.
 
-    def __init__(self, path: Path, num_ranks: int, create: bool = False) -> None:
-        self.path, self.num_ranks = path, num_ranks
+    `shared` False: a rank that torchrun started has a file of its own, and the ranks exchange what is
+    in it by a collective after every step.
+    """
+
+    def __init__(
+        self, path: Path, num_ranks: int, create: bool = False, shared: bool = True
+    ) -> None:
+        self.path, self.num_ranks, self.shared = path, num_ranks, shared
         size = _WORD.size * (_HEAD + _EACH * num_ranks)
         if create:
             path.write_bytes(bytes(size))
@@ -66,25 +89,24 @@ class Control:
         """The rank's own compute time of its newest step."""
         self._set(_HEAD + _EACH * rank, int(seconds * 1000))
 
+    def busy_ms(self, rank: int) -> int:
+        """What `report_busy` last said."""
+        return self._get(_HEAD + _EACH * rank)
+
     def slowest(self) -> tuple[int, float]:
         """The rank that was busy longest in its newest step, and its seconds."""
-        busy = [self._get(_HEAD + _EACH * r) for r in range(self.num_ranks)]
+        busy = [self.busy_ms(r) for r in range(self.num_ranks)]
         rank = max(range(self.num_ranks), key=lambda r: busy[r])
         return rank, busy[rank] / 1000
 
-    def mirror(self, rank: int, where: Where) -> None:
-        """Starts a thread that copies where the rank is into the file, 20 times a second: what a
-        launcher says of a rank that died without a word."""
+    def note(self, rank: int, step: int, activity: str) -> None:
+        """Where a rank is: what a launcher says of one that died without a word."""
+        self._set(_HEAD + _EACH * rank + 1, step)
+        self._set(_HEAD + _EACH * rank + 2, _NUMBER.get(activity, 0))
 
-        def copy() -> None:
-            while True:
-                self._set(_HEAD + _EACH * rank + 1, where.step)
-                name = where.activity
-                index = ACTIVITIES.index(name) if name in ACTIVITIES else 0
-                self._set(_HEAD + _EACH * rank + 2, index)
-                time.sleep(0.05)
-
-        threading.Thread(target=copy, name="where-mirror", daemon=True).start()
+    def where_of(self, rank: int) -> Where:
+        """The rank's Where, noted here as it moves."""
+        return NotedWhere(lambda step, activity: self.note(rank, step, activity))
 
     def where(self, rank: int) -> tuple[int, str]:
         """The step a rank was last seen in, and what it did."""

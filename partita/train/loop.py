@@ -19,7 +19,7 @@ import torch
 from partita.base.units import format_rate, format_seconds
 from partita.spec.job import Job
 from partita.train.build import Built
-from partita.train.checkpoint import Ranks, newest_complete
+from partita.train.checkpoint import Ranks
 from partita.train.control import Control
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
@@ -37,20 +37,20 @@ class Outcome:
 
 @dataclass
 class Loop:
-    """One rank's run. `after_step(step)` is called when a step is over (tests)."""
+    """One rank's run, from `checkpoint` on. `after_step(step)` is called when a step is over (tests)."""
 
     job: Job
     built: Built
     folder: Path
     control: Control
-    allow_fallback: bool = False
+    checkpoint: Path | None = None
     after_step: Callable[[int], None] = lambda step: None
 
     def __post_init__(self) -> None:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
 
     def run(self) -> Outcome:
-        """Trains from the newest complete checkpoint to the last step, or to an agreed stop."""
+        """Trains from the checkpoint to the last step, or to an agreed stop."""
         job, context = self.job, self.built.context
         done = self._restore()
         outcome = Outcome(already_done=done >= job.train.steps)
@@ -82,16 +82,31 @@ class Loop:
         """Checkpoints when due; True when the run must leave."""
         self.after_step(step)
         every = self.job.train.checkpoint_every
-        stop = self.control.should_stop(self.built.context.rank, step) and not last
+        stop = self._should_stop(step) and not last
         if last or stop or (every and step % every == 0):
             with self.recorder.span("checkpoint", f"checkpoint {step}"):
                 self.save(step)
         return stop
 
+    def _should_stop(self, step: int) -> bool:
+        """The same answer on every rank: agreed in the shared file, or by a collective without one."""
+        control, rank = self.control, self.built.context.rank
+        if control.shared:
+            return control.should_stop(rank, step)
+        signals, busy = zip(
+            *self.built.exchange((control.stop_signal, control.busy_ms(rank))), strict=True
+        )
+        for other, milliseconds in enumerate(busy):
+            control.report_busy(other, milliseconds / 1000)
+        if any(signals):
+            control.ask_stop(max(signals))
+        return any(signals)
+
     def _one(self, step: int, start: float) -> dict[str, Any]:
-        built, job = self.built, self.job
+        built, job, where = self.built, self.job, self.built.context.where
         begin = time.perf_counter()
-        built.context.where.activity = "data"
+        where.step, where.phase = step + 1, "step"
+        where.activity = "data"
         with self.recorder.step(step):
             with self.recorder.span("data", "data"):
                 batch = built.batch(step)
@@ -135,14 +150,10 @@ class Loop:
 
     def _restore(self) -> int:
         built = self.built
-        folder = self.folder / "checkpoints"
-        if not folder.exists():
+        if self.checkpoint is None:
             return 0
-        newest = newest_complete(folder, allow_fallback=self.allow_fallback)
-        if newest is None:
-            return 0
-        step = load_run(newest, self.job, built.model, built.update, built.fingerprint)
-        logging.info("resumed from %s at step %d", newest, step)
+        step = load_run(self.checkpoint, self.job, built.model, built.update, built.fingerprint)
+        logging.info("resumed from %s at step %d", self.checkpoint, step)
         return step
 
     def save(self, step: int) -> None:

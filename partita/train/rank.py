@@ -5,19 +5,21 @@ Preloaded by the fork server, so that a rank starts without importing anything.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import signal
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from partita.base.errors import PartitaError
-from partita.comm.processes import torchrun_store
+from partita.base.errors import PartitaError, WriteError
+from partita.comm.processes import STOPS, torchrun_store
 from partita.comm.protocol import Where, World
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
@@ -26,16 +28,21 @@ from partita.train.control import Control
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
 
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+SEGMENT = "segment"
+
 
 @dataclass
 class RunSpec:
-    """What every rank of a run is given. `scratch` holds what the run needs and nobody keeps."""
+    """What every rank of a run is given. `scratch` holds what the run needs and nobody keeps; `store` is
+    the rendezvous where torchrun started the ranks, else None."""
 
     job: Job
     folder: Path
-    allow_fallback: bool = False
-    notices: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+    notices: Sequence[str] = ()
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="partita-")))
+    store: Any = None
 
     @property
     def control_path(self) -> Path:
@@ -43,7 +50,10 @@ class RunSpec:
         return self.scratch / "control"
 
     def clean(self) -> None:
-        """Removes the scratch folder."""
+        """Removes the scratch folder, and the segment of ranks that died before they had joined."""
+        name = str(self.scratch / SEGMENT).strip("/").replace("/", "-")
+        for left in Path("/dev/shm").glob(f"{name}*"):
+            left.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -66,22 +76,31 @@ class Channel(Protocol):
         ...
 
 
-def run_rank(rank: int, channel: Channel, spec: RunSpec, backend: str = "host") -> None:
+def run_rank(rank: int, channel: Channel, spec: RunSpec) -> None:
     """Runs one rank to its end and reports; never raises."""
+    logging.raiseExceptions = False  # a log on a full disk must not write on stderr instead
     try:
-        channel.send(_run(rank, spec, backend))
+        channel.send(_run(rank, spec))
     except PartitaError as error:
         logging.error("%s", error)
         channel.send(Report(rank, error=error))
-    except Exception as error:  # our own fault: the log has the trace, the user a line
-        trace = traceback.format_exc()
-        logging.error("%s", trace)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}, rank {rank})"
-        channel.send(Report(rank, error=PartitaError(message)))
+    except Exception as error:
+        logging.error("%s", traceback.format_exc())
+        channel.send(Report(rank, error=_named(rank, error)))
 
 
-def _run(rank: int, spec: RunSpec, backend: str) -> Report:
+def _named(rank: int, error: Exception) -> PartitaError:
+    """A disk that refuses is the user's to mend; anything else our own fault: the log has the trace,
+    the user a line."""
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        file = str(error.filename or "")
+        return WriteError(f"rank {rank} cannot write {file}: {error.strerror}", file=file or None)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}, rank {rank}"
+    return PartitaError(f"{type(error).__name__}: {error} ({place})")
+
+
+def _run(rank: int, spec: RunSpec) -> Report:
     job = spec.job
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,17 +108,15 @@ def _run(rank: int, spec: RunSpec, backend: str) -> Report:
     for notice in spec.notices:
         logging.warning("%s", notice)
     world_size = job.plan.world_size
-    where = Where()
-    own = backend == "torchrun"
-    control = Control(
-        _own_control(spec, rank) if own else spec.control_path, world_size, create=own
-    )
-    control.mirror(rank, where)
-    signal.signal(signal.SIGTERM, lambda number, _: control.ask_stop(number))
-    world = join(rank, world_size, spec, where, backend)
+    own = spec.store is not None
+    control = Control(spec.control_path, world_size, create=own, shared=not own)
+    where = control.where_of(rank)
+    for number in STOPS if own else (signal.SIGTERM,):  # a launcher takes Ctrl-C for its ranks
+        signal.signal(number, lambda number, _: control.ask_stop(number))
+    world = join(rank, world_size, spec, where)
     try:
         built = assemble(job, world, where)
-        loop = Loop(job, built, spec.folder, control, spec.allow_fallback)
+        loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()
         where.activity = "finished"
     finally:
@@ -107,24 +124,22 @@ def _run(rank: int, spec: RunSpec, backend: str) -> Report:
     return Report(rank, outcome.metrics, outcome.stopped_by, outcome.already_done)
 
 
-def _own_control(spec: RunSpec, rank: int) -> Path:
-    return spec.scratch / f"control-{rank}"
-
-
-def join(rank: int, world_size: int, spec: RunSpec, where: Where, backend: str) -> World:
+def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
     """The world of this rank: alone, shared memory between CPU ranks of one host, gloo where that is
     missing, or what torchrun's rendezvous says."""
     timeout_s = spec.job.train.comm_timeout_s
     if world_size == 1:
         return SingleWorld()
-    if backend == "torchrun":
+    if spec.store is not None:
         from partita.comm.torch import TorchWorld
 
-        return TorchWorld.from_torchrun(torchrun_store(), timeout_s=timeout_s, where=where)
+        return TorchWorld.from_torchrun(
+            torchrun_store(), spec.store, timeout_s=timeout_s, where=where
+        )
     from partita.comm import shm
 
     if shm.available():
-        path = spec.scratch / "segment"
+        path = spec.scratch / SEGMENT
         return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)
     from partita.comm.torch import TorchWorld
 

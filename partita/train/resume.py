@@ -6,8 +6,8 @@ what it is primary of; every rank loads every box it holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import UsageError
-from partita.spec.layout import Box
+from partita.spec.layout import Box, Layout
 from partita.train.checkpoint import Ranks, load, save
 from partita.train.manifest import Header, first_difference, read_manifest
 from partita.train.optim import restore_state, state_names, state_tensor
@@ -26,20 +26,30 @@ if TYPE_CHECKING:
     from partita.spec.job import Job
 
 
-def header(job: Job, model: Model, update: Update, data: dict[str, Any]) -> Header:
-    """What the save states about the run; `data` = {'tokenizer': ..., 'data': ...} fingerprints."""
+@dataclass(frozen=True)
+class Stated:
+    """What a header states beyond the job: layouts by weight, updates done, and the fingerprints
+    {'tokenizer': ..., 'data': ...}."""
+
+    layouts: Mapping[str, Layout]
+    updates: int
+    data: dict[str, Any]
+
+
+def header(job: Job, stated: Stated) -> Header:
+    """What a save states about the run, and what a resume is held against."""
     spec = job.model
     t = job.train
     optimizer = {"name": t.optimizer, "betas": list(t.betas), "eps": t.eps, "momentum": t.momentum}
     return Header(
         plan=str(job.plan),
-        tensors={n: x.shape for n, x in model.laid.layouts.items()},
+        tensors={n: x.shape for n, x in stated.layouts.items()},
         roles=("weight", *state_names(t)),
         model={k: v for k, v in asdict(spec).items() if not k.startswith("_")},
-        tokenizer=data["tokenizer"],
+        tokenizer=stated.data["tokenizer"],
         optimizer=optimizer,
-        data=data["data"],
-        state={"updates": update.updates, "seed": job.seed},
+        data=stated.data["data"],
+        state={"updates": stated.updates, "seed": job.seed},
     )
 
 
@@ -93,10 +103,22 @@ def save_run(
 ) -> Path:
     """Writes a checkpoint of all ranks; each calls it."""
     model.context.where.activity = "checkpoint"
+    stated = Stated(model.laid.layouts, update.updates, data)
     return save(
-        folder, step, pieces(model, update, job), header(job, model, update, data), ranks=ranks,
+        folder, step, pieces(model, update, job), header(job, stated), ranks=ranks,
         keep_last=job.train.keep_last,
     )  # fmt: skip
+
+
+def check_resumes(checkpoint: Path, job: Header) -> None:
+    """Raises UsageError (exit 2) naming the first field in which a checkpoint and a job differ."""
+    difference = first_difference(read_manifest(checkpoint), job)
+    if difference is not None:
+        raise UsageError(
+            f"{checkpoint} was written with {difference.field} = {difference.checkpoint}, the job has "
+            f"{difference.job}: change it back, or start anew with --fresh",
+            key=difference.field,
+        )
 
 
 def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dict[str, Any]) -> int:
@@ -104,14 +126,8 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
 
     Raises UsageError (exit 2) naming the first field in which the run and the job differ.
     """
+    check_resumes(checkpoint, header(job, Stated(model.laid.layouts, update.updates, data)))
     manifest = read_manifest(checkpoint)
-    difference = first_difference(manifest, header(job, model, update, data))
-    if difference is not None:
-        raise UsageError(
-            f"{checkpoint} was written with {difference.field} = {difference.checkpoint}, the job has "
-            f"{difference.job}: change it back, or start anew with --fresh",
-            key=difference.field,
-        )
     states = {
         slot.name: {r: torch.zeros_like(slot.master) for r in state_names(job.train)}
         for slot in update.slots

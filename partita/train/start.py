@@ -1,0 +1,135 @@
+"""What is decided before any rank starts, by one process: the launcher, or rank 0 under torchrun.
+
+Which run folder, which checkpoint to go on from, whether the job may, whether the data can be read and
+whether the disk has room for what will be saved. Nothing of an older run is touched before all that holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from partita.base.errors import WriteError
+from partita.base.units import format_bytes
+from partita.parallel.laid import lay
+from partita.record.run import FOLDER as RECORDS
+from partita.record.run import RunFacts, write_record, write_trace
+from partita.simulate.forecast import forecast
+from partita.simulate.predict import Prediction, request_of
+from partita.spec.job import Job
+from partita.train.build import fingerprint, open_job_data
+from partita.train.checkpoint import list_checkpoints, newest_complete
+from partita.train.manifest import read_manifest
+from partita.train.metrics import read_metrics
+from partita.train.optim import state_names
+from partita.train.recorder import machine
+from partita.train.resume import Stated, check_resumes, header
+from partita.train.sample import continue_text
+from partita.train.tokenizer import write_whole
+
+ROOT = Path("runs")
+PROMPT, SAMPLE_TOKENS = "def ", 96
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: `checkpoint` None from the beginning; `step` updates are done."""
+
+    checkpoint: Path | None
+    step: int
+    notices: tuple[str, ...] = ()
+
+
+def run_folder(job: Job, fresh: bool) -> Path:
+    """runs/<name> of the current folder, absolute; with `fresh` the first of <name>, <name>-2, ... that
+    is not there. Raises WriteError where it cannot be written."""
+    folder = ROOT / job.name
+    number = 2
+    while fresh and folder.exists():
+        folder = ROOT / f"{job.name}-{number}"
+        number += 1
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("partita")
+        probe.unlink()
+    except OSError as error:
+        raise WriteError(
+            f"cannot write the run folder {folder}: {error.strerror}", file=str(folder)
+        ) from error
+    return folder.absolute()
+
+
+def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool) -> Start:
+    """Finds where to go on and writes job.toml and the prediction; the caller holds the folder's lock.
+
+    Raises CheckpointError (the newest is damaged), UsageError (the job differs from the checkpoint),
+    DataError, WriteError (no room for the checkpoints to come).
+    """
+    data = open_job_data(job)
+    checkpoints = folder / "checkpoints"
+    newest = newest_complete(checkpoints, allow_fallback=allow_fallback)
+    notices: list[str] = []
+    step = 0
+    layouts = lay(request_of(job)).layouts
+    mine = header(job, Stated(layouts, 0, fingerprint(data)))
+    if newest is not None:
+        check_resumes(newest, mine)
+        step = read_manifest(newest).step
+        skipped = list_checkpoints(checkpoints)[0]
+        if skipped != newest:
+            notices.append(f"{skipped} is damaged: going on from {newest}")
+    if step < job.train.steps:
+        _check_room(job, mine.tensors, checkpoints, step)
+        (folder / "failure.json").unlink(missing_ok=True)
+        write_whole(folder / "job.toml", job.to_toml().encode())
+        write_record(folder / RECORDS / "prediction.json", forecast(prediction))
+    return Start(newest, step, tuple(notices))
+
+
+def _check_room(job: Job, tensors: dict[str, tuple[int, ...]], folder: Path, step: int) -> None:
+    """WriteError where the checkpoints that will stand side by side cannot fit the disk."""
+    each = 8 if job.plan.precision.dtype == "fp64" else 4
+    one = sum(map(prod, tensors.values())) * each * (1 + len(state_names(job.train)))
+    every, steps = job.train.checkpoint_every, job.train.steps
+    saves = steps // every - step // every + bool(steps % every) if every else 1
+    kept = len(list_checkpoints(folder))
+    more = max(1, min(job.train.keep_last + 1, kept + saves) - kept)
+    free = shutil.disk_usage(folder.parent).free
+    if free < more * one:
+        raise WriteError(
+            f"{folder}: {more} more checkpoint{'s' * (more > 1)} of {format_bytes(one)} will stand here "
+            f"and {format_bytes(free)} are free: make room, or lower train.keep_last",
+            file=str(folder),
+        )
+
+
+def answer(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with the run's folder, as the user named it, and its plan."""
+    return {**metrics, "run": str(ROOT / folder.name), "plan": str(job.plan)}
+
+
+def finished(job: Job, folder: Path, step: int) -> dict[str, Any]:
+    """What a finished run answers when it is started again."""
+    path = folder / "metrics.jsonl"
+    lines = [x for x in read_metrics(path) if x["step"] <= step] if path.exists() else []
+    found = lines[-1] if lines else {"step": step}
+    return {**answer(job, folder, found), "already_done": True}
+
+
+def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Adds what a finished run is judged by: the unigram entropy, and a few lines the model wrote."""
+    data = open_job_data(job)
+    entropy = data.unigram_entropy()
+    found = {**metrics, "unigram_entropy": entropy}
+    newest = newest_complete(folder / "checkpoints", allow_fallback=True)
+    if data.tokenizer is not None and newest is not None:
+        found["sample"] = PROMPT + continue_text(newest, PROMPT, SAMPLE_TOKENS).text
+        (folder / "sample.txt").write_text(found["sample"] + "\n")
+    text = found.get("sample", "").removeprefix(PROMPT)
+    write_record(folder / RECORDS / "run.json", RunFacts(machine(), entropy, PROMPT, text))
+    write_trace(folder)
+    return found
