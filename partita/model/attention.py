@@ -31,6 +31,9 @@ class Attention:
     kv_heads: int
     head_dim: int
     rope: tuple[Tensor, Tensor] | None
+    future: Tensor | None = (
+        None  # [seq, seq], True above the diagonal, where probabilities are explicit
+    )
     drop_core: Dropout | None = None
     drop_residual: Dropout | None = None
 
@@ -39,10 +42,12 @@ class Attention:
         qkv = self.qkv(self.norm(x))
         b, s, _ = qkv.shape
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (t.view(b, s, -1, self.head_dim).transpose(1, 2) for t in qkv.split(sizes, -1))
+        q, k, v = (t.view(b, s, -1, self.head_dim) for t in qkv.split(sizes, -1))
         if self.rope is not None:
-            cos, sin = (t[:s] for t in self.rope)
+            cos, sin = (t[:s].unsqueeze(1) for t in self.rope)
             q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+            v = v.contiguous()  # a view would keep the unrotated q and k alive
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = self.wo(self._core(q, k, v, batch, step, training).transpose(1, 2).reshape(b, s, -1))
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch.samples)
@@ -62,12 +67,13 @@ class Attention:
                 enable_gqa=self.heads != self.kv_heads,
             )
         group = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
         s = q.shape[-2]
-        seen = mask if mask is not None else torch.ones(s, s, dtype=torch.bool).tril_()
-        wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
-        probs = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(scores.dtype)
+        assert self.future is not None
+        hidden = ~mask if mask is not None else self.future[:s, :s]
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         return self.drop_core(probs, step, batch.samples) @ v
 
 

@@ -110,9 +110,7 @@ class Reference:
             mask = (mask & (documents.unsqueeze(-1) == documents.unsqueeze(-2))).unsqueeze(1)
         if s.dropout and self.training:
             scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
-            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            p = scores.softmax(-1, dtype=wide).to(self.dtype)
-            a = self.drop(f"{name}.attention.core", p, samples) @ v
+            a = self.drop(f"{name}.attention.core", scores.softmax(-1), samples) @ v
         else:
             a = scaled_dot_product_attention(
                 q, k, v, attn_mask=None if documents is None else mask, is_causal=documents is None

@@ -42,7 +42,7 @@ def tables(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., seq, head_dim] rotated by tables [seq, head_dim / 2], in x's dtype."""
+    """x [..., head_dim] rotated by tables that broadcast to [..., head_dim / 2], in x's dtype."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

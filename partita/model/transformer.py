@@ -138,7 +138,9 @@ class AddPosition(torch.autograd.Function):
 class LayerBlock:
     """x -> attention segment -> mlp segment."""
 
-    def __init__(self, make: Maker, rope: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self, make: Maker, rope: tuple[Tensor, Tensor] | None, future: Tensor | None
+    ) -> None:
         self.step, self.training = 0, True
         spec = make.spec
         gated = spec.family == "llama"
@@ -151,6 +153,7 @@ class LayerBlock:
             make.local("k", "kv_heads"),
             spec.head_dim,
             rope,
+            future,
             make.dropout("attention.core", "p_mask") if drops else None,
             make.dropout("attention.residual", "ao_mask") if drops else None,
         )
@@ -206,6 +209,10 @@ def build_blocks(
     rope = None
     if not spec.has_positions:
         rope = tables(spec, laid.request.seq_len, _dtype(units))
+    future = None
+    if spec.dropout > 0:
+        size = laid.request.seq_len
+        future = torch.ones(size, size, dtype=torch.bool).triu_(1)
     found: list[Any] = []
     for name, block in zip(s.names, s.blocks, strict=True):
         make = Maker(laid, name, block, context, weights)
@@ -214,7 +221,7 @@ def build_blocks(
         elif name == "head":
             found.append(HeadBlock(make))
         else:
-            found.append(LayerBlock(make, rope))
+            found.append(LayerBlock(make, rope, future))
     return found
 
 

@@ -35,7 +35,9 @@ def pair_traffic(
             entry = both.setdefault((t.rank, t.axis, t.op, t.site, t.phase), [0, 0, 0, 0])
             entry[place] += t.count
             entry[place + 1] += t.bytes
-    return [TrafficPair(*key, *n, n[:2] == n[2:]) for key, n in sorted(both.items())]
+    return [
+        TrafficPair(*key, n[0], n[1], n[2], n[3], n[:2] == n[2:]) for key, n in sorted(both.items())
+    ]
 
 
 def join_blocks(pairs: Sequence[TrafficPair]) -> list[TrafficPair]:

@@ -73,7 +73,8 @@ class Prediction:
             return "\n".join(lines)
         worst = max(self.ledgers, key=lambda x: x.peak_bytes)
         lines.append(
-            f"step    {format_seconds(self.step_time_s)}, bubble {self.bubble_fraction:.1%}, MFU {self.mfu:.1%}"
+            f"step    {format_seconds(self.step_time_s)}, bubble {self.bubble_fraction:.1%}, "
+            f"MFU {self.mfu:.1%}"
         )
         rows = [[k, format_bytes(v)] for k, v in worst.at_peak.items()]
         rows.append(
@@ -143,7 +144,10 @@ def _predicted(job: Job, laid: Laid, schedule: Schedule, found: tuple[Problem, .
         plan=str(job.plan), problems=found, fits=fits, laid=laid, schedule=schedule, spans=tuple(spans),
         ledgers=ledgers, traffic=tuple(laid.traffic(heaviest)), step_time_s=step_s, tokens_per_step=tokens,
         limit_bytes=limit, bubble_fraction=1 - work / (len(stages) * step_s) if step_s else 0.0,
-        time={"compute_s": compute_s, "exposed_comm_s": comm, "bubble_s": bubble_s, "optimizer_s": optimizer_s},
+        time={
+            "compute_s": compute_s, "exposed_comm_s": comm, "bubble_s": bubble_s,
+            "optimizer_s": optimizer_s,
+        },
         mfu=model_flops / (step_s * devices * peak),
         hfu=(model_flops + again) / (step_s * devices * peak),
     )  # fmt: skip

@@ -31,9 +31,15 @@ class CrossEntropy:
         """The rank's share of the step's loss."""
         return _CrossEntropy.apply(logits, targets, valid, total_valid, self)  # type: ignore[return-value]
 
+    def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(column of each target on this rank, or 0; whether it lies elsewhere)."""
+        local = targets - self.first
+        outside = (local < 0) | (local >= self.rows)
+        return local.masked_fill(outside, 0), outside
+
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps exp(logit - max), its sum, targets and mask."""
+    """Keeps exp(logit - max), its sum and maximum, targets and mask: what the program declares."""
 
     @staticmethod
     def forward(
@@ -46,22 +52,21 @@ class _CrossEntropy(torch.autograd.Function):
             x = x.clone() if x is logits else x
             x[..., layer.rows :] = -torch.inf
         top = _maximum(x.amax(-1), layer.maximum)
-        local = targets - layer.first
-        outside = (local < 0) | (local >= layer.rows)
-        local = local.masked_fill(outside, 0)
+        local, outside = layer.place(targets)
         pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
         probs = (x - top.unsqueeze(-1)).exp_()
         total = layer.total.forward(probs.sum(-1))
         pick = layer.target.forward(pick)
         losses = (total.log() + top - pick) * valid
-        ctx.save_for_backward(probs, total, local, outside, valid)
-        ctx.scale, ctx.dtype = 1.0 / total_valid, logits.dtype
+        ctx.save_for_backward(probs, total, top, targets, valid)
+        ctx.layer, ctx.scale, ctx.dtype = layer, 1.0 / total_valid, logits.dtype
         return losses.sum() * ctx.scale
 
     @staticmethod
     def backward(ctx, seed: Tensor) -> tuple[Tensor, None, None, None, None]:
         """(softmax - one hot) * valid / N, made in place of the probabilities."""
-        probs, total, local, outside, valid = ctx.saved_tensors
+        probs, total, _, targets, valid = ctx.saved_tensors
+        local, outside = ctx.layer.place(targets)
         weight = valid.to(probs.dtype) * (seed * ctx.scale)
         dx = probs.mul_((weight / total).unsqueeze(-1))
         own = weight.masked_fill(outside, 0).neg_().unsqueeze(-1)

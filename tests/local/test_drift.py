@@ -1,0 +1,118 @@
+"""Program and torch must not drift: kept storages, FLOPs, weights and traffic, without tolerance."""
+
+import pytest
+import torch
+import verify_jobs
+from torch.utils.flop_counter import FlopCounterMode
+
+from partita.comm.local import local
+from partita.parallel.laid import local_shape
+from partita.parallel.read import kept_bytes, op_flops
+from partita.record.transfer import summarise
+from partita.train.build import assemble
+
+CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+PLANS = ("2mb", "tp2", "tp2+sp", "tp4+sp", "dp2 tp2+sp", "pp2/2mb tp2+sp")
+CASES = [("llama", {}), ("llama", {"tied": True}), ("gpt2", {}), ("gpt2", {"dropout": 0.1})]
+
+
+def flash_flops(q, k, v, *rest, out_val=None, **more):
+    """The full square, as the program counts it; torch has no formula for its CPU kernel."""
+    batch, heads, seq, dim = q
+    return 4 * batch * heads * seq * k[2] * dim
+
+
+def constants(blocks):
+    """Tables and masks that live for the whole run and belong to no microbatch."""
+    found = set()
+    for block in blocks:
+        attention = getattr(block, "attention", None)
+        if attention is not None:
+            found |= {t.untyped_storage().data_ptr() for t in attention.rope or ()}
+            if attention.future is not None:
+                found.add(attention.future.untyped_storage().data_ptr())
+    return found
+
+
+def look(world, job):
+    """For every block of this rank: bytes kept and FLOPs made, seen and declared."""
+    built = assemble(job, world)
+    model, batch = built.model, built.batch(0)
+    stage = model.laid.stages[model.stage]
+    own = {u.working.untyped_storage().data_ptr() for u in model.units} | constants(model.blocks)
+    model.count(batch)
+    x, rows = None, []
+    if model.stage > 0:
+        x = torch.randn(model.executor.activation(batch.microbatches[0], "F").shape).to(
+            model.units[0].working.dtype
+        )
+        x.requires_grad_()
+    for name, block, laid in zip(stage.names, model.blocks, stage.blocks, strict=True):
+        seen = {}
+
+        def pack(t, seen=seen):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own and storage.nbytes():
+                seen[storage.data_ptr()] = (storage.nbytes(), t)
+            return t
+
+        counter = FlopCounterMode(display=False, custom_mapping={CPU_FLASH: flash_flops})
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), counter:
+            x = block(x, batch.microbatches[0])
+        kept = sum(size for size, _ in seen.values())
+        declared = sum(op_flops(op, model.laid.sizes) for op in laid.ops())
+        rows.append(
+            (name, kept, kept_bytes(laid, model.laid.sizes), counter.get_total_flops(), declared)
+        )
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family, model", CASES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tmp_path):
+    job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **model)
+    job = job if "pp" in plan or "mb" in plan else job.with_plan(f"{plan} 2mb {dtype}")
+    with local(job.plan.world_size, 20) as ranks:
+        found = ranks.run(look, job)
+    for rows in found:
+        for name, kept, declared_kept, flops, declared_flops in rows:
+            assert kept == declared_kept, (name, kept, declared_kept)
+            assert flops == declared_flops, (name, flops, declared_flops)
+
+
+def recorded_in_order(world, job):
+    built = assemble(job, world)
+    built.context.recorder.take()
+    built.model.forward_backward(built.batch(0))
+    built.update.step()
+    transfers = built.context.recorder.take()
+    laid = built.model.laid
+    units = {n: w for u in built.model.units for n, w in u.weights().items()}
+    shapes = {n: tuple(w.value.shape) for n, w in units.items()}
+    want = {
+        n: local_shape(t, laid.sizes)
+        for u in laid.units(built.model.stage)
+        for n, t, _ in u.weights
+    }
+    first = [(t.site, t.phase, t.op, t.bytes) for t in transfers if t.microbatch == 0]
+    calls = [
+        (site, c.phase, c.collective, c.bytes)
+        for c, site in laid.calls(built.model.stage)
+        if c.phase in "FB" and not laid._alone(c)
+    ]
+    return summarise(transfers) == laid.traffic(world.rank), shapes == want, first, calls
+
+
+@pytest.mark.parametrize("recompute", ["", "recompute:full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sites_bytes_order_names_and_shapes_are_the_declared(family, recompute, tmp_path):
+    job = verify_jobs.job(tmp_path, f"tp2+sp dp2 2mb {recompute} bf16", family)
+    with local(4, 20) as ranks:
+        for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
+            assert traffic and weights
+            forward = [c for c in first if c[1] == "F"]
+            assert forward == [c for c in calls if c[1] == "F"]
+            assert sorted(c for c in first if c[1] == "B") == sorted(
+                c for c in calls if c[1] == "B"
+            )
