@@ -1,0 +1,118 @@
+"""Our tensors beside Hugging Face's: which file tensor holds which part of which logical one.
+
+                ours                                    transformers
+llama           attention.wq [heads, head_dim, hidden]  self_attn.q_proj [heads * head_dim, hidden]
+                mlp.gate_up [2, ffn, hidden]            mlp.gate_proj, mlp.up_proj [ffn, hidden]
+gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
+                mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from partita.spec.model import ModelSpec
+
+# What older releases of transformers saved though it is no weight: masks, rotary tables.
+NO_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
+PREFIX = {"llama": "model.", "gpt2": "transformer."}
+OUTPUT_TABLE = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The file tensor that holds one of our tensors, or its slice `part` along the first dim.
+
+    `dims` are the logical sizes that it holds. The first `rows` of them fold into its rows, the others
+    into its columns; rows = len(dims) makes a vector. A `transposed` matrix lies with its columns
+    first. Ours starts at row `offset` of `total` where several share one file tensor.
+    """
+
+    name: str
+    file_name: str
+    dims: tuple[int, ...]
+    rows: int
+    transposed: bool = False
+    offset: int = 0
+    total: int = 0
+    part: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file tensor that are ours."""
+        return prod(self.dims[: self.rows])
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape that the file tensor must have."""
+        rows = self.total or self.num_rows
+        if self.rows == len(self.dims):
+            return (rows,)
+        columns = prod(self.dims[self.rows :])
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def names(spec: ModelSpec) -> tuple[Source, ...]:
+    """Every tensor of the model and where it lies in a Hugging Face folder, in program order."""
+    prefix, hidden, tables = PREFIX[spec.family], spec.hidden, (spec.vocab, spec.hidden)
+    layer = _llama_layer if spec.family == "llama" else _gpt2_layer
+    words = "embed_tokens" if spec.family == "llama" else "wte"
+    found = [Source("embedding.table", f"{prefix}{words}.weight", tables, 1)]
+    if spec.has_positions:
+        shape = (spec.max_seq_len, hidden)
+        found.append(Source("embedding.position", f"{prefix}wpe.weight", shape, 1))
+    for i in range(spec.layers):
+        found += layer(spec, i)
+    norm = f"{prefix}norm" if spec.family == "llama" else f"{prefix}ln_f"
+    found.append(Source("head.norm", f"{norm}.weight", (hidden,), 1))
+    if spec.has_biases:
+        found.append(Source("head.norm_bias", f"{norm}.bias", (hidden,), 1))
+    if not spec.tied:
+        found.append(Source("head.table", OUTPUT_TABLE, tables, 1))
+    return tuple(found)
+
+
+def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
+    ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+    attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
+    q = (spec.heads, spec.head_dim, spec.hidden)
+    kv = (spec.kv_heads, spec.head_dim, spec.hidden)
+    wide = (spec.ffn_hidden, spec.hidden)
+    return [
+        Source(f"{ours}attention.norm", f"{theirs}input_layernorm.weight", (spec.hidden,), 1),
+        Source(f"{ours}attention.wq", f"{attention}q_proj.weight", q, 2),
+        Source(f"{ours}attention.wk", f"{attention}k_proj.weight", kv, 2),
+        Source(f"{ours}attention.wv", f"{attention}v_proj.weight", kv, 2),
+        Source(f"{ours}attention.wo", f"{attention}o_proj.weight", (spec.hidden, *q[:2]), 1),
+        Source(f"{ours}mlp.norm", f"{theirs}post_attention_layernorm.weight", (spec.hidden,), 1),
+        Source(f"{ours}mlp.gate_up", f"{mlp}gate_proj.weight", wide, 1, part=0),
+        Source(f"{ours}mlp.gate_up", f"{mlp}up_proj.weight", wide, 1, part=1),
+        Source(f"{ours}mlp.down", f"{mlp}down_proj.weight", wide[::-1], 1),
+    ]
+
+
+def _gpt2_layer(spec: ModelSpec, i: int) -> list[Source]:
+    ours, theirs, h = f"blocks.{i}.", f"transformer.h.{i}.", spec.hidden
+    head = (spec.heads, spec.head_dim)
+    found = [
+        Source(f"{ours}attention.norm", f"{theirs}ln_1.weight", (h,), 1),
+        Source(f"{ours}attention.norm_bias", f"{theirs}ln_1.bias", (h,), 1),
+    ]
+    fused = f"{theirs}attn.c_attn."
+    for at, w in enumerate(("wq", "wk", "wv")):
+        name, place = f"{ours}attention.{w}", (at * h, 3 * h)
+        found.append(Source(name, f"{fused}weight", (*head, h), 2, True, *place))
+        found.append(Source(f"{name}_bias", f"{fused}bias", head, 2, False, *place))
+    linears = (
+        ("attention.wo", "attn.c_proj", (h, *head)),
+        ("mlp.fc1", "mlp.c_fc", (spec.ffn_hidden, h)),
+        ("mlp.fc2", "mlp.c_proj", (h, spec.ffn_hidden)),
+    )
+    for w, theirs_w, dims in linears:
+        found.append(Source(f"{ours}{w}", f"{theirs}{theirs_w}.weight", dims, 1, True))
+        found.append(Source(f"{ours}{w}_bias", f"{theirs}{theirs_w}.bias", dims[:1], 1))
+    norm = ("weight", "mlp.norm"), ("bias", "mlp.norm_bias")
+    found += [Source(f"{ours}{w}", f"{theirs}ln_2.{kind}", (h,), 1) for kind, w in norm]
+    return found
