@@ -32,6 +32,11 @@ class Batch(Protocol):
     samples: Tensor
 
 
+def counted(batch: Batch) -> Tensor:
+    """bool [batch, seq]: the targets that the loss counts; a target of -100 never is."""
+    return batch.valid.bool() & (batch.targets >= 0)
+
+
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Full name -> logical shape, in program order."""
     made = program(spec, 1)
@@ -91,7 +96,7 @@ class Reference:
         logits = self.logits(batch.ids, batch.documents, batch.samples)
         logits = logits.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         target = logits.gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return ((logits.logsumexp(-1) - target) * batch.valid).sum() / total_valid
+        return ((logits.logsumexp(-1) - target) * counted(batch)).sum() / total_valid
 
     def attention(
         self, name: str, x: Tensor, documents: Tensor | None, samples: Tensor | None
@@ -101,11 +106,11 @@ class Reference:
         h = self.norm(f"{name}.attention.norm", x)
         q, k, v = (self.heads(f"{name}.attention.{w}", h) for w in ("wq", "wk", "wv"))
         if not s.has_positions:
-            cos, sin = tables(s, h.shape[1], self.dtype)
+            cos, sin = (t.to(x.device) for t in tables(s, h.shape[1], self.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         if documents is not None:
             mask = (mask & (documents.unsqueeze(-1) == documents.unsqueeze(-2))).unsqueeze(1)
         if s.dropout and self.training:
@@ -167,7 +172,7 @@ def loss_and_gradients(
     leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
     judge = Reference(reference.spec, leaves, reference.dtype, reference.seed, reference.see)
     judge.step, judge.training = reference.step, reference.training
-    total = max(sum(int(b.valid.sum()) for b in microbatches), 1)
+    total = max(sum(int(counted(b).sum()) for b in microbatches), 1)
     loss = 0.0
     for batch in microbatches:
         part = judge.loss(batch, total)
