@@ -1,0 +1,130 @@
+"""The peers: each a function that returns a step to time, on two ranks (or one)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.plain import Llama, loss_of
+from partita.spec.model import ModelSpec
+
+BATCH = 8
+
+
+def inputs(s: ModelSpec, seq_len: int):
+    """The global batch."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, s.vocab, (BATCH, seq_len + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def _optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def _autocast(bf16: bool):
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+
+def plain(s: ModelSpec, seq_len: int, bf16: bool):
+    """One rank, no parallelism."""
+    model = Llama(s, seq_len, range(s.layers))
+    optimizer = _optimizer(model)
+    ids, targets = inputs(s, seq_len)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(bf16):
+            loss = loss_of(model(ids), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def ddp(s: ModelSpec, seq_len: int, bf16: bool):
+    """DistributedDataParallel over both ranks."""
+    model = DistributedDataParallel(
+        Llama(s, seq_len, range(s.layers)), gradient_as_bucket_view=True
+    )
+    optimizer = _optimizer(model)
+    ids, targets = (t.chunk(2)[dist.get_rank()] for t in inputs(s, seq_len))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(bf16):
+            loss = loss_of(model(ids), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def tensor(s: ModelSpec, seq_len: int, bf16: bool):
+    """parallelize_module: column- and row-wise linears, vocabulary-parallel embedding and loss."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        loss_parallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = Llama(s, seq_len, range(s.layers))
+    plan: dict = {
+        "table": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    for i in range(s.layers):
+        for name in ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"):
+            plan[f"layers.{i}.{name}"] = ColwiseParallel()
+        for name in ("attention.wo", "mlp.down"):
+            plan[f"layers.{i}.{name}"] = RowwiseParallel()
+    parallelize_module(model, mesh, plan)
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    optimizers = [torch.optim.AdamW(ps, lr=1e-4, fused=True) for ps in (sharded, whole)]
+    ids, targets = inputs(s, seq_len)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with _autocast(bf16), loss_parallel():
+            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+            loss.backward()
+        for optimizer in optimizers:  # the fused kernel does not mix the two kinds
+            optimizer.step()
+
+    return step
+
+
+def pipeline(kind: str):
+    """torch.distributed.pipelining with microbatches of one sample and the same layer split."""
+
+    def make(s: ModelSpec, seq_len: int, bf16: bool):
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+        rank = dist.get_rank()
+        half = s.layers // 2
+        layers = range(half) if rank == 0 else range(half, s.layers)
+        model = Llama(s, seq_len, layers, first=rank == 0, last=rank == 1)
+        stage = PipelineStage(model, rank, 2, torch.device("cpu"))
+        chosen = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[kind]
+        schedule = chosen(stage, BATCH, loss_fn=loss_of)
+        optimizer = _optimizer(model)
+        ids, targets = inputs(s, seq_len)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(bf16):
+                if rank == 0:
+                    schedule.step(ids)
+                else:
+                    schedule.step(target=targets)
+            optimizer.step()
+
+        return step
+
+    return make
