@@ -40,15 +40,14 @@ class Reader:
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of `box` of the logical tensor, in the file's dtype, shaped like the box."""
         parts = self._sources[name]
+        if prod(b - a for a, b in box) == 0:
+            return torch.empty([b - a for a, b in box])
         if parts[0].part is None:
             return self._read(parts[0], box)
         first, end = box[0]
         return torch.stack([self._read(parts[p], box[1:]) for p in range(first, end)])
 
     def _read(self, source: Source, box: Box) -> Tensor:
-        shape = [b - a for a, b in box]
-        if prod(shape) == 0:
-            return torch.empty(shape)
         k = source.rows
         first, rows = _fold(box[:k], source.dims[:k])
         run = slice(source.offset + first, source.offset + first + int(rows[-1]) + 1)
@@ -63,7 +62,7 @@ class Reader:
         found = _pick(found, 0, rows)
         if columns is not None:
             found = _pick(found, 1, columns)
-        return found.reshape(shape)
+        return found.reshape([b - a for a, b in box])
 
 
 def _fold(box: Box, sizes: Sequence[int]) -> tuple[int, Tensor]:

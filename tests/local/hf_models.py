@@ -1,0 +1,111 @@
+"""Tiny models of transformers to hold ours against, and its float32 islands made float64."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.loss import loss_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
+
+SEQ = 24
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+# owner, name in it, (text in its source, how often, what stands there in float64) ...
+ISLANDS: list[tuple[Any, str, tuple[tuple[str, int, str], ...]]] = [
+    (llama.LlamaRMSNorm, "forward", (("torch.float32", 1, "torch.float64"),)),
+    (
+        llama.LlamaRotaryEmbedding,
+        "forward",
+        ((".float()", 1, ".double()"), ("dtype=torch.float)", 1, "dtype=torch.float64)")),
+    ),
+    (
+        llama.LlamaRotaryEmbedding,
+        "compute_default_rope_parameters",
+        (("dtype=torch.float)", 1, "dtype=torch.float64)"),),
+    ),
+    (ROPE_INIT_FUNCTIONS, "llama3", (("dtype=torch.float)", 1, "dtype=torch.float64)"),)),
+    (llama, "eager_attention_forward", (("torch.float32", 1, "torch.float64"),)),
+    (loss_utils.LOSS_MAPPING, "ForCausalLM", (("logits.float()", 1, "logits.double()"),)),
+]
+
+
+def widen_islands(monkeypatch) -> None:
+    """Rewrites each listed function with its casts to float64; fails where a cast is no longer there."""
+    for owner, name, casts in ISLANDS:
+        inside = isinstance(owner, dict)
+        function = inspect.unwrap(owner[name] if inside else getattr(owner, name))
+        source = textwrap.dedent(inspect.getsource(function))
+        for text, count, wide in casts:
+            found = source.count(text)
+            assert found == count, f"{name} of transformers has {found} x {text!r}, not {count}"
+            source = source.replace(text, wide)
+        scope: dict[str, Any] = {}
+        exec(compile(source, f"<{name} in float64>", "exec"), function.__globals__, scope)
+        made = scope[function.__name__]
+        (monkeypatch.setitem if inside else monkeypatch.setattr)(owner, name, made)
+
+
+def llama_config(**changes) -> LlamaConfig:
+    """Grouped queries; head_dim is not hidden / heads."""
+    return LlamaConfig(
+        **{
+            "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+            "max_position_embeddings": SEQ, "tie_word_embeddings": False, "bos_token_id": None,
+            "eos_token_id": None, "attn_implementation": "eager",
+        }
+        | changes
+    )  # fmt: skip
+
+
+def gpt2_config(**changes) -> GPT2Config:
+    """No dropout, so that train and eval agree."""
+    return GPT2Config(
+        **{
+            "vocab_size": 61, "n_embd": 32, "n_inner": 44, "n_layer": 3, "n_head": 4,
+            "n_positions": SEQ, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
+        }
+        | changes
+    )  # fmt: skip
+
+
+CONFIGS = {
+    "llama": llama_config,
+    "llama-tied": lambda: llama_config(tie_word_embeddings=True),
+    "llama3-rope": lambda: llama_config(rope_parameters=LLAMA3),
+    "gpt2": gpt2_config,
+    "gpt2-untied": lambda: gpt2_config(tie_word_embeddings=False),
+}
+
+
+def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **options) -> Path:
+    """A folder as transformers writes it, every weight random, norms and biases too."""
+    config = CONFIGS[kind]()
+    model = (LlamaForCausalLM if kind.startswith("llama") else GPT2LMHeadModel)(config).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            around = 1.0 if p.dim() == 1 and name.endswith("weight") else 0.0
+            p.copy_(around + 0.1 * torch.randn(p.shape, generator=generator, dtype=dtype))
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float64):
+    """What transformers makes of a folder; fails if it met a name it did not know, or missed one."""
+    kind = LlamaForCausalLM if "llama" in (folder / "config.json").read_text() else GPT2LMHeadModel
+    model, info = kind.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
