@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from multiprocessing.connection import Connection
@@ -27,7 +28,7 @@ def run_processes(job: Job, data: Dataset, backend: str) -> list[RankSeen]:
     try:
         for rank, (_, reader) in enumerate(ranks):
             try:
-                answer = reader.recv()
+                answer = pickle.loads(reader.recv_bytes())  # our own processes' words
             except EOFError:
                 raise PeerError(f"rank {rank} died during verify") from None
             if isinstance(answer, PartitaError):
@@ -45,12 +46,17 @@ def _enter(rank: int, writer: Connection, job: Job, data: Dataset, backend: str,
     torch.set_num_threads(1)
     try:
         world = _join(rank, job, backend, Path(path))
-        writer.send(run_rank(world, job, data))
+        _tell(writer, run_rank(world, job, data))
         world.close()
     except PartitaError as error:
-        writer.send(error)
+        _tell(writer, error)
     except Exception as error:
-        writer.send(PartitaError(f"rank {rank}: {type(error).__name__}: {error}"))
+        _tell(writer, PartitaError(f"rank {rank}: {type(error).__name__}: {error}"))
+
+
+def _tell(writer: Connection, answer: RankSeen | PartitaError) -> None:
+    """By value: torch's own way through a pipe shares memory, which is gone when this process is."""
+    writer.send_bytes(pickle.dumps(answer))
 
 
 def _join(rank: int, job: Job, backend: str, path: Path) -> World:

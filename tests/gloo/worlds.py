@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,10 +38,13 @@ def run(
         while_running([p.pid for p, _ in ranks])
     found: dict[int, tuple[str, Any]] = {}
     try:
-        for _ in range(400):
+        last_word = time.monotonic()
+        while True:
             missing = [r for r in range(size) if r not in found]
-            if not missing:
-                break
+            quiet = time.monotonic() - last_word
+            if not missing or quiet > (timeout_s + 3 if found else timeout_s + 30):
+                break  # a stopped rank says nothing
+            before = len(found)
             wait([ranks[r][1] for r in missing] + [ranks[r][0].sentinel for r in missing], 0.2)
             for r in missing:
                 process, reader = ranks[r]
@@ -52,6 +56,8 @@ def run(
                     pass
                 if not process.is_alive():
                     found[r] = ("dead", process.exitcode)
+            if len(found) > before:
+                last_word = time.monotonic()
     finally:
         for process, _ in ranks:
             process.kill()
