@@ -331,14 +331,15 @@ class ShmComm:
         mine = torch.tensor(counts, dtype=torch.int64)
         every = self.start_all_gather(mine.view(1, -1), site=f"{site}:counts").wait()
         parts = x.detach().split(counts)
-        number = self._sequence
+        # No call number in the key: messages of some ranks alone count there too. Messages of one pair and
+        # key come in the order they were sent.
         handles = []
         for r in range(self.size):
             if r != self.rank:
-                self.send(parts[r], r, key=Key("A", r, number), site=site)
+                self.send(parts[r], r, key=Key("A", r, -1), site=site)
         for r in range(self.size):
             like = x.new_empty((int(every[r, self.rank]), *x.shape[1:]))
-            key = Key("A", self.rank, number)
+            key = Key("A", self.rank, -1)
             handles.append(None if r == self.rank else self.mailbox.receive(like, r, key, site))
         return torch.cat([parts[r] if h is None else h.wait() for r, h in enumerate(handles)])
 
