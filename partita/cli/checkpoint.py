@@ -65,7 +65,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Writes a folder that transformers loads."""
-    from partita.model.families.export import export_checkpoint
+    from partita.train.export import export_checkpoint
 
     folder = _step_folder(source)
     found: dict[str, Any] = export_checkpoint(folder, target)
