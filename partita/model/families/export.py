@@ -89,6 +89,7 @@ def _write_tensors(
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {n: _join(stored[n], get).to(dtype).contiguous() for n in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors leaves it to the owner alone
         weight_map |= dict.fromkeys(shard, file)
     total = sum(sizes.values())
     if len(shards) > 1:
