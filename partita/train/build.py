@@ -38,6 +38,7 @@ from partita.train.step import Microbatch, Model, StepBatch, Update, make_update
 from partita.train.streams import Batch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+EVAL_SEQUENCES = 128
 CACHE = Path("~/.cache/partita").expanduser()
 
 
@@ -107,20 +108,20 @@ class Built:
         return tokens_per_s * flops / peak
 
     def eval_batches(self) -> Iterator[tuple[StepBatch, int]]:
-        """Held-out sequences in step-sized batches with their valid tokens (over all ranks)."""
-        plan, size = self.job.plan, self.job.micro_batch_size
-        whole = size * plan.data_parallel_size
-        for batch in self.data.eval_batches(whole, limit=64 * whole):
-            if batch.ids.shape[0] < whole:
-                return
-            first = self.data_rank * size
-            mine = slice(first, first + size)
-            documents = None if batch.documents is None else batch.documents[mine]
-            part = Batch(batch.ids[mine], batch.targets[mine], batch.valid[mine], documents)
-            yield (
-                StepBatch(0, [microbatch(part, range(first, first + size))]),
-                int(batch.valid.sum()),
-            )
+        """The first EVAL_SEQUENCES held-out sequences, whatever the plan, with the valid tokens of all
+        ranks; the last batch is filled up with sequences that do not count."""
+        size = self.job.micro_batch_size
+        whole = size * self.job.plan.data_parallel_size
+        first = self.data_rank * size
+        for batch in self.data.eval_batches(whole, limit=EVAL_SEQUENCES):
+            rows = torch.arange(first, first + size)
+            real = rows < batch.ids.shape[0]
+            at = rows.clamp(max=batch.ids.shape[0] - 1)
+            valid = batch.valid[at] & real.unsqueeze(1)
+            documents = None if batch.documents is None else batch.documents[at]
+            part = Batch(batch.ids[at], batch.targets[at], valid, documents)
+            places = range(first, first + size)
+            yield StepBatch(0, [microbatch(part, places)]), int(batch.valid.sum())
 
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss of one held-out batch; forward only."""
