@@ -74,6 +74,10 @@ class TorchWorld:
         group = dist.new_group(list(ranks), timeout=self.timeout)
         return TorchComm(self, tuple(ranks), axis, lane, group) if self.rank in ranks else None
 
+    def waited(self, work: Any) -> None:
+        """A send that was waited for: gloo would wait for it a second time until the timeout."""
+        self.sends = [w for w in self.sends if w is not work]
+
     def close(self) -> None:
         """Leaves the process group, once what was sent has gone out."""
         for work in self.sends:
@@ -108,6 +112,7 @@ class _Work:
             self.comm.run(self.work.wait if self.work is not None else lambda: None, *self.note)
             self.value = self.result()
             self.comm.world.board.leave()
+            self.comm.world.waited(self.work)
             self.work = self.keeps = None
         return self.value
 

@@ -30,7 +30,7 @@ MATMUL_SIZES = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEMORY_ELEMENTS = 8_000_000  # fp32: 32 MB, beyond the caches of a core
 OPTIMIZER_ELEMENTS = 2_000_000
-COMM_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22)
+COMM_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 22)
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 ADAMW_BYTES = 28  # an element: parameter, both moments read and written, gradient read, in fp32
 
@@ -93,8 +93,9 @@ def phase_names(setup: Setup) -> list[str]:
 
 
 def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None]]]:
-    for n in setup.busy:
-        yield f"{n} ranks busy" if n > 1 else "one rank busy", lambda n=n: _busy(found, setup, n)
+    for again in ("", " again"):
+        for n in setup.busy:
+            yield f"{n} busy{again}", lambda n=n: _busy(found, setup, n)
     for dtype in DTYPES:
         yield f"matmul {dtype}", lambda d=dtype: _matmuls(found, setup, d)
     yield "memory and optimizer", lambda: _memory(found, setup)
@@ -121,9 +122,17 @@ def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, second
 
 
 def _busy(found: Found, setup: Setup, busy: int) -> None:
-    if found.rank < busy:
-        rate = matmul_flops(512, 512, 512, torch.float32, 4 * setup.seconds_each)
-        found.busy_flops[busy] = rate
+    """Work done over time passed, since ranks that share a core take turns; the better of two rounds,
+    since other programs only take away."""
+    if found.rank >= busy:
+        return
+    x, done = torch.ones(256, 256), 0
+    start = time.perf_counter()
+    while (passed := time.perf_counter() - start) < 3 * setup.seconds_each:
+        x @ x
+        done += 1
+    rate = 2 * 256**3 * done / passed
+    found.busy_flops[busy] = max(rate, found.busy_flops.get(busy, 0.0))
 
 
 def _matmuls(found: Found, setup: Setup, dtype: str) -> None:
@@ -176,7 +185,7 @@ def _collectives(found: Found, setup: Setup, backend: str) -> None:
 def _timed(comm: Comm, backend: str, op: str, size: int) -> Call:
     """Mean of some calls in a row after one to warm up: alone, a call would hide its latency behind
     the others' entry."""
-    repetitions = max(3, min(20, (1 << 22) // size))
+    repetitions = max(3, min(10, (1 << 22) // size))
     x = torch.ones(size // 4)
     run = getattr(_Calls(comm, x), op)
     run(0)
