@@ -10,9 +10,6 @@ import typer
 
 from partita.cli.jobs import Json, PlanLine, from_words
 from partita.cli.out import write_file, write_json, write_text
-from partita.plots import timeline
-from partita.plots.trace import chrome_trace
-from partita.simulate.predict import simulate as predict
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +30,8 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Predicted time, memory and traffic of a job."""
+    from partita.simulate.predict import simulate as predict
+
     batch = {
         "global_batch_size": global_batch_size,
         "seq_len": seq_len,
@@ -40,10 +39,14 @@ def simulate(
     }
     prediction = predict(from_words(words, plan, batch))
     if html is not None:
+        from partita.plots import timeline
+
         write_file(
             html, timeline.html({prediction.plan: list(prediction.spans)}, title=prediction.plan)
         )
     if trace is not None:
+        from partita.plots.trace import chrome_trace
+
         write_file(trace, json_text.dumps(chrome_trace(prediction.spans)))
     if json:
         write_json(prediction.to_json())
