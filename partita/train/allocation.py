@@ -8,15 +8,20 @@ caching allocator knows the peak of every step, and the mode only tells the cate
 A storage is what it was claimed as (parameters, gradients, optimizer); else `activations` once
 autograd keeps it, or when it outlives the forward it was born in; else `buffers`: alive inside an
 operation, a collective or a backward. What was there before the step and nobody claims is `untagged`.
+Views of mapped files (tokens on disk, the segment that ranks share) are no allocation: their pages are the
+host's, and most are never touched.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +33,21 @@ from partita.comm.protocol import Where
 from partita.record.ledger import Ledger
 
 CLAIMED = ("parameters", "gradients", "optimizer")
+
+
+def mapped_files() -> list[tuple[int, int]]:
+    """First and end address of every mapped file of this process, sorted; empty where the system does
+    not say (Linux does)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        match = re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ ([0-9]+)", line)
+        if match and match[3] != "0":  # anonymous memory has inode 0
+            found.append((int(match[1], 16), int(match[2], 16)))
+    return sorted(found)
 
 
 class Allocations(TorchDispatchMode):
@@ -44,20 +64,21 @@ class Allocations(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.total = self.peak = 0
         self.on_peak: Callable[[], None] | None = None
-        self._live: dict[
-            int, tuple[int, str, Any]
-        ] = {}  # storage -> bytes, category, weak reference
+        self._mapped = mapped_files()
+        # storage -> bytes, category, weak reference
+        self._live: dict[int, tuple[int, str, Any]] = {}
         self._born: set[int] = set()  # in this forward, not yet kept
 
     def claim(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Says what these tensors' storages are, for as long as they live."""
         for t in tensors:
             self._enter(t, category)
-            if t.device.type == self.device:
-                self._move(t.untyped_storage()._cdata, category)
+            if (key := t.untyped_storage()._cdata) in self._live:
+                self._move(key, category)
 
     def adopt(self) -> None:
         """Enters every tensor that Python can reach and nobody has claimed, as untagged."""
+        self._mapped = mapped_files()
         for found in gc.get_objects():
             if issubclass(type(found), Tensor):
                 self._enter(found, "untagged")
@@ -65,6 +86,7 @@ class Allocations(TorchDispatchMode):
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Measures what runs inside; the peak starts anew."""
+        self._mapped = mapped_files()
         self._note_peak(fresh=True)
         with self, saved_tensors_hooks(self._kept, lambda t: t):
             yield
@@ -110,6 +132,8 @@ class Allocations(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is None:
+            if not storage.resizable() and self._is_mapped(storage.data_ptr()):
+                return
             gone = weakref.ref(storage, lambda _, key=key: self._freed(key))
             self._live[key] = (size, category, gone)
             if category == "buffers" and self.where.phase == "F":
@@ -143,9 +167,14 @@ class Allocations(TorchDispatchMode):
         if self.where.phase == "F" and t.device.type == self.device:
             self._enter(t, "buffers")
             key = t.untyped_storage()._cdata
-            if self._live[key][1] == "buffers":
+            if key in self._live and self._live[key][1] == "buffers":
                 self._move(key, "activations")
         return t
+
+    def _is_mapped(self, address: int) -> bool:
+        """Whether memory that torch did not allocate belongs to a mapped file."""
+        place = bisect_right(self._mapped, (address, 2**64)) - 1
+        return place >= 0 and address < self._mapped[place][1]
 
     def _note_peak(self, fresh: bool = False) -> None:
         self.peak = self.total

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +82,20 @@ def test_what_was_there_before_is_untagged_once_it_is_adopted() -> None:
     del before
     gc.collect()
     assert a.held["untagged"] < HIDDEN
+
+
+def test_a_mapped_file_is_no_allocation_but_foreign_memory_is(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(HIDDEN))
+    with path.open("r+b") as file:
+        region = mmap.mmap(file.fileno(), HIDDEN)
+    mapped, foreign = torch.frombuffer(region, dtype=torch.uint8), torch.from_numpy(np.zeros(1000))
+    a = seen()
+    with a.watch():
+        mapped[5:9].add_(1)
+        assert a.total == 0
+        foreign.add_(1)
+        assert a.total == 8000
 
 
 def built() -> Built:
