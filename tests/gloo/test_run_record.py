@@ -1,0 +1,52 @@
+"""A real run of four ranks records what its report needs, and what it measured is what was declared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from partita.base.config import to_toml
+from partita.cli.main import run as command
+from partita.report.make import report_page
+from partita.report.summary import read_run
+
+JOB = {
+    "name": "recorded",
+    "plan": "pp2:1f1b/4mb tp2+sp bf16",
+    "model": {
+        "family": "llama", "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "ffn_hidden": 256,
+        "vocab": 256, "max_seq_len": 128,
+    },
+    "cluster": {"preset": "laptop"},
+    "data": {"source": "python-stdlib", "tokenizer": "byte"},
+    "train": {"steps": 4, "global_batch_size": 4, "seq_len": 128},
+}  # fmt: skip
+
+
+@pytest.mark.timeout(120)
+def test_a_run_measures_what_was_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text(to_toml(JOB))
+    assert command(["train", "job.toml", "--json"]) == 0, capsys.readouterr().err
+    run = read_run(Path("runs/recorded"))
+    assert [r.rank for r in run.ranks] == [0, 1, 2, 3]
+    assert run.traffic_equal is True
+    assert len(run.traffic) > 50
+    for predicted, record in zip(run.predicted, run.ranks, strict=True):
+        ledger = record.ledger
+        assert ledger.at_peak.get("untagged", 0) < 0.03 * ledger.peak_bytes
+        assert ledger.peak_bytes == pytest.approx(predicted.ledger.peak_bytes, rel=0.10)
+        assert record.declared.at_peak["gradients"] == ledger.at_peak["gradients"]
+        kinds = [s.kind for s in record.spans if s.lane == "compute" and s.kind in "FB"]
+        assert sorted(kinds) == ["B"] * 4 + ["F"] * 4
+        assert {"comm", "wait", "data", "U"} <= {s.kind for s in record.spans}
+        assert "checkpoint" in {s.kind for s in record.aside}
+    assert run.last("peak_memory_bytes") >= run.ranks[0].ledger.peak_bytes
+    trace = json.loads(Path("runs/recorded/trace.json").read_text())
+    assert {e["pid"] for e in trace["traceEvents"]} == set(range(8))
+    assert run.facts.unigram_entropy > 0
+    assert "all " in report_page(run)
