@@ -218,7 +218,8 @@ class LocalComm:
                     if not slot.wake.wait(max(0.0, deadline - time.monotonic())):
                         self._timed_out(f"{self.axis} collective #{key[3]}", slot.absent())
                 meeting.blocked.pop(me, None)
-            self._raise_failure()
+            if slot.results is None:
+                self._raise_failure()
             assert slot.results is not None
             result = slot.results.pop(me)
             if not slot.results:

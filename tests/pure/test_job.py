@@ -20,9 +20,9 @@ def load(*overrides: str, **table: object) -> Job:
 
 def test_quickstart() -> None:
     job = Job.load(QUICKSTART)
-    assert str(job.plan) == "pp2:1f1b/16mb tp2+sp bf16"
+    assert str(job.plan) == "pp2:1f1b/4mb tp2+sp bf16"
     assert job.problems() == []
-    assert job.micro_batch_size == 1
+    assert job.micro_batch_size == 2
     assert 6 * job.model.parameters() * job.train.tokens_per_step * job.train.steps <= 8e12
     assert 16 * job.model.parameters() >= 1.5 * job.cluster.memory_limit_bytes
     assert job.data == DataSpec("python-stdlib", "train:1024", 0.05)
@@ -168,7 +168,7 @@ def test_from_parts() -> None:
         "llama3-405b", "16384xh100", "pp16/16mb tp8+sp dp128", global_batch_size=2048, seq_len=8192
     )
     assert job.problems() == []
-    assert job.micro_batch_size == 1
+    assert job.micro_batch_size == 2
     with pytest.raises(UsageError, match="seq_len: missing"):
         Job.of("tiny", "laptop", global_batch_size=1)
 
@@ -235,4 +235,4 @@ def test_no_torch_and_no_numpy_are_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
     )
-    assert done.stdout.strip() == "pp2:1f1b/16mb tp2+sp bf16", done.stderr
+    assert done.stdout.strip() == "pp2:1f1b/4mb tp2+sp bf16", done.stderr
