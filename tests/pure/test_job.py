@@ -168,7 +168,7 @@ def test_from_parts() -> None:
         "llama3-405b", "16384xh100", "pp16/16mb tp8+sp dp128", global_batch_size=2048, seq_len=8192
     )
     assert job.problems() == []
-    assert job.micro_batch_size == 2
+    assert job.micro_batch_size == 1
     with pytest.raises(UsageError, match="seq_len: missing"):
         Job.of("tiny", "laptop", global_batch_size=1)
 
