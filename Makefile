@@ -40,7 +40,7 @@ test: $(STAMP)
 	$(PYTEST) tests -m "not slow and not gpu" --session-timeout=590 --durations=15
 
 test-slow: $(STAMP)
-	$(PYTEST) tests -m "slow and not gpu" --session-timeout=590 --durations=15 $(SLOW)
+	$(PYTEST) tests -m "(slow or browser) and not gpu" --session-timeout=590 --durations=15 $(SLOW)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[bench]"
