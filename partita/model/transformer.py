@@ -125,14 +125,18 @@ class AddPosition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, position: Weight, first: int) -> Tensor:
         """Adds rows of the table."""
-        ctx.rows = position.gradient[first : first + x.shape[1]]
+        ctx.position, ctx.first = position, first
         return x + position.value[first : first + x.shape[1]]
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """Passes on."""
-        ctx.rows.add_(dy.sum(0, dtype=ctx.rows.dtype))
+        ctx.position.queue.add(_add_rows, ctx.position.gradient, ctx.first, dy)
         return dy, None, None
+
+
+def _add_rows(gradient: Tensor, first: int, dy: Tensor) -> None:
+    gradient[first : first + dy.shape[1]].add_(dy.sum(0, dtype=gradient.dtype))
 
 
 class LayerBlock:

@@ -2,7 +2,7 @@
 
     master    fp32 (fp64 under fp64), what the optimizer updates
     working   what modules multiply by: the master itself, or its bf16 copy
-    gradient  as wide as the master; every microbatch adds to it
+    gradient  as wide as the master; every microbatch adds to it, through `accumulate`
 
 A Weight is a view of its unit: its value shaped as laid, its gradient beside it. Neighbours in one unit
 can be multiplied as one matrix, since they lie side by side.
@@ -11,12 +11,13 @@ can be multiplied as one matrix, since they lie side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
 
+from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 
 
@@ -31,11 +32,20 @@ class Weight:
     unit: Unit
     first: int
 
-    def matrix(self, columns: int = 1) -> tuple[Tensor, Tensor]:
+    @property
+    def queue(self) -> WeightQueue:
+        """Where work on its gradient goes."""
+        return self.unit.queue
+
+    def matrix(self, columns: int = 1) -> Matrix:
         """Value and gradient as [rows, columns]; `columns` counts the trailing dims folded into them."""
         split = self.value.dim() - columns
         rows = prod(self.value.shape[:split])
-        return self.value.view(rows, -1), self.gradient.view(rows, -1)
+        return Matrix(self.value.view(rows, -1), self.gradient.view(rows, -1), self.queue)
+
+    def accumulate(self, part: Tensor) -> None:
+        """gradient += part, of its number of elements: now, or at the W of a split backward."""
+        self.queue.add(self.gradient.add_, part.view(self.gradient.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +58,7 @@ class Unit:
     working: Tensor
     master: Tensor
     gradient: Tensor
+    queue: WeightQueue = field(default_factory=WeightQueue)
 
     def round_working(self) -> None:
         """Rounds the masters into the working copies; nothing where they are one."""
@@ -65,9 +76,15 @@ class Unit:
 
 
 def make_units(
-    laid: Laid, stage: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    laid: Laid,
+    stage: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    queue: WeightQueue | None = None,
 ) -> list[Unit]:
-    """The stage's units, zeroed, from the laid program's layouts: no shape is computed twice."""
+    """The stage's units, zeroed, from the laid program's layouts: no shape is computed twice. Their
+    gradients are added to through one `queue`."""
+    queue = queue or WeightQueue()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     found = []
     for spec in laid.units(stage):
@@ -79,7 +96,7 @@ def make_units(
         master = torch.zeros(first, dtype=wide, device=device)
         gradient = torch.zeros(first, dtype=wide, device=device)
         working = master if dtype == wide else torch.zeros(first, dtype=dtype, device=device)
-        found.append(Unit(spec.name, tuple(places), shapes, working, master, gradient))
+        found.append(Unit(spec.name, tuple(places), shapes, working, master, gradient, queue))
     return found
 
 
@@ -89,10 +106,15 @@ class Matrix:
 
     value: Tensor
     gradient: Tensor
+    queue: WeightQueue
 
     def accumulate(self, dy: Tensor, x: Tensor) -> None:
-        """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]; exact in the compute
-        dtype, added up in the wide one."""
+        """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]: now, or at the W of a
+        split backward, which keeps both until then."""
+        self.queue.add(self._add, dy, x)
+
+    def _add(self, dy: Tensor, x: Tensor) -> None:
+        """Exact in the compute dtype, added up in the wide one."""
         if self.gradient.dtype == dy.dtype:
             self.gradient.addmm_(dy.t(), x)
         else:
@@ -116,7 +138,6 @@ def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
         unit, first = run[0].unit, run[0].first
         width = prod(run[0].value.shape[run[0].value.dim() - columns :])
         part = slice(first, first + sum(w.value.numel() for w in run))
-        found.append(
-            Matrix(unit.working[part].view(-1, width), unit.gradient[part].view(-1, width))
-        )
+        value, gradient = unit.working[part].view(-1, width), unit.gradient[part].view(-1, width)
+        found.append(Matrix(value, gradient, unit.queue))
     return found

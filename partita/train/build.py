@@ -24,6 +24,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value
 from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
+from partita.parallel.deferred import WeightQueue
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.executor import Executor, Link
@@ -146,7 +147,8 @@ def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any
 def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
     """Units, blocks, executor and reducer of this rank's stage; `fill` sets the units' masters."""
     stage = context.coords["pp"]
-    units = make_units(laid, stage, DTYPES[job.plan.precision.dtype], context.device)
+    queue = WeightQueue()
+    units = make_units(laid, stage, DTYPES[job.plan.precision.dtype], context.device, queue)
     for unit in units:
         fill(unit)
         unit.round_working()
@@ -174,7 +176,7 @@ def _reducer(laid: Laid, stage: int, context: Context, units: list[Unit]) -> Red
     specs = {u.name: u for u in laid.units(stage)}
     sums = {n: context.comm(*x.axes, lane="dp") for n, x in specs.items() if x.axes}
     ties = {n: context.comm("tied", lane="dp") for n, x in specs.items() if x.tied}
-    return Reducer(units, holders, sums, ties, context.where)
+    return Reducer(units, holders, sums, ties, context.where, units[0].queue)
 
 
 def _executor(
@@ -196,7 +198,14 @@ def _executor(
         link = Link(down, up, f"{names[-1]}:send", previous, arriving, following)
     shape = _activation(laid, stage, DTYPES[plan.precision.dtype], context)
     return Executor(
-        module, with_communication(made)[stage], pp, link, context.where, shape, reducer.arm
+        module,
+        with_communication(made)[stage],
+        pp,
+        link,
+        context.where,
+        shape,
+        reducer.queue,
+        reducer.arm,
     )
 
 

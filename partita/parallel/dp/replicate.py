@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Where
+from partita.parallel.deferred import WeightQueue
 
 
 class Reducible(Protocol):
@@ -37,12 +38,13 @@ class Reducer:
     sums: Mapping[str, Comm]
     ties: Mapping[str, Comm]
     where: Where
+    queue: WeightQueue = field(default_factory=WeightQueue)
     _open: bool = False
     _waiting: dict[str, set[str]] = field(default_factory=dict)
     _under_way: list[tuple[Reducible, Handle]] = field(default_factory=list)
 
     def arm(self) -> None:
-        """The next backward is the step's last: units are ready as their blocks finish."""
+        """The next backward, or W, is the step's last: units are ready as their blocks finish."""
         self._open = True
         self._waiting = {u.name: set(self.holders[u.name]) for u in self.units}
 
@@ -100,6 +102,6 @@ class BlockDone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on and tells the reducer."""
-        ctx.reducer.block_done(ctx.block)
+        """Passes the gradient on and tells the reducer, behind the block's weight gradients."""
+        ctx.reducer.queue.add(ctx.reducer.block_done, ctx.block)
         return gradient, None, None

@@ -6,6 +6,8 @@ waits for its receiver. One stage without a pipeline is the same list without me
 
     F  x -> blocks -> y        keeps (x, y) until B        sends y.detach() to the next stage
     B  dy -> blocks -> dx      frees both                  sends dx to the previous stage
+    I  the same, but work on weights' gradients waits in the queue, with what it needs, until its
+    W  runs that work, and frees it
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Key, Where
-from partita.schedule.ir import Action
+from partita.parallel.deferred import WeightQueue
+from partita.schedule.ir import COMPUTE, Action
 
 
 class StageModule(Protocol):
@@ -55,7 +58,7 @@ class Executor:
     """Executes actions of one stage a rank.
 
     `activation(batch, what)` is an empty tensor like the stage's input (F) or output (B), to receive into.
-    `last_backward` is called before the rank's last B, so that gradients may be reduced as they
+    `last_backward` is called before the rank's last B or W, so that gradients may be reduced as they
     become ready. Communicates: sends of stage inputs and outputs on axis pp, keyed by (F or B,
     consuming stage, microbatch).
     """
@@ -66,6 +69,7 @@ class Executor:
     link: Link
     where: Where
     activation: Callable[[Any, str], Tensor]
+    queue: WeightQueue = field(default_factory=WeightQueue)
     last_backward: Callable[[], None] = lambda: None
     span: Callable[[Action], Any] | None = None
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
@@ -77,11 +81,13 @@ class Executor:
         """One step's microbatches; returns this rank's share of the loss (zero but on the last
         stage). Gradients are added into the units' buffers."""
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
-        backwards = [i for i, a in enumerate(self.actions) if a.kind == "B"]
+        backwards = [i for i, a in enumerate(self.actions) if a.kind in ("B", "W")]
         final = backwards[-1] if backwards else -1
         handlers: Mapping[str, Callable[[Action], None]] = {
             "F": self._forward,
             "B": self._backward,
+            "I": self._input_half,
+            "W": self._weight_half,
             "SEND_F": self._send,
             "SEND_B": self._send,
             "RECV_F": self._post,
@@ -91,7 +97,7 @@ class Executor:
             if i == final:
                 self.last_backward()
             self.where.stage, self.where.microbatch = action.stage, action.microbatch
-            if self.span is None or action.kind not in ("F", "B"):
+            if self.span is None or action.kind not in COMPUTE:
                 handlers[action.kind](action)
             else:
                 with self.span(action):
@@ -118,7 +124,7 @@ class Executor:
             self._held[stage, microbatch] = _Held(x, y)
 
     def _backward(self, action: Action) -> None:
-        self.where.phase, self.where.activity = "B", "backward"
+        self.where.phase, self.where.activity = action.kind, "backward"
         stage, _, microbatch = action
         held = self._held.pop((stage, microbatch))
         if ("F", stage + 1, microbatch) in self._sent:  # its gradient is back: it has arrived
@@ -129,6 +135,15 @@ class Executor:
         if held.x is not None:
             assert held.x.grad is not None, "a stage's output does not depend on its input"
             self._ready["B", stage - 1, microbatch] = held.x.grad
+
+    def _input_half(self, action: Action) -> None:
+        self.queue.split(action.stage, action.microbatch)
+        self._backward(action)
+        self.queue.close()
+
+    def _weight_half(self, action: Action) -> None:
+        self.where.phase, self.where.activity = "W", "backward"
+        self.queue.run(action.stage, action.microbatch)
 
     def _send(self, action: Action) -> None:
         self.where.phase = action.what

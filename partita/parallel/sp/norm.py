@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm on the tokens a rank holds; their weight gradients are then partial over tp, and
-are summed once a step with their unit. Statistics in fp32 (fp64 under fp64). Keeps x alone.
+are summed once a step with their unit. Statistics in fp32 (fp64 under fp64). Keeps x alone. A split
+backward makes the [hidden] gradients with dx, from the same statistics, and adds them in its W.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         unit = wide * scale
         g = _wide(dy * layer.weight.value)
         hidden = x.shape[-1]
-        dw = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden).sum(0)
-        layer.weight.gradient.add_(dw)
+        layer.weight.accumulate((_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden).sum(0))
         dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * scale
         return dx.to(x.dtype), None
 
@@ -83,6 +83,6 @@ class _LayerNorm(torch.autograd.Function):
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(
             _wide(dy).contiguous(), wide, shape, mean, rstd, w, b, [True, True, True]
         )
-        layer.weight.gradient.add_(dw)
-        layer.bias.gradient.add_(db)
+        layer.weight.accumulate(dw)
+        layer.bias.accumulate(db)
         return dx.to(x.dtype), None

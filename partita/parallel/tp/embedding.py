@@ -25,6 +25,14 @@ class Lookup:
         anchor = torch.empty(0, requires_grad=True)  # gives the output a backward
         return _Lookup.apply(anchor, ids, self)  # type: ignore[return-value]
 
+    def accumulate(self, ids: Tensor, dy: Tensor) -> None:
+        """Adds each token's gradient to its row, where this rank holds it."""
+        gradient = self.table.gradient
+        local = (ids - self.first).reshape(-1)
+        inside = (local >= 0) & (local < gradient.shape[0])
+        rows = dy.reshape(-1, dy.shape[-1])[inside].to(gradient.dtype)
+        gradient.index_add_(0, local[inside], rows)
+
 
 class _Lookup(torch.autograd.Function):
     """Keeps ids."""
@@ -44,13 +52,8 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
-        """Adds each token's gradient to its row, where this rank holds it."""
+        """The region's conjugate, then the table's gradient."""
         (ids,) = ctx.saved_tensors
         layer: Lookup = ctx.layer
-        dy = layer.region.backward(dy)
-        gradient = layer.table.gradient
-        local = (ids - layer.first).reshape(-1)
-        inside = (local >= 0) & (local < gradient.shape[0])
-        rows = dy.reshape(-1, dy.shape[-1])[inside].to(gradient.dtype)
-        gradient.index_add_(0, local[inside], rows)
+        layer.table.queue.add(layer.accumulate, ids, layer.region.backward(dy))
         return None, None, None

@@ -4,7 +4,8 @@
     row      y = x W.T -[region]->          W [rows, columns / tp]    backward: dx = dY W, dW += dY.T x
 
 Collectives run under the matmul that does not need them: the sum of dX under dW; the second gather of the
-shard that was kept (sp) under dX. Weight gradients go straight into the unit's buffer.
+shard that was kept (sp) under dX. Weight gradients go straight into the unit's buffer, at once or in the W
+of a split backward (deferred.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partita.comm.protocol import Handle
 from partita.parallel.regions import IDENTITY, Region
 from partita.parallel.units import Matrix, Weight, matrices
 
@@ -46,17 +48,20 @@ class Column:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
         return y
 
-    def accumulate(self, dy: Tensor, x: Tensor) -> None:
-        """Adds the weight gradients of dy [tokens, rows] and x [tokens, columns]."""
+    def accumulate(self, dy: Tensor, x: Tensor, whole: Handle | None) -> None:
+        """Adds the weight gradients of dy [..., rows] and x [..., columns]; where x was moved by a
+        gather, `whole` is that under way once more, or None: a W starts it itself."""
+        if self.region.kind == "gather_from":
+            x = (whole or self.region.start_forward(x)).wait()
+        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         rows = [m.value.shape[0] for m in self.matrices]
         for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
             m.accumulate(part, x)
         if self.biases:
             total = dy.sum(0, dtype=self.biases[0].gradient.dtype)
-            for b, part in zip(
-                self.biases, total.split([b.value.numel() for b in self.biases]), strict=True
-            ):
-                b.gradient.view(-1).add_(part)
+            sizes = [b.value.numel() for b in self.biases]
+            for b, part in zip(self.biases, total.split(sizes), strict=True):
+                b.accumulate(part)
 
 
 class _Column(torch.autograd.Function):
@@ -71,19 +76,19 @@ class _Column(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        """The conjugate; sp gathers x again."""
+        """The conjugate; sp gathers x again, for dW: under dX, or in a W of its own."""
         (x,) = ctx.saved_tensors
         layer: Column = ctx.layer
-        again = layer.region.kind == "gather_from"
-        whole = layer.region.start_forward(x) if again else None
+        queue = layer.matrices[0].queue
+        early = layer.region.kind == "gather_from" and not queue.defers
+        whole = layer.region.start_forward(x) if early else None
         rows = [m.value.shape[0] for m in layer.matrices]
         parts = dy.split(rows, -1)
         dx = parts[0] @ layer.matrices[0].value
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
             dx += part @ m.value
         under_way = layer.region.start_backward(dx)
-        x = whole.wait() if whole is not None else x
-        layer.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        queue.add(layer.accumulate, dy, x, whole)
         return under_way.wait(), None
 
 
@@ -98,8 +103,7 @@ class Row:
     @staticmethod
     def of(weight: Weight, region: Region, bias: Weight | None = None) -> Row:
         """A weight whose first dim is the output's, the others folded into columns."""
-        value, gradient = weight.matrix(columns=weight.value.dim() - 1)
-        return Row(Matrix(value, gradient), region, bias)
+        return Row(weight.matrix(columns=weight.value.dim() - 1), region, bias)
 
     def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
         """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so
@@ -144,8 +148,7 @@ class AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         """Passes on."""
-        total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.gradient.dtype)
-        ctx.bias.gradient.add_(total)
+        ctx.bias.accumulate(dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.gradient.dtype))
         return dy, None
 
 
