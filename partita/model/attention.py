@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
 from partita.model.rope import Rotate
+from partita.parallel.recompute.replay import Again, made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
 
@@ -22,7 +23,7 @@ from partita.parallel.tp.linear import Column, Row
 @dataclass(frozen=True)
 class Attention:
     """norm -> qkv -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None; `drop_core` and
-    `drop_residual` are set where the model drops."""
+    `drop_residual` are set where the model drops; `remakes` are the ops that backward runs again."""
 
     norm: Norm
     qkv: Column
@@ -36,10 +37,13 @@ class Attention:
     )
     drop_core: Dropout | None = None
     drop_residual: Dropout | None = None
+    remakes: frozenset[str] = frozenset()
 
     def __call__(self, x: Tensor, batch: Any, step: int, training: bool) -> Tensor:
         """x + attention(norm(x))."""
-        qkv = self.qkv(self.norm(x))
+        h = self.norm(x)
+        with made_again(h, lambda: self.norm(x), "attention.norm" in self.remakes):
+            qkv = self.qkv(h)
         b, s, _ = qkv.shape
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = (t.view(b, s, -1, self.head_dim) for t in qkv.split(sizes, -1))
@@ -66,15 +70,21 @@ class Attention:
                 is_causal=mask is None,
                 enable_gqa=self.heads != self.kv_heads,
             )
-        group = self.heads // self.kv_heads
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
-        s = q.shape[-2]
+        s, drop = q.shape[-2], self.drop_core
         assert self.future is not None
         hidden = ~mask if mask is not None else self.future[:s, :s]
-        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return self.drop_core(probs, step, batch.samples) @ v
+
+        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group = self.heads // self.kv_heads
+            if group > 1:
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+            probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            return drop(probs, step, batch.samples) @ v
+
+        if "attention.softmax" in self.remakes and torch.is_grad_enabled():
+            return Again.apply(explicit, q, k, v)  # type: ignore[return-value]
+        return explicit(q, k, v)
 
 
 def causal_mask(documents: Tensor) -> Tensor:

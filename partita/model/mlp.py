@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from partita.model.dropout import Dropout
+from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
 
@@ -23,17 +24,25 @@ class MLP:
     down: Row
     gated: bool
     drop_residual: Dropout | None = None
+    remakes: frozenset[str] = frozenset()  # ops that backward runs again
 
     def __call__(
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
-        h = self.up(self.norm(x))
-        h = SwiGLU.apply(h) if self.gated else gelu(h, approximate="tanh")
-        y = self.down(h, replay)
+        n = self.norm(x)
+        with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
+            h = self.up(n)
+        a = self.activate(h)
+        with made_again(a, lambda: self.activate(h), "mlp.act" in self.remakes):
+            y = self.down(a, replay)
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch.samples)
         return x + y
+
+    def activate(self, h: Tensor) -> Tensor:
+        """SwiGLU of (gate, up), or GELU."""
+        return SwiGLU.apply(h) if self.gated else gelu(h, approximate="tanh")  # type: ignore[return-value]
 
 
 class SwiGLU(torch.autograd.Function):

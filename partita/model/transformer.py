@@ -18,7 +18,8 @@ from partita.model.dropout import Dropout
 from partita.model.mlp import MLP
 from partita.model.rope import tables
 from partita.parallel.laid import Laid
-from partita.parallel.recompute.full import Recomputed
+from partita.parallel.read import replayed
+from partita.parallel.recompute.replay import Recomputed
 from partita.parallel.regions import Regions
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.embedding import Lookup
@@ -149,6 +150,9 @@ class LayerBlock:
         spec = make.spec
         gated = spec.family == "llama"
         drops = spec.dropout > 0
+        again = frozenset(op.name for op in replayed(make.block))
+        self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
+        remakes = frozenset() if self.recomputes else again
         self.attention = Attention(
             make.norm("attention.norm"),
             make.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
@@ -160,6 +164,7 @@ class LayerBlock:
             future,
             make.dropout("attention.core", "p_mask") if drops else None,
             make.dropout("attention.residual", "ao_mask") if drops else None,
+            remakes,
         )
         up, down = ("mlp.gate_up", "mlp.down") if gated else ("mlp.fc1", "mlp.fc2")
         self.mlp = MLP(
@@ -168,11 +173,11 @@ class LayerBlock:
             make.row(down),
             gated,
             make.dropout("mlp.residual", "mo_mask") if drops else None,
+            remakes,
         )
-        self.recomputes = make.block.kept == frozenset({make.block.input})
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
-        """One layer; under recomputation only x is kept."""
+        """One layer; under full recomputation x is kept, and what its tape keeps."""
         if self.recomputes and torch.is_grad_enabled():
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
         return self.run(x, batch)

@@ -14,7 +14,7 @@ another collective. seq is dim 1 of [batch, seq, hidden].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,18 +27,43 @@ from partita.spec.program import Block
 SEQ = 1
 
 
+@dataclass(eq=False)
+class Tape:
+    """Results of one block's regions, kept so that a replay need not move them again.
+
+    `brought` is written while `writing`, read in the same order while `reading`."""
+
+    brought: list[Tensor] = field(default_factory=list)
+    writing: bool = False
+    reading: bool = False
+
+
 @dataclass(frozen=True)
 class Region:
     """One region bound to its Comm and site. Forward and backward are plain calls, for functions that
-    overlap them with a matmul; `Region.apply` is the autograd pair."""
+    overlap them with a matmul; `Region.apply` is the autograd pair. `tape`: the plan keeps its result
+    for the replay."""
 
     kind: str
     comm: Comm
     site: str
+    tape: Tape | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether forward will hand out a result that was kept, whatever it is given."""
+        return self.tape is not None and self.tape.reading
 
     def forward(self, x: Tensor) -> Tensor:
         """Moves a value."""
-        return self.start_forward(x).wait()
+        if self.tape is None:
+            return self.start_forward(x).wait()
+        if self.tape.reading:
+            return self.tape.brought.pop(0)
+        y = self.start_forward(x).wait()
+        if self.tape.writing:
+            self.tape.brought.append(y)
+        return y
 
     def start_forward(self, x: Tensor) -> Handle:
         """Starts to move a value."""
@@ -97,16 +122,19 @@ IDENTITY = Region("identity", SingleComm("none"), "")
 
 
 class Regions:
-    """The regions of one laid block by the op behind which they stand."""
+    """The regions of one laid block by the op behind which they stand; those whose results the block
+    keeps share its `tape`."""
 
     def __init__(self, block: Block, name: str, context: Context) -> None:
         found: dict[str, Region] = {}
+        self.tape = Tape()
         for op in block.ops():
             if op.is_region:
                 writer, _, kind = op.name.partition(":")
                 site = op.name if writer.startswith(f"{name}.") else f"{name}.{op.name}"
                 comm = context.comm(*op.axes, lane=op.lane)
-                region = Region(kind, comm, site)
+                tape = self.tape if op.writes in block.kept else None
+                region = Region(kind, comm, site, tape)
                 found[writer] = region if comm.size > 1 else IDENTITY
         self._at: Mapping[str, Region] = found
 

@@ -88,6 +88,8 @@ class RecomputePlan:
 
     mode: str = "none"  # none | selective | full
     every: int = 1  # only every k-th block
+    modules: tuple[str, ...] = ("core",)  # selective: core | norm | act
+    collectives: str = "repeat"  # of what is replayed: repeat | keep their results
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,12 @@ SCHEDULES = (
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("context", "method"): ("ring", "ulysses", "hybrid", "all_gather"),
     ("recompute", "mode"): ("none", "selective", "full"),
+    ("recompute", "collectives"): ("repeat", "keep"),
     ("precision", "dtype"): ("fp64", "fp32", "bf16", "fp16", "fp8"),
     ("offload", "to"): ("none", "cpu", "nvme"),
 }
 TARGETS = ("parameters", "gradients", "optimizer", "activations")
+MODULES = ("core", "norm", "act")
 RANGES: dict[tuple[str, str], tuple[int, int]] = {
     **{("mesh", axis): (1, 1_000_000) for axis in (*AXES, "ep", "etp")},
     ("pipeline", "virtual_stages"): (1, 1_000),
@@ -99,9 +101,11 @@ def problems_of(plan: Plan) -> list[tuple[str, str]]:
     if sorted(plan.mesh.order) != sorted(DEFAULT_ORDER):
         text = f"{','.join(plan.mesh.order)} must name each of {','.join(DEFAULT_ORDER)} once"
         found.append(("mesh.order", f"{text}, innermost first"))
-    for target in plan.offload.targets:
-        if target not in TARGETS:
-            found.append(("offload.targets", f"no '{target}'{did_you_mean(target, TARGETS)}"))
+    for key, given, known in (
+        ("offload.targets", plan.offload.targets, TARGETS),
+        ("recompute.modules", plan.recompute.modules, MODULES),
+    ):
+        found += [(key, f"no '{x}'{did_you_mean(x, known)}") for x in given if x not in known]
     cp, ulysses = plan.mesh.cp, plan.context.ulysses
     if plan.context.method == "hybrid" and ulysses > 0 and cp % ulysses:
         found.append(("context.ulysses", f"hybrid: ulysses {ulysses} does not divide cp {cp}"))

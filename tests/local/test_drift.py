@@ -67,6 +67,22 @@ def look(world, job):
     return rows
 
 
+LESS = (
+    "recompute:selective", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
+    "recompute:full recompute.collectives=keep recompute.every=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family, model", CASES[:1] + CASES[-1:])
+@pytest.mark.parametrize("less", LESS)
+def test_recomputing_keeps_what_is_declared(less, family, model, tmp_path):
+    for plan in ("tp2+sp 2mb bf16", "tp2 2mb fp32"):
+        job = verify_jobs.job(tmp_path, f"{plan} {less}", family, **model)
+        with local(2, 20) as ranks:
+            for rows in ranks.run(look, job):
+                assert [(r[0], r[1]) for r in rows] == [(r[0], r[2]) for r in rows]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family, model", CASES)
 @pytest.mark.parametrize("plan", PLANS)

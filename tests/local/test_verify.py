@@ -36,6 +36,21 @@ def test_dropout_masks_agree_with_one_device(plan, folder):
     assert found.equal, str(found)
 
 
+LESS = (
+    "recompute:selective", "recompute:selective recompute.modules=core,norm,act",
+    "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("less", LESS)
+@pytest.mark.parametrize("family, model", [("llama", {}), ("gpt2", {"dropout": 0.2})])
+def test_less_kept_changes_no_number(less, family, model, folder):
+    found = verify(verify_jobs.job(folder, f"pp2/2mb tp2+sp {less} fp64", family, **model))
+    assert found.equal, str(found)
+    found = verify(verify_jobs.job(folder, f"tp2 2mb {less} bf16", family, **model))
+    assert found.equal, str(found)
+
+
 def test_tied_llama_and_untied_gpt2(folder):
     for family, tied in (("llama", True), ("gpt2", False)):
         found = verify(verify_jobs.job(folder, "tp2+sp pp2/2mb fp64", family, tied=tied))

@@ -17,6 +17,16 @@ MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS}
 FULL = " recompute:full"
 CASES = [(m, p) for m in MODELS for p in PLANS]
 CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
+LESS = (
+    "recompute:selective",
+    "recompute:selective recompute.modules=core,norm,act",
+    "recompute:selective recompute.modules=norm recompute.every=2",
+    "recompute:full recompute.every=2",
+    "recompute:full recompute.collectives=keep",
+)
+CASES += [
+    (m, f"{p} {r}") for m in ("llama", "drops") for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")
+]
 
 
 @pytest.mark.parametrize(("name", "line"), CASES)

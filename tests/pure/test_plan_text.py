@@ -245,7 +245,7 @@ def test_every_field_can_be_said_as_a_word() -> None:
         for f in fields(default):
             value = getattr(default, f.name)
             if (section.name, f.name) in CHOICES:
-                other: object = CHOICES[section.name, f.name][2]
+                other: object = CHOICES[section.name, f.name][-1]
             elif isinstance(value, bool):
                 other = not value
             else:
@@ -254,6 +254,7 @@ def test_every_field_can_be_said_as_a_word() -> None:
                     "schedule": "gpipe",
                     "split": (1, 2),
                     "targets": ("optimizer",),
+                    "modules": ("norm", "act"),
                     "num_microbatches": 4,
                     "zero_stage": 1,
                 }.get(f.name, 2)

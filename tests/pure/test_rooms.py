@@ -66,7 +66,6 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "pp3 pipeline.split=1,0,2", ["pp"], "pp3"),
         (LLAMA, "pp2:zb_h1", ["pp"], "pp2"),
         (LLAMA, "dp_shard2.zero3", ["dp"], "dp_replicate2"),
-        (LLAMA, "recompute:selective", ["recompute"], "recompute:full"),
         (LLAMA, "fp16", ["precision"], "bf16"),
         (LLAMA, "cp2", ["cp"], "1mb"),
         (model(vocab=2), "tp4", ["tp"], ""),

@@ -46,6 +46,8 @@ KORTHIKANTI = {
     "bf16": lambda x, t: 34 + x,
     "tp8 bf16": lambda x, t: 10 + 24 / t + x / t,
     "tp8+sp bf16": lambda x, t: (34 + x) / t,
+    "tp8 recompute:selective bf16": lambda x, t: 10 + 24 / t,
+    "tp8+sp recompute:selective bf16": lambda x, t: 34 / t,
     "recompute:full bf16": lambda x, t: 2,
     "tp8 recompute:full bf16": lambda x, t: 2,
     "tp8+sp recompute:full bf16": lambda x, t: 2 / t,
@@ -95,6 +97,25 @@ def test_full_recompute_moves_forward_again() -> None:
         assert {k: v for k, v in plain.items() if k[2] == "F"} == {
             k: v for k, v in full.items() if k[2] == "F"
         }
+
+
+def test_what_replayed_regions_brought_may_be_kept() -> None:
+    """Memory for traffic: nothing is sent again, and each result is one more tensor."""
+    for line in ("tp8 bf16", "tp8+sp bf16"):
+        plain, kept = (
+            lay(Request(parse(f"{line}{more}"), gpt(6144), SEQ))
+            for more in ("", " recompute:full recompute.collectives=keep")
+        )
+        assert sent(plain, "blocks.1.") == sent(kept, "blocks.1.")
+    x = 2 * SEQ * 6144
+    brought = kept_bytes(kept.program.blocks[1], kept.sizes) - x / 8
+    assert brought == 2 * x + x / 8  # two gathered tensors, one scattered
+
+
+def test_every_other_layer_is_made_again() -> None:
+    whole = lay(Request(parse("recompute:full recompute.every=2"), LLAMA8, 8192))
+    some = [b.kept == {b.input} for b in whole.program.blocks[1:-1]]
+    assert some == [True, False] * 16
 
 
 @pytest.mark.parametrize("line", ["tp8 bf16", "tp8+sp bf16"])

@@ -1,8 +1,16 @@
-"""Recomputation (Chen et al. 2016): a layer keeps less, and backward makes the rest again.
+"""Recomputation (Chen et al. 2016; selective: Korthikanti et al. 2022): a layer keeps less, and backward
+makes the rest again.
 
-`full` keeps a layer's input alone. What that makes backward run again, regions too, is read off the
-program (read.replayed): what lies between kept and saved tensors, so the last matmul of a block and
-its reduction are not replayed.
+    full       keeps a layer's input alone
+    selective  drops what the named modules make:  core  the softmax, its mask and dropout, whose output the
+                                                         projection behind it keeps
+                                                   norm  what a norm hands to the linears behind it
+                                                   act   what the activation hands to the linear behind it
+    every=k    only layers 0, k, 2k, ...
+
+What that makes backward run again, regions too, is read off the program (read.replayed): what lies
+between kept and saved tensors, so the last matmul of a block and its reduction are not replayed.
+`collectives=keep` keeps what replayed regions brought: memory for traffic.
 """
 
 from __future__ import annotations
@@ -10,34 +18,66 @@ from __future__ import annotations
 from dataclasses import replace
 
 from partita.base.errors import Problem
-from partita.parallel.room import Request, error
-from partita.spec.program import Block, Program
+from partita.parallel.read import replayed
+from partita.parallel.room import Request
+from partita.spec.plan import RecomputePlan
+from partita.spec.program import Block, Op, Program
 
-MODES = ("none", "full")
+REMEMBERED = ("reduce_from", "gather_from", "scatter_to")  # regions whose results `keep` keeps
 
 
 def problems(job: Request) -> list[Problem]:
-    """The modes that exist."""
-    r = job.plan.recompute
-    if r.mode in MODES and r.every == 1:
-        return []
-    asked = f"recompute:{r.mode}" + (f" recompute.every={r.every}" if r.every > 1 else "")
-    message = (
-        f"{asked} is not available in this version: recompute:none or recompute:full, every block"
-    )
-    nearest = str(job.plan.with_("recompute", mode="full", every=1))
-    return [
-        error("recompute", "mode", message, asked=asked, limit=", ".join(MODES), nearest=nearest)
-    ]
+    """Any layer can be made again."""
+    return []
 
 
 def lay(job: Request, program: Program) -> Program:
     """Says what is kept, nothing else."""
-    if job.plan.recompute.mode != "full":
+    r = job.plan.recompute
+    if r.mode == "none":
         return program
+    done: dict[int, Block] = {}
+    blocks, layer = [], 0
+    for block in program.blocks:
+        if block.name in ("embedding", "head"):
+            blocks.append(block)
+            continue
+        if layer % r.every == 0:
+            if id(block) not in done:
+                done[id(block)] = _less(block, r)
+            blocks.append(done[id(block)])
+        else:
+            blocks.append(block)
+        layer += 1
+    return replace(program, blocks=tuple(blocks))
 
-    def full(block: Block) -> Block:
-        layer = block.name not in ("embedding", "head")
-        return replace(block, kept=frozenset({block.input})) if layer else block
 
-    return program.map(full)
+def _less(block: Block, r: RecomputePlan) -> Block:
+    kept = frozenset({block.input}) if r.mode == "full" else _selective(block, r.modules)
+    block = replace(block, kept=kept)
+    return _remember(block) if r.collectives == "keep" else block
+
+
+def _selective(block: Block, modules: tuple[str, ...]) -> frozenset[str]:
+    """Kept but for what a norm or an activation writes, and what the core alone makes and needs. Flash
+    attention has nothing to drop: its output is kept by the projection, its log-sum-exp is small."""
+    core = [op for op in block.ops() if op.cheap] if "core" in modules else []
+    others = [op for op in block.ops() if op not in core]
+    made = {t for op in core for t in (op.writes, *op.saves)} - {op.writes for op in others}
+    dropped = made - {t for op in others for t in op.saves}
+    dropped -= {t for t in dropped if block.tensors[t].role == "stat"}
+    dropped |= {op.writes for op in block.ops() if _module(op) in modules}
+    return block.kept - dropped
+
+
+def _module(op: Op) -> str:
+    return "norm" if op.kind == "norm" else "act" if op.name.endswith(".act") else ""
+
+
+def _remember(block: Block) -> Block:
+    """Adds the results of replayed regions, those that a shorter replay still wants."""
+    brought = {op.writes for op in replayed(block) if op.kind in REMEMBERED and op.events}
+    shorter = replace(block, kept=block.kept | brought)
+    wanted = {t for op in replayed(shorter) for t in op.reads}
+    wanted |= {t for op in block.ops() for t in op.saves}
+    return replace(block, kept=block.kept | (brought & wanted))
