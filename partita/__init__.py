@@ -21,7 +21,7 @@ _WHERE = {
     "verify": "partita.verify.parity",
     "train": "partita.train.launch",
     "build": "partita.train.build",
-    "local": "partita.comm.local",
+    "local": "partita.comm.ranks",
 }
 __all__ = list(_WHERE)
 

@@ -64,7 +64,7 @@ class Context:
         device = torch.device("cpu")
         return Context(plan, mesh, world.rank, world, at, device, seed, where, recorder, comms)
 
-    def comm(self, *axes: str, lane: str) -> Comm:
+    def comm(self, *axes: str, lane: str = "compute") -> Comm:
         """The Comm over a product of axes on a lane; a group of one where nothing moves."""
         name = axis_name(axes)
         return self.comms.get((name, lane)) or SingleComm(name, lane, (self.rank,))

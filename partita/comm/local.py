@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -35,6 +35,9 @@ class LocalWorld:
     def __init__(self, meeting: Meeting, rank: int, where: Where | None = None) -> None:
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
         self.where = where or Where()
+        self.entered: Counter[tuple[object, ...]] = (
+            Counter()
+        )  # collectives of each (ranks, axis, lane)
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """A Comm over `ranks`, or None where this rank is not among them."""
@@ -74,7 +77,6 @@ class LocalComm:
     def __init__(self, world: LocalWorld, ranks: tuple[int, ...], axis: str, lane: str) -> None:
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
         self.rank, self.size = ranks.index(world.rank), len(ranks)
-        self._sequence = 0
 
     # Collectives ---------------------------------------------------------------------------------
 
@@ -159,8 +161,9 @@ class LocalComm:
         compare_shapes: bool = True,
     ) -> Handle:
         meeting, me = self.world.meeting, self.world.rank
-        key: SlotKey = (self.ranks, self.axis, self.lane, self._sequence)
-        self._sequence += 1
+        group = (self.ranks, self.axis, self.lane)
+        key: SlotKey = (*group, self.world.entered[group])
+        self.world.entered[group] += 1
         shape = tuple(x.shape) if compare_shapes else ()
         message = Message(op, shape, str(x.dtype), site, tuple(map(int, extra)))
         with meeting.lock:
@@ -313,6 +316,14 @@ def _reduce(xs: list[Tensor], op: ReduceOp) -> Tensor:
     return out.to(xs[0].dtype)
 
 
+class RankThread(threading.Thread):
+    """A rank's thread, which knows its world."""
+
+    def __init__(self, world: LocalWorld, enter: Callable[[LocalWorld], None]) -> None:
+        super().__init__(target=enter, args=(world,), name=f"rank-{world.rank}")
+        self.world = world
+
+
 class LocalRanks:
     """Thread ranks, started anew for each `run`."""
 
@@ -337,9 +348,10 @@ class LocalRanks:
         results: list[Any] = [None] * self.size
         errors: list[tuple[float, int, BaseException]] = []
 
-        def enter(rank: int) -> None:
+        def enter(world: LocalWorld) -> None:
+            rank = world.rank
             try:
-                results[rank] = function(LocalWorld(meeting, rank), *args)
+                results[rank] = function(world, *args)
             except BaseException as error:
                 errors.append((time.monotonic(), rank, error))
                 with meeting.lock:
@@ -347,9 +359,7 @@ class LocalRanks:
             finally:
                 meeting.leave(rank)
 
-        threads = [
-            threading.Thread(target=enter, args=(r,), name=f"rank-{r}") for r in range(self.size)
-        ]
+        threads = [RankThread(LocalWorld(meeting, r), enter) for r in range(self.size)]
         for t in threads:
             t.start()
         for t in threads:

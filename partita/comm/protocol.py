@@ -134,8 +134,15 @@ class World(Protocol):
     """All ranks of a run, as one rank sees them: makes groups. Every rank makes all groups in the
     same order, those it is not in too (`make` then returns None)."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        ...
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """A Comm over `ranks` (in that order), or None where this rank is not among them."""

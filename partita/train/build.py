@@ -21,6 +21,7 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.comm.protocol import Where, World
+from partita.comm.ranks import here, require_ranks
 from partita.comm.seeds import initial_value
 from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
@@ -269,14 +270,18 @@ def open_job_data(job: Job) -> Dataset:
     return open_dataset(job.data, job.train, vocab=job.model.vocab, seed=job.seed, cache=CACHE)
 
 
-def build(job: Job, world: World | None = None) -> tuple[Model, Update, Built]:
+def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Built]:
     """(model, optimizer, data) for a loop of your own, on every rank; the schedule runs inside.
 
     for batch in data: loss = model.forward_backward(batch); norm = optimizer.step()
-    """
-    if world is None:
-        from partita.comm.single import SingleWorld
 
-        world = SingleWorld()
-    built = assemble(job, world)
+    The ranks are those of `context`, or of the caller: threads of `pt.local(n)`, processes of torchrun, or
+    one alone. A new Context, with the groups that the job's plan speaks on, is `data.context`.
+    """
+    if context is None:
+        world, where = here(job.plan, job.train.comm_timeout_s)
+    else:
+        world, where = context.world, context.where
+        require_ranks(job.plan, world)
+    built = assemble(job, world, where)
     return built.model, built.update, built

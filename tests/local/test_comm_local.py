@@ -5,7 +5,8 @@ import comm_contract as contract
 import pytest
 import torch
 
-from partita.base.errors import CommError
+import partita as pt
+from partita.base.errors import CommError, UsageError
 from partita.comm.local import local
 from partita.comm.single import SingleWorld
 
@@ -102,3 +103,40 @@ def test_sixty_four_ranks():
 
     with local(64) as ranks:
         assert ranks.run(add) == [320.0] * 64
+
+
+def test_a_loop_of_ones_own_finds_its_ranks():
+    """function(context, *args); pt.build(job) knows the thread's ranks without being told."""
+    table = {
+        "plan": "tp2", "model": {"preset": "tiny"}, "cluster": {"preset": "laptop"},
+        "data": {"source": "python-stdlib", "tokenizer": "byte"},
+        "train": {"steps": 1, "global_batch_size": 2, "seq_len": 16},
+    }  # fmt: skip
+
+    def loop(context, job):
+        losses = []
+        for given in (context, None):  # told, and found; twice on the same ranks
+            model, _, data = pt.build(job, given)
+            assert data.context.rank == context.rank
+            losses += [model.forward_backward(batch) for batch in data]
+        return losses
+
+    with pt.local(2) as ranks:
+        found = ranks.run(loop, pt.Job.load(table))
+        with pytest.raises(UsageError, match="needs 4 ranks, here are 2"):
+            ranks.run(loop, pt.Job.load(table, "plan=tp4"))
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][1]
+
+
+def test_groups_of_a_plan_serve_a_notebook():
+    def meet(context):
+        mine = torch.tensor([10.0**context.rank])
+        return [
+            float(context.comm(axis).all_reduce(mine, site="here")) for axis in ("tp", "pp", "cp")
+        ]
+
+    with pt.local(4, "pp2 tp2") as ranks:
+        assert ranks.run(meet)[0] == [11.0, 101.0, 1.0]
+    with pytest.raises(UsageError, match="a plan of 4 ranks"):
+        pt.local(2, "pp2 tp2")

@@ -1,0 +1,110 @@
+"""Ranks for a loop of one's own: `local(n)` runs a function on thread ranks, each with a Context.
+
+    with local(4) as ranks:
+        results = ranks.run(function, *args)        # function(context, *args) on every rank
+
+Groups of such a Context are the axes of `plan` (all ranks on dp_replicate when none is given) and 'world', on
+lane 'compute'; `pt.build` makes one with the groups of a job. `here` finds the ranks of whoever calls it:
+threads of `local`, processes that torchrun started, else a rank alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from partita.base.errors import UsageError
+from partita.comm.context import Context
+from partita.comm.local import LocalRanks, LocalWorld, RankThread
+from partita.comm.meeting import DEADLINE_S
+from partita.comm.processes import torchrun_rank, torchrun_store
+from partita.comm.protocol import Where, World
+from partita.comm.single import SingleWorld
+from partita.spec.mesh import DENSE, Mesh
+from partita.spec.plan import Plan
+
+
+class ContextRanks:
+    """Thread ranks, each with a Context; started anew for each `run`."""
+
+    def __init__(self, size: int, plan: Plan, timeout_s: float) -> None:
+        self.size, self.plan, self._ranks = size, plan, LocalRanks(size, timeout_s)
+
+    def __enter__(self) -> ContextRanks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing outlives a run."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(context, *args) on every rank; the results by rank. The first failing rank's error is
+        raised, with a note of what the others said."""
+
+        def enter(world: LocalWorld, *given: Any) -> Any:
+            return function(context_of(world, self.plan, world.where), *given)
+
+        return self._ranks.run(enter, *args)
+
+
+def local(size: int, plan: Plan | str = "", timeout_s: float = DEADLINE_S) -> ContextRanks:
+    """`size` ranks as threads of this process. `plan` (its size must agree) names the groups that
+    `context.comm(axis)` serves.
+
+    >>> with local(2) as ranks:
+    ...     ranks.run(lambda context, x: context.rank * x, 10)
+    [0, 10]
+    """
+    laid = Plan.parse(plan) if isinstance(plan, str) else plan
+    if not plan:
+        laid = laid.with_("mesh", dp_replicate=size)
+    if laid.world_size != size:
+        raise UsageError(
+            f"{laid} is a plan of {laid.world_size} ranks, local({size}) starts {size}"
+        )
+    return ContextRanks(size, laid, timeout_s)
+
+
+def context_of(world: World, plan: Plan, where: Where) -> Context:
+    """A Context without a job: groups of the plan's axes and of the world, on lane 'compute'."""
+    axes = [(axis,) for axis in DENSE if plan.sizes[axis] > 1]
+    groups = [(a, "compute") for a in [*axes, ("world",)]]
+    return Context.create(
+        plan, Mesh(plan.sizes, plan.mesh.order), world, groups=groups, where=where
+    )
+
+
+def here(plan: Plan, timeout_s: float = DEADLINE_S) -> tuple[World, Where]:
+    """The World of the calling rank, and where it is in its step. The plan's ranks must be there."""
+    world, where = _world(timeout_s)
+    require_ranks(plan, world)
+    return world, where
+
+
+def require_ranks(plan: Plan, world: World) -> None:
+    """Raises UsageError where the world has not as many ranks as the plan."""
+    if world.size != plan.world_size:
+        raise UsageError(
+            f"the plan {plan} needs {plan.world_size} ranks, here are {world.size}: call it on every rank "
+            f"of pt.local({plan.world_size}) or of torchrun --nproc-per-node {plan.world_size}"
+        )
+
+
+def _world(timeout_s: float) -> tuple[World, Where]:
+    thread = threading.current_thread()
+    if isinstance(thread, RankThread):
+        return thread.world, thread.world.where
+    where = Where()
+    if torchrun_rank() is None:
+        return SingleWorld(), where
+    from partita.comm.torch import TorchWorld, rendezvous
+
+    store = rendezvous()
+    found = TorchWorld.from_torchrun(torchrun_store(), store, timeout_s=timeout_s, where=where)
+    return found, where
