@@ -66,6 +66,37 @@ def one_case(comm, ranks, what) -> None:
     got.add_(1)  # results are the rank's own
 
 
+def in_place(world) -> int:
+    """`out`: a buffer beside the argument, the argument itself, a part of it, or what it is a part of; of
+    one chunk and of many, in the order they were started or not."""
+    comm = world.make(range(world.size), axis="dp_replicate", lane="dp")
+    n, me = world.size, world.rank
+    for salt, size in enumerate((3, 4096, 400_001)):
+        every = [tensor_of(r, (n * size,), torch.float32, salt) for r in range(n)]
+        total, mine = sum(every[1:], every[0]), slice(me * size, (me + 1) * size)
+        for dtype in (torch.float32, torch.bfloat16):
+            beside, own, scattered = (every[me].to(dtype, copy=True) for _ in range(3))
+            result, part = torch.empty_like(own), scattered[mine]
+            gathered = torch.zeros_like(own)
+            gathered[mine] = total[mine].to(dtype)
+            started = [
+                comm.start_all_reduce(beside, site="beside", out=result),
+                comm.start_all_reduce(own, site="own", out=own),
+                comm.start_reduce_scatter(scattered, site="part", out=part),
+                comm.start_all_gather(gathered[mine], site="whole", out=gathered),
+            ]
+            got = [h.wait() for h in (reversed(started) if salt % 2 else started)]
+            got = got[::-1] if salt % 2 else got
+            for found, place in zip(got, (result, own, part, gathered), strict=True):
+                assert found.data_ptr() == place.data_ptr()
+            assert torch.equal(beside, every[me].to(dtype))
+            assert torch.equal(result.float(), total) and torch.equal(own.float(), total)
+            assert torch.equal(part.float(), total[mine]) and torch.equal(gathered.float(), total)
+            others = torch.arange(n * size) // size != me
+            assert torch.equal(scattered[others], beside[others]), "only the own part is written"
+    return n
+
+
 def large_and_overlapped(world) -> float:
     """Tensors beyond any buffer, and three collectives under way at once, waited for out of order."""
     comm = world.make(range(world.size), axis="tp", lane="tp")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError, PartitaError
-from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey
+from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, reduce_in_order
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
 
@@ -62,12 +62,14 @@ class _Pending:
     """A collective or receive under way."""
 
     finish: Callable[[], Tensor]
+    out: Tensor | None = None
     value: Tensor | None = None
 
     def wait(self) -> Tensor:
         """Blocks this thread until the others have come."""
         if self.value is None:
-            self.value = self.finish()
+            found = self.finish()
+            self.value = found if self.out is None else self.out.copy_(found)
         return self.value
 
 
@@ -123,31 +125,37 @@ class LocalComm:
 
         return self._start("all_to_all", x, site, swap, compare_shapes=False).wait()
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
         """Brings x; the last to come adds up."""
 
         def combine(xs: list[Tensor]) -> list[Tensor]:
-            total = _reduce(xs, op)
+            total = reduce_in_order(xs, op)
             return [total, *(total.clone() for _ in xs[1:])]
 
-        return self._start("all_reduce", x, site, combine, (op == "max",))
+        return self._start("all_reduce", x, site, combine, (op == "max",), out=out)
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Brings the shard; the last to come concatenates."""
 
         def combine(xs: list[Tensor]) -> list[Tensor]:
             whole = torch.cat(xs, dim)
             return [whole, *(whole.clone() for _ in xs[1:])]
 
-        return self._start("all_gather", x, site, combine, (dim,))
+        return self._start("all_gather", x, site, combine, (dim,), out=out)
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Brings x; the last to come adds up and cuts."""
 
         def combine(xs: list[Tensor]) -> list[Tensor]:
-            return [p.clone() for p in _reduce(xs, "sum").chunk(self.size, dim)]
+            return [p.clone() for p in reduce_in_order(xs, "sum").chunk(self.size, dim)]
 
-        return self._start("reduce_scatter", x, site, combine, (dim,))
+        return self._start("reduce_scatter", x, site, combine, (dim,), out=out)
 
     # The meeting ---------------------------------------------------------------------------------
 
@@ -159,6 +167,7 @@ class LocalComm:
         combine: Callable[[list[Tensor]], list[Tensor]],
         extra: tuple[int, ...] = (),
         compare_shapes: bool = True,
+        out: Tensor | None = None,
     ) -> Handle:
         meeting, me = self.world.meeting, self.world.rank
         group = (self.ranks, self.axis, self.lane)
@@ -184,7 +193,7 @@ class LocalComm:
                     if meeting.blocked.get(r) == ("slot", key):
                         del meeting.blocked[r]
                 slot.wake.notify_all()
-        return _Pending(lambda: self._take(key, slot))
+        return _Pending(lambda: self._take(key, slot), out)
 
     def _compare(self, slot: Slot, number: int) -> None:
         """All must bring the same operation; the lock is held."""
@@ -302,20 +311,6 @@ class LocalComm:
             raise CommError(self.world.meeting.failure)
 
 
-def _reduce(xs: list[Tensor], op: ReduceOp) -> Tensor:
-    """In rank order; bf16 and fp16 add up in fp32 and round once."""
-    if op == "max":
-        out = xs[0].clone()
-        for x in xs[1:]:
-            out = torch.maximum(out, x)
-        return out
-    low = xs[0].dtype in (torch.bfloat16, torch.float16)
-    out = xs[0].float() if low else xs[0].clone()
-    for x in xs[1:]:
-        out += x
-    return out.to(xs[0].dtype)
-
-
 class RankThread(threading.Thread):
     """A rank's thread, which knows its world."""
 
@@ -373,7 +368,7 @@ def _raise_first(errors: list[tuple[float, int, BaseException]]) -> None:
     own = [e for e in errors if not isinstance(e[2], CommError)]
     _, rank, error = min(own or errors, key=lambda e: e[:2])
     others = [
-        f"rank {r}: {str(e).splitlines()[0]}"
+        f"rank {r}: {(str(e) or type(e).__name__).splitlines()[0]}"
         for _, r, e in sorted(errors, key=lambda e: e[1])
         if r != rank
     ]

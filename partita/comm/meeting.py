@@ -11,9 +11,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from partita.comm.protocol import Message
+from partita.comm.protocol import Message, ReduceOp
 from partita.comm.table import Status, describe
 
 DEADLINE_S = 60.0
@@ -92,3 +93,17 @@ class Meeting:
             self.finished.add(rank)
             self.status[rank].left = True
             self.check()
+
+
+def reduce_in_order(xs: list[Tensor], op: ReduceOp) -> Tensor:
+    """In rank order; bf16 and fp16 add up in fp32 and round once."""
+    if op == "max":
+        out = xs[0].clone()
+        for x in xs[1:]:
+            out = torch.maximum(out, x)
+        return out
+    low = xs[0].dtype in (torch.bfloat16, torch.float16)
+    out = xs[0].float() if low else xs[0].clone()
+    for x in xs[1:]:
+        out += x
+    return out.to(xs[0].dtype)

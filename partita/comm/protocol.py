@@ -3,8 +3,9 @@
 A collective returns a new tensor, or a Handle when it is started with `start_...`; `Handle.wait()`
 means "work issued after this on the current lane sees the result" and never blocks a CUDA host. The
 handle keeps the buffers alive until then. All ranks of a group issue a lane's collectives in one
-order. Collectives never modify their argument. Sums go in rank order where the implementation can
-(local, shm, single), so that a run repeats bit for bit.
+order. Collectives never modify their argument, unless they are told to write there: `out` of the started
+ones takes the result, and may be the argument or a part of it. Sums go in rank order where the
+implementation can (local, shm, single), so that a run repeats bit for bit.
 
 Every call names its `site` ('blocks.3.attention.wo:reduce_from'): the recorder writes it, and an
 error shows it. The phase and the step come from `Where`, which the executor moves.
@@ -109,16 +110,23 @@ class Comm(Protocol):
         """Returns when all ranks of the group have entered. Moves no bytes, is not recorded."""
         ...
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
-        """As all_reduce, under way; x must not change until `wait`."""
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
+        """As all_reduce, under way; x must not change until `wait`, nor `out` be read. `out`, contiguous
+        and shaped as the result, takes it; it may be x itself (in place)."""
         ...
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
-        """As all_gather, under way."""
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
+        """As all_gather, under way. x may be this rank's part of `out`."""
         ...
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
-        """As reduce_scatter, under way."""
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
+        """As reduce_scatter, under way. `out` may be this rank's part of x; the rest of x stays."""
         ...
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:

@@ -140,24 +140,30 @@ class RecordingComm:
         """Moves no bytes: not recorded."""
         self.inner.barrier(site=site)
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
         """Recorded when started."""
         start = time.perf_counter()
-        handle = self.inner.start_all_reduce(x, site=site, op=op)
+        handle = self.inner.start_all_reduce(x, site=site, op=op, out=out)
         self._record("all_reduce", x, site, start)
         return _Timed(handle, self.recorder)
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Recorded when started."""
         start = time.perf_counter()
-        handle = self.inner.start_all_gather(x, site=site, dim=dim)
+        handle = self.inner.start_all_gather(x, site=site, dim=dim, out=out)
         self._record("all_gather", x, site, start)
         return _Timed(handle, self.recorder)
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Recorded when started."""
         start = time.perf_counter()
-        handle = self.inner.start_reduce_scatter(x, site=site, dim=dim)
+        handle = self.inner.start_reduce_scatter(x, site=site, dim=dim, out=out)
         self._record("reduce_scatter", x, site, start)
         return _Timed(handle, self.recorder)
 

@@ -42,17 +42,23 @@ def region_bytes(num_ranks: int) -> int:
 
 
 class _Pending:
-    """A collective whose first chunk is handed over."""
+    """A collective that has its place in the group's order; `begun`: its first chunk is handed over."""
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish: Callable[[], Tensor] | None = finish
+    def __init__(self, begin: Callable[[], int], finish: Callable[[_Pending], Tensor]) -> None:
+        self._begin, self.begun, self.first = begin, False, 0
+        self._finish: Callable[[_Pending], Tensor] | None = finish
         self._value: Tensor | None = None
+
+    def begin(self) -> None:
+        """Hands the first chunk over."""
+        if not self.begun:
+            self.first, self.begun = self._begin(), True
 
     def wait(self) -> Tensor:
         """Meets the others and returns the result."""
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self._value = finish()
+            self._value = finish(self)
         assert self._value is not None
         return self._value
 
@@ -173,19 +179,22 @@ class ShmComm:
         result: Callable[[], Tensor],
         extra: int = 0,
     ) -> Handle:
-        """`write(chunk, meeting)` fills the own slot, `read(chunk, meeting)` takes from all slots."""
-        digest = self.digest(message[0], extra)
-        while self._pending and (chunks > 1 or len(self._pending) > 1):
-            self._pending[0].wait()
-        write(0, self.make_room(message))
-        first = self.hand_over(digest)
-        many = chunks > 1
+        """`write(chunk, meeting)` fills the own slot, `read(chunk, meeting)` takes from all slots.
 
-        def finish() -> Tensor:
+        There are two buffers: of the collectives under way the first two of one chunk are handed over
+        at once; what comes later, and one of many chunks, waits with its bytes until its turn."""
+        digest = self.digest(message[0], extra)
+
+        def begin() -> int:
+            write(0, self.make_room(message))
+            return self.hand_over(digest)
+
+        def finish(pending: _Pending) -> Tensor:
             while self._pending[0] is not pending:
                 self._pending[0].wait()
+            pending.begin()
             for chunk in range(chunks):
-                k = first + chunk
+                k = pending.first + chunk
                 if chunk:
                     write(chunk, self.make_room(message))
                     self.hand_over(digest)
@@ -196,17 +205,20 @@ class ShmComm:
             self.world.board.leave()
             return result()
 
-        pending = _Pending(finish)
+        pending = _Pending(begin, finish)
+        at_once = chunks == 1 and len(self._pending) < 2 and all(p.begun for p in self._pending)
         self._pending.append(pending)
-        if many:
-            pending.wait()  # chunks of two collectives must not mix
+        if at_once:
+            pending.begin()
         return pending
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
         """Every rank adds up all slots, in rank order."""
         note = self.enter("all_reduce", x, site)
         source = x.detach().contiguous().view(-1)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
         each = SLOT // x.element_size()
         size = x.element_size()
@@ -226,13 +238,15 @@ class ShmComm:
         chunks = max(-(-source.numel() // each), 1)
         return self._start(note, write, read, chunks, lambda: out, int(op == "max"))
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Every rank copies all slots to their places."""
         note = self.enter("all_gather", x, site)
         small = x.numel() * x.element_size() <= SLOT
         shape = list(x.shape)
         shape[dim] *= self.size
-        out = torch.empty(shape, dtype=x.dtype)
+        out = torch.empty(shape, dtype=x.dtype) if out is None else out
         if small:
             places = out.chunk(self.size, dim)
             size = x.numel() * x.element_size()
@@ -278,13 +292,15 @@ class ShmComm:
 
         return self._start(note, write, read, -(-source.numel() // each), result, dim)
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """Every rank adds up its part of all slots."""
         note = self.enter("reduce_scatter", x, site)
         parts = x.detach().chunk(self.size, dim)
         shape, count, size = parts[0].shape, parts[0].numel(), x.element_size()
         each = SLOT // size // self.size
-        out = torch.empty(shape, dtype=x.dtype)
+        out = torch.empty(shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
         whole = count <= each  # then strided parts are copied straight into the slot
         rows = None if whole else [p.reshape(-1) for p in parts]

@@ -50,17 +50,23 @@ class SingleComm:
     def barrier(self, *, site: str) -> None:
         """Nobody to wait for."""
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
         """x, done."""
-        return Done(x)
+        return Done(x if out is None else out.copy_(x))
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """x, done."""
-        return Done(x)
+        return Done(x if out is None else out.copy_(x))
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """x, done."""
-        return Done(x)
+        return Done(x if out is None else out.copy_(x))
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """A rank alone has nobody to send to."""

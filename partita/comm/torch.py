@@ -182,25 +182,41 @@ class TorchComm:
         """This rank's part of the sum."""
         return self.start_reduce_scatter(x, site=site, dim=dim).wait()
 
-    def start_all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Handle:
-        """Low precision adds up in fp32."""
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
+        """Low precision adds up in fp32; in place where `out` is x."""
         note = self._enter("all_reduce", x, site)
-        out = x.detach().to(torch.float32) if x.dtype in LOW else x.detach().clone()
+        source = x.detach()
+        if x.dtype in LOW:
+            held = source.to(torch.float32)
+        elif out is None:
+            held = source.clone()
+        else:
+            held = out if out.data_ptr() == x.data_ptr() else out.copy_(source)
         kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
-        work = self.run(lambda: dist.all_reduce(out, kind, self.group, async_op=True), *note)
-        return _Work(self, work, lambda: out.to(x.dtype), note)
+        work = self.run(lambda: dist.all_reduce(held, kind, self.group, async_op=True), *note)
+        return _Work(self, work, lambda: _into(out, held, x.dtype), note)
 
-    def start_all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
-        """Gathers into one buffer."""
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
+        """Gathers into the places of `out` where they are contiguous, else into buffers."""
         note = self._enter("all_gather", x, site)
         source = x.detach().contiguous()
-        parts = [torch.empty_like(source) for _ in range(self.size)]
+        direct = out is not None and dim == 0
+        places = out.chunk(self.size) if direct else [torch.empty_like(source) for _ in self.ranks]
+        parts = [places[i] for i in self._ours]
         work = self.run(lambda: dist.all_gather(parts, source, self.group, async_op=True), *note)
-        return _Work(
-            self, work, lambda: torch.cat([parts[i] for i in self._place], dim), note, keeps=source
-        )
 
-    def start_reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Handle:
+        def joined() -> Tensor:
+            return out if direct else _into(out, torch.cat(places, dim), x.dtype)
+
+        return _Work(self, work, joined, note, keeps=source)
+
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
         """An all_to_all of the parts, added up in rank order."""
         note = self._enter("reduce_scatter", x, site)
         parts = [p.contiguous() for p in x.detach().chunk(self.size, dim)]
@@ -214,7 +230,7 @@ class TorchComm:
         def added() -> Tensor:
             low = came.dtype in LOW
             every = (came.float() if low else came)[self._place]
-            return every.sum(0).to(x.dtype)
+            return _into(out, every.sum(0), x.dtype)
 
         return _Work(self, work, added, note, keeps=source)
 
@@ -271,6 +287,13 @@ class TorchComm:
         tag = _tag(key)
         work = self.run(lambda: dist.irecv(out, self.ranks[source], self.group, tag), *note)
         return _Work(self, work, lambda: out, note)
+
+
+def _into(out: Tensor | None, found: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result where it is wanted, in the dtype of what was handed in."""
+    if out is None:
+        return found.to(dtype)
+    return out if out.data_ptr() == found.data_ptr() else out.copy_(found)
 
 
 def _tag(key: Key) -> int:

@@ -26,6 +26,11 @@ def test_large_tensors_and_overlap(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_results_in_place(kind, tmp_path):
+    assert worlds.run(kind, 3, tmp_path, contract.in_place) == [("ok", 3)] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_messages_by_key(kind, tmp_path):
     assert worlds.run(kind, 3, tmp_path, contract.messages) == [("ok", 12)] * 3
 

@@ -22,6 +22,12 @@ def test_large_tensors_and_overlap():
         assert len(set(ranks.run(contract.large_and_overlapped))) == 1
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_results_in_place(size):
+    with local(size) as ranks:
+        assert ranks.run(contract.in_place) == [size] * size
+
+
 def test_messages_by_key():
     with local(4) as ranks:
         assert ranks.run(contract.messages) == [12] * 4
@@ -29,6 +35,7 @@ def test_messages_by_key():
 
 def test_a_rank_alone():
     assert contract.collectives(SingleWorld(), 20) == 20
+    assert contract.in_place(SingleWorld()) == 1
 
 
 @pytest.mark.parametrize("how", ["op", "shape", "order"])
