@@ -7,6 +7,7 @@ stream agree, under sp each rank draws its own positions, and a replay draws the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,6 @@ class Dropout:
             self.seed, step, self.site, samples, shape=self.shape, box=self.box, p=self.probability
         )
 
-    def __call__(self, x: Tensor, step: int, samples: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: int, batch: Any) -> Tensor:
         """x with elements dropped, the others scaled by 1 / (1 - p); keeps the mask."""
-        return x * self.mask(step, samples) * (1.0 / (1.0 - self.probability))
+        return x * self.mask(step, batch.samples) * (1.0 / (1.0 - self.probability))

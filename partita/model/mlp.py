@@ -37,7 +37,7 @@ class MLP:
         with made_again(a, lambda: self.activate(h), "mlp.act" in self.remakes):
             y = self.down(a, replay)
         if self.drop_residual is not None and training:
-            y = self.drop_residual(y, step, batch.samples)
+            y = self.drop_residual(y, step, batch)
         return x + y
 
     def activate(self, h: Tensor) -> Tensor:

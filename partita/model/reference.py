@@ -111,14 +111,17 @@ class Reference:
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        if s.sliding_window:
+            mask = mask.triu(1 - s.sliding_window)
         if documents is not None:
             mask = (mask & (documents.unsqueeze(-1) == documents.unsqueeze(-2))).unsqueeze(1)
         if s.dropout and self.training:
             scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
             a = self.drop(f"{name}.attention.core", scores.softmax(-1), samples) @ v
         else:
+            plain = documents is None and not s.sliding_window
             a = scaled_dot_product_attention(
-                q, k, v, attn_mask=None if documents is None else mask, is_causal=documents is None
+                q, k, v, attn_mask=None if plain else mask, is_causal=plain
             )
         wo = self.weight(f"{name}.attention.wo").flatten(1)
         y = a.transpose(1, 2).flatten(2) @ wo.t()

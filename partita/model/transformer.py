@@ -14,6 +14,7 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
+from partita.model.core import Core, Explicit, Flash
 from partita.model.dropout import Dropout
 from partita.model.mlp import MLP
 from partita.model.rope import tables
@@ -72,6 +73,15 @@ class Maker:
         shape = tuple(d.size for d in tensor.dims[1:])
         return Dropout(self.context.seed, f"{self.name}.{site}", self.spec.dropout, shape, box)
 
+    def core(self, future: Tensor | None, again: bool) -> Core:
+        """Attention proper; `future` is the causal mask of explicit probabilities, which backward makes
+        `again` or not."""
+        drop = self.dropout("attention.core", "p_mask")
+        if drop is None:
+            return Flash(self.spec.sliding_window)
+        assert future is not None
+        return Explicit(drop, future, self.spec.sliding_window, again)
+
     def _span(self, dim: Any) -> tuple[int, int]:
         size = dim.local(self.laid.sizes)
         place = 0
@@ -116,7 +126,7 @@ class EmbeddingBlock:
         if self.position is not None:
             h = AddPosition.apply(h, self.position, self._span[0])
         if self.drop is not None and self.training:
-            h = self.drop(h, self.step, batch.samples)
+            h = self.drop(h, self.step, batch)
         return h
 
 
@@ -161,8 +171,7 @@ class LayerBlock:
             make.local("k", "kv_heads"),
             spec.head_dim,
             rope,
-            future,
-            make.dropout("attention.core", "p_mask") if drops else None,
+            make.core(future, "attention.softmax" in remakes),
             make.dropout("attention.residual", "ao_mask") if drops else None,
             remakes,
         )

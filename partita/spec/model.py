@@ -74,6 +74,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # llama
     rope_scaling: RopeScaling | None = None  # llama
+    sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
     name: str = ""
 
@@ -132,8 +133,11 @@ class ModelSpec:
         self, seq_len: int, convention: Convention = "model_causal"
     ) -> float:
         """FLOPs of the two products QK' and PV of one layer, a token, forward."""
-        full = 4.0 * seq_len * self.heads * self.head_dim
-        return full / 2 if convention == "model_causal" else full
+        per_key = 4.0 * self.heads * self.head_dim
+        if convention != "model_causal":
+            return per_key * seq_len
+        w = min(self.sliding_window or seq_len, seq_len)
+        return per_key * (w - w * w / (2.0 * seq_len))
 
     def forward_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"
@@ -267,6 +271,8 @@ def _check_relations(spec: ModelSpec) -> None:
         raise UsageError(text, key="kv_heads")
     if not 0.0 <= spec.dropout < 1.0:
         raise UsageError(f"{spec.dropout} is not within 0 <= dropout < 1", key="dropout")
+    if not 0 <= spec.sliding_window <= _LIMITS["max_seq_len"]:
+        raise UsageError(f"{spec.sliding_window} is absurd", key="sliding_window")
     if not 0.0 < spec.norm_eps < 1.0:
         raise UsageError(f"{spec.norm_eps} is not within 0 < norm_eps < 1", key="norm_eps")
     if spec.family == "llama":

@@ -6,6 +6,7 @@ import verify_jobs
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.local import local
+from partita.model.core import Explicit
 from partita.parallel.laid import local_shape
 from partita.parallel.read import kept_bytes, op_flops
 from partita.record.transfer import summarise
@@ -29,8 +30,8 @@ def constants(blocks):
         attention = getattr(block, "attention", None)
         if attention is not None:
             found |= {t.untyped_storage().data_ptr() for t in attention.rope or ()}
-            if attention.future is not None:
-                found.add(attention.future.untyped_storage().data_ptr())
+            if isinstance(attention.core, Explicit):
+                found.add(attention.core.future.untyped_storage().data_ptr())
     return found
 
 

@@ -140,6 +140,16 @@ def test_a_position_sees_earlier_ones_of_its_document_alone(spec):
         assert torch.equal(changed, seen & (documents[0] == documents[0, place]))
 
 
+@pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_window_hides_what_lies_before_it(spec):
+    """One layer: a token three places back does not change a query that sees three keys."""
+    judge, ids = make(replace(spec, sliding_window=3, layers=1)), batch(1).ids
+    other = ids.clone()
+    other[0, 2] = (other[0, 2] + 1) % 5
+    changed = (judge.logits(ids) != judge.logits(other)).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4]
+
+
 def test_positions_do_not_restart_with_a_document():
     judge, ids = make(GPT2), batch(1).ids
     cut = judge.logits(ids, torch.tensor([[0] * 4 + [1] * 6]))[:, 4:]

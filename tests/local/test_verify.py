@@ -51,6 +51,12 @@ def test_less_kept_changes_no_number(less, family, model, folder):
     assert found.equal, str(found)
 
 
+@pytest.mark.parametrize("family, dropout", [("llama", 0.0), ("gpt2", 0.2)])
+def test_a_sliding_window(family, dropout, folder):
+    job = verify_jobs.job(folder, "tp2+sp fp64", family, sliding_window=3, dropout=dropout)
+    assert verify(job).equal
+
+
 def test_tied_llama_and_untied_gpt2(folder):
     for family, tied in (("llama", True), ("gpt2", False)):
         found = verify(verify_jobs.job(folder, "tp2+sp pp2/2mb fp64", family, tied=tied))

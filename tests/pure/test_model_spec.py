@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_flops_by_hand() -> None:
     assert model.train_flops_per_token(16, recompute="full") == 3 * model.forward_flops_per_token(
         16
     )
+
+
+def test_a_window_bounds_the_keys_a_query_sees() -> None:
+    """Window w of s keys: w(w+1)/2 + (s-w)w pairs, s w - w^2/2 without the diagonal's half."""
+    whole = ModelSpec(
+        family="llama", layers=1, hidden=8, heads=2, ffn_hidden=8, vocab=8, max_seq_len=64
+    )
+    narrow = replace(whole, sliding_window=16)
+    per_pair = 4 * whole.hidden
+    assert narrow.attention_flops_per_token(64) == per_pair * (16 * 64 - 16**2 / 2) / 64
+    assert replace(whole, sliding_window=64).attention_flops_per_token(64) == per_pair * 32
 
 
 def test_flops_are_six_times_parameters() -> None:

@@ -131,6 +131,12 @@ _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id"
 
 def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """config.json of the model: what transformers 4 and 5 both read."""
+    if spec.sliding_window:
+        raise UsageError(
+            f"a sliding window of {spec.sliding_window} keys has no export yet: Llama's and GPT-2's "
+            "config.json cannot say it",
+            key="sliding_window",
+        )
     shared = {
         **_NO_SPECIAL_TOKENS,
         "tie_word_embeddings": spec.tied,

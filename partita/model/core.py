@@ -1,0 +1,93 @@
+"""Attention proper on one rank's heads: q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq,
+head_dim] -> [batch, heads, seq, head_dim].
+
+    Flash      q, k, v, the output and its log-sum-exp are kept
+    Explicit   probabilities and their dropout mask are kept
+
+A query sees the keys of its own document that are not behind it, the last `window` of them where there is
+a window. Grouped-query heads are not copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from partita.model.dropout import Dropout
+from partita.parallel.cp.visible import Tokens, visible
+from partita.parallel.recompute.replay import Again
+
+
+class Core(Protocol):
+    """What an attention segment calls; `training` turns dropout on."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
+    ) -> Tensor:
+        """Attention of every query of this rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Flash:
+    """The kernel that keeps no probabilities (Dao et al. 2022)."""
+
+    window: int = 0
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
+    ) -> Tensor:
+        """Causal without a mask where nothing else hides a key."""
+        s = q.shape[-2]
+        plain = batch.documents is None and not 0 < self.window < s
+        mask = None
+        if not plain:
+            tokens = Tokens.first(s, batch.documents, q.device)
+            mask = visible(tokens, tokens, self.window).unsqueeze(1)
+        return scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=plain,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Probabilities are made whole, so that they can be dropped. `future` is True above the diagonal;
+    `again`: backward makes them from q, k, v."""
+
+    drop: Dropout
+    future: Tensor
+    window: int = 0
+    again: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
+    ) -> Tensor:
+        """softmax(q k) dropped, times v."""
+        if not training:
+            return Flash(self.window)(q, k, v, batch, step, training)
+        s = q.shape[-2]
+        hidden = self.future[:s, :s]
+        if batch.documents is not None or 0 < self.window < s:
+            tokens = Tokens.first(s, batch.documents, q.device)
+            hidden = ~visible(tokens, tokens, self.window).unsqueeze(1)
+
+        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group = q.shape[1] // k.shape[1]
+            if group > 1:
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            return self.drop(probs, step, batch) @ v
+
+        if self.again and torch.is_grad_enabled():
+            return Again.apply(explicit, q, k, v)  # type: ignore[return-value]
+        return explicit(q, k, v)
