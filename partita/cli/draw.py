@@ -208,12 +208,7 @@ def _hold_to_limit(
 
 def _raise_over(made: Schedule, held: str, limit: str, shares: float | None) -> None:
     p, m = made.num_ranks, made.num_microbatches
-    others = [
-        name
-        for name in GENERATORS
-        if shares is not None and name != "forward"
-        if max(clocks.peak_share(schedule(name, num_ranks=p, num_microbatches=m))) <= shares
-    ]
+    others = [] if shares is None else [n for n in GENERATORS if _share(n, p, m) <= shares]
     hint = (
         f"; within it: {', '.join(others)}" if others else "; fewer ranks or microbatches hold less"
     )
@@ -221,6 +216,15 @@ def _raise_over(made: Schedule, held: str, limit: str, shares: float | None) -> 
         f"{made.name} on {p} ranks with {m} microbatches holds {held}, the limit is {limit}{hint}"
     )
     raise ScheduleError(message)
+
+
+def _share(name: str, p: int, m: int) -> float:
+    """The share that a schedule of a step holds; infinite where there is none for p and m."""
+    try:
+        made = schedule(name, num_ranks=p, num_microbatches=m)
+    except ScheduleError:
+        return math.inf
+    return math.inf if made.is_forward_only else max(clocks.peak_share(made))
 
 
 def _write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None) -> None:

@@ -9,7 +9,19 @@ An action prints as <stage><kind><microbatch>: ``2F0`` is stage 2, forward, micr
     B  whole backward       SEND_F, RECV_F  an activation to the next, from the previous stage
     I  input-gradient half  SEND_B, RECV_B  a gradient to the previous, from the next stage
     W  weight-gradient half
+and, added by passes (passes.py, residence.py); those without a microbatch print as ``2REDUCE``:
+    UNSHARD, RESHARD  gather the stage's weights, drop all but the shard
+    REDUCE            sum the stage's gradients over its data-parallel ranks
+    OFFLOAD, RELOAD   move what F kept for one microbatch to the host, and back
+    FREE              nothing needs what F kept for this microbatch any more
 The names are those of torch.distributed.pipelining, so that its CSV files read and write.
+
+Where stages lie (`placement`):
+    line           stage s on rank s                   rank   0  1  2  3
+    loop           stage s on rank s mod p                    0  1  2  3  /  4  5  6  7
+    vee            chunk 0 down, chunk 1 up again             0  1  2  3  /  7  6  5  4
+    bidirectional  two copies of every stage; direction 0     0  1  2  3
+                   runs stage s on rank s, 1 on p-1-s         3  2  1  0
 """
 
 from __future__ import annotations
@@ -18,10 +30,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 COMPUTE = ("F", "B", "I", "W", "U")
 COMMUNICATION = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
+WEIGHTS = ("UNSHARD", "RESHARD", "REDUCE")
+ACTIVATIONS = ("OFFLOAD", "RELOAD", "FREE")
+KINDS = COMPUTE + COMMUNICATION + WEIGHTS + ACTIVATIONS
+STEP = -1  # the microbatch of an action that is of no single one
+
+Versions = Literal["flush", "newest", "vertical", "previous"]
 
 
 class Action(NamedTuple):
@@ -32,7 +50,7 @@ class Action(NamedTuple):
     microbatch: int
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
+        return f"{self.stage}{self.kind}{self.microbatch if self.microbatch != STEP else ''}"
 
     @property
     def is_send(self) -> bool:
@@ -59,6 +77,12 @@ class Action(NamedTuple):
         """What names the message of a SEND or RECV: (F or B, the stage that consumes it, microbatch)."""
         return self.what, self.peer_stage if self.is_send else self.stage, self.microbatch
 
+    @property
+    def channel(self) -> tuple[str, int]:
+        """The stream of messages it belongs to, one a direction and consuming stage: within a channel
+        microbatches are consumed in the order they are sent; across channels they are not."""
+        return self.key[:2]
+
 
 Placement = tuple[int, ...]
 
@@ -70,6 +94,12 @@ class Schedule:
     `placement[stage]` is the rank that holds the stage. A bidirectional schedule has a pair of
     placements, and `direction[microbatch]` says which of them the microbatch follows. `paired` holds
     actions that run overlapped with the next one of their rank.
+
+    `versions` says which weights a microbatch sees, counted in updates (U) of the stage:
+        flush     one version a step: the schedule has no U, or has them after the last backward
+        newest    F uses the newest, B the version its own F used (PipeDream's weight stashing)
+        vertical  every stage uses the version that stage 0 used (PipeDream's vertical sync)
+        previous  batch b uses version max(0, b-1) on every stage (PipeDream-2BW)
     """
 
     name: str
@@ -80,11 +110,32 @@ class Schedule:
     ranks: tuple[tuple[Action, ...], ...]
     direction: tuple[int, ...] | None = None
     paired: frozenset[Action] = frozenset()
+    versions: Versions = "flush"
 
     @property
     def virtual_stages(self) -> int:
         """Stages a rank holds in one direction."""
         return max(self.num_stages // self.num_ranks, 1)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether stages update their weights before the step's last backward."""
+        return self.versions != "flush"
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether every stage has two copies, one for each direction of microbatches."""
+        return self.direction is not None
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that lie on the rank, of all directions, each once."""
+        return tuple(
+            sorted({s for way in self._placements for s, r in enumerate(way) if r == rank})
+        )
+
+    def ranks_of(self, stage: int) -> tuple[int, ...]:
+        """The ranks that hold a copy of the stage: one, or the two ends of a bidirectional one."""
+        return tuple(dict.fromkeys(way[stage] for way in self._placements))
 
     @property
     def is_forward_only(self) -> bool:

@@ -1,4 +1,7 @@
-"""Passes over schedules: communication added around compute, steps repeated."""
+"""Passes over schedules: communication added around compute, halves split and joined, steps repeated.
+
+What they add for weights and activations is in residence.py.
+"""
 
 from __future__ import annotations
 
@@ -76,4 +79,44 @@ def repeat(schedule: Schedule, steps: int) -> Schedule:
         ),
         direction=schedule.direction * steps if schedule.direction is not None else None,
         paired=frozenset(later(a, step) for step in range(steps) for a in schedule.paired),
+    )
+
+
+def fused(schedule: Schedule) -> Schedule:
+    """I with the W of its microbatch right behind it becomes B: one backward costs less than two halves.
+
+    >>> from partita.schedule.make import schedule
+    >>> print(fused(schedule("zb_h1", num_ranks=2, num_microbatches=2)))
+    0F0,0F1,0B0,0B1
+    1F0,1I0,1F1,1I1,1W0,1W1
+    """
+    ranks = []
+    for actions in schedule.ranks:
+        row: list[Action] = []
+        for action in actions:
+            half = action._replace(kind="I")
+            if action.kind == "W" and row and row[-1] == half and half not in schedule.paired:
+                row[-1] = action._replace(kind="B")
+            else:
+                row.append(action)
+        ranks.append(tuple(row))
+    return replace(schedule, ranks=tuple(ranks))
+
+
+def halved(schedule: Schedule) -> Schedule:
+    """Every B as I with its W right behind it: the gradient leaves before the weight half runs."""
+
+    def halves(action: Action) -> tuple[Action, ...]:
+        kinds = "IW" if action.kind == "B" else ()
+        return tuple(action._replace(kind=kind) for kind in kinds) or (action,)
+
+    ranks = tuple(tuple(h for a in actions for h in halves(a)) for actions in schedule.ranks)
+    return replace(schedule, ranks=ranks)
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """The forwards alone, in order, for evaluation; a bidirectional one still feeds both ends."""
+    ranks = tuple(tuple(a for a in actions if a.kind == "F") for actions in schedule.ranks)
+    return replace(
+        schedule, name=f"{schedule.name} forward", ranks=ranks, paired=frozenset(), versions="flush"
     )

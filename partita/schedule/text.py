@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from partita.base.errors import ScheduleError, UsageError
-from partita.schedule.ir import Action, Schedule
+from partita.schedule.ir import COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
 
-_ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W|U)(\d+)")
+_ACTION = re.compile(rf"(\d+)({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d*)")
 _OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
 
 
@@ -24,12 +24,13 @@ def parse_action(text: str) -> Action:
     Action(stage=2, kind='F', microbatch=0)
     """
     found = _ACTION.fullmatch(text.strip())
-    if not found:
+    kind = found[2].removesuffix("_GRAD") if found else ""
+    if not found or not (found[3] or kind in WEIGHTS):
         raise UsageError(
             f"'{text.strip()}' is not an action: write <stage><kind><microbatch>, e.g. 2F0; "
-            "kinds are F B I W U SEND_F RECV_F SEND_B RECV_B"
+            f"kinds are {' '.join(KINDS)}"
         )
-    return Action(int(found[1]), found[2], int(found[3]))
+    return Action(int(found[1]), kind, int(found[3]) if found[3] else STEP)
 
 
 def cells(actions: Iterable[Action], paired: frozenset[Action] = frozenset()) -> list[str]:
@@ -58,7 +59,7 @@ def print_ranks(ranks: Sequence[Sequence[Action]]) -> str:
 def parse_schedule(text: str, name: str = "file") -> Schedule:
     """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off.
 
-    SEND and RECV actions are dropped: they are added again when it runs. Raises UsageError for a
+    Only compute actions are kept: what passes add is added again when it runs. Raises UsageError for a
     cell that is no action, ScheduleError for a stage that lies on two ranks.
     """
     paired: set[Action] = set()
@@ -69,8 +70,10 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
         except UsageError as error:
             raise UsageError(f"{name}, line {row + 1}: {error.message}") from None
     actions = [a for r in ranks for a in r]
-    if not actions:
-        raise UsageError(f"{name} holds no action; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1")
+    if not any(a.kind == "F" for a in actions):
+        raise UsageError(
+            f"{name} holds no forward; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1"
+        )
     return Schedule(
         name=name,
         num_ranks=len(ranks),
@@ -90,7 +93,7 @@ def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
         parts = list(found.groups()) if found else cell.split("+")
         actions = [parse_action(part) for part in parts] if cell else []
         paired.update(actions[:-1])
-        out += [a for a in actions if not (a.is_send or a.is_receive)]
+        out += [a for a in actions if a.kind in COMPUTE]
     return tuple(out)
 
 

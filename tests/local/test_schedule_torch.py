@@ -1,19 +1,51 @@
-"""GPipe against torch's own generator. Its 1F1B list is wrong on the last rank and judges nothing."""
+"""Our lists against torch's own generators. Its 1F1B list is wrong on the last rank and judges nothing."""
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
-from torch.distributed.pipelining.schedules import ScheduleGPipe
+from torch.distributed.pipelining import schedules as torchs
 
 from partita.schedule.make import schedule
+from partita.schedule.text import cells, parse_schedule
 
 
-@pytest.mark.parametrize("p", [1, 2, 4, 8])
-@pytest.mark.parametrize("m", [1, 3, 8])
-def test_gpipe_is_torchs(p, m):
-    only_sizes = SimpleNamespace(_num_stages=p, _n_microbatches=m)
-    torchs = ScheduleGPipe._get_pipeline_order(only_sizes)
-    ours = schedule("gpipe", num_ranks=p, num_microbatches=m)
+def cells_of_torch(kind: type, p: int, m: int, v: int) -> list[list[str]]:
+    """Each rank's cells as torch's generator lists them, idle places left out."""
+    rounds = max(1, m // p)
+    out = []
     for rank in range(p):
-        cells = [str(a) for a in torchs[rank] if a is not None]
-        assert [c for c in cells if "REDUCE" not in c] == [str(a) for a in ours.ranks[rank]]
+        sizes = SimpleNamespace(
+            pp_group_size=p, rank=rank, n_local_stages=v, _num_stages=p * v, num_stages=p * v,
+            _n_microbatches=m, _stages=range(v), number_of_rounds=rounds, microbatches_per_round=m // rounds,
+        )  # fmt: skip
+        if kind is torchs.ScheduleGPipe:
+            listed = kind._get_pipeline_order(sizes)[rank]
+        else:
+            listed = MethodType(kind._calculate_single_rank_operations, sizes)(rank)
+        out.append([str(a) for a in listed if a is not None and "REDUCE" not in str(a)])
+    return out
+
+
+KINDS = {
+    "gpipe": (torchs.ScheduleGPipe, (1,)),
+    "interleaved_1f1b": (torchs.ScheduleInterleaved1F1B, (1, 2, 3)),
+    "looped_bfs": (torchs.ScheduleLoopedBFS, (1, 2, 3)),
+    "zb_h1": (torchs.ScheduleInterleavedZeroBubble, (1,)),
+    "zb_v": (torchs.ScheduleZBVZeroBubble, (2,)),
+    "dualpipev": (torchs.ScheduleDualPipeV, (2,)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_the_lists_are_torchs(name, p):
+    kind, virtual = KINDS[name]
+    for v in virtual:
+        for m in (2 * p, 3 * p, 32):
+            ours = schedule(name, num_ranks=p, num_microbatches=m, virtual_stages=v)
+            theirs = cells_of_torch(kind, p, m, v)
+            read = parse_schedule("\n".join(",".join(row) for row in theirs))
+            assert read.ranks == ours.ranks, (p, m, v)
+            assert read.placement == ours.placement
+            pairs = [cells(row, read.paired) for row in read.ranks]
+            assert pairs == [cells(row, ours.paired) for row in ours.ranks]

@@ -13,9 +13,14 @@ from functools import lru_cache
 
 from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.ir import Schedule
+from partita.schedule.make.dualpipe import dualpipe, dualpipev
 from partita.schedule.make.forward import forward
 from partita.schedule.make.gpipe import gpipe
+from partita.schedule.make.interleaved import interleaved_1f1b
+from partita.schedule.make.looped_bfs import looped_bfs
 from partita.schedule.make.one_f_one_b import one_f_one_b
+from partita.schedule.make.zb_v import zb_v
+from partita.schedule.make.zero_bubble import zb_h1, zb_h2
 from partita.schedule.text import read_schedule
 
 MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
@@ -23,16 +28,28 @@ MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """A generator and what it takes: `virtual` says whether a rank may hold several stages."""
+    """A generator and the stages a rank holds: 1, 2 (a vee), or as many as are asked for (None)."""
 
     make: Callable[..., Schedule]
-    virtual: bool = False
+    stages: int | None = 1
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the number of stages a rank is free."""
+        return self.stages is None
 
 
 GENERATORS = {
     "gpipe": Generator(gpipe),
     "1f1b": Generator(one_f_one_b),
-    "forward": Generator(forward, virtual=True),
+    "interleaved_1f1b": Generator(interleaved_1f1b, stages=None),
+    "looped_bfs": Generator(looped_bfs, stages=None),
+    "zb_h1": Generator(zb_h1),
+    "zb_h2": Generator(zb_h2),
+    "zb_v": Generator(zb_v, stages=2),
+    "dualpipe": Generator(dualpipe),
+    "dualpipev": Generator(dualpipev, stages=2),
+    "forward": Generator(forward, stages=None),
 }
 
 
@@ -41,8 +58,9 @@ def schedule(
 ) -> Schedule:
     """The schedule `name` for p ranks, m microbatches and v stages a rank.
 
-    `name` is a row of GENERATORS, or 'file:<path>.csv' (torch's action CSV). Raises UsageError for an
-    unknown name or option, ScheduleError where the schedule does not exist for these numbers.
+    `name` is a row of GENERATORS, or 'file:<path>.csv' (torch's action CSV). Where the schedule itself
+    fixes v at 2 (a vee), 1 stands for it. Raises UsageError for an unknown name or option,
+    ScheduleError where the schedule does not exist for these numbers.
 
     >>> print(schedule("1f1b", num_ranks=2, num_microbatches=2))
     0F0,0F1,0B0,0B1
@@ -71,10 +89,11 @@ def schedule(
     hold_to_size(num_ranks * virtual_stages, num_microbatches)
     if generator.virtual:
         return _made(generator, num_ranks, num_microbatches, virtual_stages)
-    if virtual_stages != 1:
+    if virtual_stages not in (1, generator.stages):
         others = ", ".join(n for n, g in GENERATORS.items() if g.virtual)
+        count = "one stage" if generator.stages == 1 else f"{generator.stages} stages"
         raise ScheduleError(
-            f"{name} has one stage a rank, {virtual_stages} were asked for; several have: {others}"
+            f"{name} has {count} a rank, {virtual_stages} were asked for; any number have: {others}"
         )
     return _made(generator, num_ranks, num_microbatches)
 

@@ -1,14 +1,17 @@
-"""Placements: how stages lie on ranks.
+"""Placements: how stages lie on ranks (pictures in schedule/ir.py).
 
-line  stage s -> rank s                 one stage a rank
-loop  stage s -> rank s mod p           v stages a rank
+line           stage s -> rank s               one stage a rank
+loop           stage s -> rank s mod p         v stages a rank
+vee            stage s -> min(s, 2p-1-s)       two stages a rank: rank r holds r and 2p-1-r
+bidirectional  stage s -> rank s or p-1-s      two copies of every stage, one for each direction
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from partita.schedule.ir import Action, Schedule
+from partita.base.errors import ScheduleError
+from partita.schedule.ir import Action, Placement, Schedule
 
 RankList = Callable[[int], Iterable[Action]]
 
@@ -22,12 +25,44 @@ def loop(
     name: str, num_ranks: int, num_microbatches: int, virtual_stages: int, rank_list: RankList
 ) -> Schedule:
     """A schedule of v stages a rank: rank r holds stages r, p+r, 2p+r, ..."""
-    num_stages = num_ranks * virtual_stages
-    return Schedule(
-        name=name,
-        num_ranks=num_ranks,
-        num_stages=num_stages,
-        num_microbatches=num_microbatches,
-        placement=tuple(stage % num_ranks for stage in range(num_stages)),
-        ranks=tuple(tuple(rank_list(rank)) for rank in range(num_ranks)),
-    )
+    placement = loop_placement(num_ranks, virtual_stages)
+    return _placed(name, num_ranks, num_microbatches, placement, rank_list)
+
+
+def vee(name: str, num_ranks: int, num_microbatches: int, rank_list: RankList) -> Schedule:
+    """A schedule of two stages a rank, down and up again: rank r holds stages r and 2p-1-r."""
+    return _placed(name, num_ranks, num_microbatches, vee_placement(num_ranks), rank_list)
+
+
+def bidirectional(
+    name: str, num_ranks: int, direction: tuple[int, ...], rank_list: RankList
+) -> Schedule:
+    """A schedule of two copies of each stage; microbatch k goes in `direction[k]`."""
+    p = num_ranks
+    ways = (tuple(range(p)), tuple(reversed(range(p))))
+    ranks = tuple(tuple(rank_list(rank)) for rank in range(p))
+    return Schedule(name, p, p, len(direction), ways, ranks, direction=direction)
+
+
+def loop_placement(num_ranks: int, virtual_stages: int) -> Placement:
+    """The rank of each of the pv stages of a loop."""
+    return tuple(stage % num_ranks for stage in range(num_ranks * virtual_stages))
+
+
+def vee_placement(num_ranks: int) -> Placement:
+    """The rank of each of the 2p stages of a vee."""
+    return tuple(min(stage, 2 * num_ranks - 1 - stage) for stage in range(2 * num_ranks))
+
+
+def _placed(
+    name: str, num_ranks: int, num_microbatches: int, placement: Placement, rank_list: RankList
+) -> Schedule:
+    ranks = tuple(tuple(rank_list(rank)) for rank in range(num_ranks))
+    return Schedule(name, num_ranks, len(placement), num_microbatches, placement, ranks)
+
+
+def require(holds: bool, name: str, asked: str, rule: str, instead: str = "") -> None:
+    """Raises ScheduleError unless the generator's rule holds; `instead` takes these numbers."""
+    if not holds:
+        hint = f"; {instead}" if instead else ""
+        raise ScheduleError(f"{name} does not exist for {asked}: it needs {rule}{hint}")
