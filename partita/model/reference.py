@@ -1,4 +1,4 @@
-"""The judge: Llama and GPT-2 in plain PyTorch, on one device, with no parallelism in it.
+"""The judge: Llama (with experts or without) and GPT-2 in plain PyTorch, on one device, not parallel.
 
 Weights are a dict of logical tensors by full name ('blocks.3.attention.wq' [heads, head_dim, hidden]; see
 docs/map.md). Under bf16 it makes the casts that every plan makes, and no others:
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from partita.comm.seeds import dropout_box
+from partita.model.reference_moe import Auxiliary, moe
 from partita.model.rope import rotate, tables
 from partita.spec.families import program
 from partita.spec.model import ModelSpec
@@ -61,6 +62,7 @@ class Reference:
         self.spec, self.weights, self.seed, self.see = spec, weights, seed, see
         self.dtype = dtype or next(iter(weights.values())).dtype
         self.training, self.step = True, 0
+        self.auxiliary = Auxiliary()  # of the experts, since `loss` or `logits` was called last
 
     def weight(self, name: str) -> Tensor:
         """A weight in the compute dtype."""
@@ -68,7 +70,7 @@ class Reference:
 
     def hidden(self, ids: Tensor, documents: Tensor | None, samples: Tensor | None) -> Tensor:
         """[batch, seq, hidden] before the head."""
-        s = self.spec
+        s, self.auxiliary = self.spec, Auxiliary()
         x = self.weight("embedding.table")[ids.clamp(min=0)]
         if s.has_positions:
             x = x + self.weight("embedding.position")[: ids.shape[1]]
@@ -136,8 +138,10 @@ class Reference:
         return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        """Norm, then SwiGLU, or GELU (tanh) with biases."""
+        """Norm, then experts, SwiGLU, or GELU (tanh) with biases."""
         h = self.norm(f"{name}.mlp.norm", x)
+        if self.spec.has_experts(int(name.rpartition(".")[2])):
+            return moe(self.spec, self.weight, name, h, self.auxiliary)
         if self.spec.family == "llama":
             gate, up = (h @ w.t() for w in self.weight(f"{name}.mlp.gate_up"))
             return (silu(gate) * up) @ self.weight(f"{name}.mlp.down").t()
@@ -171,15 +175,25 @@ class Reference:
 def loss_and_gradients(
     reference: Reference, microbatches: Sequence[Batch]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The step's loss and the gradient of every weight, microbatch by microbatch."""
+    """The step's loss and the gradient of every weight, microbatch by microbatch. The experts' auxiliary
+    losses are means over the step's samples; they are in the gradients and not in the loss. A balance
+    bias has no gradient: its experts' counts stand there."""
     leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
     judge = Reference(reference.spec, leaves, reference.dtype, reference.seed, reference.see)
     judge.step, judge.training = reference.step, reference.training
     total = max(sum(int(counted(b).sum()) for b in microbatches), 1)
-    loss = 0.0
+    samples = sum(b.ids.shape[0] for b in microbatches)
+    gradients = {n: torch.zeros_like(w) for n, w in leaves.items()}
+    loss, seen = 0.0, Auxiliary()
     for batch in microbatches:
         part = judge.loss(batch, total)
-        part.backward()
+        (part + judge.auxiliary.loss / samples).backward()
         loss += float(part.detach())
-    zeros = torch.zeros_like
-    return loss, {n: zeros(w) if w.grad is None else w.grad for n, w in leaves.items()}
+        seen.add(judge.auxiliary)
+    reference.auxiliary = seen
+    gradients |= {n: w.grad for n, w in leaves.items() if w.grad is not None}
+    if reference.spec.router_bias:
+        for name, counts in seen.counts.items():
+            bias = f"{name}.router.balance_bias"
+            gradients[bias] = counts.to(gradients[bias].dtype)
+    return loss, gradients

@@ -186,6 +186,10 @@ def _later(request: Request) -> list[Problem]:
                     nearest=nearest,
                 )
             )
+    if request.model.experts:
+        asked, limit = f"experts {request.model.experts}", "a dense model"
+        message = "models with experts cannot be laid in this version"
+        found.append(error("ep", "available", message, asked=asked, limit=limit))
     if request.plan.offload.to != "none":
         nearest = str(request.plan.with_("offload", to="none", targets=()))
         asked = f"offload:{request.plan.offload.to}"

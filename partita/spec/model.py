@@ -3,6 +3,8 @@
     llama    RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases, tied or not
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
 
+A llama may have experts in place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
+
 FLOPs count matrix products only, two for each multiply-add, under one of three conventions:
 
     model_causal    attention's two products count half, as causal attention needs only half of them
@@ -20,19 +22,10 @@ from typing import Any, Literal
 from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
+from partita.spec.model_check import LIMITS, check_experts, check_range, check_relations
 
 PRESETS = Path(__file__).parent / "presets" / "models"
 Convention = Literal["model_causal", "model_full", "hw"]
-_LIMITS = {
-    "layers": 100_000,
-    "hidden": 10_000_000,
-    "heads": 1_000_000,
-    "kv_heads": 1_000_000,
-    "head_dim": 1_000_000,
-    "ffn_hidden": 100_000_000,
-    "vocab": 1_000_000_000,
-    "max_seq_len": 1_000_000_000,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +45,7 @@ class RopeScaling:
                 f"{self.low_freq_factor} must be less than high_freq_factor {self.high_freq_factor}",
                 key="low_freq_factor",
             )
-        if not 1 <= self.original_max_seq_len <= _LIMITS["max_seq_len"]:
+        if not 1 <= self.original_max_seq_len <= LIMITS["max_seq_len"]:
             raise UsageError(f"{self.original_max_seq_len} is absurd", key="original_max_seq_len")
 
 
@@ -76,10 +69,25 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None  # llama
     sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
+    experts: int = 0  # 0: dense; llama
+    top_k: int = 0  # experts a token is sent to
+    expert_ffn_hidden: int = 0  # 0: ffn_hidden
+    shared_experts: int = 0  # of expert_ffn_hidden each, seen by every token
+    dense_layers: int = 0  # leading layers without experts
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalise_top_k: bool = True  # a token's gates add up to router_scale
+    router_scale: float = 1.0
+    router_groups: int = 1  # experts lie in so many groups, a token's in router_top_groups of them
+    router_top_groups: int = 1
+    router_bias: bool = False  # balances the choice without a loss (DeepSeek-V3)
+    router_bias_rate: float = 1e-3  # what the bias moves in an update
+    balance_loss: float = 0.0  # coefficient, of each sequence
+    z_loss: float = 0.0  # coefficient, of each token
+    capacity_factor: float | None = None  # None: no token is dropped
     name: str = ""
 
     def __post_init__(self) -> None:
-        _check_range(self, "layers", "hidden", "heads", "vocab", "max_seq_len")
+        check_range(self, "layers", "hidden", "heads", "vocab", "max_seq_len")
         if not self.head_dim and self.hidden % self.heads:
             raise UsageError(
                 f"hidden {self.hidden} is not divisible by heads {self.heads} (or state head_dim)",
@@ -91,10 +99,13 @@ class ModelSpec:
             "ffn_hidden": self.ffn_hidden or (4 * self.hidden if self.family == "gpt2" else 0),
             "tied": self.family == "gpt2" if self.tied is None else self.tied,
         }
+        if self.experts:
+            derived["expert_ffn_hidden"] = self.expert_ffn_hidden or derived["ffn_hidden"]
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        _check_range(self, "kv_heads", "head_dim", "ffn_hidden")
-        _check_relations(self)
+        check_range(self, "kv_heads", "head_dim", "ffn_hidden")
+        check_relations(self)
+        check_experts(self)
 
     @property
     def has_biases(self) -> bool:
@@ -106,28 +117,45 @@ class ModelSpec:
         """Whether positions are learned (max_seq_len rows), not rotated in."""
         return self.family == "gpt2"
 
-    @property
-    def matmul_weights_per_layer(self) -> int:
-        """Elements of a layer's weight matrices."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        matrices = 3 if self.family == "llama" else 2
-        return self.hidden * (2 * q + 2 * kv + matrices * self.ffn_hidden)
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (from 0) has experts in place of its mlp."""
+        return self.experts > 0 and layer >= self.dense_layers
 
     @property
-    def parameters_per_layer(self) -> int:
-        """Exact number of parameters of one layer."""
-        if not self.has_biases:
-            return self.matmul_weights_per_layer + 2 * self.hidden
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
+
+    @property
+    def _attention_weights(self) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biases = q + 2 * kv + self.hidden + self.ffn_hidden + self.hidden
-        return self.matmul_weights_per_layer + biases + 4 * self.hidden
+        return self.hidden * (2 * q + 2 * kv)
+
+    def _mlp_weights(self, width: int) -> int:
+        return self.hidden * width * (3 if self.family == "llama" else 2)
+
+    def matmul_weights(self, active: bool = True) -> int:
+        """Elements of all layers' weight matrices; `active`: those that one token meets."""
+        routed = self.top_k if active else self.experts
+        moe = self._mlp_weights(self.expert_ffn_hidden * (routed + self.shared_experts))
+        moe += self.experts * self.hidden
+        dense = self.layers - self.expert_layers
+        mlps = dense * self._mlp_weights(self.ffn_hidden) + self.expert_layers * moe
+        return self.layers * self._attention_weights + mlps
 
     def parameters(self) -> int:
         """Exact number of parameters; a tied table counts once, padding not at all."""
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
-        positions = self.max_seq_len * self.hidden if self.has_positions else 0
-        final_norm = self.hidden * (2 if self.has_biases else 1)
-        return tables + positions + self.layers * self.parameters_per_layer + final_norm
+        found = tables + self.matmul_weights(active=False) + (2 * self.layers + 1) * self.hidden
+        if self.router_bias:
+            found += self.expert_layers * self.experts
+        if self.has_positions:
+            found += self.max_seq_len * self.hidden
+        if self.has_biases:
+            q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            linears = q + 2 * kv + self.hidden + self.ffn_hidden + self.hidden
+            found += self.layers * (linears + 2 * self.hidden) + self.hidden
+        return found
 
     def attention_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"
@@ -144,8 +172,8 @@ class ModelSpec:
     ) -> float:
         """FLOPs of one forward pass, a token of a sequence of `seq_len`; lookups cost nothing."""
         attention = self.attention_flops_per_token(seq_len, convention)
-        layer = 2.0 * self.matmul_weights_per_layer + attention
-        return self.layers * layer + 2.0 * self.vocab * self.hidden
+        layers = 2.0 * self.matmul_weights() + self.layers * attention
+        return layers + 2.0 * self.vocab * self.hidden
 
     def train_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal", recompute: str = "none"
@@ -155,9 +183,8 @@ class ModelSpec:
         flops = 3.0 * self.forward_flops_per_token(seq_len, convention)
         if convention != "hw" or recompute == "none":
             return flops
-        attention = self.attention_flops_per_token(seq_len, convention)
-        again = attention + (2.0 * self.matmul_weights_per_layer if recompute == "full" else 0.0)
-        return flops + self.layers * again
+        attention = self.layers * self.attention_flops_per_token(seq_len, convention)
+        return flops + attention + (2.0 * self.matmul_weights() if recompute == "full" else 0.0)
 
     @staticmethod
     def preset_names() -> list[str]:
@@ -171,7 +198,7 @@ class ModelSpec:
 
     @staticmethod
     def from_hf_config(path: str | Path) -> ModelSpec:
-        """A Hugging Face folder or its config.json (model_type llama or gpt2)."""
+        """A Hugging Face folder or its config.json (model_type llama, mixtral or gpt2)."""
         from partita.spec.model_hf import read_hf_config
 
         return read_hf_config(path)
@@ -194,6 +221,8 @@ class ModelSpec:
                 kept.pop("head_dim", None)
             if "heads" in rest and base.kv_heads == base.heads:
                 kept.pop("kv_heads", None)
+            if "ffn_hidden" in rest and base.expert_ffn_hidden == base.ffn_hidden:
+                kept.pop("expert_ffn_hidden", None)
             if rest:
                 kept["name"] = f"{base.name} changed" if base.name else ""
             rest = {**kept, **rest}
@@ -254,36 +283,3 @@ def _base(
             path
         ), rest
     return None, rest
-
-
-def _check_range(spec: ModelSpec, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if name == "ffn_hidden" and value == 0:
-            raise UsageError("missing, and family llama has no default for it", key=name)
-        if not 1 <= value <= _LIMITS[name]:
-            raise UsageError(f"{value} is not within 1..{_LIMITS[name]}", key=name)
-
-
-def _check_relations(spec: ModelSpec) -> None:
-    if spec.heads % spec.kv_heads:
-        text = f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}"
-        raise UsageError(text, key="kv_heads")
-    if not 0.0 <= spec.dropout < 1.0:
-        raise UsageError(f"{spec.dropout} is not within 0 <= dropout < 1", key="dropout")
-    if not 0 <= spec.sliding_window <= _LIMITS["max_seq_len"]:
-        raise UsageError(f"{spec.sliding_window} is absurd", key="sliding_window")
-    if not 0.0 < spec.norm_eps < 1.0:
-        raise UsageError(f"{spec.norm_eps} is not within 0 < norm_eps < 1", key="norm_eps")
-    if spec.family == "llama":
-        if spec.head_dim % 2:
-            raise UsageError(f"RoPE turns pairs: {spec.head_dim} is odd", key="head_dim")
-        if spec.rope_theta < 1.0:
-            raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
-        if spec.dropout:
-            raise UsageError("family llama has no dropout", key="dropout")
-    elif spec.kv_heads != spec.heads or spec.heads * spec.head_dim != spec.hidden:
-        text = f"family gpt2 has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
-        raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
-    elif spec.rope_scaling is not None:
-        raise UsageError("family gpt2 has learned positions", key="rope_scaling")

@@ -37,6 +37,8 @@ _GPT2 = {
     "tied": "tie_word_embeddings",
     "norm_eps": "layer_norm_epsilon",
 }
+_MIXTRAL = _LLAMA | {"experts": "num_local_experts", "top_k": "num_experts_per_tok"}
+_NAMES = {"llama": _LLAMA, "gpt2": _GPT2, "mixtral": _MIXTRAL}
 # key -> the values under which ModelSpec describes the same model
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {
@@ -45,6 +47,13 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_bias": (False,),
         "attention_dropout": (0.0,),
         "partial_rotary_factor": (1.0,),
+    },
+    "mixtral": {
+        "hidden_act": ("silu", "swish"),
+        "attention_dropout": (0.0,),
+        "router_jitter_noise": (0.0,),
+        "output_router_logits": (False,),
+        "sliding_window": (),
     },
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -63,19 +72,20 @@ def read_hf_config(path: str | Path) -> ModelSpec:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _ONLY:
         raise UsageError(
-            f"{file}: model_type: {kind!r} is not supported; llama and gpt2 are",
+            f"{file}: model_type: {kind!r} is not supported; {', '.join(_ONLY)} are",
             file=str(file),
             key="model_type",
         )
     for key, accepted in _ONLY[kind].items():
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
-    names = _LLAMA if kind == "llama" else _GPT2
+    names = _NAMES[kind]
     table = {
         ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
     }
-    table |= {"family": kind, "name": file.parent.name if path.is_dir() else ""}
-    if kind == "llama":
+    family = "gpt2" if kind == "gpt2" else "llama"
+    table |= {"family": family, "name": file.parent.name if path.is_dir() else ""}
+    if family == "llama":
         table = {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False} | table | _rope(config, file)
     else:
         table = {"max_seq_len": 1024} | table | _dropout(config, file)
@@ -88,7 +98,8 @@ def read_hf_config(path: str | Path) -> ModelSpec:
 
 
 def _refuse(file: Path, key: str, value: Any, accepted: tuple[Any, ...]) -> UsageError:
-    text = f"{file}: {key}: {value!r} is not supported; accepted: {', '.join(map(repr, accepted))}"
+    known = ", ".join(map(repr, accepted)) or "null"
+    text = f"{file}: {key}: {value!r} is not supported; accepted: {known}"
     return UsageError(text, file=str(file), key=key)
 
 

@@ -12,7 +12,7 @@ from an input or from a weight makes that value, or that gradient, partial over 
 
 Rooms cut dims and insert *regions*: ops that only move data, each with its events. A laid program is
 again a Program. Names of dims are the interface between rooms: batch (dp), seq (cp, then ulysses, then
-sp), heads, kv_heads, ffn, vocab (tp), experts (ep); others are never cut.
+sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep); others are never cut.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ ROLES = (
     "value",  # carries a gradient
     "weight",
     "stat",  # a float that backward needs or the loss is made of
+    "aux",  # an auxiliary loss: a second output of its block, where backward starts too
     "constant",  # a float without a gradient: a running maximum
+    "route",  # integers the block computes: which experts a token goes to
     "mask",
     "index",
     "label",
@@ -39,7 +41,10 @@ ROLES = (
 @dataclass(frozen=True, slots=True)
 class Dim:
     """A named dim. `cut` lists the mesh axes that cut it, outermost first; `of` the dims it is folded
-    from: cutting one of them cuts it too. `padded`: it is padded until it divides (vocab)."""
+    from: cutting one of them cuts it too. `padded`: it is padded until it divides (vocab).
+
+    A fold may be sparse: `slots` are those (expert, sample, position) that a router chose, and how many a
+    rank has is data. `sizes` may say it by the dim's name; else it is the even share."""
 
     name: str
     size: int
@@ -53,6 +58,8 @@ class Dim:
 
     def local(self, sizes: Sizes) -> int:
         """The largest share of a rank. Fewer units than ways: ranks share one unit."""
+        if self.of and self.name in sizes:
+            return sizes[self.name]
         return -(-self.size // self.ways(sizes))
 
 

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.loss import loss_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mixtral import modeling_mixtral as mixtral
 
 SEQ = 24
 LLAMA3 = {
@@ -34,6 +43,19 @@ ISLANDS: list[tuple[Any, str, tuple[tuple[str, int, str], ...]]] = [
     ),
     (ROPE_INIT_FUNCTIONS, "llama3", (("dtype=torch.float)", 1, "dtype=torch.float64)"),)),
     (llama, "eager_attention_forward", (("torch.float32", 1, "torch.float64"),)),
+    (mixtral.MixtralRMSNorm, "forward", (("torch.float32", 1, "torch.float64"),)),
+    (
+        mixtral.MixtralRotaryEmbedding,
+        "forward",
+        ((".float()", 1, ".double()"), ("dtype=torch.float)", 1, "dtype=torch.float64)")),
+    ),
+    (
+        mixtral.MixtralRotaryEmbedding,
+        "compute_default_rope_parameters",
+        (("dtype=torch.float)", 1, "dtype=torch.float64)"),),
+    ),
+    (mixtral, "eager_attention_forward", (("torch.float32", 1, "torch.float64"),)),
+    (mixtral.MixtralTopKRouter, "forward", ((".float()", 1, ".double()"),)),
     (loss_utils.LOSS_MAPPING, "ForCausalLM", (("logits.float()", 1, "logits.double()"),)),
 ]
 
@@ -79,19 +101,37 @@ def gpt2_config(**changes) -> GPT2Config:
     )  # fmt: skip
 
 
+def mixtral_config(**changes) -> MixtralConfig:
+    """Two of five experts."""
+    return MixtralConfig(
+        **{
+            "vocab_size": 61, "hidden_size": 32, "intermediate_size": 20, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "num_local_experts": 5,
+            "num_experts_per_tok": 2, "max_position_embeddings": SEQ, "tie_word_embeddings": False,
+            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
+            "experts_implementation": "eager",
+        }
+        | changes
+    )  # fmt: skip
+
+
 CONFIGS = {
     "llama": llama_config,
     "llama-tied": lambda: llama_config(tie_word_embeddings=True),
     "llama3-rope": lambda: llama_config(rope_parameters=LLAMA3),
+    "mixtral": mixtral_config,
     "gpt2": gpt2_config,
     "gpt2-untied": lambda: gpt2_config(tie_word_embeddings=False),
 }
 
 
+MODELS = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel, "mixtral": MixtralForCausalLM}
+
+
 def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **options) -> Path:
     """A folder as transformers writes it, every weight random, norms and biases too."""
     config = CONFIGS[kind]()
-    model = (LlamaForCausalLM if kind.startswith("llama") else GPT2LMHeadModel)(config).to(dtype)
+    model = MODELS[kind.partition("-")[0].removesuffix("3")](config).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -103,9 +143,30 @@ def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **op
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float64):
     """What transformers makes of a folder; fails if it met a name it did not know, or missed one."""
-    kind = LlamaForCausalLM if "llama" in (folder / "config.json").read_text() else GPT2LMHeadModel
-    model, info = kind.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def by_file_name(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by the names of the files: transformers stacks the experts that a file holds one by one."""
+    found = {}
+    for name, x in parameters.items():
+        head, _, tail = name.partition(".mlp.")
+        if tail == "experts.gate_up_proj":
+            for e, gate_up in enumerate(x):
+                for w, part in zip(("w1", "w3"), gate_up.chunk(2), strict=True):
+                    found[f"{head}.block_sparse_moe.experts.{e}.{w}.weight"] = part
+        elif tail == "experts.down_proj":
+            found |= {f"{head}.block_sparse_moe.experts.{e}.w2.weight": w for e, w in enumerate(x)}
+        elif tail == "gate.weight":
+            found[f"{head}.block_sparse_moe.gate.weight"] = x
+        else:
+            found[name] = x
+    return found

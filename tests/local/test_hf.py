@@ -57,7 +57,8 @@ def theirs(folder, documents=None):
         out.logits, labels=None, shift_labels=labels, vocab_size=61, num_items_in_batch=valid.sum()
     )
     loss.backward()
-    return out.logits.detach(), loss.item(), {n: p.grad for n, p in model.named_parameters()}
+    gradients = hf_models.by_file_name({n: p.grad for n, p in model.named_parameters()})
+    return out.logits.detach(), loss.item(), gradients
 
 
 def ours(folder, documents=None):

@@ -32,6 +32,7 @@ TINY: dict[str, Any] = {
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),
         ("tinyllama-1.1b", 1_100_048_384),
+        ("mixtral-8x7b", 46_702_792_704),
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
@@ -220,7 +221,7 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
         ({**LLAMA, "rope_scaling": 3}, "an object is wanted"),
         ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({**LLAMA, "num_attention_heads": "4"}, "num_attention_heads"),
-        ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama and gpt2 are"),
+        ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama, mixtral, gpt2 are"),
         ({**GPT2, "embd_pdrop": 0.1}, "embd_pdrop: 0.1"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gpt2"}, "n_layer"),
@@ -245,3 +246,55 @@ def test_load_names_the_nearest_preset(tmp_path: Path) -> None:
     path.write_text('preset = "tiny"\nlayrs = 3\n')
     with pytest.raises(UsageError, match=r"m\.toml: layrs: unknown key; did you mean 'layers'"):
         ModelSpec.load(path)
+
+
+MOE = {
+    "family": "llama",
+    "layers": 3,
+    "hidden": 8,
+    "heads": 2,
+    "ffn_hidden": 12,
+    "vocab": 7,
+    "max_seq_len": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"top_k": 2}, "top_k"),
+        ({"experts": 4}, "top_k"),
+        ({"experts": 4, "top_k": 5}, "top_k"),
+        ({"experts": 4, "top_k": 2, "dense_layers": 3}, "dense_layers"),
+        ({"experts": 4, "top_k": 2, "router_groups": 3}, "router_groups"),
+        ({"experts": 6, "top_k": 3, "router_groups": 3}, "router_top_groups"),
+        ({"experts": 4, "top_k": 2, "capacity_factor": 0.0}, "capacity_factor"),
+        ({"experts": 4, "top_k": 2, "family": "gpt2"}, "experts"),
+    ],
+)
+def test_experts_that_cannot_be(fields: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError) as error:
+        ModelSpec.from_toml({**MOE, **fields})
+    assert error.value.key == f"model.{key}"
+
+
+def test_experts_count_in_parameters_and_only_the_chosen_in_flops() -> None:
+    dense = ModelSpec.from_toml(MOE)
+    moe = ModelSpec.from_toml(
+        {
+            **MOE,
+            "experts": 4,
+            "top_k": 2,
+            "shared_experts": 1,
+            "expert_ffn_hidden": 5,
+            "dense_layers": 1,
+        }
+    )
+    expert, router, mlp = 3 * 8 * 5, 4 * 8, 3 * 8 * 12
+    assert moe.parameters() - dense.parameters() == 2 * (5 * expert + router - mlp)
+    more = moe.forward_flops_per_token(4) - dense.forward_flops_per_token(4)
+    assert more == 2 * 2 * (3 * expert + router - mlp)
+    assert (
+        ModelSpec.from_toml({**moe.to_toml(), "router_bias": True}).parameters()
+        == moe.parameters() + 8
+    )

@@ -35,6 +35,31 @@ def test_published_parameter_counts(name) -> None:
     assert program(spec).parameters() == spec.parameters() == count
 
 
+def test_experts_as_a_program() -> None:
+    """Every weight once, work of the chosen experts alone, and the auxiliary losses as further outputs."""
+    spec = model(
+        experts=4,
+        top_k=2,
+        shared_experts=1,
+        dense_layers=1,
+        router_bias=True,
+        balance_loss=0.01,
+        z_loss=0.1,
+    )
+    made = program(spec, 2)
+    assert made.parameters() == spec.parameters()
+    assert len({id(b) for b in made.blocks}) == 4
+    assert [w for b in made.blocks for w in well_formed(b)] == []
+    tokens = 2 * spec.max_seq_len
+    work = sum(flops(b, {})["F"] for b in made.blocks)
+    assert work == tokens * spec.forward_flops_per_token(spec.max_seq_len, "model_full")
+    layer = made.blocks[2]
+    assert [s.name for s in layer.segments] == [
+        "attention", "mlp", "shared", "router", "dispatch", "experts", "combine",
+    ]  # fmt: skip
+    assert {t.name for t in layer.tensors.values() if t.role == "aux"} == {"balance", "z"}
+
+
 def test_gpt3_counts_174604_million() -> None:
     """Brown et al. 2020 print 174,600M (table 2.1)."""
     assert program(GPT3).parameters() == GPT3.parameters()

@@ -116,7 +116,7 @@ def _join(sources: list[Source], get: Callable[[str], Tensor]) -> Tensor:
     parts = []
     for source in sorted(sources, key=lambda s: s.offset):
         value = get(source.name).detach()
-        value = value if source.part is None else value[source.part]
+        value = value[source.part]
         parts.append(value.reshape(source.num_rows, -1))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     whole = whole.t() if sources[0].transposed else whole
@@ -165,6 +165,8 @@ def _llama_config(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": None,
     }
+    if spec.experts:
+        config |= _mixtral_config(spec)
     if spec.rope_scaling is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",
@@ -174,6 +176,27 @@ def _llama_config(spec: ModelSpec) -> dict[str, Any]:
             "original_max_position_embeddings": spec.rope_scaling.original_max_seq_len,
         }
     return config
+
+
+def _mixtral_config(spec: ModelSpec) -> dict[str, Any]:
+    """What a Mixtral adds. Raises UsageError for a router or experts that it has not."""
+    others = {
+        "router": "softmax", "normalise_top_k": True, "router_scale": 1.0, "router_groups": 1,
+        "router_bias": False, "shared_experts": 0, "dense_layers": 0, "capacity_factor": None,
+    }  # fmt: skip
+    for name, only in others.items():
+        if getattr(spec, name) != only:
+            text = f"{name} = {getattr(spec, name)} has no place in a Mixtral, which has {only}"
+            raise UsageError(f"{text}: this model has no Hugging Face layout yet", key=name)
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "intermediate_size": spec.expert_ffn_hidden,
+        "num_local_experts": spec.experts,
+        "num_experts_per_tok": spec.top_k,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+    }
 
 
 def _gpt2_config(spec: ModelSpec) -> dict[str, Any]:

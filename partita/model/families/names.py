@@ -3,6 +3,9 @@
                 ours                                    transformers
 llama           attention.wq [heads, head_dim, hidden]  self_attn.q_proj [heads * head_dim, hidden]
                 mlp.gate_up [2, ffn, hidden]            mlp.gate_proj, mlp.up_proj [ffn, hidden]
+mixtral         router.gate [experts, hidden]           block_sparse_moe.gate
+                experts.gate_up [experts, 2, ffn, hidden]   block_sparse_moe.experts.E.w1, w3 [ffn, hidden]
+                experts.down [experts, hidden, ffn]     block_sparse_moe.experts.E.w2 [hidden, ffn]
 gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
                 mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
 """
@@ -23,7 +26,7 @@ OUTPUT_TABLE = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The file tensor that holds one of our tensors, or its slice `part` along the first dim.
+    """The file tensor that holds one of our tensors, or its slice at `part` of the first dims.
 
     `dims` are the logical sizes that it holds. The first `rows` of them fold into its rows, the others
     into its columns; rows = len(dims) makes a vector. A `transposed` matrix lies with its columns
@@ -37,7 +40,7 @@ class Source:
     transposed: bool = False
     offset: int = 0
     total: int = 0
-    part: int | None = None
+    part: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -76,21 +79,41 @@ def names(spec: ModelSpec) -> tuple[Source, ...]:
 
 def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
     ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-    attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
+    attention = f"{theirs}self_attn."
     q = (spec.heads, spec.head_dim, spec.hidden)
     kv = (spec.kv_heads, spec.head_dim, spec.hidden)
-    wide = (spec.ffn_hidden, spec.hidden)
-    return [
+    found = [
         Source(f"{ours}attention.norm", f"{theirs}input_layernorm.weight", (spec.hidden,), 1),
         Source(f"{ours}attention.wq", f"{attention}q_proj.weight", q, 2),
         Source(f"{ours}attention.wk", f"{attention}k_proj.weight", kv, 2),
         Source(f"{ours}attention.wv", f"{attention}v_proj.weight", kv, 2),
         Source(f"{ours}attention.wo", f"{attention}o_proj.weight", (spec.hidden, *q[:2]), 1),
         Source(f"{ours}mlp.norm", f"{theirs}post_attention_layernorm.weight", (spec.hidden,), 1),
-        Source(f"{ours}mlp.gate_up", f"{mlp}gate_proj.weight", wide, 1, part=0),
-        Source(f"{ours}mlp.gate_up", f"{mlp}up_proj.weight", wide, 1, part=1),
-        Source(f"{ours}mlp.down", f"{mlp}down_proj.weight", wide[::-1], 1),
     ]
+    if spec.has_experts(i):
+        return found + _experts(spec, ours, f"{theirs}block_sparse_moe.")
+    names = (f"{theirs}mlp.{n}_proj" for n in ("gate", "up", "down"))
+    return found + _swiglu(spec, f"{ours}mlp", tuple(names), spec.ffn_hidden)
+
+
+def _swiglu(
+    spec: ModelSpec, ours: str, theirs: tuple[str, str, str], width: int, part: tuple[int, ...] = ()
+) -> list[Source]:
+    """gate, up and down of one mlp, or of one expert."""
+    wide, (gate, up, down) = (width, spec.hidden), theirs
+    return [
+        Source(f"{ours}.gate_up", f"{gate}.weight", wide, 1, part=(*part, 0)),
+        Source(f"{ours}.gate_up", f"{up}.weight", wide, 1, part=(*part, 1)),
+        Source(f"{ours}.down", f"{down}.weight", wide[::-1], 1, part=part),
+    ]
+
+
+def _experts(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    found = [Source(f"{ours}router.gate", f"{theirs}gate.weight", (spec.experts, spec.hidden), 1)]
+    for e in range(spec.experts):
+        names = (f"{theirs}experts.{e}.{w}" for w in ("w1", "w3", "w2"))
+        found += _swiglu(spec, f"{ours}experts", tuple(names), spec.expert_ffn_hidden, (e,))
+    return found
 
 
 def _gpt2_layer(spec: ModelSpec, i: int) -> list[Source]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,13 +40,13 @@ class Reader:
 
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of `box` of the logical tensor, in the file's dtype, shaped like the box."""
-        parts = self._sources[name]
-        if prod(b - a for a, b in box) == 0:
-            return torch.empty([b - a for a, b in box])
-        if parts[0].part is None:
-            return self._read(parts[0], box)
-        first, end = box[0]
-        return torch.stack([self._read(parts[p], box[1:]) for p in range(first, end)])
+        parts = {s.part: s for s in self._sources[name]}
+        size = [b - a for a, b in box]
+        if prod(size) == 0:
+            return torch.empty(size)
+        k = len(next(iter(parts)))
+        at = product(*(range(a, b) for a, b in box[:k]))
+        return torch.stack([self._read(parts[p], box[k:]) for p in at]).view(size)
 
     def _read(self, source: Source, box: Box) -> Tensor:
         k = source.rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partita.spec.families.moe import expert_sizes, moe
 from partita.spec.families.writer import Writer
 from partita.spec.program import Block, Program
 
@@ -155,14 +156,18 @@ class Family:
         act = w.op("mlp.act", "map", up, ("act", "batch seq ffn"), saves=up)
         return self.linear(w, "mlp.fc2", act, ("mo", X), "hidden ffn", "ffn")
 
-    def layer(self) -> Block:
-        """One transformer layer: an attention segment and an mlp segment."""
-        w = self.writer("layer")
+    def layer(self, experts: bool = False) -> Block:
+        """One transformer layer: an attention segment and an mlp segment, or those of experts (moe.py)."""
+        w = self.writer("moe_layer" if experts else "layer")
+        if experts:
+            w.sizes = {**w.sizes, **expert_sizes(self.spec, self.batch, self.seq)}
         x = w.tensor("x", X)
         ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"))
         x1 = self.residual(w, "attention", x, ao, "x1")
-        mo = self.mlp(w, self.norm(w, "mlp.norm", x1, "n2"))
-        return w.block(x, self.residual(w, "mlp", x1, mo, "x2"))
+        n2 = self.norm(w, "mlp.norm", x1, "n2")
+        if experts:
+            return w.block(x, self.residual(w, "combine", x1, moe(self.spec, w, n2), "x2"))
+        return w.block(x, self.residual(w, "mlp", x1, self.mlp(w, n2), "x2"))
 
     def embedding(self) -> Block:
         """Token table, and for GPT-2 positions and dropout."""
@@ -241,9 +246,10 @@ class Family:
 
 
 def transformer_program(spec: ModelSpec, batch: int, seq_len: int) -> Program:
-    """Embedding, `layers` equal layers (one object), head."""
+    """Embedding, the layers (equal ones are one object), head."""
     family = Family(spec, batch, seq_len)
-    layer = family.layer()
+    kinds = {moe: family.layer(moe) for moe in {spec.has_experts(i) for i in range(spec.layers)}}
+    layers = [kinds[spec.has_experts(i)] for i in range(spec.layers)]
     names = ("embedding", *(f"blocks.{i}" for i in range(spec.layers)), "head")
     tied = ("embedding.table",) if spec.tied else ()
-    return Program((family.embedding(), *(layer,) * spec.layers, family.head()), names, tied)
+    return Program((family.embedding(), *layers, family.head()), names, tied)

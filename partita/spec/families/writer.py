@@ -16,12 +16,18 @@ class Writer:
     name: str
     sizes: Mapping[str, int]
     padded: frozenset[str] = frozenset({"vocab"})
+    folds: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"slots": ("experts", "batch", "seq")}
+    )
     ops: list[Op] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def dims(self, names: str) -> tuple[Dim, ...]:
         """'batch seq hidden' as dims."""
-        return tuple(Dim(n, self.sizes[n], padded=n in self.padded) for n in names.split())
+        return tuple(
+            Dim(n, self.sizes[n], of=self.folds.get(n, ()), padded=n in self.padded)
+            for n in names.split()
+        )
 
     def tensor(self, name: str, dims: str, role: str = "value") -> str:
         """Declares a tensor; returns its name."""

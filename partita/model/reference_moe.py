@@ -1,0 +1,109 @@
+"""The judge's experts: a loop over them in plain PyTorch, and the auxiliary losses of a microbatch.
+
+gate      softmax or sigmoid of x W.T in fp32 (fp64 under fp64); top_k of it, the lower expert on ties
+expert    SwiGLU of the rows sent to it; added up in fp32, weighed by their gates, then rounded
+capacity  of each sequence and expert ceil(factor * seq * top_k / experts) rows; later positions are dropped
+balance   of each sequence experts / (top_k * seq) * sum of counts * mean probability (DeepSeek-V3, eq. 17)
+z         of each sequence the mean of logsumexp(logits)^2 (ST-MoE, eq. 5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, silu
+
+from partita.spec.model import ModelSpec
+
+
+@dataclass
+class Auxiliary:
+    """What the experts of one forward pass say besides their output, sums over layers and samples:
+    `loss` is what backward starts from besides the tokens' losses, times samples; `counts` by layer."""
+
+    loss: Tensor | float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+    dropped: int = 0
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: Auxiliary) -> None:
+        """Adds what another pass saw; its loss is done with."""
+        self.balance, self.z = self.balance + other.balance, self.z + other.z
+        self.dropped += other.dropped
+        for name, counts in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + counts
+
+
+def moe(
+    spec: ModelSpec, weight: Callable[[str], Tensor], name: str, h: Tensor, aux: Auxiliary
+) -> Tensor:
+    """What layer `name` makes of normalised h [batch, seq, hidden]; `weight` gives weights in h's dtype."""
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    logits = h.to(wide) @ weight(f"{name}.router.gate").to(wide).t()
+    scores = logits.softmax(-1) if spec.router == "softmax" else logits.sigmoid()
+    bias = weight(f"{name}.router.balance_bias").to(wide) if spec.router_bias else None
+    chosen = choose(spec, scores.detach(), None if bias is None else bias.detach())
+    gates = scores.gather(-1, chosen)
+    if spec.normalise_top_k:
+        gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+    gates = gates * spec.router_scale
+    picked = one_hot(chosen, spec.experts).sum(-2)  # [batch, seq, experts]
+    _losses(spec, name, logits, scores, picked, bias, aux)
+    sent = picked
+    if spec.capacity_factor is not None:
+        limit = ceil(spec.capacity_factor * h.shape[1] * spec.top_k / spec.experts)
+        sent = picked * (picked.cumsum(1) <= limit)
+        aux.dropped += int((picked - sent).sum())
+    y = torch.zeros_like(h, dtype=wide)
+    gate_up, down = weight(f"{name}.experts.gate_up"), weight(f"{name}.experts.down")
+    for e in range(spec.experts):
+        rows = sent[..., e].bool()
+        mine = (gates * (chosen == e)).sum(-1)[rows].unsqueeze(-1)
+        gate, up = (h[rows] @ w.t() for w in gate_up[e])
+        out = torch.zeros_like(y)
+        out[rows] = mine * ((silu(gate) * up) @ down[e].t()).to(wide)
+        y = y + out
+    y = y.to(h.dtype)
+    if spec.shared_experts:
+        gate, up = (h @ w.t() for w in weight(f"{name}.shared.gate_up"))
+        y = y + (silu(gate) * up) @ weight(f"{name}.shared.down").t()
+    return y
+
+
+def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
+    """int64 [..., top_k]: the experts of each token. With groups only those of the best router_top_groups
+    count, by their best score, under sigmoid by the sum of their two best (DeepSeek-V2, V3)."""
+    ranked = scores if bias is None else scores + bias
+    if spec.router_groups > 1:
+        groups = ranked.unflatten(-1, (spec.router_groups, -1))
+        best = 2 if spec.router == "sigmoid" else 1
+        worth = groups.sort(dim=-1, descending=True).values[..., :best].sum(-1)
+        kept = worth.sort(dim=-1, descending=True, stable=True).indices[
+            ..., : spec.router_top_groups
+        ]
+        open_ = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, kept, True)
+        ranked = groups.masked_fill(~open_.unsqueeze(-1), -torch.inf).flatten(-2)
+    return ranked.sort(dim=-1, descending=True, stable=True).indices[..., : spec.top_k]
+
+
+def _losses(
+    spec: ModelSpec, name: str, logits: Tensor, scores: Tensor, picked: Tensor,
+    bias: Tensor | None, aux: Auxiliary,
+) -> None:  # fmt: skip
+    seq = scores.shape[1]
+    aux.counts[name] = picked.sum((0, 1))
+    if spec.balance_loss:
+        probability = scores / scores.sum(-1, keepdim=True) if spec.router == "sigmoid" else scores
+        share = picked.sum(1) * (spec.experts / (spec.top_k * seq))
+        balance = (share * probability.mean(1)).sum()
+        aux.balance += float(balance.detach())
+        aux.loss = aux.loss + spec.balance_loss * balance
+    if spec.z_loss:
+        z = logits.logsumexp(-1).square().mean(1).sum()
+        aux.z += float(z.detach())
+        aux.loss = aux.loss + spec.z_loss * z

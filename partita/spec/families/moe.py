@@ -1,0 +1,134 @@
+"""Experts in place of a layer's mlp (Shazeer et al. 2017; DeepSeek-V3, 2412.19437): segments shared, router,
+dispatch, experts, combine.
+
+    x ─► router: scores of each expert ─► the top_k of each token, with their gates
+    x ─► dispatch: a row for each (token, chosen expert), sorted by expert ─► experts: SwiGLU each on its rows
+      ─► combine: each token's rows, weighed by its gates, added up (and to the shared experts' output)
+
+`slots` are those rows: pairs (expert, token), so the dim is folded from experts, batch and seq. Their number
+is top_k a token; where they lie after the exchange (`arrivals`) is data. `choices` are the router's columns,
+never cut; `experts` are the weights' and belong to ep.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from partita.spec.families.writer import Writer
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+
+X = "batch seq hidden"
+CHOICES, PICKS = "batch seq choices", "batch seq picks"
+
+
+def expert_sizes(spec: ModelSpec, batch: int, seq: int) -> dict[str, int]:
+    """Sizes of the dims that experts add; ffn is the shared experts'."""
+    return {
+        "experts": spec.experts,
+        "choices": spec.experts,
+        "picks": spec.top_k,
+        "slots": batch * seq * spec.top_k,
+        "expert_ffn": spec.expert_ffn_hidden,
+        "ffn": spec.shared_experts * spec.expert_ffn_hidden,
+    }
+
+
+def moe(spec: ModelSpec, w: Writer, x: str) -> str:
+    """Reads the normalised x; returns the names of what is added to the residual stream."""
+    shared = _shared(w, x) if spec.shared_experts else ""
+    gates = _router(spec, w, x)
+    w.tensor("order", PICKS, "route")
+    w.op("dispatch.count", "load", "chosen", ("loads", "choices"), role="route")
+    w.op("dispatch.send", "dispatch", f"{x} chosen", ("sent", "slots hidden"), saves="order")
+    w.op(
+        "experts.gate_up",
+        "linear",
+        "sent",
+        ("e_gu", "slots pair expert_ffn"),
+        weights={"experts.gate_up": "experts pair expert_ffn hidden"},
+        sums=("hidden",),
+        space="slots pair expert_ffn hidden",
+        saves="sent",
+    )
+    w.op("experts.act", "map", "e_gu", ("e_act", "slots expert_ffn"), saves="e_gu")
+    w.op(
+        "experts.down",
+        "linear",
+        "e_act",
+        ("back", "slots hidden"),
+        weights={"experts.down": "experts hidden expert_ffn"},
+        sums=("expert_ffn",),
+        space="slots hidden expert_ffn",
+        saves="e_act",
+    )
+    saves = f"back {gates} order"
+    y = w.op("combine.sum", "combine", f"back {gates} order", ("moe", X), saves=saves)
+    return f"{y} {shared}".strip()
+
+
+def _shared(w: Writer, x: str) -> str:
+    """Shared experts are one dense SwiGLU of their widths together: tp cuts it."""
+    gu = w.linear("shared.gate_up", x, ("s_gu", "batch seq pair ffn"), "pair ffn hidden", "hidden")
+    act = w.op("shared.act", "map", gu, ("s_act", "batch seq ffn"), saves=gu)
+    return w.linear("shared.down", act, ("so", X), "hidden ffn", "ffn")
+
+
+def _router(spec: ModelSpec, w: Writer, x: str) -> str:
+    """Scores in fp32, the choice, and the auxiliary losses: outputs of the block with seeds of their own."""
+    w.op(
+        "router.gate",
+        "linear",
+        x,
+        ("r_logits", CHOICES),
+        role="stat",
+        weights={"router.gate": "choices hidden"},
+        sums=("hidden",),
+        space=f"{CHOICES} hidden",
+        saves=x,
+    )
+    w.op(
+        "router.scores", "scores", "r_logits", ("r_scores", CHOICES), role="stat", saves="r_scores"
+    )
+    w.tensor("chosen", PICKS, "route")
+    bias = {"router.balance_bias": "choices"} if spec.router_bias else {}
+    saves = "r_scores chosen"
+    gates = w.op(
+        "router.choose",
+        "choose",
+        "r_scores",
+        ("gates", PICKS),
+        role="stat",
+        weights=bias,
+        saves=saves,
+    )
+    if spec.balance_loss:
+        w.op(
+            "router.count",
+            "count",
+            "chosen",
+            ("r_counts", "batch choices"),
+            role="constant",
+            sums=("seq",),
+        )
+        w.op(
+            "router.balance",
+            "balance",
+            "r_counts r_scores",
+            ("balance", ""),
+            role="aux",
+            sums=("batch", "seq", "choices"),
+            saves="r_counts r_scores",
+        )
+    if spec.z_loss:
+        w.op(
+            "router.z",
+            "z",
+            "r_logits",
+            ("z", ""),
+            role="aux",
+            sums=("batch", "seq", "choices"),
+            saves="r_logits",
+        )
+    return gates

@@ -1,0 +1,100 @@
+"""What sizes of a model can be: ranges, relations, and what experts need. Raises UsageError with the key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from partita.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+
+LIMITS = {
+    "layers": 100_000,
+    "hidden": 10_000_000,
+    "heads": 1_000_000,
+    "kv_heads": 1_000_000,
+    "head_dim": 1_000_000,
+    "ffn_hidden": 100_000_000,
+    "vocab": 1_000_000_000,
+    "max_seq_len": 1_000_000_000,
+}
+
+
+def check_range(spec: ModelSpec, *names: str) -> None:
+    """Sizes are at least 1 and not absurd."""
+    for name in names:
+        value = getattr(spec, name)
+        if name == "ffn_hidden" and value == 0:
+            raise UsageError("missing, and family llama has no default for it", key=name)
+        if not 1 <= value <= LIMITS[name]:
+            raise UsageError(f"{value} is not within 1..{LIMITS[name]}", key=name)
+
+
+def check_relations(spec: ModelSpec) -> None:
+    """Sizes fit each other and the family."""
+    if spec.heads % spec.kv_heads:
+        text = f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}"
+        raise UsageError(text, key="kv_heads")
+    if not 0.0 <= spec.dropout < 1.0:
+        raise UsageError(f"{spec.dropout} is not within 0 <= dropout < 1", key="dropout")
+    if not 0 <= spec.sliding_window <= LIMITS["max_seq_len"]:
+        raise UsageError(f"{spec.sliding_window} is absurd", key="sliding_window")
+    if not 0.0 < spec.norm_eps < 1.0:
+        raise UsageError(f"{spec.norm_eps} is not within 0 < norm_eps < 1", key="norm_eps")
+    if spec.family == "llama":
+        if spec.head_dim % 2:
+            raise UsageError(f"RoPE turns pairs: {spec.head_dim} is odd", key="head_dim")
+        if spec.rope_theta < 1.0:
+            raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
+        if spec.dropout:
+            raise UsageError("family llama has no dropout", key="dropout")
+    elif spec.kv_heads != spec.heads or spec.heads * spec.head_dim != spec.hidden:
+        text = f"family gpt2 has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
+        raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
+    elif spec.rope_scaling is not None:
+        raise UsageError("family gpt2 has learned positions", key="rope_scaling")
+
+
+EXPERT_FIELDS = {
+    "top_k": 0, "expert_ffn_hidden": 0, "shared_experts": 0, "dense_layers": 0, "router_bias": False,
+    "balance_loss": 0.0, "z_loss": 0.0, "capacity_factor": None, "router_groups": 1,
+}  # fmt: skip
+
+
+def check_experts(spec: ModelSpec) -> None:
+    """A model with experts says which; one without says nothing of them."""
+    if not spec.experts:
+        for name, nothing in EXPERT_FIELDS.items():
+            if getattr(spec, name) != nothing:
+                raise UsageError(f"{getattr(spec, name)} without experts", key=name)
+        return
+    if spec.family != "llama":
+        raise UsageError(f"family {spec.family} has no experts", key="experts")
+    groups, top = spec.router_groups, spec.router_top_groups
+    inside = groups > 0 and spec.experts % groups == 0
+    rules = (
+        ("experts", 2 <= spec.experts <= 1_000_000, "at least 2 experts"),
+        ("top_k", 1 <= spec.top_k <= spec.experts, f"1 to {spec.experts} experts a token"),
+        ("shared_experts", 0 <= spec.shared_experts <= 1_000_000, "0 or more"),
+        ("dense_layers", 0 <= spec.dense_layers < spec.layers, f"less than {spec.layers} layers"),
+        ("router_groups", inside, f"a divisor of {spec.experts} experts"),
+        ("router_top_groups", 1 <= top <= groups, f"1 to {groups} groups"),
+        ("balance_loss", 0 <= spec.balance_loss < 1e6, "0 or more"),
+        ("z_loss", 0 <= spec.z_loss < 1e6, "0 or more"),
+        ("router_bias_rate", 0 <= spec.router_bias_rate < 1e6, "0 or more"),
+        ("router_scale", 0 < spec.router_scale < 1e6, "more than 0"),
+        (
+            "capacity_factor",
+            spec.capacity_factor is None or spec.capacity_factor > 0,
+            "more than 0",
+        ),
+    )
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
+    if inside and spec.top_k > top * (spec.experts // groups):
+        text = (
+            f"{spec.top_k} experts a token do not lie in {top} groups of {spec.experts // groups}"
+        )
+        raise UsageError(text, key="router_top_groups")
