@@ -173,11 +173,12 @@ class Reference:
 
 
 def loss_and_gradients(
-    reference: Reference, microbatches: Sequence[Batch]
+    reference: Reference, microbatches: Sequence[Batch], scale: float = 1.0
 ) -> tuple[float, dict[str, Tensor]]:
     """The step's loss and the gradient of every weight, microbatch by microbatch. The experts' auxiliary
     losses are means over the step's samples; they are in the gradients and not in the loss. A balance
-    bias has no gradient: its experts' counts stand there."""
+    bias has no gradient: its experts' counts stand there. Backward starts from `scale`, a power of two,
+    which gradients are divided by at the end."""
     leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
     judge = Reference(reference.spec, leaves, reference.dtype, reference.seed, reference.see)
     judge.step, judge.training = reference.step, reference.training
@@ -187,11 +188,11 @@ def loss_and_gradients(
     loss, seen = 0.0, Auxiliary()
     for batch in microbatches:
         part = judge.loss(batch, total)
-        (part + judge.auxiliary.loss / samples).backward()
+        (scale * (part + judge.auxiliary.loss / samples)).backward()
         loss += float(part.detach())
         seen.add(judge.auxiliary)
     reference.auxiliary = seen
-    gradients |= {n: w.grad for n, w in leaves.items() if w.grad is not None}
+    gradients |= {n: w.grad.div_(scale) for n, w in leaves.items() if w.grad is not None}
     if reference.spec.router_bias:
         for name, counts in seen.counts.items():
             bias = f"{name}.router.balance_bias"

@@ -1,7 +1,8 @@
 """The parallel model: a `for` over blocks, a block a list of segments, built from the laid program.
 
 Regions come by site from the laid block, weights from the units by name: nothing here knows a mesh.
-Blocks are called as block(x, batch); `step`, `training` and, on the head, `total_valid` are set by the step.
+Blocks are called as block(x, batch); `step`, `loss_scale`, `training` and, on the head, `total_valid` are
+set by the step.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class EmbeddingBlock:
     """ids -> x."""
 
     def __init__(self, make: Maker) -> None:
-        self.step, self.training = 0, True
+        self.step, self.training, self.loss_scale = 0, True, 1.0
         spec = make.spec
         first, _ = make.vocab_range("embedding.table")
         at = make.regions.at("embedding.lookup")
@@ -156,7 +157,7 @@ class LayerBlock:
     def __init__(
         self, make: Maker, rope: tuple[Tensor, Tensor] | None, future: Tensor | None
     ) -> None:
-        self.step, self.training = 0, True
+        self.step, self.training, self.loss_scale = 0, True, 1.0
         spec = make.spec
         gated = spec.family == "llama"
         drops = spec.dropout > 0
@@ -201,7 +202,7 @@ class HeadBlock:
     """x -> this rank's share of the step's loss; `logits` alone for generation."""
 
     def __init__(self, make: Maker) -> None:
-        self.step, self.training, self.total_valid = 0, True, 1
+        self.step, self.training, self.total_valid, self.loss_scale = 0, True, 1, 1.0
         table = "embedding.table" if make.spec.tied else "head.table"
         self.norm = make.norm("head.norm")
         self.project = Column.of([make.weight(table)], make.regions.at("head.norm"))
@@ -215,7 +216,8 @@ class HeadBlock:
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """Sum of the valid tokens' losses over the step's valid tokens."""
-        return self.loss(self.logits(x), batch.targets, batch.valid, self.total_valid)
+        logits = self.logits(x)
+        return self.loss(logits, batch.targets, batch.valid, self.total_valid, self.loss_scale)
 
 
 def build_blocks(

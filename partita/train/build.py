@@ -29,6 +29,7 @@ from partita.parallel.deferred import WeightQueue
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.executor import Executor, Link
+from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
 from partita.schedule.make import schedule as make_schedule
 from partita.schedule.passes import with_communication
@@ -39,7 +40,9 @@ from partita.train.stage import StageBlocks
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
 from partita.train.streams import Batch
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
 EVAL_SEQUENCES = 128
 CACHE = Path("~/.cache/partita").expanduser()
 
@@ -160,6 +163,7 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
         laid, context, stage, blocks, units, _executor(job, laid, stage, context, module, reducer),
         reducer, step_comms(laid, context),
     )  # fmt: skip
+    model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
     model.forward_only = _executor(job, laid, stage, context, module, reducer, "forward")
     return model
 

@@ -120,14 +120,21 @@ class Loop:
         return {
             "step": step + 1,
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "lr": built.update.lr,
             "tokens": (step + 1) * tokens,
             "tokens_per_s": tokens / (end - begin),
             "step_time_s": end - begin,
             "peak_memory_bytes": self.recorder.peak_bytes(),
             "wall_time_s": end - start,
+            **self._scaling(),
         }
+
+    def _scaling(self) -> dict[str, float]:
+        scaler = self.built.model.scaler
+        if scaler is None:
+            return {}
+        return {"loss_scale": scaler.scale, "skipped_steps": scaler.skipped}
 
     def _facts(self, line: dict[str, Any]) -> str:
         rank, busy = self.control.slowest()

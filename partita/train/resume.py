@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import UsageError
+from partita.parallel.precision.scaler import LossScaler
 from partita.spec.layout import Box, Layout
 from partita.train.checkpoint import Ranks, load, save
 from partita.train.manifest import Header, first_difference, read_manifest
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a header states beyond the job: layouts by weight, updates done, and the fingerprints
-    {'tokenizer': ..., 'data': ...}."""
+    """What a header states beyond the job: layouts by weight, updates done, the fingerprints
+    {'tokenizer': ..., 'data': ...}, and fp16's loss scale."""
 
     layouts: Mapping[str, Layout]
     updates: int
     data: dict[str, Any]
+    scaler: LossScaler | None = None
 
 
 def header(job: Job, stated: Stated) -> Header:
@@ -49,7 +51,8 @@ def header(job: Job, stated: Stated) -> Header:
         tokenizer=stated.data["tokenizer"],
         optimizer=optimizer,
         data=stated.data["data"],
-        state={"updates": stated.updates, "seed": job.seed},
+        state={"updates": stated.updates, "seed": job.seed}
+        | ({} if stated.scaler is None else {"loss_scaler": stated.scaler.state()}),
     )
 
 
@@ -103,7 +106,7 @@ def save_run(
 ) -> Path:
     """Writes a checkpoint of all ranks; each calls it."""
     model.context.where.activity = "checkpoint"
-    stated = Stated(model.laid.layouts, update.updates, data)
+    stated = Stated(model.laid.layouts, update.updates, data, model.scaler)
     return save(
         folder, step, pieces(model, update, job), header(job, stated), ranks=ranks,
         keep_last=job.train.keep_last,
@@ -139,8 +142,13 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
     ]
     load(checkpoint, wanted)
     update.updates = manifest.step
+    skipped = 0
+    if model.scaler is not None and "loss_scaler" in manifest.header.state:
+        model.scaler.restore(manifest.header.state["loss_scaler"])
+        skipped = model.scaler.skipped
     for slot in update.slots:
-        restore_state(update.optimizer, slot.master, states[slot.name], manifest.step)
+        done = manifest.step - skipped
+        restore_state(update.optimizer, slot.master, states[slot.name], done)
     for unit in model.units:
         unit.round_working()
     return manifest.step

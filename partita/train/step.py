@@ -23,6 +23,7 @@ from partita.comm.protocol import Comm
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Executor
+from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 
@@ -81,6 +82,7 @@ class Model:
     reducer: Reducer
     comms: StepComms
     forward_only: Executor | None = None
+    scaler: LossScaler | None = None  # under fp16
 
     @property
     def is_last_stage(self) -> bool:
@@ -90,8 +92,8 @@ class Model:
     def forward_backward(self, batch: StepBatch) -> float:
         """Runs the step's schedule; returns the global token mean of the loss, on every rank.
 
-        Gradients are left in the units, reduced. Raises NonFiniteError, before any update, naming
-        this rank and the step, when the loss is not a number.
+        Gradients are left in the units, reduced, times the scaler's S under fp16. Raises NonFiniteError,
+        before any update, naming this rank and the step, when the loss is not a number.
         """
         self.begin(batch)
         loss = self.executor.run(batch.microbatches)
@@ -118,8 +120,9 @@ class Model:
         where.step, where.phase, where.activity = batch.step + 1, "step", "count"
         for unit in self.units:
             unit.gradient.zero_()
+        scale = 1.0 if self.scaler is None else self.scaler.scale
         for block in self.blocks:
-            block.step = batch.step
+            block.step, block.loss_scale = batch.step, scale
         self.count(batch)
 
     def count(self, batch: StepBatch) -> None:
@@ -178,17 +181,26 @@ class Update:
     lr: float = field(default=0.0)
 
     def step(self) -> float:
-        """One update; returns the global gradient norm before clipping.
+        """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
+        finite skips it, on every rank.
 
         Communicates: all_reduce over pp.tp, 8 bytes. Raises NonFiniteError before anything changes.
         """
         where = self.model.context.where
         where.phase, where.activity = "step", "optimizer"
-        norm = self.gradient_norm()
+        norm, factor, scaler = self.gradient_norm(), 1.0, self.model.scaler
+        if scaler is not None:
+            factor = 1 / scaler.scale
+            norm *= factor
+            if not scaler.step(norm):
+                self.updates += 1
+                return norm
         self._check(norm)
         limit = self.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
-            torch._foreach_mul_([s.gradient for s in self.slots], limit / (norm + CLIP_EPSILON))
+            factor *= limit / (norm + CLIP_EPSILON)
+        if factor != 1:
+            torch._foreach_mul_([s.gradient for s in self.slots], factor)
         self.updates += 1
         self.lr = learning_rate(self.train, self.updates)
         for group in self.optimizer.param_groups:

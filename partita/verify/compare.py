@@ -4,13 +4,16 @@
     fp64       1e-11             1e-9    (1e-12)
     fp32       1e-5, 1e-4        1e-3    (1e-6)     sums of up to 1e5 terms in another order
     bf16       2e-2, 5e-2        0.2     (1e-2)     8 bits: every cast may fall the other way
+    fp16       4e-3, 1e-2        0.04    (2e-3)     11 bits
 
 Weights after AdamW steps are held in units of its learning rate at low precision: it divides by the
-gradient's own size, so that a rounding of a tiny gradient may turn a whole step.
+gradient's own size, so that a rounding of a tiny gradient may turn a whole step. A step that overflowed in
+fp16 must have done so on both sides; its gradients are not looked at.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,6 +37,7 @@ BOUNDS = {
     "fp64": Bound(1e-11, 1e-11, 1e-9, 1e-12),
     "fp32": Bound(1e-5, 1e-4, 1e-3, 1e-6),
     "bf16": Bound(2e-2, 5e-2, 0.2, 1e-2),
+    "fp16": Bound(4e-3, 1e-2, 0.04, 2e-3),
 }
 ADAM_STEPS = 4.2  # learning rates a weight may be off after two steps: one up here, one down there
 
@@ -51,7 +55,9 @@ class Difference:
 
 
 def relative(a: float, b: float) -> float:
-    """|a - b| / |b|."""
+    """|a - b| / |b|; 0 where neither is finite."""
+    if not math.isfinite(a) and not math.isfinite(b):
+        return 0.0
     return abs(a - b) / abs(b) if b else abs(a)
 
 
@@ -62,10 +68,12 @@ def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> l
     for seen in ranks:
         for i, (mine, want) in enumerate(zip(seen.steps, judge, strict=True)):
             found += _scalars(mine, want, bound, seen.rank, i)
-            scale = bound.floor * want.norm
-            found += _tensors(
-                "gradients", mine.gradients, want.gradients, (bound.tensor, scale), seen.rank, i
-            )
+            finite = math.isfinite(want.norm)
+            scale = bound.floor * want.norm if finite else 0.0
+            if finite:
+                found += _tensors(
+                    "gradients", mine.gradients, want.gradients, (bound.tensor, scale), seen.rank, i
+                )
             low = job.plan.precision.dtype != "fp64" and job.train.optimizer == "adamw"
             slack = ADAM_STEPS * job.train.lr if low else 0.0
             limits = (bound.tensor, max(scale * job.train.lr, slack))

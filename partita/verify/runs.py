@@ -18,6 +18,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.laid import lay
+from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, summarise
 from partita.simulate.predict import request_of
@@ -102,8 +103,9 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
         batch = rank_batch(built, step)
         if watches and step == 0:
             seen.watch.start(batch.microbatches)
+        scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = model.forward_backward(batch)
-        gradients = boxes(model, lambda unit: unit.gradient)
+        gradients = boxes(model, lambda unit: unit.gradient, scale)
         norm = update.step()
         if step == 0:
             seen.recorded = summarise(context.recorder.take())
@@ -112,8 +114,8 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
     return seen
 
 
-def boxes(model: Model, flat: Callable[[Unit], Tensor]) -> Boxes:
-    """Every box this rank holds, cloned."""
+def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> Boxes:
+    """Every box this rank holds, cloned and divided by `scale`."""
     found: Boxes = {}
     for unit in model.units:
         for weight, first, _ in unit.places:
@@ -121,7 +123,7 @@ def boxes(model: Model, flat: Callable[[Unit], Tensor]) -> Boxes:
             for piece in layout.pieces(model.laid.mesh, model.context.rank):
                 shape = [b - a for a, b in piece.box]
                 part = flat(unit)[first + piece.start : first + piece.start + piece.numel()]
-                found.setdefault(weight, []).append((piece.box, part.clone().view(shape)))
+                found.setdefault(weight, []).append((piece.box, part.div(scale).view(shape)))
     return found
 
 
@@ -135,6 +137,7 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
     }
     named = [(n, w, decays_weight(n)) for n, w in weights.items()]
     optimizer = make_optimizer(named, job.train)
+    scaler = LossScaler() if dtype == torch.float16 else None
     watch = Watch()
     found = []
     for step in range(STEPS):
@@ -144,12 +147,16 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
         if watches and step == 0:
             watch.start(batches)
             judge.see = watch.see_whole
-        loss, gradients = loss_and_gradients(judge, batches)
+        scale = 1.0 if scaler is None else scaler.scale
+        loss, gradients = loss_and_gradients(judge, batches, scale)
         watch.stop()
         norm = float(
             torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
         )
         kept = {n: g.clone() for n, g in gradients.items()}
+        if scaler is not None and not scaler.step(norm):
+            found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
+            continue
         limit = job.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
             for g in gradients.values():

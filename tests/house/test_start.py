@@ -1,9 +1,9 @@
 """What needs no torch starts at once."""
 
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 from layers import ROOT
@@ -20,6 +20,12 @@ LINES = {
 }
 
 
+def processor_time_of_children() -> float:
+    """Seconds of work, which a busy machine does not change."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("verb", [verb for verb in LINES if verb in available()])
 def test_it_starts_in_half_a_second(verb):
     words = [sys.executable, "-m", "partita", *LINES[verb]]
@@ -27,9 +33,9 @@ def test_it_starts_in_half_a_second(verb):
     for _ in range(ROUNDS):
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = processor_time_of_children()
             subprocess.run(words, check=True, capture_output=True, cwd=ROOT, timeout=30)
-            times.append(time.perf_counter() - start)
+            times.append(processor_time_of_children() - start)
         medians.append(statistics.median(times))
         if medians[-1] < LIMIT_S:
             return

@@ -23,7 +23,10 @@ def test_a_plan_equals_one_device(plan, family, recompute, folder):
     assert found.traffic_equal and found.precision["fp64"]
 
 
-@pytest.mark.parametrize("plan", ["dp2 tp2+sp pp2:1f1b/4mb bf16", "tp4+sp bf16", "pp2/8mb fp32"])
+@pytest.mark.parametrize(
+    "plan",
+    ["dp2 tp2+sp pp2:1f1b/4mb bf16", "tp4+sp bf16", "pp2/8mb fp32", "dp2 tp2+sp pp2/2mb fp16"],
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_plan_equals_one_device_at_its_own_precision(plan, family, folder):
     found = verify(verify_jobs.job(folder, plan, family))

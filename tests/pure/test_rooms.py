@@ -66,7 +66,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "pp3 pipeline.split=1,0,2", ["pp"], "pp3"),
         (LLAMA, "pp2:zb_h1", ["pp"], "pp2"),
         (LLAMA, "dp_shard2.zero3", ["dp"], "dp_replicate2"),
-        (LLAMA, "fp16", ["precision"], "bf16"),
+        (LLAMA, "fp8", ["precision"], "bf16"),
         (LLAMA, "cp2", ["cp"], "1mb"),
         (model(vocab=2), "tp4", ["tp"], ""),
         (LLAMA, "dp_shard2.zero1 pp4 fp8", ["dp", "pp", "precision"], ""),

@@ -3,6 +3,7 @@
     plan   compute, activations, working weights   gradients   masters   optimizer, loss, statistics
     fp32   fp32                                    fp32        -         fp32
     bf16   bf16                                    fp32        fp32      fp32
+    fp16   fp16, the loss scaled (scaler.py)       fp32        fp32      fp32
     fp64   fp64 everywhere (for proofs)
 
 bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32.
@@ -17,7 +18,7 @@ from partita.parallel.room import Request, error
 from partita.spec.program import Block, Dim, Program, Tensor
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
-SUPPORTED = ("fp64", "fp32", "bf16")
+SUPPORTED = ("fp64", "fp32", "bf16", "fp16")
 
 
 def problems(job: Request) -> list[Problem]:

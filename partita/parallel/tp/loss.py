@@ -27,9 +27,17 @@ class CrossEntropy:
     total: Region
     target: Region
 
-    def __call__(self, logits: Tensor, targets: Tensor, valid: Tensor, total_valid: int) -> Tensor:
-        """The rank's share of the step's loss."""
-        return _CrossEntropy.apply(logits, targets, valid, total_valid, self)  # type: ignore[return-value]
+    def __call__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        total_valid: int,
+        loss_scale: float = 1.0,
+    ) -> Tensor:
+        """The rank's share of the step's loss; its gradient is times `loss_scale`."""
+        seed = loss_scale / total_valid
+        return _CrossEntropy.apply(logits, targets, valid, (total_valid, seed), self)  # type: ignore[return-value]
 
     def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(column of each target on this rank, or 0; whether it lies elsewhere)."""
@@ -43,7 +51,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits: Tensor, targets: Tensor, valid: Tensor, total_valid: int, layer: CrossEntropy
+        ctx,
+        logits: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        scales: tuple[int, float],
+        layer: CrossEntropy,
     ) -> Tensor:
         """Max, exp, sum, pick; each summed over tp."""
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -59,12 +72,13 @@ class _CrossEntropy(torch.autograd.Function):
         pick = layer.target.forward(pick)
         losses = (total.log() + top - pick) * valid
         ctx.save_for_backward(probs, total, top, targets, valid)
-        ctx.layer, ctx.scale, ctx.dtype = layer, 1.0 / total_valid, logits.dtype
-        return losses.sum() * ctx.scale
+        total_valid, ctx.scale = scales
+        ctx.layer, ctx.dtype = layer, logits.dtype
+        return losses.sum() * (1.0 / total_valid)
 
     @staticmethod
     def backward(ctx, seed: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """(softmax - one hot) * valid / N, made in place of the probabilities."""
+        """(softmax - one hot) * valid * S / N, made in place of the probabilities."""
         probs, total, _, targets, valid = ctx.saved_tensors
         local, outside = ctx.layer.place(targets)
         weight = valid.to(probs.dtype) * (seed * ctx.scale)

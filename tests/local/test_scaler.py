@@ -1,0 +1,64 @@
+"""fp16's loss scale: it changes no digit, one rank's overflow skips every rank's update, a resume goes on."""
+
+import math
+
+import torch
+import verify_jobs
+
+from partita.comm.local import local
+from partita.parallel.precision.scaler import GROWTH_INTERVAL, LossScaler
+from partita.train.build import assemble
+
+
+def test_it_halves_at_an_overflow_and_doubles_after_good_steps():
+    scaler = LossScaler()
+    assert not scaler.step(math.inf) and not scaler.step(math.nan)
+    assert (scaler.scale, scaler.skipped) == (2.0**14, 2)
+    assert all(scaler.step(1.0) for _ in range(GROWTH_INTERVAL))
+    assert scaler.scale == 2.0**15
+    again = LossScaler()
+    again.restore(scaler.state())
+    assert again == scaler
+
+
+def weights(built):
+    return [u.master.clone() for u in built.model.units]
+
+
+def overflows_on_one_rank(world, job):
+    built = assemble(job, world)
+    before = weights(built)
+    loss = built.model.forward_backward(built.batch(0))
+    if world.rank == 3:
+        own = next(u for u in built.model.units if u.name.endswith("unit[]"))
+        own.gradient[0] = torch.inf
+    norm = built.update.step()
+    same = all(torch.equal(a, b) for a, b in zip(before, weights(built), strict=True))
+    built.model.forward_backward(built.batch(1))
+    moved = math.isfinite(built.update.step())
+    scaler = built.model.scaler
+    return math.isfinite(loss), norm, same, moved, scaler.scale, scaler.skipped
+
+
+def test_an_overflow_on_one_rank_skips_the_update_of_all(tmp_path):
+    job = verify_jobs.job(tmp_path, "pp2/2mb tp2+sp fp16")
+    with local(4, 20) as ranks:
+        found = ranks.run(overflows_on_one_rank, job)
+    assert found == [(True, math.inf, True, True, 2.0**15, 1)] * 4
+
+
+def norms(world, job, scale):
+    built = assemble(job, world)
+    built.model.scaler.scale = scale
+    built.model.forward_backward(built.batch(0))
+    return [u.gradient / scale for u in built.model.units], built.update.step()
+
+
+def test_the_scale_changes_no_digit(tmp_path):
+    job = verify_jobs.job(tmp_path, "tp2 2mb fp16")
+    with local(2, 20) as ranks:
+        small, large = (ranks.run(norms, job, scale) for scale in (2.0**10, 2.0**14))
+    for (a, norm_a), (b, norm_b) in zip(small, large, strict=True):
+        assert abs(norm_a / norm_b - 1) < 1e-3
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() <= 2e-3 * y.abs().max() + 1e-6
