@@ -114,11 +114,11 @@ def test_a_plan_for_405b_is_laid_and_read_in_50_ms() -> None:
     asked = Request(parse("tp8+sp pp16/32mb dp_replicate4 bf16"), LLAMA405, 8192)
     best = 1.0
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         whole = lay(asked)
         for stage in range(16):
             whole.calls(stage)
             whole.units(stage)
         whole.traffic(0)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.05, f"{best * 1e3:.0f} ms"

@@ -242,10 +242,10 @@ def test_a_schedule_from_a_file(tmp_path):
 
 
 def test_a_large_schedule_takes_well_under_a_second():
-    start = time.perf_counter()
+    start = time.process_time()
     s = GENERATORS["1f1b"].make(16, 512)
     assert makespan(clock(s)) == 3 * (512 + 15)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_the_package_answers_calls():
