@@ -16,7 +16,7 @@ from partita.comm.protocol import Comm, Where, World
 from partita.comm.recording import Recorder, RecordingComm
 from partita.comm.single import SingleComm
 from partita.parallel.room import axis_name
-from partita.spec.mesh import Mesh
+from partita.spec.mesh import DENSE, EXPERT, Mesh
 from partita.spec.plan import Plan
 
 Wanted = tuple[tuple[str, ...], str]  # axes, lane
@@ -78,16 +78,13 @@ def group_ranks(mesh: Mesh, axes: Sequence[str], kv_heads: int) -> tuple[tuple[i
     free = {*plain, *(("pp",) if "tied" in axes else ()), *(("tp",) if "tp/share" in axes else ())}
     share = max(mesh.sizes["tp"] // kv_heads, 1) if "tp/share" in axes else 1
     last = mesh.sizes["pp"] - 1
+    view = EXPERT if set(plain) - set(DENSE) else DENSE
     found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(mesh.world_size):
         at = mesh.coords(rank)
         if "tied" in axes and at["pp"] not in (0, last):
             continue
-        fixed = [
-            at[a]
-            for a in ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
-            if a not in free
-        ]
+        fixed = [at[a] for a in view if a not in free]
         head = at["tp"] // share if "tp/share" in axes else 0
         found.setdefault((*fixed, head), []).append(rank)
     order = [*plain, *(["pp"] if "tied" in axes else []), *(["tp"] if "tp/share" in axes else [])]

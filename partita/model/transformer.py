@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.base.errors import UsageError
 from partita.comm.context import Context
 from partita.model.attention import Attention
 from partita.model.core import Core, Explicit, Flash
@@ -224,6 +225,8 @@ def build_blocks(
     spec: ModelSpec, laid: Laid, stage: int, context: Context, units: Sequence[Unit]
 ) -> list[Any]:
     """The stage's blocks in order, on views of its units."""
+    if spec.experts:
+        raise UsageError("models with experts can be planned and simulated, not yet trained")
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     s = laid.stages[stage]
     rope = None

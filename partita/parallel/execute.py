@@ -22,7 +22,7 @@ import numpy as np
 from partita.parallel.execute_algebra import ExecuteError, Local, P, Place, Values, inverse, noise
 from partita.parallel.execute_block import BlockRun, Parts, World
 from partita.parallel.laid import Laid, Unit, local_shape
-from partita.parallel.read import BYTES
+from partita.parallel.read import BYTES, tensor_bytes
 from partita.record.transfer import TrafficLine
 from partita.spec.program import Op, Tensor
 
@@ -32,12 +32,15 @@ ROLES = ("parameter", "gradient", "momentum")
 @dataclass
 class Outcome:
     """What a run leaves: by step the loss and squared gradient norm of every rank, each weight's gradient
-    by step and (rank, full name), the weights after the last step, and the last step's traffic by rank."""
+    by step and (rank, full name), the weights after the last step, and the last step's traffic by rank and
+    what its routers chose: by block and microbatch each rank's rows for every expert."""
 
     losses: list[dict[int, int]] = field(default_factory=list)
     norms: list[dict[int, int]] = field(default_factory=list)
     gradients: list[dict[tuple[int, str], Local]] = field(default_factory=list)
     weights: dict[tuple[int, str], Local] = field(default_factory=dict)
+    auxiliary: list[dict[int, int]] = field(default_factory=list)  # by step: every rank's sum
+    routed: dict[tuple[str, int], dict[int, tuple[int, ...]]] = field(default_factory=dict)
     traffic: dict[int, list[TrafficLine]] = field(default_factory=dict)
 
 
@@ -117,6 +120,7 @@ class Execution:
         """Microbatches forward and backward, reductions, norm, update."""
         self.world.sent.clear()
         scale = self._token_scale(step)
+        self.auxiliary = dict.fromkeys(range(len(self.world.at)), 0)
         losses = dict.fromkeys(self.world.ranks(self.last), 0)
         for m in range(self.num_microbatches):
             for r, x in self._microbatch(step, m, scale).items():
@@ -124,6 +128,7 @@ class Execution:
         self.outcome.losses.append(
             self._once("step.loss", {r: v * scale[r] % P for r, v in losses.items()})
         )
+        self.outcome.auxiliary.append(self._once("step.routing", self.auxiliary))
         self._reduce()
         norms = self._once("step.norm", {r: self._square(r) for r in range(len(self.world.at))})
         self.outcome.norms.append(norms)
@@ -147,7 +152,7 @@ class Execution:
             for e in op.events if op.name.partition(":")[0] == name else ():
                 members = [r for r in range(len(self.world.at)) if r in values or "pp" in op.axes]
                 for r in members:
-                    size = BYTES[self.laid.program.tensors[e.of].dtype]
+                    size = tensor_bytes(self.laid.program.tensors[e.of], self.laid.sizes)
                     self.world.record(r, op, e, op.name, "step", size)
                 values = {r: self._meet(e.collective, op, r, values) for r in members}
         return values
@@ -189,6 +194,10 @@ class Execution:
                 )
                 carried = run.forward()
                 runs[-1].append(run)
+                for r, x in run.auxiliary.items():
+                    self.auxiliary[r] = (self.auxiliary[r] + x) % P
+                if run.loads:
+                    self.outcome.routed[name, m] = run.loads
         losses = dict(carried or {})
         gradient: Parts = {
             r: Local((), (), np.array(scale[r], np.int64)) for r in self.world.ranks(self.last)
@@ -286,7 +295,8 @@ class Execution:
     def _square(self, rank: int) -> int:
         """The squares of the elements that this rank's place on pp and tp counts; replicas alike."""
         at, found = self.world.at[rank], 0
-        home = self.laid.mesh.rank_of({a: at[a] for a in ("pp", "tp")})
+        norm = [op for op in self.laid.program.step if op.name.startswith("step.norm")]
+        home = self.laid.mesh.rank_of({a: at[a] for op in norm for a in op.axes})
         for (r, _), buffer in self.units.items():
             for name, _, layout in buffer.unit.weights if r == rank else ():
                 if any(p.primary for p in layout.pieces(self.laid.mesh, home)):

@@ -13,18 +13,22 @@ from functools import cache
 
 import numpy as np
 
+from partita.parallel.ep.counts import rows
 from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, meet, total
+from partita.parallel.execute_moe import exchange, unfold
 from partita.parallel.execute_ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
-from partita.parallel.read import BYTES, replayed
+from partita.parallel.read import BYTES, replayed, tensor_bytes
 from partita.parallel.room import axis_name
 from partita.record.transfer import TrafficLine
 from partita.spec.layout import product_coordinate
-from partita.spec.mesh import DENSE
+from partita.spec.mesh import DENSE, EXPERT
 from partita.spec.program import Block, Dim, Event, Op, Tensor
 
+VIEWS = ("all_to_all", "gather_rows", "scatter_rows", "counts")  # what moves rows of experts
 Parts = Mapping[int, Local]  # rank -> its part of one tensor
-CARRIES = ("value", "stat", "weight")  # roles that have a gradient
+CARRIES = ("value", "stat", "aux", "weight")  # roles that have a gradient
+AUX_SEED = 11  # what an auxiliary loss of a microbatch starts backward with
 
 
 @dataclass
@@ -38,7 +42,14 @@ class World:
         mesh = self.laid.mesh
         self.at = [mesh.coords(r) for r in range(mesh.world_size)]
         self.span, self.group = cache(self._span), cache(self._group)
+        self.views: dict[int, Mapping[str, Tensor]] = {}  # by the laid block's identity
         self.shares: dict[tuple[int, int], tuple[range, ...]] = {}  # by the laid tensor's identity
+
+    def view(self, block: Block) -> Mapping[str, Tensor]:
+        """A block's tensors, rows of experts unfolded; the same ones each time."""
+        if id(block) not in self.views:
+            self.views[id(block)] = unfold(block)
+        return self.views[id(block)]
 
     def ranks(self, stage: int) -> list[int]:
         """Ranks of a stage."""
@@ -69,9 +80,10 @@ class World:
         shared = {a.removesuffix("/share") for a in axes if a.endswith("/share")}
         holders = sizes["tp"] // min(self.laid.request.model.kv_heads, sizes["tp"])
         free = set(axes) | shared
+        view = EXPERT if free & (set(EXPERT) - set(DENSE)) else DENSE
 
         def meets(other: Mapping[str, int]) -> bool:
-            same = all(other[a] == at[a] for a in DENSE if a not in free)
+            same = all(other[a] == at[a] for a in view if a not in free)
             return same and all(other[a] // holders == at[a] // holders for a in shared)
 
         return tuple(r for r, other in enumerate(self.at) if meets(other))
@@ -137,20 +149,26 @@ class BlockRun:
     lost: str = ""
     grads: dict[int, dict[str, Local]] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)
+    loads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # rows to each expert, by rank
+    known: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # what each is told
 
     def __post_init__(self) -> None:
+        self.tensors = self.world.view(self.block)
         self.places = {r: self._place(r) for r in self.ranks}
 
     def _place(self, rank: int) -> Place:
         world = self.world
-        return Place(
-            self.name, self.block.tensors, lambda t: world.share(t, rank), self.step, self.first
-        )
+        return Place(self.name, self.tensors, lambda t: world.share(t, rank), self.step, self.first)
 
     def forward(self) -> dict[int, Local]:
         """Runs the block; returns its output and keeps what it says it keeps."""
         self._run(self.block.ops(), "F")
         out = {r: self.env[r][self.block.output] for r in self.ranks}
+        self.auxiliary = {
+            r: sum(int(x.values) for n, x in self.env[r].items() if self.tensors[n].role == "aux")
+            % P
+            for r in self.ranks
+        }
         self._keep(self.block.kept - {self.lost})
         return out
 
@@ -158,7 +176,12 @@ class BlockRun:
         """Fills `grads` from the gradient of the block's output."""
         self._run(replayed(self.block), "B")
         self._keep(frozenset(n for op in self.block.ops() for n in op.saves))
-        self.grads = {r: {self.block.output: gradient[r]} for r in self.ranks}
+        seeds = {
+            n: Local((), (), np.array(AUX_SEED, np.int64))
+            for n, t in self.tensors.items()
+            if t.role == "aux"
+        }
+        self.grads = {r: {self.block.output: gradient[r], **seeds} for r in self.ranks}
         for op in reversed(self.block.ops()):
             if self.block.tensors[op.writes].role not in CARRIES:
                 continue
@@ -203,9 +226,11 @@ class BlockRun:
                 for n, x in made.items():
                     self._holds(op, n, x, r)
                 self.env[r] |= made
+                if op.kind == "load":
+                    self.loads[r] = tuple(int(n) for n in made[op.writes].values)
 
     def _holds(self, op: Op, name: str, x: Local, rank: int) -> None:
-        want = self.world.share(self.block.tensors[name], rank)
+        want = self.world.share(self.tensors[name], rank)
         if x.spans != want:
             raise ExecuteError(f"{self.name}.{op.name}: {name} is {x.spans}, laid as {want}")
 
@@ -219,25 +244,54 @@ class BlockRun:
             if x not in held[r]:
                 raise ExecuteError(f"{site} needs {x}, which is not there")
         parts = {r: held[r][x] for r in self.ranks}
+        groups = {r: self.world.group(r, op.axes) for r in self.ranks}
         for event in events:
-            size = BYTES[self.block.tensors[event.of].dtype]
-            groups = {r: self.world.group(r, op.axes) for r in self.ranks}
             for r, group in groups.items():
                 if len(group) > 1:
-                    handed_in = parts[r].values.size * size
+                    handed_in = self._handed_in(event, parts[r], r)
                     self.world.record(r, op, event, site, phase, handed_in)
             parts = {
-                r: self._collective(event, [parts[q] for q in group], y, r, site)
+                r: self._collective(op, event, [parts[q] for q in group], y, r, site)
                 for r, group in groups.items()
             }
+        if op.kind in VIEWS and not events:  # nobody to meet: the same rows in the other view
+            parts = {r: self._viewed([parts[r]], y, r) for r in self.ranks}
+        if op.kind == "counts":
+            told = {r: groups[r] if events else (r,) for r in self.ranks}
+            self.known = {r: {q: self.loads[q] for q in told[r]} for r in self.ranks}
         for r in self.ranks:
             self._holds(op, y, parts[r], r)
         return parts
 
+    def _spans(self, name: str, rank: int) -> tuple[range, ...]:
+        return self.world.share(self.tensors[name], rank)
+
+    def _handed_in(self, event: Event, x: Local, rank: int) -> int:
+        """Bytes; of rows as many as were chosen, whatever is zero."""
+        t = self.block.tensors[event.of]
+        if not any(d.of for d in t.dims):
+            return x.values.size * BYTES[t.dtype]
+        laid = self.world.laid
+        try:
+            mine = rows(laid.mesh, self.known[rank], rank, laid.replicates_tokens)
+        except KeyError as peer:
+            raise ExecuteError(
+                f"{self.name}: rank {rank} does not know what {peer} sends"
+            ) from None
+        return tensor_bytes(t, laid.sizes | mine)
+
+    def _viewed(self, parts: Sequence[Local], y: str, rank: int) -> Local:
+        """What comes, where it belongs; tables of counts have no values here."""
+        if self.tensors[y].role == "route":
+            return self.places[rank].filled(y)
+        return exchange(parts, self._spans(y, rank))
+
     def _collective(
-        self, event: Event, parts: Sequence[Local], y: str, rank: int, site: str
+        self, op: Op, event: Event, parts: Sequence[Local], y: str, rank: int, site: str
     ) -> Local:
-        spans = self.world.share(self.block.tensors[y], rank)
+        spans = self._spans(y, rank)
+        if op.kind in VIEWS:
+            return self._viewed(parts, y, rank)
         if event.collective == "all_gather":
             return assemble(parts, spans, site)
         meet(parts)
@@ -250,6 +304,8 @@ class BlockRun:
 
     def _region_back(self, op: Op) -> None:
         x, y = op.reads[0], op.writes
+        if self.tensors[y].role not in CARRIES:
+            return
         events = [e for e in op.events if e.phase == "B" and e.gradient]
         for r in self.ranks:
             self.grads[r].setdefault(y, self.places[r].filled(y))

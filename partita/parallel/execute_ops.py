@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.parallel import execute_moe as moe
 from partita.parallel.execute_algebra import (
     ExecuteError,
     Found,
@@ -200,9 +201,13 @@ def _one_hot(op: Op, at: Place, get: Get) -> Local:
 
 FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "lookup": lookup, "mask": mask,
-    "attention": attention, "exp": exp, "reduce": summing,
+    "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
+    "count": moe.count, "load": moe.count, "balance": moe.balance, "z": moe.squares,
+    "dispatch": moe.dispatch, "combine": moe.combine,
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
     "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back,
     "lookup": lookup_back, "attention": attention_back, "exp": exp_back, "reduce": summing_back,
+    "scores": exp_back, "choose": moe.choose_back, "balance": moe.balance_back, "z": moe.squares_back,
+    "dispatch": moe.dispatch_back, "combine": moe.combine_back,
 }  # fmt: skip

@@ -1,23 +1,25 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
-    ORDER  dp, tp, sp, recompute, dp.reduce, the step's sums, precision; pp on the result
+    ORDER  dp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result
 
-tp comes before sp (sp turns tp's regions); every cut before dp.reduce (it needs gradient axes); pp reads
-only block inputs and outputs and tied names.
+tp comes before sp (sp turns tp's regions); ep after what cuts tokens; every cut before dp.reduce (it needs
+gradient axes); pp reads only block inputs and outputs and tied names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from partita.base.errors import PlanError, Problem
 from partita.parallel.dp import rules as dp
+from partita.parallel.ep import rules as ep
+from partita.parallel.ep.counts import Routing
 from partita.parallel.pp import rules as pp
 from partita.parallel.pp.rules import Stage
 from partita.parallel.precision import rules as precision
-from partita.parallel.read import Call, traffic
+from partita.parallel.read import Call, tensor_bytes, traffic
 from partita.parallel.recompute import rules as recompute
 from partita.parallel.room import PRODUCT_ORDER, Request, axis_name, axis_size, error
 from partita.parallel.sp import rules as sp
@@ -25,10 +27,11 @@ from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
 from partita.spec.families import program as family_program
 from partita.spec.layout import Layout, layout_of
-from partita.spec.mesh import Mesh
-from partita.spec.program import Dim, Event, Op, Program, Tensor, well_formed
+from partita.spec.mesh import EXPERT, FOLD, Mesh
+from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
 
-ROOMS = (dp, tp, sp, pp, recompute, precision)
+ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
+ROOMS = (dp, tp, sp, ep, pp, recompute, precision)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Laid:
     def mesh(self) -> Mesh:
         """The ranks."""
         return Mesh(self.sizes, self.request.plan.mesh.order)
+
+    @property
+    def replicates_tokens(self) -> bool:
+        """Whether the ranks of tp hold the same tokens outside attention and mlp."""
+        return self.sizes["tp"] > 1 and not self.request.plan.mesh.sp
 
     def holders(self, full_name: str) -> tuple[int, ...]:
         """Stages that hold a weight; the first is primary."""
@@ -109,20 +117,37 @@ class Laid:
                 found[full] = Unit(full, axes, places, across)
         return list(found.values())
 
-    def traffic(self, rank: int) -> list[TrafficLine]:
-        """What the rank sends in one step, exactly."""
+    def traffic(self, rank: int, routing: Routing | None = None) -> list[TrafficLine]:
+        """What the rank sends in one step, exactly; where experts are, for what the routers chose. Without
+        `routing` every expert has its even share."""
         stage, m = self.mesh.coords(rank)["pp"], self.request.plan.num_microbatches
         found: dict[tuple[str, str, str, str], list[int]] = {}
-        for call, site in self.calls(stage):
+        calls = [(c, site, m) for c, site in self.calls(stage)]
+        if routing is not None:
+            calls = list(self._routed(rank, stage, routing))
+        for call, site, many in calls:
             if self._alone(call):
                 continue
-            times = call.times * (1 if call.phase == "step" else m)
+            times = call.times * (1 if call.phase == "step" else many)
             entry = found.setdefault(
                 (axis_name(call.axes), call.collective, site, call.phase), [0, 0]
             )
             entry[0] += times
             entry[1] += times * call.bytes
         return sorted(TrafficLine(rank, *key, *n) for key, n in found.items())
+
+    def _routed(self, rank: int, stage: int, routing: Routing) -> Iterator[tuple[Call, str, int]]:
+        """Calls of the stage, and for how many microbatches each stands."""
+        s, m = self.stages[stage], self.request.plan.num_microbatches
+        for name, block in zip(s.names, s.blocks, strict=True):
+            chosen = [{}] if (name, 0) not in routing.counts else [
+                routing.rows(name, i, rank) for i in range(m)
+            ]  # fmt: skip
+            for i, rows in enumerate(chosen):
+                for call in traffic(block, self.sizes | rows):
+                    if call.phase != "step" or i == 0:
+                        yield call, self.site(name, call.site), m // len(chosen)
+        yield from ((c, c.site, 1) for c in self._step_calls(stage))
 
     def calls(self, stage: int) -> list[tuple[Call, str]]:
         """Every call of a stage with its full site; F and B are of one microbatch."""
@@ -145,10 +170,13 @@ class Laid:
         last = stage == len(self.stages) - 1
         mine = [op for op in self.program.step if last or "pp" in op.axes]
         return [
-            Call(op.axes, e.collective, op.name, "step", 8, op.lane)
+            Call(op.axes, e.collective, op.name, "step", self._step_bytes(e), op.lane)
             for op in mine
             for e in op.events
         ]
+
+    def _step_bytes(self, event: Event) -> int:
+        return tensor_bytes(self.program.tensors[event.of], self.sizes)
 
     def _alone(self, call: Call) -> bool:
         kv = self.request.model.kv_heads
@@ -172,7 +200,7 @@ def problems(request: Request) -> list[Problem]:
 def _later(request: Request) -> list[Problem]:
     """Axes of the plan's grammar that have no room yet."""
     m, found = request.plan.mesh, []
-    for axis, size in (("cp", m.cp), ("ep", m.ep), ("etp", m.etp)):
+    for axis, size in (("cp", m.cp),):
         if size > 1:
             nearest = str(request.plan.with_("mesh", **{axis: 1}))
             message = f"{axis}{size} is not available in this version"
@@ -186,10 +214,6 @@ def _later(request: Request) -> list[Problem]:
                     nearest=nearest,
                 )
             )
-    if request.model.experts:
-        asked, limit = f"experts {request.model.experts}", "a dense model"
-        message = "models with experts cannot be laid in this version"
-        found.append(error("ep", "available", message, asked=asked, limit=limit))
     if request.plan.offload.to != "none":
         nearest = str(request.plan.with_("offload", to="none", targets=()))
         asked = f"offload:{request.plan.offload.to}"
@@ -215,7 +239,7 @@ def lay(request: Request) -> Laid:
     plan = request.plan
     batch = request.micro_batch_size * plan.data_parallel_size
     program = family_program(request.model, batch, request.seq_len)
-    for room in (dp, tp, sp, recompute):
+    for room in (dp, tp, sp, ep, recompute):
         program = room.lay(request, program)
     program = step_sums(dp.reduce(request, program), plan.sizes)
     program = precision.lay(request, program)
@@ -241,7 +265,7 @@ def step_sums(program: Program, sizes: dict[str, int]) -> Program:
     output = next(op.writes for op in head.ops() if op.name == "loss.mean")
     head = replace(head, segments=segments, output=output)
     cut_labels = tuple(a for d in head.tensors["valid"].dims for a in d.cut if sizes[a] > 1)
-    norm_axes = tuple(a for a in ("pp", "tp") if sizes[a] > 1)
+    norm_axes = _norm_axes(program.blocks, sizes)
     step: list[Op] = []
     tensors = {"step.count": Tensor("step.count", (), "count")}
     tensors |= {n: Tensor(n, (), "sum") for n in ("step.loss", "step.norm")}
@@ -253,7 +277,23 @@ def step_sums(program: Program, sizes: dict[str, int]) -> Program:
         step.append(_once("step.loss", "broadcast", ("pp",), "broadcast"))
     if norm_axes:
         step.append(_once("step.norm", "reduce_from", norm_axes, "all_reduce"))
+    layers = [b for b in body if "chosen" in b.tensors]
+    if layers:
+        chosen = layers[0].tensors["chosen"]
+        token_axes = {a for d in chosen.dims for a in d.cut} | {"pp"}
+        over = sorted((a for a in token_axes if sizes[a] > 1), key=PRODUCT_ORDER.index)
+        size = ROUTING_SUMS + len(layers) * layers[0].tensors["loads"].numel()
+        tensors["step.routing"] = Tensor("step.routing", (Dim("routing", size),), "sum")
+        if over:
+            step.append(_once("step.routing", "reduce_from", over, "all_reduce"))
     return replace(program, blocks=(*body, head), step=tuple(step), tensors=tensors)
+
+
+def _norm_axes(blocks: Iterable[Block], sizes: dict[str, int]) -> tuple[str, ...]:
+    """Axes over which elements lie apart, or are counted by one rank: experts lie on the whole fold."""
+    cut = {a for b in blocks for w in b.weights() for a in w.axes()}
+    fold = FOLD if cut & (set(EXPERT) - {"pp", "dp_replicate"}) else ("tp",)
+    return tuple(a for a in ("pp", *fold) if sizes[a] > 1)
 
 
 def _once(name: str, kind: str, axes: Iterable[str], collective: str) -> Op:

@@ -148,10 +148,10 @@ def sum_rule(block: Block, axis: str) -> Block:
     def change(op: Op) -> Iterable[Op]:
         names = (*op.reads, *op.weights)
         cuts = {d.name for n in names for d in block.tensors[n].dims if axis in d.cut}
-        if not cuts & set(op.sums) or op.is_region or axis in block.tensors[op.writes].partial:
-            return (op,)
-        part = f"{op.writes}~{axis}"
         t = block.tensors[op.writes]
+        if not cuts & set(op.sums) or op.is_region or axis in t.partial or t.role == "aux":
+            return (op,)  # an auxiliary loss is added up once a step
+        part = f"{op.writes}~{axis}"
         new[part] = replace(t, name=part, partial=(*t.partial, axis))
         return (replace(op, writes=part), reduce_from(op.name, (axis,), part, op.writes))
 

@@ -127,6 +127,13 @@ class ModelSpec:
         return self.layers - self.dense_layers if self.experts else 0
 
     @property
+    def dense_widths(self) -> tuple[int, ...]:
+        """Widths of the mlps that every token meets: dense layers', shared experts'."""
+        dense = (self.ffn_hidden,) if self.layers > self.expert_layers else ()
+        shared = self.shared_experts * self.expert_ffn_hidden
+        return (*dense, shared) if shared else dense
+
+    @property
     def _attention_weights(self) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return self.hidden * (2 * q + 2 * kv)

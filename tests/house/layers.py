@@ -38,7 +38,7 @@ def place(file: Path) -> tuple[float, str]:
         contract = parts[1] in ("__init__.py", "room.py", "read.py")
         joins = parts[1].startswith(JOINS_ROOMS)
         return (3.0 if contract else 3.2 if joins else 7.0), "parallel"
-    pure = parts[-1] in ("rules.py", "__init__.py")
+    pure = parts[-1] in ("rules.py", "counts.py", "__init__.py")
     return (3.1 if pure else 7.1), f"parallel.{parts[1]}"
 
 

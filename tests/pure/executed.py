@@ -7,9 +7,11 @@ from functools import cache
 
 import numpy as np
 
+from partita.parallel.ep.counts import Routing
 from partita.parallel.execute import Outcome, execute
 from partita.parallel.execute_algebra import ExecuteError
 from partita.parallel.laid import Laid, Request, lay
+from partita.record.transfer import TrafficLine
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 from partita.spec.program import Block, Op
@@ -28,6 +30,10 @@ LLAMA = model(kv_heads=2)
 TIED = model(tied=True)
 GPT2 = model("gpt2")
 DROPS = model("gpt2", dropout=0.1, tied=False)
+MOE = model(
+    experts=4, top_k=2, expert_ffn_hidden=4, shared_experts=1, dense_layers=1, router_bias=True,
+    balance_loss=0.1, z_loss=0.1,
+)  # fmt: skip
 
 
 def request(spec: ModelSpec, line: str) -> Request:
@@ -53,7 +59,7 @@ def difference(spec: ModelSpec, got: Outcome, steps: int) -> str:
     """What differs from one device first: loss, norm, a gradient, a weight; '' when nothing."""
     want = one_device(spec, steps)
     for step in range(steps):
-        for what in ("losses", "norms"):
+        for what in ("losses", "auxiliary", "norms"):
             one, all_ranks = getattr(want, what)[step][0], range(len(got.traffic))
             if getattr(got, what)[step] != dict.fromkeys(all_ranks, one):
                 return f"step {step}: {what}"
@@ -73,6 +79,12 @@ def unequal(got: dict, want: dict) -> str:
             return f"{name} on rank {rank}"
     missing = {n for _, n in want} - {n for _, n in got}
     return f"{missing} nobody stores" if missing else ""
+
+
+def declared(whole: Laid, got: Outcome, rank: int) -> list[TrafficLine]:
+    """What a rank is to send, for what its routers chose."""
+    routing = Routing(whole.mesh, whole.replicates_tokens, got.routed)
+    return whole.traffic(rank, routing)
 
 
 def found_wrong(spec: ModelSpec, changed: Laid, **faults: str) -> bool:

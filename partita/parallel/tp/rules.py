@@ -23,8 +23,9 @@ def problems(job: Request) -> list[Problem]:
         found.append(_divides("heads", "query heads", m.heads, tp, job))
     if tp > 1 and m.kv_heads % tp and tp % m.kv_heads:
         found.append(_divides("kv_heads", "key/value heads", m.kv_heads, tp, job))
-    if tp > 1 and m.ffn_hidden % tp:
-        found.append(_divides("ffn", "ffn columns", m.ffn_hidden, tp, job))
+    for width in m.dense_widths:
+        if tp > 1 and width % tp:
+            found.append(_divides("ffn", "ffn columns", width, tp, job))
     if m.vocab < tp:
         message = f"{m.vocab} vocabulary rows cannot lie on {tp} ranks"
         found.append(error("tp", "vocab", message, asked=f"tp{tp}", limit=f"tp <= {m.vocab}"))
@@ -35,7 +36,8 @@ def legal(job: Request, tp: int) -> bool:
     """Whether every dim of the model lies on tp ranks."""
     m = job.model
     shares = m.kv_heads % tp == 0 or tp % m.kv_heads == 0
-    return m.heads % tp == 0 and shares and m.ffn_hidden % tp == 0 and m.vocab >= tp
+    divides = all(size % tp == 0 for size in (m.heads, *m.dense_widths))
+    return divides and shares and m.vocab >= tp
 
 
 def _divides(rule: str, what: str, size: int, tp: int, job: Request) -> Problem:

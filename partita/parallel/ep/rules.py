@@ -1,0 +1,183 @@
+"""Expert parallelism (GShard, Lepikhin et al. 2021): experts lie on ep, and each one's width on etp.
+
+The ranks dp_shard * cp * tp of one replica and stage are seen twice: outside, tokens are cut over them;
+between dispatch and combine they are efsdp * ep * etp, and hold the rows that came for their experts.
+
+    dispatch  all_to_all over ep   (rows of tokens this rank holds) -> (rows for experts this rank holds)
+    experts   on etp: rows of the peers are gathered first, what they made is added up and scattered
+              where tokens are replicated over tp = etp: copy_to and reduce_from, as in tensor parallelism
+    combine   all_to_all over ep   back
+
+An expert's gradient is then partial over efsdp and dp_replicate, which is read off; never over ep. Shared
+experts are dense and belong to tp. Tensor-expert-data parallelism (TED, Singh et al. 2023) is etp > 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from partita.base.errors import Problem
+from partita.parallel.room import Request, copy_to, error, reduce_from, region
+from partita.spec.mesh import FOLD
+from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor, rewrite
+
+
+def problems(job: Request) -> list[Problem]:
+    """Experts there are; ep and etp divide them and the ranks; tokens are not computed on twice."""
+    mesh, m = job.plan.mesh, job.model
+    asked = f"ep{mesh.ep} etp{mesh.etp}"
+    if not m.experts:
+        if mesh.ep * mesh.etp == 1:
+            return []
+        nearest = str(job.plan.with_("mesh", ep=1, etp=1))
+        text = f"{asked}: the model has no experts"
+        return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
+    found = []
+    for rule, axis, size, what in (
+        ("experts", "ep", m.experts, "experts"),
+        ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
+    ):
+        ways = getattr(mesh, axis)
+        if size % ways:
+            near = max(n for n in range(1, ways) if size % n == 0)
+            found.append(
+                error(
+                    "ep", rule, f"{size} {what} cannot lie on {axis} {ways}: {size} % {ways} = {size % ways}",
+                    asked=f"{axis}{ways}", limit=f"a divisor of {size}",
+                    nearest=str(job.plan.with_("mesh", **{axis: near})),
+                )
+            )  # fmt: skip
+    fold = mesh.dp_shard * mesh.cp * mesh.tp
+    if fold % (mesh.ep * mesh.etp):
+        text = (
+            f"ep * etp = {mesh.ep * mesh.etp} must divide dp_shard * cp * tp = {mesh.dp_shard} * {mesh.cp} "
+            f"* {mesh.tp} = {fold}"
+        )
+        nearest = str(job.plan.with_("mesh", ep=1, etp=1))
+        found.append(
+            error("ep", "fold", text, asked=asked, limit=f"a divisor of {fold}", nearest=nearest)
+        )
+    if mesh.tp > 1 and not mesh.sp and mesh.etp != mesh.tp:
+        text = f"tokens are replicated over tp {mesh.tp}: experts would compute on them {mesh.tp} times"
+        nearest = str(job.plan.with_("mesh", sp=True))
+        limit = f"tp{mesh.tp}+sp, or etp{mesh.tp}"
+        found.append(
+            error("ep", "tp", text, asked=f"tp{mesh.tp} {asked}", limit=limit, nearest=nearest)
+        )
+    return found
+
+
+def lay(job: Request, program: Program) -> Program:
+    """Cuts experts and inserts the exchange. After every room that cuts tokens."""
+    sizes = job.plan.sizes
+    return program.map(lambda b: _lay_block(b, sizes) if "sent" in b.tensors else b)
+
+
+def _row_dim(name: str, slots: Dim, sizes: Sizes, etp: bool) -> Dim:
+    """Rows in the experts' view: the token axes of the fold become efsdp, ep and, before etp gathers, etp."""
+    outer = tuple(a for a in slots.cut if a not in FOLD)
+    inner = tuple(a for a in ("efsdp", "ep", *(("etp",) if etp else ())) if sizes[a] > 1)
+    return replace(slots, name=name, cut=(*outer, *inner))
+
+
+def _lay_block(block: Block, sizes: Sizes) -> Block:
+    t = block.tensors
+    slots = t["sent"].dims[0]
+    replicated = sizes["tp"] > 1 and "tp" not in slots.cut
+    inside = _row_dim("gathered", slots, sizes, etp=False)
+    outside = _row_dim("arrivals", slots, sizes, etp=not replicated)
+
+    def view(dims: tuple[Dim, ...], rows: Dim = inside) -> tuple[Dim, ...]:
+        def one(d: Dim) -> Dim:
+            axis = {"experts": "ep", "expert_ffn": "etp"}.get(d.name, "")
+            cut = (axis,) if axis and sizes[axis] > 1 else ()
+            return rows if d.name == "slots" else replace(d, cut=cut) if axis else d
+
+        return tuple(map(one, dims))
+
+    new = {n: replace(x, dims=view(x.dims)) for n, x in t.items() if n not in ("sent", "back")}
+    for name, like, rows in (
+        ("arrived", "sent", outside), ("inside", "sent", inside), ("made", "back", inside),
+        ("leaving", "back", outside), ("padded_in", "sent", replace(inside, name="padded", cut=outside.cut)),
+        ("spread_out", "back", replace(inside, name="spread")),
+    ):  # fmt: skip
+        new[name] = replace(t[like], name=name, dims=view(t[like].dims, rows))
+    etp = sizes["etp"] > 1
+    if etp:
+        new["made"] = replace(new["made"], partial=("etp",))
+    names = {} if etp else {"inside": "arrived", "made": "leaving"}
+    for gone in names:
+        del new[gone]
+    members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
+    new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
+    block = rewrite(block, _Exchange(etp, replicated, names), new)
+    kept = frozenset({"sent": names.get("inside", "inside")}.get(n, n) for n in block.kept)
+    return _drop_idle(replace(block, kept=kept), sizes)
+
+
+class _Exchange:
+    """What each op of a block with experts becomes: regions around the experts."""
+
+    def __init__(self, etp: bool, replicated: bool, names: dict[str, str]) -> None:
+        self.etp, self.replicated, self.names = etp, replicated, names
+
+    def __call__(self, op: Op) -> Iterable[Op]:
+        """The op and its regions."""
+        inside = self.names.get("inside", "inside")
+        if op.name == "dispatch.count":
+            event = Event("F", "all_gather", "loads")
+            peers = ("ep",) if self.replicated else ("ep", "etp")
+            counts = region(op.name, "counts", peers, ("loads", "table"), event)
+            return (op, replace(counts, lane="ep"))
+        if op.name == "dispatch.send":
+            return (op, self._all_to_all(op.name, "sent", "arrived"), *self._enter())
+        if op.name == "experts.gate_up":
+            return (replace(op, reads=(inside,), saves=(inside,)),)
+        if op.name == "experts.down":
+            made = replace(op, writes=self.names.get("made", "made"))
+            return (made, *self._leave(), self._all_to_all("experts.back", "leaving", "back"))
+        return (op,)
+
+    def _all_to_all(self, writer: str, x: str, y: str) -> Op:
+        """Rows to the ranks that hold their experts, or back; backward the other way."""
+        op = region(
+            writer, "all_to_all", ("ep",), (x, y),
+            Event("F", "all_to_all", x),
+            Event("B", "all_to_all", y, gradient=True),
+        )  # fmt: skip
+        return replace(op, reads=(x, "table"))
+
+    def _enter(self) -> tuple[Op, ...]:
+        if not self.etp:
+            return ()
+        if self.replicated:
+            return (copy_to("dispatch.receive", ("etp",), "arrived", "inside"),)
+        op = region(
+            "dispatch.receive", "gather_rows", ("etp",), ("arrived", "inside"),
+            Event("F", "all_gather", "padded_in"),
+            Event("B", "reduce_scatter", "spread_out", gradient=True),
+        )  # fmt: skip
+        return (replace(op, reads=("arrived", "table")),)
+
+    def _leave(self) -> tuple[Op, ...]:
+        if not self.etp:
+            return ()
+        if self.replicated:
+            return (reduce_from("experts.down", ("etp",), "made", "leaving"),)
+        op = region(
+            "experts.down", "scatter_rows", ("etp",), ("made", "leaving"),
+            Event("F", "reduce_scatter", "spread_out"),
+            Event("B", "all_gather", "padded_in", gradient=True),
+        )  # fmt: skip
+        return (replace(op, reads=("made", "table")),)
+
+
+def _drop_idle(block: Block, sizes: Sizes) -> Block:
+    """An exchange over axes of size 1 moves nothing: it only changes the view."""
+
+    def change(op: Op) -> Iterable[Op]:
+        idle = op.is_region and all(sizes.get(a, 2) == 1 for a in op.axes)
+        return (replace(op, events=()),) if idle else (op,)
+
+    return rewrite(block, change)

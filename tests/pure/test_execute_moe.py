@@ -1,0 +1,126 @@
+"""Experts, laid and executed: equal to one device, sending what the routers' choice says; and what is
+missing is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from executed import (
+    MOE,
+    change_region,
+    declared,
+    difference,
+    found_wrong,
+    laid,
+    model,
+    regions,
+    request,
+)
+
+from partita.parallel.execute import execute
+from partita.parallel.laid import problems
+from partita.parallel.read import replayed
+
+PLANS = [
+    "fp32", "2mb", "dp4 ep4", "dp2 ep2", "dp_replicate2 dp2 ep2", "tp2+sp", "tp2+sp ep2", "tp4+sp ep2",
+    "tp2 etp2", "dp2 tp2 etp2", "dp2 tp2 ep2 etp2", "dp2 tp2+sp ep2", "dp2 tp2+sp ep4", "dp2 tp2+sp etp2",
+    "dp2 tp2+sp ep2 etp2", "tp4+sp ep2 etp2", "tp4+sp etp4", "pp2/2mb dp2 ep2", "pp2/2mb tp2+sp ep2",
+    "dp_shard4.zero0", "dp2 ep2 order:dp_shard,tp,cp,dp_replicate,pp tp2+sp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", ["", " recompute:full", " recompute:selective"])
+@pytest.mark.parametrize("line", PLANS)
+def test_plan_equals_one_device(line, more) -> None:
+    whole = laid(MOE, line + more)
+    got = execute(whole)
+    assert difference(MOE, got, 2) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == declared(whole, got, rank)
+
+
+FAULTY = [
+    "dp2 ep2",
+    "dp2 tp2+sp ep2 etp2",
+    pytest.param("dp2 tp2 ep2 etp2", marks=pytest.mark.slow),
+    pytest.param("tp4+sp ep2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("line", FAULTY)
+def test_every_event_and_gradient_axis_is_needed(line) -> None:
+    whole = laid(MOE, line)
+    unneeded, tried = [], 0
+    for name, region in regions(whole):
+        if name == "layer":
+            continue
+        changes = [
+            replace(region, events=tuple(e for e in region.events if e is not event))
+            for event in region.events
+        ]
+        if region.kind == "reduce":
+            kept = (tuple(a for a in region.axes if a != axis) or ("cp",) for axis in region.axes)
+            changes += [replace(region, axes=axes) for axes in kept]
+        for changed in changes:
+            tried += 1
+            if not found_wrong(MOE, change_region(whole, (name, region), (changed,))):
+                unneeded.append((name, region.name, changed.axes, changed.events))
+    assert not unneeded
+    assert tried >= 15
+
+
+@pytest.mark.parametrize("line", ["dp2 tp2+sp ep2 etp2", "tp2+sp ep2 recompute:full"])
+def test_every_kept_tensor_and_replayed_op_is_needed(line) -> None:
+    whole = laid(MOE, line)
+    block = next(b for b in whole.program.blocks if b.name == "moe_layer")
+    small = {"order", "chosen"} if "full" not in line else set()
+    assert {"inside", "back"} & block.kept or "full" in line
+    assert small <= block.kept
+    for lost in sorted(block.kept - {"lse"}):
+        assert found_wrong(MOE, whole, lost=lost), lost
+    again = {op.name for op in replayed(block)}
+    assert ("experts.back:all_to_all" in again) == ("full" in line)
+    assert "combine.sum" not in again
+
+
+def test_experts_gradients_are_summed_over_what_holds_the_same_experts() -> None:
+    def axes(line: str) -> dict[str, tuple[str, ...]]:
+        return {
+            w: u.axes for u in laid(MOE, line).units(0) for w, *_ in u.weights if "blocks.2" in w
+        }
+
+    seen = axes("dp_replicate2 dp2 tp2+sp ep2")
+    assert seen["blocks.2.experts.gate_up"] == ("dp_replicate", "efsdp")
+    assert seen["blocks.2.router.gate"] == ("dp_replicate", "dp_shard", "tp")
+    assert seen["blocks.2.shared.down"] == ("dp_replicate", "dp_shard")
+    assert axes("dp2 tp2 ep2 etp2")["blocks.2.router.gate"] == ("dp_shard",)
+
+
+def test_dropless_dispatch_sends_top_k_rows_a_token_and_no_copies() -> None:
+    whole = laid(MOE, "dp2 tp2+sp ep4")
+    got = execute(whole, 1)
+    site = "blocks.1.dispatch.send:all_to_all"
+    tokens, hidden, word = 4 * 4 // 4, 8, 4
+    for rank in range(4):
+        line = next(t for t in got.traffic[rank] if t.site == site and t.phase == "F")
+        assert line.bytes == 2 * tokens * hidden * word
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "rule"),
+    [
+        (model(), "dp2 ep2", "dense"),
+        (MOE, "dp_shard3.zero0 ep3", "experts"),
+        (MOE, "dp_shard8.zero0 tp8 etp8", "expert_ffn"),
+        (MOE, "dp2 ep4", "fold"),
+        (MOE, "tp2", "tp"),
+        (MOE, "tp4 etp2", "tp"),
+    ],
+)
+def test_refusals_say_what_would_fit(spec, line, rule) -> None:
+    found = [p for p in problems(request(spec, line)) if p.room == "ep"]
+    assert [p.rule for p in found if p.rule == rule]
+    for p in found:
+        nearest = request(spec, p.nearest)
+        assert p.rule not in [q.rule for q in problems(nearest) if q.room == "ep"]
