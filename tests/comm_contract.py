@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import torch
 
@@ -160,3 +161,39 @@ def disagreement(world, how: str) -> str:
 
 def where(step: int) -> Where:
     return Where(step=step, phase="F", activity="forward")
+
+
+def clocked(world, body):
+    """A body over transfers that take their time."""
+    from partita.comm.clocked import ClockedWorld, Link
+
+    link = Link(latency_s=1e-4, bytes_per_s=2e9)
+    return body(
+        ClockedWorld(world, {"tp": link, "dp": link, "pp_down": link, "pp_up": Link(1e-5, 1e9)})
+    )
+
+
+def overlap(world, computes: float) -> tuple[float, float]:
+    """Seconds of (start, then compute, then wait) for a collective of 0.4 s, and for two messages that
+    queue on one link: 0.2 s each."""
+    from partita.comm.clocked import ClockedWorld, Link
+
+    timed = ClockedWorld(world, {"dp": Link(0.2, 4e5), "pp_down": Link(0.1, 8e5)})
+    dp, down = (timed.make(range(world.size), axis="a", lane=n) for n in ("dp", "pp_down"))
+    x = torch.zeros(20_000)  # 80 kB
+    dp.barrier(site="even")
+    begin = time.perf_counter()
+    handle = dp.start_all_reduce(x, site="x")
+    time.sleep(computes)
+    handle.wait()
+    collective = time.perf_counter() - begin
+    right, left = (down.rank + 1) % down.size, (down.rank - 1) % down.size
+    dp.barrier(site="even")
+    begin = time.perf_counter()
+    came = [down.receive(x, left, key=Key("F", 1, m), site="s") for m in range(2)]
+    for m in range(2):
+        down.send(x, right, key=Key("F", 1, m), site="s")
+    time.sleep(computes)
+    for handle in came:
+        handle.wait()
+    return collective, time.perf_counter() - begin

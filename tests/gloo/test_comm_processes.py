@@ -39,6 +39,16 @@ def test_shm_messages_beyond_the_ring_in_any_order(tmp_path):
     assert worlds.run("shm", 2, tmp_path, contract.messages, 40, 300_000) == [("ok", 40)] * 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_clocked_transfers_between_processes(kind, tmp_path):
+    done = worlds.run(kind, 3, tmp_path, contract.clocked, contract.collectives)
+    assert done == [("ok", 30)] * 3
+    (tmp_path / "two").mkdir()
+    for how, what in worlds.run(kind, 2, tmp_path / "two", contract.overlap, 0.2):
+        assert how == "ok", what
+        assert [t - 0.2 for t in what] == pytest.approx([0.2, 0.2], abs=0.04)
+
+
 @pytest.mark.parametrize("how", ["op", "shape", "order"])
 def test_shm_disagreement_names_both_sides(how, tmp_path):
     found = worlds.run("shm", 3, tmp_path, contract.disagreement, how, timeout_s=5)

@@ -33,6 +33,21 @@ def test_messages_by_key():
         assert ranks.run(contract.messages) == [12] * 4
 
 
+@pytest.mark.parametrize("body", [contract.collectives, contract.messages, contract.in_place])
+def test_a_clocked_world_is_a_world(body):
+    with local(3) as ranks:
+        assert len(set(ranks.run(contract.clocked, body))) == 1
+
+
+@pytest.mark.parametrize("computes", [0.0, 0.2, 0.6])
+def test_what_is_computed_under_a_transfer_is_not_exposed(computes):
+    """exposed = max(0, transfer - compute), of 0.4 s, for a collective and for messages that queue."""
+    with local(2) as ranks:
+        for collective, messages in ranks.run(contract.overlap, computes):
+            for total in (collective, messages):
+                assert total - computes == pytest.approx(max(0.0, 0.4 - computes), abs=0.04)
+
+
 def test_a_rank_alone():
     assert contract.collectives(SingleWorld(), 20) == 20
     assert contract.in_place(SingleWorld()) == 1
