@@ -20,7 +20,7 @@ from partita.schedule import clock as clocks
 from partita.schedule.check import check
 from partita.schedule.clock import Costs
 from partita.schedule.ir import Schedule
-from partita.schedule.make import GENERATORS, hold_to_size, schedule
+from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
 from partita.schedule.passes import repeat
 from partita.schedule.text import cells, read_schedule
 
@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
 def draw(
     schedules: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SCHEDULE...", help=f"{', '.join(GENERATORS)}, or file:<path>.csv"),
+        typer.Argument(metavar="SCHEDULE...", help=f"{', '.join(NAMES)}, or file:<path>.csv"),
     ] = None,
     ranks: Annotated[int | None, typer.Option("-p", "--num-ranks", help="Pipeline ranks.")] = None,
     microbatches: Annotated[
@@ -106,7 +106,7 @@ def draw(
     wanted = [] if check_file is None else [read_schedule(check_file)]
     wanted += [_make(name, ranks, microbatches, virtual) for name in schedules or ()]
     if not wanted:
-        raise UsageError(f"which schedule? There are {', '.join(GENERATORS)}, and file:<path>.csv")
+        raise UsageError(f"which schedule? There are {', '.join(NAMES)}, and file:<path>.csv")
     drawings = []
     for i, made in enumerate(wanted):
         checked = check_file is not None and i == 0

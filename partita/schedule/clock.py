@@ -12,9 +12,8 @@ its inputs are there. Nothing else defines time. A result that crosses ranks tak
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from partita.base.errors import ScheduleError, UsageError
@@ -59,68 +58,92 @@ class Costs:
         return Costs((StageCosts(F / v, I / v, W / v),) * schedule.num_stages, send)
 
 
-@dataclass
+@dataclass(slots=True)
+class _Block:
+    """What a rank starts at once: an action, or an overlapped pair. Results are numbered."""
+
+    actions: tuple[Action, ...]
+    needs: list[tuple[int, float]]  # results of others, and the seconds they are on the way
+    makes: list[int]
+    seconds: float
+
+
 class _Clock:
     """The state of one run: where each rank stands, and when each result is there."""
 
-    schedule: Schedule
-    costs: Costs
-    pair: Pair
-    at: list[int] = field(init=False)
-    free: list[float] = field(init=False)
-    done: dict[Action, tuple[float, int]] = field(init=False, default_factory=dict)
-    spans: list[Span] = field(init=False, default_factory=list)
+    def __init__(self, schedule: Schedule, costs: Costs, pair: Pair) -> None:
+        self.schedule, self.costs = schedule, costs
+        self._row = {kind: i * schedule.num_stages for i, kind in enumerate("FBW")}
+        self.blocks = [
+            [self._block(rank, actions) for actions in _blocks(schedule, rank, pair)]
+            for rank in range(len(schedule.ranks))
+        ]
+        self.at = [0] * len(self.blocks)
+        self.ends: list[float | None] = [None] * (
+            3 * schedule.num_stages * schedule.num_microbatches
+        )
 
-    def __post_init__(self) -> None:
-        self.at = [0] * len(self.schedule.ranks)
-        self.free = [0.0] * len(self.schedule.ranks)
+    def number(self, result: Action) -> int:
+        """The place of a result among all."""
+        stage, kind, microbatch = result
+        return (self._row[kind] + stage) * self.schedule.num_microbatches + microbatch
 
-    def block(self, rank: int) -> tuple[Action, ...]:
-        """What the rank starts next: one action, or an overlapped pair taken as one block."""
-        actions, at = self.schedule.ranks[rank], self.at[rank]
-        both = self.pair == "block" and actions[at] in self.schedule.paired
-        return actions[at : at + 2] if both else actions[at : at + 1]
+    def result(self, number: int) -> Action:
+        """The result at a place."""
+        row, microbatch = divmod(number, self.schedule.num_microbatches)
+        kind, stage = divmod(row, self.schedule.num_stages)
+        return Action(stage, "FBW"[kind], microbatch)
 
-    def inputs(self, block: Sequence[Action]) -> list[Action]:
-        """Results the block waits for, its own left out."""
-        own = {r for a in block for r in makes(a)}
-        stages = self.schedule.num_stages
-        return [need for a in block for need in needs(a, stages) if need not in own]
+    def _block(self, rank: int, actions: tuple[Action, ...]) -> _Block:
+        made = [self.number(r) for a in actions for r in makes(a)]
+        wants = []
+        for action in actions:
+            for need in needs(action, self.schedule.num_stages):
+                number = self.number(need)
+                if number not in made:
+                    near = self.schedule.rank_of(need.stage, need.microbatch) == rank
+                    wants.append((number, 0.0 if near else self.costs.send))
+        seconds = sum(self.costs.stages[a.stage].of(a.kind) for a in actions)
+        return _Block(actions, wants, made, seconds)
 
-    def missing(self, rank: int) -> list[Action]:
-        """Inputs of the rank's next block that are not there."""
-        return [need for need in self.inputs(self.block(rank)) if need not in self.done]
+    def run(self) -> list[list[float]]:
+        """When each block of each rank starts; those that never do are left out."""
+        starts: list[list[float]] = [[] for _ in self.blocks]
+        free, ends = [0.0] * len(self.blocks), self.ends
+        waiting: dict[int, list[int]] = {}
+        ready = list(range(len(self.blocks)))
+        while ready:
+            rank = ready.pop()
+            blocks, at, now = self.blocks[rank], self.at[rank], free[rank]
+            while at < len(blocks):
+                block, start = blocks[at], now
+                for need, lag in block.needs:
+                    end = ends[need]
+                    if end is None:
+                        waiting.setdefault(need, []).append(rank)
+                        break
+                    if end + lag > start:
+                        start = end + lag
+                else:
+                    now = start + block.seconds
+                    starts[rank].append(start)
+                    for result in block.makes:
+                        ends[result] = now
+                        if result in waiting:
+                            ready += waiting.pop(result)
+                    at += 1
+                    continue
+                break
+            self.at[rank], free[rank] = at, now
+        return starts
 
-    def run(self, rank: int) -> list[Action]:
-        """Runs the rank's next block, whose inputs are there; the results it leaves."""
-        block = self.block(rank)
-        start = self.free[rank]
-        for need in self.inputs(block):
-            end, where = self.done[need]
-            start = max(start, end + (self.costs.send if where != rank else 0.0))
-        times = [self.costs.stages[a.stage].of(a.kind) for a in block]
-        end = start + sum(times)
-        for action, seconds in zip(block, times, strict=True):
-            stop = start + seconds
-            self.spans.append(
-                Span(
-                    rank,
-                    "compute",
-                    action.kind,
-                    str(action),
-                    start,
-                    stop,
-                    action.stage,
-                    action.microbatch,
-                )
-            )
-            start = stop
-        results = [r for a in block for r in makes(a)]
-        for result in results:
-            self.done[result] = (end, rank)
-        self.free[rank] = end
-        self.at[rank] += len(block)
-        return results
+
+def _blocks(schedule: Schedule, rank: int, pair: Pair) -> Iterator[tuple[Action, ...]]:
+    actions, i = schedule.ranks[rank], 0
+    while i < len(actions):
+        both = pair == "block" and actions[i] in schedule.paired
+        yield actions[i : i + 2] if both else actions[i : i + 1]
+        i += 2 if both else 1
 
 
 def clock(schedule: Schedule, costs: Costs | None = None, pair: Pair = "sequence") -> list[Span]:
@@ -137,31 +160,30 @@ def clock(schedule: Schedule, costs: Costs | None = None, pair: Pair = "sequence
             "give one entry for each stage"
         )
     state = _Clock(schedule, costs, pair)
-    waiting: defaultdict[Action, list[int]] = defaultdict(list)
-    ready = list(range(len(schedule.ranks)))
-    while ready:
-        rank = ready.pop()
-        while state.at[rank] < len(schedule.ranks[rank]):
-            missing = state.missing(rank)
-            if missing:
-                waiting[missing[0]].append(rank)
-                break
-            for result in state.run(rank):
-                ready += waiting.pop(result, [])
+    spans = []
+    for rank, starts in enumerate(state.run()):
+        for start, block in zip(starts, state.blocks[rank], strict=False):
+            at = start
+            for action in block.actions:
+                stage, kind, microbatch = action
+                end = at + costs.stages[stage].of(kind)
+                spans.append(Span(rank, "compute", kind, str(action), at, end, stage, microbatch))
+                at = end
     _raise_deadlock(state)
-    return sorted(state.spans, key=lambda s: (s.rank, s.start_s, s.end_s))
+    return spans
 
 
 def _raise_deadlock(state: _Clock) -> None:
-    ranks = state.schedule.ranks
-    blocked = [r for r, actions in enumerate(ranks) if state.at[r] < len(actions)]
+    blocked = [r for r, blocks in enumerate(state.blocks) if state.at[r] < len(blocks)]
     if not blocked:
         return
     makers = {result: a for a in state.schedule.actions() for result in makes(a)}
     lines = []
     for rank in blocked:
-        names = " ".join(str(makers.get(need, need)) for need in state.missing(rank))
-        lines.append(f"\n  rank {rank}: {state.block(rank)[0]} waits for {names}")
+        block = state.blocks[rank][state.at[rank]]
+        missing = [state.result(n) for n, _ in block.needs if state.ends[n] is None]
+        names = " ".join(str(makers.get(result, result)) for result in missing)
+        lines.append(f"\n  rank {rank}: {block.actions[0]} waits for {names}")
     raise ScheduleError(f"{state.schedule.name}: deadlock{''.join(lines)}")
 
 

@@ -129,13 +129,11 @@ class Schedule:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that lie on the rank, of all directions, each once."""
-        return tuple(
-            sorted({s for way in self._placements for s, r in enumerate(way) if r == rank})
-        )
+        return tuple(sorted({s for way in self.placements for s, r in enumerate(way) if r == rank}))
 
     def ranks_of(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold a copy of the stage: one, or the two ends of a bidirectional one."""
-        return tuple(dict.fromkeys(way[stage] for way in self._placements))
+        return tuple(dict.fromkeys(way[stage] for way in self.placements))
 
     @property
     def is_forward_only(self) -> bool:
@@ -143,14 +141,15 @@ class Schedule:
         return all(a.kind == "F" for a in self.actions())
 
     @cached_property
-    def _placements(self) -> tuple[Placement, ...]:
+    def placements(self) -> tuple[Placement, ...]:
+        """The placement of each direction: one, or two."""
         two_way = self.direction is not None
         return self.placement if two_way else (self.placement,)  # type: ignore[return-value]
 
     def rank_of(self, stage: int, microbatch: int = 0) -> int:
         """The rank that runs this microbatch at this stage."""
         way = self.direction[microbatch] if self.direction is not None else 0
-        return self._placements[way][stage]
+        return self.placements[way][stage]
 
     def actions(self) -> Iterator[Action]:
         """All actions, rank by rank."""

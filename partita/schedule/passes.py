@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from partita.schedule.ir import Action, Schedule
+from partita.schedule.make.pipedream import lengthened
 
 
 def receives_of(schedule: Schedule, action: Action) -> tuple[Action, ...]:
@@ -64,7 +65,12 @@ def with_communication(schedule: Schedule, ahead: int = 1) -> tuple[tuple[Action
 
 
 def repeat(schedule: Schedule, steps: int) -> Schedule:
-    """The schedule run `steps` times back to back, its microbatches numbered on: no barrier between."""
+    """The schedule run `steps` times back to back, its microbatches numbered on: no barrier between.
+
+    An asynchronous one does not drain either: it is one longer list.
+    """
+    if schedule.is_asynchronous:
+        return lengthened(schedule, steps)
     m = schedule.num_microbatches
 
     def later(action: Action, step: int) -> Action:

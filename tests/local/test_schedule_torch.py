@@ -31,6 +31,7 @@ KINDS = {
     "interleaved_1f1b": (torchs.ScheduleInterleaved1F1B, (1, 2, 3)),
     "looped_bfs": (torchs.ScheduleLoopedBFS, (1, 2, 3)),
     "zb_h1": (torchs.ScheduleInterleavedZeroBubble, (1,)),
+    "interleaved_zb": (torchs.ScheduleInterleavedZeroBubble, (1, 2, 3)),
     "zb_v": (torchs.ScheduleZBVZeroBubble, (2,)),
     "dualpipev": (torchs.ScheduleDualPipeV, (2,)),
 }

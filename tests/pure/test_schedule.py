@@ -27,7 +27,8 @@ from partita.schedule.passes import repeat, with_communication
 from partita.schedule.text import parse_action, parse_schedule, print_ranks
 
 MODULES = (
-    "dualpipe", "forward", "gpipe", "interleaved", "looped_bfs", "one_f_one_b", "zb_v", "zero_bubble",
+    "chimera", "dualpipe", "forward", "gpipe", "interleaved", "interleaved_zb", "looped_bfs",
+    "one_f_one_b", "pipedream", "v_memory", "zb_v", "zero_bubble",
 )  # fmt: skip
 GRID = [(p, m) for p in range(1, 9) for m in range(1, 17)]
 SAMPLE = [(1, 2), (2, 4), (3, 6), (3, 7), (4, 4), (4, 16), (5, 3), (8, 16)]
@@ -45,6 +46,9 @@ def exists(name: str, p: int, m: int) -> bool:
         "zb_h2": m >= 2 * p - 1,
         "dualpipev": m >= 2 * p,
         "dualpipe": m >= 2 * p and p % 2 == m % 2 == 0,
+        "interleaved_zb": m % max(1, m // p) == 0,
+        "chimera": p % 2 == 0 and m % p == 0,
+        "pipedream_2bw": m >= p,
     }
     return floors.get(name, True)
 
@@ -59,7 +63,7 @@ def test_every_schedule_can_run_and_round_trips_or_names_its_floor(name):
                 continue
             s = make(name, p, m, v)
             assert check(s) == []
-            if not s.is_bidirectional:
+            if not s.is_bidirectional and not s.is_asynchronous:
                 assert replace(parse_schedule(str(s)), name=name) == s
             assert all(
                 s.rank_of(a.stage, a.microbatch) == r for r, own in enumerate(s.ranks) for a in own
@@ -242,9 +246,9 @@ def test_a_schedule_from_a_file(tmp_path):
 
 
 def test_a_large_schedule_takes_well_under_a_second():
-    start = time.process_time()
-    s = GENERATORS["1f1b"].make(16, 512)
-    assert makespan(clock(s)) == 3 * (512 + 15)
+    start = time.process_time()  # the machine may be busy with others
+    s = GENERATORS["zb_h1"].make(16, 512)
+    assert makespan(clock(s)) == 3 * 512 + 15
     assert time.process_time() - start < 1.0
 
 

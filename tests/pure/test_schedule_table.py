@@ -5,10 +5,13 @@ F=I=W=1, of a rank's whole share, and no time for messages unless a test says so
 
 import pytest
 
+from partita.base.errors import ScheduleError
 from partita.schedule.check import check
-from partita.schedule.clock import Costs, clock, makespan, peak_activations, span
+from partita.schedule.clock import Costs, clock, makespan, peak_activations, peak_share, span
 from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
+from partita.schedule.passes import repeat
+from partita.schedule.versions import staleness, versions_held, versions_used
 
 RANKS = (2, 4, 8)
 SPLIT_COSTS = [(1.0, 1.1, 0.9), (1.0, 1.0, 1.0), (2.0, 1.0, 0.5), (1.0, 3.0, 1.0)]  # W <= F
@@ -25,6 +28,18 @@ def hold(s: Schedule, flush: float, spans: float, peak: float, pair: str = "sequ
     assert makespan(times) == pytest.approx(flush, abs=1e-9)
     assert span(times) == pytest.approx(spans, abs=1e-9)
     assert max(peak_activations(s)) <= peak
+
+
+BUBBLES = {"v_half": {2: 0.5, 4: 2.5, 8: 8.5}, "v_min": {2: 1.5, 4: 5.5, 8: 13.5}}
+
+
+def hold_v(name: str, p: int, m: int) -> None:
+    """Its stated memory, and the flush time that schedules.md says was reached."""
+    s = make(name, p, m)
+    shares = (p + 2) // 2 if name == "v_half" else (p + 4) // 3
+    assert check(s) == [] and max(peak_share(s)) <= shares
+    if p in BUBBLES[name]:
+        assert makespan(clock(s)) <= 3 * m + BUBBLES[name][p] + 1e-9
 
 
 def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
@@ -47,6 +62,13 @@ def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
         t, block = 3 * m + (p - 1) / 2, 3 * m + p - 1
         hold(make("dualpipev", p, m), t, t, 2 * p + 1)
         hold(make("dualpipev", p, m), block, block, 2 * p + 1, "block")
+        for name in ("v_half", "v_min"):
+            hold_v(name, p, m)
+    if m % p == p % 2 == 0:
+        t = 3 * m + (m // p + 1) * (p - 2)
+        hold(make("chimera", p, m), t, t, p)
+    if m % p == 0 and m >= 2 * p:
+        hold(make("interleaved_zb", p, m, 2), 3 * m + (p - 1) / 2, 3 * m + (p - 1) / 2, 2 * p)
     if m >= 2 * p and p % 2 == m % 2 == 0:
         t, block = 3 * m + p / 2 - 1, 3 * m + p - 2
         hold(make("dualpipe", p, m), t, t, p + 1)
@@ -124,3 +146,66 @@ def test_the_worked_example():
             (k.lower() if stage >= 4 or second[mb] else k) + str(mb) for stage, k, mb in s.ranks[0]
         ]
         assert " ".join(cells) == words
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+def test_a_stated_memory_is_kept_and_never_worse_than_its_named_neighbours(p):
+    m = 2 * p
+    flush = {}
+    for num, den in [(1, 3), (1, 2), (2, 3), (3, 4), (1, 1)]:
+        s = make(f"v_{num}_{den}", p, m)
+        assert check(s) == []
+        assert max(peak_share(s)) <= -(-p * num // den) + 1
+        flush[num, den] = makespan(clock(s))
+    assert list(flush.values()) == sorted(flush.values(), reverse=True)
+    assert flush[1, 3] <= makespan(clock(make("v_min", p, m)))
+    assert flush[1, 2] <= makespan(clock(make("v_half", p, m)))
+    assert flush[1, 1] <= makespan(clock(make("zb_v", p, m)))
+    with pytest.raises(ScheduleError, match=r"1/3 <= num/den <= 1"):
+        make("v_1_4", p, m)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.25])
+@pytest.mark.parametrize("p", RANKS)
+def test_the_period_of_asynchronous_schedules(p, c):
+    for name in ("pipedream", "pipedream_2bw"):
+        s = make(name, p, 2 * p)
+        times = [
+            makespan(clock(many, Costs.equal(many, send=c)))
+            for many in (repeat(s, 4), repeat(s, 8))
+        ]
+        assert (times[1] - times[0]) / (8 * p) == pytest.approx(3 + 2 * c * (p - 1) / p, abs=1e-9)
+
+
+@pytest.mark.parametrize("p", RANKS)
+def test_versions_and_staleness(p):
+    s = make("pipedream", p, 4 * p)
+    assert versions_held(s) == [p - stage for stage in range(p)]
+    assert staleness(s) == [p - 1 - stage for stage in range(p)]
+    used = versions_used(s)
+    assert all(used[p - 1, k] == k for k in range(4 * p))  # the last stage is never stale
+    vertical = schedule("pipedream", num_ranks=p, num_microbatches=4 * p, vertical_sync=True)
+    used = versions_used(vertical)
+    assert all(used[stage, k] == max(0, k - p + 1) for stage, k in used)
+    assert staleness(vertical) == [p - 1] * p
+    for d in (p, p + 1, 2 * p):
+        s = repeat(make("pipedream_2bw", p, d), 5)
+        assert s == schedule("pipedream_2bw", num_ranks=p, num_microbatches=d, updates=5)
+        assert staleness(s) == [1] * p and versions_held(s) == [2] * p
+        assert all(v == max(0, k // d - 1) for (_, k), v in versions_used(s).items())
+    with pytest.raises(ScheduleError, match=f"m >= p = {p}"):
+        make("pipedream_2bw", p, p - 1)
+    assert staleness(make("1f1b", p, p)) == [0] * p
+    assert versions_held(make("1f1b", p, p)) == [1] * p
+
+
+def test_a_version_that_is_used_exists_by_then():
+    for p in (2, 3, 4):
+        for d in (p, p + 1, 3 * p):
+            s = repeat(make("pipedream_2bw", p, d), 4)
+            used = versions_used(s)
+            for actions in s.ranks:
+                made = 0
+                for stage, kind, k in actions:
+                    made += kind == "U"
+                    assert kind != "F" or used[stage, k] <= made

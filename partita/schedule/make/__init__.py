@@ -6,21 +6,15 @@ the drawings have never heard of its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib import import_module
 
 from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.ir import Schedule
-from partita.schedule.make.dualpipe import dualpipe, dualpipev
-from partita.schedule.make.forward import forward
-from partita.schedule.make.gpipe import gpipe
-from partita.schedule.make.interleaved import interleaved_1f1b
-from partita.schedule.make.looped_bfs import looped_bfs
-from partita.schedule.make.one_f_one_b import one_f_one_b
-from partita.schedule.make.zb_v import zb_v
-from partita.schedule.make.zero_bubble import zb_h1, zb_h2
 from partita.schedule.text import read_schedule
 
 MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
@@ -28,39 +22,61 @@ MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """A generator and the stages a rank holds: 1, 2 (a vee), or as many as are asked for (None)."""
+    """Where a generator is, the stages a rank holds (1, 2 in a vee, None for as many as are asked for),
+    and the options it takes besides. Its file is read when it is asked for."""
 
-    make: Callable[..., Schedule]
+    file: str
+    function: str
     stages: int | None = 1
+    options: tuple[str, ...] = ()
 
     @property
     def virtual(self) -> bool:
         """Whether the number of stages a rank is free."""
         return self.stages is None
 
+    @property
+    def make(self) -> Callable[..., Schedule]:
+        """The generator itself."""
+        return getattr(import_module(f"{__name__}.{self.file}"), self.function)
+
 
 GENERATORS = {
-    "gpipe": Generator(gpipe),
-    "1f1b": Generator(one_f_one_b),
-    "interleaved_1f1b": Generator(interleaved_1f1b, stages=None),
-    "looped_bfs": Generator(looped_bfs, stages=None),
-    "zb_h1": Generator(zb_h1),
-    "zb_h2": Generator(zb_h2),
-    "zb_v": Generator(zb_v, stages=2),
-    "dualpipe": Generator(dualpipe),
-    "dualpipev": Generator(dualpipev, stages=2),
-    "forward": Generator(forward, stages=None),
+    "gpipe": Generator("gpipe", "gpipe"),
+    "1f1b": Generator("one_f_one_b", "one_f_one_b"),
+    "interleaved_1f1b": Generator("interleaved", "interleaved_1f1b", stages=None),
+    "looped_bfs": Generator("looped_bfs", "looped_bfs", stages=None),
+    "zb_h1": Generator("zero_bubble", "zb_h1"),
+    "zb_h2": Generator("zero_bubble", "zb_h2"),
+    "zb_v": Generator("zb_v", "zb_v", stages=2),
+    "v_half": Generator("v_memory", "v_half", stages=2),
+    "v_min": Generator("v_memory", "v_min", stages=2),
+    "interleaved_zb": Generator("interleaved_zb", "interleaved_zb", stages=None),
+    "dualpipe": Generator("dualpipe", "dualpipe"),
+    "dualpipev": Generator("dualpipe", "dualpipev", stages=2),
+    "chimera": Generator("chimera", "chimera"),
+    "pipedream": Generator("pipedream", "pipedream", options=("vertical_sync",)),
+    "pipedream_2bw": Generator("pipedream", "pipedream_2bw", options=("updates",)),
+    "forward": Generator("forward", "forward", stages=None),
 }
+_SHARE = re.compile(r"v_([1-9]\d*)_([1-9]\d*)")  # a stated memory, e.g. v_2_3
+FAMILY = Generator("v_memory", "v_share", stages=2)
+NAMES = (*GENERATORS, "v_<num>_<den>")
 
 
 def schedule(
-    name: str, *, num_ranks: int, num_microbatches: int, virtual_stages: int = 1, **opts: object
+    name: str,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    virtual_stages: int = 1,
+    **options: object,
 ) -> Schedule:
     """The schedule `name` for p ranks, m microbatches and v stages a rank.
 
-    `name` is a row of GENERATORS, or 'file:<path>.csv' (torch's action CSV). Where the schedule itself
-    fixes v at 2 (a vee), 1 stands for it. Raises UsageError for an unknown name or option,
-    ScheduleError where the schedule does not exist for these numbers.
+    `name` is one of NAMES, or 'file:<path>.csv' (torch's action CSV). Where the schedule itself fixes v
+    at 2 (a vee), 1 stands for it. Raises UsageError for an unknown name or option, ScheduleError where
+    the schedule does not exist for these numbers.
 
     >>> print(schedule("1f1b", num_ranks=2, num_microbatches=2))
     0F0,0F1,0B0,0B1
@@ -75,27 +91,35 @@ def schedule(
             raise UsageError(f"{what} is {value}; it must be at least 1", key=what)
     if name.strip('"').startswith("file:"):
         return _from_file(name.strip('"').removeprefix("file:"), num_ranks, num_microbatches)
-    generator = GENERATORS.get(name)
-    if generator is None:
-        close = get_close_matches(name, GENERATORS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UsageError(
-            f"no schedule is called '{name}'{hint}; there are {', '.join(GENERATORS)}, and "
-            "'file:<path>.csv'",
-            key="schedule",
-        )
-    if opts:
-        raise UsageError(f"{name} takes no option {', '.join(sorted(opts))}", key=min(opts))
+    generator, fixed = generator_of(name)
+    unknown = sorted(set(options) - set(generator.options))
+    if unknown:
+        raise UsageError(f"{name} takes no option {', '.join(unknown)}", key=unknown[0])
     hold_to_size(num_ranks * virtual_stages, num_microbatches)
-    if generator.virtual:
-        return _made(generator, num_ranks, num_microbatches, virtual_stages)
-    if virtual_stages not in (1, generator.stages):
+    if virtual_stages not in (1, generator.stages) and not generator.virtual:
         others = ", ".join(n for n, g in GENERATORS.items() if g.virtual)
         count = "one stage" if generator.stages == 1 else f"{generator.stages} stages"
         raise ScheduleError(
             f"{name} has {count} a rank, {virtual_stages} were asked for; any number have: {others}"
         )
-    return _made(generator, num_ranks, num_microbatches)
+    numbers = (*fixed, num_ranks, num_microbatches)
+    numbers += (virtual_stages,) if generator.virtual else ()
+    return _made(generator, numbers, tuple(sorted(options.items())))
+
+
+def generator_of(name: str) -> tuple[Generator, tuple[int, ...]]:
+    """The generator of a name and the numbers that the name itself states. Raises UsageError."""
+    share = _SHARE.fullmatch(name)
+    if share:
+        return FAMILY, (int(share[1]), int(share[2]))
+    if name in GENERATORS:
+        return GENERATORS[name], ()
+    close = get_close_matches(name, GENERATORS, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UsageError(
+        f"no schedule is called '{name}'{hint}; there are {', '.join(NAMES)}, and 'file:<path>.csv'",
+        key="schedule",
+    )
 
 
 def hold_to_size(num_stages: int, num_microbatches: int) -> None:
@@ -109,8 +133,10 @@ def hold_to_size(num_stages: int, num_microbatches: int) -> None:
 
 
 @lru_cache(maxsize=32)
-def _made(generator: Generator, *numbers: int) -> Schedule:
-    return generator.make(*numbers)
+def _made(
+    generator: Generator, numbers: tuple[int, ...], options: tuple[tuple[str, object], ...]
+) -> Schedule:
+    return generator.make(*numbers, **dict(options))
 
 
 def _from_file(path: str, num_ranks: int, num_microbatches: int) -> Schedule:

@@ -1,0 +1,1 @@
+"""Schedules made from costs and a memory limit: list scheduling, justification, search, exact proof."""

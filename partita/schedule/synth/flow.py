@@ -1,0 +1,215 @@
+"""A pipeline as streams, which is what a search works on.
+
+Microbatches are alike, so those of one direction may be renamed where their paths cross: nothing is lost
+by letting every stage take them in order. A schedule is then, for each rank, an interleaving of a few
+*streams*, one a (stage, direction, kind F, I or W), whose k-th items are the microbatches 0, 1, 2 ... of
+the direction; B is I with W right behind it, which is never slower. `orders[rank]` is a list of stream
+numbers, and the k-th occurrence of a number is the stream's k-th item.
+
+Read backwards in time a flow is again a flow: needs point the other way, W takes memory and F gives it
+back. So what improves the start of a schedule improves its end too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from partita.schedule.clock import Costs
+from partita.schedule.ir import Action, Placement, Schedule
+
+Orders = list[list[int]]
+EPSILON = 1e-9  # relative to the costs' scale: times closer than that are one
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The streams: `names[x]` = (stage, direction, kind); `needs[x]` = (stream, seconds on the way)
+    whose item of the same number comes first; `held[x]` is taken when an item starts (> 0) or given back
+    when it ends (< 0); `limits` caps what a rank holds."""
+
+    placements: tuple[Placement, ...]
+    direction: tuple[int, ...] | None
+    names: tuple[tuple[int, int, str], ...]
+    rank: tuple[int, ...]
+    seconds: tuple[float, ...]
+    needs: tuple[tuple[tuple[int, float], ...], ...]
+    held: tuple[float, ...]
+    count: tuple[int, ...]
+    limits: tuple[float, ...]
+    feeds: tuple[tuple[tuple[int, float], ...], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        feeds: list[list[tuple[int, float]]] = [[] for _ in self.names]
+        for x, needs in enumerate(self.needs):
+            for need, lag in needs:
+                feeds[need].append((x, lag))
+        object.__setattr__(self, "feeds", tuple(map(tuple, feeds)))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the pipeline."""
+        return len(self.limits)
+
+    def streams_of(self, rank: int) -> list[int]:
+        """The streams that run on the rank."""
+        return [x for x, r in enumerate(self.rank) if r == rank]
+
+    def reversed(self) -> Flow:
+        """The same read backwards in time."""
+        return replace(self, needs=self.feeds, held=tuple(-h for h in self.held))
+
+
+def flow_of(
+    placements: Sequence[Placement],
+    num_microbatches: int,
+    costs: Costs,
+    limits: Sequence[float],
+    direction: tuple[int, ...] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Flow:
+    """The flow of a placement (two of them with `direction`). `weights` is what a microbatch holds at
+    each stage, 1 unless given, in the unit of `limits`."""
+    stages = len(placements[0])
+    at = {
+        (s, way, kind): i
+        for i, (way, s, kind) in enumerate(
+            (way, s, kind)
+            for way in range(len(placements))
+            for s in range(stages)
+            for kind in "FIW"
+        )
+    }
+    needs = []
+    for s, way, kind in at:
+        before = {"F": [(s - 1, "F")], "I": [(s, "F"), (s + 1, "I")], "W": [(s, "I")]}[kind]
+        place = placements[way]
+        needs.append(
+            tuple(
+                (at[q, way, k], costs.send if place[q] != place[s] else 0.0)
+                for q, k in before
+                if 0 <= q < stages
+            )
+        )
+    sign = {"F": 1.0, "I": 0.0, "W": -1.0}
+    counts = [num_microbatches] if direction is None else [direction.count(w) for w in (0, 1)]
+    return Flow(
+        placements=tuple(placements),
+        direction=direction,
+        names=tuple(at),
+        rank=tuple(placements[way][s] for s, way, _ in at),
+        seconds=tuple(costs.stages[s].of(kind) for s, _, kind in at),
+        needs=tuple(needs),
+        held=tuple(sign[kind] * (weights[s] if weights else 1.0) for s, _, kind in at),
+        count=tuple(counts[way] for _, way, _ in at),
+        limits=tuple(limits),
+    )
+
+
+def flow_like(
+    schedule: Schedule,
+    costs: Costs,
+    limits: Sequence[float],
+    weights: Sequence[float] | None = None,
+) -> Flow:
+    """The flow that a schedule is an order of."""
+    m = schedule.num_microbatches
+    return flow_of(schedule.placements, m, costs, limits, schedule.direction, weights)
+
+
+def orders_of(flow: Flow, schedule: Schedule) -> Orders:
+    """The schedule's lists as streams; a B is I and W."""
+    at = {name: x for x, name in enumerate(flow.names)}
+    way = schedule.direction or (0,) * schedule.num_microbatches
+    return [
+        [
+            at[a.stage, way[a.microbatch], kind]
+            for a in actions
+            for kind in ("IW" if a.kind == "B" else a.kind)
+            if kind != "U"
+        ]
+        for actions in schedule.ranks
+    ]
+
+
+def schedule_of(flow: Flow, orders: Orders, name: str) -> Schedule:
+    """The schedule of the orders, every item named by its microbatch."""
+    direction = flow.direction or (0,) * flow.count[0]
+    of_way = [[k for k, w in enumerate(direction) if w == way] for way in (0, 1)]
+    ranks = []
+    for order in orders:
+        made = [0] * len(flow.names)
+        row = []
+        for x in order:
+            stage, way, kind = flow.names[x]
+            row.append(Action(stage, kind, of_way[way][made[x]]))
+            made[x] += 1
+        ranks.append(tuple(row))
+    down, up = flow.placements[0], flow.placements[-1]
+    placement = (down, up) if flow.direction is not None else down
+    stages, m = len(down), len(direction)
+    return Schedule(
+        name,
+        flow.num_ranks,
+        stages,
+        m,
+        placement,
+        tuple(ranks),
+        direction=flow.direction,
+    )
+
+
+def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | None:
+    """(makespan, start of each item in each rank's order), each rank in order; None in a deadlock."""
+    ends: list[list[float]] = [[] for _ in flow.names]
+    starts: list[list[float]] = [[] for _ in orders]
+    place, free = [0] * len(orders), [0.0] * len(orders)
+    waiting: dict[int, list[int]] = {}
+    ready = list(range(len(orders)))
+    needs, seconds = flow.needs, flow.seconds
+    while ready:
+        r = ready.pop()
+        order, i, now, own = orders[r], place[r], free[r], starts[r]
+        size = len(order)
+        while i < size:
+            x = order[i]
+            mine = ends[x]
+            k, start = len(mine), now
+            for need, lag in needs[x]:
+                there = ends[need]
+                if len(there) <= k:
+                    waiting.setdefault(need, []).append(r)
+                    break
+                if there[k] + lag > start:
+                    start = there[k] + lag
+            else:
+                own.append(start)
+                now = start + seconds[x]
+                mine.append(now)
+                i += 1
+                if x in waiting:
+                    ready += waiting.pop(x)
+                continue
+            break
+        place[r], free[r] = i, now
+    if any(len(own) < len(order) for own, order in zip(starts, orders, strict=True)):
+        return None
+    return max(free, default=0.0), starts
+
+
+def peaks_of(flow: Flow, orders: Orders) -> list[float]:
+    """The most that each rank holds at once."""
+    peaks = []
+    for order in orders:
+        now = peak = 0.0
+        for x in order:
+            now += flow.held[x]
+            peak = max(peak, now)
+        peaks.append(peak)
+    return peaks
+
+
+def fits(flow: Flow, orders: Orders) -> bool:
+    """Whether every rank stays within its limit."""
+    slack = EPSILON * max(map(abs, flow.held), default=1.0)
+    return all(p <= q + slack for p, q in zip(peaks_of(flow, orders), flow.limits, strict=True))

@@ -1,0 +1,169 @@
+"""List scheduling on streams, forwards and backwards in time, within a memory limit.
+
+`listed` takes an order that fits its limit and lets every rank start, whenever it is free, the ready
+item of best priority, if that can be done *safely*: a stream that takes memory may be drawn forward only
+if the rest of the old order, run behind it, still fits. So the result always exists and always fits.
+
+`justified` does so forwards and backwards in turn (forward-backward improvement, Li and Willis 1992):
+idle time is pushed out of the start, then out of the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from partita.schedule.synth.flow import EPSILON, Flow, Orders, starts_of
+
+LAST = 1e9  # an offset beyond every place in an order
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is preferred among ready items: the place in the old order plus an offset of the kind; an item
+    that is ready within `patience` seconds is waited for."""
+
+    F: float = 0.0
+    I: float = 0.0  # noqa: E741 (the field's name of the input-gradient half)
+    W: float = 0.0
+    patience: float = 0.0
+
+
+AS_BEFORE = Rule()
+WEIGHTS_LAST = Rule(W=LAST)
+INPUTS_FIRST = Rule(F=LAST / 2, W=LAST)
+BACKWARD_FIRST = Rule(F=LAST)
+
+
+class _Rank:
+    """One rank's old order, and which of its items are taken."""
+
+    def __init__(self, flow: Flow, rank: int, order: Sequence[int], offsets: dict[str, float]):
+        self.flow, self.order, self.limit = flow, order, flow.limits[rank]
+        self.streams = flow.streams_of(rank)
+        self.places: dict[int, list[int]] = {x: [] for x in self.streams}
+        self.occurrence = []
+        for i, x in enumerate(order):
+            self.occurrence.append(len(self.places[x]))
+            self.places[x].append(i)
+        self.offset = {x: offsets[flow.names[x][2]] for x in self.streams}
+        self.taken = dict.fromkeys(self.streams, 0)
+        self.head, self.holds = 0, 0.0
+        self.free, self.new = 0.0, []
+        self.slack = EPSILON * max(map(abs, flow.held))
+
+    def safe(self, x: int) -> bool:
+        """Whether x may run next and the rest of the old order behind it."""
+        w = self.flow.held[x]
+        if w <= 0:
+            return True
+        place, held, taken = self.places[x][self.taken[x]], self.flow.held, self.taken
+        room = self.limit + self.slack - w
+        now = self.holds
+        if now > room:
+            return False
+        for i in range(self.head, place):
+            y = self.order[i]
+            if self.occurrence[i] >= taken[y]:
+                now += held[y]
+                if now > room:
+                    return False
+        return True
+
+    def take(self, x: int, end: float) -> None:
+        """Runs x until `end`."""
+        self.holds += self.flow.held[x]
+        self.taken[x] += 1
+        self.new.append(x)
+        self.free = end
+        while (
+            self.head < len(self.order)
+            and self.occurrence[self.head] < self.taken[self.order[self.head]]
+        ):
+            self.head += 1
+
+
+def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
+    """New orders, as the module says. `orders` must run and fit."""
+    offsets = {"F": rule.F, "I": rule.I, "W": rule.W}
+    ranks = [_Rank(flow, r, order, offsets) for r, order in enumerate(orders)]
+    ends: list[list[float]] = [[] for _ in flow.names]
+    scale = max(flow.seconds, default=1.0) or 1.0
+    eps = EPSILON * scale
+    events = [(0.0, r) for r in range(len(ranks))]
+    while events:
+        now, r = heapq.heappop(events)
+        rank = ranks[r]
+        if rank.free > now + eps:
+            continue
+        best, start = _choice(flow, rank, ends, now + eps, rule.patience)
+        if best < 0:
+            continue
+        end = max(start, now) + flow.seconds[best]
+        rank.take(best, end)
+        ends[best].append(end)
+        heapq.heappush(events, (end, r))
+        for fed, lag in flow.feeds[best]:
+            if flow.rank[fed] != r:
+                heapq.heappush(events, (end + lag, flow.rank[fed]))
+                if rule.patience:
+                    heapq.heappush(events, (max(now, end + lag - rule.patience), flow.rank[fed]))
+    return [rank.new for rank in ranks]
+
+
+def _choice(
+    flow: Flow, rank: _Rank, ends: list[list[float]], now: float, patience: float
+) -> tuple[int, float]:
+    """(stream, when it is ready) of best priority among those ready and safe; -1 for none."""
+    best, best_key, best_ready = -1, 0.0, 0.0
+    for x in rank.streams:
+        k = rank.taken[x]
+        if k >= flow.count[x]:
+            continue
+        key = rank.places[x][k] + rank.offset[x]
+        if best >= 0 and key >= best_key:
+            continue
+        ready = 0.0
+        for need, lag in flow.needs[x]:
+            there = ends[need]
+            if len(there) <= k:
+                break
+            if there[k] + lag > ready:
+                ready = there[k] + lag
+        else:
+            if ready <= now + patience and rank.safe(x):
+                best, best_key, best_ready = x, key, ready
+    return best, best_ready
+
+
+def justified(
+    flow: Flow, orders: Orders, rules: Sequence[Rule] = (AS_BEFORE,), rounds: int = 6
+) -> tuple[float, Orders]:
+    """(makespan, orders) of the best found going forwards and backwards from `orders`, for each rule.
+
+    Stops a rule when a round there and back brings nothing.
+    """
+    back = flow.reversed()
+    first = starts_of(flow, orders)
+    assert first is not None, "orders that run are asked for"
+    best = first[0], orders
+    for rule in rules:
+        now, last = orders, float("inf")
+        for _ in range(rounds):
+            found = last
+            for way, others in ((flow, now), (back, None)):
+                if others is None:
+                    turned = listed(way, [o[::-1] for o in now], rule)
+                    now = [o[::-1] for o in turned]
+                else:
+                    now = listed(way, now, rule)
+                times = starts_of(flow, now)
+                assert times is not None, "list scheduling keeps what runs running"
+                found = min(found, times[0])
+                if times[0] < best[0] - EPSILON * best[0]:
+                    best = times[0], now
+            if found >= last - EPSILON * best[0]:
+                break
+            last = found
+    return best
