@@ -17,12 +17,12 @@ from partita.cli.out import problem_rows, write_file, write_json, write_text
 from partita.plots import timeline
 from partita.record.span import Span
 from partita.schedule import clock as clocks
-from partita.schedule.check import check
+from partita.schedule.check import check, over_limit
 from partita.schedule.clock import Costs
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
-from partita.schedule.passes import repeat
-from partita.schedule.text import cells, read_schedule
+from partita.schedule.steps import repeat
+from partita.schedule.text import cells, read_program, read_schedule
 
 Pair = Literal["sequence", "block"]
 
@@ -69,6 +69,34 @@ class Drawing:
         return "\n".join([title, picture, *found, *verdict])
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How schedules are clocked: --costs, --pair and --steps."""
+
+    costs: str
+    pair: Pair
+    steps: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """--limit, in whole shares of a rank, or --limit-bytes."""
+
+    shares: float | None
+    size: float | None
+
+    def of(self, made: Schedule, costs: str) -> tuple[float, list[float], str]:
+        """(limit, what a microbatch holds at each stage, its unit); the limit may be infinite."""
+        if self.size is not None:
+            sizes = [stage.activation_bytes for stage in read_costs(costs, made).stages]
+            if not any(sizes):
+                message = "--limit-bytes needs --costs FILE.json with activation_bytes"
+                raise UsageError(message, key="costs")
+            return self.size, sizes, "bytes of activations"
+        limit = math.inf if self.shares is None else self.shares
+        return limit, [1 / made.virtual_stages] * made.num_stages, "activations"
+
+
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
     app.command("draw", help=draw.__doc__)(draw)
@@ -103,15 +131,15 @@ def draw(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
 ) -> None:
     """Schedules as text, SVG or HTML, side by side."""
-    wanted = [] if check_file is None else [read_schedule(check_file)]
-    wanted += [_make(name, ranks, microbatches, virtual) for name in schedules or ()]
-    if not wanted:
+    bound = Bound(limit, limit_bytes)
+    how = Timing(costs, pair, _at_least_one("steps", steps))
+    drawings = [] if check_file is None else [_proved(check_file, how, bound)]
+    for name in schedules or ():
+        made = _make(name, ranks, microbatches, virtual)
+        drawings.append(_drawing(made, how))
+        _hold_to_limit(made, costs, bound)
+    if not drawings:
         raise UsageError(f"which schedule? There are {', '.join(NAMES)}, and file:<path>.csv")
-    drawings = []
-    for i, made in enumerate(wanted):
-        checked = check_file is not None and i == 0
-        drawings.append(_drawing(made, costs, pair, _at_least_one("steps", steps), checked))
-        _hold_to_limit(made, costs, limit, limit_bytes)
     _write_pictures(drawings, svg, html)
     if json:
         documents = [d.document() for d in drawings]
@@ -141,14 +169,23 @@ def _make(name: str, ranks: int | None, microbatches: int | None, virtual: int) 
     )
 
 
-def _drawing(made: Schedule, costs: str, pair: Pair, steps: int, checked: bool) -> Drawing:
-    problems = check(made) if checked else None
-    prices = read_costs(costs, made)
+def _drawing(made: Schedule, how: Timing, problems: list[Problem] | None = None) -> Drawing:
+    prices = read_costs(how.costs, made)
     if problems:
         return Drawing(made, [], problems)
-    hold_to_size(made.num_stages, made.num_microbatches * steps)
-    many = repeat(made, steps) if steps > 1 else made
-    return Drawing(many, clocks.clock(many, prices, pair), problems)
+    hold_to_size(made.num_stages, made.num_microbatches * how.steps)
+    many = repeat(made, how.steps) if how.steps > 1 else made
+    return Drawing(many, clocks.clock(many, prices, how.pair), problems)
+
+
+def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
+    """A file's schedule with all that keeps it from running, or from fitting its bound."""
+    made, program = read_program(path)
+    problems = check(made, program)
+    if not problems:
+        limit, sizes, unit = bound.of(made, how.costs)
+        problems = over_limit(made, limit, sizes, unit)
+    return _drawing(made, how, problems)
 
 
 def read_costs(text: str, of: Schedule) -> Costs:
@@ -188,34 +225,19 @@ def _hold_sane(numbers: list[float], where: str) -> None:
         raise UsageError(f"{where}: costs are finite numbers of at least 0", key="costs")
 
 
-def _hold_to_limit(
-    made: Schedule, costs: str, limit: float | None, limit_bytes: float | None
-) -> None:
-    if limit is not None:
-        held = max(clocks.peak_share(made))
-        if not held <= limit:
-            _raise_over(made, f"{held:g} activations a rank", f"{limit:g}", limit)
-    if limit_bytes is not None:
-        prices = read_costs(costs, made)
-        if not any(stage.activation_bytes for stage in prices.stages):
-            raise UsageError(
-                "--limit-bytes needs --costs FILE.json with activation_bytes", key="costs"
-            )
-        held = max(clocks.peak_activation_bytes(made, prices))
-        if not held <= limit_bytes:
-            _raise_over(made, f"{held:.6g} bytes of activations", f"{limit_bytes:.6g}", None)
-
-
-def _raise_over(made: Schedule, held: str, limit: str, shares: float | None) -> None:
-    p, m = made.num_ranks, made.num_microbatches
-    others = [] if shares is None else [n for n in GENERATORS if _share(n, p, m) <= shares]
-    hint = (
-        f"; within it: {', '.join(others)}" if others else "; fewer ranks or microbatches hold less"
-    )
-    message = (
-        f"{made.name} on {p} ranks with {m} microbatches holds {held}, the limit is {limit}{hint}"
-    )
-    raise ScheduleError(message)
+def _hold_to_limit(made: Schedule, costs: str, bound: Bound) -> None:
+    limit, sizes, unit = bound.of(made, costs)
+    problems = over_limit(made, limit, sizes, unit)
+    if problems:
+        p, m = made.num_ranks, made.num_microbatches
+        others = (
+            [] if bound.size is not None else [n for n in GENERATORS if _share(n, p, m) <= limit]
+        )
+        hint = (
+            f"within it: {', '.join(others)}" if others else "fewer microbatches or ranks hold less"
+        )
+        message = f"{made.name} on {p} ranks with {m} microbatches holds more than {limit:g} {unit}"
+        raise ScheduleError(f"{message}; {hint}", problems)
 
 
 def _share(name: str, p: int, m: int) -> float:

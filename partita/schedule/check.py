@@ -1,11 +1,12 @@
-"""Proves that a schedule can run: all of what is wrong with it at once.
+"""Proves that a schedule can run: all of what is wrong with it at once, with a picture of each.
 
 complete   every stage runs F, and B or (I and W), of every microbatch once; F alone is a schedule too
 placed     on the rank that the placement names
-ordered    a rank runs what it needs from itself first
+ordered    a rank runs what it needs from itself first, and an update behind the gradients it takes
 paired     every SEND has its RECV, with one key, on the ranks that hold the two stages
-alive      no rank waits for ever, receives posted and sends not blocking (a deadlock names who
-           waits for whom)
+alive      no rank waits for ever on the send/receive program, whether the network buffers without limit
+           or not at all (a deadlock names who waits for whom)
+memory     no rank holds more activations than allowed
 """
 
 from __future__ import annotations
@@ -14,29 +15,35 @@ from collections import Counter
 from collections.abc import Sequence
 
 from partita.base.errors import Problem, ScheduleError
-from partita.schedule.clock import clock
+from partita.schedule.clock import Costs, StageCosts, schedule_starts
 from partita.schedule.ir import COMPUTE, Action, Schedule, makes, needs
 from partita.schedule.passes import with_communication
+from partita.schedule.rendezvous import Wait, waits
+from partita.schedule.staircase import marked, staircase
 
 _SHOWN = 6  # names in one message
+_PICTURES = 3  # pictures of one rule
 
 
-def check(schedule: Schedule) -> list[Problem]:
+def check(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None) -> list[Problem]:
     """Everything that keeps the schedule from running; empty when it can.
 
-    Deadlock is looked for only when each rank's own list is sound: a missing action would only show
-    up a second time.
+    `program` is its actions with SEND and RECV among them, by default those of `with_communication`.
+    Pairing and deadlock are looked for only when each rank's own list is sound: a missing action would
+    only show up a second time.
     """
     problems = [*_complete(schedule), *_placed(schedule)]
     if not problems:
-        problems = [*_ordered(schedule), *_paired(schedule, with_communication(schedule))]
-        problems += _alive(schedule)
+        messages = program if program is not None else with_communication(schedule)
+        problems = _ordered(schedule)
+        problems += _paired(schedule, messages)
+        problems += [] if problems else _alive(schedule, messages)
     return problems
 
 
-def checked(schedule: Schedule) -> Schedule:
+def checked(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None) -> Schedule:
     """The schedule itself, when it can run. Raises ScheduleError with every problem."""
-    problems = check(schedule)
+    problems = check(schedule, program)
     if problems:
         raise ScheduleError(f"{schedule.name} cannot run", problems)
     return schedule
@@ -44,6 +51,22 @@ def checked(schedule: Schedule) -> Schedule:
 
 def _problem(rule: str, message: str, asked: str = "") -> Problem:
     return Problem("schedule", rule, message, asked=asked)
+
+
+def _shown(pictures: Sequence[str]) -> str:
+    return "".join(f"\n{picture}" for picture in pictures[:_PICTURES])
+
+
+def _places(schedule: Schedule, wanted: set[Action], words: str, nth: int = 0) -> list[str]:
+    """A picture of each wanted action, at its (nth+1)-th place on a rank where it has one."""
+    found = []
+    for rank, actions in enumerate(schedule.ranks):
+        seen: Counter[Action] = Counter()
+        for i, action in enumerate(actions):
+            if action in wanted and seen[action] == nth:
+                found.append(marked(rank, actions, i, words))
+            seen[action] += 1
+    return found
 
 
 def _names(actions: Sequence[Action]) -> str:
@@ -54,25 +77,37 @@ def _names(actions: Sequence[Action]) -> str:
 def _complete(schedule: Schedule) -> list[Problem]:
     problems = []
     counts = Counter(schedule.actions())
-    strange = sorted(a for a in counts if a.kind not in COMPUTE or not _in_range(schedule, a))
+    strange = {a for a in counts if a.kind not in COMPUTE or not _in_range(schedule, a)}
     if strange:
-        problems.append(
-            _problem(
-                "in_range",
-                f"{_names(strange)}: stages are 0 to {schedule.num_stages - 1}, microbatches 0 to "
-                f"{schedule.num_microbatches - 1}, kinds {' '.join(COMPUTE)}",
-            )
+        limits = (
+            f"{_names(sorted(strange))}: stages are 0 to {schedule.num_stages - 1}, microbatches 0 to "
+            f"{schedule.num_microbatches - 1}, kinds {' '.join(COMPUTE)}"
         )
-    twice = sorted(a for a, n in counts.items() if n > 1)
-    twice += sorted(
-        a for a in counts if a.kind == "B" and any(a._replace(kind=k) in counts for k in "IW")
-    )
-    if twice:
-        problems.append(_problem("duplicate_free", f"done twice: {_names(twice)}"))
+        pictures = _places(schedule, strange, "does not exist")
+        problems.append(_problem("in_range", limits + _shown(pictures)))
+    twice = {a for a, n in counts.items() if n > 1}
+    whole = {a for a in counts if a.kind == "B" and any(a._replace(kind=k) in counts for k in "IW")}
+    if twice or whole:
+        pictures = _places(schedule, twice, "a second time", nth=1)
+        pictures += _places(schedule, whole, "and its half I or W besides")
+        names = _names(sorted(twice | whole))
+        problems.append(_problem("duplicate_free", f"done twice: {names}{_shown(pictures)}"))
     missing = _missing(schedule, set(counts))
     if missing:
-        problems.append(_problem("complete", f"never done: {_names(missing)}"))
+        pictures = [_gap(schedule, action) for action in missing[:_PICTURES]]
+        message = f"never done: {_names(missing)}{_shown(pictures)}"
+        problems.append(_problem("complete", message))
     return problems
+
+
+def _gap(schedule: Schedule, action: Action) -> str:
+    """Where a missing action would stand: behind the last one of its stage before its microbatch."""
+    rank = schedule.rank_of(action.stage, action.microbatch)
+    actions = schedule.ranks[rank]
+    own = [i for i, a in enumerate(actions) if a.stage == action.stage]
+    before = [i for i in own if actions[i].microbatch <= action.microbatch]
+    place = max(before or own or [0])
+    return marked(rank, actions, place, f"{action} is missing from here on")
 
 
 def _in_range(schedule: Schedule, action: Action) -> bool:
@@ -94,18 +129,19 @@ def _missing(schedule: Schedule, present: set[Action]) -> list[Action]:
 
 def _placed(schedule: Schedule) -> list[Problem]:
     wrong = [
-        (rank, action)
+        (rank, place, action)
         for rank, actions in enumerate(schedule.ranks)
-        for action in actions
+        for place, action in enumerate(actions)
         if _in_range(schedule, action) and schedule.rank_of(action.stage, action.microbatch) != rank
     ]
     return [
         _problem(
             "placed",
-            f"rank {rank} runs {action}, but stage {action.stage} lies on "
-            f"rank {schedule.rank_of(action.stage, action.microbatch)}",
+            f"rank {rank} runs {action}, but stage {action.stage} lies on rank "
+            f"{schedule.rank_of(action.stage, action.microbatch)}"
+            + _shown([marked(rank, schedule.ranks[rank], place, "is not of this rank")]),
         )
-        for rank, action in wrong[:_SHOWN]
+        for rank, place, action in wrong[:_PICTURES]
     ]
 
 
@@ -114,42 +150,118 @@ def _ordered(schedule: Schedule) -> list[Problem]:
     for rank, actions in enumerate(schedule.ranks):
         own = {result for action in actions for result in makes(action)}
         done: set[Action] = set()
-        early = []
-        for action in actions:
-            early += [
-                action for n in needs(action, schedule.num_stages) if n in own and n not in done
-            ]
+        early: list[int] = []
+        for place, action in enumerate(actions):
+            wanted = {n for n in needs(action, schedule.num_stages) if n in own}
+            if action.kind == "U":
+                wanted = {
+                    r for r in own if r[:2] == (action.stage, "W") and r[2] <= action.microbatch
+                }
+            early += [place] if wanted - done else []
             done.update(makes(action))
         if early:
-            names = _names(list(dict.fromkeys(early)))
+            names = _names([actions[place] for place in early])
             message = f"rank {rank} runs {names} before what it needs from itself"
-            problems.append(_problem("ordered", message))
+            pictures = [marked(rank, actions, place, "too early") for place in early]
+            problems.append(_problem("ordered", message + _shown(pictures)))
     return problems
 
 
 def _paired(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Problem]:
     sent, received = Counter(), Counter()
+    places = {}
     for rank, actions in enumerate(ranks):
-        for a in (a for a in actions if a.is_send or a.is_receive):
-            peer = schedule.rank_of(a.peer_stage, a.microbatch)
-            (sent if a.is_send else received)[
-                (a.key, (rank, peer) if a.is_send else (peer, rank))
-            ] += 1
-    return [
-        _problem(
-            "paired",
-            f"{what} of microbatch {microbatch} for stage {stage}, rank {source} to {target}: "
-            f"{sent[message]} sent, {received[message]} received",
-        )
-        for message in sorted({*sent, *received})
-        if sent[message] != 1 or received[message] != 1
-        for (what, stage, microbatch), (source, target) in [message]
-    ][:_SHOWN]
+        for place, a in enumerate(actions):
+            if a.is_send or a.is_receive:
+                peer = (
+                    schedule.rank_of(a.peer_stage, a.microbatch) if _has_peer(schedule, a) else -1
+                )
+                message = (a.key, (rank, peer) if a.is_send else (peer, rank))
+                (sent if a.is_send else received)[message] += 1
+                places[message] = rank, place
+    wrong = [m for m in sorted(places) if sent[m] != 1 or received[m] != 1]
+    problems = []
+    for message in wrong[:_SHOWN]:
+        (what, stage, microbatch), (source, target) = message
+        rank, place = places[message]
+        times = f"{sent[message]} sent, {received[message]} received"
+        words = f"{what} of microbatch {microbatch} for stage {stage}, rank {source} to {target}: {times}"
+        picture = marked(rank, ranks[rank], place, times)
+        problems.append(_problem("paired", words + _shown([picture])))
+    return problems
 
 
-def _alive(schedule: Schedule) -> list[Problem]:
-    try:
-        clock(schedule)
-    except ScheduleError as error:
-        return [_problem("alive", error.message.removeprefix(f"{schedule.name}: "))]
+def _has_peer(schedule: Schedule, message: Action) -> bool:
+    inside = 0 <= message.peer_stage < schedule.num_stages
+    return inside and 0 <= message.microbatch < schedule.num_microbatches
+
+
+def _alive(schedule: Schedule, program: Sequence[Sequence[Action]]) -> list[Problem]:
+    for buffered, network in (
+        (True, ""),
+        (False, " where the network buffers nothing and keeps the order of sends"),
+    ):
+        blocked = waits(schedule, program, buffered)
+        if blocked:
+            lines = [f"deadlock{network}", *(_waits(schedule, wait) for wait in blocked)]
+            picture = _staircase(schedule, program, blocked)
+            return [_problem("alive", "\n".join([*lines, picture]))]
     return []
+
+
+def _waits(schedule: Schedule, wait: Wait) -> str:
+    return (
+        f"  rank {wait.rank}: {wait.action} waits for {' '.join(map(str, _makers(schedule, wait)))}"
+    )
+
+
+def _makers(schedule: Schedule, wait: Wait) -> list[Action]:
+    """The actions that would make what is missing."""
+    wanted = set(wait.missing)
+    return [a for a in schedule.actions() if wanted.intersection(makes(a))] or list(wait.missing)
+
+
+def _staircase(
+    schedule: Schedule, program: Sequence[Sequence[Action]], blocked: Sequence[Wait]
+) -> str:
+    """What ran before nothing moved, a slot an action, and who waits for what."""
+    done = [list(actions) for actions in program]
+    for wait in blocked:
+        done[wait.rank] = done[wait.rank][: wait.place]
+    sums = Costs((StageCosts(U=1.0),) * schedule.num_stages)
+    ran = [[a for a in actions if a.kind in COMPUTE] for actions in done]
+    starts = schedule_starts(schedule, sums, ran)
+    rows = [
+        [(round(start), action) for start, action in zip(at, actions, strict=True)]
+        for at, actions in zip(starts, ran, strict=True)
+    ]
+    words = {w.rank: _waits(schedule, w).partition(": ")[2] for w in blocked}
+    return staircase(rows, words)
+
+
+def over_limit(
+    schedule: Schedule,
+    limit: float,
+    sizes: Sequence[float] | None = None,
+    unit: str = "activations",
+) -> list[Problem]:
+    """Where a rank holds more than `limit`: the first action of each rank that goes beyond it.
+
+    `sizes[stage]` is what a microbatch holds there, 1/v by default: the limit is then in whole shares.
+    """
+    v = schedule.virtual_stages
+    size = sizes or [1 / v] * schedule.num_stages
+    problems = []
+    freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
+    for rank, actions in enumerate(schedule.ranks):
+        held = 0.0
+        for place, (stage, kind, microbatch) in enumerate(actions):
+            held += size[stage] if kind == "F" and (stage, microbatch) in freed else 0.0
+            held -= size[stage] if kind in "BW" else 0.0
+            if held > limit * (1 + 1e-12):
+                words = f"{held:.6g} {unit}, the limit is {limit:.6g}"
+                message = f"rank {rank} holds {words}, from {actions[place]} on"
+                picture = marked(rank, actions, place, words)
+                problems.append(_problem("memory", message + _shown([picture])))
+                break
+    return problems

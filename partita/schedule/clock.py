@@ -13,7 +13,7 @@ its inputs are there. Nothing else defines time. A result that crosses ranks tak
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from partita.base.errors import ScheduleError, UsageError
@@ -171,6 +171,14 @@ def clock(schedule: Schedule, costs: Costs | None = None, pair: Pair = "sequence
                 at = end
     _raise_deadlock(state)
     return spans
+
+
+def schedule_starts(
+    schedule: Schedule, costs: Costs, ranks: Sequence[Sequence[Action]]
+) -> list[list[float]]:
+    """When each of these actions starts, as far as they run: the beginnings of a schedule's lists."""
+    part = replace(schedule, ranks=tuple(map(tuple, ranks)), paired=frozenset())
+    return _Clock(part, costs, "sequence").run()
 
 
 def _raise_deadlock(state: _Clock) -> None:

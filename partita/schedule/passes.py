@@ -1,4 +1,4 @@
-"""Passes over schedules: communication added around compute, halves split and joined, steps repeated.
+"""Passes over schedules: communication added around compute, halves split and joined.
 
 What they add for weights and activations is in residence.py.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from partita.schedule.ir import Action, Schedule
-from partita.schedule.make.pipedream import lengthened
 
 
 def receives_of(schedule: Schedule, action: Action) -> tuple[Action, ...]:
@@ -62,30 +61,6 @@ def with_communication(schedule: Schedule, ahead: int = 1) -> tuple[tuple[Action
             program += sends_of(schedule, action)
         out.append(tuple(program))
     return tuple(out)
-
-
-def repeat(schedule: Schedule, steps: int) -> Schedule:
-    """The schedule run `steps` times back to back, its microbatches numbered on: no barrier between.
-
-    An asynchronous one does not drain either: it is one longer list.
-    """
-    if schedule.is_asynchronous:
-        return lengthened(schedule, steps)
-    m = schedule.num_microbatches
-
-    def later(action: Action, step: int) -> Action:
-        return action._replace(microbatch=action.microbatch + step * m)
-
-    return replace(
-        schedule,
-        num_microbatches=m * steps,
-        ranks=tuple(
-            tuple(later(a, step) for step in range(steps) for a in actions)
-            for actions in schedule.ranks
-        ),
-        direction=schedule.direction * steps if schedule.direction is not None else None,
-        paired=frozenset(later(a, step) for step in range(steps) for a in schedule.paired),
-    )
 
 
 def fused(schedule: Schedule) -> Schedule:

@@ -13,6 +13,7 @@ from pathlib import Path
 from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.ir import COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
 
+Program = tuple[tuple[Action, ...], ...]
 _ACTION = re.compile(rf"(\d+)({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d*)")
 _OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
 
@@ -59,30 +60,50 @@ def print_ranks(ranks: Sequence[Sequence[Action]]) -> str:
 def parse_schedule(text: str, name: str = "file") -> Schedule:
     """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off.
 
-    Only compute actions are kept: what passes add is added again when it runs. Raises UsageError for a
-    cell that is no action, ScheduleError for a stage that lies on two ranks.
+    Only compute actions are kept: what passes add is added again when it runs. A file in which a stage
+    is updated before its last backward is asynchronous, with weights stashed as PipeDream does. Raises
+    UsageError for a cell that is no action, ScheduleError for a stage that lies on two ranks.
     """
+    return parse_program(text, name)[0]
+
+
+def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | None]:
+    """The same, and the lists with the SEND and RECV actions of the file, where it has any."""
     paired: set[Action] = set()
-    ranks: list[tuple[Action, ...]] = []
+    program: list[tuple[Action, ...]] = []
     for row, line in enumerate(text.strip().splitlines()):
         try:
-            ranks.append(_parse_rank(line, paired))
+            program.append(_parse_rank(line, paired))
         except UsageError as error:
             raise UsageError(f"{name}, line {row + 1}: {error.message}") from None
+    ranks = tuple(tuple(a for a in row if a.kind in COMPUTE) for row in program)
     actions = [a for r in ranks for a in r]
     if not any(a.kind == "F" for a in actions):
         raise UsageError(
             f"{name} holds no forward; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1"
         )
-    return Schedule(
+    made = Schedule(
         name=name,
         num_ranks=len(ranks),
         num_stages=max(a.stage for a in actions) + 1,
         num_microbatches=max(a.microbatch for a in actions) + 1,
         placement=_placement(name, ranks),
-        ranks=tuple(ranks),
+        ranks=ranks,
         paired=frozenset(paired),
+        versions="newest" if any(map(_updates_early, ranks)) else "flush",
     )
+    sends = any(a.is_send or a.is_receive for row in program for a in row)
+    return made, tuple(program) if sends else None
+
+
+def _updates_early(actions: Sequence[Action]) -> bool:
+    updated: set[int] = set()
+    for action in actions:
+        if action.kind == "U":
+            updated.add(action.stage)
+        elif action.kind in ("B", "W") and action.stage in updated:
+            return True
+    return False
 
 
 def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
@@ -93,7 +114,7 @@ def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
         parts = list(found.groups()) if found else cell.split("+")
         actions = [parse_action(part) for part in parts] if cell else []
         paired.update(actions[:-1])
-        out += [a for a in actions if a.kind in COMPUTE]
+        out += actions
     return tuple(out)
 
 
@@ -119,6 +140,11 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
 
 def read_schedule(path: str | Path) -> Schedule:
     """A schedule from a CSV file. Raises UsageError where it is missing or not text."""
+    return read_program(path)[0]
+
+
+def read_program(path: str | Path) -> tuple[Schedule, Program | None]:
+    """A schedule from a CSV file, and its lists with SEND and RECV where the file has any."""
     from partita.base.config import read_text  # slow to import, and only files need it
 
-    return parse_schedule(read_text(path), name=str(path))
+    return parse_program(read_text(path), name=str(path))

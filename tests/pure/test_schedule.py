@@ -23,7 +23,8 @@ from partita.schedule.clock import (
 )
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make import GENERATORS, schedule
-from partita.schedule.passes import repeat, with_communication
+from partita.schedule.passes import with_communication
+from partita.schedule.steps import repeat
 from partita.schedule.text import parse_action, parse_schedule, print_ranks
 
 MODULES = (

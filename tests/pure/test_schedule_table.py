@@ -10,7 +10,7 @@ from partita.schedule.check import check
 from partita.schedule.clock import Costs, clock, makespan, peak_activations, peak_share, span
 from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
-from partita.schedule.passes import repeat
+from partita.schedule.steps import repeat
 from partita.schedule.versions import staleness, versions_held, versions_used
 
 RANKS = (2, 4, 8)

@@ -1,0 +1,141 @@
+"""The checker: what a user's schedule may get wrong is named, with rank, action and picture."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partita.base.errors import ScheduleError
+from partita.schedule.check import check, checked, over_limit
+from partita.schedule.make import schedule
+from partita.schedule.passes import with_communication
+from partita.schedule.rendezvous import waits
+from partita.schedule.text import parse_program, parse_schedule, print_ranks
+
+NAMES = ["1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_v", "v_half", "dualpipe", "chimera"]
+
+
+def make(name: str, p: int = 4, m: int = 8):
+    v = 2 if name in ("interleaved_1f1b", "looped_bfs") else 1
+    return schedule(name, num_ranks=p, num_microbatches=m, virtual_stages=v)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rank_waits_for_ever_whatever_the_network_buffers(name, ahead):
+    s = make(name)
+    program = with_communication(s, ahead)
+    assert check(s, program) == []
+    assert waits(s, program, buffered=True) == waits(s, program, buffered=False) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    rank=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+    how=st.integers(0, 2),
+)
+def test_a_missing_a_doubled_and_a_foreign_action_are_seen(name, rank, seed, how):
+    s = make(name)
+    rows = [list(actions) for actions in s.ranks]
+    place = seed % len(rows[rank])
+    action = rows[rank][place]
+    if how == 0:
+        del rows[rank][place]
+        rule = "complete"
+    elif how == 1:
+        rows[rank].insert(seed // 7 % len(rows[rank]), action)
+        rule = "duplicate_free"
+    else:
+        rows[(rank + 1) % 4].append(rows[rank].pop(place))
+        rule = "placed"
+    found = {p.rule: p.message for p in check(replace(s, ranks=tuple(map(tuple, rows))))}
+    assert str(action) in found[rule] and "^--" in found[rule]
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(NAMES), rank=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_an_unpaired_message_is_seen(name, rank, seed):
+    s = make(name)
+    program = [list(actions) for actions in with_communication(s)]
+    messages = [i for i, a in enumerate(program[rank]) if a.is_send or a.is_receive]
+    place = messages[seed % len(messages)]
+    dropped = program[rank].pop(place)
+    found = {p.rule: p.message for p in check(s, program)}
+    what, stage, microbatch = dropped.key
+    assert f"{what} of microbatch {microbatch} for stage {stage}" in found["paired"]
+    program[rank][place:place] = [dropped, dropped]
+    assert "paired" in {p.rule for p in check(s, program)}
+
+
+def test_a_file_may_bring_its_own_messages():
+    s = make("1f1b", 2, 3)
+    text = print_ranks(with_communication(s))
+    made, program = parse_program(text)
+    assert made.ranks == s.ranks and program == with_communication(s)
+    assert check(made, program) == []
+    assert parse_program(str(s))[1] is None
+
+
+def test_an_update_waits_for_its_gradients():
+    s = parse_schedule("0F0,0F1,0B0,0U1,0B1\n1F0,1B0,1F1,1B1,1U1")
+    assert s.is_asynchronous
+    (problem,) = check(s)
+    assert problem.rule == "ordered" and "rank 0 runs 0U1" in problem.message
+    assert check(parse_schedule("0F0,0F1,0B0,0U0,0B1,0U1\n1F0,1B0,1U0,1F1,1B1,1U1")) == []
+    assert not parse_schedule("0F0,0B0,0U0").is_asynchronous
+
+
+def test_a_deadlock_is_drawn_as_a_staircase():
+    s = parse_schedule("0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1F2,1B0,1B2,1F1,1B1", name="mine")
+    (problem,) = check(s)
+    assert problem.message.splitlines() == [
+        "deadlock",
+        "  rank 0: 0B0 waits for 1B0",
+        "  rank 1: 1F2 waits for 0F2",
+        "  rank 0 | 0F0 0F1 <-- 0B0 waits for 1B0",
+        "  rank 1 |     1F0 <-- 1F2 waits for 0F2",
+    ]
+    with pytest.raises(ScheduleError, match="mine cannot run"):
+        checked(s)
+
+
+def test_an_order_that_differs_on_the_two_ends_blocks_a_network_without_buffers():
+    s = parse_schedule("0F0,0F1,0B0,0B1\n1F1,1F0,1B0,1B1")
+    program = with_communication(s)
+    assert waits(s, program, buffered=True) == []
+    (problem,) = check(s)
+    assert problem.rule == "alive" and "buffers nothing" in problem.message
+
+
+def test_long_histories_begin_with_their_last_cells():
+    rows = [f"0F{k}" for k in range(40)] + [f"0B{k}" for k in range(40)]
+    other = [f"1F{k}" for k in range(38)] + ["1B39", "1F38", "1F39"] + [f"1B{k}" for k in range(39)]
+    (problem,) = check(parse_schedule(",".join(rows) + "\n" + ",".join(other)))
+    assert problem.rule == "ordered"
+    other = (
+        [f"1F{k}" for k in range(38)]
+        + ["1B0"]
+        + ["1F38", "1F39"]
+        + [f"1B{k}" for k in range(1, 40)]
+    )
+    rows = (
+        [f"0F{k}" for k in range(38)]
+        + ["0B1", "0F38", "0F39", "0B0"]
+        + [f"0B{k}" for k in range(2, 40)]
+    )
+    (problem,) = check(parse_schedule(",".join(rows) + "\n" + ",".join(other)))
+    assert "... " in problem.message and max(map(len, problem.message.splitlines())) < 120
+
+
+def test_memory_is_held_to_its_limit():
+    s = make("1f1b")
+    assert over_limit(s, 4.0) == []
+    found = over_limit(s, 2.0)
+    assert [p.rule for p in found] == ["memory"] * 2
+    assert found[0].message.startswith("rank 0 holds 3 activations, the limit is 2, from 0F2 on")
+    assert over_limit(make("zb_v"), 4.0) == [] and len(over_limit(make("zb_v"), 3.5)) == 4
+    assert over_limit(s, 40.0, [10.0] * 4) == []
+    assert "bytes" in over_limit(s, 39.0, [10.0] * 4, "bytes")[0].message
