@@ -222,13 +222,12 @@ class HeadBlock:
 
 
 def build_blocks(
-    spec: ModelSpec, laid: Laid, stage: int, context: Context, units: Sequence[Unit]
-) -> list[Any]:
-    """The stage's blocks in order, on views of its units."""
+    spec: ModelSpec, laid: Laid, place: int, context: Context, units: Sequence[Unit]
+) -> dict[int, list[Any]]:
+    """The blocks of each stage on a place of pp, in order, on views of its units."""
     if spec.experts:
         raise UsageError("models with experts can be planned and simulated, not yet trained")
     weights = {n: w for unit in units for n, w in unit.weights().items()}
-    s = laid.stages[stage]
     rope = None
     if not spec.has_positions:
         rope = tables(spec, laid.request.seq_len, _dtype(units))
@@ -236,15 +235,17 @@ def build_blocks(
     if spec.dropout > 0:
         size = laid.request.seq_len
         future = torch.ones(size, size, dtype=torch.bool).triu_(1)
-    found: list[Any] = []
-    for name, block in zip(s.names, s.blocks, strict=True):
-        make = Maker(laid, name, block, context, weights)
-        if name == "embedding":
-            found.append(EmbeddingBlock(make))
-        elif name == "head":
-            found.append(HeadBlock(make))
-        else:
-            found.append(LayerBlock(make, rope, future))
+    found: dict[int, list[Any]] = {}
+    for s in laid.stages_of(place):
+        row = found[s.index] = []
+        for name, block in zip(s.names, s.blocks, strict=True):
+            make = Maker(laid, name, block, context, weights)
+            if name == "embedding":
+                row.append(EmbeddingBlock(make))
+            elif name == "head":
+                row.append(HeadBlock(make))
+            else:
+                row.append(LayerBlock(make, rope, future))
     return found
 
 

@@ -23,6 +23,7 @@ from partita.parallel.execute_algebra import ExecuteError, Local, P, Place, Valu
 from partita.parallel.execute_block import BlockRun, Parts, World
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES, tensor_bytes
+from partita.parallel.room import ACROSS
 from partita.record.transfer import TrafficLine
 from partita.spec.program import Op, Tensor
 
@@ -84,12 +85,15 @@ class Execution:
         self.world, self.outcome = World(laid), Outcome()
         self.num_microbatches = laid.request.plan.num_microbatches
         self.batch = laid.request.micro_batch_size * laid.request.plan.data_parallel_size
-        self.last = len(laid.stages) - 1
+        self.schedule, self.last = laid.schedule, len(laid.stages) - 1
+        self.split = {(a.stage, a.microbatch) for a in laid.schedule.actions() if a.kind == "I"}
+        self.places = range(laid.sizes["pp"])
+        self.judging = [r for p in self.places if laid.holds_loss(p) for r in self.world.ranks(p)]
         self.units = {
             (r, u.name): self._store(r, u)
-            for s in range(len(laid.stages))
-            for u in laid.units(s)
-            for r in self.world.ranks(s)
+            for p in self.places
+            for u in laid.units(p)
+            for r in self.world.ranks(p)
         }
         self.home = {(r, n): b for (r, _), b in self.units.items() for n in b.boxes}
 
@@ -121,7 +125,7 @@ class Execution:
         self.world.sent.clear()
         scale = self._token_scale(step)
         self.auxiliary = dict.fromkeys(range(len(self.world.at)), 0)
-        losses = dict.fromkeys(self.world.ranks(self.last), 0)
+        losses = dict.fromkeys(self.judging, 0)
         for m in range(self.num_microbatches):
             for r, x in self._microbatch(step, m, scale).items():
                 losses[r] = (losses[r] + int(x.values)) % P
@@ -138,7 +142,7 @@ class Execution:
 
     def _token_scale(self, step: int) -> dict[int, int]:
         """One over the valid tokens of the step, on the last stage, counted ahead of the microbatches."""
-        counts = dict.fromkeys(self.world.ranks(self.last), 0)
+        counts = dict.fromkeys(self.judging, 0)
         block = self.laid.stages[-1].blocks[-1]
         for m in range(self.num_microbatches):
             for r in counts:
@@ -160,8 +164,8 @@ class Execution:
     def _meet(self, collective: str, op: Op, rank: int, values: Mapping[int, int]) -> int:
         group = self.world.group(rank, op.axes)
         if collective == "broadcast":  # from the last stage
-            return values[group[-1]]
-        return sum(values[q] for q in group) % P
+            return next(values[q] for q in group if q in self.judging)
+        return sum(values.get(q, 0) for q in group) % P
 
     # A microbatch
 
@@ -180,18 +184,16 @@ class Execution:
         runs: list[list[BlockRun]] = []
         carried: Parts | None = None
         for s, stage in enumerate(self.laid.stages):
-            carried = self._hand_over(s - 1, s, "F", carried) if carried is not None else None
+            carried = self._hand_over(s - 1, s, m, carried) if carried is not None else None
+            ranks = self.world.ranks(self.schedule.rank_of(s, m))
             runs.append([])
             for name, block in zip(stage.names, stage.blocks, strict=True):
-                env = {
-                    r: self._enter(name, block.tensors, r, (step, m)) for r in self.world.ranks(s)
-                }
+                env = {r: self._enter(name, block.tensors, r, (step, m)) for r in ranks}
                 for r, x in (carried or {}).items():
                     env[r][block.input] = x
                 first = m * self.batch
-                run = BlockRun(
-                    self.world, name, block, self.world.ranks(s), step, first, env, self.lost
-                )
+                split = (s, m) in self.split
+                run = BlockRun(self.world, name, block, ranks, step, first, env, self.lost, split)
                 carried = run.forward()
                 runs[-1].append(run)
                 for r, x in run.auxiliary.items():
@@ -199,15 +201,13 @@ class Execution:
                 if run.loads:
                     self.outcome.routed[name, m] = run.loads
         losses = dict(carried or {})
-        gradient: Parts = {
-            r: Local((), (), np.array(scale[r], np.int64)) for r in self.world.ranks(self.last)
-        }
+        gradient: Parts = {r: Local((), (), np.array(scale[r], np.int64)) for r in losses}
         for s in range(self.last, -1, -1):
             for run in reversed(runs[s]):
                 run.backward(gradient)
                 self._collect(run)
                 gradient = run.input_gradient() if run.name != "embedding" else {}
-            gradient = self._hand_over(s, s - 1, "B", gradient) if s else {}
+            gradient = self._hand_over(s, s - 1, m, gradient) if s else {}
         return losses
 
     def _enter(
@@ -223,20 +223,25 @@ class Execution:
                 found[t.name] = self._data(t, rank, *at)
         return found
 
-    def _hand_over(self, s: int, to: int, phase: str, carried: Parts) -> dict[int, Local]:
-        """The neighbour's same place gets it, if a send is declared."""
-        stage = self.laid.stages[s]
+    def _hand_over(self, s: int, to: int, m: int, carried: Parts) -> dict[int, Local]:
+        """The neighbour gets it: as it is on the same place of pp, elsewhere if a send is declared."""
+        stage, phase = self.laid.stages[s], "F" if to > s else "B"
         name, block = list(zip(stage.names, stage.blocks, strict=True))[-1 if phase == "F" else 0]
         sends = [(op, e) for op in block.regions for e in op.events if op.kind == "send"]
         found = [(op, e) for op, e in sends if e.phase == phase]
-        if len(found) != 1:
+        place = self.schedule.rank_of(to, m)
+        apart = self.schedule.rank_of(s, m) != place
+        if len(found) != apart:
             raise ExecuteError(f"{name} sends {len(found)} times in {phase}")
+        if not apart:
+            return dict(carried)
         op, event = found[0]
+        phase = "I" if phase == "B" and (s, m) in self.split else phase
         arrived = {}
         for r, x in carried.items():
             size = x.values.size * BYTES[block.tensors[event.of].dtype]
             self.world.record(r, op, event, self.laid.site(name, op.name), phase, size)
-            arrived[self.laid.mesh.rank_of({**self.world.at[r], "pp": to})] = x
+            arrived[self.laid.mesh.rank_of({**self.world.at[r], "pp": place})] = x
         return arrived
 
     def _collect(self, run: BlockRun) -> None:
@@ -251,26 +256,26 @@ class Execution:
     # Once a step
 
     def _reduce(self) -> None:
-        """Every unit's reduction; then what holders of a tied weight on several stages add up."""
-        for tied in (False, True):
-            for stage in self.laid.stages:
-                for name, block in zip(stage.names, stage.blocks, strict=True):
-                    for op in block.regions:
-                        if (op.axes == ("tied",)) == tied and op.kind != "send":
-                            self._reduce_unit(stage.index, name, op, block.tensors)
-            if tied:
+        """Every unit's reduction; then what the two places of pp that hold a weight add up."""
+        for across in (False, True):
+            for place in self.places:
+                for stage in self.laid.stages_of(place):
+                    for name, block in zip(stage.names, stage.blocks, strict=True):
+                        for op in block.regions:
+                            if (op.axes[0] in ACROSS) == across and op.kind != "send":
+                                self._reduce_unit(place, name, op, block.tensors)
+            if across:
                 self._settle()
 
-    def _reduce_unit(self, s: int, block: str, op: Op, tensors: Mapping[str, Tensor]) -> None:
+    def _reduce_unit(self, place: int, block: str, op: Op, tensors: Mapping[str, Tensor]) -> None:
         unit = op.reads[0].removesuffix(".gradient")
         unit = unit if unit in self.laid.program.tied else f"{block}.{unit}"
         summed = {}
         for event in op.events:
-            for r in self.world.ranks(s):
+            for r in self.world.ranks(place):
                 mine = self.units[r, unit]
-                group = (
-                    self._tied(unit, r) if op.axes == ("tied",) else self.world.group(r, op.axes)
-                )
+                across = op.axes[0] in ACROSS
+                group = self._pair(unit, r) if across else self.world.group(r, op.axes)
                 others = [self.units[q, unit] for q in group]
                 if any(b.boxes != mine.boxes for b in others):
                     raise ExecuteError(f"{unit}: ranks {group} hold other elements")
@@ -280,7 +285,7 @@ class Execution:
                 size = summed[r].size * BYTES[tensors[event.of].dtype]
                 self.world.record(r, op, event, self.laid.site(block, op.name), "step", size)
         self.pending.update({(r, unit): v for r, v in summed.items()})
-        if op.axes != ("tied",):
+        if op.axes[0] not in ACROSS:
             self._settle()
 
     def _settle(self) -> None:
@@ -288,9 +293,9 @@ class Execution:
             self.units[key].values["gradient"] = gradient
         self.pending.clear()
 
-    def _tied(self, unit: str, rank: int) -> tuple[int, ...]:
-        at = self.world.at[rank]
-        return tuple(self.laid.mesh.rank_of({**at, "pp": s}) for s in self.laid.holders(unit))
+    def _pair(self, unit: str, rank: int) -> tuple[int, ...]:
+        at, weight = self.world.at[rank], self.units[rank, unit].unit.weights[0][0]
+        return tuple(self.laid.mesh.rank_of({**at, "pp": p}) for p in self.laid.holders(weight))
 
     def _square(self, rank: int) -> int:
         """The squares of the elements that this rank's place on pp and tp counts; replicas alike."""

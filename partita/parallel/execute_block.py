@@ -51,9 +51,9 @@ class World:
             self.views[id(block)] = unfold(block)
         return self.views[id(block)]
 
-    def ranks(self, stage: int) -> list[int]:
-        """Ranks of a stage."""
-        return [r for r, at in enumerate(self.at) if at["pp"] == stage]
+    def ranks(self, place: int) -> list[int]:
+        """Ranks at a place of pp."""
+        return [r for r, at in enumerate(self.at) if at["pp"] == place]
 
     def _span(self, d: Dim, rank: int) -> range:
         ways, mine = product_coordinate(self.laid.sizes, self.at[rank], d.cut)
@@ -137,7 +137,8 @@ def add(a: Local, b: Local) -> Local:
 @dataclass
 class BlockRun:
     """One block, one microbatch, all ranks of its stage. `env` holds local tensors by rank and name,
-    weights among them; after `forward` only what the block keeps (less `lost`, a fault to be found)."""
+    weights among them; after `forward` only what the block keeps (less `lost`, a fault to be found).
+    `split`: the schedule runs its backward as I and W."""
 
     world: World
     name: str
@@ -147,6 +148,7 @@ class BlockRun:
     first: int
     env: dict[int, dict[str, Local]]
     lost: str = ""
+    split: bool = False
     grads: dict[int, dict[str, Local]] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)
     loads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # rows to each expert, by rank
@@ -249,7 +251,7 @@ class BlockRun:
             for r, group in groups.items():
                 if len(group) > 1:
                     handed_in = self._handed_in(event, parts[r], r)
-                    self.world.record(r, op, event, site, phase, handed_in)
+                    self.world.record(r, op, event, site, self._phase(phase, event), handed_in)
             parts = {
                 r: self._collective(op, event, [parts[q] for q in group], y, r, site)
                 for r, group in groups.items()
@@ -285,6 +287,11 @@ class BlockRun:
         if self.tensors[y].role == "route":
             return self.places[rank].filled(y)
         return exchange(parts, self._spans(y, rank))
+
+    def _phase(self, phase: str, event: Event) -> str:
+        if phase != "B" or not self.split:
+            return phase
+        return "W" if event.weights else "I"
 
     def _collective(
         self, op: Op, event: Event, parts: Sequence[Local], y: str, rank: int, site: str

@@ -8,6 +8,7 @@ gradient axes); pp reads only block inputs and outputs and tied names.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from partita.parallel.room import PRODUCT_ORDER, Request, axis_name, axis_size, 
 from partita.parallel.sp import rules as sp
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
+from partita.schedule.ir import Schedule
 from partita.spec.families import program as family_program
 from partita.spec.layout import Layout, layout_of
 from partita.spec.mesh import EXPERT, FOLD, Mesh
@@ -38,14 +40,15 @@ ROOMS = (dp, tp, sp, ep, pp, recompute, precision)
 class Unit:
     """Weights that lie in one flat buffer of a block: parameters, gradients, optimizer states.
 
-    `axes`: the gradient is summed over them once a step (site '<name>:reduce'). `tied`: it is held by
-    another stage too. `weights`: (full name, laid tensor, layout), in storage order.
+    `axes`: the gradient is summed over them once a step (site '<name>:reduce'). `across`: then between
+    the two places of pp that hold it, 'tied' or 'pp/copy' ('' where there is one). `weights`: (full
+    name, laid tensor, layout), in storage order.
     """
 
     name: str  # 'blocks.3.unit[dp_replicate]' or 'embedding.table'
     axes: tuple[str, ...]
     weights: tuple[tuple[str, Tensor, Layout], ...]
-    tied: bool = False
+    across: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,28 @@ class Laid:
         """Whether the ranks of tp hold the same tokens outside attention and mlp."""
         return self.sizes["tp"] > 1 and not self.request.plan.mesh.sp
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Who computes which stage of which microbatch, in which order."""
+        return pp.schedule_of(self.request.plan)
+
+    def stages_of(self, place: int) -> list[Stage]:
+        """The stages that lie on a place of pp, in the order of their index."""
+        return [self.stages[i] for i in self.schedule.stages_of(place)]
+
+    def holds_loss(self, place: int) -> bool:
+        """Whether a place of pp runs the last stage."""
+        return place in self.stages[-1].places
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The places of pp that hold one weight, by the name of their group: 'tied', 'pp/copy'."""
+        found = {"tied": {tuple(h) for n in self.program.tied if len(h := self.holders(n)) == 2}}
+        found["pp/copy"] = {tuple(sorted(s.places)) for s in self.stages if len(s.places) == 2}
+        return {name: tuple(sorted(places)) for name, places in found.items()}
+
     def holders(self, full_name: str) -> tuple[int, ...]:
-        """Stages that hold a weight; the first is primary."""
+        """Places of pp that hold a weight; the first is primary."""
         return self._holders[full_name]
 
     @cached_property
@@ -81,7 +104,8 @@ class Laid:
         for stage in self.stages:
             for name, block in zip(stage.names, stage.blocks, strict=True):
                 for w in block.weights():
-                    found.setdefault(self.full_name(name, w.name), {})[stage.index] = None
+                    held = found.setdefault(self.full_name(name, w.name), {})
+                    held |= dict.fromkeys(stage.places)
         return {n: tuple(s) for n, s in found.items()}
 
     def full_name(self, block: str, weight: str) -> str:
@@ -101,11 +125,11 @@ class Laid:
                     found.setdefault(full, layout_of(w, self.sizes, self.holders(full)))
         return found
 
-    def units(self, stage: int) -> list[Unit]:
-        """The flat units a rank of the stage stores, each once."""
+    def units(self, place: int) -> list[Unit]:
+        """The flat units that a rank at a place of pp stores, each once."""
         found: dict[str, Unit] = {}
-        s, tied = self.stages[stage], self.program.tied
-        for name, block in zip(s.names, s.blocks, strict=True):
+        tied = self.program.tied
+        for name, block in self._blocks(place):
             laid = dp.units(block, tied, self.sizes, self.request.model.kv_heads)
             for unit, (axes, weights) in laid.items():
                 full = unit if unit in tied else f"{name}.{unit}"
@@ -113,49 +137,69 @@ class Laid:
                     continue
                 held = [(self.full_name(name, w.name), w) for w in weights]
                 places = tuple((n, w, self.layouts[n]) for n, w in held)
-                across = unit in tied and len(self.holders(unit)) > 1
-                found[full] = Unit(full, axes, places, across)
+                found[full] = Unit(full, axes, places, self._across(held[0][0]))
         return list(found.values())
+
+    def _across(self, weight: str) -> str:
+        if len(self.holders(weight)) == 1:
+            return ""
+        return "pp/copy" if self.schedule.direction is not None else "tied"
+
+    def _blocks(self, place: int) -> list[tuple[str, Block]]:
+        pairs = (zip(s.names, s.blocks, strict=True) for s in self.stages_of(place))
+        return [pair for stage in pairs for pair in stage]
 
     def traffic(self, rank: int, routing: Routing | None = None) -> list[TrafficLine]:
         """What the rank sends in one step, exactly; where experts are, for what the routers chose. Without
         `routing` every expert has its even share."""
-        stage, m = self.mesh.coords(rank)["pp"], self.request.plan.num_microbatches
+        place = self.mesh.coords(rank)["pp"]
         found: dict[tuple[str, str, str, str], list[int]] = {}
-        calls = [(c, site, m) for c, site in self.calls(stage)]
-        if routing is not None:
-            calls = list(self._routed(rank, stage, routing))
-        for call, site, many in calls:
-            if self._alone(call):
-                continue
-            times = call.times * (1 if call.phase == "step" else many)
-            entry = found.setdefault(
-                (axis_name(call.axes), call.collective, site, call.phase), [0, 0]
-            )
-            entry[0] += times
-            entry[1] += times * call.bytes
+        every = [(c, c.site, {"step": 1}) for c in self._step_calls(place)]
+        for stage in self.stages_of(place):
+            every += self._declared(rank, stage, routing)
+        for call, site, done in every:
+            for phase in (call.phase, call.half) if call.phase == "B" else (call.phase,):
+                times = done.get(phase, 0) * call.times
+                if times and not self._alone(call):
+                    key = axis_name(call.axes), call.collective, site, phase
+                    entry = found.setdefault(key, [0, 0])
+                    entry[0] += times
+                    entry[1] += times * call.bytes
         return sorted(TrafficLine(rank, *key, *n) for key, n in found.items())
 
-    def _routed(self, rank: int, stage: int, routing: Routing) -> Iterator[tuple[Call, str, int]]:
-        """Calls of the stage, and for how many microbatches each stands."""
-        s, m = self.stages[stage], self.request.plan.num_microbatches
-        for name, block in zip(s.names, s.blocks, strict=True):
-            chosen = [{}] if (name, 0) not in routing.counts else [
-                routing.rows(name, i, rank) for i in range(m)
-            ]  # fmt: skip
-            for i, rows in enumerate(chosen):
+    def _declared(
+        self, rank: int, stage: Stage, routing: Routing | None
+    ) -> Iterator[tuple[Call, str, dict[str, int]]]:
+        """Calls of a stage's blocks, and how often the rank is in each phase of them: microbatch by
+        microbatch where a block's bytes depend on what its router chose."""
+        mine = [
+            a for a in self.schedule.ranks[self.mesh.coords(rank)["pp"]] if a.stage == stage.index
+        ]
+        all_done = {**Counter(a.kind for a in mine), "step": 1}
+        once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in stage.blocks}.values()}
+        for name, block in zip(stage.names, stage.blocks, strict=True):
+            if routing is None or (name, mine[0].microbatch) not in routing.counts:
+                yield from ((c, self.site(name, c.site), all_done) for c in once[id(block)])
+                continue
+            for i in sorted({a.microbatch for a in mine}):
+                done = {**Counter(a.kind for a in mine if a.microbatch == i)}
+                done["step"] = int(i == mine[0].microbatch)
+                rows = routing.rows(name, i, rank)
                 for call in traffic(block, self.sizes | rows):
-                    if call.phase != "step" or i == 0:
-                        yield call, self.site(name, call.site), m // len(chosen)
-        yield from ((c, c.site, 1) for c in self._step_calls(stage))
+                    yield call, self.site(name, call.site), done
 
-    def calls(self, stage: int) -> list[tuple[Call, str]]:
-        """Every call of a stage with its full site; F and B are of one microbatch."""
-        s, found = self.stages[stage], []
+    def stage_calls(self, index: int) -> list[tuple[Call, str]]:
+        """Every call of a stage's blocks with its full site; F and B are of one microbatch."""
+        s, found = self.stages[index], []
         once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in s.blocks}.values()}
         for name, block in zip(s.names, s.blocks, strict=True):
             found += [(call, self.site(name, call.site)) for call in once[id(block)]]
-        return found + [(c, c.site) for c in self._step_calls(stage)]
+        return found
+
+    def calls(self, place: int) -> list[tuple[Call, str]]:
+        """Every call of a rank at a place of pp, as `stage_calls`, and those of the step."""
+        found = [c for s in self.stages_of(place) for c in self.stage_calls(s.index)]
+        return found + [(c, c.site) for c in self._step_calls(place)]
 
     def site(self, block: str, region: str) -> str:
         """Full site of a block's region: 'blocks.3' and 'attention.wo:reduce_from' joined; what is named
@@ -166,8 +210,8 @@ class Laid:
         own = writer.partition(".")[0] == block or writer in self.program.tied
         return region if own else f"{block}.{writer}:{kind}"
 
-    def _step_calls(self, stage: int) -> list[Call]:
-        last = stage == len(self.stages) - 1
+    def _step_calls(self, place: int) -> list[Call]:
+        last = self.holds_loss(place)
         mine = [op for op in self.program.step if last or "pp" in op.axes]
         return [
             Call(op.axes, e.collective, op.name, "step", self._step_bytes(e), op.lane)
@@ -185,8 +229,8 @@ class Laid:
     def groups(self) -> list[tuple[tuple[str, ...], str]]:
         """Every (axes, lane) that some rank's regions speak on, in one order on all ranks."""
         found: dict[tuple[tuple[str, ...], str], None] = {}
-        for stage in range(len(self.stages)):
-            for call, _ in self.calls(stage):
+        for place in range(self.sizes["pp"]):
+            for call, _ in self.calls(place):
                 if not self._alone(call):
                     found[call.axes, call.lane] = None
         return sorted(found)
@@ -241,7 +285,8 @@ def lay(request: Request) -> Laid:
     program = family_program(request.model, batch, request.seq_len)
     for room in (dp, tp, sp, ep, recompute):
         program = room.lay(request, program)
-    program = step_sums(dp.reduce(request, program), plan.sizes)
+    two_ways = pp.schedule_of(plan).direction is not None
+    program = step_sums(dp.reduce(request, program), plan.sizes, two_ways)
     program = precision.lay(request, program)
     wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
     if wrong:
@@ -249,10 +294,11 @@ def lay(request: Request) -> Laid:
     return Laid(request, program, pp.stages(request, program))
 
 
-def step_sums(program: Program, sizes: dict[str, int]) -> Program:
+def step_sums(program: Program, sizes: dict[str, int], two_ways: bool = False) -> Program:
     """What is summed once a step: the loss leaves its block as a partial sum, and is reduced after the
     last microbatch over the product of the axes that cut the labels; so is the count of valid tokens,
-    before the first. Then the loss goes to every stage, and the gradient's norm over its shards."""
+    before the first. Then the loss goes to every stage, and the gradient's norm over its shards. A
+    schedule that goes two ways leaves the loss at both ends: it is summed over pp too."""
     *body, head = program.blocks
     chain = [
         op for op in head.ops() if op.kind == "reduce_from" and op.name == "loss.mean:reduce_from"
@@ -271,9 +317,11 @@ def step_sums(program: Program, sizes: dict[str, int]) -> Program:
     tensors |= {n: Tensor(n, (), "sum") for n in ("step.loss", "step.norm")}
     if cut_labels:
         step.append(_once("step.count", "reduce_from", cut_labels, "all_reduce"))
+    if two_ways:
+        axes = ["pp", *axes]
     if axes:
         step.append(_once("step.loss", "reduce_from", axes, "all_reduce"))
-    if sizes["pp"] > 1:
+    if sizes["pp"] > 1 and not two_ways:
         step.append(_once("step.loss", "broadcast", ("pp",), "broadcast"))
     if norm_axes:
         step.append(_once("step.norm", "reduce_from", norm_axes, "all_reduce"))

@@ -19,7 +19,8 @@ STATES = {"parameter": "parameters", "gradient": "gradients", "optimizer": "opti
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One declared collective of a block: `bytes` of the tensor handed in, for one call."""
+    """One declared collective of a block: `bytes` of the tensor handed in, for one call. `half` is the
+    phase that B's calls have where a schedule splits it."""
 
     axes: tuple[str, ...]
     collective: str
@@ -28,6 +29,7 @@ class Call:
     bytes: int
     lane: str
     times: int = 1
+    half: str = "I"
 
 
 def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
@@ -84,7 +86,8 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
     for e in op.events:
         if e.phase == phase:
             size = tensor_bytes(block.tensors[e.of], sizes)
-            yield Call(op.axes, e.collective, op.name, as_phase, size, op.lane, e.times)
+            half = "W" if e.weights else "I"
+            yield Call(op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half)
 
 
 def kept_bytes(block: Block, sizes: Sizes) -> int:

@@ -23,6 +23,7 @@ from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewrite
 
+ACROSS = ("tied", "pp/copy")  # two places on pp: the holders of a tied weight, of a stage's copies
 PRODUCT_ORDER = (
     "pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "efsdp", "ep", "etp", "tp/share",
 )  # fmt: skip
@@ -66,7 +67,7 @@ def axis_size(axis: str, sizes: Sizes, kv_heads: int = 0) -> int:
     """Ranks that meet on one axis or named group; 'tp/share' are those that hold the same kv head."""
     if axis == "tp/share":
         return sizes["tp"] // kv_heads if kv_heads else 1
-    return 2 if axis == "tied" else sizes[axis]
+    return 2 if axis in ACROSS else sizes[axis]
 
 
 def cut_tensor(t: Tensor, dims: Iterable[str], axis: str) -> Tensor:
@@ -127,7 +128,7 @@ def gather_from(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
     return region(
         writer, "gather_from", axes, (x, y),
         Event("F", "all_gather", x),
-        Event("B", "all_gather", x),
+        Event("B", "all_gather", x, weights=True),
         Event("B", "reduce_scatter", y, gradient=True),
     )  # fmt: skip
 

@@ -13,21 +13,24 @@ from collections import Counter
 from partita.parallel.laid import Laid
 from partita.parallel.read import kept_bytes, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
-from partita.schedule.clock import peak_activations
+from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
 from partita.schedule.ir import Schedule
 from partita.spec.program import Block, Sizes
 
 
-def stage_ledger(laid: Laid, stage: int, schedule: Schedule) -> Ledger:
-    """The predicted device ledger of a rank of the stage at its peak."""
-    blocks, sizes = laid.stages[stage].blocks, laid.sizes
+def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
+    """The predicted device ledger of a rank at a place of pp at its peak."""
+    stages, sizes = laid.stages_of(place), laid.sizes
     categories: Counter[str] = Counter()
-    for block in blocks:
+    for block in (b for s in stages for b in s.blocks):
         categories.update(state_bytes(block, sizes))
-    in_flight = peak_activations(schedule)[stage]
-    categories["activations"] = in_flight * sum(stage_kept(blocks, sizes))
-    categories["buffers"] = max(transient_bytes(b, sizes) for b in blocks)
-    rank = laid.mesh.rank_of({"pp": stage})
+    kept = [0.0] * len(laid.stages)
+    for s in stages:
+        kept[s.index] = float(sum(stage_kept(s.blocks, sizes)))
+    costs = Costs(tuple(StageCosts(activation_bytes=k) for k in kept))
+    categories["activations"] = int(peak_activation_bytes(schedule, costs)[place])
+    categories["buffers"] = max(transient_bytes(b, sizes) for s in stages for b in s.blocks)
+    rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
 
 

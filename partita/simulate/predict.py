@@ -18,12 +18,12 @@ from partita.cost.comm import AlphaBeta, seconds
 from partita.cost.compute import Rates
 from partita.parallel.laid import Laid, Request, lay, problems
 from partita.parallel.read import backward_factor, op_flops, replayed, tensor_bytes
+from partita.parallel.room import ACROSS
 from partita.record.ledger import Ledger
 from partita.record.span import Span
 from partita.record.transfer import TrafficLine
 from partita.schedule.clock import Costs, StageCosts, clock, makespan
 from partita.schedule.ir import Schedule
-from partita.schedule.make import schedule as make_schedule
 from partita.simulate.memory import stage_ledger
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -96,10 +96,7 @@ def simulate(job: Job) -> Prediction:
     if any(p.severity == "error" for p in found):
         return Prediction(str(job.plan), found, False)
     laid = lay(request)
-    plan = job.plan
-    name = plan.pipeline.schedule if plan.mesh.pp > 1 else "1f1b"
-    schedule = make_schedule(name, num_ranks=plan.mesh.pp, num_microbatches=plan.num_microbatches)
-    return _predicted(job, laid, schedule, found)
+    return _predicted(job, laid, laid.schedule, found)
 
 
 def _predicted(job: Job, laid: Laid, schedule: Schedule, found: tuple[Problem, ...]) -> Prediction:
@@ -115,17 +112,19 @@ def _predicted(job: Job, laid: Laid, schedule: Schedule, found: tuple[Problem, .
         spans = clock(schedule, costs)
         busy = _slow_down(spans, stages, schedule, laid, cluster)
     pipeline_s = makespan(spans)
-    reduce_s = max(_reduce_seconds(laid, i, stages[i], busy, cluster) for i in range(len(stages)))
-    ledgers = tuple(stage_ledger(laid, i, schedule) for i in range(len(stages)))
+    places = range(schedule.num_ranks)
+    reduce_s = max(_reduce_seconds(laid, p, stages, busy, cluster) for p in places)
+    ledgers = tuple(stage_ledger(laid, p, schedule) for p in places)
     optimizer_s = max(_optimizer_seconds(x, cluster) for x in ledgers) * busy
-    critical = max(
-        range(len(stages)), key=lambda i: sum(s.duration_s for s in spans if s.rank == i)
-    )
-    compute_s = m * (stages[critical].forward_s + stages[critical].backward_s) * busy
-    comm: dict[str, float] = {}
-    for part in (stages[critical].comm_forward_s, stages[critical].comm_backward_s):
-        for axis, s in part.items():
-            comm[axis] = comm.get(axis, 0.0) + m * s
+    critical = max(places, key=lambda p: sum(s.duration_s for s in spans if s.rank == p))
+    compute_s, comm = 0.0, {}
+    for action in schedule.ranks[critical]:
+        if action.kind == "F":  # its backward follows on the same rank
+            time = stages[action.stage]
+            compute_s += (time.forward_s + time.backward_s) * busy
+            for part in (time.comm_forward_s, time.comm_backward_s):
+                for axis, s in part.items():
+                    comm[axis] = comm.get(axis, 0.0) + s
     bubble_s = max(pipeline_s - compute_s - sum(comm.values()), 0.0)
     if reduce_s:
         comm["dp"] = reduce_s
@@ -138,12 +137,12 @@ def _predicted(job: Job, laid: Laid, schedule: Schedule, found: tuple[Problem, .
     limit = int(cluster.memory_limit_bytes)
     fits = all(x.peak_bytes <= limit for x in ledgers)
     work = sum(s.duration_s for s in spans)
-    busiest = max(laid.stages, key=lambda s: sum(t.bytes for t in _stage_traffic(laid, s.index)))
-    heaviest = laid.mesh.rank_of({"pp": busiest.index})
+    busiest = max(places, key=lambda p: sum(t.bytes for t in _traffic(laid, p)))
+    heaviest = laid.mesh.rank_of({"pp": busiest})
     return Prediction(
         plan=str(job.plan), problems=found, fits=fits, laid=laid, schedule=schedule, spans=tuple(spans),
         ledgers=ledgers, traffic=tuple(laid.traffic(heaviest)), step_time_s=step_s, tokens_per_step=tokens,
-        limit_bytes=limit, bubble_fraction=1 - work / (len(stages) * step_s) if step_s else 0.0,
+        limit_bytes=limit, bubble_fraction=1 - work / (len(places) * step_s) if step_s else 0.0,
         time={
             "compute_s": compute_s, "exposed_comm_s": comm, "bubble_s": bubble_s,
             "optimizer_s": optimizer_s,
@@ -153,8 +152,8 @@ def _predicted(job: Job, laid: Laid, schedule: Schedule, found: tuple[Problem, .
     )  # fmt: skip
 
 
-def _stage_traffic(laid: Laid, stage: int) -> list[TrafficLine]:
-    return laid.traffic(laid.mesh.rank_of({"pp": stage}))
+def _traffic(laid: Laid, place: int) -> list[TrafficLine]:
+    return laid.traffic(laid.mesh.rank_of({"pp": place}))
 
 
 def _units(cluster: Cluster, world: int) -> int:
@@ -194,7 +193,7 @@ def _stage_time(laid: Laid, stage: int, cluster: Cluster, dtype: str) -> StageTi
             known[id(block)] = _block_seconds(block, laid, cluster, dtype)
         forward, backward = forward + known[id(block)][0], backward + known[id(block)][1]
     comm: dict[str, dict[str, float]] = {"F": {}, "B": {}}
-    for call, _ in laid.calls(stage):
+    for call, _ in laid.stage_calls(stage):
         if call.phase in comm and call.collective != "send":
             axis = ".".join(call.axes)
             s = call.times * _call_seconds(call.axes, call.collective, call.bytes, laid, cluster)
@@ -230,11 +229,12 @@ def _call_seconds(
 
 
 def group_of(laid: Laid, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Rank 0's group over a product of axes; 'tied' are the first and last stage, 'tp/share' the tp ranks
-    that hold the same kv head."""
-    plain = [a for a in axes if a not in ("tied", "tp/share")]
-    if "tied" in axes:
-        return (0, laid.mesh.rank_of({"pp": laid.sizes["pp"] - 1}))
+    """Rank 0's group over a product of axes; 'tied' and 'pp/copy' are the places of pp that hold one
+    weight, 'tp/share' the tp ranks that hold the same kv head."""
+    plain = [a for a in axes if a not in (*ACROSS, "tp/share")]
+    for name in ACROSS:
+        if name in axes:
+            return tuple(laid.mesh.rank_of({"pp": place}) for place in laid.pairs[name][0])
     if "tp/share" not in axes:
         return laid.mesh.group(0, *plain)
     share = laid.sizes["tp"] // laid.request.model.kv_heads
@@ -244,23 +244,24 @@ def group_of(laid: Laid, axes: tuple[str, ...]) -> tuple[int, ...]:
 def _send_seconds(laid: Laid, cluster: Cluster) -> float:
     found = [
         seconds("send", 2, call.bytes, _link(laid.mesh.group(0, "pp")[:2], cluster))
-        for s in laid.stages for call, _ in laid.calls(s.index) if call.collective == "send"
+        for s in laid.stages for call, _ in laid.stage_calls(s.index) if call.collective == "send"
     ]  # fmt: skip
     return max(found, default=0.0)
 
 
 def _reduce_seconds(
-    laid: Laid, stage: int, time: StageTime, busy: float, cluster: Cluster
+    laid: Laid, place: int, stages: list[StageTime], busy: float, cluster: Cluster
 ) -> float:
     """What of the step's collectives is not hidden under the last microbatch's backward."""
     total = hidden = 0.0
-    for call, _ in laid.calls(stage):
+    for call, _ in laid.calls(place):
         if call.phase == "step":
             s = _call_seconds(call.axes, call.collective, call.bytes, laid, cluster)
             total += s
             hidden += s if call.lane == "dp" else 0.0
-    blocks = len(laid.stages[stage].blocks)
-    room = time.backward_s * busy * (blocks - 1) / blocks
+    blocks = sum(len(s.blocks) for s in laid.stages_of(place))
+    backward_s = sum(stages[s.index].backward_s for s in laid.stages_of(place))
+    room = backward_s * busy * (blocks - 1) / blocks
     return total - min(hidden, room)
 
 

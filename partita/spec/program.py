@@ -89,13 +89,15 @@ class Tensor:
 @dataclass(frozen=True, slots=True)
 class Event:
     """One collective of a region. `of` is the tensor this rank hands in: bytes are read off at the
-    end, when every room has cut it. `phase` is F, B or step (once a step)."""
+    end, when every room has cut it. `phase` is F, B or step (once a step). Where a schedule splits B,
+    it is of the input half I, or of the weight half W (`weights`)."""
 
     phase: str
     collective: str  # all_reduce | reduce_scatter | all_gather | all_to_all | broadcast | send
     of: str
     gradient: bool = False
     times: int = 1
+    weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.comm.context import Context
+from partita.comm.context import Context, Named
 from partita.comm.protocol import Where, World
 from partita.comm.ranks import here, require_ranks
 from partita.comm.seeds import initial_value
@@ -28,15 +28,12 @@ from partita.model.transformer import build_blocks
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
-from partita.parallel.pp.executor import Executor, Link
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
-from partita.schedule.make import schedule as make_schedule
-from partita.schedule.passes import with_communication
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.train.data import Dataset, open_dataset
-from partita.train.stage import StageBlocks
+from partita.train.pipeline import make_evaluator, make_executor
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
 from partita.train.streams import Batch
 
@@ -143,92 +140,44 @@ def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any
     """The rank's Context with every group the laid program speaks on, made in one order."""
     groups = [*laid.groups(), (("world",), "host")]
     return Context.create(
-        job.plan, laid.mesh, world, groups=groups, kv_heads=job.model.kv_heads, seed=job.seed,
-        where=where, recorder=recorder,
+        job.plan, laid.mesh, world, groups=groups, named=Named(job.model.kv_heads, laid.pairs),
+        seed=job.seed, where=where, recorder=recorder,
     )  # fmt: skip
 
 
 def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
-    """Units, blocks, executor and reducer of this rank's stage; `fill` sets the units' masters."""
-    stage = context.coords["pp"]
-    queue = WeightQueue()
-    units = make_units(laid, stage, DTYPES[job.plan.precision.dtype], context.device, queue)
+    """Units, blocks, executors and reducer of this rank's stages; `fill` sets the units' masters."""
+    place, dtype = context.coords["pp"], DTYPES[job.plan.precision.dtype]
+    units = make_units(laid, place, dtype, context.device, WeightQueue())
     for unit in units:
         fill(unit)
         unit.round_working()
-    blocks = build_blocks(job.model, laid, stage, context, units)
-    reducer = _reducer(laid, stage, context, units)
-    module = StageBlocks(blocks, laid.stages[stage].names, reducer)
+    blocks = build_blocks(job.model, laid, place, context, units)
+    reducer = _reducer(laid, place, context, units)
+    executor = make_executor(laid, context, blocks, reducer, dtype)
+    row = [block for stage in blocks.values() for block in stage]
     model = Model(
-        laid, context, stage, blocks, units, _executor(job, laid, stage, context, module, reducer),
-        reducer, step_comms(laid, context),
+        laid, context, place, row, units, executor, reducer, step_comms(laid, context),
+        make_evaluator(executor),
     )  # fmt: skip
     model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
-    model.forward_only = _executor(job, laid, stage, context, module, reducer, "forward")
     return model
 
 
-def _reducer(laid: Laid, stage: int, context: Context, units: list[Unit]) -> Reducer:
-    s = laid.stages[stage]
+def _reducer(laid: Laid, place: int, context: Context, units: list[Unit]) -> Reducer:
     holders = {
         u.name: frozenset(
             name
+            for s in laid.stages_of(place)
             for name, block in zip(s.names, s.blocks, strict=True)
             if any(laid.full_name(name, w.name) == u.places[0][0] for w in block.weights())
         )
         for u in units
     }
-    specs = {u.name: u for u in laid.units(stage)}
+    specs = {u.name: u for u in laid.units(place)}
     sums = {n: context.comm(*x.axes, lane="dp") for n, x in specs.items() if x.axes}
-    ties = {n: context.comm("tied", lane="dp") for n, x in specs.items() if x.tied}
+    ties = {n: context.comm(x.across, lane="dp") for n, x in specs.items() if x.across}
     return Reducer(units, holders, sums, ties, context.where, units[0].queue)
-
-
-def _executor(
-    job: Job, laid: Laid, stage: int, context: Context, module: StageBlocks, reducer: Reducer,
-    name: str = "",
-) -> Executor:  # fmt: skip
-    plan = job.plan
-    pp = plan.mesh.pp
-    chosen = name or (plan.pipeline.schedule if pp > 1 else "1f1b")
-    microbatches = 1 if name == "forward" else plan.num_microbatches
-    made = make_schedule(chosen, num_ranks=pp, num_microbatches=microbatches)
-    names = laid.stages[stage].names
-    link = Link(None, None)
-    if pp > 1:
-        down, up = context.comm("pp", lane="pp_down"), context.comm("pp", lane="pp_up")
-        previous = f"{names[0]}:send"
-        following = f"{laid.stages[stage + 1].names[0]}:send" if stage + 1 < pp else ""
-        arriving = f"{laid.stages[stage - 1].names[-1]}:send" if stage > 0 else ""
-        link = Link(down, up, f"{names[-1]}:send", previous, arriving, following)
-    shape = _activation(laid, stage, DTYPES[plan.precision.dtype], context)
-    return Executor(
-        module,
-        with_communication(made)[stage],
-        pp,
-        link,
-        context.where,
-        shape,
-        reducer.queue,
-        reducer.arm,
-    )
-
-
-def _activation(
-    laid: Laid, stage: int, dtype: torch.dtype, context: Context
-) -> Callable[[Any, str], Tensor]:
-    """Empty tensors shaped like the stage's input (F) or output (B), read off the laid program."""
-    blocks = laid.stages[stage].blocks
-    first, last = blocks[0].tensors[blocks[0].input], blocks[-1].tensors[blocks[-1].output]
-
-    def empty(batch: Any, what: str) -> Tensor:
-        t = first if what == "F" else last
-        shape = [d.local(laid.sizes) for d in t.dims]
-        if batch is not None:
-            shape[0] = batch.ids.shape[0]
-        return torch.empty(shape, dtype=dtype, device=context.device)
-
-    return empty
 
 
 def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:

@@ -118,7 +118,7 @@ class StepRecorder:
         self._claim()
         if seen.peak >= self._peak:
             self._peak, self._ledger = seen.peak, seen.ledger(self.rank)
-        blocks = model.laid.stages[model.stage].blocks
+        blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
         declared = sum((state_bytes(b, model.laid.sizes) for b in blocks), start=Counter())
         self.record = replace(
             self.record, ledger=self._ledger, declared=Ledger(self.rank, "device", dict(declared))

@@ -71,11 +71,12 @@ def step_comms(laid: Laid, context: Context) -> StepComms:
 
 @dataclass
 class Model:
-    """This rank's stage of the model, and how a step runs on it."""
+    """This rank's stages of the model (its `place` is the coordinate on pp), and how a step runs on
+    them. `blocks` are those of its stages in a row."""
 
     laid: Laid
     context: Context
-    stage: int
+    place: int
     blocks: Sequence[Any]
     units: Sequence[Any]
     executor: Executor
@@ -85,9 +86,14 @@ class Model:
     scaler: LossScaler | None = None  # under fp16
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether it computes the loss."""
-        return self.stage == len(self.laid.stages) - 1
+    def names(self) -> tuple[str, ...]:
+        """Full names of `blocks`."""
+        return tuple(name for s in self.laid.stages_of(self.place) for name in s.names)
+
+    @property
+    def holds_loss(self) -> bool:
+        """Whether it computes the loss: then its last block is the head."""
+        return self.laid.holds_loss(self.place)
 
     def forward_backward(self, batch: StepBatch) -> float:
         """Runs the step's schedule; returns the global token mean of the loss, on every rank.
@@ -127,7 +133,7 @@ class Model:
 
     def count(self, batch: StepBatch) -> None:
         """Tells the head the valid tokens of the whole step: the loss is a mean over them."""
-        if self.is_last_stage:
+        if self.holds_loss:
             total = sum(int(b.valid.sum()) for b in batch.microbatches)
             if self.comms.count is not None:
                 counted = torch.tensor([total], dtype=torch.int64)
@@ -135,13 +141,15 @@ class Model:
             self.blocks[-1].total_valid = max(total, 1)
 
     def finish_loss(self, loss: Tensor, step: int) -> float:
-        """Sums the loss over ranks and hands it to every stage."""
+        """Sums the loss over ranks and hands it to every stage. Where microbatches go two ways, all
+        ranks take part in the sum, those without a loss with zero."""
         where = self.context.where
         where.phase, where.activity = "step", "loss"
-        if self.is_last_stage and self.comms.loss is not None:
+        two_ways = self.laid.schedule.direction is not None
+        if self.comms.loss is not None and (self.holds_loss or two_ways):
             loss = self.comms.loss.all_reduce(loss.reshape(1), site="step.loss:reduce_from")
         if self.comms.broadcast is not None:
-            root = len(self.laid.stages) - 1
+            root = self.laid.stages[-1].places[0]
             loss = self.comms.broadcast.broadcast(
                 loss.reshape(1), site="step.loss:broadcast", root=root
             )
@@ -253,7 +261,7 @@ def slots_of(unit: Any) -> Iterator[Slot]:
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
     slots = [slot for unit in model.units for slot in slots_of(unit)]
-    at = {"pp": model.stage, "tp": model.context.coords["tp"]}
+    at = {"pp": model.place, "tp": model.context.coords["tp"]}
     plane = model.laid.mesh.rank_of(at)  # dp coordinates 0: replicas count once
     counted = [
         (weight, unit.gradient[first : first + size])

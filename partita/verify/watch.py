@@ -90,12 +90,13 @@ def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
 
 def watch_blocks(model: Model, watch: Watch) -> None:
     """Wraps the segments of every layer, and the embedding."""
-    names = model.laid.stages[model.stage].names
-    wrapped = list(model.executor.module.blocks)  # type: ignore[attr-defined]
-    for i, (name, block) in enumerate(zip(names, wrapped, strict=True)):
-        if name == "embedding":
-            wrapped[i] = _Watched(block, "embedding", model, watch)
-        elif name != "head":
-            block.attention = _Watched(block.attention, f"{name}.attention", model, watch)
-            block.mlp = _Watched(block.mlp, f"{name}.mlp", model, watch)
-    model.executor.module.blocks = tuple(wrapped)  # type: ignore[attr-defined]
+    for stage, module in model.executor.modules.items():
+        names = model.laid.stages[stage].names
+        wrapped = list(module.blocks)  # type: ignore[attr-defined]
+        for i, (name, block) in enumerate(zip(names, wrapped, strict=True)):
+            if name == "embedding":
+                wrapped[i] = _Watched(block, "embedding", model, watch)
+            elif name != "head":
+                block.attention = _Watched(block.attention, f"{name}.attention", model, watch)
+                block.mlp = _Watched(block.mlp, f"{name}.mlp", model, watch)
+        module.blocks = tuple(wrapped)  # type: ignore[attr-defined]

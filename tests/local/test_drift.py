@@ -39,14 +39,14 @@ def look(world, job):
     """For every block of this rank: bytes kept and FLOPs made, seen and declared."""
     built = assemble(job, world)
     model, batch = built.model, built.batch(0)
-    stage = model.laid.stages[model.stage]
+    (stage,) = model.laid.stages_of(model.place)
     own = {u.working.untyped_storage().data_ptr() for u in model.units} | constants(model.blocks)
     model.count(batch)
     x, rows = None, []
-    if model.stage > 0:
-        x = torch.randn(model.executor.activation(batch.microbatches[0], "F").shape).to(
-            model.units[0].working.dtype
-        )
+    if stage.index > 0:
+        x = torch.randn(
+            model.executor.activation(stage.index, batch.microbatches[0], "F").shape
+        ).to(model.units[0].working.dtype)
         x.requires_grad_()
     for name, block, laid in zip(stage.names, model.blocks, stage.blocks, strict=True):
         seen = {}
@@ -109,13 +109,13 @@ def recorded_in_order(world, job):
     shapes = {n: tuple(w.value.shape) for n, w in units.items()}
     want = {
         n: local_shape(t, laid.sizes)
-        for u in laid.units(built.model.stage)
+        for u in laid.units(built.model.place)
         for n, t, _ in u.weights
     }
     first = [(t.site, t.phase, t.op, t.bytes) for t in transfers if t.microbatch == 0]
     calls = [
         (site, c.phase, c.collective, c.bytes)
-        for c, site in laid.calls(built.model.stage)
+        for c, site in laid.calls(built.model.place)
         if c.phase in "FB" and not laid._alone(c)
     ]
     return summarise(transfers) == laid.traffic(world.rank), shapes == want, first, calls

@@ -141,7 +141,7 @@ def test_10_one_stage_misses_an_update(judged, monkeypatch):
     step = Update.step
 
     def misses(self):
-        if self.model.stage == 1 and self.updates == 1:
+        if self.model.place == 1 and self.updates == 1:
             self.updates += 1
             return self.gradient_norm()
         return step(self)

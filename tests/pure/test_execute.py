@@ -4,9 +4,10 @@ steps; and sends what it declares."""
 from __future__ import annotations
 
 import pytest
-from executed import DROPS, GPT2, LLAMA, TIED, difference, laid, model
+from executed import DROPS, GPT2, LLAMA, TIED, difference, laid, model, request
 
 from partita.parallel.execute import execute
+from partita.parallel.laid import lay
 
 PLANS = [
     "tp2", "tp4", "tp2+sp", "tp4+sp", "dp_replicate2", "dp_shard2.zero0", "pp2/1mb", "pp2/2mb",
@@ -46,6 +47,25 @@ def test_more_stages_and_a_stated_split() -> None:
         "dp_replicate2 pp2/1mb tp2 order:pp,dp_replicate,cp,dp_shard,tp",
     ):
         assert difference(TIED, execute(laid(TIED, line)), 2) == "", line
+
+
+STAGES = [
+    "pp2:interleaved_1f1bx2/2mb tp2+sp", "pp2:looped_bfsx2/2mb recompute:full", "pp2:zb_h1/4mb tp2+sp",
+    "pp2:zb_v/4mb", "pp2:dualpipev/4mb tp2+sp", "pp2:dualpipe/4mb tp2",
+    "dp_replicate2 pp2:zb_h1/2mb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tied", "gpt2"])
+@pytest.mark.parametrize("line", STAGES)
+def test_stages_on_any_rank(name, line) -> None:
+    """Several stages a rank, V, both ways; backward in halves: the same numbers, the declared traffic."""
+    spec = model("gpt2" if name == "gpt2" else "llama", layers=4, tied=True)
+    whole = lay(request(spec, line))
+    got = execute(whole)
+    assert difference(spec, got, 2) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == whole.traffic(rank)
 
 
 def test_last_ranks_hold_fewer_rows() -> None:

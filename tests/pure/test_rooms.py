@@ -64,7 +64,11 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "pp4", ["pp"], "pp3"),
         (LLAMA, "pp2 pipeline.split=1,1", ["pp"], "pp2"),
         (LLAMA, "pp3 pipeline.split=1,0,2", ["pp"], "pp3"),
-        (LLAMA, "pp2:zb_h1", ["pp"], "pp2"),
+        (LLAMA, "pp2:zb_h2/2mb", ["pp"], "pp2"),
+        (LLAMA, "pp2:forward/2mb", ["pp"], "pp2"),
+        (LLAMA, "pp2:interleaved_1f1bx2/3mb", ["pp"], "pp2"),
+        (LLAMA, "pp2:zb_v/4mb", ["pp"], "pp2:1f1b/4mb"),
+        (LLAMA, 'pp2:"file:missing.csv"/2mb', ["pp"], "pp2"),
         (LLAMA, "dp_shard2.zero3", ["dp"], "dp_replicate2"),
         (LLAMA, "fp8", ["precision"], "bf16"),
         (LLAMA, "cp2", ["cp"], "1mb"),
@@ -101,10 +105,10 @@ def test_one_rank_moves_nothing() -> None:
 def test_tied_weight_is_one_unit() -> None:
     """On one stage stored once; on two its sum is a unit of its own on both."""
     one = [u for u in laid(TIED, "dp_replicate2").units(0) if u.name == "embedding.table"]
-    assert [u.tied for u in one] == [False]
+    assert [u.across for u in one] == [""]
     two = laid(TIED, "dp_replicate2 pp2/2mb")
-    for stage in (0, 1):
-        assert [u.tied for u in two.units(stage) if u.name == "embedding.table"] == [True]
+    for place in (0, 1):
+        assert [u.across for u in two.units(place) if u.name == "embedding.table"] == ["tied"]
     assert two.holders("embedding.table") == (0, 1)
     sites = [t.site for t in two.traffic(0) if t.axis == "tied"]
     assert sites == ["embedding.table:tied"]

@@ -5,7 +5,7 @@ starts when the unit's last gradient of the step is there, under the backward of
     lane dp                         [head]  [blocks.7]     [blocks.6]        ...
 
 During accumulation nothing is sent. Sends (all_reduce, the unit's axes, its flat gradient): once a step.
-A tied weight's unit is summed over dp first, then between the two stages that hold it.
+A unit on two places of pp (a tied weight's, a stage's copies) is summed over dp first, then between them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Reducible(Protocol):
 
 @dataclass
 class Reducer:
-    """Reduces a stage's units. `holders[unit]` are the blocks whose backward adds to the unit; `sums`
-    and `ties` give the Comm of each unit that needs one, in the order all ranks agree on."""
+    """Reduces a rank's units. `holders[unit]` are the blocks whose backward adds to the unit; `sums`
+    and `ties` (between places of pp) give the Comm of each unit that needs one, in the order all ranks
+    agree on."""
 
     units: Sequence[Reducible]
     holders: Mapping[str, frozenset[str]]
@@ -39,19 +40,22 @@ class Reducer:
     ties: Mapping[str, Comm]
     where: Where
     queue: WeightQueue = field(default_factory=WeightQueue)
-    _open: bool = False
+    _last: set[str] = field(default_factory=set)
     _waiting: dict[str, set[str]] = field(default_factory=dict)
     _under_way: list[tuple[Reducible, Handle]] = field(default_factory=list)
 
-    def arm(self) -> None:
-        """The next backward, or W, is the step's last: units are ready as their blocks finish."""
-        self._open = True
-        self._waiting = {u.name: set(self.holders[u.name]) for u in self.units}
+    def arm(self, blocks: Sequence[str]) -> None:
+        """The next backward, or W, of these blocks is the step's last: units are ready as their
+        blocks finish."""
+        if not self._waiting:
+            self._waiting = {u.name: set(self.holders[u.name]) for u in self.units}
+        self._last |= set(blocks)
 
     def block_done(self, block: str) -> None:
         """A block's backward is over; starts the all-reduce of units that have nothing to wait for."""
-        if not self._open:
+        if block not in self._last:
             return
+        self._last.discard(block)
         for unit in self.units:
             waiting = self._waiting[unit.name]
             if block in waiting:
@@ -60,20 +64,19 @@ class Reducer:
                     self._start(unit)
 
     def finish(self) -> None:
-        """Waits for all sums; then the tied weight's between its stages. Gradients are then the
-        step's, the same on every rank of the axes summed over."""
-        if not self._open:
-            return
+        """Waits for all sums; then those between places of pp. Gradients are then the step's, the same
+        on every rank of the axes summed over."""
         for unit in self.units:
-            if self._waiting[unit.name]:
-                self._waiting[unit.name].clear()
+            if self._waiting.get(unit.name):
                 self._start(unit)
         self._settle()
         for unit in self.units:
-            if unit.name in self.ties:
-                self._launch(unit, self.ties[unit.name], "tied")
+            if unit.name in self.ties and self._waiting:
+                kind = "tied" if self.ties[unit.name].axis == "tied" else "copies"
+                self._launch(unit, self.ties[unit.name], kind)
         self._settle()
-        self._open = False
+        self._waiting.clear()
+        self._last.clear()
 
     def _start(self, unit: Reducible) -> None:
         if unit.name in self.sums:

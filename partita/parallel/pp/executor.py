@@ -1,8 +1,9 @@
 """Runs a rank's list of actions: one small method a kind, and no schedule by name.
 
-Each microbatch's forward is cut off at the stage's input, so that its backward can run whenever the
-list says. A receive is posted when the list says and waited for when its tensor is needed; a send never
-waits for its receiver. One stage without a pipeline is the same list without messages.
+A rank holds any stages of the model. Each microbatch's forward is cut off at the stage's input, so that its
+backward can run whenever the list says. A receive is posted when the list says and waited for when its
+tensor is needed; a send never waits for its receiver; neighbours on one rank hand over without a message.
+One stage without a pipeline is the same list without messages.
 
     F  x -> blocks -> y        keeps (x, y) until B        sends y.detach() to the next stage
     B  dy -> blocks -> dx      frees both                  sends dx to the previous stage
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Key, Where
 from partita.parallel.deferred import WeightQueue
-from partita.schedule.ir import COMPUTE, Action
+from partita.schedule.ir import COMPUTE, Action, Schedule
+from partita.schedule.passes import with_communication
+
+MessageKey = tuple[str, int, int]  # F or B, the stage that consumes it, microbatch
 
 
 class StageModule(Protocol):
@@ -34,15 +38,12 @@ class StageModule(Protocol):
 
 
 @dataclass(frozen=True)
-class Link:
-    """How a stage's tensors leave it: the neighbours' places in the pp group and the site."""
+class Channel:
+    """Messages of one direction to one stage: a Comm over the places of pp, on a lane of its own, and
+    the site of their sender."""
 
-    down: Comm | None  # activations, to the next stage
-    up: Comm | None  # gradients, to the previous stage
-    send_site: str = ""  # '<own last block>:send'
-    back_site: str = ""  # '<own first block>:send'
-    from_previous: str = ""  # the previous stage's send_site
-    from_next: str = ""  # the next stage's back_site
+    comm: Comm
+    site: str  # '<block>:send'
 
 
 @dataclass
@@ -55,35 +56,34 @@ class _Held:
 
 @dataclass
 class Executor:
-    """Executes actions of one stage a rank.
+    """Executes the actions of one rank, at `place` on pp; `modules` are its stages by index.
 
-    `activation(batch, what)` is an empty tensor like the stage's input (F) or output (B), to receive into.
-    `last_backward` is called before the rank's last B or W, so that gradients may be reduced as they
-    become ready. Communicates: sends of stage inputs and outputs on axis pp, keyed by (F or B,
-    consuming stage, microbatch).
+    `activation(stage, batch, what)` is an empty tensor like the stage's input (F) or output (B), to
+    receive into. `last_backward(stage)` is called before the stage's last B or W on this rank, so that
+    its gradients may be reduced as they become ready. Communicates: sends of stage inputs and outputs on
+    axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two.
     """
 
-    module: StageModule
-    actions: Sequence[Action]
-    num_stages: int
-    link: Link
+    modules: Mapping[int, StageModule]
+    schedule: Schedule
+    place: int
+    channels: Mapping[tuple[str, int], Channel]
     where: Where
-    activation: Callable[[Any, str], Tensor]
+    activation: Callable[[int, Any, str], Tensor]
     queue: WeightQueue = field(default_factory=WeightQueue)
-    last_backward: Callable[[], None] = lambda: None
+    last_backward: Callable[[int], None] = lambda stage: None
     span: Callable[[Action], Any] | None = None
+    actions: Sequence[Action] = ()
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
-    _posted: dict[tuple[str, int, int], Handle] = field(default_factory=dict)
-    _ready: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _sent: dict[tuple[str, int, int], Handle] = field(default_factory=dict)
+    _posted: dict[MessageKey, Handle] = field(default_factory=dict)
+    _ready: dict[MessageKey, tuple[Tensor, str]] = field(
+        default_factory=dict
+    )  # made in which phase
+    _sent: dict[MessageKey, Handle] = field(default_factory=dict)
 
-    def run(self, batches: Sequence[Any]) -> Tensor:
-        """One step's microbatches; returns this rank's share of the loss (zero but on the last
-        stage). Gradients are added into the units' buffers."""
-        self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
-        backwards = [i for i, a in enumerate(self.actions) if a.kind in ("B", "W")]
-        final = backwards[-1] if backwards else -1
-        handlers: Mapping[str, Callable[[Action], None]] = {
+    def __post_init__(self) -> None:
+        self.actions = self.actions or with_communication(self.schedule)[self.place]
+        self._handlers: Mapping[str, Callable[[Action], None]] = {
             "F": self._forward,
             "B": self._backward,
             "I": self._input_half,
@@ -93,10 +93,18 @@ class Executor:
             "RECV_F": self._post,
             "RECV_B": self._post,
         }
+
+    def run(self, batches: Sequence[Any]) -> Tensor:
+        """One step's microbatches; returns this rank's share of the loss (zero but on the last
+        stage). Gradients are added into the units' buffers."""
+        self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
+        final = {a.stage: i for i, a in enumerate(self.actions) if a.kind in ("B", "W")}
+        last = {i: stage for stage, i in final.items()}
+        where, handlers = self.where, self._handlers
         for i, action in enumerate(self.actions):
-            if i == final:
-                self.last_backward()
-            self.where.stage, self.where.microbatch = action.stage, action.microbatch
+            if i in last:
+                self.last_backward(last[i])
+            where.stage, where.microbatch = action.stage, action.microbatch
             if self.span is None or action.kind not in COMPUTE:
                 handlers[action.kind](action)
             else:
@@ -105,7 +113,7 @@ class Executor:
         for handle in self._sent.values():
             handle.wait()
         self._sent.clear()
-        self.where.microbatch = -1
+        where.microbatch = -1
         return self._loss
 
     def _forward(self, action: Action) -> None:
@@ -115,26 +123,26 @@ class Executor:
         if stage > 0:
             x = self._take("F", stage, microbatch)
             x.requires_grad_(torch.is_grad_enabled())
-        y = self.module(x, self._batches[microbatch])
-        if stage == self.num_stages - 1:
+        y = self.modules[stage](x, self._batches[microbatch])
+        if stage == self.schedule.num_stages - 1:
             self._loss += y.detach().to(torch.float64).cpu()
         else:
-            self._ready["F", stage + 1, microbatch] = y.detach()
+            self._ready["F", stage + 1, microbatch] = y.detach(), "F"
         if torch.is_grad_enabled():
             self._held[stage, microbatch] = _Held(x, y)
 
     def _backward(self, action: Action) -> None:
         self.where.phase, self.where.activity = action.kind, "backward"
-        stage, _, microbatch = action
+        stage, kind, microbatch = action
         held = self._held.pop((stage, microbatch))
         if ("F", stage + 1, microbatch) in self._sent:  # its gradient is back: it has arrived
             self._sent.pop(("F", stage + 1, microbatch)).wait()
-        last = stage == self.num_stages - 1
+        last = stage == self.schedule.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
         torch.autograd.backward(held.y, gradient)
         if held.x is not None:
             assert held.x.grad is not None, "a stage's output does not depend on its input"
-            self._ready["B", stage - 1, microbatch] = held.x.grad
+            self._ready["B", stage - 1, microbatch] = held.x.grad, kind
 
     def _input_half(self, action: Action) -> None:
         self.queue.split(action.stage, action.microbatch)
@@ -146,26 +154,23 @@ class Executor:
         self.queue.run(action.stage, action.microbatch)
 
     def _send(self, action: Action) -> None:
-        self.where.phase = action.what
-        comm = self.link.down if action.what == "F" else self.link.up
-        assert comm is not None
-        x = self._ready.pop(action.key)
-        site = self.link.send_site if action.what == "F" else self.link.back_site
-        to = comm.rank + (1 if action.what == "F" else -1)
-        self._sent[action.key] = comm.send(x, to, key=Key(*action.key), site=site)
+        key = action.key
+        x, self.where.phase = self._ready.pop(key)
+        channel = self.channels[key[:2]]
+        to = self.schedule.rank_of(action.peer_stage, action.microbatch)
+        self._sent[key] = channel.comm.send(x, to, key=Key(*key), site=channel.site)
 
     def _post(self, action: Action) -> None:
-        comm = self.link.down if action.what == "F" else self.link.up
-        assert comm is not None
-        batch = self._batches[action.microbatch]
-        source = comm.rank + (-1 if action.what == "F" else 1)
-        site = self.link.from_previous if action.what == "F" else self.link.from_next
-        like = self.activation(batch, action.what)
-        self._posted[action.key] = comm.receive(like, source, key=Key(*action.key), site=site)
+        key = action.key
+        channel = self.channels[key[:2]]
+        source = self.schedule.rank_of(action.peer_stage, action.microbatch)
+        like = self.activation(action.stage, self._batches[action.microbatch], action.what)
+        handle = channel.comm.receive(like, source, key=Key(*key), site=channel.site)
+        self._posted[key] = handle
 
     def _take(self, kind: str, stage: int, microbatch: int) -> Tensor:
         """The tensor this stage consumes: received, or made by a stage on this rank."""
         key = (kind, stage, microbatch)
         if key in self._posted:
             return self._posted.pop(key).wait()
-        return self._ready.pop(key)
+        return self._ready.pop(key)[0]

@@ -1,9 +1,13 @@
 """Pipeline parallelism (Huang et al. 2019; Narayanan et al. 2019): layers lie on pp.
 
-Any contiguous split of the layers; by default the one whose dearest stage is cheapest, embedding and head
-counted. A stage sends what its last block's output is cut to, and the gradient of its first block's input
-back. A weight held by two stages is added up between them after dp's reduction, before the update;
-held twice by one stage, its first holder owns it.
+Any contiguous split of the layers into the stages of the schedule, several a rank, on any; by default the
+one whose dearest stage is cheapest, embedding and head counted. A stage sends what its last block's
+output is cut to, and the gradient of its first block's input back; neighbours on one rank hand over. A
+weight held on two places of pp is added up between them after dp's reduction, before the update: a tied one,
+or every weight of a stage with two copies. Held twice on one place, its first holder owns it.
+
+    line    loop (v = 2)   vee        both ways
+    0 1     0 1 / 2 3      0 1 / 3 2  0 1 / 1 0     stages by rank
 """
 
 from __future__ import annotations
@@ -12,60 +16,106 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from partita.base.errors import Problem
+from partita.base.errors import PartitaError, Problem
 from partita.parallel.read import flops
 from partita.parallel.room import Request, error, region
+from partita.schedule.check import check
+from partita.schedule.ir import Action, Schedule
+from partita.schedule.make import schedule as make_schedule
+from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program
-
-SCHEDULES = ("gpipe", "1f1b")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive blocks of the laid program; `names[i]` is the full name of `blocks[i]`."""
+    """Consecutive blocks of the laid program; `names[i]` is the full name of `blocks[i]`. `places` are
+    the pp coordinates that run it: one, or two copies."""
 
     index: int
     names: tuple[str, ...]
     blocks: tuple[Block, ...]
+    places: tuple[int, ...] = (0,)
+
+
+def schedule_of(plan: Plan) -> Schedule:
+    """The plan's schedule; without a pipeline, microbatches one after the other. Raises what
+    `schedule` raises."""
+    pp, pipe = plan.mesh.pp, plan.pipeline
+    if pp == 1:
+        return make_schedule("1f1b", num_ranks=1, num_microbatches=plan.num_microbatches)
+    return make_schedule(
+        pipe.schedule, num_ranks=pp, num_microbatches=plan.num_microbatches,
+        virtual_stages=pipe.virtual_stages,
+    )  # fmt: skip
+
+
+def forward_of(schedule: Schedule) -> Schedule:
+    """One microbatch through the same stages on the same ranks, forward only: evaluation."""
+    ranks = [
+        tuple(Action(s, "F", 0) for s in range(schedule.num_stages) if schedule.rank_of(s) == rank)
+        for rank in range(schedule.num_ranks)
+    ]
+    way = schedule.direction[:1] if schedule.direction is not None else None
+    return replace(
+        schedule, num_microbatches=1, ranks=tuple(ranks), direction=way, paired=frozenset()
+    )
+
+
+def lane(what: str, stage: int, schedule: Schedule) -> str:
+    """The lane of messages that `stage` consumes: one a direction and chunk."""
+    chunk = stage // schedule.num_ranks
+    return ("pp_down" if what == "F" else "pp_up") + (f".{chunk}" if chunk else "")
 
 
 def problems(job: Request) -> list[Problem]:
-    """As many layers as stages; a stated split adds up; a schedule that exists."""
+    """A schedule that exists for these numbers; as many layers as stages; a stated split adds up."""
     plan, layers = job.plan, job.model.layers
-    pp, pipe, found = plan.mesh.pp, plan.pipeline, []
-    if pp > 1 and (pipe.schedule not in SCHEDULES or pipe.virtual_stages > 1):
-        asked = f"pp{pp}:{pipe.schedule}" + (
-            f"x{pipe.virtual_stages}" if pipe.virtual_stages > 1 else ""
-        )
-        message = (
-            f"the schedule of {asked} is not available in this version: {', '.join(SCHEDULES)}"
-        )
-        nearest = str(plan.with_("pipeline", schedule="1f1b", virtual_stages=1))
-        found.append(
-            error(
-                "pp", "schedule", message, asked=asked, limit=", ".join(SCHEDULES), nearest=nearest
-            )
-        )
-    if pp > layers:
-        message = f"{layers} layers cannot fill {pp} stages"
-        nearest = str(plan.with_("mesh", pp=layers))
-        found.append(
-            error(
-                "pp", "layers", message, asked=f"pp{pp}", limit=f"pp <= {layers}", nearest=nearest
-            )
-        )
-    split = pipe.split
-    if split and len(split) == pp and sum(split) == layers and 0 in split[1:-1]:
+    found = _schedule_problems(plan)
+    if found:
+        return found
+    stages, split = schedule_of(plan).num_stages, plan.pipeline.split
+    if stages > layers:
+        message = f"{layers} layers cannot fill {stages} stages"
+        each = stages // plan.mesh.pp
+        near = plan.with_("mesh", pp=min(plan.mesh.pp, layers))
+        if each > 1:
+            near = near.with_("pipeline", schedule="1f1b", virtual_stages=1)
+        asked = f"pp{plan.mesh.pp}" + (f" x {each} stages" if each > 1 else "")
+        limit = f"at most {layers} stages"
+        found.append(error("pp", "layers", message, asked=asked, limit=limit, nearest=str(near)))
+    if split and len(split) == stages and sum(split) == layers and 0 in split[1:-1]:
         found.append(_empty_stage(job))
-    elif split and (len(split) != pp or sum(split) != layers or min(split) < 0):
+    elif split and (len(split) != stages or sum(split) != layers or min(split) < 0):
         message = (
             f"pipeline.split={','.join(map(str, split))} has {len(split)} stages and {sum(split)} layers; "
-            f"the plan has {pp} stages, the model {layers} layers"
+            f"the plan has {stages} stages, the model {layers} layers"
         )
         nearest = str(plan.with_("pipeline", split=()))
-        limit = f"{pp} numbers that add up to {layers}"
+        limit = f"{stages} numbers that add up to {layers}"
         found.append(error("pp", "split", message, asked=str(split), limit=limit, nearest=nearest))
     return found
+
+
+def _schedule_problems(plan: Plan) -> list[Problem]:
+    """Why the schedule cannot run: unknown, below its floor, or a file that the checker refuses."""
+    pipe = plan.pipeline
+    asked = f"pp{plan.mesh.pp}:{pipe.schedule}"
+    nearest = str(plan.with_("pipeline", schedule="1f1b", virtual_stages=1))
+    try:
+        made = schedule_of(plan)
+    except PartitaError as found:
+        limit = "partita draw shows each schedule's rule"
+        return [error("pp", "schedule", found.message, asked=asked, limit=limit, nearest=nearest)]
+    if made.is_forward_only:
+        message = f"{pipe.schedule} has no backward: it evaluates, and cannot train"
+        limit = "a schedule with B, or I and W"
+        return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
+    if made.is_asynchronous:
+        message = f"{pipe.schedule} updates a stage before the step is over: not available in this version"
+        limit = "a schedule that flushes"
+        return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
+    wrong = check(made) if pipe.schedule.strip('"').startswith("file:") else []
+    return [replace(p, room="pp", asked=p.asked or asked, nearest=nearest) for p in wrong]
 
 
 def _empty_stage(job: Request) -> Problem:
@@ -134,19 +184,18 @@ def _cheapest(
 
 def split_of(job: Request, program: Program) -> tuple[int, ...]:
     """The plan's split, or the balanced one by local FLOPs, forward and backward."""
-    pp = job.plan.mesh.pp
     if job.plan.pipeline.split:
         return job.plan.pipeline.split
     cached: dict[int, float] = {}
     for b in program.blocks:
         if id(b) not in cached:
             cached[id(b)] = float(sum(flops(b, job.plan.sizes).values()))
-    return balanced([cached[id(b)] for b in program.blocks], pp)
+    return balanced([cached[id(b)] for b in program.blocks], schedule_of(job.plan).num_stages)
 
 
 def stages(job: Request, program: Program) -> tuple[Stage, ...]:
-    """The laid program cut into stages, with sends and the tied weight's reduction."""
-    split = split_of(job, program)
+    """The laid program cut into stages, with sends and the reductions between places of pp."""
+    schedule, split = schedule_of(job.plan), split_of(job, program)
     last, first = len(split) - 1, 1
     found = []
     for i, layers in enumerate(split):
@@ -154,40 +203,67 @@ def stages(job: Request, program: Program) -> tuple[Stage, ...]:
         first += layers
         at = ([0] if i == 0 else []) + at + ([len(program.blocks) - 1] if i == last else [])
         blocks = [program.blocks[j] for j in at]
-        if i < last:
-            blocks[-1] = _sends(blocks[-1], "F", blocks[-1].output)
-        if i > 0:
-            blocks[0] = _sends(blocks[0], "B", blocks[0].input)
-        blocks = _tie(blocks, program.tied, len(split))
-        found.append(Stage(i, tuple(program.names[j] for j in at), tuple(blocks)))
-    return tuple(found)
+        if i < last and schedule.rank_of(i) != schedule.rank_of(i + 1):
+            blocks[-1] = _sends(blocks[-1], "F", blocks[-1].output, lane("F", i + 1, schedule))
+        if i > 0 and schedule.rank_of(i - 1) != schedule.rank_of(i):
+            blocks[0] = _sends(blocks[0], "B", blocks[0].input, lane("B", i - 1, schedule))
+        names = tuple(program.names[j] for j in at)
+        found.append(Stage(i, names, tuple(blocks), schedule.ranks_of(i)))
+    copied = schedule.direction is not None
+    return _across(_owned(found, program.tied), () if copied else program.tied, copied)
 
 
-def _sends(block: Block, phase: str, tensor: str) -> Block:
+def _sends(block: Block, phase: str, tensor: str, on: str) -> Block:
     event = Event(phase, "send", tensor, gradient=phase == "B")
-    lane = "pp_down" if phase == "F" else "pp_up"
-    op = replace(region("", "send", ("pp",), (tensor, tensor), event), name="send", lane=lane)
+    op = replace(region("", "send", ("pp",), (tensor, tensor), event), name="send", lane=on)
     return replace(block, regions=(*block.regions, op))
 
 
-def _tie(blocks: list[Block], tied: tuple[str, ...], num_stages: int) -> list[Block]:
-    """The first holder on a stage owns a tied weight's states; with several stages it adds its gradient
-    to the other stage's."""
-    out = list(blocks)
-    for weight in tied:
-        holders = [i for i, b in enumerate(out) if any(w.name == weight for w in b.weights())]
-        for i in holders[1:]:
-            out[i] = _second_holder(out[i], weight)
-        for i in holders[:1] if num_stages > 1 else []:
-            out[i] = replace(out[i], regions=(*out[i].regions, _tied_sum(weight)))
-    return out
+def _owned(found: Sequence[Stage], tied: tuple[str, ...]) -> tuple[Stage, ...]:
+    """On each place the first holder of a tied weight owns its states."""
+    seen: set[tuple[str, frozenset[int]]] = set()
+    out = []
+    for stage in found:
+        blocks = []
+        for block in stage.blocks:
+            for weight in tied:
+                if any(w.name == weight for w in block.weights()):
+                    key = weight, frozenset(stage.places)
+                    block = _second_holder(block, weight) if key in seen else block
+                    seen.add(key)
+            blocks.append(block)
+        out.append(replace(stage, blocks=tuple(blocks)))
+    return tuple(out)
 
 
-def _tied_sum(weight: str) -> Op:
-    gradient = f"{weight}.gradient"
+def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tuple[Stage, ...]:
+    """Sums between the two places of pp that hold a weight: all weights of a stage with two copies
+    ('pp/copy'), else a tied one whose owners lie on two places ('tied')."""
+
+    def units(block: Block) -> list[str]:
+        return [
+            n.removesuffix(".gradient") for n, t in block.tensors.items() if t.role == "gradient"
+        ]
+
+    every = [(w, s.places) for s in found for b in s.blocks for w in units(b)]
+    shared = [w for w in tied if len({frozenset(at) for u, at in every if u == w}) > 1]
+
+    def change(block: Block) -> Block:
+        ops = [
+            _sum_between(unit, "copies" if copied else "tied", "pp/copy" if copied else "tied")
+            for unit in units(block)
+            if copied or unit in shared
+        ]
+        return replace(block, regions=(*block.regions, *ops)) if ops else block
+
+    done = {id(b): change(b) for s in found for b in s.blocks}
+    return tuple(replace(s, blocks=tuple(done[id(b)] for b in s.blocks)) for s in found)
+
+
+def _sum_between(unit: str, kind: str, axis: str) -> Op:
+    gradient = f"{unit}.gradient"
     event = Event("step", "all_reduce", gradient, gradient=True)
-    op = region(weight, "tied", ("tied",), (gradient, gradient), event)
-    return replace(op, lane="dp")
+    return replace(region(unit, kind, (axis,), (gradient, gradient), event), lane="dp")
 
 
 def _second_holder(block: Block, weight: str) -> Block:

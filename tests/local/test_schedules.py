@@ -1,0 +1,56 @@
+"""Every schedule computes what one device computes, alone and with the other dimensions."""
+
+import pytest
+import verify_jobs
+
+from partita.base.errors import PlanError
+from partita.verify.parity import verify
+
+PLANS = (
+    "pp2:interleaved_1f1bx2/4mb", "pp2:looped_bfsx2/2mb", "pp2:zb_h1/4mb", "pp4:zb_h1/8mb", "pp2:zb_h2/4mb",
+    "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb", "pp4:dualpipe/8mb",
+    "dp2 pp2:zb_h1/4mb", "dp2 pp2:zb_v/4mb recompute:full", "dp2 pp2:dualpipe/4mb",
+    "tp2+sp pp2:zb_h1/4mb recompute:full", "tp2+sp pp2:zb_v/4mb", "tp2+sp pp2:dualpipev/4mb",
+    "tp2 pp2:interleaved_1f1bx2/4mb dp2", "dp2 tp2+sp pp2:zb_v/2mb recompute:full",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("schedules")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_schedule_equals_one_device(plan, family, folder):
+    """Llama untied, GPT-2 tied with 5 layers; zero-bubble halves with data parallelism too."""
+    found = verify(verify_jobs.job(folder, f"{plan} fp64", family))
+    assert found.equal, str(found)
+    assert found.traffic_equal
+
+
+@pytest.mark.parametrize(
+    "plan", ["pp2:zb_v/4mb fp64", "pp2:dualpipe/4mb fp64", "pp2:zb_h1/4mb fp64"]
+)
+def test_a_tied_table_at_both_ends(plan, folder):
+    """On one rank (V), on both ends twice (both ways), on two ranks (a line)."""
+    assert verify(verify_jobs.job(folder, plan, tied=True)).equal
+
+
+def test_halves_at_low_precision_with_dropout(folder):
+    found = verify(verify_jobs.job(folder, "tp2+sp pp2:zb_v/4mb bf16", "gpt2", dropout=0.2))
+    assert found.equal, str(found)
+
+
+def test_a_schedule_of_the_users_runs_from_a_file(folder):
+    """ZB-V's lists as CSV, stages read off them; a doubled action is refused before anything starts."""
+    from partita.schedule.make import schedule
+
+    text = str(schedule("zb_v", num_ranks=2, num_microbatches=4))
+    path = folder / "mine.csv"
+    path.write_text(text)
+    plan = f'pp2:"file:{path}"/4mb fp64'
+    assert verify(verify_jobs.job(folder, plan)).equal
+    path.write_text(text.replace("0F1", "0F1,0F1", 1))
+    with pytest.raises(PlanError, match="done twice: 0F1"):
+        verify(verify_jobs.job(folder, plan))
