@@ -1,11 +1,11 @@
-"""A layer for torch.compile (Ansel et al. 2024): what communicates or adds to a weight's gradient is one opaque
-operator, so that the layer of any plan is one graph.
+"""A layer for torch.compile (Ansel et al. 2024): what communicates or adds to a weight's gradient is one
+opaque operator, so that the layer of any plan is one graph.
 
     layer = compiled(block, backend="aot_eager")
     y = layer(x, batch)
 
-`compiled` copies the layer with operators in the place of its norms and linears, regions included, and compiles
-what is between; the eager layer is untouched and pays nothing. An operator runs the eager
+`compiled` copies the layer with operators in the place of its norms and linears, regions included, and
+compiles what is between; the eager layer is untouched and pays nothing. An operator runs the eager
 autograd.Function, so numbers and traffic are the eager layer's. It takes the layer's part as an opaque
 object, an input of the graph: no table of handles.
 """
@@ -125,7 +125,7 @@ SWIGLU = Bound(SwiGLU)
 
 
 def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tensor]:
-    """block.run as one graph; `options` go to torch.compile. Sends what the block declares."""
+    """block.run as one graph of fixed sizes; `options` go to torch.compile. Sends what the block declares."""
     if block.recomputes or block.attention.remakes:
         raise ValueError("a layer that recomputes is not compiled: plan it with recompute:none")
     found, attention, mlp = copy(block), block.attention, block.mlp
@@ -135,7 +135,7 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     parts: dict[str, Any] = {"norm": _norm(mlp.norm), "up": _column(mlp.up), "down": _row(mlp.down)}
     kind = _GatedMLP if mlp.gated else MLP
     found.mlp = kind(**parts, gated=mlp.gated, drop_residual=mlp.drop_residual)
-    return torch.compile(found.run, fullgraph=True, **options)
+    return torch.compile(found.run, fullgraph=True, dynamic=False, **options)
 
 
 def _norm(norm: Norm) -> Any:
