@@ -44,7 +44,7 @@ def _step_folder(folder: Path) -> Path:
     from partita.train.checkpoint import list_checkpoints
 
     found = list_checkpoints(inner)
-    return found[-1] if found else folder
+    return found[0] if found else folder
 
 
 def _answer(folder: Path, digests: bool, json: bool) -> None:

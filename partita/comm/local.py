@@ -53,7 +53,7 @@ class LocalWorld:
         assert made is not None
         return made
 
-    def close(self) -> None:
+    def close(self, drain: bool = True) -> None:
         """Nothing to free."""
 
 

@@ -156,8 +156,9 @@ class World(Protocol):
         """A Comm over `ranks` (in that order), or None where this rank is not among them."""
         ...
 
-    def close(self) -> None:
-        """Frees groups, segments and files; safe to call twice."""
+    def close(self, drain: bool = True) -> None:
+        """Frees groups, segments and files, once what was sent has gone out; without `drain`, after a
+        failure, at once. Safe to call twice."""
         ...
 
 

@@ -192,9 +192,11 @@ def _stage(path: Path, ranks: Ranks) -> Iterator[None]:
         raise _write_error(path, error) from error
     if error is not None:
         raise error
-    raise WriteError(
+    other = WriteError(
         f"{path}: another rank could not write its part; nothing saved", file=str(path)
     )
+    other.echoes = True
+    raise other
 
 
 def _write_error(path: Path, error: OSError) -> WriteError:

@@ -63,7 +63,7 @@ class Loop:
             for step in range(done, job.train.steps):
                 line = self._one(step, start)
                 last = step + 1 == job.train.steps
-                if last or (job.train.eval_every and (step + 1) % job.train.eval_every == 0):
+                if self._evaluates(step + 1):
                     with self.recorder.span("eval", "evaluation"):
                         line["eval_loss"] = self.evaluate()
                 outcome.metrics = line
@@ -77,6 +77,12 @@ class Loop:
             outcome.metrics = {"step": done}
         self.recorder.finish()
         return outcome
+
+    def _evaluates(self, step: int) -> bool:
+        """At the end and every `eval_every` steps, where something is held out."""
+        every, steps = self.job.train.eval_every, self.job.train.steps
+        due = step == steps or (every > 0 and step % every == 0)
+        return due and self.built.data.num_eval_sequences > 0
 
     def _after(self, step: int, last: bool) -> bool:
         """Checkpoints when due; True when the run must leave."""
@@ -153,7 +159,7 @@ class Loop:
             for batch, valid in built.eval_batches():
                 total += built.evaluate(batch) * valid
                 tokens += valid
-        return total / tokens if tokens else math.nan
+        return total / tokens if tokens else math.nan  # every held-out target is masked
 
     def _restore(self) -> int:
         built = self.built

@@ -22,6 +22,7 @@ from partita.simulate.predict import Prediction, request_of
 from partita.spec.job import Job
 from partita.train.build import fingerprint, open_job_data
 from partita.train.checkpoint import list_checkpoints, newest_complete
+from partita.train.failure import forget
 from partita.train.manifest import read_manifest
 from partita.train.metrics import read_metrics
 from partita.train.optim import state_names
@@ -84,7 +85,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
             notices.append(f"{skipped} is damaged: going on from {newest}")
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
-        (folder / "failure.json").unlink(missing_ok=True)
+        forget(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
     return Start(newest, step, tuple(notices))
