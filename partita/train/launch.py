@@ -195,9 +195,9 @@ class Launcher:
             rank, error = next(iter(errors.items()))
         else:
             return None
+        rank = rank if error.rank is None else error.rank
         step, activity = self.control.where(rank)
-        site = error.key if isinstance(error, PeerError) else None
-        site = site or next((e.key for e in errors.values() if e.key), "")
+        site = error.key or next((e.key for e in errors.values() if e.key), "")
         others = [f"rank {r}: {e.message}" for r, e in errors.items() if e is not error]
         Failure(rank, activity, step, site or "", error.message, others).write(self.spec.folder)
         return error

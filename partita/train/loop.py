@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from partita.base.errors import NonFiniteError
 from partita.base.units import format_rate, format_seconds
 from partita.spec.job import Job
 from partita.train.build import Built
 from partita.train.checkpoint import Ranks
 from partita.train.control import Control
+from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
 from partita.train.resume import load_run, save_run
@@ -116,9 +118,12 @@ class Loop:
         with self.recorder.step(step):
             with self.recorder.span("data", "data"):
                 batch = built.batch(step)
-            loss = built.model.forward_backward(batch)
-            with self.recorder.span("U", "optimizer"):
-                norm = built.update.step()
+            try:
+                loss = built.model.forward_backward(batch)
+                with self.recorder.span("U", "optimizer"):
+                    norm = built.update.step()
+            except NonFiniteError as error:
+                raise explained(error, built.model, batch, built.exchange) from None
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
@@ -174,6 +179,7 @@ class Loop:
         if step == self._saved:
             return
         built = self.built
+        check_weights(built.model, step, built.exchange)
         ranks = Ranks(built.context.rank, built.context.mesh.world_size, built.agree)
         folder = self.folder / "checkpoints"
         path = save_run(folder, step, self.job, built.model, built.update, built.fingerprint, ranks)

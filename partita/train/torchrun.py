@@ -130,7 +130,8 @@ def _run(
     error = report.error
     if error is not None:
         step, activity = report.where
-        Failure(rank, activity, step, error.key or "", error.message).write(
+        guilty = rank if error.rank is None else error.rank
+        Failure(guilty, activity, step, error.key or "", error.message).write(
             spec.folder, replace=not error.echoes
         )
         raise error

@@ -18,7 +18,8 @@ class Strike:
     """`how` is done to `rank` in `step` when it begins `at` (an activity of train/control.py), or at its
     `call`-th collective there."""
 
-    how: str  # kill stop exit sleep, or "full": no file may grow any more
+    how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
+    # full: no file may grow any more
     at: str
     step: int = 3
     rank: int = 1
@@ -59,7 +60,32 @@ def enter(rank: int, channel: Any, strike: Strike, spec: Any) -> None:
     run_rank(rank, channel, spec)
 
 
+def _poison(strike: Strike) -> None:
+    """A NaN in the rank's last weight when forward begins, or in its gradient when backward is over."""
+    from partita.train.step import Model
+
+    begin, finish = Model.begin, Model.finish_loss
+
+    def begun(self: Model, batch: Any) -> None:
+        begin(self, batch)
+        if strike.at == "forward" and batch.step + 1 == strike.step:
+            unit = self.units[-1]
+            unit.master[unit.places[-1][1]] = float("nan")
+            unit.round_working()
+
+    def finished(self: Model, loss: Any, step: int) -> float:
+        if strike.at == "backward" and step + 1 == strike.step:
+            unit = self.units[-1]
+            unit.gradient[unit.places[-1][1]] = float("nan")
+        return finish(self, loss, step)
+
+    Model.begin, Model.finish_loss = begun, finished  # type: ignore[method-assign]
+
+
 def _arm(strike: Strike) -> None:
+    if strike.how == "nan":
+        _poison(strike)
+        return
     before = NotedWhere.__setattr__
     place = {"here": False}
 

@@ -38,12 +38,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def strike(monkeypatch: pytest.MonkeyPatch, what: Strike) -> float:
-    """Trains under the strike; the seconds it took. The exit code is 71."""
+def strike(monkeypatch: pytest.MonkeyPatch, what: Strike, code: int = 71) -> float:
+    """Trains under the strike, to this exit code; the seconds it took."""
     start = time.monotonic()
     with monkeypatch.context() as patched:
         patched.setattr("partita.train.launch.start_ranks", struck(what))
-        assert faults.train() == 71
+        assert faults.train() == code
     return time.monotonic() - start
 
 
@@ -118,3 +118,40 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(what, small, unhurt, monk
     assert took < faults.TIMEOUT_S + GRACE_S + 4
     check_after(what, capfd.readouterr().err, unhurt, "hangs")
     assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        (
+            Strike("nan", "forward"),
+            "the loss of step 3 is nan: first bad tensor is the weight head.table, on rank 1",
+        ),
+        (
+            Strike("nan", "backward"),
+            "the gradient norm of step 3 is nan: first bad tensor is the gradient of head.table, on rank 1",
+        ),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_none_stops_before_the_update(
+    what, cause, small, unhurt, monkeypatch, capfd
+):
+    assert strike(monkeypatch, what, 72) < 6
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == f"partita: {cause}; nothing was updated"
+    assert faults.failure()["rank"] == 1 and faults.failure()["site"] == "head.table"
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+    assert faults.train() == 0
+    assert faults.metrics() == unhurt
+
+
+def test_an_overflow_names_the_block_it_began_in(small, capfd):
+    hot = ["train.optimizer=sgd", "train.lr=1e6", "train.clip_grad_norm=0", "plan=pp2/2mb"]
+    assert faults.train(*hot) == 72
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "first bad tensor is the " in last and " on rank " in last, last
+    assert "nothing was updated" in last or "no checkpoint was written" in last
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    assert newest is None or checkpoint.verify(newest)
