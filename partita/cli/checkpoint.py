@@ -48,9 +48,9 @@ def _step_folder(folder: Path) -> Path:
 
 
 def _answer(folder: Path, digests: bool, json: bool) -> None:
-    from partita.train.checkpoint import inspect as look
+    from partita.train.resume import inspect_run
 
-    found = asdict(look(folder, digests=digests))
+    found = asdict(inspect_run(folder, digests))
     if json:
         write_json(found)
     else:

@@ -223,16 +223,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def newest_complete(folder: Path, *, allow_fallback: bool = False) -> Path | None:
+def newest_complete(
+    folder: Path, *, allow_fallback: bool = False, check: Callable[[Path], object] | None = None
+) -> Path | None:
     """The newest checkpoint of a checkpoints folder, every digest verified; None where none is.
 
-    A newest one that is damaged raises CheckpointError; with `allow_fallback` the newest good one
-    is taken instead. A bad copy of a step that was saved again (step-N-2) does not count.
+    `check` stands for `verify`, with more that a good one must hold. A newest one that is damaged raises
+    CheckpointError; with `allow_fallback` the newest good one is taken instead. A bad copy of a step that
+    was saved again (step-N-2) does not count.
     """
     first: CheckpointError | None = None
     for path in list_checkpoints(folder):
         try:
-            verify(path)
+            (check or verify)(path)
         except CheckpointError as error:
             first = first or error
             if not allow_fallback:

@@ -27,7 +27,7 @@ from partita.train.manifest import read_manifest
 from partita.train.metrics import read_metrics
 from partita.train.optim import state_names
 from partita.train.recorder import machine
-from partita.train.resume import Stated, check_resumes, header
+from partita.train.resume import Stated, check_resumes, header, verify_run
 from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
 
@@ -72,7 +72,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     """
     data = open_job_data(job)
     checkpoints = folder / "checkpoints"
-    newest = newest_complete(checkpoints, allow_fallback=allow_fallback)
+    newest = newest_complete(checkpoints, allow_fallback=allow_fallback, check=verify_run)
     notices: list[str] = []
     step = 0
     layouts = lay(request_of(job)).layouts

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from partita.comm.processes import start_ranks
@@ -19,7 +21,7 @@ class Strike:
     `call`-th collective there."""
 
     how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
-    # full: no file may grow any more
+    # full: no file may grow any more; fill: writes until the current disk is full
     at: str
     step: int = 3
     rank: int = 1
@@ -40,6 +42,10 @@ class Strike:
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        elif self.how == "fill":
+            with Path("ballast").open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
         else:
             time.sleep(60)
 
