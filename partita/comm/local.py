@@ -53,6 +53,9 @@ class LocalWorld:
         assert made is not None
         return made
 
+    def check(self) -> None:
+        """Nothing to compare."""
+
     def close(self, drain: bool = True) -> None:
         """Nothing to free."""
 

@@ -80,6 +80,9 @@ class ShmWorld:
         for comm in self.comms:
             comm.mailbox.progress()
 
+    def check(self) -> None:
+        """Nothing to do: each meeting compares what ranks bring."""
+
     def close(self, drain: bool = True) -> None:
         """Leaves, once what was sent is in its rings; the kernel frees the memory with the last map."""
         deadline = time.monotonic() + self.timeout_s

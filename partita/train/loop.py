@@ -101,6 +101,7 @@ class Loop:
         control, rank = self.control, self.built.context.rank
         if control.shared:
             return control.should_stop(rank, step)
+        self.built.context.world.check()
         signals, busy = zip(
             *self.built.exchange((control.stop_signal, control.busy_ms(rank))), strict=True
         )

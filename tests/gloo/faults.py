@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,12 @@ def weights(run: Path = RUN) -> bytes:
     return b"".join(p.read_bytes()[-4096:] for p in sorted(newest.glob("*.safetensors")))
 
 
-def left_behind() -> set[Path]:
-    """Segments and scratch folders of any run on this host."""
+def left_behind(scratch: Path) -> set[Path]:
+    """Segments and folders that this test's runs made outside their run folder."""
     shared = Path("/dev/shm")
-    found = set(shared.glob("*partita-*")) if shared.is_dir() else set()
-    return found | set(Path(tempfile.gettempdir()).glob("partita-*"))
+    names = str(scratch).strip("/").replace("/", "-")
+    found = set(shared.glob(f"{names}*")) if shared.is_dir() else set()
+    return found | set(scratch.glob("partita-*"))
 
 
 def failure() -> dict[str, Any]:

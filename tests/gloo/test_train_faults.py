@@ -31,11 +31,11 @@ def unhurt(tmp_path_factory) -> list[tuple[float, ...]]:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the job, as the current one."""
+def small(tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The job, in the current folder; where its runs keep what nobody needs."""
     monkeypatch.chdir(tmp_path)
     faults.write_job()
-    return tmp_path
+    return scratch
 
 
 def strike(monkeypatch: pytest.MonkeyPatch, what: Strike, code: int = 71) -> float:
@@ -47,7 +47,9 @@ def strike(monkeypatch: pytest.MonkeyPatch, what: Strike, code: int = 71) -> flo
     return time.monotonic() - start
 
 
-def check_after(what: Strike, err: str, unhurt: list[tuple[float, ...]], how: str) -> None:
+def check_after(
+    what: Strike, err: str, unhurt: list[tuple[float, ...]], how: str, scratch: Path
+) -> None:
     """One line names the rank, what befell it, its step and phase; the rest is as the table asks."""
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"partita: rank {what.rank} {how}"), last
@@ -60,7 +62,7 @@ def check_after(what: Strike, err: str, unhurt: list[tuple[float, ...]], how: st
     other = 1 - what.rank
     assert all(x.startswith(f"rank {other}: rank {what.rank} ") for x in told["secondary"])
     assert not multiprocessing.active_children()
-    assert not faults.left_behind()
+    assert not faults.left_behind(scratch)
     newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
     expected = {0: None, 3: "step-00000002", 4: "step-00000002"}[what.step]
     assert (newest.name if newest else None) == expected
@@ -92,7 +94,7 @@ SLOW = [
 )
 def test_a_killed_rank_is_named_and_the_next_start_goes_on(what, small, unhurt, monkeypatch, capfd):
     assert strike(monkeypatch, what) < 6
-    check_after(what, capfd.readouterr().err, unhurt, "was killed by SIGKILL (9)")
+    check_after(what, capfd.readouterr().err, unhurt, "was killed by SIGKILL (9)", small)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_killed_rank_is_named_and_the_next_start_goes_on(what, small, unhurt, 
 )
 def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, capfd):
     assert strike(monkeypatch, what) < 6
-    check_after(what, capfd.readouterr().err, unhurt, "exited with code 0")
+    check_after(what, capfd.readouterr().err, unhurt, "exited with code 0", small)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, 
 def test_a_rank_that_hangs_is_named_within_the_timeout(what, small, unhurt, monkeypatch, capfd):
     took = strike(monkeypatch, what)
     assert took < faults.TIMEOUT_S + GRACE_S + 4
-    check_after(what, capfd.readouterr().err, unhurt, "hangs")
+    check_after(what, capfd.readouterr().err, unhurt, "hangs", small)
     assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
 
 

@@ -25,7 +25,7 @@ LONG = "train.steps=100000"
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job, in the current folder."""
     monkeypatch.chdir(tmp_path)
     faults.write_job()
@@ -59,7 +59,7 @@ def when_done(count: int, *numbers: int) -> threading.Thread:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_one_signal_saves_and_leaves(number, code, capfd):
+def test_one_signal_saves_and_leaves(number, code, scratch, capfd):
     asked = when_done(3, number)
     assert faults.train(LONG) == code
     asked.join()
@@ -68,10 +68,10 @@ def test_one_signal_saves_and_leaves(number, code, capfd):
     assert newest is not None and newest.name == f"step-{done:08d}"
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"partita: stopped by {signal.Signals(number).name} after step {done};")
-    assert not (faults.RUN / "failure.json").exists() and not faults.left_behind()
+    assert not (faults.RUN / "failure.json").exists() and not faults.left_behind(scratch)
 
 
-def test_a_second_signal_stops_at_once(capfd):
+def test_a_second_signal_stops_at_once(scratch, capfd):
     asked = when_done(3, signal.SIGTERM, signal.SIGTERM)
     assert faults.train(LONG) == 143
     asked.join()
@@ -79,11 +79,11 @@ def test_a_second_signal_stops_at_once(capfd):
     assert last.startswith("partita: stopped by SIGTERM at once, in step ")
     newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
     assert newest is None or checkpoint.verify(newest)
-    assert not faults.left_behind()
+    assert not faults.left_behind(scratch)
 
 
 @pytest.fixture
-def launched() -> Iterator[subprocess.Popen[str]]:
+def launched(small: None) -> Iterator[subprocess.Popen[str]]:
     """`partita train` as a process of its own, with its own group, some steps done."""
     process = subprocess.Popen(
         [sys.executable, "-m", "partita", "train", "job.toml", LONG],
@@ -104,7 +104,7 @@ def listening(processes: list[psutil.Process]) -> list[str]:
     ]
 
 
-def test_a_killed_launcher_leaves_nothing_that_hurts(launched, capfd, caplog):
+def test_a_killed_launcher_leaves_nothing_that_hurts(launched, scratch, capfd, caplog):
     """Meanwhile: nothing listens beyond loopback, and a second launch is refused."""
     launcher = psutil.Process(launched.pid)
     family = launcher.children(recursive=True)
@@ -119,7 +119,7 @@ def test_a_killed_launcher_leaves_nothing_that_hurts(launched, capfd, caplog):
     while any(is_alive(p.pid) for p in family) and time.monotonic() - killed < 6:
         time.sleep(0.05)
     assert time.monotonic() - killed < 5
-    assert not faults.left_behind()
+    assert not faults.left_behind(scratch)
     kept = checkpoint.newest_complete(faults.RUN / "checkpoints")
     assert kept is not None
     step = int(kept.name.removeprefix("step-"))
@@ -131,7 +131,7 @@ def test_a_killed_launcher_leaves_nothing_that_hurts(launched, capfd, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 0.05, 0.3])
-def test_two_signals_to_the_whole_group_are_a_stop(gap, launched):
+def test_two_signals_to_the_whole_group_are_a_stop(gap, launched, scratch):
     os.killpg(launched.pid, signal.SIGTERM)
     time.sleep(gap)
     os.killpg(launched.pid, signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_two_signals_to_the_whole_group_are_a_stop(gap, launched):
     last = err.strip().splitlines()[-1]
     assert last.startswith("partita: stopped by SIGTERM "), err
     assert "Traceback" not in err
-    assert not faults.left_behind()
+    assert not faults.left_behind(scratch)
 
 
 @pytest.mark.slow
