@@ -22,6 +22,7 @@ from partita.schedule.clock import Costs
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
 from partita.schedule.steps import repeat
+from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 from partita.schedule.text import cells, read_program, read_schedule
 
 Pair = Literal["sequence", "block"]
@@ -34,6 +35,7 @@ class Drawing:
     schedule: Schedule
     spans: list[Span]
     problems: list[Problem] | None = None
+    synthesis: Synthesis | None = None
 
     @property
     def runs(self) -> bool:
@@ -57,6 +59,14 @@ class Drawing:
             "steady_bubble_overhead": clocks.steady_bubble_overhead(spans) if runs else None,
             "peak_activations": clocks.peak_activations(s) if runs else None,
         }
+        if self.synthesis is not None:
+            made = self.synthesis
+            out |= {
+                "lower_bound": made.lower_bound,
+                "gap": made.gap,
+                "proven": made.proven,
+                "seconds": made.seconds,
+            }
         return out if self.problems is None else {**out, "problems": problem_rows(self.problems)}
 
     def text(self, width: int | None) -> str:
@@ -66,6 +76,14 @@ class Drawing:
         picture = timeline.text(self.spans, width) if self.runs else str(s)
         found = [f"  {p.rule}: {p.message}" for p in self.problems or ()]
         verdict = [] if self.problems is None or found else ["  it can run"]
+        if self.synthesis is not None:
+            made = self.synthesis
+            how = (
+                "proven: nothing else is faster"
+                if made.proven
+                else f"at most {made.gap:.2%} above the optimum"
+            )
+            verdict.append(f"  {how}; made in {made.seconds:.1f} s")
         return "\n".join([title, picture, *found, *verdict])
 
 
@@ -135,6 +153,10 @@ def draw(
     how = Timing(costs, pair, _at_least_one("steps", steps))
     drawings = [] if check_file is None else [_proved(check_file, how, bound)]
     for name in schedules or ():
+        if name == "auto":
+            asked = (_at_least_one("ranks", ranks), _at_least_one("microbatches", microbatches))
+            drawings.append(_synthesised(*asked, virtual, how, bound))
+            continue
         made = _make(name, ranks, microbatches, virtual)
         drawings.append(_drawing(made, how))
         _hold_to_limit(made, costs, bound)
@@ -178,6 +200,22 @@ def _drawing(made: Schedule, how: Timing, problems: list[Problem] | None = None)
     return Drawing(many, clocks.clock(many, prices, how.pair), problems)
 
 
+def _synthesised(ranks: int, microbatches: int, virtual: int, how: Timing, bound: Bound) -> Drawing:
+    """auto, at the costs and within the bound asked for; bidirectional schedules take part, as they do
+    by name."""
+    hold_to_size(ranks * max(2, virtual), microbatches)
+    in_bytes = bound.size is not None
+    limit = bound.size if bound.size is not None else bound.shares
+    task = Task(
+        ranks, microbatches, given_costs(how.costs), math.inf if limit is None else limit, in_bytes,
+        stages=max(2, virtual), copies=2,
+    )  # fmt: skip
+    found = synthesise(task)
+    made = found.schedule
+    many = repeat(made, how.steps) if how.steps > 1 else made
+    return Drawing(many, clocks.clock(many, found.costs, how.pair), synthesis=found)
+
+
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
     """A file's schedule with all that keeps it from running, or from fitting its bound."""
     made, program = read_program(path)
@@ -188,10 +226,11 @@ def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
     return _drawing(made, how, problems)
 
 
-def read_costs(text: str, of: Schedule) -> Costs:
-    """Costs from 'F,I,W[,SEND]' or from a JSON file. Raises UsageError."""
+def given_costs(text: str) -> Costs:
+    """Costs from 'F,I,W[,SEND]', one entry for a rank's whole share, or from a JSON file, one entry a
+    stage. Raises UsageError."""
     if text.endswith(".json"):
-        return _costs_from_file(text, of)
+        return _costs_from_file(text)
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
@@ -199,23 +238,31 @@ def read_costs(text: str, of: Schedule) -> Costs:
     if len(numbers) not in (3, 4):
         raise UsageError(f"--costs {text}: write F,I,W or F,I,W,SEND, or FILE.json", key="costs")
     _hold_sane(numbers, f"--costs {text}")
-    return Costs.equal(of, *numbers)
+    return Costs((clocks.StageCosts(*numbers[:3]),), numbers[3] if len(numbers) == 4 else 0.0)
 
 
-def _costs_from_file(path: str, of: Schedule) -> Costs:
+def read_costs(text: str, of: Schedule) -> Costs:
+    """The costs of every stage of a schedule. Raises UsageError where a file has another number."""
+    given = given_costs(text)
+    if not text.endswith(".json"):
+        (share,) = given.stages
+        return Costs.equal(of, share.F, share.I, share.W, given.send)
+    if len(given.stages) != of.num_stages:
+        raise UsageError(
+            f"{text} has costs of {len(given.stages)} stages, {of.name} has {of.num_stages}",
+            file=text,
+            key="stages",
+        )
+    return given
+
+
+def _costs_from_file(path: str) -> Costs:
     from partita.base.config import decode, load_json
 
     costs = decode(Costs, load_json(path), file=path)
-    if len(costs.stages) != of.num_stages:
-        raise UsageError(
-            f"{path} has costs of {len(costs.stages)} stages, {of.name} has {of.num_stages}",
-            file=path,
-            key="stages",
-        )
     for i, stage in enumerate(costs.stages):
-        _hold_sane(
-            [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes], f"{path}: stages[{i}]"
-        )
+        numbers = [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes]
+        _hold_sane(numbers, f"{path}: stages[{i}]")
     _hold_sane([costs.send], f"{path}: send")
     return costs
 
@@ -242,6 +289,8 @@ def _hold_to_limit(made: Schedule, costs: str, bound: Bound) -> None:
 
 def _share(name: str, p: int, m: int) -> float:
     """The share that a schedule of a step holds; infinite where there is none for p and m."""
+    if name == "auto":
+        return math.inf
     try:
         made = schedule(name, num_ranks=p, num_microbatches=m)
     except ScheduleError:

@@ -113,3 +113,19 @@ def test_completion_knows_the_options_of_the_verb(capfd, monkeypatch):
     with pytest.raises(SystemExit):
         run([])
     assert "--num-microbatches" in capfd.readouterr().out
+
+
+def test_auto_says_how_far_from_the_optimum_it_may_be(capsys, tmp_path):
+    words = ["auto", "-p", "2", "-m", "2", "--limit", "1.5", "--costs", "1,1.2,0.8,0.1"]
+    code, out, _ = ask(capsys, *words, "--json")
+    document = json.loads(out)
+    assert code == 0 and document["schedule"] == "auto"
+    assert document["lower_bound"] <= document["makespan"] and document["seconds"] > 0
+    assert document["gap"] == pytest.approx(document["makespan"] / document["lower_bound"] - 1)
+    assert document["proven"] == (document["gap"] < 1e-9)
+    assert max(document["peak_activations"]) <= 1.5 * document["num_stages"] / 2
+    assert "nothing else is faster" in ask(capsys, *words)[1]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"stages": [{"F": 1, "I": 1, "W": 1}] * 3}))
+    code, _, err = ask(capsys, "auto", "-p", "2", "-m", "4", "--costs", str(path))
+    assert code == 1 and "needs costs of 2 or 4 stages; 3 were given" in err

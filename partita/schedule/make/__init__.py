@@ -58,6 +58,9 @@ GENERATORS = {
     "pipedream": Generator("pipedream", "pipedream", options=("vertical_sync",)),
     "pipedream_2bw": Generator("pipedream", "pipedream_2bw", options=("updates",)),
     "forward": Generator("forward", "forward", stages=None),
+    "auto": Generator(
+        "auto", "auto", stages=None, options=("costs", "limit", "limit_in_bytes", "copies", "seed")
+    ),
 }
 _SHARE = re.compile(r"v_([1-9]\d*)_([1-9]\d*)")  # a stated memory, e.g. v_2_3
 FAMILY = Generator("v_memory", "v_share", stages=2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from partita.schedule.clock import Costs, clock, makespan, peak_share
 from partita.schedule.ir import Action, Schedule
@@ -35,7 +36,7 @@ def v_half(num_ranks: int, num_microbatches: int) -> Schedule:
     rank 0 | 0F0 0F1     3F0 3I0 0F2 3W0 3F1 3I1 0I0 0W0 3W1 3F2 3I2 3W2 0I1 0W1 0I2 0W2
     rank 1 |     1F0 2F0 1F1 2F1 2I0 2W0 1I0 1W0 1F2 2F2 2I1 2W1 1I1 1W1 2I2 1I2 2W2 1W2
     """
-    return _within("v_half", num_ranks, num_microbatches, _half(num_ranks), (num_ranks + 2) // 2)
+    return _within("v_half", num_ranks, num_microbatches, _half, (num_ranks + 2) // 2)
 
 
 def v_min(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -51,7 +52,7 @@ def v_min(num_ranks: int, num_microbatches: int) -> Schedule:
     rank 1 |     1F0 1F1     4F0     4F1 4I0 4W0 4I1 1I0 1W0     1I1 4W1 1W1
     rank 2 |         2F0 3F0 2F1 3F1         3I0 2I0 3W0 3I1 2I1 2W0 3W1 2W1
     """
-    return _within("v_min", num_ranks, num_microbatches, _min(num_ranks), (num_ranks + 4) // 3)
+    return _within("v_min", num_ranks, num_microbatches, _min, (num_ranks + 4) // 3)
 
 
 def v_share(num: int, den: int, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -68,7 +69,7 @@ def v_share(num: int, den: int, num_ranks: int, num_microbatches: int) -> Schedu
     name, p, m = f"v_{num}_{den}", num_ranks, num_microbatches
     require(3 * num >= den >= num, name, f"p={p}, m={m}", "1/3 <= num/den <= 1")
     shares = -(-p * num // den) + 1
-    made = [_within(name, p, m, _min(p), shares), v_min(p, m), v_half(p, m), zb_v(p, m)]
+    made = [_within(name, p, m, _min, shares), v_min(p, m), v_half(p, m), zb_v(p, m)]
     fit = [s for s in made if max(peak_share(s)) <= shares]
     return replace(min(fit, key=lambda s: makespan(clock(s))), name=name)
 
@@ -105,8 +106,9 @@ def _rank(rank: int, p: int, m: int, starts: tuple[int, int, int, int]) -> list[
     return out + owed
 
 
-def _within(name: str, p: int, m: int, block: Block, shares: int) -> Schedule:
+@lru_cache(maxsize=16)  # v_share asks for its neighbours again and again
+def _within(name: str, p: int, m: int, block: Callable[[int], Block], shares: int) -> Schedule:
     """The block repeated and squeezed, warm-up and drain reordered within `shares`."""
-    made = _repeated(name, p, m, block)
+    made = _repeated(name, p, m, block(p))
     flow = flow_like(made, Costs.equal(made), (2 * shares,) * p)
     return schedule_of(flow, justified(flow, orders_of(flow, made))[1], name)

@@ -23,7 +23,7 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     rank 2 |         2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
     """
     p, m = num_ranks, num_microbatches
-    return line("zb_h1", p, m, lambda rank: _rank(rank, m, p - rank, rank))
+    return line("zb_h1", p, m, lambda rank: warmed_up(rank, m, p - rank, rank))
 
 
 def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -41,11 +41,11 @@ def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:
     p, m = num_ranks, num_microbatches
     asked, rule = f"p={p}, m={m}", f"m >= 2p-1 = {2 * p - 1}"
     require(m >= 2 * p - 1, "zb_h2", asked, rule, "zb_h1 takes fewer microbatches")
-    return line("zb_h2", p, m, lambda rank: _rank(rank, m, 2 * (p - rank) - 1, 2 * rank))
+    return line("zb_h2", p, m, lambda rank: warmed_up(rank, m, 2 * (p - rank) - 1, 2 * rank))
 
 
-def _rank(rank: int, m: int, warmup: int, deferred: int) -> list[Action]:
-    """`warmup` forwards first; W_k runs `deferred` input halves after I_k."""
+def warmed_up(rank: int, m: int, warmup: int, deferred: int) -> list[Action]:
+    """A rank of a line: `warmup` forwards first; W_k runs `deferred` input halves after I_k."""
     out = [Action(rank, "F", k) for k in range(min(m, warmup))]
     for k in range(m + deferred):
         if k < m:

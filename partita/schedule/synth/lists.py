@@ -21,13 +21,19 @@ LAST = 1e9  # an offset beyond every place in an order
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is preferred among ready items: the place in the old order plus an offset of the kind; an item
-    that is ready within `patience` seconds is waited for."""
+    """What is preferred among ready items: the place in the old order plus an offset of the kind and of the
+    stream; an item that is ready within `patience` seconds is waited for."""
 
     F: float = 0.0
     I: float = 0.0  # noqa: E741 (the field's name of the input-gradient half)
     W: float = 0.0
     patience: float = 0.0
+    streams: tuple[float, ...] = ()
+
+    def offset(self, flow: Flow, x: int) -> float:
+        """What is added to the place of the stream's items."""
+        own = self.streams[x] if self.streams else 0.0
+        return own + {"F": self.F, "I": self.I, "W": self.W}[flow.names[x][2]]
 
 
 AS_BEFORE = Rule()
@@ -39,7 +45,7 @@ BACKWARD_FIRST = Rule(F=LAST)
 class _Rank:
     """One rank's old order, and which of its items are taken."""
 
-    def __init__(self, flow: Flow, rank: int, order: Sequence[int], offsets: dict[str, float]):
+    def __init__(self, flow: Flow, rank: int, order: Sequence[int], rule: Rule):
         self.flow, self.order, self.limit = flow, order, flow.limits[rank]
         self.streams = flow.streams_of(rank)
         self.places: dict[int, list[int]] = {x: [] for x in self.streams}
@@ -47,7 +53,7 @@ class _Rank:
         for i, x in enumerate(order):
             self.occurrence.append(len(self.places[x]))
             self.places[x].append(i)
-        self.offset = {x: offsets[flow.names[x][2]] for x in self.streams}
+        self.offset = {x: rule.offset(flow, x) for x in self.streams}
         self.taken = dict.fromkeys(self.streams, 0)
         self.head, self.holds = 0, 0.0
         self.free, self.new = 0.0, []
@@ -86,8 +92,7 @@ class _Rank:
 
 def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
     """New orders, as the module says. `orders` must run and fit."""
-    offsets = {"F": rule.F, "I": rule.I, "W": rule.W}
-    ranks = [_Rank(flow, r, order, offsets) for r, order in enumerate(orders)]
+    ranks = [_Rank(flow, r, order, rule) for r, order in enumerate(orders)]
     ends: list[list[float]] = [[] for _ in flow.names]
     scale = max(flow.seconds, default=1.0) or 1.0
     eps = EPSILON * scale

@@ -1,0 +1,39 @@
+"""auto: the schedule made for stated costs, communication and memory."""
+
+from __future__ import annotations
+
+import math
+
+from partita.schedule.clock import Costs, StageCosts
+from partita.schedule.ir import Schedule
+from partita.schedule.synth.synthesis import Task, synthesise
+
+
+def auto(
+    num_ranks: int,
+    num_microbatches: int,
+    virtual_stages: int = 1,
+    *,
+    costs: Costs | None = None,
+    limit: float = math.inf,
+    limit_in_bytes: bool = False,
+    copies: int = 1,
+    seed: int = 0,
+) -> Schedule:
+    """The fastest schedule found on lines, vees and loops (synth/synthesis.py), at F=I=W unless told.
+
+    `costs`: one entry for a rank's whole share, or one a stage, of p or 2p stages. `limit` caps the
+    activations of a rank until W, in whole shares or, with `limit_in_bytes`, in bytes. Never slower than a
+    named schedule within the limit; loops of more than two stages a rank take part where `virtual_stages`
+    asks for them. `copies` = 2 admits bidirectional ones, which hold the parameters twice. `synthesise`
+    says besides how far from the optimum it can be.
+
+    >>> from partita.plots.timeline import draw
+    >>> print(draw(auto(2, 3, limit=2), F=2, I=2, W=2))
+    rank 0 | 0F0 0F1 2F0 2F1     2I0 2W0 0I0 0W0 0F2 2I1 2W1 2F2 0I1 0W1 2I2 2W2 0I2 0W2
+    rank 1 |     1F0 1F1 3F0 3I0 3W0 1I0 1W0 3F1 3I1 3W1 1F2 1I1 3F2 3I2 1W1 1I2 3W2 1W2
+    """
+    given = costs or Costs((StageCosts(),))
+    stages = max(2, virtual_stages)
+    task = Task(num_ranks, num_microbatches, given, limit, limit_in_bytes, stages, copies, seed)
+    return synthesise(task).schedule

@@ -1,0 +1,133 @@
+"""How long any order of a flow takes at least.
+
+Three bounds, all of relaxations:
+    path      every item behind the item before it of its stream, behind what it needs and, where memory is
+              limited, F_k behind the W_(k-K) that makes room (K: what fits of one stream alone); the
+              longest such path there (heads) and back (tails)
+    machine   a rank does one thing at a time: Jackson's preemptive schedule of its items between their
+              heads and tails (Carlier 1982)
+    memory    a microbatch at a stage takes room from F to W for as long as its path there and back takes;
+              room times time is limited
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+from partita.schedule.synth.flow import EPSILON, Flow
+
+
+def lower_bound(flow: Flow) -> float:
+    """Seconds that no order of the flow within its limits can undercut."""
+    heads, tails = heads_of(flow), _tails(flow)
+    found = 0.0
+    for rank in range(flow.num_ranks):
+        streams = flow.streams_of(rank)
+        items = [
+            (heads[x][k], flow.seconds[x], tails[x][k])
+            for x in streams
+            for k in range(flow.count[x])
+        ]
+        found = max(found, _one_machine(items), _room(flow, rank, heads, tails))
+    return found
+
+
+def _tails(flow: Flow) -> list[list[float]]:
+    """For each item the least time from its end to the end of everything."""
+    return [row[::-1] for row in heads_of(flow.reversed())]
+
+
+def heads_of(flow: Flow) -> list[list[float]]:
+    """The earliest start of each item: of its stream's one before, its needs, and the room it takes."""
+    most = [math.inf] * len(flow.names)
+    giver = _giver(flow)
+    for x, held in enumerate(flow.held):
+        if held > 0 and x in giver:
+            room = flow.limits[flow.rank[x]]
+            most[x] = math.floor(room / held + EPSILON) if math.isfinite(room) else math.inf
+    heads: list[list[float]] = [[] for _ in flow.names]
+    order = _topological(flow)
+    for k in range(max(flow.count, default=0)):
+        for x in order:
+            if k >= flow.count[x]:
+                continue
+            at = heads[x][k - 1] + flow.seconds[x] if k else 0.0
+            for need, lag in flow.needs[x]:
+                at = max(at, heads[need][k] + flow.seconds[need] + lag)
+            if k >= most[x]:
+                y = giver[x]
+                at = max(at, heads[y][k - int(most[x])] + flow.seconds[y])
+            heads[x].append(at)
+    return heads
+
+
+def _giver(flow: Flow) -> dict[int, int]:
+    """For each stream that takes room the one that gives it back: F and W of one stage and direction."""
+    by_stage = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held < 0}
+    return {x: by_stage[flow.names[x][:2]] for x, held in enumerate(flow.held) if held > 0}
+
+
+def _topological(flow: Flow) -> list[int]:
+    order: list[int] = []
+    left = [len(needs) for needs in flow.needs]
+    ready = [x for x, n in enumerate(left) if n == 0]
+    while ready:
+        x = ready.pop()
+        order.append(x)
+        for fed, _ in flow.feeds[x]:
+            left[fed] -= 1
+            if left[fed] == 0:
+                ready.append(fed)
+    return order
+
+
+def _one_machine(items: list[tuple[float, float, float]]) -> float:
+    """Makespan of Jackson's preemptive schedule of (head, seconds, tail): always run the ready item of
+    longest tail."""
+    items = sorted(items)
+    ready: list[list[float]] = []  # [-tail, seconds left]
+    now = best = 0.0
+    i = 0
+    while i < len(items) or ready:
+        if not ready:
+            now = max(now, items[i][0])
+        while i < len(items) and items[i][0] <= now:
+            heapq.heappush(ready, [-items[i][2], items[i][1]])
+            i += 1
+        until = items[i][0] if i < len(items) else math.inf
+        step = min(ready[0][1], until - now)
+        now += step
+        ready[0][1] -= step
+        if ready[0][1] <= 0:
+            best = max(best, now - heapq.heappop(ready)[0])
+    return best
+
+
+def _room(flow: Flow, rank: int, heads: list[list[float]], tails: list[list[float]]) -> float:
+    """Room times time: from the rank's first item on, what its microbatches hold for as long as each must."""
+    limit = flow.limits[rank]
+    if not math.isfinite(limit) or limit <= 0:
+        return 0.0
+    giver, used = _giver(flow), 0.0
+    streams = flow.streams_of(rank)
+    for x in streams:
+        if x in giver:
+            y = giver[x]
+            life = _shortest(flow, x, y) + flow.seconds[y]
+            used += flow.held[x] * life * flow.count[x]
+    start = min(heads[x][0] for x in streams)
+    end = min(tails[x][-1] for x in streams)
+    return start + used / limit + end
+
+
+def _shortest(flow: Flow, x: int, y: int) -> float:
+    """The least time from the start of an item of x to the start of y's of the same number: the longest
+    path between them."""
+    longest = {x: 0.0}
+    for z in _topological(flow):
+        if z in longest:
+            for fed, lag in flow.feeds[z]:
+                at = longest[z] + flow.seconds[z] + lag
+                longest[fed] = max(longest.get(fed, 0.0), at)
+    return longest.get(y, 0.0)

@@ -1,0 +1,172 @@
+"""The optimum of a small flow, proven by constraint programming (OR-tools' CP-SAT).
+
+    minimise T
+    start[x, k] + seconds[x] <= start[x, k+1]                  a stream's items in order
+    start[n, k] + seconds[n] + lag <= start[x, k]              what x needs
+    no two items of a rank at once
+    sum of held over microbatches between start of F and end of W <= limit        on every rank, always
+    end of every item <= T
+
+Times are whole numbers of a unit that all costs are multiples of; where there is none below a millionth of
+the longest, nothing is proven. One worker and a budget in CP-SAT's deterministic time: the same answer
+everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from partita.schedule.synth.flow import Flow, Orders, starts_of
+
+MOST_ITEMS = 240  # beyond, CP-SAT proves nothing in reasonable time
+_FINEST = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The best orders that CP-SAT found, their makespan, what none can undercut, and the
+    deterministic seconds it took."""
+
+    makespan: float
+    orders: Orders
+    bound: float
+    spent: float
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing is faster."""
+        return self.bound >= self.makespan * (1 - 1e-9)
+
+
+def unit_of(numbers: Sequence[float]) -> Fraction | None:
+    """The largest unit that all numbers are whole multiples of; None where it would be too fine."""
+    exact = [Fraction(x).limit_denominator(10_000) for x in numbers if x]
+    if any(
+        abs(float(e) - x) > 1e-9 * x for e, x in zip(exact, (x for x in numbers if x), strict=True)
+    ):
+        return None
+    if not exact:
+        return Fraction(1)
+    bottom = math.lcm(*(e.denominator for e in exact))
+    unit = Fraction(math.gcd(*(int(e * bottom) for e in exact)), bottom)
+    return unit if max(exact) / unit <= _FINEST else None
+
+
+def optimum(flow: Flow, orders: Orders, bound: float, budget: float) -> Proof | None:
+    """The best of the flow, beginning from `orders`; None where the instance is too large or its numbers
+    have no common unit. `budget` is in CP-SAT's deterministic seconds."""
+    size = sum(flow.count)
+    times = [*flow.seconds, *(lag for needs in flow.needs for _, lag in needs)]
+    unit = unit_of(times)
+    room = unit_of([abs(h) for h in flow.held])
+    if size > MOST_ITEMS or unit is None or room is None:
+        return None
+    return _Model(flow, orders, unit, room, bound).solved(budget)
+
+
+class _Model:
+    """The program of the module's docstring."""
+
+    def __init__(
+        self, flow: Flow, orders: Orders, unit: Fraction, room: Fraction, bound: float
+    ) -> None:
+        from ortools.sat.python import cp_model  # slow to import, and only proofs need it
+
+        self.flow, self.unit, self.cp = flow, unit, cp_model
+        self.model = cp_model.CpModel()
+        self.orders = orders
+        found = starts_of(flow, orders)
+        assert found is not None
+        self.known, self.known_starts = found
+        horizon = self._whole(self.known)
+        least = math.ceil(bound / float(unit) - 1e-6)
+        self.end = self.model.new_int_var(min(least, horizon), horizon, "T")
+        self.starts = [
+            [self.model.new_int_var(0, horizon, f"{x}.{k}") for k in range(n)]
+            for x, n in enumerate(flow.count)
+        ]
+        self._precede()
+        self._one_at_a_time()
+        self._hold(room, horizon)
+        self._hint()
+        self.model.minimize(self.end)
+
+    def _whole(self, seconds: float) -> int:
+        return round(seconds / float(self.unit))
+
+    def _precede(self) -> None:
+        flow, add = self.flow, self.model.add
+        for x, row in enumerate(self.starts):
+            took = self._whole(flow.seconds[x])
+            for k, start in enumerate(row):
+                add(start + took <= (row[k + 1] if k + 1 < len(row) else self.end))
+                for need, lag in flow.needs[x]:
+                    there = self._whole(flow.seconds[need]) + self._whole(lag)
+                    add(self.starts[need][k] + there <= start)
+
+    def _one_at_a_time(self) -> None:
+        for rank in range(self.flow.num_ranks):
+            items: list[Any] = []
+            for x in self.flow.streams_of(rank):
+                took = self._whole(self.flow.seconds[x])
+                items += [
+                    self.model.new_fixed_size_interval_var(s, took, "") for s in self.starts[x]
+                ]
+            self.model.add_no_overlap(items)
+
+    def _hold(self, room: Fraction, horizon: int) -> None:
+        flow = self.flow
+        takers = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held > 0}
+        givers = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held < 0}
+        for rank in range(flow.num_ranks):
+            if not math.isfinite(flow.limits[rank]):
+                continue
+            spans: list[Any] = []
+            sizes: list[int] = []
+            for name, x in takers.items():
+                if flow.rank[x] != rank:
+                    continue
+                y = givers[name]
+                took = self._whole(flow.seconds[y])
+                for start, last in zip(self.starts[x], self.starts[y], strict=True):
+                    life = self.model.new_int_var(0, horizon, "")
+                    spans.append(self.model.new_interval_var(start, life, last + took, ""))
+                    sizes.append(round(flow.held[x] / float(room)))
+            limit = math.floor(flow.limits[rank] / float(room) + 1e-6)
+            self.model.add_cumulative(spans, sizes, limit)
+
+    def _hint(self) -> None:
+        made = [0] * len(self.flow.names)
+        for order, starts in zip(self.orders, self.known_starts, strict=True):
+            for x, start in zip(order, starts, strict=True):
+                self.model.add_hint(self.starts[x][made[x]], self._whole(start))
+                made[x] += 1
+        self.model.add_hint(self.end, self._whole(self.known))
+
+    def solved(self, budget: float) -> Proof:
+        """Runs CP-SAT; what it found, or the orders given where it found nothing better."""
+        solver = self.cp.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.max_deterministic_time = budget
+        solver.parameters.random_seed = 0
+        status = solver.solve(self.model)
+        bound = math.ceil(solver.best_objective_bound - 1e-6) * float(self.unit)
+        spent = solver.response_proto.deterministic_time
+        if status not in (self.cp.OPTIMAL, self.cp.FEASIBLE):
+            return Proof(self.known, self.orders, bound, spent)
+        flow, orders = self.flow, []
+        for rank in range(flow.num_ranks):
+            items = [
+                (solver.value(start), flow.seconds[x], k, x)
+                for x in flow.streams_of(rank)
+                for k, start in enumerate(self.starts[x])
+            ]
+            orders.append([x for _, _, _, x in sorted(items)])
+        found = starts_of(flow, orders)
+        if found is None or found[0] > self.known:
+            return Proof(self.known, self.orders, min(bound, self.known), spent)
+        return Proof(found[0], orders, min(bound, found[0]), spent)

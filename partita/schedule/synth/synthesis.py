@@ -1,0 +1,234 @@
+"""The best schedule found for stated costs and a memory limit, and how far from the optimum it may be.
+
+1 seeds     every named schedule that fits, lines of any warm-up, and one microbatch at a time
+2 justify   the best of them by list scheduling forwards and backwards, at the costs asked for
+3 search    shaken priorities
+4 prove     CP-SAT, where an instance is small enough, from what is best so far
+
+All of it on every placement that the task admits: line, loop, vee and, with two copies of every stage,
+both directions. The answer is never worse than a named schedule that fits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from partita.base.errors import ScheduleError
+from partita.schedule.clock import Costs, StageCosts
+from partita.schedule.ir import Schedule
+from partita.schedule.make.families import loop_placement, vee_placement
+from partita.schedule.synth import seeds
+from partita.schedule.synth.bounds import lower_bound
+from partita.schedule.synth.exact import optimum
+from partita.schedule.synth.flow import (
+    EPSILON,
+    Flow,
+    Orders,
+    fits,
+    flow_like,
+    orders_of,
+    schedule_of,
+    starts_of,
+)
+from partita.schedule.synth.lists import AS_BEFORE, WEIGHTS_LAST, justified
+from partita.schedule.synth.search import improved
+
+_JUSTIFIED = 4  # seeds of a placement that are improved
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a schedule is wanted for.
+
+    `costs` is of a rank's whole share (one entry: each of v stages pays 1/v), or has one entry a stage.
+    `limit` caps the activations of a rank: in whole shares, or in bytes of the costs' activation_bytes
+    where `limit_in_bytes`. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional
+    schedules. `effort` counts items placed by the search, `proof` CP-SAT's deterministic seconds.
+    """
+
+    num_ranks: int
+    num_microbatches: int
+    costs: Costs = field(default_factory=lambda: Costs((StageCosts(),)))
+    limit: float = math.inf
+    limit_in_bytes: bool = False
+    stages: int = 2
+    copies: int = 2
+    seed: int = 0
+    effort: int | None = None
+    proof: float = 6.0
+
+    def costs_of(self, stages: int) -> Costs | None:
+        """The costs with this many stages a rank; None where they are of another number."""
+        p, given = self.num_ranks, self.costs
+        if len(given.stages) == p * stages:
+            return given
+        if len(given.stages) != 1:
+            return None
+        (one,) = given.stages
+        part = StageCosts(*(x / stages for x in (one.F, one.I, one.W, one.U, one.activation_bytes)))
+        return Costs((part,) * (p * stages), given.send)
+
+    def weights_of(self, stages: int, costs: Costs) -> list[float]:
+        """What a microbatch holds at each stage, in the unit of the limit."""
+        if self.limit_in_bytes:
+            return [stage.activation_bytes for stage in costs.stages]
+        return [1 / stages] * (self.num_ranks * stages)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A schedule, its makespan at the task's costs, and what no schedule that the task admits undercuts."""
+
+    schedule: Schedule
+    costs: Costs
+    makespan: float
+    lower_bound: float
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """How much slower than the bound, as a fraction of it."""
+        return self.makespan / self.lower_bound - 1 if self.lower_bound else 0.0
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing on the placements that the task admits is faster."""
+        return self.gap <= EPSILON
+
+
+@dataclass
+class _Place:
+    """One placement: its flow, the best orders so far, and its bound."""
+
+    flow: Flow
+    costs: Costs
+    pool: list[tuple[float, str, Orders]] = field(default_factory=list)
+    bound: float = 0.0
+
+    @property
+    def best(self) -> tuple[float, str, Orders]:
+        """The fastest of the pool; named ones first where alike."""
+        return min(self.pool, key=lambda entry: entry[0])
+
+    def add(self, schedule: Schedule) -> None:
+        """Takes the schedule into the pool where it runs and fits."""
+        orders = orders_of(self.flow, schedule)
+        if fits(self.flow, orders):
+            times = starts_of(self.flow, orders)
+            assert times is not None, f"{schedule.name} runs"
+            self.pool.append((times[0], schedule.name, orders))
+
+    def offer(self, found: tuple[float, Orders]) -> None:
+        """Takes improved orders where they are faster."""
+        if found[0] < self.best[0] * (1 - EPSILON):
+            self.pool.append((found[0], "", found[1]))
+
+
+def synthesise(task: Task) -> Synthesis:
+    """The best schedule for the task. Deterministic for a seed. Raises ScheduleError where no order of any
+    placement fits the limit."""
+    began = time.perf_counter()
+    places = [place for place in _places(task) if place.pool]
+    if not places:
+        _raise_too_small(task)
+    for place in places:
+        place.bound = lower_bound(place.flow)
+        for _, _, orders in sorted(place.pool, key=lambda entry: entry[0])[:_JUSTIFIED]:
+            if place.best[0] > place.bound * (1 + EPSILON):
+                place.offer(justified(place.flow, orders, (AS_BEFORE, WEIGHTS_LAST), rounds=3))
+    _search(task, places)
+    _prove(task, places)
+    best = min(places, key=lambda place: place.best[0])
+    bound = min(place.bound for place in places)
+    found = schedule_of(best.flow, best.best[2], "auto")
+    seconds = time.perf_counter() - began
+    return Synthesis(found, best.costs, best.best[0], min(bound, best.best[0]), seconds)
+
+
+def _places(task: Task) -> Iterator[_Place]:
+    p = task.num_ranks
+    for stages in range(1, max(task.stages, 1) + 1):
+        costs = task.costs_of(stages)
+        if costs is None:
+            continue
+        weights = task.weights_of(stages, costs)
+        limits = [task.limit] * p
+        found: dict[object, _Place] = {}
+        for schedule in _seeds(task, stages, limits, weights):
+            key = schedule.placement
+            if key not in found:
+                flow = flow_like(schedule, costs, limits, weights)
+                found[key] = _Place(flow, costs)
+            found[key].add(schedule)
+        yield from found.values()
+
+
+def _seeds(
+    task: Task, stages: int, limits: list[float], weights: list[float]
+) -> Iterator[Schedule]:
+    p, m = task.num_ranks, task.num_microbatches
+    yield from seeds.named(p, m, stages, task.copies)
+    yield seeds.one_at_a_time(p, m, stages, in_a_vee=False)
+    if stages == 2:
+        yield seeds.one_at_a_time(p, m, stages, in_a_vee=True)
+    if stages == 1:
+        rooms = seeds.rooms_of(limits, weights)
+        if min(rooms) >= 1:
+            yield from seeds.lines(p, m, rooms)
+
+
+def _search(task: Task, places: list[_Place]) -> None:
+    """Shakes the placements that could still win, the faster ones longer."""
+    best = min(place.best[0] for place in places)
+    open_places = [
+        place for place in places
+        if place.bound < best * (1 - EPSILON) and place.best[0] < best * 1.25
+    ]  # fmt: skip
+    for place in open_places:
+        size = sum(place.flow.count)
+        usual = max(100 * size, min(600_000, 3_000 * size))
+        effort = usual if task.effort is None else task.effort
+        effort //= len(open_places)
+        _, _, orders = place.best
+        place.offer(improved(place.flow, orders, place.bound, effort, task.seed))
+
+
+def _prove(task: Task, places: list[_Place]) -> None:
+    """CP-SAT on each placement whose bound is below the best so far, as long as its budget lasts."""
+    budget = task.proof
+    for place in sorted(places, key=lambda place: place.best[0]):
+        best = min(other.best[0] for other in places)
+        if budget > 0 and place.bound < best * (1 - EPSILON):
+            proof = optimum(place.flow, place.best[2], place.bound, budget)
+            if proof is not None:
+                budget -= proof.spent
+                place.offer((proof.makespan, proof.orders))
+                place.bound = max(place.bound, proof.bound)
+
+
+def _raise_too_small(task: Task) -> None:
+    least = []
+    for stages in range(1, max(task.stages, 1) + 1):
+        costs = task.costs_of(stages)
+        if costs is not None:
+            weights = task.weights_of(stages, costs)
+            for placement in {loop_placement(task.num_ranks, stages)} | (
+                {vee_placement(task.num_ranks)} if stages == 2 else set()
+            ):
+                held = [0.0] * task.num_ranks
+                for stage, rank in enumerate(placement):
+                    held[rank] += weights[stage]
+                least.append(max(held))
+    unit = "bytes of activations" if task.limit_in_bytes else "activations a rank"
+    if not least:
+        raise ScheduleError(
+            f"auto on {task.num_ranks} ranks needs costs of {task.num_ranks} or {2 * task.num_ranks} "
+            f"stages; {len(task.costs.stages)} were given"
+        )
+    raise ScheduleError(
+        f"auto on {task.num_ranks} ranks: one microbatch holds {min(least):.6g} {unit}, the limit is "
+        f"{task.limit:.6g}; no order holds less"
+    )

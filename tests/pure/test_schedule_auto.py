@@ -1,0 +1,170 @@
+"""auto: within its limit, never worse than a named schedule, bounded below, and sometimes proven."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partita.base.errors import ScheduleError
+from partita.schedule.check import check, over_limit
+from partita.schedule.clock import Costs, StageCosts, clock, makespan
+from partita.schedule.make import schedule
+from partita.schedule.synth.bounds import lower_bound
+from partita.schedule.synth.exact import optimum, unit_of
+from partita.schedule.synth.flow import fits, flow_like, orders_of, schedule_of
+from partita.schedule.synth.seeds import named, one_at_a_time
+from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
+
+EVEN = Costs((StageCosts(),))
+seconds = st.sampled_from([0.5, 0.8, 1.0, 1.1, 1.5, 2.0])
+
+
+def best_named(task: Task) -> float:
+    """The fastest named schedule within the task's limit, at its costs."""
+    best = math.inf
+    for stages in (1, 2):
+        costs = task.costs_of(stages)
+        for s in named(task.num_ranks, task.num_microbatches, stages, task.copies) if costs else ():
+            weights = task.weights_of(stages, costs)  # type: ignore[arg-type]
+            if not over_limit(s, task.limit, weights):
+                best = min(best, makespan(clock(s, costs)))
+    return best
+
+
+def hold(task: Task) -> Synthesis:
+    """The schedule runs, fits, takes the time stated, and is between its bound and the named ones."""
+    found = synthesise(task)
+    s = found.schedule
+    assert check(s) == []
+    stages = s.num_stages // s.num_ranks
+    assert over_limit(s, task.limit, task.weights_of(stages, found.costs)) == []
+    assert makespan(clock(s, found.costs)) == pytest.approx(found.makespan, abs=1e-9)
+    assert found.lower_bound <= found.makespan <= best_named(task) * (1 + 1e-9)
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    p=st.integers(1, 4),
+    more=st.integers(0, 4),
+    limit=st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf]),
+    stage=st.lists(st.tuples(seconds, seconds, seconds), min_size=8, max_size=8),
+    send=st.sampled_from([0.0, 0.1]),
+    how=st.sampled_from(["share", "line", "vee"]),
+)
+def test_never_worse_than_a_named_schedule(p, more, limit, stage, send, how):
+    count = {"share": 1, "line": p, "vee": 2 * p}[how]
+    costs = Costs(tuple(StageCosts(*c) for c in stage[:count]), send)
+    hold(Task(p, p + more, costs, limit, effort=3_000, proof=0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_never_worse_over_a_grid_and_often_better(p):
+    """Limits from a third of 1F1B's to twice, even and uneven costs, with and without messages' time."""
+    ends = [1.2] + [1.0] * (p - 2) + [1.5]
+    sets = [
+        EVEN.stages, (StageCosts(1.0, 1.1, 0.9),), tuple(StageCosts(c, c, c) for c in ends),
+        tuple(StageCosts(c / 2, c / 2, c / 2) for c in [1.2] + [1.0] * (2 * p - 2) + [1.5]),
+    ]  # fmt: skip
+    limits = [x for x in (p / 3, p / 2, 3 * p / 4, p, 2 * p) if x >= 1]
+    better = points = 0
+    for i, stages in enumerate(sets):
+        for limit, send in itertools.product(limits, (0.0, 0.1)):
+            task = Task(p, 2 * p, Costs(stages, send), limit, effort=40_000, proof=0.0)
+            found = hold(task)
+            if i > 0 or limit < p:
+                points += 1
+                better += found.makespan < 0.98 * best_named(task)
+    assert better >= points / 3
+
+
+@pytest.mark.parametrize("limit, over", [(2, 5.5), (3, 2.5), (4, 1.5), (9, 1.5)])
+def test_the_optimum_of_a_vee_at_equal_costs_is_reached(limit, over):
+    """p = 4, m = 8, proven for these caps: 5.5, 2.5, 1.5 over the ideal 24."""
+    found = hold(Task(4, 8, limit=limit, copies=1, effort=20_000, proof=0.0))
+    assert found.makespan == pytest.approx(24 + over)
+
+
+def test_a_line_with_room_cannot_beat_its_first_forwards():
+    for p, m in [(2, 4), (4, 8), (8, 16)]:
+        s = schedule("zb_h1", num_ranks=p, num_microbatches=m)
+        flow = flow_like(s, Costs.equal(s), [float(p)] * p)
+        assert lower_bound(flow) == pytest.approx(3 * m + p - 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(["1f1b", "zb_h1", "zb_v", "v_min", "dualpipe", "interleaved_zb", "gpipe"]),
+    stage=st.lists(st.tuples(seconds, seconds, seconds), min_size=8, max_size=8),
+    send=st.sampled_from([0.0, 0.3]),
+)
+def test_nothing_that_fits_undercuts_the_bound(name, stage, send):
+    s = schedule(name, num_ranks=4, num_microbatches=8)
+    costs = Costs(tuple(StageCosts(*c) for c in stage[: s.num_stages]), send)
+    flow = flow_like(s, costs, [8.0] * 4)
+    assert fits(flow, orders_of(flow, s))
+    tight = flow_like(s, costs, [max(1.0, 8.0 - 1.0)] * 4)
+    assert lower_bound(flow) <= makespan(clock(s, costs)) + 1e-9
+    assert lower_bound(flow) <= lower_bound(tight) + 1e-9
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.5, 2.0])
+def test_small_instances_are_proven_and_the_search_is_near(limit):
+    costs = Costs((StageCosts(1.0, 1.2, 0.8),), 0.1)
+    search = synthesise(Task(2, 3, costs, limit, copies=1, effort=20_000, proof=0.0))
+    proof = hold(Task(2, 3, costs, limit, copies=1, effort=0, proof=9.0))
+    assert proof.proven and proof.gap == 0.0
+    assert proof.makespan <= search.makespan <= 1.02 * proof.makespan
+
+
+def test_constraint_programming_alone_finds_the_optimum():
+    """From the slowest order: the span and flush optimum of a line of 2 is mt + (p-1)F."""
+    s = one_at_a_time(2, 3, 1, in_a_vee=False)
+    flow = flow_like(s, Costs.equal(s), [2.0, 2.0])
+    proof = optimum(flow, orders_of(flow, s), lower_bound(flow), 5.0)
+    assert proof is not None and proof.proven and proof.makespan == 10.0
+    assert check(schedule_of(flow, proof.orders, "proven")) == []
+    large = schedule("zb_v", num_ranks=8, num_microbatches=32)
+    flow = flow_like(large, Costs.equal(large), [16.0] * 8)
+    assert optimum(flow, orders_of(flow, large), 0.0, 1.0) is None
+
+
+def test_units():
+    assert unit_of([1.0, 1.5, 0.25, 0.0]) == Fraction(1, 4)
+    assert unit_of([0.1, 1.1]) == Fraction(1, 10)
+    assert unit_of([math.pi]) is None and unit_of([1e-9, 1e3]) is None
+    assert unit_of([]) == 1
+
+
+def test_the_same_seed_gives_the_same_schedule():
+    task = Task(2, 3, Costs((StageCosts(1.0, 1.3, 0.7),), 0.1), 1.5, effort=4_000, proof=0.2)
+    assert synthesise(task).schedule == synthesise(task).schedule
+
+
+def test_what_cannot_be_is_refused_with_the_number():
+    with pytest.raises(
+        ScheduleError, match=r"one microbatch holds 1 activations a rank, the limit is 0\.9"
+    ):
+        synthesise(Task(2, 4, limit=0.9))
+    with pytest.raises(ScheduleError, match="needs costs of 4 or 8 stages; 3 were given"):
+        synthesise(Task(4, 8, Costs((StageCosts(),) * 3)))
+
+
+def test_a_limit_in_bytes():
+    stages = tuple(StageCosts(activation_bytes=100.0 if s == 0 else 10.0) for s in range(2))
+    found = hold(Task(2, 4, Costs(stages), 200.0, limit_in_bytes=True, effort=5_000, proof=0.0))
+    assert found.schedule.num_stages == 2
+    made = schedule(
+        "auto",
+        num_ranks=2,
+        num_microbatches=4,
+        costs=Costs(stages),
+        limit=200.0,
+        limit_in_bytes=True,
+    )
+    assert over_limit(made, 200.0, [100.0, 10.0]) == []
