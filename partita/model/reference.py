@@ -5,6 +5,8 @@ docs/map.md). Under bf16 it makes the casts that every plan makes, and no others
 
     weights       fp32, rounded to bf16 where they are used; gradients come back in fp32
     activations   bf16; norms compute in fp32, round, then scale; softmax and loss in fp32
+
+and under fp8 those of precision/fp8.py in the layers' matmuls.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from partita.comm.seeds import dropout_box
 from partita.model.reference_moe import Auxiliary, moe
 from partita.model.rope import rotate, tables
+from partita.parallel.precision.fp8 import PLAIN, Multiplied, Product
 from partita.spec.families import program
 from partita.spec.model import ModelSpec
 
@@ -58,8 +61,10 @@ class Reference:
         dtype: torch.dtype | None = None,
         seed: int = 0,
         see: Callable[[str, Tensor], None] = lambda name, x: None,
+        product: Product = PLAIN,
     ) -> None:
         self.spec, self.weights, self.seed, self.see = spec, weights, seed, see
+        self.product = product  # of a layer's matmuls
         self.dtype = dtype or next(iter(weights.values())).dtype
         self.training, self.step = True, 0
         self.auxiliary = Auxiliary()  # of the experts, since `loss` or `logits` was called last
@@ -126,16 +131,21 @@ class Reference:
                 q, k, v, attn_mask=None if plain else mask, is_causal=plain
             )
         wo = self.weight(f"{name}.attention.wo").flatten(1)
-        y = a.transpose(1, 2).flatten(2) @ wo.t()
+        y = self.linear(a.transpose(1, 2).flatten(2), wo)
         return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
 
     def heads(self, name: str, h: Tensor) -> Tensor:
         """[batch, heads, seq, head_dim] of a projection [heads, head_dim, hidden]."""
         w = self.weight(name)
-        y = h @ w.flatten(0, 1).t()
+        y = self.linear(h, w.flatten(0, 1))
         if self.spec.has_biases:
             y = y + self.weight(f"{name}_bias").flatten()
         return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W.T, plainly or of rounded inputs."""
+        plain = self.product is PLAIN
+        return x @ weight.t() if plain else Multiplied.apply(x, weight, self.product)  # type: ignore
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         """Norm, then experts, SwiGLU, or GELU (tanh) with biases."""
@@ -143,10 +153,10 @@ class Reference:
         if self.spec.has_experts(int(name.rpartition(".")[2])):
             return moe(self.spec, self.weight, name, h, self.auxiliary)
         if self.spec.family == "llama":
-            gate, up = (h @ w.t() for w in self.weight(f"{name}.mlp.gate_up"))
-            return (silu(gate) * up) @ self.weight(f"{name}.mlp.down").t()
-        h = h @ self.weight(f"{name}.mlp.fc1").t() + self.weight(f"{name}.mlp.fc1_bias")
-        h = gelu(h, approximate="tanh") @ self.weight(f"{name}.mlp.fc2").t()
+            gate, up = (self.linear(h, w) for w in self.weight(f"{name}.mlp.gate_up"))
+            return self.linear(silu(gate) * up, self.weight(f"{name}.mlp.down"))
+        h = self.linear(h, self.weight(f"{name}.mlp.fc1")) + self.weight(f"{name}.mlp.fc1_bias")
+        h = self.linear(gelu(h, approximate="tanh"), self.weight(f"{name}.mlp.fc2"))
         return h + self.weight(f"{name}.mlp.fc2_bias")
 
     def norm(self, name: str, x: Tensor) -> Tensor:
@@ -180,7 +190,9 @@ def loss_and_gradients(
     bias has no gradient: its experts' counts stand there. Backward starts from `scale`, a power of two,
     which gradients are divided by at the end."""
     leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
-    judge = Reference(reference.spec, leaves, reference.dtype, reference.seed, reference.see)
+    judge = Reference(
+        reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.product
+    )
     judge.step, judge.training = reference.step, reference.training
     total = max(sum(int(counted(b).sum()) for b in microbatches), 1)
     samples = sum(b.ids.shape[0] for b in microbatches)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
+from partita.parallel.precision.fp8 import PLAIN, Eight, Product
+from partita.spec.plan import PrecisionPlan
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Weight:
         """Value and gradient as [rows, columns]; `columns` counts the trailing dims folded into them."""
         split = self.value.dim() - columns
         rows = prod(self.value.shape[:split])
-        return Matrix(self.value.view(rows, -1), self.gradient.view(rows, -1), self.queue)
+        value, gradient = self.value.view(rows, -1), self.gradient.view(rows, -1)
+        return Matrix(value, gradient, self.queue, product_of(self))
 
     def accumulate(self, part: Tensor) -> None:
         """gradient += part, of its number of elements: now, or at the W of a split backward."""
@@ -59,6 +62,7 @@ class Unit:
     master: Tensor
     gradient: Tensor
     queue: WeightQueue = field(default_factory=WeightQueue)
+    precision: PrecisionPlan = field(default_factory=PrecisionPlan)
 
     def round_working(self) -> None:
         """Rounds the masters into the working copies; nothing where they are one."""
@@ -84,7 +88,7 @@ def make_units(
 ) -> list[Unit]:
     """The stage's units, zeroed, from the laid program's layouts: no shape is computed twice. Their
     gradients are added to through one `queue`."""
-    queue = queue or WeightQueue()
+    queue, precision = queue or WeightQueue(), laid.request.plan.precision
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     found = []
     for spec in laid.units(stage):
@@ -96,7 +100,9 @@ def make_units(
         master = torch.zeros(first, dtype=wide, device=device)
         gradient = torch.zeros(first, dtype=wide, device=device)
         working = master if dtype == wide else torch.zeros(first, dtype=dtype, device=device)
-        found.append(Unit(spec.name, tuple(places), shapes, working, master, gradient, queue))
+        found.append(
+            Unit(spec.name, tuple(places), shapes, working, master, gradient, queue, precision)
+        )
     return found
 
 
@@ -107,6 +113,15 @@ class Matrix:
     value: Tensor
     gradient: Tensor
     queue: WeightQueue
+    product: Product = PLAIN
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W.T: [..., columns] -> [..., rows]."""
+        return self.product.forward(x, self.value)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """dy W: [..., rows] -> [..., columns]."""
+        return self.product.input_gradient(dy, self.value)
 
     def accumulate(self, dy: Tensor, x: Tensor) -> None:
         """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]: now, or at the W of a
@@ -118,7 +133,14 @@ class Matrix:
         if self.gradient.dtype == dy.dtype:
             self.gradient.addmm_(dy.t(), x)
         else:
-            self.gradient.add_(dy.t() @ x)
+            self.gradient.add_(self.product.weight_gradient(dy, x))
+
+
+def product_of(weight: Weight) -> Product:
+    """How a weight is multiplied: plainly, or of fp8 inputs; tables stay as they are."""
+    precision = weight.unit.precision
+    eight = precision.dtype == "fp8" and not weight.name.endswith(".table")
+    return Eight(precision) if eight else PLAIN
 
 
 def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
@@ -139,5 +161,5 @@ def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
         width = prod(run[0].value.shape[run[0].value.dim() - columns :])
         part = slice(first, first + sum(w.value.numel() for w in run))
         value, gradient = unit.working[part].view(-1, width), unit.gradient[part].view(-1, width)
-        found.append(Matrix(value, gradient, unit.queue))
+        found.append(Matrix(value, gradient, unit.queue, product_of(run[0])))
     return found

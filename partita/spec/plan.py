@@ -97,6 +97,9 @@ class PrecisionPlan:
     """The dtype of compute and activations; optimizer states are fp32 (fp64 under fp64)."""
 
     dtype: str = "fp32"  # fp64 | fp32 | bf16 | fp16 | fp8
+    fp8_format: str = "hybrid"  # hybrid (gradients e5m2) | e4m3
+    fp8_granularity: str = "tensor"  # what shares a scale: tensor | row | block (of 128)
+    fp8_scaling: str = "current"  # current | delayed | static
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,9 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("recompute", "mode"): ("none", "selective", "full"),
     ("recompute", "collectives"): ("repeat", "keep"),
     ("precision", "dtype"): ("fp64", "fp32", "bf16", "fp16", "fp8"),
+    ("precision", "fp8_format"): ("hybrid", "e4m3"),
+    ("precision", "fp8_granularity"): ("tensor", "row", "block"),
+    ("precision", "fp8_scaling"): ("current", "delayed", "static"),
     ("offload", "to"): ("none", "cpu", "nvme"),
 }
 TARGETS = ("parameters", "gradients", "optimizer", "activations")

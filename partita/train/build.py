@@ -39,6 +39,7 @@ from partita.train.streams import Batch
 
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "fp8": torch.bfloat16,
 }  # fmt: skip
 EVAL_SEQUENCES = 128
 CACHE = Path("~/.cache/partita").expanduser()

@@ -5,6 +5,7 @@
     fp32       1e-5, 1e-4        1e-3    (1e-6)     sums of up to 1e5 terms in another order
     bf16       2e-2, 5e-2        0.2     (1e-2)     8 bits: every cast may fall the other way
     fp16       4e-3, 1e-2        0.04    (2e-3)     11 bits
+    fp8        1e-2, 3e-2        0.6     (5e-2)     e5m2 gradients have 2 bits: neighbours are 25 % apart
 
 Weights after AdamW steps are held in units of its learning rate at low precision: it divides by the
 gradient's own size, so that a rounding of a tiny gradient may turn a whole step. A step that overflowed in
@@ -38,6 +39,7 @@ BOUNDS = {
     "fp32": Bound(1e-5, 1e-4, 1e-3, 1e-6),
     "bf16": Bound(2e-2, 5e-2, 0.2, 1e-2),
     "fp16": Bound(4e-3, 1e-2, 0.04, 2e-3),
+    "fp8": Bound(1e-2, 3e-2, 0.6, 5e-2),
 }
 ADAM_STEPS = 4.2  # learning rates a weight may be off after two steps: one up here, one down there
 

@@ -18,6 +18,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.laid import lay
+from partita.parallel.precision.fp8 import PLAIN, Eight
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, summarise
@@ -138,11 +139,15 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
     named = [(n, w, decays_weight(n)) for n, w in weights.items()]
     optimizer = make_optimizer(named, job.train)
     scaler = LossScaler() if dtype == torch.float16 else None
+    precision = job.plan.precision
+    product = (
+        Eight(replace(precision, fp8_scaling="current")) if precision.dtype == "fp8" else PLAIN
+    )
     watch = Watch()
     found = []
     for step in range(STEPS):
         batches = whole_batch(data, job, step)
-        judge = Reference(job.model, weights, dtype, job.seed)
+        judge = Reference(job.model, weights, dtype, job.seed, product=product)
         judge.step = step
         if watches and step == 0:
             watch.start(batches)

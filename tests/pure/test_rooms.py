@@ -70,10 +70,15 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "pp2:zb_v/4mb", ["pp"], "pp2:1f1b/4mb"),
         (LLAMA, 'pp2:"file:missing.csv"/2mb', ["pp"], "pp2"),
         (LLAMA, "dp_shard2.zero3", ["dp"], "dp_replicate2"),
-        (LLAMA, "fp8", ["precision"], "bf16"),
+        (
+            LLAMA,
+            "fp8 precision.fp8_granularity=row precision.fp8_scaling=delayed",
+            ["precision"],
+            "fp8 precision.fp8_granularity=row",
+        ),
         (LLAMA, "cp2", ["cp"], "1mb"),
         (model(vocab=2), "tp4", ["tp"], ""),
-        (LLAMA, "dp_shard2.zero1 pp4 fp8", ["dp", "pp", "precision"], ""),
+        (LLAMA, "dp_shard2.zero1 pp4 cp2", ["cp", "dp", "pp"], ""),
     ],
 )
 def test_every_problem_at_once_with_a_legal_way_out(spec, line, rooms, nearest) -> None:

@@ -4,6 +4,7 @@
     fp32   fp32                                    fp32        -         fp32
     bf16   bf16                                    fp32        fp32      fp32
     fp16   fp16, the loss scaled (scaler.py)       fp32        fp32      fp32
+    fp8    bf16, matmuls of fp8 inputs (fp8.py)    fp32        fp32      fp32
     fp64   fp64 everywhere (for proofs)
 
 bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32.
@@ -18,25 +19,24 @@ from partita.parallel.room import Request, error
 from partita.spec.program import Block, Dim, Program, Tensor
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
-SUPPORTED = ("fp64", "fp32", "bf16", "fp16")
 
 
 def problems(job: Request) -> list[Problem]:
-    """The dtypes that exist."""
-    dtype = job.plan.precision.dtype
-    if dtype in SUPPORTED:
+    """A scale that looks back needs one number a tensor: the rows of a microbatch are other rows in the
+    next."""
+    p = job.plan.precision
+    if p.dtype != "fp8" or p.fp8_scaling == "current" or p.fp8_granularity == "tensor":
         return []
-    message = f"{dtype} is not available in this version: {', '.join(SUPPORTED)}"
-    nearest = str(job.plan.with_("precision", dtype="bf16"))
-    return [
-        error(
-            "precision", "dtype", message, asked=dtype, limit=", ".join(SUPPORTED), nearest=nearest
-        )
-    ]
+    message = f"{p.fp8_scaling} scaling of each {p.fp8_granularity} looks back at other rows"
+    nearest = str(job.plan.with_("precision", fp8_scaling="current"))
+    asked = f"precision.fp8_scaling={p.fp8_scaling} precision.fp8_granularity={p.fp8_granularity}"
+    limit = "fp8_scaling=current, or fp8_granularity=tensor"
+    return [error("precision", "fp8", message, asked=asked, limit=limit, nearest=nearest)]
 
 
 def dtypes(dtype: str) -> dict[str, str]:
-    """Role -> dtype."""
+    """Role -> dtype. fp8 is of matmuls: what they read and write is stored in bf16."""
+    dtype = "bf16" if dtype == "fp8" else dtype
     wide = "fp64" if dtype == "fp64" else "fp32"
     return {
         "value": dtype, "weight": dtype, "parameter": dtype, "whole_parameter": dtype,

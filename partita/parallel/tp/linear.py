@@ -42,7 +42,7 @@ class Column:
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] by all matrices, biases added."""
-        parts = [x @ m.value.t() for m in self.matrices]
+        parts = [m.multiply(x) for m in self.matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if self.biases:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
@@ -84,9 +84,9 @@ class _Column(torch.autograd.Function):
         whole = layer.region.start_forward(x) if early else None
         rows = [m.value.shape[0] for m in layer.matrices]
         parts = dy.split(rows, -1)
-        dx = parts[0] @ layer.matrices[0].value
+        dx = layer.matrices[0].back(parts[0])
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
-            dx += part @ m.value
+            dx += m.back(part)
         under_way = layer.region.start_backward(dx)
         queue.add(layer.accumulate, dy, x, whole)
         return under_way.wait(), None
@@ -125,7 +125,7 @@ class _Row(torch.autograd.Function):
         if replay:
             rows = layer.matrix.value.shape[0]
             return x.new_empty(layer.region.shape_after(torch.Size([*x.shape[:-1], rows])))
-        return layer.region.forward(x @ layer.matrix.value.t())
+        return layer.region.forward(layer.matrix.multiply(x))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
@@ -133,7 +133,7 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: Row = ctx.layer
         dy = layer.region.backward(dy)
-        dx = dy @ layer.matrix.value
+        dx = layer.matrix.back(dy)
         layer.matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
         return dx, None, None
 

@@ -1,0 +1,159 @@
+"""fp8 matmuls (Micikevicius et al. 2022, arXiv 2209.05433): inputs rounded to 8 bits, products added up wide.
+
+    forward    y  = q(x) q(W).T       both e4m3: 4 exponent bits, 3 of mantissa, up to 448
+    backward   dx = q(dy) q(W)        dy e5m2 (up to 57,344), or e4m3 too
+               dW = q(dy).T q(x)
+
+Before rounding a tensor is multiplied by a scale, after it divided, so that its largest element is near
+the format's. Scales are powers of two: numbers in the format's normal range then round to the same value
+whatever the scale, so a plan that cuts a tensor otherwise, and so sees another largest element, changes only
+what lies 2^-14 and more below it. No scale is exchanged between ranks: nothing is sent.
+
+    granularity  tensor  one scale a tensor
+                 row     one a row along the dim that the product adds up
+                 block   one in 128 along that dim (DeepSeek-V3, 2412.19437, sec. 3.3), 128 x 128 for weights
+    scaling      current  from the tensor itself
+                 delayed  from the largest of the last HISTORY, this one left out (it may saturate)
+                 static   from the first that is seen
+
+On every device this is an emulation: rounded values are multiplied in bf16, which holds each of them
+exactly, and added up as wide as the device does (fp32). Storage stays bf16.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from partita.spec.plan import PrecisionPlan
+
+FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+HISTORY = 16
+BLOCK = 128
+
+
+class Product(Protocol):
+    """How one weight [rows, columns] is multiplied, forward and backward."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., columns] -> [..., rows]."""
+        ...
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy [..., rows] -> [..., columns]."""
+        ...
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dy [tokens, rows], x [tokens, columns] -> [rows, columns]."""
+        ...
+
+
+class Plain:
+    """The matmul as it is."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W.T."""
+        return x @ weight.t()
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy W."""
+        return dy @ weight
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dy.T x."""
+        return dy.t() @ x
+
+
+PLAIN = Plain()
+
+
+@dataclass
+class Eight:
+    """The matmul of rounded inputs; `_seen` holds largest elements by role, where scaling looks back."""
+
+    plan: PrecisionPlan
+    _seen: dict[str, deque[Tensor]] = field(default_factory=dict)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """q(x) q(W).T."""
+        return self._round(x, "x", -1) @ self._weight(weight, -1).t()
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """q(dy) q(W)."""
+        return self._round(dy, "dy", -1) @ self._weight(weight, 0)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """q(dy).T q(x)."""
+        return self._round(dy, "dy.W", 0).t() @ self._round(x, "x.W", 0)
+
+    def _weight(self, weight: Tensor, dim: int) -> Tensor:
+        if self.plan.fp8_granularity != "block":
+            return self._round(weight, f"w{dim}", dim)
+        largest = block_maximum(block_maximum(weight.abs(), 0), 1)
+        return rounded(weight, "e4m3", largest)
+
+    def _round(self, x: Tensor, role: str, dim: int) -> Tensor:
+        gradient = role.startswith("dy") and self.plan.fp8_format == "hybrid"
+        largest = maximum(x, self.plan.fp8_granularity, dim)
+        if self.plan.fp8_scaling != "current":
+            largest = self._looked_back(role, largest)
+        return rounded(x, "e5m2" if gradient else "e4m3", largest)
+
+    def _looked_back(self, role: str, largest: Tensor) -> Tensor:
+        seen = self._seen.setdefault(role, deque(maxlen=HISTORY))
+        if self.plan.fp8_scaling == "static" and seen:
+            return seen[0]
+        before = torch.stack(list(seen)).amax(0) if seen else largest
+        seen.append(largest)
+        return before
+
+
+def maximum(x: Tensor, granularity: str, dim: int) -> Tensor:
+    """The largest absolute element of each part that shares a scale, of a shape that divides x."""
+    if granularity == "tensor":
+        return x.abs().amax()
+    return x.abs().amax(dim, keepdim=True) if granularity == "row" else block_maximum(x.abs(), dim)
+
+
+def block_maximum(x: Tensor, dim: int) -> Tensor:
+    """Every element replaced by the largest of its BLOCK along dim."""
+    size = x.shape[dim]
+    parts = [
+        part.amax(dim, keepdim=True).expand_as(part) for part in x.split(min(BLOCK, size), dim)
+    ]
+    return torch.cat(parts, dim)
+
+
+def rounded(x: Tensor, name: str, largest: Tensor) -> Tensor:
+    """x as the format can say it: times a power of two that brings `largest` under the format's
+    largest, rounded to even, saturated, and divided again. In x's dtype (bf16 or wider), exactly."""
+    dtype, limit = FORMATS[name]
+    _, exponent = torch.frexp(largest.float())  # largest < 2^exponent
+    top = int(torch.frexp(torch.tensor(limit)).exponent) - 1  # 2^top <= limit
+    scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), top - exponent)
+    scale = torch.where(largest > 0, scale, torch.ones_like(scale)).to(x.dtype)
+    return (x * scale).clamp(-limit, limit).to(dtype).to(x.dtype) / scale
+
+
+class Multiplied(torch.autograd.Function):
+    """x W.T by a Product, for a weight that autograd follows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
+        """[..., columns] -> [..., rows]."""
+        ctx.save_for_backward(x, weight)
+        ctx.product = product
+        return product.forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Both gradients."""
+        x, weight = ctx.saved_tensors
+        dx = ctx.product.input_gradient(dy, weight)
+        rows, columns = weight.shape
+        dw = ctx.product.weight_gradient(dy.reshape(-1, rows), x.reshape(-1, columns))
+        return dx, dw, None

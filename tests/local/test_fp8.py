@@ -1,0 +1,101 @@
+"""fp8 by emulation: rounding is the format's, scales are powers of two, gradients follow the products."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.parallel.precision.fp8 import (
+    HISTORY,
+    Eight,
+    Multiplied,
+    block_maximum,
+    maximum,
+    rounded,
+)
+from partita.spec.plan import PrecisionPlan
+from partita.verify.parity import verify
+
+PLAN = PrecisionPlan("fp8")
+
+
+def values(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def test_rounding_is_the_formats_own():
+    x = torch.tensor([448.0, 17.0, -17.0, 0.3, 2.0**-6, 0.0], dtype=torch.bfloat16)
+    want = x.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(rounded(x, "e4m3", torch.tensor(300.0)), want)  # 300 < 512: scale 1
+    assert rounded(x, "e4m3", torch.tensor(300.0))[1] == 16  # 3 bits: 16, 18, 20; even
+
+
+@pytest.mark.parametrize("largest", [2.0**k for k in (-9, -3, 0, 4)])
+def test_another_scale_changes_only_what_is_tiny(largest):
+    x = values(4096) * largest
+    top = x.abs().amax()
+    a, b = rounded(x, "e4m3", top), rounded(x, "e4m3", top * 2)
+    assert torch.equal(a[x.abs() > top * 2.0**-12], b[x.abs() > top * 2.0**-12])
+    assert ((a - x).abs() <= x.abs() * 2.0**-4 + top * 2.0**-16).all()
+
+
+def test_what_lies_beyond_the_largest_saturates():
+    x = torch.tensor([1.0, 1000.0], dtype=torch.bfloat16)
+    assert rounded(x, "e4m3", torch.tensor(1.0)).tolist() == [1.0, 448 / 128]
+    assert not rounded(torch.zeros(3), "e5m2", torch.tensor(0.0)).any()
+
+
+def test_scales_are_shared_as_stated():
+    x = values(3, 300)
+    assert maximum(x, "tensor", -1) == x.abs().max()
+    assert torch.equal(maximum(x, "row", -1), x.abs().amax(-1, keepdim=True))
+    blocks = block_maximum(x.abs(), 1)
+    for first in (0, 128, 256):
+        part = x[:, first : first + 128].abs().amax(-1)
+        assert torch.equal(blocks[:, first], part)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "block"])
+def test_products_and_gradients_are_those_of_rounded_inputs(granularity):
+    plan = replace(PLAN, fp8_granularity=granularity)
+    x, w = values(2, 8, 256).requires_grad_(), (values(96, 256, seed=1) / 16).requires_grad_()
+    y = Multiplied.apply(x, w, Eight(plan))
+    exact = x.detach().double() @ w.detach().double().t()
+    assert (y - exact).abs().max() < 0.08 * exact.abs().max()
+    assert not torch.equal(y, x @ w.t())
+    dy = values(2, 8, 96, seed=2)
+    y.backward(dy)
+    dx = dy.double() @ w.detach().double()
+    dw = dy.reshape(-1, 96).double().t() @ x.detach().reshape(-1, 256).double()
+    assert (x.grad - dx).abs().max() < 0.15 * dx.abs().max()
+    assert (w.grad - dw).abs().max() < 0.15 * dw.abs().max()
+
+
+def test_delayed_and_static_scaling_look_back():
+    one, ten = torch.ones(4, 4), torch.full((4, 4), 1000.0)
+    weight = torch.eye(4)
+    delayed = Eight(replace(PLAN, fp8_scaling="delayed"))
+    assert delayed.forward(one, weight)[0, 0] == 1
+    assert delayed.forward(ten, weight)[0, 0] == 448 / 128  # the scale is still that of 1
+    assert delayed.forward(ten, weight)[0, 0] == 1024  # now it is known; 1000 rounds to even
+    for _ in range(HISTORY):
+        delayed.forward(one, weight)
+    assert delayed.forward(ten, weight)[0, 0] == 448 / 128  # and forgotten
+    static = Eight(replace(PLAN, fp8_scaling="static"))
+    static.forward(one, weight)
+    assert [float(static.forward(ten, weight)[0, 0]) for _ in range(3)] == [448 / 128] * 3
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp2 tp2+sp 2mb fp8",
+        "pp2/2mb tp2 fp8 precision.fp8_granularity=row",
+        "tp2 2mb fp8 precision.fp8_granularity=block precision.fp8_format=e4m3",
+        "2mb fp8 precision.fp8_scaling=delayed recompute:full",
+    ],
+)
+def test_a_plan_computes_what_one_device_does_in_fp8(plan, tmp_path):
+    found = verify(verify_jobs.job(tmp_path, plan, "llama", layers=3))
+    assert found.equal, str(found)
