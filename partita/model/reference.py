@@ -21,7 +21,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from partita.comm.seeds import dropout_box
 from partita.model.reference_moe import Auxiliary, moe
 from partita.model.rope import rotate, tables
-from partita.parallel.precision.fp8 import PLAIN, Multiplied, Product
+from partita.parallel.precision.fp8 import Multiplied
+from partita.parallel.product import PLAIN, Product
 from partita.spec.families import program
 from partita.spec.model import ModelSpec
 

@@ -10,7 +10,7 @@ can be multiplied as one matrix, since they lie side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
-from partita.parallel.precision.fp8 import PLAIN, Eight, Product
-from partita.spec.plan import PrecisionPlan
+from partita.parallel.product import PLAIN, Product
+
+
+def plain(weight: str) -> Product:
+    """Every weight by the matmul as it is."""
+    return PLAIN
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Weight:
         split = self.value.dim() - columns
         rows = prod(self.value.shape[:split])
         value, gradient = self.value.view(rows, -1), self.gradient.view(rows, -1)
-        return Matrix(value, gradient, self.queue, product_of(self))
+        return Matrix(value, gradient, self.queue, self.unit.product_of(self.name))
 
     def accumulate(self, part: Tensor) -> None:
         """gradient += part, of its number of elements: now, or at the W of a split backward."""
@@ -62,7 +66,7 @@ class Unit:
     master: Tensor
     gradient: Tensor
     queue: WeightQueue = field(default_factory=WeightQueue)
-    precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+    product_of: Callable[[str], Product] = plain
 
     def round_working(self) -> None:
         """Rounds the masters into the working copies; nothing where they are one."""
@@ -85,10 +89,11 @@ def make_units(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     queue: WeightQueue | None = None,
+    product_of: Callable[[str], Product] = plain,
 ) -> list[Unit]:
     """The stage's units, zeroed, from the laid program's layouts: no shape is computed twice. Their
     gradients are added to through one `queue`."""
-    queue, precision = queue or WeightQueue(), laid.request.plan.precision
+    queue = queue or WeightQueue()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     found = []
     for spec in laid.units(stage):
@@ -101,7 +106,7 @@ def make_units(
         gradient = torch.zeros(first, dtype=wide, device=device)
         working = master if dtype == wide else torch.zeros(first, dtype=dtype, device=device)
         found.append(
-            Unit(spec.name, tuple(places), shapes, working, master, gradient, queue, precision)
+            Unit(spec.name, tuple(places), shapes, working, master, gradient, queue, product_of)
         )
     return found
 
@@ -136,13 +141,6 @@ class Matrix:
             self.gradient.add_(self.product.weight_gradient(dy, x))
 
 
-def product_of(weight: Weight) -> Product:
-    """How a weight is multiplied: plainly, or of fp8 inputs; tables stay as they are."""
-    precision = weight.unit.precision
-    eight = precision.dtype == "fp8" and not weight.name.endswith(".table")
-    return Eight(precision) if eight else PLAIN
-
-
 def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
     """The weights as few matrices as possible: neighbours of one unit are one."""
     runs: list[list[Weight]] = []
@@ -161,5 +159,5 @@ def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
         width = prod(run[0].value.shape[run[0].value.dim() - columns :])
         part = slice(first, first + sum(w.value.numel() for w in run))
         value, gradient = unit.working[part].view(-1, width), unit.gradient[part].view(-1, width)
-        found.append(Matrix(value, gradient, unit.queue, product_of(run[0])))
+        found.append(Matrix(value, gradient, unit.queue, unit.product_of(run[0].name)))
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from partita.model.transformer import build_blocks
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
+from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
 from partita.simulate.predict import request_of
@@ -148,8 +149,9 @@ def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any
 
 def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
     """Units, blocks, executors and reducer of this rank's stages; `fill` sets the units' masters."""
-    place, dtype = context.coords["pp"], DTYPES[job.plan.precision.dtype]
-    units = make_units(laid, place, dtype, context.device, WeightQueue())
+    place, precision = context.coords["pp"], job.plan.precision
+    dtype, product = DTYPES[precision.dtype], partial(product_of, precision)
+    units = make_units(laid, place, dtype, context.device, WeightQueue(), product)
     for unit in units:
         fill(unit)
         unit.round_working()

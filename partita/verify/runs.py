@@ -18,8 +18,9 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.laid import lay
-from partita.parallel.precision.fp8 import PLAIN, Eight
+from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
+from partita.parallel.product import PLAIN
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, summarise
 from partita.simulate.predict import request_of

@@ -24,51 +24,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from partita.parallel.product import PLAIN, Product
 from partita.spec.plan import PrecisionPlan
 
 FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
 HISTORY = 16
 BLOCK = 128
-
-
-class Product(Protocol):
-    """How one weight [rows, columns] is multiplied, forward and backward."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., columns] -> [..., rows]."""
-        ...
-
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy [..., rows] -> [..., columns]."""
-        ...
-
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dy [tokens, rows], x [tokens, columns] -> [rows, columns]."""
-        ...
-
-
-class Plain:
-    """The matmul as it is."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W.T."""
-        return x @ weight.t()
-
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy W."""
-        return dy @ weight
-
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dy.T x."""
-        return dy.t() @ x
-
-
-PLAIN = Plain()
 
 
 @dataclass
@@ -110,6 +76,12 @@ class Eight:
         before = torch.stack(list(seen)).amax(0) if seen else largest
         seen.append(largest)
         return before
+
+
+def product_of(precision: PrecisionPlan, weight: str) -> Product:
+    """How a weight is multiplied under a plan: plainly, or of fp8 inputs; tables stay as they are."""
+    eight = precision.dtype == "fp8" and not weight.endswith(".table")
+    return Eight(precision) if eight else PLAIN
 
 
 def maximum(x: Tensor, granularity: str, dim: int) -> Tensor:
