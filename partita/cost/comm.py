@@ -1,6 +1,7 @@
-"""Seconds of a collective by alpha-beta (Hockney) with ring algorithms (Thakur et al. 2005).
+"""Seconds of a collective, by size, group, algorithm and link.
 
-n ranks, `size` bytes that a rank hands in, alpha seconds a message, beta seconds a byte:
+Measured links (`partita calibrate`), alpha-beta with ring algorithms (Hockney; Thakur et al. 2005), n
+ranks, `size` bytes that a rank hands in, alpha seconds a message, beta seconds a byte:
 
     all_reduce      2 (n-1) alpha + 2 (n-1)/n size beta
     reduce_scatter    (n-1) alpha +   (n-1)/n size beta
@@ -9,13 +10,20 @@ n ranks, `size` bytes that a rank hands in, alpha seconds a message, beta second
     broadcast         (n-1) alpha +           size beta
     send                    alpha +           size beta
 
-Rings are what NCCL takes for large messages; for small ones its trees are faster, so the latency terms
-are upper bounds.
+Published links (`Group`): a group has `inside` ranks on each of `nodes` nodes. A ring leaves a node over
+as many adapters as the group has ranks there, so its rate is min(inner, inside * outer): groups that run
+side by side share the node's adapters by construction. Latency: BASE for a call, HOP for each step inside
+a node, and for each step between nodes of a ring, or of a tree (2 log2 nodes) where that is sooner. An
+all_to_all sends the part for its own node over the inner link and the rest over each rank's adapter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log2
+
+BASE, HOP = 3.0, 0.3  # [empirical] in latencies of the link; nccl-tests on A100 (collectives.csv)
+TREE = 0.9  # [empirical] of a ring's rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,29 @@ class AlphaBeta:
 
     latency_s: float
     bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that meet: `inside` on each of `nodes` nodes, and the links they cross."""
+
+    inside: int
+    nodes: int
+    inner: AlphaBeta
+    outer: AlphaBeta
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.inside * self.nodes
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of a ring through the group, per rank."""
+        if self.nodes == 1:
+            return self.inner.bytes_per_s
+        out = self.inside * self.outer.bytes_per_s
+        return min(self.inner.bytes_per_s, out) if self.inside > 1 else out
 
 
 def steps_and_bytes(collective: str, n: int, size: float) -> tuple[float, float]:
@@ -38,8 +69,36 @@ def steps_and_bytes(collective: str, n: int, size: float) -> tuple[float, float]
 
 
 def seconds(collective: str, n: int, size: float, link: AlphaBeta) -> float:
-    """Time of one collective over n ranks; 0 for a rank alone."""
+    """Time of one collective over n ranks of a measured link; 0 for a rank alone."""
     if n <= 1:
         return 0.0
     messages, through = steps_and_bytes(collective, n, size)
     return messages * link.latency_s + through / link.bytes_per_s
+
+
+def group_seconds(collective: str, group: Group, size: float) -> float:
+    """Time of one collective over a group on published links; 0 for a rank alone."""
+    n = group.size
+    if n <= 1:
+        return 0.0
+    link = group.outer if group.nodes > 1 else group.inner
+    if collective == "send":
+        return link.latency_s + size / link.bytes_per_s
+    messages, through = steps_and_bytes(collective, n, size)
+    rounds = messages / (n - 1)
+    base = BASE * link.latency_s
+    if collective == "all_to_all":
+        return base + HOP * link.latency_s * log2(n) + _all_to_all(group, size)
+    within = rounds * HOP * group.inner.latency_s * (group.inside - 1)
+    if group.nodes == 1:
+        return base + within + through / group.rate
+    ring = rounds * HOP * link.latency_s * (group.nodes - 1) + through / group.rate
+    tree = rounds * HOP * link.latency_s * 2 * ceil(log2(group.nodes)) + through / group.rate / TREE
+    return base + within + min(ring, tree)
+
+
+def _all_to_all(group: Group, size: float) -> float:
+    n = group.size
+    own = (group.inside - 1) / n * size / group.inner.bytes_per_s
+    away = (n - group.inside) / n * size / group.outer.bytes_per_s
+    return max(own, away)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MATMUL_EFFICIENCY = 0.75  # [empirical] large matmuls on published peaks; 1 on measured ones
-
 
 @dataclass(frozen=True, slots=True)
 class Rates:

@@ -154,7 +154,7 @@ class Laid:
         `routing` every expert has its even share."""
         place = self.mesh.coords(rank)["pp"]
         found: dict[tuple[str, str, str, str], list[int]] = {}
-        every = [(c, c.site, {"step": 1}) for c in self._step_calls(place)]
+        every = [(c, c.site, {"step": 1}) for c in self.step_calls(place)]
         for stage in self.stages_of(place):
             every += self._declared(rank, stage, routing)
         for call, site, done in every:
@@ -199,7 +199,7 @@ class Laid:
     def calls(self, place: int) -> list[tuple[Call, str]]:
         """Every call of a rank at a place of pp, as `stage_calls`, and those of the step."""
         found = [c for s in self.stages_of(place) for c in self.stage_calls(s.index)]
-        return found + [(c, c.site) for c in self._step_calls(place)]
+        return found + [(c, c.site) for c in self.step_calls(place)]
 
     def site(self, block: str, region: str) -> str:
         """Full site of a block's region: 'blocks.3' and 'attention.wo:reduce_from' joined; what is named
@@ -210,7 +210,8 @@ class Laid:
         own = writer.partition(".")[0] == block or writer in self.program.tied
         return region if own else f"{block}.{writer}:{kind}"
 
-    def _step_calls(self, place: int) -> list[Call]:
+    def step_calls(self, place: int) -> list[Call]:
+        """Calls of the step that belong to no block, of a rank at a place of pp."""
         last = self.holds_loss(place)
         mine = [op for op in self.program.step if last or "pp" in op.axes]
         return [

@@ -1,0 +1,71 @@
+"""Seconds of one kernel on one device: matmuls by tiles and waves, fused attention, memory-bound work.
+
+A matmul [m, k] @ [k, n] is cut into tiles of its output; each compute unit makes one tile at a time:
+
+    tiles   = ceil(m / tm) * ceil(n / tn) * count
+    waves   = ceil(tiles / units)                      the last wave may be nearly empty
+    seconds = waves * 2 tm tn (k + RAMP) / (rate / units * how well such a tile does)
+
+over the tile that is fastest, split along k where tiles are few. RAMP is what filling and draining a
+tile costs, in elements of k. A kernel never takes less than moving its bytes does, and `launch_s` more.
+Without counted units (CPU, systolic arrays) a matmul is its FLOPs over the rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from partita.cost.machine import Machine
+
+# (rows, columns, how well: smaller tiles read their operands more often)
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.92), (128, 64, 0.72), (64, 64, 0.5))
+RAMP = 96  # [empirical] elements of k
+SPLITS = (1, 2, 4)
+LONG = 384  # [empirical] keys at which fused attention reaches half of what long sequences do
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch: matmul (m, n, k, `count` of them), attention (`flops`), or memory. `bytes` is what it
+    must move; dtype that of its operands."""
+
+    kind: str  # matmul | attention | memory
+    bytes: float = 0.0
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    count: int = 1
+    flops: float = 0.0
+    dtype: str = "bf16"
+
+
+def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
+    """Seconds on the device, launch included."""
+    key = (machine.units, machine.rate(kernel.dtype), machine.attention_rate, machine.memory_rate)
+    return machine.constants.launch_s + _seconds(kernel, *key)
+
+
+@lru_cache(maxsize=200_000)
+def _seconds(k: Kernel, units: int, rate: float, attention: float, memory: float) -> float:
+    moving = k.bytes / memory
+    if k.kind == "memory":
+        return moving
+    if k.kind == "attention":
+        return max(k.flops / (attention * k.k / (k.k + LONG)) if k.flops else 0.0, moving)
+    return max(_matmul(k, units, rate), moving)
+
+
+def _matmul(k: Kernel, units: int, rate: float) -> float:
+    if not units:
+        return 2.0 * k.m * k.n * k.k * k.count / rate
+    best = float("inf")
+    for tm, tn, well in TILES:
+        tiles = ceil(k.m / tm) * ceil(k.n / tn) * k.count
+        one = 2.0 * tm * tn / (rate / units * well)
+        for split in SPLITS if tiles < units else (1,):
+            waves = ceil(tiles * split / units)
+            depth = k.k / split + RAMP * (1 if split == 1 else 2)
+            best = min(best, waves * one * depth)
+    return best

@@ -1,0 +1,146 @@
+"""What a device and its software really reach: facts of the device, and a few fitted constants.
+
+    facts       compute units, the tiles its matmuls are made of: public data, nothing fitted
+    Constants   at most eight a device, fitted once on published runs by `python -m validation.fit`
+    Software    at most two a software era: whether attention is fused, and the host's seconds a kernel;
+                what it overlaps is a fact its authors state
+
+All constants stand in constants.toml; `partita validate` prints them. A machine that was measured
+(`partita calibrate`) has no constants: its rates are what programs reach.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from partita.base.errors import UsageError
+from partita.spec.cluster import Cluster
+
+FILE = Path(__file__).parent / "constants.toml"
+
+# compute units of a device (SMs, CUs); 0: no tiles to count, a measured CPU or a systolic array
+UNITS = {
+    "V100": 80, "A100": 108, "H100": 132, "H100-500W": 132, "B200": 148, "B300": 148,
+    "MI250X": 208, "MI300X": 304, "TPU": 0, "CPU": 0, "GPU": 108,
+}  # fmt: skip
+# rows of hardware.csv that share constants, by the beginning of their name; the first that fits counts
+CLASSES = (
+    ("H100-96GB-HBM2e-500W", "H100-500W"), ("H100", "H100"), ("H200", "H100"), ("H800", "H100"),
+    ("GH200", "H100"), ("A100", "A100"), ("A800", "A100"), ("V100", "V100"), ("GB200", "B200"),
+    ("B200", "B200"), ("GB300", "B300"), ("B300", "B300"), ("MI250X", "MI250X"),
+    ("MI300X", "MI300X"), ("TPU", "TPU"), ("CPU", "CPU"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Fractions of published rates that programs reach, and two times. At most eight a device."""
+
+    matmul: float = 0.75  # of the 16-bit peak (and wider), by large matmuls
+    matmul_fp8: float = 0.6  # of the fp8 peak
+    matmul_fp4: float = 0.4  # of the fp4 peak
+    attention: float = 0.5  # of the 16-bit peak, by fused attention of long sequences
+    memory: float = 0.8  # of the memory's rate
+    inner: float = 0.75  # of the inner link's rate
+    outer: float = 0.8  # of the outer links' rates
+    launch_s: float = 4e-6  # between two kernels on the device
+
+    def with_(self, **changes: float) -> Constants:
+        """Some of them changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What a training program adds: `host_s` seconds of the host a kernel (a device waits for a slow
+    host). The rest are facts: is attention fused, which collectives run beside compute."""
+
+    name: str = "current"
+    flash: bool = True
+    host_s: float = 8e-6
+    overlaps_backward: bool = True  # tp's collectives beside the weight gradients
+    overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
+    scatters_sends: bool = False  # tp ranks with equal tensors send a share each
+    overlaps_gradients: bool = True  # their reduction runs beside the last backward
+    gradient_bytes: int = 4  # an element of a reduced gradient
+
+
+MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster with what it reaches. `class_` names the constants."""
+
+    cluster: Cluster
+    class_: str
+    constants: Constants
+    software: Software
+
+    @property
+    def units(self) -> int:
+        """Compute units that work on tiles; 0 where they are not counted."""
+        return UNITS[self.class_]
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second that elementwise kernels move."""
+        return self.cluster.memory_bytes_per_s * self.constants.memory
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s that large matmuls of a dtype reach."""
+        c = self.constants
+        part = {"fp8": c.matmul_fp8, "fp4": c.matmul_fp4}.get(dtype, c.matmul)
+        return self.cluster.peak(dtype) * part
+
+    @property
+    def attention_rate(self) -> float:
+        """FLOP/s of fused attention in 16 bits; it never runs in fewer."""
+        return self.cluster.peak("bf16") * self.constants.attention
+
+
+def device_class(device: str) -> str:
+    """The name of the constants of a device of hardware.csv."""
+    return next((c for start, c in CLASSES if device.upper().startswith(start.upper())), "GPU")
+
+
+@cache
+def table(file: Path = FILE) -> dict[str, Any]:
+    """The constants as stated: {'device': {class: {...}}, 'software': {name: {...}}}."""
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def constants_of(class_: str, stated: Mapping[str, Any] | None = None) -> Constants:
+    """The constants of a class of devices; a class without its own takes the GPU's."""
+    if class_ == "CPU":
+        return MEASURED
+    devices = (stated or table())["device"]
+    known = {f.name for f in fields(Constants)}
+    values = {**devices.get("GPU", {}), **devices.get(class_, {})}
+    if set(values) - known:
+        raise UsageError(f"no constant '{min(set(values) - known)}' of a device", key=class_)
+    return Constants(**values)
+
+
+def software_of(name: str, stated: Mapping[str, Any] | None = None) -> Software:
+    """A software era by name. Raises UsageError with the known ones."""
+    eras = (stated or table())["software"]
+    if name not in eras:
+        raise UsageError(f"no software '{name}', only {', '.join(eras)}", key="software")
+    return Software(name=name, **eras[name])
+
+
+def machine_of(
+    cluster: Cluster, software: str = "current", stated: Mapping[str, Any] | None = None
+) -> Machine:
+    """The cluster with the constants of its device and of a software era."""
+    class_ = device_class(cluster.device)
+    era = software_of(software, stated)
+    if class_ == "CPU":
+        era = replace(era, host_s=0.0, overlaps_backward=False, overlaps_forward=False)
+    return Machine(cluster, class_, constants_of(class_, stated), era)

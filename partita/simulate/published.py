@@ -1,0 +1,218 @@
+"""A row of a table of published runs as a job that can be predicted, or the reason why it cannot.
+
+Columns are those of validation/measurements.csv. What a row says is taken as it stands; what it leaves out
+follows one rule for all rows (a vocabulary not printed is GPT-2's, a microbatch not printed is 1). Nothing
+here looks at the value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from partita.base.errors import PartitaError
+from partita.spec.cluster import Cluster, Link
+from partita.spec.hardware import find_hardware
+from partita.spec.model import Convention, ModelSpec
+from partita.spec.plan import Plan
+
+Row = Mapping[str, str]
+STEP_METRICS = ("step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
+GPT2_VOCAB = 50257
+DROPOUT = 0.1  # of GPT models before fused attention
+
+# group -> software era, by the beginning of its name; else by device
+ERAS = (
+    ("vtrain", "megatron-deepspeed"), ("mt-nlg", "megatron-deepspeed"), ("korthikanti", "megatron-2022"),
+    ("sc21-t2-zero", "fsdp-2022"), ("sc21", "megatron-2021"), ("megatron-", "megatron-2021"),
+    ("zb-", "megatron-2023"), ("vocabpar", "megatron-2023"), ("llama3", "meta-2024"),
+    ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "megatron-2024"),
+    ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), ("bridge-26.0[24]", "bridge-2025"),
+    ("bridge-skill", "bridge-2025"), ("bridge-", "bridge-2026"), ("maxtext", "xla"), ("palm", "xla"),
+)  # fmt: skip
+SCHEDULES = {
+    "": "1f1b", "none": "1f1b", "1f1b": "1f1b", "1f1b-interleaved": "interleaved_1f1b",
+    "1f1b-interleaved(tunable n)": "interleaved_1f1b", "zb-1p": "zb_h1", "zb-h1": "zb_h1",
+    "zb-2p": "zb_h2", "zb-h2": "zb_h2", "dualpipe": "dualpipe",
+}  # fmt: skip
+DEVICES = {
+    "V100-32GB(DGX-2)": "V100-32GB", "V100-32GB(DGX-2H)": "V100-32GB", "V100": "V100-32GB",
+    "H100": "H100-80GB-SXM", "B200": "B200-SXM", "B300": "B300-SXM", "TPUv3?": "TPUv3",
+}  # fmt: skip
+NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
+RACK = 64  # devices of an NVLink rack that runs use
+
+
+class UnpredictableError(PartitaError):
+    """Why a row cannot be predicted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published configuration: what is asked of the simulator."""
+
+    model: ModelSpec
+    plan: Plan
+    cluster: Cluster
+    software: str
+    seq_len: int
+    micro_batch_size: int
+    global_batch_size: int
+    recompute: str  # for the FLOPs of the hw convention: none | selective | full
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.global_batch_size * self.seq_len
+
+
+def number(row: Row, column: str, default: int | None = None) -> int:
+    """A whole number of a row. Raises UnpredictableError where it is missing and has no default."""
+    text = row.get(column, "").strip()
+    if not text:
+        if default is None:
+            raise UnpredictableError(f"missing column: {column}")
+        return default
+    return int(float(text))
+
+
+def software(row: Row) -> str:
+    """The software era of a row's group."""
+    return next((era for start, era in ERAS if re.match(start, row["group"])), "current")
+
+
+def method(row: Row) -> str:
+    """The variant that a row's notes name ('method redis ...'); '' where they name none."""
+    found = re.match(r"method ([\w-]+)", row.get("notes", ""))
+    return found[1] if found else ""
+
+
+def case(row: Row) -> Case:
+    """The row as a case. Raises UnpredictableError with the reason."""
+    if row["quality"] == "C":
+        raise UnpredictableError("quality C")
+    if method(row) not in ("", "baseline", "redis"):
+        raise UnpredictableError("a schedule outside the families: vocabulary on all stages")
+    seq, batch = number(row, "seq_len"), number(row, "global_batch")
+    spec = model(row, seq)
+    plan, micro = plan_of(row, batch)
+    return Case(spec, plan, cluster(row), software(row), seq, micro, batch, _recompute(row))
+
+
+def model(row: Row, seq: int) -> ModelSpec:
+    """The model of a row, in one of the families."""
+    mlp, name = row["mlp"], row["model_name"]
+    if row.get("experts"):
+        raise UnpredictableError("architecture outside the families: experts")
+    if mlp not in ("gelu", "swiglu"):
+        raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
+    from partita.cost.machine import software_of
+
+    family = "gpt2" if mlp == "gelu" else "llama"
+    drops = family == "gpt2" and not software_of(software(row)).flash
+    heads = number(row, "heads")
+    return ModelSpec(
+        family=family, layers=number(row, "layers"), hidden=number(row, "hidden"), heads=heads,
+        kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", GPT2_VOCAB),
+        max_seq_len=seq, ffn_hidden=number(row, "ffn_hidden"), name=name,
+        dropout=DROPOUT if drops else 0.0,
+    )  # fmt: skip
+
+
+def _recompute(row: Row) -> str:
+    text = row["recompute"]
+    if text.startswith("full"):
+        return "none" if "layer" in text else "full"
+    return "selective" if text.startswith("selective") else "none"
+
+
+def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
+    """The plan of a row and its microbatch size."""
+    tp, pp, cp = (number(row, a, 1) for a in ("tp", "pp", "cp"))
+    devices = number(row, "n_gpus")
+    dp = number(row, "dp", max(devices // (tp * pp * cp), 1))
+    micro = number(row, "microbatch_size", 1)
+    if tp * pp * cp * dp != devices:
+        raise UnpredictableError(
+            f"missing column: {tp}*{pp}*{cp}*{dp} ranks are not {devices} devices"
+        )
+    if batch % (micro * dp):
+        raise UnpredictableError(f"missing column: {batch} is no multiple of {micro} * {dp}")
+    vpp = number(row, "vpp", 1)
+    name = SCHEDULES.get(row["schedule"].lower())
+    if name is None:
+        raise UnpredictableError(f"a schedule that is not described: {row['schedule']}")
+    if pp == 1 or (name == "interleaved_1f1b" and vpp == 1):
+        name, vpp = "1f1b", 1
+    plan = Plan().with_("mesh", pp=pp, tp=tp, cp=cp, sp=row["seqpar"] == "yes" and tp > 1)
+    plan = plan.with_(
+        "pipeline", schedule=name, virtual_stages=vpp, num_microbatches=batch // (micro * dp)
+    )
+    plan = _sharded(_even(plan, row), row, dp)
+    return plan.with_("recompute", mode=_recompute(row)).with_(
+        "precision", dtype=_dtype(row)
+    ), micro
+
+
+def _even(plan: Plan, row: Row) -> Plan:
+    """As many layers on every stage, where they divide; else the balanced split stands."""
+    layers, stages = number(row, "layers"), plan.mesh.pp * plan.pipeline.virtual_stages
+    if stages == 1 or layers % stages or method(row) == "redis":
+        return plan
+    return plan.with_("pipeline", split=(layers // stages,) * stages)
+
+
+def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
+    text = row["zero_or_fsdp"]
+    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 2, "fsdp": 3}
+    stage = next((s for start, s in stages.items() if text.startswith(start)), 0)
+    if not stage:
+        return plan.with_("mesh", dp_replicate=dp)
+    return plan.with_("mesh", dp_shard=dp).with_("data", zero_stage=stage)
+
+
+def _dtype(row: Row) -> str:
+    text = row["precision"]
+    return "fp8" if text.startswith(("fp8", "mxfp8", "nvfp4")) else "bf16"
+
+
+def cluster(row: Row) -> Cluster:
+    """The devices of a row with their published links; the network of a source where it is stated."""
+    devices = number(row, "n_gpus")
+    hardware = find_hardware(DEVICES.get(row["gpu_type"], row["gpu_type"]))
+    node = min(number(row, "gpus_per_node", hardware.node_devices), devices)
+    domain = node
+    if hardware.domain_devices > hardware.node_devices:
+        domain = min(RACK if hardware.domain_devices == 72 else hardware.domain_devices, devices)
+    links = []
+    if domain > 1:
+        links.append(
+            Link(hardware.intra_name, domain, hardware.intra_bytes_per_s, hardware.intra_latency_s)
+        )
+    if domain < devices:
+        network = next((b for g, b in NETWORKS.items() if row["group"].startswith(g)), None)
+        rate = network or hardware.inter_bytes_per_s
+        links.append(Link("network", devices, rate, hardware.inter_latency_s))
+    return Cluster(
+        f"{devices}x{hardware.name}", devices, node, hardware.name, hardware.memory_bytes,
+        hardware.peak_flops, hardware.memory_bytes_per_s, tuple(links),
+    )  # fmt: skip
+
+
+def measured_seconds(row: Row, found: Case, convention: Convention) -> float:
+    """The row's value as the seconds of a step, its FLOPs counted by `convention`."""
+    value, devices = float(row["value"]), found.cluster.devices
+    if row["metric"] == "step_time_s":
+        return value
+    if row["metric"] == "tokens_per_s_per_gpu":
+        return found.tokens / (value * devices)
+    per_token = found.model.train_flops_per_token(
+        found.seq_len,
+        convention,
+        found.recompute,
+    )
+    rate = value * 1e12 if row["metric"] == "tflops_per_gpu" else 0.0
+    if row["metric"] == "mfu":
+        rate = value / 100 * found.cluster.peak("bf16")
+    return per_token * found.tokens / (rate * devices)

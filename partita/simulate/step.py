@@ -1,0 +1,78 @@
+"""What runs once a step: the gradients' reduction, the optimizer, the small sums.
+
+A reduction that the program gives its own lane (dp) runs beside the backward of the last microbatch, block by
+block: only the last block's share, and what is longer than that backward, is seen. A program that reduces
+afterwards (Software) shows all of it. The optimizer passes every state through memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from partita.cost.machine import Machine
+from partita.parallel.laid import Laid
+from partita.parallel.read import Call
+from partita.parallel.room import axis_name
+from partita.simulate.stage import StageTime, Works, call_seconds
+
+GRADIENT_PASSES = 4  # zeroed, measured for the norm, scaled, read by the update
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds that follow the schedule: exposed collectives by axis, and the update."""
+
+    comm_s: dict[str, float] = field(default_factory=dict)
+    optimizer_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(self.comm_s.values()) + self.optimizer_s
+
+
+def step_time(
+    laid: Laid, works: Works, stages: Sequence[StageTime], machine: Machine, busy: float = 1.0
+) -> StepTime:
+    """That of the dearest rank."""
+    comm: dict[str, float] = {}
+    update = 0.0
+    for place, once in enumerate(works.once):
+        mine = [s.index for s in laid.stages_of(place)]
+        blocks = sum(works.stages[i].blocks for i in mine)
+        backward_s = sum(stages[i].backward_s for i in mine) * busy
+        found = _reduction(laid, once, backward_s * (blocks - 1) / blocks, machine)
+        if sum(found.values()) > sum(comm.values()):
+            comm = found
+        update = max(update, sum(update_bytes(works.stages[i].states) for i in mine))
+    return StepTime(comm, update / machine.memory_rate * busy)
+
+
+def _reduction(
+    laid: Laid, once: tuple[Call, ...], room: float, machine: Machine
+) -> dict[str, float]:
+    """What of the step's collectives is not hidden under `room` seconds of the last backward."""
+    seen: dict[str, float] = defaultdict(float)
+    beside: dict[str, float] = defaultdict(float)
+    for call, times in Counter(once).items():
+        s = times * call.times * call_seconds(_scaled(call, machine), laid, machine)
+        (beside if call.lane == "dp" else seen)[axis_name(call.axes)] += s
+    total = sum(beside.values())
+    hidden = min(total, room) if machine.software.overlaps_gradients else 0.0
+    for axis, s in beside.items():
+        seen[axis] += s * (total - hidden) / total if total else 0.0
+    return {axis: s for axis, s in seen.items() if s}
+
+
+def _scaled(call: Call, machine: Machine) -> Call:
+    """A program that reduces 16-bit gradients sends half of the declared bytes."""
+    if call.lane != "dp" or machine.software.gradient_bytes == 4:
+        return call
+    return replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
+
+
+def update_bytes(states: Mapping[str, int]) -> float:
+    """Bytes that the update moves: parameters written, gradients passed over, states read and written."""
+    return states["parameters"] + GRADIENT_PASSES * states["gradients"] + 2 * states["optimizer"]

@@ -1,0 +1,216 @@
+"""Holds the simulator against a table of published runs, group by group.
+
+mape      mean |predicted / measured - 1| of the step times of a group
+baseline  the same of one efficiency fitted to the group, times the bubble formula: FLOPs with recomputation
+          over devices and peak, times 1 + (p-1)/(v m)
+left out  the same with constants that were fitted without the group
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from partita.base.errors import PlanError, UsageError
+from partita.cost.machine import machine_of
+from partita.parallel.laid import Laid, Request, lay
+from partita.simulate.predict import timed
+from partita.simulate.published import (
+    STEP_METRICS,
+    Case,
+    Row,
+    UnpredictableError,
+    case,
+    measured_seconds,
+    method,
+)
+from partita.simulate.stage import Works, works_of
+from partita.spec.model import Convention, ModelSpec
+from partita.spec.plan import Plan
+
+COLUMNS = ("id", "group", "metric", "value", "gpu_type", "n_gpus", "seq_len", "global_batch")
+CONFIGURATION = (
+    "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus", "tp", "pp",
+    "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule", "microbatch_size", "global_batch",
+    "precision", "recompute", "seqpar", "group",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row, predicted."""
+
+    row: Row
+    case: Case
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Signed and relative."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table. Raises UsageError where the file or a column is missing."""
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}", key="FILE", file=str(path))
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    missing = [c for c in COLUMNS if rows and c not in rows[0]]
+    if missing or not rows:
+        text = f"{path} has no column {', '.join(missing)}" if missing else f"{path} has no rows"
+        raise UsageError(text, key="FILE", file=str(path))
+    return [{k: v or "" for k, v in row.items() if k} for row in rows]
+
+
+def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
+    """Seconds of a step of a published configuration."""
+    machine = machine_of(found.cluster, found.software, constants)
+    plan = found.plan
+    laid, works = _laid(_shortest(plan), found.model, found.seq_len, found.micro_batch_size)
+    return timed(laid, machine, plan.num_microbatches, works).seconds
+
+
+def _shortest(plan: Plan) -> Plan:
+    """The plan with the fewest microbatches that lay it: what one microbatch does is the same."""
+    p, m = plan.mesh.pp, plan.num_microbatches
+    fewest = 1 if p == 1 else min(m, 4 * p + m % p)
+    return plan.with_("pipeline", num_microbatches=fewest)
+
+
+@lru_cache(maxsize=4096)
+def _laid(plan: Plan, model: ModelSpec, seq_len: int, micro: int) -> tuple[Laid, Works]:
+    laid = lay(Request(plan, model, seq_len, micro))
+    return laid, works_of(laid)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A row that was not predicted."""
+
+    row: Row
+    reason: str
+
+
+def score(
+    rows: Iterable[Row], constants: Mapping[str, Any] | None = None
+) -> tuple[list[Scored], list[Skip]]:
+    """Predicts every step-time row; each configuration once, step time or tokens/s first."""
+    found: list[Scored] = []
+    skipped: list[Skip] = []
+    seconds: dict[tuple[str, ...], float] = {}
+    for row in _once(rows):
+        try:
+            one = case(row)
+            key = (*(row.get(c, "") for c in CONFIGURATION), method(row))
+            if key not in seconds:
+                seconds[key] = predict(one, constants)
+        except UnpredictableError as error:
+            skipped.append(Skip(row, str(error)))
+            continue
+        except PlanError as error:
+            rules = dict.fromkeys(f"{p.room}: {p.rule}" for p in error.problems)
+            skipped.append(Skip(row, f"refused, {', '.join(rules)}"))
+            continue
+        except UsageError as error:
+            skipped.append(Skip(row, f"refused, {error}"))
+            continue
+        measured = measured_seconds(row, one, convention_of(row))
+        found.append(Scored(row, one, seconds[key], measured))
+    return _best_convention(found), skipped
+
+
+def convention_of(row: Row) -> Convention:
+    """How the row counts FLOPs; 'model' says no more than that nothing is counted twice."""
+    known: dict[str, Convention] = {"hw": "hw", "model_causal": "model_causal"}
+    return known.get(row["flops_conv"], "model_full")
+
+
+def _once(rows: Iterable[Row]) -> list[Row]:
+    """Step-time rows, one a configuration."""
+    order = {m: i for i, m in enumerate(STEP_METRICS)}
+    kept: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["metric"] not in order:
+            continue
+        key = (*(row.get(c, "") for c in CONFIGURATION), method(row), _revision(row))
+        if key not in kept or order[row["metric"]] < order[kept[key]["metric"]]:
+            kept[key] = row
+    return list(kept.values())
+
+
+def _revision(row: Row) -> str:
+    """Repeated runs of one configuration count each."""
+    if "noise" not in row.get("use_for", ""):
+        return ""
+    return row["id"] if row["metric"] in ("step_time_s", "tokens_per_s_per_gpu") else "-"
+
+
+def _best_convention(found: list[Scored]) -> list[Scored]:
+    """Where a group says 'model', the convention with the smaller error counts, once for the group."""
+    out: list[Scored] = []
+    for group in dict.fromkeys(s.row["group"] for s in found):
+        own = [s for s in found if s.row["group"] == group]
+        open_rows = [s for s in own if s.row["flops_conv"] == "model"]
+        ways = [own]
+        if open_rows:
+            ways.append([_recounted(s, "model_causal") for s in own])
+        out += min(ways, key=lambda w: sum(abs(s.error) for s in w))
+    return out
+
+
+def _recounted(s: Scored, convention: Convention) -> Scored:
+    if s.row["flops_conv"] != "model":
+        return s
+    return replace(s, measured_s=measured_seconds(s.row, s.case, convention))
+
+
+def baseline(scored: Sequence[Scored]) -> float:
+    """Mean error of one efficiency, fitted so that it is least, times the bubble formula."""
+    ideal = [_ideal(s.case) for s in scored]
+    ratios = sorted(s.measured_s / i for s, i in zip(scored, ideal, strict=True))
+    errors = (
+        sum(abs(f * i / s.measured_s - 1) for s, i in zip(scored, ideal, strict=True))
+        for f in ratios
+    )
+    return min(errors) / len(scored)
+
+
+def _ideal(c: Case) -> float:
+    flops = c.tokens * c.model.train_flops_per_token(c.seq_len, "hw", c.recompute)
+    plan = c.plan
+    stages = plan.mesh.pp * plan.pipeline.virtual_stages
+    bubble = (plan.mesh.pp - 1) / (plan.pipeline.virtual_stages * plan.num_microbatches)
+    rate = c.cluster.devices * c.cluster.peak(plan.precision.dtype)
+    return flops / rate * (1 + bubble if stages > 1 else 1)
+
+
+def mape(scored: Sequence[Scored]) -> float | None:
+    """Mean error of step times."""
+    return sum(abs(s.error) for s in scored) / len(scored) if scored else None
+
+
+def summary(scored: Sequence[Scored], left_out: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A line a group."""
+    lines = []
+    for group in sorted({s.row["group"] for s in scored}):
+        own = [s for s in scored if s.row["group"] == group]
+        errors = [abs(s.error) for s in own]
+        lines.append({
+            "group": group, "metric": "step_time_s", "n": len(own),
+            "mape": sum(errors) / len(errors), "median": median(errors), "max": max(errors),
+            "baseline_mape": baseline(own), "left_out_mape": left_out.get(group),
+        })  # fmt: skip
+    return lines
+
+
+def reasons(skipped: Iterable[Skip]) -> dict[str, int]:
+    """How many rows for each reason."""
+    return dict(Counter(s.reason for s in skipped).most_common())

@@ -1,0 +1,88 @@
+"""What `partita validate` answers: lines by group and metric, rows, reasons, constants."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from partita.cost import machine
+from partita.cost.machine import constants_of, device_class, table
+from partita.simulate.published import Row
+from partita.simulate.validate import Scored, Skip, mape, read_rows, reasons, score, summary
+
+LEFT_OUT = machine.FILE.parent / "constants_left_out.toml"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Everything found about a table."""
+
+    groups: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    skipped: dict[str, int]
+    calibration: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `validate --json`."""
+        return {
+            "groups": self.groups,
+            "skipped": self.skipped,
+            "calibration": self.calibration,
+        }
+
+
+def validation(path: Path) -> Validation:
+    """Predicts the rows of a table. Raises UsageError for a file that is none."""
+    rows = read_rows(path)
+    scored, skipped = score(rows)
+    lines = summary(scored, _left_out(rows, scored))
+    out = [
+        {"id": s.row["id"], "predicted": s.predicted_s, "measured": s.measured_s, "error": s.error}
+        for s in scored
+    ]
+    return Validation(lines, out, reasons(skipped), _calibration(scored, skipped))
+
+
+@cache
+def left_out_constants() -> dict[str, Any]:
+    """group -> the constants that a fit without it changes."""
+    return tomllib.loads(LEFT_OUT.read_text(encoding="utf-8")) if LEFT_OUT.is_file() else {}
+
+
+def merged(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants with some changed."""
+    base = table()
+    return {
+        kind: {n: {**base[kind].get(n, {}), **changes.get(kind, {}).get(n, {})} for n in base[kind]}
+        for kind in base
+    }
+
+
+def _left_out(rows: list[dict[str, str]], scored: list[Scored]) -> dict[str, float | None]:
+    """Errors of each group with the constants that were fitted without it. A group that no fit saw has
+    one error, in and out."""
+    known, found = left_out_constants(), {}
+    for group in {s.row["group"] for s in scored}:
+        own: list[Row] = [r for r in rows if r["group"] == group]
+        if group in known:
+            found[group] = mape(score(own, merged(known[group]))[0])
+        else:
+            found[group] = mape([s for s in scored if s.row["group"] == group])
+    return found
+
+
+def _calibration(scored: list[Scored], skipped: list[Skip]) -> dict[str, Any]:
+    """Every constant that took part."""
+    classes = sorted({device_class(s.case.cluster.device) for s in scored})
+    eras = sorted({s.case.software for s in scored})
+    names = constants_of("GPU").__dataclass_fields__
+    return {
+        "device": {c: {n: getattr(constants_of(c), n) for n in names} for c in classes},
+        "software": {e: table()["software"][e] for e in eras},
+        "fitted_on": table().get("fitted_on", {}),
+        "not_predicted_step_time_rows": len(skipped),
+    }

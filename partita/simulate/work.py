@@ -1,0 +1,180 @@
+"""The kernels of a laid block, read off its ops: what runs forward, and in each half of backward.
+
+    linear      a matmul; linears side by side that read one tensor are one. Backward: one for the input
+                (I), one for the weight (W), which adds to the stored gradient
+    attention   fused (three reads): half of its square, causal; backward 2.5 times. Explicit: batched
+                matmuls over the whole square, and the probabilities pass through memory
+    elementwise neighbours (bias, map, mask) are one kernel: it reads what comes from outside, writes its end
+    the rest    what it reads and writes passes through memory
+
+Nothing here knows a room, an axis or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from partita.cost.kernels import Kernel
+from partita.parallel.read import BYTES, replayed, tensor_bytes
+from partita.spec.program import Block, Op, Sizes
+
+ELEMENTWISE = ("bias", "map", "mask")
+FLASH_BACKWARD = 2.5  # five matmuls for two: the scores are made again
+STATE_BYTES = 8  # a weight's gradient is read and written as it grows
+FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, backward
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """Kernels of one microbatch in a block. `again`: what recomputation runs in B before I."""
+
+    forward: tuple[Kernel, ...]
+    input: tuple[Kernel, ...]
+    weight: tuple[Kernel, ...]
+    again: tuple[Kernel, ...]
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Kernels that the host starts, forward and backward."""
+        return len(self.forward), len(self.again) + len(self.input) + len(self.weight)
+
+
+def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
+    """Reads a laid block. `matmul_dtype` is what linears compute in, where it is not their tensors'."""
+    groups = list(_groups(block.ops()))
+    forward: list[Kernel] = []
+    back: list[Kernel] = []
+    weight: list[Kernel] = []
+    for group in groups:
+        f, i, w = _kernels(group, block, sizes, matmul_dtype)
+        forward += f
+        back += i
+        weight += w
+    names = {op.name for op in replayed(block)}
+    again = [
+        kernel
+        for group in _groups([op for op in block.ops() if op.name in names])
+        for kernel in _kernels(group, block, sizes, matmul_dtype)[0]
+    ]
+    return BlockWork(tuple(forward), tuple(back), tuple(weight), tuple(again))
+
+
+def _groups(ops: Iterable[Op]) -> Iterable[list[Op]]:
+    """Ops that are one kernel: elementwise neighbours, linears of one input."""
+    held: list[Op] = []
+    for op in ops:
+        together = held and not op.is_region and not held[-1].is_region and _joins(held[-1], op)
+        if held and not together:
+            yield held
+            held = []
+        held.append(op)
+    if held:
+        yield held
+
+
+def _joins(before: Op, op: Op) -> bool:
+    if op.kind in ELEMENTWISE and before.kind in ELEMENTWISE:
+        return True
+    return op.kind == before.kind == "linear" and op.reads == before.reads
+
+
+def _kernels(
+    group: Sequence[Op], block: Block, sizes: Sizes, dtype: str
+) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    """Forward, input half and weight half of ops that run as one."""
+    first = group[0]
+    if first.is_region:
+        return [], [], []
+    if first.kind == "linear":
+        return _linear(group, block, sizes, dtype)
+    if first.kind == "attention":
+        return _attention(first, block, sizes)
+    if first.kind in ELEMENTWISE:
+        return _elementwise(group, block, sizes)
+    return _passes(first, block, sizes)
+
+
+def _bytes(names: Iterable[str], block: Block, sizes: Sizes) -> float:
+    return float(sum(tensor_bytes(block.tensors[n], sizes) for n in names))
+
+
+def _linear(
+    group: Sequence[Op], block: Block, sizes: Sizes, dtype: str
+) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    n = 0
+    first = group[0]
+    x, w = block.tensors[first.reads[0]], block.tensors[first.weights[0]]
+    out = {d.name for d in block.tensors[first.writes].dims}
+    inputs, own = {d.name for d in x.dims}, {d.name for d in w.dims}
+    space = {d.name: d.local(sizes) for d in first.space}
+    count = prod(s for d, s in space.items() if d in own and d in inputs and d in out)
+    k = prod(s for d, s in space.items() if d in first.sums)
+    m = prod(s for d, s in space.items() if d not in own)
+    for op in group:
+        local = {d.name: d.local(sizes) for d in op.space}
+        n += prod(local.values()) // (count * k * m)
+    size, kind = BYTES[w.dtype], dtype or w.dtype
+    moved = float(size * count * (m * k + k * n + m * n))
+    grown = moved + STATE_BYTES * count * k * n
+    return (
+        [Kernel("matmul", moved, m, n, k, count, dtype=kind)],
+        [Kernel("matmul", moved, m, k, n, count, dtype=kind)],
+        [Kernel("matmul", grown, n, k, m, count, dtype=kind)],
+    )
+
+
+def _attention(
+    op: Op, block: Block, sizes: Sizes
+) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    local = {d.name: d.local(sizes) for d in op.space}
+    points = prod(local.values())
+    moved = _bytes((*op.reads, op.writes), block, sizes)
+    if len(op.reads) == 3:
+        flops, keys = points * op.flops_per_point / 2, local["keys"]
+        fused = Kernel("attention", moved, k=keys, flops=flops)
+        back = Kernel("attention", 2.5 * moved, k=keys, flops=FLASH_BACKWARD * flops)
+        return [fused], [back], []
+    count = local["batch"] * local["heads"]
+    m, n, k = local["seq"], local["keys"], local["head_dim"]
+    if "keys" in op.sums:
+        n, k = k, n
+    dtype = block.tensors[op.reads[0]].dtype
+    product = Kernel("matmul", moved, m, n, k, count, dtype=dtype)
+    back = [
+        Kernel("matmul", moved, m, k, n, count, dtype=dtype),
+        Kernel("matmul", moved, n, k, m, count, dtype=dtype),
+    ]
+    if "keys" in op.sums:
+        return [product], back, []
+    scores = _bytes((op.writes,), block, sizes)
+    return (
+        [product, Kernel("memory", 2 * scores)],
+        [Kernel("memory", 3 * scores), *back],
+        [],
+    )
+
+
+def _elementwise(
+    group: Sequence[Op], block: Block, sizes: Sizes
+) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    made = {op.writes for op in group}
+    outside = {r for op in group for r in op.reads} - made
+    needed = {n for op in group if op.kind == "mask" for n in (op.writes,)}
+    end = group[-1].writes
+    moved = _bytes({*outside, *needed, end}, block, sizes)
+    biases = _bytes((op.writes for op in group if op.kind == "bias"), block, sizes)
+    back = [Kernel("memory", moved)]
+    half = [Kernel("memory", biases)] if biases else []
+    return [Kernel("memory", moved)], back, half
+
+
+def _passes(op: Op, block: Block, sizes: Sizes) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    out = _bytes((op.writes,), block, sizes)
+    if op.kind in FULL_PASSES:
+        forward, back = FULL_PASSES[op.kind]
+        return [Kernel("memory", forward * out)], [Kernel("memory", back * out)], []
+    moved = _bytes((*op.reads, op.writes), block, sizes)
+    back = [Kernel("memory", moved)] if op.saves else []
+    return [Kernel("memory", moved)], back, []

@@ -1,0 +1,97 @@
+"""What must hold of every prediction, whatever its constants."""
+
+from dataclasses import replace
+
+import pytest
+
+import partita as pt
+from partita.cost.machine import machine_of
+from partita.parallel.laid import lay
+from partita.simulate.predict import request_of, simulate, timed
+from partita.simulate.stage import works_of
+from partita.spec.cluster import Cluster
+
+PLANS = (
+    "", "dp_replicate4 2mb", "tp4", "tp4+sp bf16", "pp4:1f1b/8mb bf16",
+    "pp2:gpipe/4mb tp2+sp bf16 recompute:full",
+    "pp2:1f1b/4mb dp_replicate2 tp2 bf16 recompute:selective",
+)  # fmt: skip
+
+
+def job(plan, **cluster):
+    world = {"device": "a100", "devices": 16, "devices_per_node": 2, **cluster}
+    model = {
+        "family": "gpt2", "layers": 8, "hidden": 2048, "heads": 16, "vocab": 50257, "max_seq_len": 2048
+    }  # fmt: skip
+    return pt.Job.of(model, world, plan, global_batch_size=16, seq_len=1024)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_parts_of_time_add_up_to_the_step(plan):
+    p = simulate(job(plan))
+    parts = p.time["compute_s"] + p.time["bubble_s"] + p.time["optimizer_s"]
+    assert parts + sum(p.time["exposed_comm_s"].values()) == pytest.approx(p.step_time_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("what", ["links", "memory", "peak"])
+def test_more_bandwidth_never_slows(plan, what):
+    slow = job(plan)
+    c = slow.cluster
+    links = tuple(replace(x, bytes_per_s=2 * x.bytes_per_s) for x in c.links)
+    peaks = {name: 2 * value for name, value in c.peak_flops.items()}
+    fast = {
+        "links": replace(c, links=links),
+        "memory": replace(c, memory_bytes_per_s=2 * c.memory_bytes_per_s),
+        "peak": replace(c, peak_flops=peaks),
+    }[what]
+    assert simulate(replace(slow, cluster=fast)).step_time_s <= simulate(slow).step_time_s
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_less_memory_never_helps(plan):
+    fits = [simulate(job(plan, memory_bytes=n)).fits for n in (80e9, 40e9, 10e9, 2e9, 5e8)]
+    assert fits == sorted(fits, reverse=True)
+
+
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_every_call_is_priced_once(plan):
+    """The work that is priced holds each declared byte of the busiest rank, no more."""
+    one = job(plan)
+    laid = lay(request_of(one))
+    works, m = works_of(laid), one.plan.num_microbatches
+    for place in range(laid.sizes["pp"]):
+        priced = sum(c.times * c.bytes for c in works.once[place])
+        for stage in laid.stages_of(place):
+            work = works.stages[stage.index]
+            priced += sum(m * p.times * c.times * c.bytes for p in work.parts for c in p.calls)
+            priced += sum(m * c.times * c.bytes for c in work.sends)
+        declared = sum(
+            c.times * c.bytes * (1 if c.phase == "step" else m) for c, _ in laid.calls(place)
+        )
+        assert priced == declared
+
+
+def test_a_slow_host_is_waited_for():
+    one = job("bf16 16mb")
+    machine = machine_of(one.cluster)
+    slow = replace(machine, software=replace(machine.software, host_s=1e-3))
+    laid = lay(request_of(one))
+    assert timed(laid, slow, 16).seconds > 2 * timed(laid, machine, 16).seconds
+
+
+def test_sixteen_thousand_ranks_take_a_moment():
+    import time
+
+    one = pt.Job.of("llama3-405b", "16384xh100", "pp16:1f1b/16mb dp_replicate128 tp8+sp bf16",
+                    global_batch_size=2048, seq_len=8192)  # fmt: skip
+    simulate(one)
+    start = time.process_time()
+    simulate(one)
+    assert time.process_time() - start < 0.2
+
+
+def test_a_cluster_of_cores_has_no_fitted_constants():
+    machine = machine_of(Cluster.from_preset("laptop"))
+    assert machine.rate("fp32") == machine.cluster.peak("fp32")
+    assert machine.software.host_s == 0

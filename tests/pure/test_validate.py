@@ -1,0 +1,99 @@
+"""The simulator beside what others measured: the bounds that the documentation states."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from partita.cli.main import application
+from partita.cost.machine import Constants, Software, table
+from partita.simulate.published import UnpredictableError, case, measured_seconds
+from partita.simulate.validate import read_rows, score, summary
+
+FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
+# group -> bound of the mean error: what was reached, and a little more
+BOUNDS = {"sc21-t1": 0.05, "megatron-2020": 0.03}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return read_rows(FILE)
+
+
+def test_groups_hold_their_bounds(rows):
+    scored, _ = score([r for r in rows if r["group"] in BOUNDS])
+    for line in summary(scored, {}):
+        assert line["mape"] <= BOUNDS[line["group"]], line
+
+
+def test_constants_are_few():
+    assert len(Constants.__dataclass_fields__) <= 8
+    facts = {f for f in Software.__dataclass_fields__ if f not in ("flash", "host_s")}
+    for era in table()["software"].values():
+        assert len(era.keys() - facts) <= 2
+
+
+def test_the_value_is_never_looked_at(rows):
+    row = next(r for r in rows if r["group"] == "sc21-t1")
+    found = case(row)
+    assert case({**row, "value": "1"}) == found
+    assert measured_seconds({**row, "value": "1"}, found, "hw") > 100
+
+
+def test_a_value_in_each_metric_is_one_step_time(rows):
+    """Megatron's table prints both: they are one measurement."""
+    pairs: dict[tuple[str, ...], list[float]] = {}
+    for row in (r for r in rows if r["group"] == "megatron-2020"):
+        key = (row["model_name"], row["n_gpus"], row["gpu_type"])
+        pairs.setdefault(key, []).append(measured_seconds(row, case(row), "hw"))
+    for first, second in pairs.values():
+        assert first == pytest.approx(second, rel=0.02)
+
+
+def test_reasons_are_told(rows):
+    row = next(r for r in rows if r["group"] == "sc21-t1")
+    for change, words in (
+        ({"quality": "C"}, "quality C"),
+        ({"global_batch": ""}, "missing column: global_batch"),
+        ({"mlp": "relu2"}, "outside the families"),
+    ):
+        with pytest.raises(UnpredictableError, match=words):
+            case({**row, **change})
+
+
+def run(tmp_path, rows, *words):
+    path = tmp_path / "table.csv"
+    with path.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    line = ["validate", str(path), *words]
+    return CliRunner().invoke(application(line), line)
+
+
+def test_the_verb_answers_as_the_contract_says(tmp_path, rows):
+    few = [r for r in rows if r["group"] in ("sc21-t1", "pipedream")]
+    out = tmp_path / "rows.csv"
+    document = json.loads(run(tmp_path, few, "--json", "--rows", str(out)).stdout)
+    assert document["format"] == 1
+    (line,) = [g for g in document["groups"] if g["group"] == "sc21-t1"]
+    assert line.keys() == {
+        "group", "metric", "n", "mape", "median", "max", "baseline_mape", "left_out_mape"
+    }  # fmt: skip
+    assert isinstance(document["skipped"], dict)
+    assert document["calibration"]["device"]["A100"]["matmul"] > 0
+    written = read_lines(out)
+    assert written[0].keys() == {"id", "predicted", "measured", "error"}
+    assert len(written) == line["n"]
+
+
+def read_lines(path):
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_table_with_missing_columns_is_told(tmp_path):
+    result = run(tmp_path, [{"id": "1", "group": "x"}])
+    assert "has no column metric, value" in str(result.exception)

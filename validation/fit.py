@@ -1,0 +1,202 @@
+"""Fits the constants of partita/cost/constants.toml on published runs: `python -m validation.fit`.
+
+Gauss-Newton on log(predicted / measured). Each group weighs the same, whatever its number of rows; a row far
+off weighs less (soft L1 at SCALE); a constant stays near its first guess where the data say nothing
+(one standard deviation: PRIOR of its logarithm). Of vtrain-single every fifth row is used. A constant is
+varied on the rows that depend on it: those of its device, or of its software era.
+
+A group is left out by Gauss-Newton steps from the optimum with its rows' weights set to 0 and the
+Jacobian kept; the constants that this changes are written to constants_left_out.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from partita.cost.machine import FILE, Constants, device_class, table
+from partita.simulate.validate import Scored, read_rows, score
+
+HERE = Path(__file__).parent
+SCALE, PRIOR, STEP = 0.08, 0.25, 0.02
+THINNED = {"vtrain-single": 5}
+# Groups that take part in no fit: one row, or software that nobody else describes
+REPORTED_ONLY = ("megatron-v1", "palm", "opt", "nnscaler", "zero", "sc21-fig18", "ds-ulysses")
+HEADER = "# Fitted by `python -m validation.fit`; docs/validation.md says on what.\n"
+
+
+def names_of(scored: Sequence[Scored]) -> list[tuple[str, str, str]]:
+    """The constants that the rows depend on: (device | software, class, constant)."""
+    classes = sorted({device_class(s.case.cluster.device) for s in scored})
+    eras = sorted({s.case.software for s in scored})
+    found = [("device", c, n) for c in classes for n in _constants(c, scored)]
+    return found + [("software", e, "host_s") for e in eras if e != "xla"]
+
+
+def _constants(class_: str, scored: Sequence[Scored]) -> list[str]:
+    own = [s for s in scored if device_class(s.case.cluster.device) == class_]
+    low = {s.row["precision"][:5] for s in own}
+    skip = set()
+    if not any(p.startswith(("fp8", "mxfp8")) for p in low):
+        skip.add("matmul_fp8")
+    if "nvfp4" not in low:
+        skip.add("matmul_fp4")
+    if class_ == "TPU":
+        skip.add("launch_s")
+    return [n for n in Constants.__dataclass_fields__ if n not in skip]
+
+
+class Fit:
+    """Rows, constants and their Jacobian."""
+
+    def __init__(self, rows: Sequence[dict[str, str]]) -> None:
+        self.table: dict[str, Any] = copy.deepcopy(table())
+        self.rows = rows
+        self.scored = score(rows, self.table)[0]
+        self.names = names_of(self.scored)
+        self.first = np.log([self.get(n) for n in self.names])
+        groups = Counter(s.row["group"] for s in self.scored)
+        self.weight = np.array([groups[s.row["group"]] ** -0.5 for s in self.scored])
+        self.groups = np.array([s.row["group"] for s in self.scored])
+
+    def get(self, name: tuple[str, str, str]) -> float:
+        """A constant's value."""
+        kind, member, constant = name
+        own = self.table[kind].get(member, {})
+        other = self.table["device"].get("GPU", {}) if kind == "device" else {}
+        return own.get(constant, other.get(constant, getattr(Constants(), constant, 1e-5)))
+
+    def put(self, x: np.ndarray) -> None:
+        """Sets all constants from their logarithms."""
+        for (kind, member, constant), value in zip(self.names, np.exp(x), strict=True):
+            self.table[kind].setdefault(member, {})[constant] = float(f"{value:.4g}")
+
+    def residuals(self, which: np.ndarray | None = None) -> np.ndarray:
+        """log(predicted / measured) of all rows, or of some."""
+        rows = [s.row for s, w in zip(self.scored, _all(which, self.scored), strict=True) if w]
+        found = {s.row["id"]: s for s in score(rows, self.table)[0]}
+        return np.array(
+            [np.log(found[r["id"]].predicted_s / found[r["id"]].measured_s) for r in rows]
+        )
+
+    def jacobian(self, x: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """Differences, each constant on the rows that depend on it."""
+        found = np.zeros((len(r), len(x)))
+        for j, (kind, member, _) in enumerate(self.names):
+            mine = np.array([self._depends(s, kind, member) for s in self.scored])
+            moved = x.copy()
+            moved[j] += STEP
+            self.put(moved)
+            found[mine, j] = (self.residuals(mine) - r[mine]) / STEP
+        self.put(x)
+        return found
+
+    @staticmethod
+    def _depends(s: Scored, kind: str, member: str) -> bool:
+        is_device = kind == "device"
+        return (device_class(s.case.cluster.device) if is_device else s.case.software) == member
+
+    def step(self, x: np.ndarray, r: np.ndarray, j: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """One damped Gauss-Newton step."""
+        robust = (1 + (r / SCALE) ** 2) ** -0.25
+        w = self.weight * robust * used / SCALE
+        a = np.vstack([w[:, None] * j, np.eye(len(x)) / PRIOR])
+        b = np.concatenate([-w * r, (self.first - x) / PRIOR])
+        change = np.linalg.lstsq(a, b, rcond=None)[0]
+        return x + np.clip(change, -0.3, 0.3)
+
+    def cost(self, x: np.ndarray, r: np.ndarray, used: np.ndarray) -> float:
+        """What is made least."""
+        each = 2 * ((1 + (r / SCALE) ** 2) ** 0.5 - 1) * self.weight**2 * used
+        return float(each.sum() + (((x - self.first) / PRIOR) ** 2).sum())
+
+
+def _all(which: np.ndarray | None, scored: Sequence[Scored]) -> Sequence[bool]:
+    return [True] * len(scored) if which is None else list(which)
+
+
+def fit(rows: Sequence[dict[str, str]], rounds: int) -> tuple[Fit, np.ndarray, np.ndarray]:
+    """The fit, its optimum and the Jacobian there."""
+    f = Fit(rows)
+    used = np.ones(len(f.scored))
+    x = f.first.copy()
+    r = f.residuals()
+    for turn in range(rounds):
+        j = f.jacobian(x, r)
+        new = f.step(x, r, j, used)
+        for _ in range(4):
+            f.put(new)
+            moved = f.residuals()
+            if f.cost(new, moved, used) < f.cost(x, r, used):
+                break
+            new = (x + new) / 2
+        else:
+            break
+        print(
+            f"round {turn}: {f.cost(x, r, used):.4f} -> {f.cost(new, moved, used):.4f}", flush=True
+        )
+        gain = f.cost(x, r, used) - f.cost(new, moved, used)
+        x, r = new, moved
+        if gain < 1e-3 * f.cost(x, r, used):
+            break
+    f.put(x)
+    return f, x, f.jacobian(x, r)
+
+
+def leave_out(f: Fit, x: np.ndarray, j: np.ndarray, group: str) -> dict[str, Any]:
+    """The constants that change by more than 0.1 % when a group is left out."""
+    used = (f.groups != group).astype(float)
+    near = np.array([bool(np.any(j[f.groups == group][:, k])) for k in range(len(x))])
+    y = x.copy()
+    for _ in range(3):
+        f.put(y)
+        rows = np.abs(j[:, near]).sum(axis=1) > 0
+        r = np.zeros(len(used))
+        r[rows] = f.residuals(rows)
+        y = np.where(near, f.step(y, r, j, used * rows), x)
+    f.put(x)
+    found: dict[str, Any] = {}
+    for (kind, member, constant), a, b in zip(f.names, x, y, strict=True):
+        if abs(a - b) > 1e-3:
+            value = float(f"{np.exp(b):.4g}")
+            found.setdefault(kind, {}).setdefault(member, {})[constant] = value
+    return found
+
+
+def main() -> None:
+    """Fits, writes both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--groups", default="", help="only these, separated by commas; nothing is left out"
+    )
+    words = parser.parse_args()
+    seen: Counter[str] = Counter()
+    rows = []
+    for row in read_rows(HERE / "measurements.csv"):
+        seen[row["group"]] += 1
+        chosen = not words.groups or row["group"] in words.groups.split(",")
+        if row["group"] in REPORTED_ONLY or not chosen:
+            continue
+        if seen[row["group"]] % THINNED.get(row["group"], 1) == 0:
+            rows.append(row)
+    f, x, j = fit(rows, words.rounds)
+    f.table["fitted_on"] = {"groups": sorted(set(f.groups))}
+    FILE.write_text(HEADER + tomli_w.dumps(f.table), encoding="utf-8")
+    for name in f.names:
+        print(*name, f.get(name))
+    if not words.groups:
+        out = {g: leave_out(f, x, j, g) for g in sorted(set(f.groups))}
+        path = FILE.parent / "constants_left_out.toml"
+        path.write_text(HEADER + tomli_w.dumps(out), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
