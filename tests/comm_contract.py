@@ -67,6 +67,25 @@ def one_case(comm, ranks, what) -> None:
     got.add_(1)  # results are the rank's own
 
 
+def uneven(world) -> int:
+    """Rows that differ by pair, some none: exchanged at once and two exchanges under way; counts told."""
+    comm = world.make(range(world.size), axis="ep", lane="ep")
+    n, me = world.size, world.rank
+    rows = [[(3 * a + 5 * b) % 4 for b in range(n)] for a in range(n)]
+    mine = torch.tensor(rows[me])
+    assert comm.counts(mine, site="counts") == rows
+    take = [rows[a][me] for a in range(n)]
+    every = [tensor_of(a, (sum(rows[a]), 3), torch.float32, 1) for a in range(n)]
+    want = torch.cat([x.split(rows[a])[me] for a, x in enumerate(every)])
+    counts = {"send_counts": rows[me], "receive_counts": take}
+    first = comm.start_all_to_all(every[me], site="first", **counts)
+    second = comm.start_all_to_all(every[me] + 1, site="second", **counts)
+    assert torch.equal(second.wait(), want + 1)
+    assert torch.equal(first.wait(), want)
+    assert torch.equal(comm.all_to_all(every[me], site="third", **counts), want)
+    return n
+
+
 def in_place(world) -> int:
     """`out`: a buffer beside the argument, the argument itself, a part of it, or what it is a part of; of
     one chunk and of many, in the order they were started or not."""

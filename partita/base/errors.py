@@ -38,14 +38,10 @@ class Problem:
 
 
 class PartitaError(Exception):
-    """Base of all errors with an exit code; `file` and `key` say where the fault lies. One that
-    `echoes` tells of another rank's fault, which is the cause where it is known; `rank` is the one at
-    fault where all ranks say the same."""
+    """Base of all errors with an exit code; `file` and `key` say where the fault lies."""
 
     exit_code: ClassVar[int] = 70
     kind: ClassVar[str] = "internal"
-    echoes: bool = False
-    rank: int | None = None
 
     def __init__(self, message: str, *, file: str | None = None, key: str | None = None) -> None:
         super().__init__(message)
@@ -105,7 +101,7 @@ class CheckpointError(PartitaError):
 class PeerError(PartitaError):
     """A peer was lost, hangs, or does something else than the others."""
 
-    exit_code, kind, echoes = 71, "peer", True
+    exit_code, kind = 71, "peer"
 
 
 class CommError(PeerError):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError, PartitaError
-from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, reduce_in_order
+from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, expected_rows, reduce_in_order
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
 
@@ -53,10 +53,7 @@ class LocalWorld:
         assert made is not None
         return made
 
-    def check(self) -> None:
-        """Nothing to compare."""
-
-    def close(self, drain: bool = True) -> None:
+    def close(self) -> None:
         """Nothing to free."""
 
 
@@ -118,15 +115,26 @@ class LocalComm:
         receive_counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Rows to each rank in order."""
-        counts = list(send_counts) if send_counts else [x.shape[0] // self.size] * self.size
-        mine = torch.tensor(counts)
-        every = self.all_gather(mine, site=f"{site}:counts").view(self.size, self.size)
+        even = [x.shape[0] // self.size] * self.size
+        send, take = send_counts or even, receive_counts or even
+        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
 
-        def swap(xs: list[Tensor]) -> list[Tensor]:
-            cut = [list(t.split(every[s].tolist())) for s, t in enumerate(xs)]
-            return [torch.cat([c[d] for c in cut]) for d in range(self.size)]
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """All vectors."""
+        return self.all_gather(x.view(1, -1), site=site).tolist()
 
-        return self._start("all_to_all", x, site, swap, compare_shapes=False).wait()
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Brings the rows for each rank; who is sent other numbers of rows than it expects raises."""
+        me, take = self.rank, list(receive_counts)
+
+        def swap(cut: list[list[Tensor]]) -> list[Tensor]:
+            return [torch.cat([parts[d] for parts in cut]) for d in range(self.size)]
+
+        parts = list(x.detach().split(list(send_counts)))
+        handle = self._start("all_to_all", x, site, swap, compare_shapes=False, parts=parts)
+        return _Pending(lambda: expected_rows(handle.wait(), sum(take), f"rank {me} at {site}"))
 
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
@@ -167,9 +175,10 @@ class LocalComm:
         op: str,
         x: Tensor,
         site: str,
-        combine: Callable[[list[Tensor]], list[Tensor]],
+        combine: Callable[[list[Any]], list[Tensor]],
         extra: tuple[int, ...] = (),
         compare_shapes: bool = True,
+        parts: list[Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Handle:
         meeting, me = self.world.meeting, self.world.rank
@@ -184,7 +193,7 @@ class LocalComm:
             slot = meeting.slots.get(key)
             if slot is None:
                 slot = meeting.slots[key] = Slot(self.ranks, threading.Condition(meeting.lock))
-            slot.brought[me] = (message, x.detach())
+            slot.brought[me] = (message, x.detach() if parts is None else parts)
             self._compare(slot, key[3])
             last = len(slot.brought) == self.size
         if last:

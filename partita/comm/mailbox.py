@@ -13,6 +13,7 @@ import mmap
 import struct
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,20 @@ class Mailbox:
             message.data = data.clone()
         self.comm.world.board.leave()
         return Done(x)
+
+    def exchange(self, parts: Sequence[Tensor], counts: Sequence[int], site: str) -> Parts:
+        """Sends every rank its part; `counts` are the rows that come from each.
+
+        No call number is in the key: messages of some ranks alone count there too. Messages of one pair
+        and key come in the order they were sent."""
+        me = self.comm.rank
+        for r, part in enumerate(parts):
+            if r != me:
+                self.send(part, r, Key("A", r, -1), site)
+        coming = [parts[me].new_empty((n, *parts[me].shape[1:])) for n in counts]
+        key = Key("A", me, -1)
+        handles = [self.receive(x, r, key, site) if r != me else None for r, x in enumerate(coming)]
+        return Parts(parts[me], handles)
 
     def progress(self) -> None:
         """Moves queued messages as far as there is room."""
@@ -194,3 +209,18 @@ class _Receive:
 def _kind(x: Tensor) -> int:
     """A digest of the dtype."""
     return zlib.crc32(str(x.dtype).encode())
+
+
+class Parts:
+    """Rows of an all_to_all on their way; `own` stand where no handle is."""
+
+    def __init__(self, own: Tensor, handles: list[Handle | None]) -> None:
+        self._own, self._handles = own, handles
+        self._value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """All rows, in rank order."""
+        if self._value is None:
+            parts = [self._own if h is None else h.wait() for h in self._handles]
+            self._value = torch.cat(parts)
+        return self._value

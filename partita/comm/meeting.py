@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.base.errors import CommError
 from partita.comm.protocol import Message, ReduceOp
 from partita.comm.table import Status, describe
 
@@ -27,7 +28,7 @@ class Slot:
 
     ranks: tuple[int, ...]
     wake: threading.Condition
-    brought: dict[int, tuple[Message, Tensor]] = field(default_factory=dict)
+    brought: dict[int, tuple[Message, Any]] = field(default_factory=dict)
     results: dict[int, Tensor] | None = None
     taken: int = 0
 
@@ -107,3 +108,10 @@ def reduce_in_order(xs: list[Tensor], op: ReduceOp) -> Tensor:
     for x in xs[1:]:
         out += x
     return out.to(xs[0].dtype)
+
+
+def expected_rows(x: Tensor, rows: int, what: str) -> Tensor:
+    """x, which an exchange brought; raises CommError where its rows are not as many as expected."""
+    if x.shape[0] != rows:
+        raise CommError(f"{what} was sent {x.shape[0]} rows and expected {rows}")
+    return x

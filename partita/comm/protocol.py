@@ -102,6 +102,11 @@ class Comm(Protocol):
         """Rows of dim 0 to each rank in order; equal shares unless counts are given."""
         ...
 
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """Every rank's vector x of int64, on the host and in rank order: the one host read that a block
+        may make. Recorded as all_gather of x."""
+        ...
+
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """`x` of the group's rank `root`; other ranks hand in a tensor of the same shape."""
         ...
@@ -127,6 +132,12 @@ class Comm(Protocol):
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
         """As reduce_scatter, under way. `out` may be this rank's part of x; the rest of x stays."""
+        ...
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """As all_to_all with counts, under way."""
         ...
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
@@ -156,14 +167,8 @@ class World(Protocol):
         """A Comm over `ranks` (in that order), or None where this rank is not among them."""
         ...
 
-    def check(self) -> None:
-        """Between steps, on all ranks: raises CommError where ranks have called unlike collectives, if
-        the calls themselves are not compared."""
-        ...
-
-    def close(self, drain: bool = True) -> None:
-        """Frees groups, segments and files, once what was sent has gone out; without `drain`, after a
-        failure, at once. Safe to call twice."""
+    def close(self) -> None:
+        """Frees groups, segments and files; safe to call twice."""
         ...
 
 
@@ -177,11 +182,6 @@ class Message:
     site: str
     extra: tuple[int, ...] = field(default=())
 
-    @property
-    def tensor(self) -> str:
-        """'f32[4, 128]'."""
-        short = self.dtype.replace("torch.", "").replace("float", "f")
-        return f"{short}[{', '.join(map(str, self.shape))}]"
-
     def __str__(self) -> str:
-        return f"{self.op:<14} {self.tensor}"
+        short = self.dtype.replace("torch.", "").replace("float", "f").replace("bf", "bf")
+        return f"{self.op:<14} {short}[{', '.join(map(str, self.shape))}]"

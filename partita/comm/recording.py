@@ -129,6 +129,13 @@ class RecordingComm:
         self._done("all_to_all", x, site, start)
         return out
 
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """Recorded as all_gather, bytes of x."""
+        start = time.perf_counter()
+        out = self.inner.counts(x, site=site)
+        self._done("all_gather", x, site, start)
+        return out
+
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """Recorded as broadcast by every rank of the group, bytes of x."""
         start = time.perf_counter()
@@ -165,6 +172,17 @@ class RecordingComm:
         start = time.perf_counter()
         handle = self.inner.start_reduce_scatter(x, site=site, dim=dim, out=out)
         self._record("reduce_scatter", x, site, start)
+        return _Timed(handle, self.recorder)
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Recorded when started."""
+        start = time.perf_counter()
+        handle = self.inner.start_all_to_all(
+            x, site=site, send_counts=send_counts, receive_counts=receive_counts
+        )
+        self._record("all_to_all", x, site, start)
         return _Timed(handle, self.recorder)
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:

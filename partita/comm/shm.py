@@ -80,15 +80,10 @@ class ShmWorld:
         for comm in self.comms:
             comm.mailbox.progress()
 
-    def check(self) -> None:
-        """Nothing to do: each meeting compares what ranks bring."""
-
-    def close(self, drain: bool = True) -> None:
+    def close(self) -> None:
         """Leaves, once what was sent is in its rings; the kernel frees the memory with the last map."""
         deadline = time.monotonic() + self.timeout_s
-        while (
-            drain and any(c.mailbox.waiting() for c in self.comms) and time.monotonic() < deadline
-        ):
+        while any(c.mailbox.waiting() for c in self.comms) and time.monotonic() < deadline:
             self.progress()
             if any(self.board.is_dead(r) for c in self.comms for r in c.mailbox.waiting()):
                 break

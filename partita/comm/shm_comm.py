@@ -343,21 +343,20 @@ class ShmComm:
         receive_counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Rows to each rank in order, by point to point messages."""
-        counts = list(send_counts) if send_counts else [x.shape[0] // self.size] * self.size
-        mine = torch.tensor(counts, dtype=torch.int64)
-        every = self.start_all_gather(mine.view(1, -1), site=f"{site}:counts").wait()
-        parts = x.detach().split(counts)
-        # No call number in the key: messages of some ranks alone count there too. Messages of one pair and
-        # key come in the order they were sent.
-        handles = []
-        for r in range(self.size):
-            if r != self.rank:
-                self.send(parts[r], r, key=Key("A", r, -1), site=site)
-        for r in range(self.size):
-            like = x.new_empty((int(every[r, self.rank]), *x.shape[1:]))
-            key = Key("A", self.rank, -1)
-            handles.append(None if r == self.rank else self.mailbox.receive(like, r, key, site))
-        return torch.cat([parts[r] if h is None else h.wait() for r, h in enumerate(handles)])
+        even = [x.shape[0] // self.size] * self.size
+        send, take = send_counts or even, receive_counts or even
+        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
+
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """All vectors."""
+        return self.all_gather(x.view(1, -1), site=site).tolist()
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Sends its parts; receives when it is waited for."""
+        parts = x.detach().split(list(send_counts))
+        return self.mailbox.exchange(parts, receive_counts, site)
 
     def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
         """Sum or maximum."""

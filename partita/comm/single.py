@@ -43,6 +43,10 @@ class SingleComm:
         """x."""
         return x
 
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """x."""
+        return [x.tolist()]
+
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """x."""
         return x
@@ -68,6 +72,12 @@ class SingleComm:
         """x, done."""
         return Done(x if out is None else out.copy_(x))
 
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """x, done."""
+        return Done(x)
+
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """A rank alone has nobody to send to."""
         raise AssertionError(f"{site}: a group of one sends to rank {to}")
@@ -88,8 +98,5 @@ class SingleWorld:
         """A SingleComm where this rank is named."""
         return SingleComm(axis, lane, tuple(ranks), 0, 1) if self.rank in ranks else None
 
-    def check(self) -> None:
-        """Nothing to compare."""
-
-    def close(self, drain: bool = True) -> None:
+    def close(self) -> None:
         """Nothing to free."""

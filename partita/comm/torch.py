@@ -9,11 +9,10 @@ rank order.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,12 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
-from partita.comm.calls import RING, CallBook, CallPages
 from partita.comm.processes import on_loopback
 from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
-from partita.comm.table import Status, describe
+from partita.comm.table import Status
 
 LOW = (torch.bfloat16, torch.float16)
-WORD_S = 1.0  # for the ranks of other hosts to leave their last word
 
 
 class TorchWorld:
@@ -53,13 +50,12 @@ class TorchWorld:
         self.sends: list[Any] = []
         if store is None:
             on_loopback()
-            store = file_store(Path(str(path)), size)
+            store = dist.FileStore(str(path), size)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=self.timeout
         )
-        self.board = Board(None if path is None else path.with_suffix(".board"), rank, size)
-        self.book = CallBook(None if path is None else path.with_suffix(".calls"))
-        self._store, self._comms = store, list[TorchComm]()
+        board = None if path is None else path.with_suffix(".board")
+        self.board = Board(board, rank, size)
 
     @staticmethod
     def from_torchrun(
@@ -76,59 +72,20 @@ class TorchWorld:
         if len(ranks) == 1:
             return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
         group = dist.new_group(list(ranks), timeout=self.timeout)
-        pages = self.book.pages(len(ranks))
-        if self.rank not in ranks:
-            return None
-        self._comms.append(TorchComm(self, tuple(ranks), axis, lane, group, pages))
-        return self._comms[-1]
-
-    def check(self) -> None:
-        """Between hosts each group compares what it has called: 16 bytes a group."""
-        for comm in self._comms:
-            comm.compare_calls()
-
-    def statuses(self) -> list[Status | None]:
-        """Every rank's last call: off the board, or between hosts from the store, where each rank that
-        fails leaves its own and waits a moment for the others'; None where one says nothing."""
-        if self.board.is_shared:
-            return self.board.statuses()
-        names = [f"partita/last/{r}" for r in range(self.size)]
-        found: list[Status | None] = [None] * self.size
-        with contextlib.suppress(RuntimeError):  # the store's host may be the one that is lost
-            own = self.board.status
-            now = time.monotonic()  # clocks of hosts differ: a call's age is told
-            self._store.set(names[self.rank], json.dumps({**asdict(own), "at": now - own.at}))
-            deadline = now + WORD_S
-            for r, name in enumerate(names):
-                left = max(deadline - time.monotonic(), 0.05)
-                with contextlib.suppress(RuntimeError):
-                    self._store.wait([name], timedelta(seconds=left))
-                    told = json.loads(self._store.get(name))
-                    found[r] = Status(**{**told, "at": time.monotonic() - told["at"]})
-        found[self.rank] = self.board.status
-        return found
+        return TorchComm(self, tuple(ranks), axis, lane, group) if self.rank in ranks else None
 
     def waited(self, work: Any) -> None:
         """A send that was waited for: gloo would wait for it a second time until the timeout."""
         self.sends = [w for w in self.sends if w is not work]
 
-    def close(self, drain: bool = True) -> None:
-        """Leaves the process group, once what was sent has gone out. After a failure it is left to the
-        end of the process: gloo would wait for the lost peer."""
-        if not drain:
-            return
+    def close(self) -> None:
+        """Leaves the process group, once what was sent has gone out."""
         for work in self.sends:
             with contextlib.suppress(RuntimeError):  # a peer that is gone wants nothing more
                 work.wait()
         self.sends.clear()
-        self.book.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def file_store(path: Path, size: int) -> Any:
-    """A store in a file that all ranks see: nobody listens."""
-    return dist.FileStore(str(path), size)
 
 
 def rendezvous() -> Any:
@@ -153,7 +110,6 @@ class _Work:
         """Waits, and says who was missing when that fails."""
         if self.value is None:
             self.comm.run(self.work.wait if self.work is not None else lambda: None, *self.note)
-            self.comm.check(*self.note)
             self.value = self.result()
             self.comm.world.board.leave()
             self.comm.world.waited(self.work)
@@ -165,13 +121,11 @@ class TorchComm:
     """One process group on one axis and lane."""
 
     def __init__(
-        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any,
-        pages: CallPages,
-    ) -> None:  # fmt: skip
+        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any
+    ) -> None:
         self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
-        self.rank, self.size, self._pages = ranks.index(world.rank), len(ranks), pages
-        self._sequence = 0  # of collectives
-        self._digests = [0] * RING  # of the newest
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        self._sequence = 0
         by_number = sorted(
             ranks
         )  # torch numbers a group's ranks in this order, whatever it is given
@@ -185,85 +139,33 @@ class TorchComm:
         except RuntimeError as error:
             raise self._failure(error, message, number) from None
 
-    def _whole(self, call: Callable[[], Any], note: tuple[Message, int]) -> None:
-        """A call from its start to its end."""
-        self.run(call, *note)
-        self.check(*note)
-        self.world.board.leave()
-
     def _failure(self, error: RuntimeError, message: Message, number: int) -> CommError:
-        """Why a call failed: unlike calls, else who is dead, else who did not come."""
-        board, me = self.world.board, self.world.rank
-        self.check(message, number)
+        where, board = self.world.where, self.world.board
         time.sleep(0.2)  # a peer that died with us needs a moment to be seen dead
-        found = self.world.statuses()
-        said = [s for s in found if s is not None]
-        silent = [r for r in self.ranks if found[r] is None]
         dead = [r for r in self.ranks if board.is_dead(r)]
-        late = [s.rank for s in said if s.rank in self.ranks and s.is_behind(board.status)]
+        late = [r for r in self.ranks if r not in dead and board.is_behind(r, self.world.rank)]
         first = ""
         if dead:
             first = f"rank {dead[0]} has died: "
-        elif self._is_disputed(said, number):
-            first = "ranks disagree: "
-        elif silent or late:
-            first = f"rank {(silent or late)[0]} did not come: "
+        elif late:
+            first = f"rank {late[0]} did not come: "
         text = str(error).splitlines()[0]
-        where = self.world.where
         return CommError(
             f"{first}{self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, phase "
-            f"{where.phase}, step {where.step}) failed on rank {me}: {text}\n"
-            f"{describe(said, time.monotonic())}"
+            f"{where.phase}, step {where.step}) failed on rank {self.world.rank}: {text}\n"
+            f"{board.describe()}"
         )
-
-    def _is_disputed(self, said: Sequence[Status], number: int) -> bool:
-        """Whether ranks of the group tell of unlike calls under this number."""
-        calls = {
-            (s.op, s.tensor, s.site)
-            for s in said
-            if s.rank in self.ranks and (s.axis, s.sequence) == (self.axis, number)
-        }
-        return len(calls) > 1
-
-    def check(self, message: Message, number: int) -> None:
-        """Raises CommError where another rank of the group called something else under this number."""
-        if number < 0 or not self._pages.differ(self.size, number, self._digests[number % RING]):
-            return
-        time.sleep(0.02)  # the others' notes
-        found = [s for s in self.world.statuses() if s is not None]
-        raise CommError(
-            f"ranks disagree at {self.axis} collective #{number} ({message.site}, phase "
-            f"{self.world.where.phase}, step {self.world.where.step}): rank {self.world.rank} brings "
-            f"{message}\n{describe(found, time.monotonic())}"
-        )
-
-    def compare_calls(self) -> None:
-        """Raises CommError where the group's ranks have called unlike collectives, between hosts."""
-        if self._pages.is_shared:
-            return
-        mine = self._pages.sum
-        both = torch.tensor([mine, -mine], dtype=torch.int64)
-        high, low = self.all_reduce(both, site="step:calls", op="max").tolist()
-        if high != -low:
-            raise CommError(
-                f"ranks disagree: the {self.axis} ranks {self.ranks} have called unlike collectives by "
-                f"the end of step {self.world.where.step}, as rank {self.world.rank} finds"
-            )
 
     def _enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
-        """Notes a call; messages between two ranks have no number."""
-        message = Message(op, tuple(x.shape) if op != "all_to_all" else (), str(x.dtype), site)
-        number = -1
-        if op not in ("send", "receive"):
-            number, self._sequence = self._sequence, self._sequence + 1
-            self._digests[number % RING] = self._pages.post(self.rank, number, message)
+        number = self._sequence
+        self._sequence += 1
+        message = Message(op, tuple(x.shape), str(x.dtype), site)
         frame = sys._getframe(2)
         while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
             frame = frame.f_back
         status = Status(self.world.rank)
         status.enter(self.axis, message, number, self.world.where, frame)
         self.world.board.enter(status)
-        self.check(message, number)
         return message, number
 
     # Collectives ---------------------------------------------------------------------------------
@@ -341,28 +243,48 @@ class TorchComm:
         receive_counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Rows of dim 0 to each rank."""
-        note = self._enter("all_to_all", x, site)
         even = [x.shape[0] // self.size] * self.size
-        send, take = list(send_counts or even), list(receive_counts or even)
+        send, take = send_counts or even, receive_counts or even
+        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
+
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """All vectors."""
+        return self.all_gather(x.view(1, -1), site=site).tolist()
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """One all_to_all_single of uneven rows."""
+        note = self._enter("all_to_all", x, site)
+        send, take = list(send_counts), list(receive_counts)
         parts = x.detach().split(send)
         source = torch.cat([parts[i] for i in self._ours])
         out = x.new_empty((sum(take), *x.shape[1:]))
         theirs, mine = [take[i] for i in self._ours], [send[i] for i in self._ours]
-        self._whole(lambda: dist.all_to_all_single(out, source, theirs, mine, self.group), note)
-        came = out.split(theirs)
-        return torch.cat([came[i] for i in self._place])
+        shared = (out, source, theirs, mine)
+        work = self.run(
+            lambda: dist.all_to_all_single(*shared, group=self.group, async_op=True), *note
+        )
+
+        def placed() -> Tensor:
+            came = out.split(theirs)
+            return torch.cat([came[i] for i in self._place])
+
+        return _Work(self, work, placed, note, keeps=source)
 
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """The root's tensor."""
         note = self._enter("broadcast", x, site)
         out = x.detach().clone()
-        self._whole(lambda: dist.broadcast(out, self.ranks[root], self.group), note)
+        self.run(lambda: dist.broadcast(out, self.ranks[root], self.group), *note)
+        self.world.board.leave()
         return out
 
     def barrier(self, *, site: str) -> None:
         """Waits for all."""
         note = self._enter("barrier", torch.empty(0), site)
-        self._whole(lambda: dist.barrier(self.group), note)
+        self.run(lambda: dist.barrier(self.group), *note)
+        self.world.board.leave()
 
     # Point to point ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, silu
 
+from partita.parallel.ep.router import choose
 from partita.spec.model import ModelSpec
 
 
@@ -73,22 +74,6 @@ def moe(
         gate, up = (h @ w.t() for w in weight(f"{name}.shared.gate_up"))
         y = y + (silu(gate) * up) @ weight(f"{name}.shared.down").t()
     return y
-
-
-def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
-    """int64 [..., top_k]: the experts of each token. With groups only those of the best router_top_groups
-    count, by their best score, under sigmoid by the sum of their two best (DeepSeek-V2, V3)."""
-    ranked = scores if bias is None else scores + bias
-    if spec.router_groups > 1:
-        groups = ranked.unflatten(-1, (spec.router_groups, -1))
-        best = 2 if spec.router == "sigmoid" else 1
-        worth = groups.sort(dim=-1, descending=True).values[..., :best].sum(-1)
-        kept = worth.sort(dim=-1, descending=True, stable=True).indices[
-            ..., : spec.router_top_groups
-        ]
-        open_ = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, kept, True)
-        ranked = groups.masked_fill(~open_.unsqueeze(-1), -torch.inf).flatten(-2)
-    return ranked.sort(dim=-1, descending=True, stable=True).indices[..., : spec.top_k]
 
 
 def _losses(

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.base.errors import UsageError
 from partita.comm.context import Context
 from partita.model.attention import Attention
 from partita.model.core import Core, Explicit, Flash
 from partita.model.dropout import Dropout
 from partita.model.mlp import MLP
+from partita.model.moe import MoE, Shared
 from partita.model.rope import tables
+from partita.parallel.ep.dispatch import Exchange
+from partita.parallel.ep.experts import Grouped
+from partita.parallel.ep.log import RouterLog
+from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
@@ -83,6 +87,25 @@ class Maker:
             return Flash(self.spec.sliding_window)
         assert future is not None
         return Explicit(drop, future, self.spec.sliding_window, again)
+
+    def moe(self, remakes: frozenset[str]) -> MoE:
+        """The experts of a layer, as the laid block has them."""
+        spec, at = self.spec, self.regions.at
+        bias = self.weight("router.balance_bias") if spec.router_bias else None
+        router = Router(
+            spec, self.weight("router.gate"), bias, at("router.count"), self.laid.request.seq_len,
+            self.laid.samples, RouterLog(spec.experts, self.context.where),
+        )  # fmt: skip
+        exchange = Exchange(
+            spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
+            at("experts.down"), at("experts.back"),
+        )  # fmt: skip
+        shared = None
+        if spec.shared_experts:
+            shared = Shared(self.column("mlp.norm", "shared.gate_up"), self.row("shared.down"))
+        gate_up = Grouped.of(self.weight("experts.gate_up"))
+        down = Grouped.of(self.weight("experts.down"))
+        return MoE(self.norm("mlp.norm"), router, exchange, gate_up, down, shared, remakes)
 
     def _span(self, dim: Any) -> tuple[int, int]:
         size = dim.local(self.laid.sizes)
@@ -153,7 +176,7 @@ def _add_rows(gradient: Tensor, first: int, dy: Tensor) -> None:
 
 
 class LayerBlock:
-    """x -> attention segment -> mlp segment."""
+    """x -> attention segment -> mlp segment, or experts in its place."""
 
     def __init__(
         self, make: Maker, rope: tuple[Tensor, Tensor] | None, future: Tensor | None
@@ -177,8 +200,13 @@ class LayerBlock:
             make.dropout("attention.residual", "ao_mask") if drops else None,
             remakes,
         )
+        self.log: RouterLog | None = None  # of its router
+        if "chosen" in make.block.tensors:
+            moe = make.moe(remakes)
+            self.mlp, self.log = moe, moe.log
+            return
         up, down = ("mlp.gate_up", "mlp.down") if gated else ("mlp.fc1", "mlp.fc2")
-        self.mlp = MLP(
+        self.mlp: MLP | MoE = MLP(
             make.norm("mlp.norm"),
             make.column("mlp.norm", up),
             make.row(down),
@@ -225,8 +253,6 @@ def build_blocks(
     spec: ModelSpec, laid: Laid, place: int, context: Context, units: Sequence[Unit]
 ) -> dict[int, list[Any]]:
     """The blocks of each stage on a place of pp, in order, on views of its units."""
-    if spec.experts:
-        raise UsageError("models with experts can be planned and simulated, not yet trained")
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     rope = None
     if not spec.has_positions:

@@ -70,6 +70,12 @@ class Laid:
         return Mesh(self.sizes, self.request.plan.mesh.order)
 
     @property
+    def samples(self) -> int:
+        """Sequences of a step."""
+        plan = self.request.plan
+        return self.request.micro_batch_size * plan.data_parallel_size * plan.num_microbatches
+
+    @property
     def replicates_tokens(self) -> bool:
         """Whether the ranks of tp hold the same tokens outside attention and mlp."""
         return self.sizes["tp"] > 1 and not self.request.plan.mesh.sp

@@ -13,7 +13,7 @@ from partita.spec.plan import Plan
 
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
-    found = [*_ranks(job), *_batch(job), *_experts(job), *_sequence(job)]
+    found = [*_ranks(job), *_batch(job), *_sequence(job)]
     return sorted(found, key=lambda p: p.severity != "error")
 
 
@@ -59,20 +59,6 @@ def _batch(job: Job) -> Iterator[Problem]:
             asked=str(made),
             limit=str(batch),
             nearest=_line(nearest_plan(job)),
-        )
-
-
-def _experts(job: Job) -> Iterator[Problem]:
-    mesh = job.plan.mesh
-    if mesh.ep > 1 or mesh.etp > 1:
-        plain = replace(job.plan, mesh=replace(mesh, ep=1, etp=1))
-        yield Problem(
-            "ep",
-            "experts",
-            f"ep{mesh.ep} etp{mesh.etp} lays out experts, the model has none",
-            asked=str(mesh.ep * mesh.etp),
-            limit="1",
-            nearest=_line(plain),
         )
 
 

@@ -192,11 +192,9 @@ def _stage(path: Path, ranks: Ranks) -> Iterator[None]:
         raise _write_error(path, error) from error
     if error is not None:
         raise error
-    other = WriteError(
+    raise WriteError(
         f"{path}: another rank could not write its part; nothing saved", file=str(path)
     )
-    other.echoes = True
-    raise other
 
 
 def _write_error(path: Path, error: OSError) -> WriteError:
@@ -223,19 +221,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def newest_complete(
-    folder: Path, *, allow_fallback: bool = False, check: Callable[[Path], object] | None = None
-) -> Path | None:
+def newest_complete(folder: Path, *, allow_fallback: bool = False) -> Path | None:
     """The newest checkpoint of a checkpoints folder, every digest verified; None where none is.
 
-    `check` stands for `verify`, with more that a good one must hold. A newest one that is damaged raises
-    CheckpointError; with `allow_fallback` the newest good one is taken instead. A bad copy of a step that
-    was saved again (step-N-2) does not count.
+    A newest one that is damaged raises CheckpointError; with `allow_fallback` the newest good one
+    is taken instead. A bad copy of a step that was saved again (step-N-2) does not count.
     """
     first: CheckpointError | None = None
     for path in list_checkpoints(folder):
         try:
-            (check or verify)(path)
+            verify(path)
         except CheckpointError as error:
             first = first or error
             if not allow_fallback:

@@ -21,11 +21,13 @@ from partita.base.errors import NonFiniteError
 from partita.comm.context import Context
 from partita.comm.protocol import Comm
 from partita.parallel.dp.replicate import Reducer
+from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Executor
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
+from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class StepComms:
     loss: Comm | None
     broadcast: Comm | None
     norm: Comm | None
+    routing: Comm | None = None
 
 
 def step_comms(laid: Laid, context: Context) -> StepComms:
@@ -66,6 +69,7 @@ def step_comms(laid: Laid, context: Context) -> StepComms:
         found.get("step.loss:reduce_from"),
         found.get("step.loss:broadcast"),
         found.get("step.norm:reduce_from"),
+        found.get("step.routing:reduce_from"),
     )
 
 
@@ -84,6 +88,7 @@ class Model:
     comms: StepComms
     forward_only: Executor | None = None
     scaler: LossScaler | None = None  # under fp16
+    routed: Routed = field(default_factory=Routed)  # the step's, where experts are
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,12 +104,12 @@ class Model:
         """Runs the step's schedule; returns the global token mean of the loss, on every rank.
 
         Gradients are left in the units, reduced, times the scaler's S under fp16. Raises NonFiniteError,
-        before any update and on every rank, when the loss is not a number; train/finite.py then finds
-        where it began.
+        before any update, naming this rank and the step, when the loss is not a number.
         """
         self.begin(batch)
         loss = self.executor.run(batch.microbatches)
         self.reducer.finish()
+        self.routed = sum_routing(self)
         return self.finish_loss(loss, batch.step)
 
     def evaluate(self, batch: StepBatch) -> float:
@@ -130,6 +135,7 @@ class Model:
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for block in self.blocks:
             block.step, block.loss_scale = batch.step, scale
+        begin_routing(self, scale)
         self.count(batch)
 
     def count(self, batch: StepBatch) -> None:
@@ -156,7 +162,10 @@ class Model:
             )
         value = float(loss)
         if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {step + 1} is {value}")
+            raise NonFiniteError(
+                f"the loss of step {step + 1} is {value} (rank {self.context.rank}); nothing was "
+                "updated: lower train.lr, or look at the data of this step"
+            )
         return value
 
 
@@ -172,6 +181,11 @@ class Slot:
     gradient: Tensor
     decays: bool
     weights: tuple[tuple[str, int, int], ...]
+
+    @property
+    def balances(self) -> bool:
+        """Whether it is a router's bias, which no optimizer moves."""
+        return self.name.endswith(BALANCE_BIAS)
 
 
 @dataclass
@@ -190,7 +204,8 @@ class Update:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
         finite skips it, on every rank.
 
-        Communicates: all_reduce over pp.tp, 8 bytes. Raises NonFiniteError before anything changes.
+        Communicates: all_reduce over pp.tp (with experts over their ranks too), 8 bytes. Raises
+        NonFiniteError before anything changes.
         """
         where = self.model.context.where
         where.phase, where.activity = "step", "optimizer"
@@ -201,13 +216,12 @@ class Update:
             if not scaler.step(norm):
                 self.updates += 1
                 return norm
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient norm of step {where.step} is {norm}")
+        self._check(norm)
         limit = self.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
             factor *= limit / (norm + CLIP_EPSILON)
         if factor != 1:
-            torch._foreach_mul_([s.gradient for s in self.slots], factor)
+            torch._foreach_mul_([s.gradient for s in self.slots if not s.balances], factor)
         self.updates += 1
         self.lr = learning_rate(self.train, self.updates)
         for group in self.optimizer.param_groups:
@@ -215,9 +229,21 @@ class Update:
         for slot in self.slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
+        self._balance()
         for unit in self.model.units:
             unit.round_working()
         return norm
+
+    def _balance(self) -> None:
+        """Moves each balance bias by a fixed rate: up where its expert got fewer rows than an even share,
+        down where more (DeepSeek-V3, sec. 2.1.2). Its rows stand where a gradient would."""
+        laid = self.model.laid
+        spec = laid.request.model
+        scale = 1.0 if self.model.scaler is None else self.model.scaler.scale
+        even = scale * laid.samples * laid.request.seq_len * spec.top_k / max(spec.experts, 1)
+        for slot in self.slots:
+            if slot.balances:
+                slot.master.add_((even - slot.gradient).sign(), alpha=spec.router_bias_rate)
 
     def gradient_norm(self) -> float:
         """The 2-norm over all parameters, each element counted once."""
@@ -230,12 +256,23 @@ class Update:
             squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
         return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
 
+    def _check(self, norm: float) -> None:
+        if math.isfinite(norm):
+            return
+        step = self.model.context.where.step
+        bad = [n for n, g in self.counted if not bool(torch.isfinite(g).all())]
+        first = bad[0] if bad else "a tensor of another rank"
+        raise NonFiniteError(
+            f"the gradient of step {step} is not finite (rank {self.model.context.rank}): first bad "
+            f"tensor {first}; nothing was updated"
+        )
+
 
 def slots_of(unit: Any) -> Iterator[Slot]:
-    """The unit's weights, joined as long as their decay agrees."""
+    """The unit's weights, joined as long as they are updated alike."""
     runs: list[list[tuple[str, int, int]]] = []
     for place in unit.places:
-        if not runs or decays_weight(runs[-1][-1][0]) != decays_weight(place[0]):
+        if not runs or _kind(runs[-1][-1][0]) != _kind(place[0]):
             runs.append([])
         runs[-1].append(place)
     for run in runs:
@@ -249,16 +286,22 @@ def slots_of(unit: Any) -> Iterator[Slot]:
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
     slots = [slot for unit in model.units for slot in slots_of(unit)]
-    at = {"pp": model.place, "tp": model.context.coords["tp"]}
-    plane = model.laid.mesh.rank_of(at)  # dp coordinates 0: replicas count once
+    norm = [op for op in model.laid.program.step if op.name == "step.norm:reduce_from"]
+    at = {a: model.context.coords[a] for op in norm for a in op.axes}
+    plane = model.laid.mesh.rank_of(at)  # coordinates 0 on the others: replicas count once
     counted = [
         (weight, unit.gradient[first : first + size])
         for unit in model.units
         for weight, first, size in unit.places
-        if any(p.primary for p in model.laid.layouts[weight].pieces(model.laid.mesh, plane))
+        if not weight.endswith(BALANCE_BIAS)
+        and any(p.primary for p in model.laid.layouts[weight].pieces(model.laid.mesh, plane))
     ]
-    named = [(slot.name, slot.master, slot.decays) for slot in slots]
+    named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     return Update(model, train, make_optimizer(named, train), slots, counted)
+
+
+def _kind(name: str) -> tuple[bool, bool]:
+    return decays_weight(name), name.endswith(BALANCE_BIAS)
 
 
 def decays_weight(name: str) -> bool:

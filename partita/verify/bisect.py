@@ -104,6 +104,11 @@ def _numbers(found: Sequence[Difference]) -> Divergence | None:
     if "loss" in bad and bad["loss"].step == 0:
         d = bad["loss"]
         return Divergence("head.loss", "forward", d.rank, f"the loss is off by {d.relative:.1e}")
+    if "auxiliary" in bad and bad["auxiliary"].step == 0:
+        d = bad["auxiliary"]
+        return Divergence(
+            "step.routing", "forward", d.rank, f"an auxiliary loss is off by {d.relative:.1e}"
+        )
     if gradient is not None and (weight is None or gradient.step <= weight.step):
         text = f"the gradient of {gradient.name} on rank {gradient.rank} is off by {gradient.relative:.1e}"
         return Divergence(gradient.name, "gradient", gradient.rank, text)

@@ -48,7 +48,7 @@ ADAM_STEPS = 4.2  # learning rates a weight may be off after two steps: one up h
 class Difference:
     """The largest relative difference of one kind, and where; `bad` where it exceeds its bound."""
 
-    kind: str  # loss, grad_norm, gradients, weights
+    kind: str  # loss, auxiliary, grad_norm, gradients, weights
     name: str = ""
     rank: int = -1
     step: int = 0
@@ -92,7 +92,10 @@ def _scalars(
     mine: StepSeen, want: StepSeen, bound: Bound, rank: int, step: int
 ) -> list[Difference]:
     loss, norm = relative(mine.loss, want.loss), relative(mine.norm, want.norm)
+    pairs = zip(mine.auxiliary, want.auxiliary, strict=True)
+    aux = max((relative(a, b) for a, b in pairs), default=0.0)
     return [
+        Difference("auxiliary", "auxiliary", rank, step, aux, not aux <= bound.loss),
         Difference("loss", "loss", rank, step, loss, not loss <= bound.loss),
         Difference("grad_norm", "grad_norm", rank, step, norm, not norm <= bound.norm),
     ]

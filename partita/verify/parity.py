@@ -24,7 +24,7 @@ from partita.verify.batches import open_data
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
 from partita.verify.processes import run_processes
-from partita.verify.runs import RankSeen, StepSeen, optimizers, run_judge, run_rank
+from partita.verify.runs import RankSeen, StepSeen, declare, optimizers, run_judge, run_rank
 from partita.verify.shrink import shrink
 
 BACKENDS = ("local", "shm", "gloo")
@@ -183,8 +183,11 @@ def run_ranks(job: Job, data: Dataset, backend: str, watches: bool = False) -> l
     """What every rank saw."""
     if backend == "local":
         with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
-            return ranks.run(run_rank, job, data, watches)
-    return run_processes(job, data, backend)
+            found = ranks.run(run_rank, job, data, watches)
+    else:
+        found = run_processes(job, data, backend)
+    declare(job, found)
+    return found
 
 
 def _bisect(trial: Trial, data: Dataset) -> Divergence | None:

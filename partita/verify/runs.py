@@ -7,7 +7,7 @@ tensors, so that every owner of every element is held against the judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.parallel.ep.counts import Routing
 from partita.parallel.laid import lay
 from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
@@ -30,6 +31,7 @@ from partita.spec.train import TrainSpec
 from partita.train.build import DTYPES, Built, make_context, make_model
 from partita.train.data import Dataset
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
+from partita.train.routing import BALANCE_BIAS, logs
 from partita.train.step import Model, decays_weight, make_update
 from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.watch import Watch, watch_blocks
@@ -46,6 +48,7 @@ class StepSeen:
     norm: float
     gradients: Any  # Boxes of a rank, or name -> tensor of the judge
     weights: Any
+    auxiliary: tuple[float, ...] = ()  # balance loss, z-loss, dropped rows, where experts are
 
 
 @dataclass
@@ -57,6 +60,9 @@ class RankSeen:
     recorded: list[TrafficLine] = field(default_factory=list)
     declared: list[TrafficLine] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
+    routed: dict[tuple[str, int], tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of the first step
 
 
 def optimizers(train: TrainSpec) -> list[TrainSpec]:
@@ -112,8 +118,20 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
         if step == 0:
             seen.recorded = summarise(context.recorder.take())
             seen.watch.stop()
-        seen.steps.append(StepSeen(loss, norm, gradients, boxes(model, lambda unit: unit.master)))
+            seen.routed = {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
+        after, r = boxes(model, lambda unit: unit.master), model.routed
+        seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
     return seen
+
+
+def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
+    """Where experts are, what is declared follows from the rows that all ranks chose."""
+    keys = {key for r in ranks for key in r.routed}
+    if keys:
+        laid = lay(request_of(job))
+        counts = {k: {r.rank: r.routed[k] for r in ranks if k in r.routed} for k in keys}
+        for r in ranks:
+            r.declared = laid.traffic(r.rank, Routing(laid.mesh, laid.replicates_tokens, counts))
 
 
 def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> Boxes:
@@ -137,7 +155,8 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
         n: start_value(job, n, s, tuple((0, k) for k in s), wide)
         for n, s in weight_shapes(job.model).items()
     }
-    named = [(n, w, decays_weight(n)) for n, w in weights.items()]
+    biases = [n for n in weights if n.endswith(BALANCE_BIAS)]
+    named = [(n, w, decays_weight(n)) for n, w in weights.items() if n not in biases]
     optimizer = make_optimizer(named, job.train)
     scaler = LossScaler() if dtype == torch.float16 else None
     precision = job.plan.precision
@@ -156,21 +175,26 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
         scale = 1.0 if scaler is None else scaler.scale
         loss, gradients = loss_and_gradients(judge, batches, scale)
         watch.stop()
-        norm = float(
-            torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
-        )
+        squares = [g.double().square().sum() for n, g in gradients.items() if n not in biases]
+        norm, samples = float(torch.stack(squares).sum().sqrt()), job.train.global_batch_size
+        seen = judge.auxiliary
+        auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
         kept = {n: g.clone() for n, g in gradients.items()}
         if scaler is not None and not scaler.step(norm):
             found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
             continue
         limit = job.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
-            for g in gradients.values():
+            for g in (g for n, g in gradients.items() if n not in biases):
                 g.mul_(limit / (norm + CLIP_EPSILON))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(job.train, step + 1)
         for n, w in weights.items():
             w.grad = gradients[n]
         optimizer.step()
-        found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
+        for n in biases:
+            rows = kept[n]
+            weights[n] += job.model.router_bias_rate * (rows.mean() - rows).sign()
+        after = {n: w.clone() for n, w in weights.items()}
+        found.append(StepSeen(loss, norm, kept, after, auxiliary))
     return found, watch

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.local import local
 from partita.model.core import Explicit
+from partita.parallel.ep.counts import rows as rows_of
 from partita.parallel.laid import local_shape
 from partita.parallel.read import kept_bytes, op_flops
 from partita.record.transfer import summarise
@@ -35,6 +36,16 @@ def constants(blocks):
     return found
 
 
+def routed(world, laid, block):
+    """Numbers of rows that follow from what all ranks' routers chose; nothing in a dense block."""
+    if getattr(block, "log", None) is None:
+        return {}
+    mine = torch.tensor(block.log.sent[-1])
+    comm = world.make(range(world.size), axis="test", lane="test")
+    every = dict(enumerate(comm.counts(mine, site="test")))
+    return rows_of(laid.mesh, every, world.rank, laid.replicates_tokens)
+
+
 def look(world, job):
     """For every block of this rank: bytes kept and FLOPs made, seen and declared."""
     built = assemble(job, world)
@@ -61,10 +72,9 @@ def look(world, job):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), counter:
             x = block(x, batch.microbatches[0])
         kept = sum(size for size, _ in seen.values())
-        declared = sum(op_flops(op, model.laid.sizes) for op in laid.ops())
-        rows.append(
-            (name, kept, kept_bytes(laid, model.laid.sizes), counter.get_total_flops(), declared)
-        )
+        sizes = model.laid.sizes | routed(world, model.laid, block)
+        declared = sum(op_flops(op, sizes) for op in laid.ops())
+        rows.append((name, kept, kept_bytes(laid, sizes), counter.get_total_flops(), declared))
     return rows
 
 
@@ -96,6 +106,20 @@ def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tm
         for name, kept, declared_kept, flops, declared_flops in rows:
             assert kept == declared_kept, (name, kept, declared_kept)
             assert flops == declared_flops, (name, flops, declared_flops)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("less", ["", "recompute:selective recompute.modules=norm,act"])
+@pytest.mark.parametrize(
+    "plan", ["2mb", "dp2 ep2 2mb", "dp2 tp2+sp ep2 etp2 2mb", "tp2 etp2 2mb", "tp4+sp ep2 2mb"]
+)
+def test_experts_keep_and_compute_what_the_chosen_rows_say(plan, less, dtype, tmp_path):
+    job = verify_jobs.job(tmp_path, f"{plan} {less} {dtype}", **verify_jobs.EXPERTS)
+    with local(job.plan.world_size, 20) as ranks:
+        for rows in ranks.run(look, job):
+            for name, kept, declared_kept, flops, declared_flops in rows:
+                assert kept == declared_kept, (name, kept, declared_kept)
+                assert less or flops == declared_flops, (name, flops, declared_flops)
 
 
 def recorded_in_order(world, job):

@@ -7,7 +7,8 @@ import torch
 
 from partita.comm.seeds import normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
-from partita.model.reference_moe import Auxiliary, choose, moe
+from partita.model.reference_moe import Auxiliary, moe
+from partita.parallel.ep.router import choose
 from partita.spec.model import ModelSpec
 from partita.train.step import Microbatch
 

@@ -127,11 +127,11 @@ def test_nearest_plans_are_legal(
 
 
 def test_all_problems_at_once() -> None:
-    problems = load("plan=pp4/3mb tp4 dp3 ep2", "model.max_seq_len=8").problems()
-    assert [p.rule for p in problems] == ["world", "batch", "experts", "seq_len"]
+    problems = load("plan=pp4/3mb tp4 dp3.zero0", "model.max_seq_len=8").problems()
+    assert [p.rule for p in problems] == ["world", "batch", "seq_len"]
     assert problems[0].message == "pp*dp_shard*tp = 4*3*4 = 48 ranks, the cluster has 8"
     assert problems[1].message.endswith("1*3*1*3 = 9, global_batch_size is 16")
-    assert problems[3].severity == "warning"
+    assert problems[2].severity == "warning"
     assert (
         load("plan=1mb", cluster="4xh100").problems()[0].message
         == "1 rank, 3 of 4 devices stay idle"

@@ -111,6 +111,7 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
         del new[gone]
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
     new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
+    block = rewrite(block, lambda op: (replace(op, space=view(op.space)),))
     block = rewrite(block, _Exchange(etp, replicated, names), new)
     kept = frozenset({"sent": names.get("inside", "inside")}.get(n, n) for n in block.kept)
     return _drop_idle(replace(block, kept=kept), sizes)

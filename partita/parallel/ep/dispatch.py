@@ -1,0 +1,219 @@
+"""Rows to their experts and back: sort by expert, exact all-to-all, and the conjugates.
+
+    x [tokens, hidden] ─ sort ─► sent [slots, hidden] ─ all_to_all ep ─► arrived ─ by expert ─► inside
+    y [tokens, hidden] ◄─ sum of gate * row ─ back [slots, hidden] ◄─ all_to_all ep ─ leaving ◄─ made
+
+`order` lists the slots (token * top_k + pick) by expert, so that a token's row goes once to each of its
+experts: top_k * tokens * hidden elements leave a rank, no copies more. Numbers of rows are told ahead
+(Comm.counts, the one host read). On etp > 1 peers gather each other's rows, padded to the most that one of
+them has, and add up what they made; where tokens are replicated over tp = etp they hold the same rows, and
+copy_to / reduce_from do it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.ep.counts import experts_of
+from partita.parallel.regions import Region
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The regions of a layer's exchange. Those over a group of one move nothing."""
+
+    experts: int
+    top_k: int
+    count: Region  # dispatch.count:counts, over ep and etp
+    send: Region  # dispatch.send:all_to_all, over ep
+    receive: Region  # dispatch.receive, over etp: gather_rows or copy_to
+    leave: Region  # experts.down, over etp: scatter_rows or reduce_from
+    back: Region  # experts.back:all_to_all, over ep
+
+    def plan(self, chosen: Tensor, kept: Tensor | None = None) -> Rows:
+        """Who sends what: `chosen` [batch, seq, top_k] experts of each token; `kept` bool, those sent.
+
+        Communicates: counts over ep.etp, 8 bytes an expert."""
+        flat = chosen.flatten()
+        if kept is not None:
+            flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
+        order = flat.sort(stable=True).indices
+        mine = torch.bincount(flat, minlength=self.experts)[: self.experts]
+        table = self.count.comm.counts(mine, site=self.count.site)
+        sent = table[self.count.comm.rank]
+        order = order if kept is None else order[: sum(sent)].clone()
+        return Rows(self, order, chosen.numel(), table, sent)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One microbatch's rows. `table[peer]` are the rows that a peer on ep.etp sends to each expert."""
+
+    exchange: Exchange
+    order: Tensor
+    slots: int  # token picks of this rank, sent or not
+    table: list[list[int]]
+    sent: list[int]
+
+    @property
+    def _ep(self) -> int:
+        return self.exchange.send.comm.size
+
+    def _local(self, peer: int) -> list[int]:
+        """Rows that a peer of the table sends to each expert of this rank."""
+        ep = self._ep
+        first, end = experts_of(self.exchange.experts, ep, self.exchange.send.comm.rank)
+        return self.table[peer][first:end]
+
+    def arriving(self, etp: int) -> list[list[int]]:
+        """[ep peer][local expert] -> rows that arrive at the etp peer."""
+        width = self._etp[0]
+        return [self._local(i * width + etp) for i in range(self._ep)]
+
+    @property
+    def _etp(self) -> tuple[int, int]:
+        """(peers that hold other rows, this rank's place among them)."""
+        receive = self.exchange.receive
+        return (receive.comm.size, receive.comm.rank) if receive.kind == "gather_rows" else (1, 0)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each local expert, of all etp peers."""
+        peers = range(self._etp[0])
+        return [sum(c) for c in zip(*(row for j in peers for row in self.arriving(j)), strict=True)]
+
+    def exchange_rows(self, x: Tensor, region: Region, back: bool) -> Tensor:
+        """all_to_all over ep: to the experts, or back."""
+        if region.comm.size == 1:
+            return x
+        ep, me = self._ep, self._etp[1]
+        spans = [experts_of(self.exchange.experts, ep, i) for i in range(ep)]
+        out = [sum(self.sent[a:b]) for a, b in spans]
+        come = [sum(c) for c in self.arriving(me)]
+        send, take = (come, out) if back else (out, come)
+        return region.comm.all_to_all(x, site=region.site, send_counts=send, receive_counts=take)
+
+    def regroup(self, x: Tensor, blocks: list[list[int]], back: bool, pad: int = 0) -> Tensor:
+        """Rows that lie source by source, each by expert, put expert by expert; or `back`. A source has `pad`
+        rows where that is given, its own ones first."""
+        if len(blocks) == 1 and not pad:
+            return x
+        index = _by_expert(blocks, pad).to(x.device)
+        if not back:
+            return x[index]
+        rows = pad * len(blocks) if pad else x.shape[0]
+        out = x.new_zeros((rows, *x.shape[1:])) if pad else torch.empty_like(x)
+        out[index] = x
+        return out
+
+    def enter(self, arrived: Tensor, conjugate: bool = False) -> Tensor:
+        """Rows of this rank by expert -> rows that its experts compute on. `conjugate`: a gradient on its way
+        through `leave`'s backward."""
+        region = self.exchange.leave if conjugate else self.exchange.receive
+        if region.comm.size == 1:
+            return arrived
+        if region.kind in ("copy_to", "reduce_from"):
+            return region.backward(arrived) if conjugate else region.forward(arrived)
+        blocks, most = self._peers()
+        padded = arrived.new_zeros((most, *arrived.shape[1:]))
+        padded[: arrived.shape[0]] = arrived
+        return self.regroup(region.comm.all_gather(padded, site=region.site), blocks, False, most)
+
+    def exit(self, made: Tensor, conjugate: bool = False) -> Tensor:
+        """What experts made, added up over etp -> this rank's rows. `conjugate`: as in `enter`."""
+        region = self.exchange.receive if conjugate else self.exchange.leave
+        if region.comm.size == 1:
+            return made
+        if region.kind in ("copy_to", "reduce_from"):
+            return region.backward(made) if conjugate else region.forward(made)
+        blocks, most = self._peers()
+        spread = self.regroup(made, blocks, True, most)
+        found = region.comm.reduce_scatter(spread, site=region.site)
+        return found[: sum(blocks[region.comm.rank])]
+
+    def _peers(self) -> tuple[list[list[int]], int]:
+        """Rows of each etp peer by local expert, and the most that one has."""
+        peers = range(self._etp[0])
+        blocks = [[sum(c) for c in zip(*self.arriving(j), strict=True)] for j in peers]
+        return blocks, max(sum(b) for b in blocks)
+
+    def to_experts(self, sent: Tensor, conjugate: bool = False) -> Tensor:
+        """Rows in `order` -> rows by expert, at their experts. `conjugate`: gradients, through `back`."""
+        region = self.exchange.back if conjugate else self.exchange.send
+        arrived = self.exchange_rows(sent, region, back=False)
+        mine = self.regroup(arrived, self.arriving(self._etp[1]), back=False)
+        return self.enter(mine, conjugate)
+
+    def to_tokens(self, made: Tensor, conjugate: bool = False) -> Tensor:
+        """Rows by expert -> rows in `order`, at their tokens. `conjugate`: gradients, through `send`."""
+        region = self.exchange.send if conjugate else self.exchange.back
+        mine = self.exit(made, conjugate)
+        leaving = self.regroup(mine, self.arriving(self._etp[1]), back=True)
+        return self.exchange_rows(leaving, region, back=True)
+
+
+def _by_expert(blocks: list[list[int]], pad: int) -> Tensor:
+    """Places of rows, expert by expert, in a buffer that holds them source by source."""
+    sizes = torch.tensor(blocks)
+    within = sizes.cumsum(1) - sizes
+    totals = torch.full((len(blocks),), pad) if pad else sizes.sum(1)
+    starts = ((totals.cumsum(0) - totals).unsqueeze(1) + within).t().flatten()
+    sizes = sizes.t().flatten()
+    ends = sizes.cumsum(0)
+    return torch.arange(int(ends[-1])) + (starts - (ends - sizes)).repeat_interleave(sizes)
+
+
+class Dispatch(torch.autograd.Function):
+    """Tokens -> rows at their experts; keeps `order`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Rows) -> Tensor:
+        """Sorts and sends."""
+        ctx.save_for_backward(rows.order)
+        ctx.rows, ctx.shape = rows, x.shape
+        tokens = x.reshape(-1, x.shape[-1])
+        return rows.to_experts(tokens[rows.order // rows.exchange.top_k])
+
+    @staticmethod
+    def backward(ctx, drows: Tensor) -> tuple[Tensor, None]:
+        """Brings gradients back and adds up those of a token."""
+        (order,) = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        d = rows.to_tokens(drows, conjugate=True)
+        return _by_token(d, order, rows).sum(1).view(ctx.shape), None
+
+
+class Combine(torch.autograd.Function):
+    """Rows at their experts -> tokens: each one's rows, weighed by its gates; keeps rows, gates, order."""
+
+    @staticmethod
+    def forward(ctx, made: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+        """Brings rows back and adds them up in the gates' dtype."""
+        back = rows.to_tokens(made)
+        ctx.save_for_backward(back, gates, rows.order)
+        ctx.rows, ctx.shape = rows, (*gates.shape[:-1], back.shape[-1])
+        weighed = back * gates.flatten()[rows.order].unsqueeze(-1)
+        return _by_token(weighed, rows.order, rows).sum(1).to(back.dtype).view(ctx.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Sends each row its token's gradient, weighed."""
+        back, gates, order = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        drows = dy.reshape(-1, dy.shape[-1])[order // rows.exchange.top_k].to(gates.dtype)
+        dgates = gates.new_zeros(rows.slots)
+        dgates[order] = (drows * back).sum(-1)
+        weighed = drows * gates.flatten()[order].unsqueeze(-1)
+        made = rows.to_experts(weighed.to(back.dtype), conjugate=True)
+        return made, dgates.view(gates.shape), None
+
+
+def _by_token(x: Tensor, order: Tensor, rows: Rows) -> Tensor:
+    """Rows in `order` -> [tokens, top_k, hidden]; zero where none was sent."""
+    whole = torch.empty if order.numel() == rows.slots else torch.zeros
+    out = whole((rows.slots, x.shape[-1]), dtype=x.dtype, device=x.device)
+    out[order] = x
+    return out.view(-1, rows.exchange.top_k, x.shape[-1])

@@ -1,0 +1,58 @@
+"""A linear of every expert on its own rows: one matmul an expert over neighbouring rows, none padded or
+dropped (MegaBlocks, Gale et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partita.parallel.units import Matrix, Weight
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """x [rows, columns], by expert -> [rows, the expert's rows]; `matrices` are the local experts'."""
+
+    matrices: tuple[Matrix, ...]
+
+    @staticmethod
+    def of(weight: Weight, columns: int = 1) -> Grouped:
+        """Stacked experts; `columns` counts the trailing dims that are contracted."""
+        width = weight.value.shape[-columns:].numel()
+        values, gradients = (t.view(t.shape[0], -1, width) for t in (weight.value, weight.gradient))
+        pairs = zip(values, gradients, strict=True)
+        return Grouped(tuple(Matrix(v, g, weight.queue) for v, g in pairs))
+
+    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """`counts` are the rows of each expert."""
+        return _Grouped.apply(x, self, counts)  # type: ignore[return-value]
+
+
+class _Grouped(torch.autograd.Function):
+    """Keeps x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Grouped, counts: Sequence[int]) -> Tensor:
+        """An expert after the other."""
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.counts = layer, counts
+        y = x.new_empty((x.shape[0], layer.matrices[0].value.shape[0]))
+        for m, rows, out in zip(layer.matrices, x.split(counts), y.split(counts), strict=True):
+            if rows.shape[0]:
+                torch.mm(rows, m.value.t(), out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the rows, then of the weights."""
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        parts = (dy.split(ctx.counts), dx.split(ctx.counts), x.split(ctx.counts))
+        for m, d, out, rows in zip(ctx.layer.matrices, *parts, strict=True):
+            if rows.shape[0]:
+                torch.mm(d, m.value, out=out)
+                m.accumulate(d, rows)
+        return dx, None, None

@@ -1,0 +1,182 @@
+"""The router of a layer: scores, the choice, and the auxiliary losses, which backward feeds by itself.
+
+    scores   softmax or sigmoid of x W.T in fp32 (fp64 under fp64)
+    choice   the top_k best, the lower expert on ties; of the best groups alone; a bias moves the choice only
+    gates    the chosen scores, made to add up to router_scale, or times it
+
+Each auxiliary loss is an output of the block with a seed of its own, coefficient / samples of the step: the
+backward of the gates adds its gradient to the scores'. Balance (DeepSeek-V3, eq. 17) is of each sequence, so
+its counts are summed over the axes that cut seq (reduce_from, [batch, experts]) and never over dp; its
+gradient needs no more. z (ST-MoE, eq. 5) is of each token. Their values are partial sums until the step adds
+them up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from partita.parallel.ep.log import RouterLog
+from partita.parallel.regions import Region
+from partita.parallel.units import Weight
+from partita.spec.model import ModelSpec
+
+TINY = 1e-20  # gates whose scores add up to nothing are nothing
+
+
+@dataclass(frozen=True)
+class Router:
+    """x [batch, seq share, hidden] -> gates [batch, seq, top_k] and the experts they are for.
+
+    `gate` [experts, hidden]; `bias` [experts] collects, for its gradient, the rows of each expert. `counts`
+    is the region that sums rows over what cuts seq, `seq_len` the whole sequence, `samples` those of a step.
+    """
+
+    spec: ModelSpec
+    gate: Weight
+    bias: Weight | None
+    counts: Region
+    seq_len: int
+    samples: int
+    log: RouterLog
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[batch, seq, experts] in the wide dtype."""
+        return _Gate.apply(x, self)  # type: ignore[return-value]
+
+    def __call__(self, logits: Tensor, records: bool) -> tuple[Tensor, Tensor]:
+        """(gates, chosen); `records` says that the losses' values count (not in a replay)."""
+        return _Route.apply(logits, self, records)  # type: ignore[return-value]
+
+    def seed(self, coefficient: float) -> float:
+        """What backward starts from at a token's part of an auxiliary loss."""
+        return coefficient * self.log.loss_scale / (self.samples * self.seq_len)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Of every expert."""
+        return logits.softmax(-1) if self.spec.router == "softmax" else logits.sigmoid()
+
+
+class _Gate(torch.autograd.Function):
+    """A linear in the wide dtype; keeps x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Router) -> Tensor:
+        """x W.T, both widened."""
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        wide = layer.gate.gradient.dtype
+        return x.to(wide) @ layer.gate.value.to(wide).t()
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor) -> tuple[Tensor, None]:
+        """Two matmuls."""
+        (x,) = ctx.saved_tensors
+        gate: Weight = ctx.layer.gate
+        wide = dlogits.dtype
+        gate.matrix().accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
+        return (dlogits @ gate.value.to(wide)).to(x.dtype), None
+
+
+class _Route(torch.autograd.Function):
+    """Keeps the scores and the choice; counts for the balance loss, logits for the z-loss."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, layer: Router, records: bool) -> tuple[Tensor, Tensor]:
+        """Scores and chooses."""
+        s = layer.spec
+        scores = layer.scores(logits)
+        bias = None if layer.bias is None else layer.bias.value.to(scores.dtype)
+        chosen = choose(s, scores, bias)
+        gates = scores.gather(-1, chosen)
+        if s.normalise_top_k:
+            gates = gates / (gates.sum(-1, keepdim=True) + TINY)
+        counts = logits.new_empty(0)
+        if s.balance_loss:
+            rows = one_hot(chosen, s.experts).sum((1, 2)).to(scores.dtype)
+            counts = layer.counts.forward(rows)
+        kept = logits if s.z_loss else logits.new_empty(0)
+        ctx.save_for_backward(scores, chosen, counts, kept)
+        ctx.layer = layer
+        ctx.mark_non_differentiable(chosen)
+        if records:
+            _record(layer, scores, counts, kept)
+        return gates * s.router_scale, chosen
+
+    @staticmethod
+    def backward(ctx, dgates: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        """Through gates and scores, and from the auxiliary losses."""
+        scores, chosen, counts, logits = ctx.saved_tensors
+        layer: Router = ctx.layer
+        s = layer.spec
+        dscores = torch.zeros_like(scores).scatter_(-1, chosen, _ungate(s, dgates, scores, chosen))
+        if s.balance_loss:
+            dscores += _balance_gradient(layer, scores, counts)
+        if s.router == "softmax":
+            dlogits = (dscores - (dscores * scores).sum(-1, keepdim=True)) * scores
+        else:
+            dlogits = dscores * scores * (1 - scores)
+        if s.z_loss:
+            seed = layer.seed(s.z_loss)
+            dlogits += 2 * seed * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)
+        if layer.bias is not None:
+            rows = torch.bincount(chosen.flatten(), minlength=s.experts).to(scores.dtype)
+            layer.bias.accumulate(rows * layer.log.loss_scale)
+        return dlogits, None, None
+
+
+def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
+    """int64 [..., top_k]: the experts of each token. With groups only those of the best router_top_groups
+    count, by their best score, under sigmoid by the sum of their two best (DeepSeek-V2, V3)."""
+    ranked = scores if bias is None else scores + bias
+    if spec.router_groups > 1:
+        groups = ranked.unflatten(-1, (spec.router_groups, -1))
+        best = 2 if spec.router == "sigmoid" else 1
+        worth = groups.sort(dim=-1, descending=True).values[..., :best].sum(-1)
+        kept = _first(worth, spec.router_top_groups)
+        shut = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
+        ranked = groups.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(-2)
+    return _first(ranked, spec.top_k)
+
+
+def _first(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, the lower on ties."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
+def _ungate(s: ModelSpec, dgates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    """Gradient of the chosen scores from that of the gates."""
+    d = dgates * s.router_scale
+    if not s.normalise_top_k:
+        return d
+    mine = scores.gather(-1, chosen)
+    total = mine.sum(-1, keepdim=True) + TINY
+    return (d - (d * mine).sum(-1, keepdim=True) / total) / total
+
+
+def _share(layer: Router, counts: Tensor) -> Tensor:
+    """experts / (top_k * seq) * rows of each expert: 1 where they are even. [batch, experts]"""
+    s = layer.spec
+    return counts * (s.experts / (s.top_k * layer.seq_len))
+
+
+def _balance_gradient(layer: Router, scores: Tensor, counts: Tensor) -> Tensor:
+    s = layer.spec
+    d = (_share(layer, counts) * layer.seed(s.balance_loss)).unsqueeze(1)
+    if s.router == "softmax":
+        return d.expand_as(scores)
+    total = scores.sum(-1, keepdim=True)
+    return (d - (d * scores).sum(-1, keepdim=True) / total) / total
+
+
+def _record(layer: Router, scores: Tensor, counts: Tensor, logits: Tensor) -> None:
+    """This rank's part of the losses' values."""
+    s = layer.spec
+    if s.balance_loss:
+        p = scores if s.router == "softmax" else scores / scores.sum(-1, keepdim=True)
+        layer.log.balance += (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
+    if s.z_loss:
+        layer.log.z += logits.logsumexp(-1).square().sum() / layer.seq_len

@@ -1,0 +1,56 @@
+"""What routers did in a step, added up over ranks: auxiliary losses, dropped rows, rows of each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from partita.parallel.ep.log import Routed, RouterLog
+from partita.parallel.laid import ROUTING_SUMS
+
+if TYPE_CHECKING:
+    from partita.train.step import Model
+
+BALANCE_BIAS = (
+    ".router.balance_bias"  # end of its name: moved by the rows of its experts, not by an optimizer
+)
+
+
+def logs(model: Model) -> Iterator[tuple[str, RouterLog]]:
+    """(block, log) of every layer with experts on this rank."""
+    for name, block in zip(model.names, model.blocks, strict=True):
+        if getattr(block, "log", None) is not None:
+            yield name, block.log
+
+
+def begin_routing(model: Model, loss_scale: float) -> None:
+    """Nothing has been routed yet."""
+    for _, log in logs(model):
+        log.clear()
+        log.loss_scale = loss_scale
+
+
+def sum_routing(model: Model) -> Routed:
+    """The step's, the same on every rank.
+
+    Communicates: all_reduce of 8 bytes a layer and expert, and 3 sums, over what cuts tokens and layers."""
+    spec = model.laid.request.model
+    if not spec.experts:
+        return Routed()
+    model.context.where.phase = "step"
+    layers, experts, first = spec.expert_layers, spec.experts, spec.dense_layers
+    sums = torch.zeros(ROUTING_SUMS + layers * experts, dtype=torch.float64)
+    for name, log in logs(model):
+        at = ROUTING_SUMS + (int(name.rpartition(".")[2]) - first) * experts
+        sums[:ROUTING_SUMS] += torch.stack(
+            [log.balance.double().cpu(), log.z.double().cpu(), torch.tensor(float(log.dropped))]
+        )
+        sums[at : at + experts] = torch.tensor(log.counts, dtype=torch.float64)
+    if model.comms.routing is not None:
+        sums = model.comms.routing.all_reduce(sums, site="step.routing:reduce_from")
+    samples = model.laid.samples
+    balance, z, dropped = sums[:ROUTING_SUMS].tolist()
+    counts = sums[ROUTING_SUMS:].view(layers, experts).long().tolist()
+    return Routed(balance / samples, z / samples, round(dropped), tuple(map(tuple, counts)))

@@ -1,0 +1,220 @@
+"""Experts on thread ranks: equal to one device, loads and losses told alike, faults of others found."""
+
+from dataclasses import replace
+
+import pytest
+import verify_jobs
+
+from partita.comm.local import local
+from partita.comm.recording import RecordingComm
+from partita.parallel.ep import dispatch, router
+from partita.parallel.regions import Region
+from partita.train import step as step_module
+from partita.train.build import assemble
+from partita.train.step import Update
+from partita.verify import runs
+from partita.verify.parity import verify
+
+PLANS = (
+    "2mb", "dp4 ep4", "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "dp2 tp2+sp ep2 etp2 2mb",
+    "dp2 tp2 ep2 etp2 2mb", "tp2 etp2 2mb", "pp2/2mb dp2 ep2", "dp_replicate2 dp2 ep2", "tp4+sp etp4 2mb",
+    "dp2 tp2+sp ep2 recompute:full", "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("moe")
+
+
+def job(folder, plan, **model):
+    return verify_jobs.job(folder, plan, **{**verify_jobs.EXPERTS, **model})
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_equals_one_device(plan, folder):
+    found = verify(job(folder, f"{plan} fp64"))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.parametrize("plan", ["dp2 tp2+sp ep2 etp2 2mb bf16", "dp4 ep2 fp32"])
+def test_a_plan_equals_one_device_at_its_own_precision(plan, folder):
+    found = verify(job(folder, plan))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"router": "sigmoid", "router_groups": 2, "router_top_groups": 1, "router_scale": 2.5},
+        {"normalise_top_k": False, "shared_experts": 0, "dense_layers": 0, "top_k": 1},
+        {"experts": 8, "top_k": 3, "router_bias": False, "balance_loss": 0.0, "z_loss": 0.0},
+    ],
+)
+def test_other_routers_equal_one_device(model, folder):
+    found = verify(job(folder, "dp2 tp2+sp ep2 2mb fp64", **model))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+def trained(world, jobs):
+    found = []
+    for one in jobs:
+        built = assemble(one, world)
+        loss = built.model.forward_backward(built.batch(0))
+        built.update.step()
+        found.append((loss, built.model.routed))
+    return found
+
+
+def test_every_rank_knows_the_step_s_loads_and_losses(folder):
+    """The same on every rank and under every plan: auxiliary losses, rows of each layer and expert."""
+    plans = [job(folder, p) for p in ("dp2 tp2+sp ep2 2mb fp64", "pp2/4mb dp2 ep2 fp64")]
+    with local(4, 20) as ranks:
+        seen = ranks.run(trained, plans)
+    (alone,) = trained(verify_jobs.SingleWorld(), [job(folder, "4mb fp64")])
+    for loss, routed in [one for rank in seen for one in rank]:
+        assert loss == pytest.approx(alone[0], rel=1e-12)
+        assert routed.counts == alone[1].counts
+        assert routed.balance == pytest.approx(alone[1].balance, rel=1e-12)
+        assert routed.z == pytest.approx(alone[1].z, rel=1e-12)
+    routed = alone[1]
+    assert routed.rows == 8 * verify_jobs.SEQ * 2 * 2 and routed.dropped == 0
+    assert routed.imbalance >= 1 and sum(routed.load) == pytest.approx(1)
+
+
+# Faults that others shipped ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(folder):
+    def judge(plan, **model):
+        found = verify(job(folder, f"{plan} fp64", **model))
+        assert not found.equal and found.divergence is not None, str(found)
+        return found.divergence
+
+    return judge
+
+
+def test_expert_gradients_scaled_by_ep(judged, monkeypatch):
+    """Invisible in the loss under Adam, which divides by the gradient's size."""
+    finish = step_module.Reducer.finish
+
+    def scaled(self):
+        finish(self)
+        for unit in self.units:
+            for name, first, size in unit.places:
+                if ".experts." in name:
+                    unit.gradient[first : first + size].div_(2)
+
+    monkeypatch.setattr(step_module.Reducer, "finish", scaled)
+    at = judged("dp2 ep2")
+    assert at.phase == "gradient" and ".experts." in at.module
+
+
+@pytest.mark.parametrize("fault", ["averaged", "in the wrong group"])
+def test_experts_part_of_the_norm(judged, monkeypatch, fault):
+    right, make = Update.gradient_norm, runs.make_update
+
+    def averaged(self):
+        for name, g in self.counted:
+            if ".experts." in name:
+                g.mul_(0.5**0.5)
+        norm = right(self)
+        for name, g in self.counted:
+            if ".experts." in name:
+                g.mul_(2**0.5)
+        return norm
+
+    def own_only(model, train):
+        """As if experts lay on tp alone: those of other ep ranks are not counted."""
+        update = make(model, train)
+        if model.context.coords["dp_shard"] > 0:
+            update.counted = []
+        return update
+
+    if fault == "averaged":
+        monkeypatch.setattr(Update, "gradient_norm", averaged)
+    else:
+        monkeypatch.setattr(runs, "make_update", own_only)
+    assert judged("dp2 ep2").module == "step.norm"
+
+
+def test_router_gradients_not_reduced_over_tp_under_sp(judged, monkeypatch):
+    start = step_module.Reducer._start
+    skip = lambda self, unit: None if "unit[tp]" in unit.name else start(self, unit)  # noqa: E731
+    monkeypatch.setattr(step_module.Reducer, "_start", skip)
+    at = judged("tp2+sp ep2")
+    assert at.phase == "gradient" and at.expected == ("all_reduce", "tp")
+
+
+def test_auxiliary_loss_scaled_by_tp(judged, monkeypatch):
+    """Its seed counts the tokens of a rank in place of the sequence's."""
+    seed = router.Router.seed
+    monkeypatch.setattr(router.Router, "seed", lambda self, c: 2 * seed(self, c))
+    at = judged("tp2+sp ep2")
+    assert at.phase in ("backward", "gradient")
+
+
+def test_balance_counted_on_each_rank_s_tokens(judged, monkeypatch):
+    forward = Region.forward
+    alone = lambda self, x: 2 * x if "router.count" in self.site else forward(self, x)  # noqa: E731
+    monkeypatch.setattr(Region, "forward", alone)
+    at = judged("tp2+sp ep2")
+    assert "router.count" in at.message and "missing" in at.message
+
+
+def test_an_auxiliary_gradient_missing_on_one_stage(judged, monkeypatch):
+    make = runs.make_model
+
+    def silent(job, laid, context, fill):
+        model = make(job, laid, context, fill)
+        for block in model.blocks if model.place == 1 else ():
+            if getattr(block, "log", None) is not None:
+                router = replace(block.mlp.router, samples=10**30)
+                block.mlp = replace(block.mlp, router=router)
+        return model
+
+    monkeypatch.setattr(runs, "make_model", silent)
+    at = judged("pp2/2mb dp2 ep2")
+    assert at.phase in ("backward", "gradient")
+
+
+def test_etp_and_tp_gradients_mixed(judged, monkeypatch):
+    """Experts' gradients are added up over tp, whose ranks hold other columns of them, not over efsdp."""
+    right = runs.make_context
+
+    def mixed(laid, job, world, where, recorder=None):
+        context = right(laid, job, world, where, recorder)
+        wrong = world.make(laid.mesh.group(world.rank, "tp"), axis="efsdp", lane="dp")
+        told = RecordingComm(wrong, context.recorder, where)
+        return replace(context, comms={**context.comms, ("efsdp", "dp"): told})
+
+    monkeypatch.setattr(runs, "make_context", mixed)
+    at = judged("dp_shard2.zero0 tp2+sp etp2")
+    assert (
+        at.phase == "gradient"
+        and ".experts." in at.module
+        and at.expected == ("all_reduce", "efsdp")
+    )
+
+
+def test_gates_of_the_wrong_token(judged, monkeypatch):
+    forward = dispatch.Combine.forward
+
+    def rolled(ctx, made, gates, rows):
+        return forward(ctx, made, gates.roll(1, 1), rows)
+
+    monkeypatch.setattr(dispatch.Combine, "forward", staticmethod(rolled))
+    at = judged("dp2 ep2")
+    assert (at.phase, at.module) == ("forward", "blocks.1.mlp")
+
+
+def test_a_balance_bias_that_drifts_on_one_rank(judged, monkeypatch):
+    right = Update._balance
+
+    def misses(self):
+        if self.model.context.rank == 0:
+            right(self)
+
+    monkeypatch.setattr(Update, "_balance", misses)
+    assert judged("dp2 ep2").phase in ("optimizer", "forward")
