@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from partita.base.errors import ScheduleError
 from partita.schedule.check import check, over_limit
-from partita.schedule.clock import Costs, StageCosts, clock, makespan
+from partita.schedule.clock import Costs, StageCosts, clock, makespan, span
 from partita.schedule.make import schedule
 from partita.schedule.synth.bounds import lower_bound
 from partita.schedule.synth.exact import optimum, unit_of
@@ -144,6 +144,38 @@ def test_units():
 def test_the_same_seed_gives_the_same_schedule():
     task = Task(2, 3, Costs((StageCosts(1.0, 1.3, 0.7),), 0.1), 1.5, effort=4_000, proof=0.2)
     assert synthesise(task).schedule == synthesise(task).schedule
+
+
+@pytest.mark.parametrize("p, m", [(2, 4), (3, 6), (4, 8)])
+def test_the_span_of_a_line_is_its_proven_optimum(p, m):
+    """3m + max(0, 2p-1-min(cap, m)) at equal costs, for cap >= p."""
+    for cap in (p, p + 1, 2 * p - 1):
+        task = Task(p, m, EVEN, cap, stages=1, copies=1, goal="span", effort=30_000, proof=0.0)
+        found = synthesise(task)
+        assert found.makespan == pytest.approx(3 * m + max(0, 2 * p - 1 - min(cap, m)))
+        assert span(clock(found.schedule)) == pytest.approx(found.makespan)
+        assert found.lower_bound <= found.makespan
+
+
+def test_a_weight_half_that_needs_less_leaves_room_for_more():
+    costs = Costs((StageCosts(1.0, 1.0, 0.5),))
+    times = []
+    for kept in (1.0, 0.4):
+        task = Task(
+            4,
+            16,
+            costs,
+            8,
+            until_weights=kept,
+            goal="span",
+            stages=1,
+            copies=1,
+            effort=0,
+            proof=0.0,
+        )
+        times.append(synthesise(task))
+    assert times[1].makespan < times[0].makespan
+    assert times[1].lower_bound <= times[0].lower_bound
 
 
 def test_what_cannot_be_is_refused_with_the_number():

@@ -35,5 +35,14 @@ def auto(
     """
     given = costs or Costs((StageCosts(),))
     stages = max(2, virtual_stages)
-    task = Task(num_ranks, num_microbatches, given, limit, limit_in_bytes, stages, copies, seed)
+    task = Task(
+        num_ranks,
+        num_microbatches,
+        given,
+        limit,
+        limit_in_bytes,
+        stages=stages,
+        copies=copies,
+        seed=seed,
+    )
     return synthesise(task).schedule

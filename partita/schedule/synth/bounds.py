@@ -41,18 +41,19 @@ def _tails(flow: Flow) -> list[list[float]]:
 def heads_of(flow: Flow) -> list[list[float]]:
     """The earliest start of each item: of its stream's one before, its needs, and the room it takes."""
     most = [math.inf] * len(flow.names)
-    giver = _giver(flow)
-    for x, held in enumerate(flow.held):
-        if held > 0 and x in giver:
-            room = flow.limits[flow.rank[x]]
-            most[x] = math.floor(room / held + EPSILON) if math.isfinite(room) else math.inf
+    giver = {}
+    for taker, first, total in _windows(flow):
+        room = flow.limits[flow.rank[taker]]
+        giver[taker] = first
+        if math.isfinite(room) and total > 0:
+            most[taker] = math.floor(room / total + EPSILON)
     heads: list[list[float]] = [[] for _ in flow.names]
     order = _topological(flow)
     for k in range(max(flow.count, default=0)):
         for x in order:
             if k >= flow.count[x]:
                 continue
-            at = heads[x][k - 1] + flow.seconds[x] if k else 0.0
+            at = heads[x][k - 1] + flow.seconds[x] if k else flow.release[flow.rank[x]]
             for need, lag in flow.needs[x]:
                 at = max(at, heads[need][k] + flow.seconds[need] + lag)
             if k >= most[x]:
@@ -62,10 +63,20 @@ def heads_of(flow: Flow) -> list[list[float]]:
     return heads
 
 
-def _giver(flow: Flow) -> dict[int, int]:
-    """For each stream that takes room the one that gives it back: F and W of one stage and direction."""
-    by_stage = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held < 0}
-    return {x: by_stage[flow.names[x][:2]] for x, held in enumerate(flow.held) if held > 0}
+def _windows(flow: Flow) -> list[tuple[int, int, float]]:
+    """For each stage and direction (last stream that takes room, first that gives some back, all that is
+    taken): between the two a microbatch holds everything."""
+    last: dict[tuple[int, int], int] = {}
+    total: dict[tuple[int, int], float] = {}
+    first: dict[tuple[int, int], int] = {}
+    for x in _topological(flow):
+        place, held = flow.names[x][:2], flow.held[x]
+        if held > 0:
+            last[place] = x
+            total[place] = total.get(place, 0.0) + held
+        elif held < 0:
+            first.setdefault(place, x)
+    return [(last[place], first[place], total[place]) for place in last if place in first]
 
 
 def _topological(flow: Flow) -> list[int]:
@@ -109,13 +120,13 @@ def _room(flow: Flow, rank: int, heads: list[list[float]], tails: list[list[floa
     limit = flow.limits[rank]
     if not math.isfinite(limit) or limit <= 0:
         return 0.0
-    giver, used = _giver(flow), 0.0
+    used = 0.0
     streams = flow.streams_of(rank)
     for x in streams:
-        if x in giver:
-            y = giver[x]
-            life = _shortest(flow, x, y) + flow.seconds[y]
-            used += flow.held[x] * life * flow.count[x]
+        for y in streams:
+            if flow.held[x] > 0 > flow.held[y] and flow.names[x][:2] == flow.names[y][:2]:
+                life = _shortest(flow, x, y) + flow.seconds[y]
+                used -= flow.held[y] * life * flow.count[x]
     start = min(heads[x][0] for x in streams)
     end = min(tails[x][-1] for x in streams)
     return start + used / limit + end

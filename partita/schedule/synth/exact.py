@@ -5,7 +5,7 @@
     start[n, k] + seconds[n] + lag <= start[x, k]              what x needs
     no two items of a rank at once
     sum of held over microbatches between start of F and end of W <= limit        on every rank, always
-    end of every item <= T
+    release of its rank <= start of every item, and its end + tail of its rank <= T
 
 Times are whole numbers of a unit that all costs are multiples of; where there is none below a millionth of
 the longest, nothing is proven. One worker and a budget in CP-SAT's deterministic time: the same answer
@@ -60,9 +60,10 @@ def optimum(flow: Flow, orders: Orders, bound: float, budget: float) -> Proof | 
     """The best of the flow, beginning from `orders`; None where the instance is too large or its numbers
     have no common unit. `budget` is in CP-SAT's deterministic seconds."""
     size = sum(flow.count)
-    times = [*flow.seconds, *(lag for needs in flow.needs for _, lag in needs)]
+    lags = [lag for needs in flow.needs for _, lag in needs]
+    times = [*flow.seconds, *lags, *flow.release, *flow.tail]
     unit = unit_of(times)
-    room = unit_of([abs(h) for h in flow.held])
+    room = unit_of([-held for held in flow.held if held < 0])
     if size > MOST_ITEMS or unit is None or room is None:
         return None
     return _Model(flow, orders, unit, room, bound).solved(budget)
@@ -101,9 +102,13 @@ class _Model:
     def _precede(self) -> None:
         flow, add = self.flow, self.model.add
         for x, row in enumerate(self.starts):
-            took = self._whole(flow.seconds[x])
+            took, rank = self._whole(flow.seconds[x]), flow.rank[x]
+            after = took + self._whole(flow.tail[rank])
+            add(row[0] >= self._whole(flow.release[rank]))
+            add(row[-1] + after <= self.end)
             for k, start in enumerate(row):
-                add(start + took <= (row[k + 1] if k + 1 < len(row) else self.end))
+                if k + 1 < len(row):
+                    add(start + took <= row[k + 1])
                 for need, lag in flow.needs[x]:
                     there = self._whole(flow.seconds[need]) + self._whole(lag)
                     add(self.starts[need][k] + there <= start)
@@ -121,21 +126,21 @@ class _Model:
     def _hold(self, room: Fraction, horizon: int) -> None:
         flow = self.flow
         takers = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held > 0}
-        givers = {flow.names[x][:2]: x for x, held in enumerate(flow.held) if held < 0}
+        givers = [(x, held) for x, held in enumerate(flow.held) if held < 0]
         for rank in range(flow.num_ranks):
             if not math.isfinite(flow.limits[rank]):
                 continue
             spans: list[Any] = []
             sizes: list[int] = []
-            for name, x in takers.items():
-                if flow.rank[x] != rank:
+            for y, held in givers:
+                if flow.rank[y] != rank:
                     continue
-                y = givers[name]
+                x = takers[flow.names[y][:2]]
                 took = self._whole(flow.seconds[y])
                 for start, last in zip(self.starts[x], self.starts[y], strict=True):
                     life = self.model.new_int_var(0, horizon, "")
                     spans.append(self.model.new_interval_var(start, life, last + took, ""))
-                    sizes.append(round(flow.held[x] / float(room)))
+                    sizes.append(round(-held / float(room)))
             limit = math.floor(flow.limits[rank] / float(room) + 1e-6)
             self.model.add_cumulative(spans, sizes, limit)
 

@@ -26,7 +26,8 @@ EPSILON = 1e-9  # relative to the costs' scale: times closer than that are one
 class Flow:
     """The streams: `names[x]` = (stage, direction, kind); `needs[x]` = (stream, seconds on the way)
     whose item of the same number comes first; `held[x]` is taken when an item starts (> 0) or given back
-    when it ends (< 0); `limits` caps what a rank holds."""
+    when it ends (< 0); `limits` caps what a rank holds. A rank begins at `release` or later and its end
+    counts `tail` later: both 0 for the flush time (see `for_span`)."""
 
     placements: tuple[Placement, ...]
     direction: tuple[int, ...] | None
@@ -37,6 +38,8 @@ class Flow:
     held: tuple[float, ...]
     count: tuple[int, ...]
     limits: tuple[float, ...]
+    release: tuple[float, ...]
+    tail: tuple[float, ...]
     feeds: tuple[tuple[tuple[int, float], ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +60,23 @@ class Flow:
 
     def reversed(self) -> Flow:
         """The same read backwards in time."""
-        return replace(self, needs=self.feeds, held=tuple(-h for h in self.held))
+        back = tuple(-h for h in self.held)
+        return replace(self, needs=self.feeds, held=back, release=self.tail, tail=self.release)
+
+    def for_span(self, heads: Sequence[float]) -> Flow:
+        """The same with each rank's end counted from `heads[rank]`, its first possible start: its
+        makespan is the span plus the latest of them."""
+        latest = max(heads)
+        return replace(self, tail=tuple(latest - head for head in heads))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a microbatch holds from F on at each stage, in the unit of the limits, and the fraction of it
+    that the weight half still needs: the rest is given back when I ends."""
+
+    sizes: Sequence[float]
+    until_weights: float = 1.0
 
 
 def flow_of(
@@ -66,10 +85,9 @@ def flow_of(
     costs: Costs,
     limits: Sequence[float],
     direction: tuple[int, ...] | None = None,
-    weights: Sequence[float] | None = None,
+    held: Held | None = None,
 ) -> Flow:
-    """The flow of a placement (two of them with `direction`). `weights` is what a microbatch holds at
-    each stage, 1 unless given, in the unit of `limits`."""
+    """The flow of a placement (two of them with `direction`); `held`: one activation a stage unless told."""
     stages = len(placements[0])
     at = {
         (s, way, kind): i
@@ -91,7 +109,8 @@ def flow_of(
                 if 0 <= q < stages
             )
         )
-    sign = {"F": 1.0, "I": 0.0, "W": -1.0}
+    kept = held.until_weights if held else 1.0
+    sign = {"F": 1.0, "I": kept - 1.0, "W": -kept}
     counts = [num_microbatches] if direction is None else [direction.count(w) for w in (0, 1)]
     return Flow(
         placements=tuple(placements),
@@ -100,9 +119,11 @@ def flow_of(
         rank=tuple(placements[way][s] for s, way, _ in at),
         seconds=tuple(costs.stages[s].of(kind) for s, _, kind in at),
         needs=tuple(needs),
-        held=tuple(sign[kind] * (weights[s] if weights else 1.0) for s, _, kind in at),
+        held=tuple(sign[kind] * (held.sizes[s] if held else 1.0) for s, _, kind in at),
         count=tuple(counts[way] for _, way, _ in at),
         limits=tuple(limits),
+        release=(0.0,) * len(limits),
+        tail=(0.0,) * len(limits),
     )
 
 
@@ -110,11 +131,11 @@ def flow_like(
     schedule: Schedule,
     costs: Costs,
     limits: Sequence[float],
-    weights: Sequence[float] | None = None,
+    held: Held | None = None,
 ) -> Flow:
     """The flow that a schedule is an order of."""
     m = schedule.num_microbatches
-    return flow_of(schedule.placements, m, costs, limits, schedule.direction, weights)
+    return flow_of(schedule.placements, m, costs, limits, schedule.direction, held)
 
 
 def orders_of(flow: Flow, schedule: Schedule) -> Orders:
@@ -160,10 +181,10 @@ def schedule_of(flow: Flow, orders: Orders, name: str) -> Schedule:
 
 
 def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | None:
-    """(makespan, start of each item in each rank's order), each rank in order; None in a deadlock."""
+    """(makespan with tails, start of each item in each rank's order), ranks in order; None in a deadlock."""
     ends: list[list[float]] = [[] for _ in flow.names]
     starts: list[list[float]] = [[] for _ in orders]
-    place, free = [0] * len(orders), [0.0] * len(orders)
+    place, free = [0] * len(orders), list(flow.release)
     waiting: dict[int, list[int]] = {}
     ready = list(range(len(orders)))
     needs, seconds = flow.needs, flow.seconds
@@ -194,7 +215,7 @@ def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | N
         place[r], free[r] = i, now
     if any(len(own) < len(order) for own, order in zip(starts, orders, strict=True)):
         return None
-    return max(free, default=0.0), starts
+    return max(f + t for f, t in zip(free, flow.tail, strict=True)), starts
 
 
 def peaks_of(flow: Flow, orders: Orders) -> list[float]:

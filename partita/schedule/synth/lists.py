@@ -56,7 +56,7 @@ class _Rank:
         self.offset = {x: rule.offset(flow, x) for x in self.streams}
         self.taken = dict.fromkeys(self.streams, 0)
         self.head, self.holds = 0, 0.0
-        self.free, self.new = 0.0, []
+        self.free, self.new = flow.release[rank], []
         self.slack = EPSILON * max(map(abs, flow.held))
 
     def safe(self, x: int) -> bool:
@@ -96,7 +96,8 @@ def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
     ends: list[list[float]] = [[] for _ in flow.names]
     scale = max(flow.seconds, default=1.0) or 1.0
     eps = EPSILON * scale
-    events = [(0.0, r) for r in range(len(ranks))]
+    events = [(release, r) for r, release in enumerate(flow.release)]
+    heapq.heapify(events)
     while events:
         now, r = heapq.heappop(events)
         rank = ranks[r]

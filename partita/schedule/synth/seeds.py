@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from partita.base.errors import ScheduleError
+from partita.schedule.clock import Costs
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make.chimera import chimera
 from partita.schedule.make.dualpipe import dualpipe, dualpipev
@@ -43,20 +44,35 @@ def named(p: int, m: int, stages: int, copies: int) -> Iterator[Schedule]:
             continue
 
 
-def lines(p: int, m: int, rooms: list[float]) -> Iterator[Schedule]:
-    """Lines whose rank r warms up with as many forwards as fit and fills its room with deferred weight
-    halves; `rooms[r]` is how many microbatches fit on it."""
+def lines(m: int, rooms: Sequence[float], until_weights: float, costs: Costs) -> Iterator[Schedule]:
+    """Lines of every warm-up that could pay and fits; `rooms[r]` microbatches fit on rank r.
+
+    Rank r warms up with 1 + slope (p-1-r) forwards (ZB-H1 has slope 1, ZB-H2 2; at unequal costs the way
+    to the last rank and back is worth (F + I + 2c) / F forwards a rank) and defers as many weight halves
+    as fill the same at the end, where there is room.
+    """
+    p = len(rooms)
+    f, i, w = (sum(s.of(kind) for s in costs.stages) / p for kind in "FIW")
+    there_and_back = f + i + 2 * costs.send
     most = [int(min(room, m)) for room in rooms]
-    for slope, less in ((1, 0), (2, 1), (m, 0)):
+    for slope in sorted({1.0, 2.0, there_and_back / f if f else 2.0, float(m)}):
         warm, now = [], m
         for r in range(p):  # a rank never warms up with more than the one before it
-            now = max(1, min(now, most[r], slope * (p - r) - less))
+            now = max(1, min(now, most[r], 1 + math.ceil(slope * (p - 1 - r) - 1e-9)))
             warm.append(now)
-        deferred = [max(0, min(most[r] - warm[r], slope * r)) for r in range(p)]
-        yield line(
-            f"line {slope}", p, m,
-            lambda r, warm=warm, deferred=deferred: warmed_up(r, m, warm[r], deferred[r]),
-        )  # fmt: skip
+        for back in sorted({slope, there_and_back / w if w else slope}):
+            deferred = [
+                min(
+                    m,
+                    math.ceil(back * r),
+                    int((min(room, 2 * m) - warm[r]) / max(until_weights, 1e-9)),
+                )
+                for r, room in enumerate(rooms)
+            ]
+            yield line(
+                f"line {slope:g} {back:g}", p, m,
+                lambda r, warm=warm, deferred=deferred: warmed_up(r, m, warm[r], deferred[r]),
+            )  # fmt: skip
 
 
 def one_at_a_time(p: int, m: int, stages: int, in_a_vee: bool) -> Schedule:

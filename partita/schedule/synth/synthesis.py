@@ -15,17 +15,19 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from partita.base.errors import ScheduleError
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make.families import loop_placement, vee_placement
 from partita.schedule.synth import seeds
-from partita.schedule.synth.bounds import lower_bound
+from partita.schedule.synth.bounds import heads_of, lower_bound
 from partita.schedule.synth.exact import optimum
 from partita.schedule.synth.flow import (
     EPSILON,
     Flow,
+    Held,
     Orders,
     fits,
     flow_like,
@@ -36,6 +38,7 @@ from partita.schedule.synth.flow import (
 from partita.schedule.synth.lists import AS_BEFORE, WEIGHTS_LAST, justified
 from partita.schedule.synth.search import improved
 
+Goal = Literal["flush", "span"]
 _JUSTIFIED = 4  # seeds of a placement that are improved
 
 
@@ -45,8 +48,10 @@ class Task:
 
     `costs` is of a rank's whole share (one entry: each of v stages pays 1/v), or has one entry a stage.
     `limit` caps the activations of a rank: in whole shares, or in bytes of the costs' activation_bytes
-    where `limit_in_bytes`. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional
-    schedules. `effort` counts items placed by the search, `proof` CP-SAT's deterministic seconds.
+    where `limit_in_bytes`; `until_weights` is the fraction of them that a weight half still needs, all by
+    default. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional schedules. `goal`
+    is the flush time, or the span. `effort` counts items placed by the search, `proof` CP-SAT's
+    deterministic seconds.
     """
 
     num_ranks: int
@@ -54,8 +59,10 @@ class Task:
     costs: Costs = field(default_factory=lambda: Costs((StageCosts(),)))
     limit: float = math.inf
     limit_in_bytes: bool = False
+    until_weights: float = 1.0
     stages: int = 2
     copies: int = 2
+    goal: Goal = "flush"
     seed: int = 0
     effort: int | None = None
     proof: float = 6.0
@@ -80,7 +87,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A schedule, its makespan at the task's costs, and what no schedule that the task admits undercuts."""
+    """A schedule, its flush time (or span, where that is the goal) at the task's costs, and what no
+    schedule that the task admits undercuts."""
 
     schedule: Schedule
     costs: Costs
@@ -105,6 +113,7 @@ class _Place:
 
     flow: Flow
     costs: Costs
+    offset: float = 0.0  # what the flow's makespan counts too much, for the span
     pool: list[tuple[float, str, Orders]] = field(default_factory=list)
     bound: float = 0.0
 
@@ -112,6 +121,15 @@ class _Place:
     def best(self) -> tuple[float, str, Orders]:
         """The fastest of the pool; named ones first where alike."""
         return min(self.pool, key=lambda entry: entry[0])
+
+    @property
+    def time(self) -> float:
+        """What is wanted small."""
+        return self.best[0] - self.offset
+
+    def is_open(self, best: float) -> bool:
+        """Whether something on it may be faster than `best`."""
+        return self.bound - self.offset < best * (1 - EPSILON)
 
     def add(self, schedule: Schedule) -> None:
         """Takes the schedule into the pool where it runs and fits."""
@@ -141,11 +159,11 @@ def synthesise(task: Task) -> Synthesis:
                 place.offer(justified(place.flow, orders, (AS_BEFORE, WEIGHTS_LAST), rounds=3))
     _search(task, places)
     _prove(task, places)
-    best = min(places, key=lambda place: place.best[0])
-    bound = min(place.bound for place in places)
+    best = min(places, key=lambda place: place.time)
+    took = best.time
+    bound = min(place.bound - place.offset for place in places)
     found = schedule_of(best.flow, best.best[2], "auto")
-    seconds = time.perf_counter() - began
-    return Synthesis(found, best.costs, best.best[0], min(bound, best.best[0]), seconds)
+    return Synthesis(found, best.costs, took, min(bound, took), time.perf_counter() - began)
 
 
 def _places(task: Task) -> Iterator[_Place]:
@@ -157,17 +175,26 @@ def _places(task: Task) -> Iterator[_Place]:
         weights = task.weights_of(stages, costs)
         limits = [task.limit] * p
         found: dict[object, _Place] = {}
-        for schedule in _seeds(task, stages, limits, weights):
+        for schedule in _seeds(task, stages, costs, limits, weights):
             key = schedule.placement
             if key not in found:
-                flow = flow_like(schedule, costs, limits, weights)
-                found[key] = _Place(flow, costs)
+                held = Held(weights, task.until_weights)
+                flow = flow_like(schedule, costs, limits, held)
+                found[key] = _place(task, flow, costs)
             found[key].add(schedule)
         yield from found.values()
 
 
+def _place(task: Task, flow: Flow, costs: Costs) -> _Place:
+    if task.goal == "flush":
+        return _Place(flow, costs)
+    heads = heads_of(flow)
+    first = [min(heads[x][0] for x in flow.streams_of(r)) for r in range(flow.num_ranks)]
+    return _Place(flow.for_span(first), costs, max(first))
+
+
 def _seeds(
-    task: Task, stages: int, limits: list[float], weights: list[float]
+    task: Task, stages: int, costs: Costs, limits: list[float], weights: list[float]
 ) -> Iterator[Schedule]:
     p, m = task.num_ranks, task.num_microbatches
     yield from seeds.named(p, m, stages, task.copies)
@@ -177,16 +204,13 @@ def _seeds(
     if stages == 1:
         rooms = seeds.rooms_of(limits, weights)
         if min(rooms) >= 1:
-            yield from seeds.lines(p, m, rooms)
+            yield from seeds.lines(m, rooms, task.until_weights, costs)
 
 
 def _search(task: Task, places: list[_Place]) -> None:
     """Shakes the placements that could still win, the faster ones longer."""
-    best = min(place.best[0] for place in places)
-    open_places = [
-        place for place in places
-        if place.bound < best * (1 - EPSILON) and place.best[0] < best * 1.25
-    ]  # fmt: skip
+    best = min(place.time for place in places)
+    open_places = [place for place in places if place.is_open(best) and place.time < best * 1.25]
     for place in open_places:
         size = sum(place.flow.count)
         usual = max(100 * size, min(600_000, 3_000 * size))
@@ -199,9 +223,8 @@ def _search(task: Task, places: list[_Place]) -> None:
 def _prove(task: Task, places: list[_Place]) -> None:
     """CP-SAT on each placement whose bound is below the best so far, as long as its budget lasts."""
     budget = task.proof
-    for place in sorted(places, key=lambda place: place.best[0]):
-        best = min(other.best[0] for other in places)
-        if budget > 0 and place.bound < best * (1 - EPSILON):
+    for place in sorted(places, key=lambda place: place.time):
+        if budget > 0 and place.is_open(min(other.time for other in places)):
             proof = optimum(place.flow, place.best[2], place.bound, budget)
             if proof is not None:
                 budget -= proof.spent
