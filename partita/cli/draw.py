@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from partita.record.span import Span
 from partita.schedule import clock as clocks
 from partita.schedule.check import check, over_limit
 from partita.schedule.clock import Costs
+from partita.schedule.idle import Idle, idle
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
 from partita.schedule.steps import repeat
@@ -36,6 +37,7 @@ class Drawing:
     spans: list[Span]
     problems: list[Problem] | None = None
     synthesis: Synthesis | None = None
+    pair: Pair = "sequence"
 
     @property
     def runs(self) -> bool:
@@ -58,6 +60,7 @@ class Drawing:
             "bubble_overhead": clocks.bubble_overhead(spans) if runs else None,
             "steady_bubble_overhead": clocks.steady_bubble_overhead(spans) if runs else None,
             "peak_activations": clocks.peak_activations(s) if runs else None,
+            "idle": [asdict(row) for row in idle(s, spans, self.pair)] if runs else None,
         }
         if self.synthesis is not None:
             made = self.synthesis
@@ -197,7 +200,7 @@ def _drawing(made: Schedule, how: Timing, problems: list[Problem] | None = None)
         return Drawing(made, [], problems)
     hold_to_size(made.num_stages, made.num_microbatches * how.steps)
     many = repeat(made, how.steps) if how.steps > 1 else made
-    return Drawing(many, clocks.clock(many, prices, how.pair), problems)
+    return Drawing(many, clocks.clock(many, prices, how.pair), problems, pair=how.pair)
 
 
 def _synthesised(ranks: int, microbatches: int, virtual: int, how: Timing, bound: Bound) -> Drawing:
@@ -213,7 +216,8 @@ def _synthesised(ranks: int, microbatches: int, virtual: int, how: Timing, bound
     found = synthesise(task)
     made = found.schedule
     many = repeat(made, how.steps) if how.steps > 1 else made
-    return Drawing(many, clocks.clock(many, found.costs, how.pair), synthesis=found)
+    spans = clocks.clock(many, found.costs, how.pair)
+    return Drawing(many, spans, synthesis=found, pair=how.pair)
 
 
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
@@ -302,15 +306,18 @@ def _write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None
     if svg is None and html is None:
         return
     pictures: dict[str, list[Span]] = {}
+    held = {}
     for i, d in enumerate(drawings):
         if d.runs:
             again = "" if d.schedule.name not in pictures else f" ({i})"
             overhead = clocks.bubble_overhead(d.spans)
-            pictures[f"{d.schedule.name}{again}   bubble overhead {overhead:.1%}"] = d.spans
+            title = f"{d.schedule.name}{again}   bubble overhead {overhead:.1%}"
+            pictures[title] = d.spans
+            held[title] = clocks.held_over_time(d.schedule, d.spans)
     if svg is not None:
-        write_file(svg, timeline.svg(pictures) + "\n")
+        write_file(svg, timeline.svg(pictures, held=held) + "\n")
     if html is not None:
-        write_file(html, timeline.html(pictures, title="Pipeline schedules"))
+        write_file(html, timeline.html(pictures, title="Pipeline schedules", held=held))
 
 
 def _print(drawings: list[Drawing]) -> None:
@@ -331,4 +338,28 @@ def _print(drawings: list[Drawing]) -> None:
         if d.runs
     ]
     if rows:
-        write_text(table(rows, header))
+        write_text(table(rows, header) + "\n")
+        write_text(table([row for d in drawings if d.runs for row in _idle_rows(d)], _IDLE))
+
+
+_IDLE = (
+    "idle of the rank that idles most",
+    "rank",
+    "warm-up",
+    "waiting",
+    "for rank",
+    "message",
+    "drain",
+)
+
+
+def _idle_rows(d: Drawing) -> list[tuple[str, ...]]:
+    rows = idle(d.schedule, d.spans, d.pair)
+    if not rows:
+        return []
+    most: Idle = max(rows, key=lambda row: row.total)
+    waiting = sum(most.waiting.values())
+    whom = max(most.waiting, key=lambda r: most.waiting[r]) if most.waiting else ""
+    numbers = (most.warm_up, waiting, most.communication, most.drain)
+    warm_up, waited, message, drain = (f"{x:g}" for x in numbers)
+    return [(d.schedule.name, str(most.rank), warm_up, waited, str(whom), message, drain)]

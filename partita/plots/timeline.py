@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from partita.plots.held import Curves, held_svg
 from partita.record.span import Span
 from partita.schedule.clock import Costs, clock, makespan
 from partita.schedule.ir import Schedule
@@ -29,6 +30,7 @@ COLOURS = {
 OTHER = "#bab0ac"
 _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a column
 _ROW, _GAP, _LEFT, _TOP = 26, 4, 64, 34  # pixels of the SVG
+_CURVE = 64  # the height of what is held, below a timeline
 
 
 def draw(schedule: Schedule, F: float = 1.0, I: float = 1.0, W: float = 1.0) -> str:  # noqa: E741
@@ -95,8 +97,13 @@ def _compact(spans: Sequence[Span], label: int, width: int) -> str:
     return "\n".join(rows)
 
 
-def svg(timelines: Mapping[str, Sequence[Span]], width: int = 1100) -> str:
-    """The named timelines one above the other on one time axis, one row a rank, colours by kind."""
+def svg(
+    timelines: Mapping[str, Sequence[Span]],
+    width: int = 1100,
+    held: Mapping[str, Curves] | None = None,
+) -> str:
+    """The named timelines one above the other on one time axis, one row a rank. Colours are by kind, paler
+    by microbatch, darker by chunk. `held[title]`: what each rank holds over time, drawn below."""
     rows = {title: _rows(spans) for title, spans in timelines.items()}
     longest = max((makespan(s) for s in timelines.values()), default=0.0) or 1.0
     scale = (width - _LEFT - 10) / longest
@@ -106,6 +113,10 @@ def svg(timelines: Mapping[str, Sequence[Span]], width: int = 1100) -> str:
         parts.append(f'<text class="title" x="4" y="{top + 20}">{escape(title)}</text>')
         parts += _svg_rows(rows[title], spans, top + _TOP, scale)
         top += _TOP + len(rows[title]) * (_ROW + _GAP) + 8
+        if held and title in held:
+            start = min((s.start_s for s in spans), default=0.0)
+            parts += held_svg(held[title], start, (_LEFT, top), scale, _CURVE)
+            top += _CURVE + 14
     kinds = dict.fromkeys(s.kind for spans in timelines.values() for s in spans)
     for i, kind in enumerate(kinds):
         parts.append(
@@ -125,6 +136,14 @@ def colour(kind: str) -> str:
     return COLOURS.get(kind, OTHER)
 
 
+def shade(kind: str, microbatch: int, chunk: int) -> str:
+    """The kind's colour, paler with the microbatch (in turns of four) and darker with the rank's chunk."""
+    base = [int(colour(kind)[i : i + 2], 16) for i in (1, 3, 5)]
+    pale, dark = 0.13 * (max(microbatch, 0) % 4), 1 - 0.22 * min(chunk, 3)
+    mixed = [round((c + (255 - c) * pale) * dark) for c in base]
+    return "#" + "".join(f"{c:02x}" for c in mixed)
+
+
 def _svg_rows(
     rows: Mapping[int, Sequence[Span]], spans: Sequence[Span], top: int, scale: float
 ) -> list[str]:
@@ -132,21 +151,29 @@ def _svg_rows(
     parts = []
     for i, (rank, own) in enumerate(rows.items()):
         y = top + i * (_ROW + _GAP)
+        chunks = {
+            stage: j for j, stage in enumerate(sorted({s.stage for s in own if s.stage >= 0}))
+        }
         parts.append(f'<text x="4" y="{y + 17}">rank {rank}</text>')
         for s in own:
             x, w = _LEFT + (s.start_s - start) * scale, max(s.duration_s * scale, 0.3)
             name = escape(s.name)
             tip = f"{name} on rank {rank}: {s.start_s:.6g} to {s.end_s:.6g} s"
             inside = f'<text class="in" x="{x + 2:.2f}" y="{y + 17}">{name}</text>'
+            fill = shade(s.kind, s.microbatch, chunks.get(s.stage, 0))
             parts.append(
                 f'<g class="span" data-rank="{rank}"><title>{tip}</title><rect x="{x:.2f}" y="{y}" '
-                f'width="{w:.2f}" height="{_ROW}" rx="2" fill="{colour(s.kind)}" stroke="white" '
+                f'width="{w:.2f}" height="{_ROW}" rx="2" fill="{fill}" stroke="white" '
                 f'stroke-width="0.6"/>{inside if w > 6.5 * len(s.name) else ""}</g>'
             )
     return parts
 
 
-def html(timelines: Mapping[str, Sequence[Span]], title: str = "Partita") -> str:
+def html(
+    timelines: Mapping[str, Sequence[Span]],
+    title: str = "Partita",
+    held: Mapping[str, Curves] | None = None,
+) -> str:
     """One page that needs nothing else: the SVG, and the words of a span where it is clicked."""
     script = (
         "document.querySelectorAll('.span').forEach(g=>g.addEventListener('click',()=>{"
@@ -157,5 +184,5 @@ def html(timelines: Mapping[str, Sequence[Span]], title: str = "Partita") -> str
         "<style>body{font:14px sans-serif;margin:24px}.span{cursor:pointer}"
         ".wide{overflow-x:auto}</style></head><body>"
         f'<h1>{escape(title)}</h1><p id="detail">Click a span.</p>'
-        f'<div class="wide">{svg(timelines)}</div><script>{script}</script></body></html>\n'
+        f'<div class="wide">{svg(timelines, held=held)}</div><script>{script}</script></body></html>\n'
     )

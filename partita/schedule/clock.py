@@ -240,6 +240,24 @@ def peak_activations(schedule: Schedule) -> list[int]:
     return [int(peak) for peak in _peaks(schedule, [1.0] * schedule.num_stages)]
 
 
+def held_over_time(
+    schedule: Schedule, spans: Sequence[Span], sizes: Sequence[float] | None = None
+) -> list[list[tuple[float, float]]]:
+    """For each rank the (time, held from then on) of its activations; `sizes[stage]`: 1/v unless given."""
+    size = sizes or [1 / schedule.virtual_stages] * schedule.num_stages
+    freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
+    curves: list[list[tuple[float, float]]] = [[] for _ in schedule.ranks]
+    held = [0.0] * len(schedule.ranks)
+    for s in spans:
+        if s.kind == "F" and (s.stage, s.microbatch) in freed:
+            held[s.rank] += size[s.stage]
+            curves[s.rank].append((s.start_s, held[s.rank]))
+        elif s.kind in ("B", "W"):
+            held[s.rank] -= size[s.stage]
+            curves[s.rank].append((s.end_s, held[s.rank]))
+    return curves
+
+
 def peak_share(schedule: Schedule) -> list[float]:
     """The same in units of a rank's whole share: v chunks are one."""
     return [peak / schedule.virtual_stages for peak in peak_activations(schedule)]

@@ -129,3 +129,13 @@ def test_auto_says_how_far_from_the_optimum_it_may_be(capsys, tmp_path):
     path.write_text(json.dumps({"stages": [{"F": 1, "I": 1, "W": 1}] * 3}))
     code, _, err = ask(capsys, "auto", "-p", "2", "-m", "4", "--costs", str(path))
     assert code == 1 and "needs costs of 2 or 4 stages; 3 were given" in err
+
+
+def test_idle_time_is_told_by_cause(capsys):
+    code, out, _ = ask(capsys, "1f1b", "-p", "2", "-m", "4", "--costs", "1,1,1,0.5", "--json")
+    document = json.loads(out)
+    assert code == 0 and [row["rank"] for row in document["idle"]] == [0, 1]
+    for row in document["idle"]:
+        causes = row["warm_up"] + row["drain"] + row["communication"] + sum(row["waiting"].values())
+        assert row["work"] + causes == pytest.approx(document["makespan"])
+    assert "warm-up" in ask(capsys, "1f1b", "-p", "2", "-m", "4")[1]

@@ -1,8 +1,9 @@
 """Pictures of spans: exact where times share a unit, compact where they do not."""
 
-from partita.plots.timeline import COLOURS, OTHER, colour, draw, html, svg, text
+from partita.plots.held import held_svg
+from partita.plots.timeline import COLOURS, OTHER, colour, draw, html, shade, svg, text
 from partita.record.span import Span
-from partita.schedule.clock import clock
+from partita.schedule.clock import clock, held_over_time
 from partita.schedule.make import schedule
 
 
@@ -35,3 +36,21 @@ def test_names_are_escaped_and_colours_are_by_kind():
     assert "<b>" not in picture and "&lt;b&gt;&amp;" in picture and "&lt;measured&gt;" in picture
     assert colour("odd") == OTHER and COLOURS["F"] in picture
     assert picture in html({"<measured>": spans})
+
+
+def test_shades_tell_microbatches_and_chunks_apart():
+    four = [shade("F", k, 0) for k in range(4)]
+    assert len(set(four)) == 4 and four[0] == COLOURS["F"] == shade("F", 4, 0) == shade("F", -1, 0)
+    assert len({shade("F", 0, chunk) for chunk in range(3)}) == 3
+
+
+def test_what_is_held_is_drawn_below():
+    s = schedule("1f1b", num_ranks=3, num_microbatches=4)
+    spans = clock(s)
+    curves = held_over_time(s, spans)
+    assert [max(held for _, held in curve) for curve in curves] == [3, 2, 1]
+    assert all(curve[-1][1] == 0 for curve in curves)
+    picture = svg({"1f1b": spans}, held={"1f1b": curves})
+    assert picture.count('class="held"') == 3 and "peak 3" in picture
+    assert held_svg([[], []], 0.0, (0, 0), 1.0, 10.0) == []
+    assert 'class="held"' not in svg({"1f1b": spans})

@@ -1,0 +1,38 @@
+"""What ranks hold over time, as a step curve a rank below a timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from colorsys import hls_to_rgb
+
+Curves = Sequence[Sequence[tuple[float, float]]]  # a rank's (time, held from then on)
+_HUES = 300  # from the first rank's to the last's, in degrees of the colour wheel
+
+
+def held_svg(
+    curves: Curves, start_s: float, corner: tuple[float, float], scale: float, height: float
+) -> list[str]:
+    """SVG elements: one polyline a rank in a box of `height` pixels, `scale` pixels a second."""
+    left, top = corner
+    most = max((held for curve in curves for _, held in curve), default=0.0)
+    if not most:
+        return []
+    parts = [
+        f'<text class="in" x="4" y="{top + 10}">held</text>',
+        f'<text class="in" x="4" y="{top + 22}">peak {most:.4g}</text>',
+        f'<line x1="{left}" y1="{top + height}" x2="{left + 8}" y2="{top + height}" stroke="#999"/>',
+    ]
+    for rank, curve in enumerate(curves):
+        points, level = [], 0.0
+        for time, held in curve:
+            x = left + (time - start_s) * scale
+            points += [(x, level), (x, held)]
+            level = held
+        line = " ".join(f"{x:.1f},{top + height * (1 - value / most):.1f}" for x, value in points)
+        red, green, blue = hls_to_rgb(_HUES / 360 * rank / len(curves), 0.42, 0.6)
+        ink = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+        parts.append(
+            f'<polyline class="held" points="{line}" fill="none" stroke="{ink}" '
+            f'stroke-width="1.2"><title>rank {rank}: held</title></polyline>'
+        )
+    return parts
