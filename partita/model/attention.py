@@ -21,9 +21,9 @@ from partita.parallel.tp.linear import Column, Row
 
 @dataclass(frozen=True)
 class Attention:
-    """norm -> qkv -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None; `core` is chosen by
-    the laid program (see model/core.py); `drop_residual` is set where the model drops; `remakes` are the ops
-    that backward runs again."""
+    """norm -> qkv -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None; `places` is this
+    rank's share of the laid sequence; `core` is chosen by the laid program (see model/core.py);
+    `drop_residual` is set where the model drops; `remakes` are the ops that backward runs again."""
 
     norm: Norm
     qkv: Column
@@ -32,6 +32,7 @@ class Attention:
     kv_heads: int
     head_dim: int
     rope: tuple[Tensor, Tensor] | None
+    places: tuple[int, int]
     core: Core
     drop_residual: Dropout | None = None
     remakes: frozenset[str] = frozenset()
@@ -45,7 +46,10 @@ class Attention:
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = (t.view(b, s, -1, self.head_dim) for t in qkv.split(sizes, -1))
         if self.rope is not None:
-            cos, sin = (t[:s].unsqueeze(1) for t in self.rope)
+            if batch.split is None:
+                cos, sin = (t[:s].unsqueeze(1) for t in self.rope)
+            else:
+                cos, sin = (t.unsqueeze(2) for t in batch.split.tables(self.rope, *self.places))
             q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
             v = v.contiguous()  # a view would keep the unrotated q and k alive
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

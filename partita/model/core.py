@@ -1,8 +1,10 @@
 """Attention proper on one rank's heads: q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq,
 head_dim] -> [batch, heads, seq, head_dim].
 
-    Flash      q, k, v, the output and its log-sum-exp are kept
-    Explicit   probabilities and their dropout mask are kept
+    Flash            q, k, v, the output and its log-sum-exp are kept
+    Explicit         probabilities and their dropout mask are kept
+    SharedExplicit   the same where keys and values go round a ring or are gathered; its flash form is
+                     parallel/cp/ring.py, and parallel/cp/ulysses.py goes around any
 
 A query sees the keys of its own document that are not behind it, the last `window` of them where there is
 a window. Grouped-query heads are not copied.
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
+from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.recompute.replay import Again
 
@@ -87,6 +90,31 @@ class Explicit:
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             return self.drop(probs, step, batch) @ v
+
+        if self.again and torch.is_grad_enabled():
+            return Again.apply(explicit, q, k, v)  # type: ignore[return-value]
+        return explicit(q, k, v)
+
+
+@dataclass(frozen=True)
+class SharedExplicit:
+    """As Explicit, for this rank's queries and the keys of all shares in laid order."""
+
+    flash: SharedKeys
+    drop: Dropout
+    again: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
+    ) -> Tensor:
+        """softmax(q k) dropped, times v."""
+        if not training:
+            return self.flash(q, k, v, batch, step, training)
+        hidden = ~batch.split.mask(self.flash.travel.rank)
+
+        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            probs: Any = Probabilities.apply(q, k, hidden, self.flash)
+            return Use.apply(self.drop(probs, step, batch), v, self.flash)  # type: ignore[return-value]
 
         if self.again and torch.is_grad_enabled():
             return Again.apply(explicit, q, k, v)  # type: ignore[return-value]

@@ -9,28 +9,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from partita.comm.seeds import dropout_box
+from partita.parallel.cp.balance import Order
 from partita.spec.layout import Box
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """One site. `box` is the part of a sample's `shape` that this rank holds."""
+    """One site. `box` is the part of a sample's `shape` that this rank holds; along the dims that are `laid`
+    it is a share of the laid sequence (parallel/cp/balance.py)."""
 
     seed: int
     site: str
     probability: float
     shape: tuple[int, ...]
     box: Box
+    laid: tuple[bool, ...] = ()
 
-    def mask(self, step: int, samples: Tensor) -> Tensor:
+    def mask(self, step: int, batch: Any) -> Tensor:
         """bool [batch, *box], True where an element stays."""
+        if batch.split is None or not any(self.laid):
+            return self._draw(step, batch.samples, list(self.box))
+        rows = range(len(batch.split.order.rows))
+        if len(rows) == 1:
+            return self._pieces(step, batch.samples, batch.split.order, 0)
+        each = batch.samples.split(1)
+        return torch.cat([self._pieces(step, each[r], batch.split.order, r) for r in rows])
+
+    def _pieces(self, step: int, samples: Tensor, order: Order, row: int) -> Tensor:
+        """The mask of samples of one order, drawn where their positions are neighbours."""
+        spans = [
+            order.spans(row, *span) if laid else [span]
+            for span, laid in zip(self.box, self.laid, strict=True)
+        ]
+
+        def along(held: list[tuple[int, int]]) -> Tensor:
+            d = len(held)
+            if d == len(spans):
+                return self._draw(step, samples, held)
+            return torch.cat([along([*held, span]) for span in spans[d]], d + 1)
+
+        return along([])
+
+    def _draw(self, step: int, samples: Tensor, box: list[tuple[int, int]]) -> Tensor:
         return dropout_box(
-            self.seed, step, self.site, samples, shape=self.shape, box=self.box, p=self.probability
+            self.seed, step, self.site, samples, shape=self.shape, box=box, p=self.probability
         )
 
     def __call__(self, x: Tensor, step: int, batch: Any) -> Tensor:
         """x with elements dropped, the others scaled by 1 / (1 - p); keeps the mask."""
-        return x * self.mask(step, batch.samples) * (1.0 / (1.0 - self.probability))
+        return x * self.mask(step, batch) * (1.0 / (1.0 - self.probability))

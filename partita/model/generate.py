@@ -20,7 +20,7 @@ def greedy(
     *body, head = blocks
 
     def last(seen: Tensor) -> Tensor:
-        batch = SimpleNamespace(ids=seen, documents=None, samples=None)
+        batch = SimpleNamespace(ids=seen, documents=None, samples=None, split=None)
         x = None
         for block in body:
             x = block(x, batch)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
-from partita.model.core import Core, Explicit, Flash
+from partita.model.core import Core, Explicit, Flash, SharedExplicit
 from partita.model.dropout import Dropout
 from partita.model.mlp import MLP
 from partita.model.moe import MoE, Shared
 from partita.model.rope import tables
+from partita.parallel.cp.ring import SharedKeys
+from partita.parallel.cp.travel import Gather, Ring
+from partita.parallel.cp.ulysses import Turned
 from partita.parallel.ep.dispatch import Exchange
 from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
@@ -77,16 +80,32 @@ class Maker:
         tensor = self.block.tensors[mask]
         box = tuple(self._span(d) for d in tensor.dims[1:])
         shape = tuple(d.size for d in tensor.dims[1:])
-        return Dropout(self.context.seed, f"{self.name}.{site}", self.spec.dropout, shape, box)
+        laid = tuple(d.name in ("seq", "keys") for d in tensor.dims[1:])
+        name = f"{self.name}.{site}"
+        return Dropout(self.context.seed, name, self.spec.dropout, shape, box, laid)
 
     def core(self, future: Tensor | None, again: bool) -> Core:
-        """Attention proper; `future` is the causal mask of explicit probabilities, which backward makes
-        `again` or not."""
+        """Attention proper, by the regions the laid block has around it; `future` is the causal mask of
+        explicit probabilities, which backward makes `again` or not."""
+        window = self.spec.sliding_window
         drop = self.dropout("attention.core", "p_mask")
-        if drop is None:
-            return Flash(self.spec.sliding_window)
-        assert future is not None
-        return Explicit(drop, future, self.spec.sliding_window, again)
+        moves = self.regions.of("ring") or self.regions.of("all_gather")
+        found: Core
+        if moves:
+            travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
+            shared = SharedKeys(travel, (moves[0], moves[1]))
+            found = shared if drop is None else SharedExplicit(shared, drop, again)
+        elif drop is None:
+            found = Flash(window)
+        else:
+            assert future is not None
+            found = Explicit(drop, future, window, again)
+        turns = self.regions.of("exchange")
+        return Turned(found, turns) if turns else found  # type: ignore[arg-type]
+
+    def places(self, tensor: str) -> tuple[int, int]:
+        """(first, end) of this rank's share of the laid sequence in a tensor."""
+        return self._span(next(d for d in self.block.tensors[tensor].dims if d.name == "seq"))
 
     def moe(self, remakes: frozenset[str]) -> MoE:
         """The experts of a layer, as the laid block has them."""
@@ -140,16 +159,18 @@ class EmbeddingBlock:
         self.position: Weight | None = None
         if spec.has_positions:
             self.position = make.weight("embedding.position")
-            self._span = make._span(
-                next(d for d in make.block.tensors["e"].dims if d.name == "seq")
-            )
+            self._span = make.places("e")
         self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """Table, positions, dropout."""
         h = self.lookup(batch.ids)
         if self.position is not None:
-            h = AddPosition.apply(h, self.position, self._span[0])
+            if batch.split is None:
+                h = AddPosition.apply(h, self.position, self._span[0])
+            else:
+                at = batch.split.tokens.part(*self._span).positions
+                h = AddPositions.apply(h, self.position, at)
         if self.drop is not None and self.training:
             h = self.drop(h, self.step, batch)
         return h
@@ -169,6 +190,29 @@ class AddPosition(torch.autograd.Function):
         """Passes on."""
         ctx.position.queue.add(_add_rows, ctx.position.gradient, ctx.first, dy)
         return dy, None, None
+
+
+class AddPositions(torch.autograd.Function):
+    """x + position[at], for `at` [samples or 1, seq]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, position: Weight, at: Tensor) -> Tensor:
+        """Adds rows of the table."""
+        ctx.position, ctx.at = position, at
+        return x + position.value[at]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """Passes on."""
+        ctx.position.queue.add(_add_at, ctx.position.gradient, ctx.at, dy)
+        return dy, None, None
+
+
+def _add_at(gradient: Tensor, at: Tensor, dy: Tensor) -> None:
+    """Samples that share their positions are added up first."""
+    if at.shape[0] == 1:
+        dy = dy.sum(0, keepdim=True, dtype=gradient.dtype)
+    gradient.index_add_(0, at.flatten(), dy.flatten(0, 1).to(gradient.dtype))
 
 
 def _add_rows(gradient: Tensor, first: int, dy: Tensor) -> None:
@@ -196,6 +240,7 @@ class LayerBlock:
             make.local("k", "kv_heads"),
             spec.head_dim,
             rope,
+            make.places("q" if spec.has_positions else "qr"),
             make.core(future, "attention.softmax" in remakes),
             make.dropout("attention.residual", "ao_mask") if drops else None,
             remakes,

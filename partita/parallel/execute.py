@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from partita.parallel.execute_algebra import ExecuteError, Local, P, Place, Values, inverse, noise
+from partita.parallel.execute_algebra import ExecuteError, Local, P, Values, inverse, noise
 from partita.parallel.execute_block import BlockRun, Parts, World
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES, tensor_bytes
@@ -171,7 +171,7 @@ class Execution:
 
     def _data(self, t: Tensor, rank: int, step: int, m: int) -> Local:
         """Token ids, targets, and which targets count: unevenly, some samples not at all."""
-        place = Place("", {t.name: t}, lambda t: self.world.share(t, rank), step, m * self.batch)
+        place = self.world.place("", {t.name: t}, rank, step, m * self.batch)
         x = place.drawn(t.name, t.name)
         if t.role != "label":
             return x

@@ -45,13 +45,19 @@ Found = dict[str, Local]
 @dataclass(frozen=True)
 class Place:
     """Where an op runs: the block's tensors, which part of each its rank holds, and which samples:
-    `first` is the step's sample at index 0 of the batch dim."""
+    `first` is the step's sample at index 0 of the batch dim; `order` the global position of each laid
+    place of seq (and of keys)."""
 
     block: str
     tensors: Mapping[str, Tensor]
     share: Callable[[Tensor], tuple[range, ...]]
     step: int
     first: int
+    order: Values
+
+    def positions(self, places: range) -> Values:
+        """Where in the sequence laid places lie."""
+        return self.order[places.start : places.stop]
 
     def dims(self, name: str) -> tuple[str, ...]:
         """Names of a tensor's dims."""
@@ -69,18 +75,20 @@ class Place:
     def drawn(self, name: str, key: str) -> Local:
         """A local part of random numbers that depend on the element's sample and place alone."""
         part = self.filled(name)
-        shifted = [
-            range(s.start + self.first, s.stop + self.first) if d == "batch" else s
-            for d, s in zip(part.dims, part.spans, strict=True)
-        ]
-        return replace(part, values=noise(f"{key} {self.step}", shifted))
+        found = [np.arange(s.start, s.stop, dtype=np.int64) for s in part.spans]
+        for i, (d, s) in enumerate(zip(part.dims, part.spans, strict=True)):
+            if d == "batch":
+                found[i] += self.first
+            elif d in ("seq", "keys"):
+                found[i] = self.positions(s)
+        return replace(part, values=noise(f"{key} {self.step}", found))
 
 
-def noise(key: str, spans: Sequence[range]) -> Values:
+def noise(key: str, spans: Sequence[range | Values]) -> Values:
     """Numbers modulo P that depend on the key and the global index alone."""
     found = np.array(crc32(key.encode()) % P, np.int64)
     for span in spans:
-        index = np.arange(span.start, span.stop, dtype=np.int64)
+        index = np.asarray(span, np.int64)
         found = (found[..., None] * 48271 + (index + 1) * 1_664_525) % P
         found = (found * found + 12_345) % P
     return (found * found + found * 69_621) % P

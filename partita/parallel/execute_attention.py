@@ -71,7 +71,7 @@ class Heads:
         """q . k, zero for keys behind the query."""
         q, k = self.get(self.op.reads[0]), self.kv(self.op.reads[1])
         s = contract(self.GRID, q, k)
-        seq, keys = np.array(s.span("seq")), np.array(s.span("keys"))
+        seq, keys = (self.at.positions(s.span(d)) for d in ("seq", "keys"))
         return times(s, (keys[None, :] <= seq[:, None]).astype(np.int64))
 
     def scores_back(self, ds: Local) -> Found:

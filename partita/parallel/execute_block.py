@@ -13,9 +13,11 @@ from functools import cache
 
 import numpy as np
 
+from partita.parallel.cp.rules import laid_order
 from partita.parallel.ep.counts import rows
-from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, meet, total
+from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, total
 from partita.parallel.execute_moe import exchange, unfold
+from partita.parallel.execute_move import arrive, elements
 from partita.parallel.execute_ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, replayed, tensor_bytes
@@ -43,6 +45,7 @@ class World:
         self.at = [mesh.coords(r) for r in range(mesh.world_size)]
         self.span, self.group = cache(self._span), cache(self._group)
         self.views: dict[int, Mapping[str, Tensor]] = {}  # by the laid block's identity
+        self.order = laid_order(self.laid.request).positions[0]
         self.shares: dict[tuple[int, int], tuple[range, ...]] = {}  # by the laid tensor's identity
 
     def view(self, block: Block) -> Mapping[str, Tensor]:
@@ -74,6 +77,12 @@ class World:
             self.shares[key] = tuple(self.span(d, rank) for d in t.dims)
         return self.shares[key]
 
+    def place(
+        self, block: str, tensors: Mapping[str, Tensor], rank: int, step: int, first: int
+    ) -> Place:
+        """Where an op runs on a rank."""
+        return Place(block, tensors, lambda t: self.share(t, rank), step, first, self.order)
+
     def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Ranks that meet on a product of axes; on 'tp/share' those that hold the same kv head."""
         at, sizes = self.at[rank], self.laid.sizes
@@ -89,44 +98,14 @@ class World:
         return tuple(r for r, other in enumerate(self.at) if meets(other))
 
     def record(self, rank: int, op: Op, event: Event, site: str, phase: str, size: int) -> None:
-        """Notes one collective of one rank."""
+        """Notes an event of one rank: `times` collectives of `size` bytes."""
         key = rank, axis_name(op.axes), event.collective, site, phase
         entry = self.sent.setdefault(key, [0, 0])
-        entry[0], entry[1] = entry[0] + 1, entry[1] + size
+        entry[0], entry[1] = entry[0] + event.times, entry[1] + event.times * size
 
     def traffic(self, rank: int) -> list[TrafficLine]:
         """What the rank sent since `sent` was last emptied, as Laid.traffic declares it."""
         return sorted(TrafficLine(*key, *n) for key, n in self.sent.items() if key[0] == rank)
-
-
-def cut_to(x: Local, spans: tuple[range, ...], site: str) -> Local:
-    """The part of x at `spans`, which x must hold."""
-    if any(
-        s and (s.start < o.start or s.stop > o.stop) for s, o in zip(spans, x.spans, strict=True)
-    ):
-        raise ExecuteError(f"{site}: {spans} is not within {x.spans}")
-    at = tuple(
-        slice(s.start - o.start, s.stop - o.start) for s, o in zip(spans, x.spans, strict=True)
-    )
-    return Local(x.dims, spans, x.values[at])
-
-
-def assemble(parts: Sequence[Local], spans: tuple[range, ...], site: str) -> Local:
-    """Parts side by side; where they overlap they must be equal, and nothing may be left open."""
-    values = np.full([len(s) for s in spans], -1, np.int64)
-    for x in parts:
-        at = tuple(
-            slice(s.start - o.start, s.stop - o.start) for s, o in zip(x.spans, spans, strict=True)
-        )
-        if (
-            values[at].shape != x.values.shape
-            or ((values[at] != -1) & (values[at] != x.values)).any()
-        ):
-            raise ExecuteError(f"{site}: gathers parts that do not fit each other")
-        values[at] = x.values
-    if (values == -1).any():
-        raise ExecuteError(f"{site}: gathers parts that leave a gap")
-    return Local(parts[0].dims, spans, values)
 
 
 def add(a: Local, b: Local) -> Local:
@@ -160,7 +139,7 @@ class BlockRun:
 
     def _place(self, rank: int) -> Place:
         world = self.world
-        return Place(self.name, self.tensors, lambda t: world.share(t, rank), self.step, self.first)
+        return world.place(self.name, self.tensors, rank, self.step, self.first)
 
     def forward(self) -> dict[int, Local]:
         """Runs the block; returns its output and keeps what it says it keeps."""
@@ -250,7 +229,8 @@ class BlockRun:
         for event in events:
             for r, group in groups.items():
                 if len(group) > 1:
-                    handed_in = self._handed_in(event, parts[r], r)
+                    wants = [self._spans(y, q) for q in group]
+                    handed_in = self._handed_in(op, event, parts[r], r, wants)
                     self.world.record(r, op, event, site, self._phase(phase, event), handed_in)
             parts = {
                 r: self._collective(op, event, [parts[q] for q in group], y, r, site)
@@ -268,9 +248,13 @@ class BlockRun:
     def _spans(self, name: str, rank: int) -> tuple[range, ...]:
         return self.world.share(self.tensors[name], rank)
 
-    def _handed_in(self, event: Event, x: Local, rank: int) -> int:
-        """Bytes; of rows as many as were chosen, whatever is zero."""
+    def _handed_in(
+        self, op: Op, event: Event, x: Local, rank: int, wants: Sequence[tuple[range, ...]]
+    ) -> int:
+        """Bytes; of rows as many as were chosen, whatever is zero; of context what `wants` say."""
         t = self.block.tensors[event.of]
+        if op.kind in ("ring", "exchange"):
+            return elements(event, x, wants) * BYTES[t.dtype]
         if not any(d.of for d in t.dims):
             return x.values.size * BYTES[t.dtype]
         laid = self.world.laid
@@ -299,15 +283,7 @@ class BlockRun:
         spans = self._spans(y, rank)
         if op.kind in VIEWS:
             return self._viewed(parts, y, rank)
-        if event.collective == "all_gather":
-            return assemble(parts, spans, site)
-        meet(parts)
-        summed = Local(parts[0].dims, parts[0].spans, sum(x.values for x in parts) % P)  # type: ignore[operator]
-        if event.collective == "all_reduce":
-            return summed
-        if event.collective == "reduce_scatter":
-            return cut_to(summed, spans, site)
-        raise ExecuteError(f"{site}: {event.collective} within a block")
+        return arrive(event, parts, spans, site)
 
     def _region_back(self, op: Op) -> None:
         x, y = op.reads[0], op.writes

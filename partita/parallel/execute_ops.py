@@ -102,7 +102,7 @@ def elementwise(op: Op, at: Place, get: Get) -> Found:
         x = get(name)
         x = times(x, x.values + 1) if name in op.saves else x
         parts.append(contract(out, x, *_extra(op, at, name), *map(get, masks)))
-    parts += [_rows(get(w), parts[0].span("seq")) for w in op.weights]
+    parts += [_rows(get(w), at, parts[0].span("seq")) for w in op.weights]
     return {op.writes: total(out, *parts)}
 
 
@@ -115,16 +115,15 @@ def elementwise_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     for w in op.weights:
         whole, seq = at.filled(w), g.span("seq")
         rows = contract(("seq", *whole.dims[1:]), g)
-        whole.values[seq.start : seq.stop] = rows.values
+        whole.values[at.positions(seq)] = rows.values
         found[w] = whole
     return found
 
 
-def _rows(table: Local, seq: range) -> Local:
+def _rows(table: Local, at: Place, seq: range) -> Local:
     """Rows of a position table at global positions."""
-    return Local(
-        ("seq", *table.dims[1:]), (seq, *table.spans[1:]), table.values[seq.start : seq.stop]
-    )
+    dims, spans = ("seq", *table.dims[1:]), (seq, *table.spans[1:])
+    return Local(dims, spans, table.values[at.positions(seq)])
 
 
 def lookup(op: Op, at: Place, get: Get) -> Found:

@@ -1,9 +1,9 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
-    ORDER  dp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result
+    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result
 
-tp comes before sp (sp turns tp's regions); ep after what cuts tokens; every cut before dp.reduce (it needs
-gradient axes); pp reads only block inputs and outputs and tied names.
+cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
+every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from partita.base.errors import PlanError, Problem
+from partita.parallel.cp import rules as cp
 from partita.parallel.dp import rules as dp
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
@@ -33,7 +34,7 @@ from partita.spec.mesh import EXPERT, FOLD, Mesh
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
 
 ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
-ROOMS = (dp, tp, sp, ep, pp, recompute, precision)
+ROOMS = (dp, cp, tp, sp, ep, pp, recompute, precision)
 
 
 @dataclass(frozen=True)
@@ -249,22 +250,8 @@ def problems(request: Request) -> list[Problem]:
 
 
 def _later(request: Request) -> list[Problem]:
-    """Axes of the plan's grammar that have no room yet."""
-    m, found = request.plan.mesh, []
-    for axis, size in (("cp", m.cp),):
-        if size > 1:
-            nearest = str(request.plan.with_("mesh", **{axis: 1}))
-            message = f"{axis}{size} is not available in this version"
-            found.append(
-                error(
-                    axis,
-                    "available",
-                    message,
-                    asked=f"{axis}{size}",
-                    limit=f"{axis} = 1",
-                    nearest=nearest,
-                )
-            )
+    """What the plan's grammar has no room for yet."""
+    found = []
     if request.plan.offload.to != "none":
         nearest = str(request.plan.with_("offload", to="none", targets=()))
         asked = f"offload:{request.plan.offload.to}"
@@ -290,7 +277,7 @@ def lay(request: Request) -> Laid:
     plan = request.plan
     batch = request.micro_batch_size * plan.data_parallel_size
     program = family_program(request.model, batch, request.seq_len)
-    for room in (dp, tp, sp, ep, recompute):
+    for room in (dp, cp, tp, sp, ep, recompute):
         program = room.lay(request, program)
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan.sizes, two_ways)

@@ -127,6 +127,7 @@ class Regions:
 
     def __init__(self, block: Block, name: str, context: Context) -> None:
         found: dict[str, Region] = {}
+        kinds: dict[str, list[Region]] = {}
         self.tape = Tape()
         for op in block.ops():
             if op.is_region:
@@ -136,8 +137,14 @@ class Regions:
                 tape = self.tape if op.writes in block.kept else None
                 region = Region(kind, comm, site, tape)
                 found[writer] = region if comm.size > 1 else IDENTITY
+                kinds.setdefault(kind, []).append(region)
         self._at: Mapping[str, Region] = found
+        self._kinds: Mapping[str, list[Region]] = kinds
 
     def at(self, op: str) -> Region:
         """The region behind `op` ('attention.wo'), or the identity."""
         return self._at.get(op, IDENTITY)
+
+    def of(self, kind: str) -> tuple[Region, ...]:
+        """The regions of a kind, in program order."""
+        return tuple(self._kinds.get(kind, ()))

@@ -106,11 +106,11 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None) -> Work:
         if key not in known:
             known[key] = _read(one[key], laid)
         work, calls = known[key]
-        running = (c for c in calls if c.phase != "step" and c.collective != "send")
+        running = (c for c in calls if c.phase != "step" and c.axes != ("pp",))
         parts.append(Part(times, work, tuple(running)))
         for category, size in state_bytes(one[key], laid.sizes).items():
             states[category] += times * size
-    sends = (c for key in one for c in known[key][1] if c.collective == "send")
+    sends = (c for key in one for c in known[key][1] if c.axes == ("pp",))
     return Work(tuple(parts), tuple(sends), states)
 
 

@@ -25,6 +25,7 @@ from partita.comm.ranks import here, require_ranks
 from partita.comm.seeds import initial_value
 from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
+from partita.parallel.cp.split import Split
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
@@ -33,6 +34,7 @@ from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
+from partita.spec.layout import product_coordinate
 from partita.train.data import Dataset, open_dataset
 from partita.train.pipeline import make_evaluator, make_executor
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
@@ -59,7 +61,26 @@ class Built:
     def batch(self, step: int) -> StepBatch:
         """This rank's microbatches of a step (from 0)."""
         found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
-        return StepBatch(step, [microbatch(b, s) for s, b in found])
+        return StepBatch(step, [self.own_tokens(microbatch(b, s)) for s, b in found])
+
+    def own_tokens(self, whole: Microbatch) -> Microbatch:
+        """Of samples whole along seq, the share that context parallelism gives this rank, in laid order."""
+        sizes, at = self.model.laid.sizes, self.context.coords
+        ways, mine = product_coordinate(sizes, at, ("cp", "ulysses"))
+        if ways == 1:
+            return whole
+        split = self._split if whole.documents is None else self._split_of(whole.documents)
+        ids, targets, valid = split.take((whole.ids, whole.targets, whole.valid), mine, ways)
+        documents = split.tokens.documents
+        return Microbatch(ids, targets, valid, documents, whole.samples, split)
+
+    def _split_of(self, documents: Tensor | None) -> Split:
+        return Split.of(self.model.laid.request, documents)
+
+    @cached_property
+    def _split(self) -> Split:
+        """Of every microbatch without documents."""
+        return self._split_of(None)
 
     def samples(self) -> list[range]:
         """This rank's samples of each microbatch: m * (micro_batch_size * dp) + place in the batch dim
@@ -125,7 +146,8 @@ class Built:
             documents = None if batch.documents is None else batch.documents[at]
             part = Batch(batch.ids[at], batch.targets[at], valid, documents)
             places = range(first, first + size)
-            yield StepBatch(0, [microbatch(part, places)]), int(batch.valid.sum())
+            whole = microbatch(part, places)
+            yield StepBatch(0, [self.own_tokens(whole)]), int(batch.valid.sum())
 
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss of one held-out batch; forward only."""

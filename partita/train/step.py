@@ -20,6 +20,7 @@ from torch import Tensor
 from partita.base.errors import NonFiniteError
 from partita.comm.context import Context
 from partita.comm.protocol import Comm
+from partita.parallel.cp.split import Split
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
@@ -32,14 +33,16 @@ from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A rank's part of one microbatch: ids, targets, valid (and documents) [samples, seq]; `samples`
-    are the samples' places in the step's global batch, which dropout is keyed by."""
+    """A rank's part of one microbatch: ids, targets, valid [samples, its share of seq]; `documents` [samples,
+    seq]; `samples` are the samples' places in the step's global batch, which dropout is keyed by. Where
+    context parallelism cuts seq, `split` says which tokens these are, and documents are in its order."""
 
     ids: Tensor
     targets: Tensor
     valid: Tensor
     documents: Tensor | None
     samples: Tensor
+    split: Split | None = None
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def first_divergence(
 
 def _data(judge: Watch, ranks: Sequence[RankSeen]) -> Divergence | None:
     for r in ranks:
-        for sample, ids in r.watch.ids.items():
-            if sample not in judge.ids or not bool((judge.ids[sample] == ids).all()):
+        for sample, (at, ids) in r.watch.ids.items():
+            if sample not in judge.ids or not bool((judge.ids[sample][1][at] == ids).all()):
                 return Divergence(
                     "data", "data", r.rank, f"rank {r.rank} reads other tokens as sample {sample}"
                 )
@@ -81,11 +81,11 @@ def _modules(
     for name in reversed(names) if phase == "backward" else names:
         for rank, seen in ranks:
             worst = 0.0
-            for (module, sample), (span, values) in seen.items():
+            for (module, sample), (at, values) in seen.items():
                 if module != name or (module, sample) not in judge:
                     continue
                 _, whole = judge[module, sample]
-                part = whole[span[0] : span[1]]
+                part = whole[at]
                 largest = float(whole.abs().max())
                 off = float((values - part).abs().max())
                 worst = max(worst, off / largest if largest else off)

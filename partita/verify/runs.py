@@ -34,7 +34,7 @@ from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 from partita.train.routing import BALANCE_BIAS, logs
 from partita.train.step import Model, decays_weight, make_update
 from partita.verify.batches import rank_batch, whole_batch
-from partita.verify.watch import Watch, watch_blocks
+from partita.verify.watch import Watch, share_of, watch_blocks
 
 STEPS = 2
 Boxes = dict[str, list[tuple[Box, Tensor]]]
@@ -110,7 +110,7 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
     for step in range(STEPS):
         batch = rank_batch(built, step)
         if watches and step == 0:
-            seen.watch.start(batch.microbatches)
+            seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = model.forward_backward(batch)
         gradients = boxes(model, lambda unit: unit.gradient, scale)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
 
 MAX_PARAMETERS, MAX_RANKS, MAX_TOKENS = 4_000_000, 64, 8192
 
@@ -28,21 +29,29 @@ def shrink(job: Job) -> tuple[Job, str | None]:
     plan = job.plan
     mesh, pipe = plan.mesh, plan.pipeline
     small = {"pp": min(mesh.pp, 4), "tp": min(mesh.tp, 4), "dp_replicate": min(mesh.dp_replicate, 2),
-             "dp_shard": min(mesh.dp_shard, 2)}  # fmt: skip
+             "dp_shard": min(mesh.dp_shard, 2), "cp": _context(plan)}  # fmt: skip
     microbatches = min(plan.num_microbatches, 2 * small["pp"])
     plan = replace(
         plan,
         mesh=replace(mesh, **small),
         pipeline=replace(pipe, num_microbatches=microbatches, split=()),
     )
-    spec = _model(job.model, mesh.tp, small["tp"], small["pp"])
-    seq_len = min(job.train.seq_len, 16 * small["tp"])
+    if plan.context.method == "hybrid":
+        plan = plan.with_("context", ulysses=2)
+    heads_ways = small["tp"] * plan.sizes["ulysses"]
+    spec = _model(job.model, mesh.tp * job.plan.sizes["ulysses"], heads_ways, small["pp"])
+    seq_len = min(job.train.seq_len, 16 * small["tp"] * small["cp"])
     spec = replace(spec, max_seq_len=max(seq_len, 1) if spec.has_positions else spec.max_seq_len)
     batch = microbatches * plan.data_parallel_size
     train = replace(job.train, global_batch_size=batch, seq_len=seq_len, micro_batch_size=None)
     out = replace(job, plan=plan, model=spec, train=train)
     size = f"{spec.layers} layers, hidden {spec.hidden}, vocab {spec.vocab}"
     return out, f"{size}, plan {plan}, {batch} x {seq_len} tokens"
+
+
+def _context(plan: Plan) -> int:
+    """4 ranks of context parallelism where there were more, so that a hybrid stays one."""
+    return min(plan.mesh.cp, 4)
 
 
 def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:

@@ -9,52 +9,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from partita.spec.layout import product_coordinate
 from partita.train.step import Microbatch, Model
 
-Seen = dict[
-    tuple[str, int], tuple[tuple[int, int], Tensor]
-]  # (module, sample) -> (seq span, values)
+Seen = dict[tuple[str, int], tuple[Tensor, Tensor]]  # (module, sample) -> (positions, values)
 
 
 @dataclass
 class Watch:
-    """What was seen in one step, sample by sample: outputs, gradients, input ids."""
+    """What was seen in one step, sample by sample: outputs, gradients, and (positions, input ids)."""
 
     outputs: Seen = field(default_factory=dict)
     gradients: Seen = field(default_factory=dict)
-    ids: dict[int, Tensor] = field(default_factory=dict)
+    ids: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _by_batch: dict[int, Microbatch] = field(default_factory=dict)
     _order: list[Microbatch] = field(default_factory=list)
     active: bool = False
 
-    def start(self, batches: Sequence[Microbatch]) -> None:
-        """From now on, these microbatches."""
+    def start(self, batches: Sequence[Microbatch], share: tuple[int, int] = (0, 1)) -> None:
+        """From now on, these microbatches, of which this is one of so many shares of the sequence."""
         self.active = True
         for b in batches:
+            at = places(b, b.ids.shape[1], share)
             for row, sample in enumerate(b.samples.tolist()):
-                self.ids[sample] = b.ids[row].clone()
+                self.ids[sample] = (at[row], b.ids[row].clone())
         self._order = list(batches)
 
     def stop(self) -> None:
         """No more."""
         self.active = False
 
-    def see(self, name: str, x: Tensor, batch: Microbatch, first: int) -> None:
-        """A module's output [samples, seq share, hidden]; `first` is the share's first position."""
+    def see(self, name: str, x: Tensor, batch: Microbatch, share: tuple[int, int]) -> None:
+        """A module's output [samples, seq share, hidden], the `share[0]`-th of `share[1]`."""
         if not self.active:
             return
-        span = (first, first + x.shape[1])
+        at = places(batch, x.shape[1], share)
         samples = batch.samples.tolist()
         for row, sample in enumerate(samples):
-            self.outputs.setdefault((name, sample), (span, x[row].detach().clone()))
+            self.outputs.setdefault((name, sample), (at[row], x[row].detach().clone()))
         if x.requires_grad:
-            x.register_hook(lambda g: self._gradient(name, g, samples, span))
+            x.register_hook(lambda g: self._gradient(name, g, samples, at))
 
-    def _gradient(self, name: str, g: Tensor, samples: list[int], span: tuple[int, int]) -> None:
+    def _gradient(self, name: str, g: Tensor, samples: list[int], at: Tensor) -> None:
         for row, sample in enumerate(samples):
-            self.gradients.setdefault((name, sample), (span, g[row].detach().clone()))
+            self.gradients.setdefault((name, sample), (at[row], g[row].detach().clone()))
 
     def see_whole(self, name: str, x: Tensor) -> None:
         """The judge's modules, microbatch after microbatch: the first name starts the next one."""
@@ -65,7 +66,7 @@ class Watch:
         while at < len(self._order) and done + len(self._order[at].samples) <= seen:
             done += len(self._order[at].samples)
             at += 1
-        self.see(name, x, self._order[at], 0)
+        self.see(name, x, self._order[at], (0, 1))
 
 
 class _Watched:
@@ -81,11 +82,26 @@ class _Watched:
         return y
 
 
+def places(batch: Microbatch, held: int, share: tuple[int, int]) -> Tensor:
+    """[samples, held]: the positions of a share of `held` places of the laid sequence."""
+    first = share[0] * held
+    if batch.split is None:
+        at = torch.arange(first, first + held).unsqueeze(0)
+    else:
+        at = batch.split.tokens.part(first, first + held).positions
+    return at.expand(len(batch.samples), -1)
+
+
+def share_of(model: Model, axes: tuple[str, ...]) -> tuple[int, int]:
+    """(this rank's share, shares) of the laid sequence where these axes cut it."""
+    ways, mine = product_coordinate(model.laid.sizes, model.context.coords, axes)
+    return mine, ways
+
+
 def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
     """Says which positions this rank holds of y."""
-    sp = model.context.plan.mesh.sp and model.context.plan.mesh.tp > 1
-    first = model.context.coords["tp"] * y.shape[1] if sp else 0
-    watch.see(name, y, batch, first)
+    sp = model.context.plan.mesh.sp
+    watch.see(name, y, batch, share_of(model, ("cp", "ulysses", "tp") if sp else ("cp", "ulysses")))
 
 
 def watch_blocks(model: Model, watch: Watch) -> None:

@@ -15,6 +15,7 @@ LEVELS = {
     "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 9, "verify": 10, "tune": 10,
     "report": 10, "cli": 11,
 }  # fmt: skip
+PURE = ("rules.py", "balance.py", "counts.py", "__init__.py")  # of a room
 JOINS_ROOMS = ("laid.py", "execute")  # beginnings of names, pure
 
 
@@ -38,7 +39,7 @@ def place(file: Path) -> tuple[float, str]:
         contract = parts[1] in ("__init__.py", "room.py", "read.py")
         joins = parts[1].startswith(JOINS_ROOMS)
         return (3.0 if contract else 3.2 if joins else 7.0), "parallel"
-    pure = parts[-1] in ("rules.py", "counts.py", "__init__.py")
+    pure = parts[-1] in PURE
     return (3.1 if pure else 7.1), f"parallel.{parts[1]}"
 
 

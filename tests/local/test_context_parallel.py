@@ -1,8 +1,20 @@
-"""Context parallelism: what a query sees, how tiles are merged, what travels."""
+"""Context parallelism: what a query sees, how tiles are merged, what travels and what is held."""
 
+import weakref
+
+import pytest
 import torch
+import verify_jobs
 
+from partita.comm.local import local
+from partita.parallel.cp.balance import order
+from partita.parallel.cp.ring import SharedKeys
+from partita.parallel.cp.split import CAUSAL, FULL, PART, Split
+from partita.parallel.cp.tile import Merged, attend, attend_back, plain, plain_back
+from partita.parallel.cp.travel import Gather, Ring
 from partita.parallel.cp.visible import Tokens, visible
+from partita.parallel.regions import Region
+from partita.verify.parity import verify
 
 
 def test_what_a_query_sees_by_hand():
@@ -13,3 +25,253 @@ def test_what_a_query_sees_by_hand():
     assert rows == [[1, 2, 3], [2, 3, 4], [5], [5, 6], [5, 6, 7]]
     both = visible(tokens.part(5, 8), tokens, window=2, causal=False)[0]
     assert [row.nonzero().flatten().tolist() for row in both] == [[5, 6], [5, 6, 7], [6, 7]]
+
+
+SEQ, HEADS, KV, DIM = 32, 4, 2, 8
+PACKED = torch.tensor([[0] * 13 + [1] * 3 + [0] * 4 + [2] * 12, [5] * 32, [1] * 8 + [2] * 23 + [3]])
+
+
+def split_of(ring, documents=None, window=0, causal=True):
+    made = order(SEQ, ring, None if documents is None else documents.numpy(), window)
+    positions = torch.from_numpy(made.positions)
+    laid = (
+        documents if documents is None else documents.gather(1, positions.expand(documents.shape))
+    )
+    return Split(made, Tokens(positions, laid), ring, window, causal)
+
+
+RULES = {
+    "causal": {}, "full": {"causal": False}, "window": {"window": 5},
+    "packed": {"documents": PACKED}, "packed window": {"documents": PACKED, "window": 6},
+    "both ways": {"documents": PACKED, "window": 6, "causal": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ring", [2, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_tiles_are_what_is_seen(rule, ring):
+    """Laid side by side they are the mask of one device, and no pair is in two; nothing is computed
+    between chunks that do not see each other."""
+    split = split_of(ring, **rule)
+    chunk, share = split.order.chunk, split.share
+    for mine in range(ring):
+        want = split.mask(mine)[:, 0].expand(3, -1, -1)
+        got = torch.zeros(3, share, SEQ, dtype=torch.int)
+        area = torch.zeros_like(got)
+        for other in range(ring):
+            block, touched = got[..., other * share :][..., :share], area[..., other * share :]
+            for tile in split.tiles(mine, other):
+                seen = split.seen(tile, mine, other)
+                part = block[tile.rows, tile.q, tile.k]
+                if tile.kind == CAUSAL:
+                    assert tile.q == tile.k and mine == other
+                    part += torch.ones(part.shape[1:], dtype=torch.int).tril()
+                else:
+                    part += 1 if seen is None else seen[:, 0].int()
+                touched[tile.rows, tile.q, tile.k] += 1
+                assert (tile.kind == PART) == (seen is not None)
+        assert torch.equal(got, want.int())
+        assert area.max() == 1
+        grid = want.unflatten(1, (-1, chunk)).unflatten(3, (-1, chunk)).amax((2, 4))
+        blank = ~grid.repeat_interleave(chunk, 1).repeat_interleave(chunk, 2)
+        own = torch.zeros(SEQ, dtype=torch.bool)
+        own[mine * share : (mine + 1) * share] = True
+        assert not (area.bool() & blank & ~own).any()
+
+
+def test_a_ring_without_documents_makes_no_mask():
+    split = split_of(4)
+    kinds = [[t.kind for o in range(4) for t in split.tiles(m, o)] for m in range(4)]
+    assert all(sorted(k) == sorted([CAUSAL, FULL, FULL, FULL]) for k in kinds)
+
+
+def dense(q, k, v, split):
+    """One device, in laid order."""
+    group = HEADS // KV
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    seen = visible(split.tokens, split.tokens, split.window, split.causal).unsqueeze(1)
+    scores = (q @ k.transpose(-1, -2) * DIM**-0.5).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def inputs(dtype=torch.float64):
+    dice = torch.Generator().manual_seed(0)
+    sizes = [(3, n, SEQ, DIM) for n in (HEADS, KV, KV, HEADS)]
+    return [torch.randn(s, generator=dice, dtype=torch.float64).to(dtype) for s in sizes]
+
+
+def on_a_rank(world, way, split, tensors, log):
+    share = split.share
+    comm = world.comm("cp", "cp")
+    comm = log(comm) if log else comm
+    regions = (Region("ring", comm, "k:ring"), Region("ring", comm, "v:ring"))
+    core = SharedKeys(way(comm), regions)
+    at = slice(world.rank * share, (world.rank + 1) * share)
+    q, k, v, g = (t[:, :, at].clone() for t in tensors)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    batch = type("Batch", (), {"split": split})
+    out = core(*leaves, batch, 0, True)
+    out.backward(g)
+    return [out.detach(), *(t.grad for t in leaves)]
+
+
+def shared(way, split, tensors, log=None):
+    with local(split.ring, 20) as ranks:
+        found = ranks.run(on_a_rank, way, split, tensors, log)
+    return [torch.cat(parts, 2) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("way", [Ring, Gather])
+@pytest.mark.parametrize("ring", [2, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_shares_make_what_one_device_makes(rule, ring, way):
+    split = split_of(ring, **rule)
+    q, k, v, g = inputs()
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    want = dense(*leaves, split)
+    want.backward(g)
+    got = shared(way, split, [t.detach() for t in (q, k, v, g)])
+    for a, b in zip(got, [want.detach(), *(t.grad for t in leaves)], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_bf16_is_merged_wide():
+    """A ring of 4 is as near to fp64 as one device in bf16 is."""
+    split = split_of(4)
+    exact = dense(*inputs()[:3], split)
+    low = [t.bfloat16() for t in inputs()]
+    one = torch.nn.functional.scaled_dot_product_attention(
+        *low[:3], attn_mask=visible(split.tokens, split.tokens).unsqueeze(1), enable_gqa=True
+    )
+    ring = shared(Ring, split, low)[0]
+    assert (ring - exact).abs().max() < 1.5 * (one - exact).abs().max()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_without_a_kernel_are_the_same(causal):
+    q, k, v, g = inputs()
+    seen = (
+        None
+        if causal
+        else torch.rand(3, 1, SEQ, SEQ, generator=torch.Generator().manual_seed(1)) > 0.5
+    )
+    if seen is not None:
+        seen[1, 0, 3] = False  # a query that sees nothing
+    (out, lse), (out2, lse2) = attend(q, k, v, seen, causal), plain(q, k, v, seen, causal)
+    assert torch.allclose(out, out2, atol=1e-13) and torch.allclose(lse, lse2, atol=1e-13)
+    assert causal or bool((lse[1, :, 3] == -torch.inf).all() and (out[1, :, 3] == 0).all())
+    lse = lse.clamp(min=-1e30)
+    back = [f(g, (q, k, v), out, lse, seen, causal) for f in (attend_back, plain_back)]
+    for a, b in zip(*back, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_a_row_that_sees_nothing_first_is_merged():
+    q, k, v, _ = inputs()
+    nothing = torch.zeros(1, 1, SEQ, SEQ, dtype=torch.bool)
+    whole = split_of(2).tiles(0, 0)[0].__class__(slice(None), slice(0, SEQ), slice(0, SEQ), PART)
+    merged = Merged(q)
+    merged.add(whole, *attend(q, k, v, nothing, False))
+    merged.add(whole, *attend(q, k, v, None, True))
+    want, lse = attend(q, k, v, None, True)
+    assert torch.equal(merged.out, want) and torch.equal(merged.lse, lse)
+
+
+class Coming:
+    """A handle that tells its Comm what came."""
+
+    def __init__(self, handle, counting):
+        self.handle, self.counting = handle, counting
+
+    def wait(self):
+        came = self.handle.wait()
+        self.counting.came(came)
+        return came
+
+
+class Counting:
+    """A Comm that knows how many shares of others are alive: keys alone, values go with them."""
+
+    def __init__(self, inner):
+        self.inner, self.alive, self.most = inner, [], 0
+        self.rank, self.size = inner.rank, inner.size
+
+    def send(self, x, to, *, key, site):
+        return self.inner.send(x, to, key=key, site=site)
+
+    def receive(self, like, source, *, key, site):
+        handle = self.inner.receive(like, source, key=key, site=site)
+        return Coming(handle, self) if key.slot == 0 else handle
+
+    def came(self, x):
+        self.alive = [r for r in self.alive if r() is not None] + [weakref.ref(x)]
+        self.most = max(self.most, len(self.alive))
+
+
+def test_a_ring_holds_two_shares_at_a_time():
+    counts = []
+
+    def log(comm):
+        mine = Counting(comm)
+        counts.append(mine)
+        return mine
+
+    split = split_of(4)
+    got = shared(Ring, split, inputs(), log)
+    assert torch.allclose(got[0], dense(*inputs()[:3], split), atol=1e-12)
+    assert [c.most for c in counts] == [2] * 4
+
+
+PLANS = (
+    "cp2:ring", "cp4:ring", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:all_gather",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("context")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_equals_one_device_with_documents(plan, folder):
+    for family in ("llama", "gpt2"):
+        found = verify(verify_jobs.job(folder, f"{plan} fp64", family, packed=True, layers=2))
+        assert found.equal, (family, str(found))
+
+
+WITH = ("tp2+sp", "dp2", "pp2/2mb", "recompute:full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", WITH)
+@pytest.mark.parametrize("plan", PLANS)
+def test_with_every_other_room(plan, other, folder):
+    """Eight heads and 16 tokens, so that every rank has some."""
+    for family, model in (("llama", {}), ("gpt2", {"dropout": 0.2})):
+        job = verify_jobs.job(
+            folder, f"{plan} {other} fp64", family, heads=8, seq=16, layers=2, **model
+        )
+        assert verify(job).equal, (family, str(verify(job)))
+
+
+@pytest.mark.parametrize(
+    "plan", ["cp2:ring tp2+sp pp2/2mb", "cp4:hybrid2x2 recompute:full dp2", "cp2:ulysses tp2+sp"]
+)
+def test_composed_with_dropout_and_documents(plan, folder):
+    found = verify(
+        verify_jobs.job(folder, f"{plan} fp64", "gpt2", packed=True, dropout=0.2, layers=2)
+    )
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("plan", ["cp2:ring bf16", "cp2:ulysses bf16", "cp2:all_gather fp32"])
+def test_at_its_own_precision_and_with_a_window(plan, folder):
+    found = verify(verify_jobs.job(folder, plan, sliding_window=3, layers=2))
+    assert found.equal, str(found)
+
+
+def test_odd_sizes(folder):
+    """A ring of 3, kv heads shared over Ulysses x tp, 12 tokens."""
+    assert verify(verify_jobs.job(folder, "cp3:ring fp64", seq=12, packed=True, layers=2)).equal
+    assert verify(verify_jobs.job(folder, "cp2:ulysses tp2+sp fp64", kv_heads=1, layers=2)).equal
+    assert verify(verify_jobs.job(folder, "cp3:all_gather fp64", seq=9, layers=2)).equal

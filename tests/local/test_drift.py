@@ -1,5 +1,7 @@
 """Program and torch must not drift: kept storages, FLOPs, weights and traffic, without tolerance."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 import verify_jobs
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.local import local
 from partita.model.core import Explicit
+from partita.parallel.cp.ulysses import Turned
 from partita.parallel.ep.counts import rows as rows_of
 from partita.parallel.laid import local_shape
 from partita.parallel.read import kept_bytes, op_flops
@@ -15,6 +18,7 @@ from partita.train.build import assemble
 
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 PLANS = ("2mb", "tp2", "tp2+sp", "tp4+sp", "dp2 tp2+sp", "pp2/2mb tp2+sp")
+CONTEXT = ("cp2:ring", "cp2:ulysses tp2", "cp2:all_gather", "cp4:hybrid2x2", "cp2:ring tp2+sp")
 CASES = [("llama", {}), ("llama", {"tied": True}), ("gpt2", {}), ("gpt2", {"dropout": 0.1})]
 
 
@@ -24,6 +28,22 @@ def flash_flops(q, k, v, *rest, out_val=None, **more):
     return 4 * batch * heads * seq * k[2] * dim
 
 
+def seen_share(model, split):
+    """What tiles compute of the square that the program counts: a ring skips what nobody sees."""
+    if split is None or split.ring == 1:
+        return 1
+    mine, size = model.context.coords["cp"], split.share
+    tiles = [t for other in range(split.ring) for t in split.tiles(mine, other)]
+    area = sum((t.q.stop - t.q.start) * (t.k.stop - t.k.start) for t in tiles)
+    return Fraction(area, size * size * split.ring)
+
+
+def flops_of(model, op, split, sizes):
+    """What one device's convention says of an op, of an attention kernel what its tiles see."""
+    flash = op.kind == "attention" and len(op.reads) == 3
+    return op_flops(op, sizes) * (seen_share(model, split) if flash else 1)
+
+
 def constants(blocks):
     """Tables and masks that live for the whole run and belong to no microbatch."""
     found = set()
@@ -31,8 +51,10 @@ def constants(blocks):
         attention = getattr(block, "attention", None)
         if attention is not None:
             found |= {t.untyped_storage().data_ptr() for t in attention.rope or ()}
-            if isinstance(attention.core, Explicit):
-                found.add(attention.core.future.untyped_storage().data_ptr())
+            core = attention.core
+            core = core.inner if isinstance(core, Turned) else core
+            if isinstance(core, Explicit):
+                found.add(core.future.untyped_storage().data_ptr())
     return found
 
 
@@ -73,7 +95,8 @@ def look(world, job):
             x = block(x, batch.microbatches[0])
         kept = sum(size for size, _ in seen.values())
         sizes = model.laid.sizes | routed(world, model.laid, block)
-        declared = sum(op_flops(op, sizes) for op in laid.ops())
+        split = batch.microbatches[0].split
+        declared = sum(flops_of(model, op, split, sizes) for op in laid.ops())
         rows.append((name, kept, kept_bytes(laid, sizes), counter.get_total_flops(), declared))
     return rows
 
@@ -96,7 +119,7 @@ def test_recomputing_keeps_what_is_declared(less, family, model, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family, model", CASES)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS + CONTEXT)
 def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tmp_path):
     job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **model)
     job = job if "pp" in plan or "mb" in plan else job.with_plan(f"{plan} 2mb {dtype}")
@@ -141,14 +164,16 @@ def recorded_in_order(world, job):
         (site, c.phase, c.collective, c.bytes)
         for c, site in laid.calls(built.model.place)
         if c.phase in "FB" and not laid._alone(c)
+        for _ in range(c.times)
     ]
     return summarise(transfers) == laid.traffic(world.rank), shapes == want, first, calls
 
 
 @pytest.mark.parametrize("recompute", ["", "recompute:full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sites_bytes_order_names_and_shapes_are_the_declared(family, recompute, tmp_path):
-    job = verify_jobs.job(tmp_path, f"tp2+sp dp2 2mb {recompute} bf16", family)
+@pytest.mark.parametrize("plan", ["tp2+sp dp2 2mb", "cp2:ring dp2 2mb", "cp4:hybrid2x2 2mb"])
+def test_sites_bytes_order_names_and_shapes_are_the_declared(plan, family, recompute, tmp_path):
+    job = verify_jobs.job(tmp_path, f"{plan} {recompute} bf16", family)
     with local(4, 20) as ranks:
         for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
             assert traffic and weights

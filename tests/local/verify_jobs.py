@@ -26,11 +26,29 @@ def tokens(folder: Path, vocab: int = 127) -> Path:
     return path
 
 
-def job(folder: Path, plan: str, family: str = "llama", batch: int = 8, **model) -> Job:
+def documents(folder: Path) -> Path:
+    """Packed documents of one to nine tokens; numbers return."""
+    path = folder / "documents.npy"
+    if not path.exists():
+        dice = np.random.default_rng(1)
+        lengths = dice.integers(1, 10, 2000)
+        np.save(path, np.repeat(dice.integers(0, 50, 2000), lengths)[:2000])
+    return path
+
+
+def job(
+    folder: Path,
+    plan: str,
+    family: str = "llama",
+    batch: int = 8,
+    packed: bool = False,
+    seq: int = SEQ,
+    **model,
+) -> Job:
     """kv_heads 2 (fewer than tp4), vocab 127 (padded), 5 layers (uneven stages)."""
     spec = {
         "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 24, "vocab": 127,
-        "max_seq_len": SEQ, "tied": family == "gpt2",
+        "max_seq_len": seq, "tied": family == "gpt2",
     }  # fmt: skip
     if family == "llama":
         spec["kv_heads"] = 2
@@ -41,7 +59,8 @@ def job(folder: Path, plan: str, family: str = "llama", batch: int = 8, **model)
             "plan": plan,
             "model": {**spec, **model},
             "cluster": {"preset": "laptop", "devices": 64, "memory_bytes": 1e9},
-            "data": {"source": f"tokens:{tokens(folder)}"},
-            "train": {"steps": 2, "global_batch_size": batch, "seq_len": SEQ, "comm_timeout_s": 20},
+            "data": {"source": f"tokens:{tokens(folder)}"}
+            | ({"documents": str(documents(folder))} if packed else {}),
+            "train": {"steps": 2, "global_batch_size": batch, "seq_len": seq, "comm_timeout_s": 20},
         }
     )

@@ -3,10 +3,14 @@ steps; and sends what it declares."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from executed import DROPS, GPT2, LLAMA, TIED, difference, laid, model, request
 
-from partita.parallel.execute import execute
+from partita.parallel.cp.rules import laid_order
+from partita.parallel.execute import Execution, execute
 from partita.parallel.laid import lay
 
 PLANS = [
@@ -18,6 +22,13 @@ MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS}
 FULL = " recompute:full"
 CASES = [(m, p) for m in MODELS for p in PLANS]
 CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
+CONTEXT = [
+    "cp2:ring", "cp4:all_gather", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:ring tp2",
+    "cp2:ulysses tp2", "cp2:ring tp2+sp", "cp2:ulysses tp2+sp", "cp2:all_gather tp2+sp",
+    "dp_shard2.zero0 cp2:ring pp2/2mb", "dp_replicate2 cp2:ulysses pp2/2mb",
+]  # fmt: skip
+CASES += [(m, p) for m in ("llama", "gpt2", "drops") for p in CONTEXT]
+CASES += [(m, p + FULL) for m in ("llama", "drops") for p in CONTEXT]
 LESS = (
     "recompute:selective",
     "recompute:selective recompute.modules=core,norm,act",
@@ -28,6 +39,7 @@ LESS = (
 CASES += [
     (m, f"{p} {r}") for m in ("llama", "drops") for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")
 ]
+CASES += [("drops", f"{p} {r}") for r in LESS for p in ("cp2:ring", "cp4:hybrid2x2")]
 
 
 @pytest.mark.parametrize(("name", "line"), CASES)
@@ -82,3 +94,20 @@ def test_samples_may_move() -> None:
     """However four samples are spread over ranks and microbatches, some without a valid token."""
     for line in ("pp1/2mb", "pp1/4mb", "dp_replicate4", "dp_replicate2 pp1/2mb"):
         assert difference(LLAMA, execute(laid(LLAMA, line), 1), 1) == "", line
+
+
+def test_the_order_of_the_sequence_is_the_rings() -> None:
+    """A zig-zag that everybody shares changes no number; one rank's own does."""
+    whole = laid(GPT2, "cp2:ring")
+    assert laid_order(whole.request).rows == ((0, 3, 1, 2),)
+    run = Execution(whole)
+    run.world.order = run.world.order[::-1].copy()
+    run.train_step(0)
+    assert difference(GPT2, run.outcome, 1) == ""
+    run = Execution(whole)
+    place = run.world.place
+    run.world.place = lambda *given: replace(
+        place(*given), order=np.arange(4) if given[2] else place(*given).order
+    )
+    run.train_step(0)
+    assert difference(GPT2, run.outcome, 1) != ""

@@ -15,6 +15,8 @@ FAULTY = [
     (LLAMA, "tp4", 11), (TIED, "tp2+sp", 21), (DROPS, "dp_replicate2 tp2+sp recompute:full", 27),
     (TIED, "pp2/2mb", 6), (GPT2, "dp_replicate2 dp_shard2.zero0", 6),
     (LLAMA, "dp_replicate2 pp2/2mb tp2", 18),
+    (LLAMA, "cp2:ring tp2+sp", 32), (DROPS, "cp2:ring recompute:full", 11), (DROPS, "cp4:hybrid2x2", 19),
+    (LLAMA, "cp2:ulysses tp2", 23), (LLAMA, "cp2:all_gather", 11),
 ]  # fmt: skip
 IDS = [line for _, line, _ in FAULTY]
 
@@ -45,7 +47,7 @@ def test_every_sum_done_twice_is_found(line) -> None:
 
 AXES = [
     (LLAMA, "tp4", 1), (LLAMA, "dp_replicate2 tp4+sp", 9),
-    (DROPS, "dp_shard2.zero0 tp2+sp", 9),
+    (DROPS, "dp_shard2.zero0 tp2+sp", 9), (GPT2, "cp4:hybrid2x2 tp2", 8),
 ]  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def test_every_gradient_axis_is_needed(spec, line, axes) -> None:
     whole, tried = laid(spec, line), 0
     for name, region in regions(whole):
         for axis in region.axes if region.kind == "reduce" else ():
-            left = tuple(a for a in region.axes if a != axis) or ("cp",)
+            left = tuple(a for a in region.axes if a != axis) or ("ep",)
             tried += 1
             changed = change_region(whole, (name, region), (replace(region, axes=left),))
             assert found_wrong(spec, changed), (name, region.name, axis)
@@ -67,6 +69,9 @@ KEPT = [
     (LLAMA, "tp2 recompute:full"),
     (DROPS, "tp2+sp"),
     (DROPS, "pp2/2mb"),
+    (LLAMA, "cp4:hybrid2x2"),
+    (DROPS, "cp2:ring"),
+    (DROPS, "cp2:ulysses recompute:full"),
 ]
 
 

@@ -76,9 +76,13 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
             ["precision"],
             "fp8 precision.fp8_granularity=row",
         ),
-        (LLAMA, "cp2", ["cp"], "1mb"),
+        (LLAMA, "cp3:ring", ["cp"], "cp2:ring"),
+        (LLAMA, "cp4:ring", ["cp"], "cp2:ring"),
+        (LLAMA, "cp4:ulysses tp2", ["cp"], "cp2:ulysses tp2"),
+        (LLAMA, "cp8:ulysses", ["cp", "cp"], "cp4:ulysses"),
+        (model(heads=6, kv_heads=3, hidden=12), "cp2:ulysses", ["cp"], "1mb"),
         (model(vocab=2), "tp4", ["tp"], ""),
-        (LLAMA, "dp_shard2.zero1 pp4 cp2", ["cp", "dp", "pp"], ""),
+        (LLAMA, "dp_shard2.zero1 pp4 cp3", ["dp", "cp", "pp"], ""),
     ],
 )
 def test_every_problem_at_once_with_a_legal_way_out(spec, line, rooms, nearest) -> None:

@@ -1,0 +1,118 @@
+"""Attention of one tile, and how tiles are put together: exact whatever the order they come in.
+
+A tile gives its rows' output and the log of their sum of exponentials (lse). Two tiles of the same rows:
+
+    lse = log(e^lse_a + e^lse_b)        out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
+
+in fp32 (fp64 under fp64). Backward of a tile needs the rows' final output and lse alone, so tiles' gradients
+add up. Shapes: q, out [batch, heads, queries, head_dim]; k, v [batch, kv_heads, keys, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partita.parallel.cp.split import Tile
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """(output, lse) of one tile; lse is -inf where a query sees none of the keys. `seen` bool [batch or 1,
+    1, queries, keys], or all; `causal`: the upper half is hidden."""
+    if q.device.type != "cpu":
+        return plain(q, k, v, seen, causal)
+    out, lse = _FLASH(q, k, v, 0.0, causal, attn_mask=_added(seen, q))
+    if seen is not None:  # the kernel says 0 for such a row
+        lse = lse.masked_fill(~seen.any(-1).expand(lse.shape), -torch.inf)
+    return out, lse
+
+
+def attend_back(
+    g: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, seen: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v of one tile, from its rows' final output and lse."""
+    if g.device.type != "cpu":
+        return plain_back(g, qkv, out, lse, seen, causal)
+    return _FLASH_BACK(g, *qkv, out, lse, 0.0, causal, attn_mask=_added(seen, g))
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """attend without a kernel: scores are made whole, in the wide dtype."""
+    scores = _scores(q, k, seen, causal)
+    lse = scores.logsumexp(-1)
+    probs = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
+    out = torch.einsum("bkgqs,bksd->bkgqd", probs, v.to(probs.dtype))
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def plain_back(
+    g: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, seen: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """attend_back without a kernel."""
+    q, k, v = qkv
+    kv = k.shape[1]
+    probs = (_scores(q, k, seen, causal) - lse.unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
+    wide_q, wide_g, wide_out = (t.to(probs.dtype).unflatten(1, (kv, -1)) for t in (q, g, out))
+    wide_k, wide_v = k.to(probs.dtype), v.to(probs.dtype)
+    slope = torch.einsum("bkgqd,bksd->bkgqs", wide_g, wide_v)
+    slope = probs * (slope - (wide_g * wide_out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dq = torch.einsum("bkgqs,bksd->bkgqd", slope, wide_k).flatten(1, 2)
+    dk = torch.einsum("bkgqs,bkgqd->bksd", slope, wide_q)
+    return dq, dk, torch.einsum("bkgqs,bkgqd->bksd", probs, wide_g)
+
+
+def _added(seen: Tensor | None, q: Tensor) -> Tensor | None:
+    """A mask as the kernel wants it: 0 or -inf, in q's dtype."""
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
+    """[batch, kv_heads, group, queries, keys], hidden ones -inf."""
+    dtype = wide(q.dtype)
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, k.to(dtype)) * q.shape[-1] ** -0.5
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
+    elif seen is not None:
+        seen = seen.unsqueeze(1)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+
+
+class Merged:
+    """Tiles of this rank's queries added up; `out` and `lse` when all are in."""
+
+    def __init__(self, q: Tensor) -> None:
+        b, heads, s, dim = q.shape
+        self._dtype = q.dtype
+        self._sum = q.new_zeros(b, s, heads, dim, dtype=wide(q.dtype)).transpose(1, 2)
+        self.lse = q.new_full((b, heads, s), -torch.inf, dtype=wide(q.dtype))
+
+    def add(self, tile: Tile, out: Tensor, lse: Tensor) -> None:
+        """One tile's rows."""
+        mine, held = self._sum[tile.rows, :, tile.q], self.lse[tile.rows, :, tile.q]
+        both = torch.logaddexp(held, lse)
+        finite = both.clamp(min=torch.finfo(both.dtype).min)  # a row that has seen nothing yet
+        mine.mul_((held - finite).exp().unsqueeze(-1))
+        mine.addcmul_(out.to(mine.dtype), (lse - finite).exp().unsqueeze(-1))
+        held.copy_(both)
+
+    @property
+    def out(self) -> Tensor:
+        """In the compute dtype."""
+        return self._sum.to(self._dtype)
