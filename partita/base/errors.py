@@ -38,10 +38,14 @@ class Problem:
 
 
 class PartitaError(Exception):
-    """Base of all errors with an exit code; `file` and `key` say where the fault lies."""
+    """Base of all errors with an exit code; `file` and `key` say where the fault lies. One that
+    `echoes` tells of another rank's fault, which is the cause where it is known; `rank` is the one at
+    fault where all ranks say the same."""
 
     exit_code: ClassVar[int] = 70
     kind: ClassVar[str] = "internal"
+    echoes: bool = False
+    rank: int | None = None
 
     def __init__(self, message: str, *, file: str | None = None, key: str | None = None) -> None:
         super().__init__(message)
@@ -101,7 +105,7 @@ class CheckpointError(PartitaError):
 class PeerError(PartitaError):
     """A peer was lost, hangs, or does something else than the others."""
 
-    exit_code, kind = 71, "peer"
+    exit_code, kind, echoes = 71, "peer", True
 
 
 class CommError(PeerError):

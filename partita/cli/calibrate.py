@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import psutil
 import typer
 
 from partita.base.config import load_json, to_toml
 from partita.base.errors import WriteError
 from partita.cli.out import note, write_json, write_text
+from partita.spec.calibrated import FOLDER, PRESET, calibration_path
 from partita.spec.cluster import Cluster
 
 if TYPE_CHECKING:
     from partita.tune.calibrate import Calibration, Tell
-
-FOLDER = Path("~/.cache/partita/clusters")
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +36,7 @@ def calibrate(
 ) -> None:
     """Measures this machine and writes its cluster file."""
     base = Cluster.load(cluster)
-    path = out or cached_path(base)
+    path = out or calibration_path(base, FOLDER)
     details = path.with_suffix(".json")
     if path.exists() and details.exists() and not again and out is None:
         note(f"measured before: {path} (--again measures anew)")
@@ -58,32 +53,13 @@ def calibrate(
     if json:
         write_json(found.to_json())
     else:
-        write_text(f"{found}\n\nwritten to {path}; a job takes it with cluster.path={path}")
+        write_text(f"{found}\n\nwritten to {path}; {_who_takes(base, path)}")
 
 
-def cached_path(base: Cluster) -> Path:
-    """The calibrated cluster file of this host for a base cluster."""
-    return FOLDER.expanduser() / f"{host_digest(base)}.toml"
-
-
-def host_digest(base: Cluster) -> str:
-    """Names what a calibration is of: the host, its processors and torch, and the cluster it is for."""
-    from importlib.metadata import version
-
-    facts = (
-        platform.node(), platform.machine(), _processor(), str(psutil.cpu_count()),
-        str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0),
-        version("torch"), to_toml(base.to_toml()),
-    )  # fmt: skip
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text(errors="replace").splitlines()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+def _who_takes(base: Cluster, path: Path) -> str:
+    if path == calibration_path(Cluster.load(PRESET), FOLDER) and base == Cluster.load(PRESET):
+        return f"jobs on {PRESET} that state no rates of their own take it from now on"
+    return f"a job takes it with cluster.path={path}"
 
 
 def _write(path: Path, details: Path, found: Calibration) -> None:

@@ -44,13 +44,13 @@ def _step_folder(folder: Path) -> Path:
     from partita.train.checkpoint import list_checkpoints
 
     found = list_checkpoints(inner)
-    return found[-1] if found else folder
+    return found[0] if found else folder
 
 
 def _answer(folder: Path, digests: bool, json: bool) -> None:
-    from partita.train.checkpoint import inspect as look
+    from partita.train.resume import inspect_run
 
-    found = asdict(look(folder, digests=digests))
+    found = asdict(inspect_run(folder, digests))
     if json:
         write_json(found)
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from partita.base.errors import UsageError
+from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB.toml", help="The job file.")]
@@ -24,9 +26,14 @@ PlanLine = Annotated[
 
 
 def load(path: str, overrides: list[str] | None, plan: str | None = None) -> Job:
-    """The job of a file, `plan` and overrides applied. Raises UsageError."""
+    """The job of a file, `plan` and overrides applied, on this machine as measured. Raises UsageError."""
     extra = [f"plan={plan}"] if plan is not None else []
-    return Job.load(path, *(overrides or []), *extra)
+    return _measured(Job.load(path, *(overrides or []), *extra))
+
+
+def _measured(job: Job) -> Job:
+    found = calibrated(job.cluster)
+    return job if found == job.cluster else replace(job, cluster=found)
 
 
 def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job:
@@ -44,7 +51,7 @@ def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job
     job = Job.of(words[0], words[1], plan or "", **stated)
     if len(words) > 2:
         raise UsageError(f"overrides ({words[2]}) go with a job file")
-    return job
+    return _measured(job)
 
 
 def _is_job(path: str) -> bool:

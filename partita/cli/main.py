@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -98,7 +99,9 @@ def run(arguments: Sequence[str]) -> int:
     except CommandLineError as error:
         failure: PartitaError = UsageError(_what_to_type(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
-        failure = StoppedError("stopped by Ctrl-C", 2)
+        failure = StoppedError("stopped by Ctrl-C", signal.SIGINT)
+    except _Terminated:
+        failure = StoppedError("stopped by SIGTERM", signal.SIGTERM)
     except PartitaError as error:
         failure = error
     except OSError as error:
@@ -146,6 +149,21 @@ def _print_failure(error: PartitaError, as_json: bool) -> None:
     note(f"partita: {where}{cause}")
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt, no handler of errors takes it."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # one is enough: this is the way out
+    raise _Terminated
+
+
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, _terminate)
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was done stays done
+    if code and torchrun_rank() is not None:
+        sys.stdout.flush()
+        os._exit(code)  # gloo's threads may still wait for a lost peer
+    sys.exit(code)

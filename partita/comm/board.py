@@ -27,7 +27,7 @@ class Board:
         self.status = Status(rank)
         self._pid = os.getpid()
         self._map: mmap.mmap | None = None
-        self._path = path
+        self._path, self.is_shared = path, path is not None
         if path is not None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(descriptor, SLOT * size)
@@ -55,7 +55,8 @@ class Board:
         if self._map is None:
             return
         s = self.status
-        text = f"{s.axis}\n{s.op}\n{s.site}\n{s.phase}\n{s.file}".encode()[: SLOT - _HEAD.size]
+        words = (s.axis, s.op, s.tensor, s.site, s.phase, s.file)
+        text = "\n".join(words).encode()[: SLOT - _HEAD.size]
         numbers = (self._pid, s.sequence, s.step, s.completed, s.at, s.line, len(text))
         start = self.rank * SLOT
         _HEAD.pack_into(self._map, start, *numbers)
@@ -69,10 +70,12 @@ class Board:
         pid, sequence, step, completed, at, line, size = _HEAD.unpack_from(self._map, start)
         text = self._map[start + _HEAD.size : start + _HEAD.size + size].decode(errors="replace")
         words = text.split("\n")
-        if len(words) != 5:  # torn
+        if len(words) != 6:  # torn
             return pid, Status(rank)
-        axis, op, site, phase, file = words
-        status = Status(rank, axis, op, sequence, site, phase, step, completed, at, file, line)
+        axis, op, tensor, site, phase, file = words
+        status = Status(
+            rank, axis, op, tensor, sequence, site, phase, step, completed, at, file, line
+        )
         return pid, status
 
     def is_dead(self, rank: int) -> bool:
@@ -80,16 +83,15 @@ class Board:
         pid, _ = self.read(rank)
         return bool(pid) and not is_alive(pid)
 
-    def is_behind(self, rank: int, than: int) -> bool:
-        """Whether a rank entered fewer calls of the axis another one waits on, or none."""
-        mine, other = self.read(than)[1], self.read(rank)[1]
-        if (mine.axis, mine.sequence, mine.op) == (other.axis, other.sequence, other.op):
-            return False
-        return other.at <= mine.at
+    def statuses(self) -> list[Status | None]:
+        """What every rank did last, and whether it is gone."""
+        found: list[Status | None] = [self.read(r)[1] for r in range(self.size)]
+        for status in found:
+            if status is not None:
+                status.left = self.is_dead(status.rank)
+        return found
 
     def describe(self) -> str:
         """The table of all ranks."""
-        found = [self.read(r)[1] for r in range(self.size)]
-        for status in found:
-            status.left = self.is_dead(status.rank)
+        found = [s for s in self.statuses() if s is not None]
         return describe(found, time.monotonic())

@@ -53,7 +53,10 @@ class LocalWorld:
         assert made is not None
         return made
 
-    def close(self) -> None:
+    def check(self) -> None:
+        """Nothing to compare."""
+
+    def close(self, drain: bool = True) -> None:
         """Nothing to free."""
 
 

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import forkserver
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -37,20 +37,34 @@ def start_ranks(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # it opens the signals that are held back
     with _held_back():
         forkserver.ensure_running()
-    found = []
-    for rank in range(num_ranks):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_enter,
-            args=(os.getpid(), rank, writer, target, tuple(args)),
-            name=f"rank-{rank}",
-        )
-        process.start()
-        writer.close()
-        found.append((process, reader))
+    found: list[tuple[BaseProcess, Connection]] = []
+    try:
+        for rank in range(num_ranks):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_enter,
+                args=(os.getpid(), rank, writer, target, tuple(args)),
+                name=f"rank-{rank}",
+            )
+            process.start()
+            writer.close()
+            found.append((process, reader))
+    except BaseException:
+        end_ranks(found)
+        raise
     return found
+
+
+def end_ranks(ranks: Sequence[tuple[BaseProcess, Connection]]) -> None:
+    """Kills what still runs, a stopped process too, and waits for all."""
+    for process, _ in ranks:
+        if process.is_alive():
+            process.kill()
+    for process, _ in ranks:
+        process.join(5)
 
 
 @contextmanager
@@ -75,8 +89,9 @@ def _enter(
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     leave_with_parent()
-    _watch(launcher)
-    target(rank, writer, *args)
+    leave_without(launcher)
+    with suppress(BrokenPipeError):  # a launcher that was stopped meanwhile does not listen
+        target(rank, writer, *args)
 
 
 def leave_with_parent() -> None:
@@ -85,8 +100,9 @@ def leave_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _watch(launcher: int) -> None:
-    """The fork server outlives a killed launcher for a moment; a thread looks every second."""
+def leave_without(launcher: int) -> None:
+    """Ends this process within a second of that one's death: a thread looks. The fork server outlives
+    a killed launcher for a moment, and a rank of torchrun has no other tie to its agent."""
     import threading
     import time
 
@@ -125,6 +141,11 @@ def torchrun_rank() -> tuple[int, int, int] | None:
         return None
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local
+
+
+def is_one_host() -> bool:
+    """Whether torchrun started all ranks on this host, under one agent."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
 
 
 def torchrun_store() -> dict[str, str]:

@@ -167,8 +167,14 @@ class World(Protocol):
         """A Comm over `ranks` (in that order), or None where this rank is not among them."""
         ...
 
-    def close(self) -> None:
-        """Frees groups, segments and files; safe to call twice."""
+    def check(self) -> None:
+        """Between steps, on all ranks: raises CommError where ranks have called unlike collectives, if
+        the calls themselves are not compared."""
+        ...
+
+    def close(self, drain: bool = True) -> None:
+        """Frees groups, segments and files, once what was sent has gone out; without `drain`, after a
+        failure, at once. Safe to call twice."""
         ...
 
 
@@ -182,6 +188,11 @@ class Message:
     site: str
     extra: tuple[int, ...] = field(default=())
 
+    @property
+    def tensor(self) -> str:
+        """'f32[4, 128]'."""
+        short = self.dtype.replace("torch.", "").replace("float", "f")
+        return f"{short}[{', '.join(map(str, self.shape))}]"
+
     def __str__(self) -> str:
-        short = self.dtype.replace("torch.", "").replace("float", "f").replace("bf", "bf")
-        return f"{self.op:<14} {short}[{', '.join(map(str, self.shape))}]"
+        return f"{self.op:<14} {self.tensor}"

@@ -80,10 +80,15 @@ class ShmWorld:
         for comm in self.comms:
             comm.mailbox.progress()
 
-    def close(self) -> None:
+    def check(self) -> None:
+        """Nothing to do: each meeting compares what ranks bring."""
+
+    def close(self, drain: bool = True) -> None:
         """Leaves, once what was sent is in its rings; the kernel frees the memory with the last map."""
         deadline = time.monotonic() + self.timeout_s
-        while any(c.mailbox.waiting() for c in self.comms) and time.monotonic() < deadline:
+        while (
+            drain and any(c.mailbox.waiting() for c in self.comms) and time.monotonic() < deadline
+        ):
             self.progress()
             if any(self.board.is_dead(r) for c in self.comms for r in c.mailbox.waiting()):
                 break

@@ -98,5 +98,8 @@ class SingleWorld:
         """A SingleComm where this rank is named."""
         return SingleComm(axis, lane, tuple(ranks), 0, 1) if self.rank in ranks else None
 
-    def close(self) -> None:
+    def check(self) -> None:
+        """Nothing to compare."""
+
+    def close(self, drain: bool = True) -> None:
         """Nothing to free."""

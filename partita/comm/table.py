@@ -19,6 +19,7 @@ class Status:
     rank: int
     axis: str = ""
     op: str = ""
+    tensor: str = ""
     sequence: int = -1
     site: str = ""
     phase: str = ""
@@ -34,9 +35,15 @@ class Status:
     ) -> None:
         """Notes a call as entered; `frame` is the caller's, outside comm."""
         self.axis, self.op, self.site = axis, message.op, message.site
+        self.tensor = message.tensor
         self.sequence, self.phase, self.step = sequence, where.phase, where.step
         self.completed, self.at = False, time.monotonic()
         self.file, self.line = frame.f_code.co_filename, frame.f_lineno
+
+    def is_behind(self, other: Status) -> bool:
+        """Whether this rank's last call is another and an older one than that rank's."""
+        mine, theirs = (self.axis, self.sequence, self.op), (other.axis, other.sequence, other.op)
+        return mine != theirs and self.at <= other.at
 
 
 def describe(status: Sequence[Status], now: float) -> str:
@@ -44,13 +51,24 @@ def describe(status: Sequence[Status], now: float) -> str:
     rows = []
     for s in status:
         if not s.op:
-            rows.append([s.rank, "no call yet", "", "", "", "", "", "left" if s.left else ""])
+            rows.append([s.rank, "no call yet", *[""] * 4, "left" if s.left else "", "", ""])
             continue
         number = f"#{s.sequence}" if s.sequence >= 0 else ""
         state = ("completed" if s.completed else "entered") + (", left" if s.left else "")
         ago = f"{max(now - s.at, 0):.1f} s ago"
         line = f"{Path(s.file).name}:{s.line}" if s.file else ""
         rows.append(
-            [s.rank, f"{s.axis} {s.op} {number}", s.site, s.phase, s.step, state, ago, line]
+            [
+                s.rank,
+                f"{s.axis} {s.op} {number}",
+                s.tensor,
+                s.site,
+                s.phase,
+                s.step,
+                state,
+                ago,
+                line,
+            ]
         )
-    return table(rows, ["rank", "last call", "site", "phase", "step", "state", "when", "line"])
+    heads = ["rank", "last call", "tensor", "site", "phase", "step", "state", "when", "line"]
+    return table(rows, heads)

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
+from partita.comm.calls import RING, CallBook, CallPages
 from partita.comm.processes import on_loopback
 from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
-from partita.comm.table import Status
+from partita.comm.stores import file_store, last_words
+from partita.comm.table import Status, describe
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -50,12 +52,13 @@ class TorchWorld:
         self.sends: list[Any] = []
         if store is None:
             on_loopback()
-            store = dist.FileStore(str(path), size)
+            store = file_store(Path(str(path)), size)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=self.timeout
         )
-        board = None if path is None else path.with_suffix(".board")
-        self.board = Board(board, rank, size)
+        self.board = Board(None if path is None else path.with_suffix(".board"), rank, size)
+        self.book = CallBook(None if path is None else path.with_suffix(".calls"))
+        self._store, self._comms = store, list[TorchComm]()
 
     @staticmethod
     def from_torchrun(
@@ -72,27 +75,39 @@ class TorchWorld:
         if len(ranks) == 1:
             return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
         group = dist.new_group(list(ranks), timeout=self.timeout)
-        return TorchComm(self, tuple(ranks), axis, lane, group) if self.rank in ranks else None
+        pages = self.book.pages(len(ranks))
+        if self.rank not in ranks:
+            return None
+        self._comms.append(TorchComm(self, tuple(ranks), axis, lane, group, pages))
+        return self._comms[-1]
+
+    def check(self) -> None:
+        """Between hosts each group compares what it has called: 16 bytes a group."""
+        for comm in self._comms:
+            comm.compare_calls()
+
+    def statuses(self) -> Sequence[Status | None]:
+        """Every rank's last call, off the board or from the store; None where one says nothing."""
+        if self.board.is_shared:
+            return self.board.statuses()
+        return last_words(self._store, self.board.status, self.size)
 
     def waited(self, work: Any) -> None:
         """A send that was waited for: gloo would wait for it a second time until the timeout."""
         self.sends = [w for w in self.sends if w is not work]
 
-    def close(self) -> None:
-        """Leaves the process group, once what was sent has gone out."""
+    def close(self, drain: bool = True) -> None:
+        """Leaves the process group, once what was sent has gone out. After a failure it is left to the
+        end of the process: gloo would wait for the lost peer."""
+        if not drain:
+            return
         for work in self.sends:
             with contextlib.suppress(RuntimeError):  # a peer that is gone wants nothing more
                 work.wait()
         self.sends.clear()
+        self.book.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def rendezvous() -> Any:
-    """The store of the ranks that torchrun (or an environment like its) started; restarts have
-    stores of their own. Call it once."""
-    store, _, _ = next(iter(dist.rendezvous("env://")))
-    return store
 
 
 @dataclass
@@ -110,6 +125,7 @@ class _Work:
         """Waits, and says who was missing when that fails."""
         if self.value is None:
             self.comm.run(self.work.wait if self.work is not None else lambda: None, *self.note)
+            self.comm.check(*self.note)
             self.value = self.result()
             self.comm.world.board.leave()
             self.comm.world.waited(self.work)
@@ -121,11 +137,13 @@ class TorchComm:
     """One process group on one axis and lane."""
 
     def __init__(
-        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any
-    ) -> None:
+        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any,
+        pages: CallPages,
+    ) -> None:  # fmt: skip
         self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
-        self.rank, self.size = ranks.index(world.rank), len(ranks)
-        self._sequence = 0
+        self.rank, self.size, self._pages = ranks.index(world.rank), len(ranks), pages
+        self._sequence = 0  # of collectives
+        self._digests = [0] * RING  # of the newest
         by_number = sorted(
             ranks
         )  # torch numbers a group's ranks in this order, whatever it is given
@@ -139,33 +157,85 @@ class TorchComm:
         except RuntimeError as error:
             raise self._failure(error, message, number) from None
 
+    def _whole(self, call: Callable[[], Any], note: tuple[Message, int]) -> None:
+        """A call from its start to its end."""
+        self.run(call, *note)
+        self.check(*note)
+        self.world.board.leave()
+
     def _failure(self, error: RuntimeError, message: Message, number: int) -> CommError:
-        where, board = self.world.where, self.world.board
+        """Why a call failed: unlike calls, else who is dead, else who did not come."""
+        board, me = self.world.board, self.world.rank
+        self.check(message, number)
         time.sleep(0.2)  # a peer that died with us needs a moment to be seen dead
+        found = self.world.statuses()
+        said = [s for s in found if s is not None]
+        silent = [r for r in self.ranks if found[r] is None]
         dead = [r for r in self.ranks if board.is_dead(r)]
-        late = [r for r in self.ranks if r not in dead and board.is_behind(r, self.world.rank)]
+        late = [s.rank for s in said if s.rank in self.ranks and s.is_behind(board.status)]
         first = ""
         if dead:
             first = f"rank {dead[0]} has died: "
-        elif late:
-            first = f"rank {late[0]} did not come: "
+        elif self._is_disputed(said, number):
+            first = "ranks disagree: "
+        elif silent or late:
+            first = f"rank {(silent or late)[0]} did not come: "
         text = str(error).splitlines()[0]
+        where = self.world.where
         return CommError(
             f"{first}{self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, phase "
-            f"{where.phase}, step {where.step}) failed on rank {self.world.rank}: {text}\n"
-            f"{board.describe()}"
+            f"{where.phase}, step {where.step}) failed on rank {me}: {text}\n"
+            f"{describe(said, time.monotonic())}"
         )
 
+    def _is_disputed(self, said: Sequence[Status], number: int) -> bool:
+        """Whether ranks of the group tell of unlike calls under this number."""
+        calls = {
+            (s.op, s.tensor, s.site)
+            for s in said
+            if s.rank in self.ranks and (s.axis, s.sequence) == (self.axis, number)
+        }
+        return len(calls) > 1
+
+    def check(self, message: Message, number: int) -> None:
+        """Raises CommError where another rank of the group called something else under this number."""
+        if number < 0 or not self._pages.differ(self.size, number, self._digests[number % RING]):
+            return
+        time.sleep(0.02)  # the others' notes
+        found = [s for s in self.world.statuses() if s is not None]
+        raise CommError(
+            f"ranks disagree at {self.axis} collective #{number} ({message.site}, phase "
+            f"{self.world.where.phase}, step {self.world.where.step}): rank {self.world.rank} brings "
+            f"{message}\n{describe(found, time.monotonic())}"
+        )
+
+    def compare_calls(self) -> None:
+        """Raises CommError where the group's ranks have called unlike collectives, between hosts."""
+        if self._pages.is_shared:
+            return
+        mine = self._pages.sum
+        both = torch.tensor([mine, -mine], dtype=torch.int64)
+        high, low = self.all_reduce(both, site="step:calls", op="max").tolist()
+        if high != -low:
+            raise CommError(
+                f"ranks disagree: the {self.axis} ranks {self.ranks} have called unlike collectives by "
+                f"the end of step {self.world.where.step}, as rank {self.world.rank} finds"
+            )
+
     def _enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
-        number = self._sequence
-        self._sequence += 1
-        message = Message(op, tuple(x.shape), str(x.dtype), site)
+        """Notes a call; messages between two ranks have no number."""
+        message = Message(op, tuple(x.shape) if op != "all_to_all" else (), str(x.dtype), site)
+        number = -1
+        if op not in ("send", "receive"):
+            number, self._sequence = self._sequence, self._sequence + 1
+            self._digests[number % RING] = self._pages.post(self.rank, number, message)
         frame = sys._getframe(2)
         while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
             frame = frame.f_back
         status = Status(self.world.rank)
         status.enter(self.axis, message, number, self.world.where, frame)
         self.world.board.enter(status)
+        self.check(message, number)
         return message, number
 
     # Collectives ---------------------------------------------------------------------------------
@@ -276,15 +346,13 @@ class TorchComm:
         """The root's tensor."""
         note = self._enter("broadcast", x, site)
         out = x.detach().clone()
-        self.run(lambda: dist.broadcast(out, self.ranks[root], self.group), *note)
-        self.world.board.leave()
+        self._whole(lambda: dist.broadcast(out, self.ranks[root], self.group), note)
         return out
 
     def barrier(self, *, site: str) -> None:
         """Waits for all."""
         note = self._enter("barrier", torch.empty(0), site)
-        self.run(lambda: dist.barrier(self.group), *note)
-        self.world.board.leave()
+        self._whole(lambda: dist.barrier(self.group), note)
 
     # Point to point ------------------------------------------------------------------------------
 

@@ -192,9 +192,11 @@ def _stage(path: Path, ranks: Ranks) -> Iterator[None]:
         raise _write_error(path, error) from error
     if error is not None:
         raise error
-    raise WriteError(
+    other = WriteError(
         f"{path}: another rank could not write its part; nothing saved", file=str(path)
     )
+    other.echoes = True
+    raise other
 
 
 def _write_error(path: Path, error: OSError) -> WriteError:
@@ -221,16 +223,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def newest_complete(folder: Path, *, allow_fallback: bool = False) -> Path | None:
+def newest_complete(
+    folder: Path, *, allow_fallback: bool = False, check: Callable[[Path], object] | None = None
+) -> Path | None:
     """The newest checkpoint of a checkpoints folder, every digest verified; None where none is.
 
-    A newest one that is damaged raises CheckpointError; with `allow_fallback` the newest good one
-    is taken instead. A bad copy of a step that was saved again (step-N-2) does not count.
+    `check` stands for `verify`, with more that a good one must hold. A newest one that is damaged raises
+    CheckpointError; with `allow_fallback` the newest good one is taken instead. A bad copy of a step that
+    was saved again (step-N-2) does not count.
     """
     first: CheckpointError | None = None
     for path in list_checkpoints(folder):
         try:
-            verify(path)
+            (check or verify)(path)
         except CheckpointError as error:
             first = first or error
             if not allow_fallback:

@@ -8,40 +8,27 @@ save and leave; a second one stops at once.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
-from partita.comm.processes import STOPS, start_ranks, torchrun_rank
+from partita.comm.processes import STOPS, end_ranks, start_ranks, torchrun_rank
 from partita.planner.judge import fit_error
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.train.control import Control
+from partita.train.failure import Failure
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, run_rank
 from partita.train.start import answer, finished, prepare, run_folder, with_text
 from partita.train.torchrun import train_as_rank
 
-GRACE_S = 3.0  # for the others to say what they saw, once one has failed
-
-
-@dataclass
-class Failure:
-    """`failure.json`: the first cause, and what followed from it."""
-
-    rank: int
-    phase: str
-    step: int
-    site: str
-    message: str
-    secondary: list[str] = field(default_factory=list)
+GRACE_S = 2.0  # for the others to say what they saw, once one has failed
 
 
 def train(
@@ -70,6 +57,7 @@ def train(
             notices = tuple(x for x in (lock.took_over, *start.notices) if x)
             for notice in notices:
                 logging.getLogger("partita").warning(notice)
+            stops.check()
             if start.step >= job.train.steps:
                 return finished(job, folder, start.step)
             spec = RunSpec(job, folder, start.checkpoint, notices)
@@ -78,19 +66,27 @@ def train(
 
 
 class Stops:
-    """SIGTERM and Ctrl-C, counted. With a `control` they ask the ranks; without one they end the
-    launcher with StoppedError."""
+    """SIGTERM and Ctrl-C, counted. The first one asks the ranks when there is a `control`; without
+    one, and at the second, the launcher is left with StoppedError."""
 
     def __init__(self) -> None:
         self.count = self.number = 0
         self.control: Control | None = None
+        self.held = False  # only counted, while ranks are ended
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, _: object) -> None:
         self.count, self.number = self.count + 1, number
-        if self.control is None:
-            raise StoppedError(f"stopped by {signal.Signals(number).name}", number)
-        self.control.ask_stop(number)
+        if self.control is not None:
+            self.control.ask_stop(number)
+        if not self.held and (self.count == 2 or self.control is None):
+            self.check()
+
+    def check(self) -> None:
+        """Raises StoppedError when a stop was asked for: a handler's error may be lost in the code
+        that it meets."""
+        if self.count:
+            raise StoppedError(f"stopped by {signal.Signals(self.number).name}", self.number)
 
     def __enter__(self) -> Stops:
         with suppress(ValueError):  # not the main thread: a notebook; signals stay as they are
@@ -109,25 +105,26 @@ class Launcher:
         self.spec, self.stops = spec, stops
         self.world = spec.job.plan.world_size
         self.control = Control(spec.control_path, self.world, create=True)
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, Report] = {}  # in the order they came
         self.dead: dict[int, int] = {}  # rank -> exit code, without a report
 
     def run(self) -> dict[str, Any]:
         """Returns the last metrics, or raises the first cause."""
         ranks: list[tuple[BaseProcess, Connection]] = []
+        self.stops.check()
         self.stops.control = self.control
         try:
             ranks = start_ranks(self.world, run_rank, (self.spec,))
             self._wait(ranks)
+        except StoppedError as stopped:
+            number = stopped.exit_code - 128
+            raise self._stopped(number, f"at once, in step {self._last_step()}") from None
         finally:
-            for process, _ in ranks:
-                if process.is_alive():
-                    process.kill()
-            for process, _ in ranks:
-                process.join(5)
-            self.stops.control = None
+            self.stops.held = True
+            end_ranks(ranks)
             self.control.close(remove=True)
             self.spec.clean()
+            self.stops.control, self.stops.held = None, False
         return self._result()
 
     def _wait(self, ranks: list[tuple[BaseProcess, Connection]]) -> None:
@@ -146,7 +143,7 @@ class Launcher:
             failed = bool(self.dead) or any(r.error for r in self.reports.values())
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE_S
-            if self.stops.count > 1 or (deadline is not None and time.monotonic() > deadline):
+            if deadline is not None and time.monotonic() > deadline:
                 return
 
     def _heard(self, rank: int, process: BaseProcess, reader: Connection) -> bool:
@@ -164,26 +161,26 @@ class Launcher:
         return True
 
     def _result(self) -> dict[str, Any]:
-        at_once = self.stops.count > 1
-        error = None if at_once else self._first_error()
+        error = self._first_error()
         if error is not None:
             raise error
         stopped = next((r.stopped_by for r in self.reports.values() if r.stopped_by), 0)
-        if stopped or at_once:
-            number = stopped or self.stops.number
-            step = max(self.control.where(r)[0] for r in range(self.world))
-            how = f"at once, in step {step}" if at_once else f"after step {step}"
-            raise StoppedError(
-                f"stopped by {signal.Signals(number).name} {how}; start the job again to go on",
-                number,
-            )
+        if stopped:
+            raise self._stopped(stopped, f"after step {self._last_step()}")
         return self.reports[0].metrics
+
+    def _last_step(self) -> int:
+        return max(self.control.where(r)[0] for r in range(self.world))
+
+    def _stopped(self, number: int, how: str) -> StoppedError:
+        name = signal.Signals(number).name
+        return StoppedError(f"stopped by {name} {how}; start the job again to go on", number)
 
     def _first_error(self) -> PartitaError | None:
         """The cause: a rank's own error, else one that died without a word, else one that was waited
-        for and never came, else what a peer says. Writes failure.json."""
-        errors = {r: x.error for r, x in sorted(self.reports.items()) if x.error is not None}
-        own = {r: e for r, e in errors.items() if not isinstance(e, PeerError)}
+        for and never came, else what the first peer said. Writes failure.json."""
+        errors = {r: x.error for r, x in self.reports.items() if x.error is not None}
+        own = {r: e for r, e in errors.items() if not e.echoes}
         silent = [r for r in range(self.world) if r not in self.reports and r not in self.dead]
         if own:
             rank, error = next(iter(own.items()))
@@ -198,11 +195,11 @@ class Launcher:
             rank, error = next(iter(errors.items()))
         else:
             return None
+        rank = rank if error.rank is None else error.rank
         step, activity = self.control.where(rank)
-        site = error.key if isinstance(error, PeerError) else None
-        site = site or next((e.key for e in errors.values() if e.key), "")
+        site = error.key or next((e.key for e in errors.values() if e.key), "")
         others = [f"rank {r}: {e.message}" for r, e in errors.items() if e is not error]
-        self._write(Failure(rank, activity, step, site or "", error.message, others))
+        Failure(rank, activity, step, site or "", error.message, others).write(self.spec.folder)
         return error
 
     def _lost(self, rank: int, how: str) -> PeerError:
@@ -212,16 +209,10 @@ class Launcher:
             "job again to resume"
         )
 
-    def _write(self, failure: Failure) -> None:
-        path = self.spec.folder / "failure.json"
-        try:
-            path.write_text(json.dumps(asdict(failure), indent=1) + "\n")
-        except OSError:  # a full disk: the error itself is still raised
-            return
-
 
 def _signal_name(number: int) -> str:
     try:
-        return f"{signal.Signals(number).name} ({number})"
+        name = f"{signal.Signals(number).name} ({number})"
     except ValueError:
         return f"signal {number}"
+    return f"{name}, by hand or for want of memory," if number == signal.SIGKILL else name

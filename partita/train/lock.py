@@ -27,11 +27,14 @@ class Owner(msgspec.Struct, frozen=True):
     started: float
 
     def is_alive(self) -> bool | None:
-        """Whether the process still runs; None where another host would have to be asked."""
+        """Whether the process still runs (a zombie does not); None where another host would have to
+        be asked."""
         if self.host != socket.gethostname():
             return None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from partita.base.errors import NonFiniteError
 from partita.base.units import format_rate, format_seconds
 from partita.spec.job import Job
 from partita.train.build import Built
 from partita.train.checkpoint import Ranks
 from partita.train.control import Control
+from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
 from partita.train.resume import load_run, save_run
@@ -63,7 +65,7 @@ class Loop:
             for step in range(done, job.train.steps):
                 line = self._one(step, start)
                 last = step + 1 == job.train.steps
-                if last or (job.train.eval_every and (step + 1) % job.train.eval_every == 0):
+                if self._evaluates(step + 1):
                     with self.recorder.span("eval", "evaluation"):
                         line["eval_loss"] = self.evaluate()
                 outcome.metrics = line
@@ -77,6 +79,12 @@ class Loop:
             outcome.metrics = {"step": done}
         self.recorder.finish()
         return outcome
+
+    def _evaluates(self, step: int) -> bool:
+        """At the end and every `eval_every` steps, where something is held out."""
+        every, steps = self.job.train.eval_every, self.job.train.steps
+        due = step == steps or (every > 0 and step % every == 0)
+        return due and self.built.data.num_eval_sequences > 0
 
     def _after(self, step: int, last: bool) -> bool:
         """Checkpoints when due; True when the run must leave."""
@@ -93,6 +101,7 @@ class Loop:
         control, rank = self.control, self.built.context.rank
         if control.shared:
             return control.should_stop(rank, step)
+        self.built.context.world.check()
         signals, busy = zip(
             *self.built.exchange((control.stop_signal, control.busy_ms(rank))), strict=True
         )
@@ -110,9 +119,12 @@ class Loop:
         with self.recorder.step(step):
             with self.recorder.span("data", "data"):
                 batch = built.batch(step)
-            loss = built.model.forward_backward(batch)
-            with self.recorder.span("U", "optimizer"):
-                norm = built.update.step()
+            try:
+                loss = built.model.forward_backward(batch)
+                with self.recorder.span("U", "optimizer"):
+                    norm = built.update.step()
+            except NonFiniteError as error:
+                raise explained(error, built.model, batch, built.exchange) from None
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
@@ -167,7 +179,7 @@ class Loop:
             for batch, valid in built.eval_batches():
                 total += built.evaluate(batch) * valid
                 tokens += valid
-        return total / tokens if tokens else math.nan
+        return total / tokens if tokens else math.nan  # every held-out target is masked
 
     def _restore(self) -> int:
         built = self.built
@@ -182,6 +194,7 @@ class Loop:
         if step == self._saved:
             return
         built = self.built
+        check_weights(built.model, step, built.exchange)
         ranks = Ranks(built.context.rank, built.context.mesh.world_size, built.agree)
         folder = self.folder / "checkpoints"
         path = save_run(folder, step, self.job, built.model, built.update, built.fingerprint, ranks)

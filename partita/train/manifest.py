@@ -12,6 +12,7 @@ path outside the folder, a box outside its tensor, a tensor not covered are Chec
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -141,25 +142,26 @@ def box_size(box: Box) -> int:
 
 
 def first_difference(manifest: Manifest, job: Header) -> Difference | None:
-    """The first field of model, tokenizer, optimizer and data that differs from the job's.
-
-    Raises CheckpointError where the model's fields agree and its tensors do not: the checkpoint
-    then holds another model than its manifest states.
-    """
+    """The first field of model, tokenizer, optimizer and data that differs from the job's."""
     for section in ("model", "tokenizer", "optimizer", "data"):
         mine, theirs = (_plain(getattr(h, section)) for h in (manifest.header, job))
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
                 return Difference(f"{section}.{key}", mine.get(key), theirs.get(key))
-    held, needed = manifest.header.tensors, job.tensors
-    for name in sorted({*held, *needed}):
-        if held.get(name) != needed.get(name):
-            raise CheckpointError(
-                f"step {manifest.step} holds tensors of another model than its manifest states: "
-                f"{name} is {held.get(name)}, the stated model's {needed.get(name)}",
-                file=MANIFEST,
-                key=name,
-            )
+    return None
+
+
+def foreign_tensors(
+    held: Mapping[str, tuple[int, ...]], stated: Mapping[str, tuple[int, ...]]
+) -> tuple[str, str] | None:
+    """(tensor, what is wrong) where the tensors held are not those of the stated model."""
+    for name in sorted({*held, *stated}):
+        mine, theirs = held.get(name), stated.get(name)
+        if mine != theirs:
+            here = f"of shape {list(mine)}" if mine else "not there"
+            there = f"has shape {list(theirs)}" if theirs else "is not there"
+            text = "it holds tensors of another model than its manifest states: "
+            return name, f"{text}{name} is {here}, in the stated model it {there}"
     return None
 
 

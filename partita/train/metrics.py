@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from partita.base.units import format_seconds
 
 
 class MetricsFile:
@@ -32,10 +35,11 @@ class MetricsFile:
         self.path.write_text("".join(f"{x}\n" for x in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line."""
+        """One line; a number that is not finite is null."""
+        plain = {k: None if x != x or x in (math.inf, -math.inf) else x for k, x in metrics.items()}
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
         except OSError as error:
             if not self._warned:
                 logging.warning("cannot write %s (%s); training goes on", self.path, error)
@@ -62,6 +66,7 @@ class Bar:
 
     def __init__(self, steps: int, done: int, label: str) -> None:
         self.steps, self.label = steps, label
+        self._done, self._start = done, time.monotonic()
         console = Console(stderr=True)
         self._live = console.is_terminal
         self._last_line = 0.0
@@ -94,5 +99,8 @@ class Bar:
         now = time.monotonic()
         if not self._live and (now - self._last_line > 5 or step == self.steps):
             self._last_line = now
-            sys.stderr.write(f"{self.label}  step {step}/{self.steps}  {facts}\n")
+            left = (self.steps - step) * (now - self._start) / max(step - self._done, 1)
+            sys.stderr.write(
+                f"{self.label}  step {step}/{self.steps}  {facts}  {format_seconds(left)} left\n"
+            )
             sys.stderr.flush()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from partita.base.errors import PartitaError, WriteError
+from partita.comm import shm
 from partita.comm.processes import STOPS, torchrun_store
 from partita.comm.protocol import Where, World
 from partita.comm.single import SingleWorld
@@ -32,22 +33,34 @@ REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 SEGMENT = "segment"
 
 
+def new_scratch() -> Path:
+    """An empty folder of this host, for one run."""
+    return Path(tempfile.mkdtemp(prefix="partita-"))
+
+
 @dataclass
 class RunSpec:
-    """What every rank of a run is given. `scratch` holds what the run needs and nobody keeps; `store` is
-    the rendezvous where torchrun started the ranks, else None."""
+    """What every rank of a run is given. `scratch` holds what the run needs and nobody keeps; ranks of
+    one host share it. `store` is the rendezvous of ranks on several hosts, else None."""
 
     job: Job
     folder: Path
     checkpoint: Path | None = None
     notices: Sequence[str] = ()
-    scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="partita-")))
+    scratch: Path = field(default_factory=new_scratch)
     store: Any = None
+    takes_ctrl_c: bool = False  # a launcher takes it for its ranks; torchrun's take it themselves
 
     @property
     def control_path(self) -> Path:
         """The mapped file between launcher and ranks."""
         return self.scratch / "control"
+
+    def clean_after_joining(self) -> None:
+        """All have mapped what they share: a run that is killed from now on leaves nothing. Gloo goes
+        on using its files."""
+        if self.job.plan.world_size == 1 or shm.available():
+            self.clean()
 
     def clean(self) -> None:
         """Removes the scratch folder, and the segment of ranks that died before they had joined."""
@@ -66,6 +79,7 @@ class Report:
     stopped_by: int = 0
     already_done: bool = False
     error: PartitaError | None = None
+    where: tuple[int, str] = (0, "starting")  # the step and activity of an error
 
 
 class Channel(Protocol):
@@ -79,14 +93,20 @@ class Channel(Protocol):
 def run_rank(rank: int, channel: Channel, spec: RunSpec) -> None:
     """Runs one rank to its end and reports; never raises."""
     logging.raiseExceptions = False  # a log on a full disk must not write on stderr instead
+    where = Where()
     try:
-        channel.send(_run(rank, spec))
+        own = spec.store is not None
+        world_size = spec.job.plan.world_size
+        control = Control(spec.control_path, world_size, create=own, shared=not own)
+        where = control.where_of(rank)
+        channel.send(_run(rank, spec, control, where))
     except PartitaError as error:
         logging.error("%s", error)
-        channel.send(Report(rank, error=error))
+        channel.send(Report(rank, error=error, where=(where.step, where.activity)))
     except Exception as error:
         logging.error("%s", traceback.format_exc())
-        channel.send(Report(rank, error=_named(rank, error)))
+        named = _named(rank, error)
+        channel.send(Report(rank, error=named, where=(where.step, where.activity)))
 
 
 def _named(rank: int, error: Exception) -> PartitaError:
@@ -100,33 +120,33 @@ def _named(rank: int, error: Exception) -> PartitaError:
     return PartitaError(f"{type(error).__name__}: {error} ({place})")
 
 
-def _run(rank: int, spec: RunSpec) -> Report:
+def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     job = spec.job
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     log_to(spec.folder / "logs" / f"rank-{rank}.log")
     for notice in spec.notices:
         logging.warning("%s", notice)
-    world_size = job.plan.world_size
-    own = spec.store is not None
-    control = Control(spec.control_path, world_size, create=own, shared=not own)
-    where = control.where_of(rank)
-    for number in STOPS if own else (signal.SIGTERM,):  # a launcher takes Ctrl-C for its ranks
+    for number in STOPS if spec.takes_ctrl_c else (signal.SIGTERM,):
         signal.signal(number, lambda number, _: control.ask_stop(number))
-    world = join(rank, world_size, spec, where)
+    world = join(rank, job.plan.world_size, spec, where)
+    if rank == 0 and control.shared:
+        spec.clean_after_joining()
     try:
         built = assemble(job, world, where)
         loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()
         where.activity = "finished"
-    finally:
-        world.close()
+    except BaseException:
+        world.close(drain=False)
+        raise
+    world.close()
     return Report(rank, outcome.metrics, outcome.stopped_by, outcome.already_done)
 
 
 def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
     """The world of this rank: alone, shared memory between CPU ranks of one host, gloo where that is
-    missing, or what torchrun's rendezvous says."""
+    missing and between hosts."""
     timeout_s = spec.job.train.comm_timeout_s
     if world_size == 1:
         return SingleWorld()
@@ -136,8 +156,6 @@ def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
         return TorchWorld.from_torchrun(
             torchrun_store(), spec.store, timeout_s=timeout_s, where=where
         )
-    from partita.comm import shm
-
     if shm.available():
         path = spec.scratch / SEGMENT
         return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)

@@ -10,6 +10,7 @@ of one or two steps measures both in the last.
 
 from __future__ import annotations
 
+import logging
 import platform
 import socket
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.parallel.read import state_bytes
 from partita.record.ledger import Ledger
@@ -164,9 +166,12 @@ class StepRecorder:
         )
 
     def write(self) -> None:
-        """Writes the rank's record as it is now."""
+        """Writes the rank's record as it is now; a disk that refuses is no reason to stop."""
         record = replace(self.record, ledger=self._ledger, aside=tuple(self.aside))
-        write_record(self.folder / FOLDER / f"rank-{self.rank}.json", record)
+        try:
+            write_record(self.folder / FOLDER / f"rank-{self.rank}.json", record)
+        except WriteError as error:
+            logging.warning("%s; training goes on", error)
 
     def finish(self) -> None:
         """The run is over: the record with its last memory, checkpoints and evaluations."""

@@ -7,18 +7,30 @@ what it is primary of; every rank loads every box it holds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from partita.base.errors import UsageError
+from partita.base.config import decode
+from partita.base.errors import CheckpointError, UsageError
+from partita.parallel.laid import lay
 from partita.parallel.precision.scaler import LossScaler
+from partita.parallel.room import Request
 from partita.spec.layout import Box, Layout
-from partita.train.checkpoint import Ranks, load, save
-from partita.train.manifest import Header, first_difference, read_manifest
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+from partita.train.checkpoint import Inspection, Ranks, inspect, load, save, verify
+from partita.train.manifest import (
+    MANIFEST,
+    Header,
+    Manifest,
+    first_difference,
+    foreign_tensors,
+    read_manifest,
+)
 from partita.train.optim import restore_state, state_names, state_tensor
 from partita.train.pieces import Piece, Wanted
 from partita.train.step import Model, Update
@@ -111,6 +123,43 @@ def save_run(
         folder, step, pieces(model, update, job), header(job, stated), ranks=ranks,
         keep_last=job.train.keep_last,
     )  # fmt: skip
+
+
+def stated_model(checkpoint: Path, manifest: Manifest) -> ModelSpec:
+    """The model a manifest states. Raises CheckpointError where that is none, or its tensors are not
+    the ones that are held."""
+    path = str(checkpoint / MANIFEST)
+    stated = {k: v for k, v in manifest.header.model.items() if v is not None}
+    try:
+        model = decode(ModelSpec, stated)
+    except UsageError as error:
+        text = f"{path}: the model it states is none: {error.message}"
+        raise CheckpointError(text, file=path, key=error.key) from None
+    held = manifest.header.tensors
+    few = replace(model, layers=min(model.layers, len(held) + 1))  # a layer has a tensor at least
+    layouts = lay(Request(Plan(), few, seq_len=1)).layouts
+    wrong = foreign_tensors(held, {n: x.shape for n, x in layouts.items()})
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong[1]}", file=path, key=wrong[0])
+    return model
+
+
+def verify_run(checkpoint: Path) -> None:
+    """Raises CheckpointError at the first thing that is wrong with a step folder, its digests, and the
+    model it states."""
+    stated_model(checkpoint, verify(checkpoint))
+
+
+def inspect_run(checkpoint: Path, digests: bool) -> Inspection:
+    """What a step folder holds and what is wrong with it; with `digests` every byte is read."""
+    found = inspect(checkpoint, digests=digests)
+    if found.problems:
+        return found
+    try:
+        stated_model(checkpoint, read_manifest(checkpoint))
+    except CheckpointError as error:
+        return replace(found, complete=False, problems=(error.message,))
+    return found
 
 
 def check_resumes(checkpoint: Path, job: Header) -> None:

@@ -22,11 +22,12 @@ from partita.simulate.predict import Prediction, request_of
 from partita.spec.job import Job
 from partita.train.build import fingerprint, open_job_data
 from partita.train.checkpoint import list_checkpoints, newest_complete
+from partita.train.failure import forget
 from partita.train.manifest import read_manifest
 from partita.train.metrics import read_metrics
 from partita.train.optim import state_names
 from partita.train.recorder import machine
-from partita.train.resume import Stated, check_resumes, header
+from partita.train.resume import Stated, check_resumes, header, verify_run
 from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
 
@@ -71,7 +72,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     """
     data = open_job_data(job)
     checkpoints = folder / "checkpoints"
-    newest = newest_complete(checkpoints, allow_fallback=allow_fallback)
+    newest = newest_complete(checkpoints, allow_fallback=allow_fallback, check=verify_run)
     notices: list[str] = []
     step = 0
     layouts = lay(request_of(job)).layouts
@@ -84,7 +85,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
             notices.append(f"{skipped} is damaged: going on from {newest}")
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
-        (folder / "failure.json").unlink(missing_ok=True)
+        forget(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
     return Start(newest, step, tuple(notices))

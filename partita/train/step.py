@@ -107,7 +107,8 @@ class Model:
         """Runs the step's schedule; returns the global token mean of the loss, on every rank.
 
         Gradients are left in the units, reduced, times the scaler's S under fp16. Raises NonFiniteError,
-        before any update, naming this rank and the step, when the loss is not a number.
+        before any update and on every rank, when the loss is not a number; train/finite.py then finds
+        where it began.
         """
         self.begin(batch)
         loss = self.executor.run(batch.microbatches)
@@ -165,10 +166,7 @@ class Model:
             )
         value = float(loss)
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss of step {step + 1} is {value} (rank {self.context.rank}); nothing was "
-                "updated: lower train.lr, or look at the data of this step"
-            )
+            raise NonFiniteError(f"the loss of step {step + 1} is {value}")
         return value
 
 
@@ -219,7 +217,8 @@ class Update:
             if not scaler.step(norm):
                 self.updates += 1
                 return norm
-        self._check(norm)
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient norm of step {where.step} is {norm}")
         limit = self.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
             factor *= limit / (norm + CLIP_EPSILON)
@@ -258,17 +257,6 @@ class Update:
         if self.model.comms.norm is not None:
             squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
         return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
-
-    def _check(self, norm: float) -> None:
-        if math.isfinite(norm):
-            return
-        step = self.model.context.where.step
-        bad = [n for n, g in self.counted if not bool(torch.isfinite(g).all())]
-        first = bad[0] if bad else "a tensor of another rank"
-        raise NonFiniteError(
-            f"the gradient of step {step} is not finite (rank {self.model.context.rank}): first bad "
-            f"tensor {first}; nothing was updated"
-        )
 
 
 def slots_of(unit: Any) -> Iterator[Slot]:

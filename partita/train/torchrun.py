@@ -2,24 +2,29 @@
 
 Rank 0 decides what a launcher would (train/start.py), holds the run folder's lock, and tells the others
 through torchrun's store: folder and checkpoint, or the error that ends all of them. The folder is one that
-all hosts share.
+all hosts share. Ranks of one host meet in shared memory, as local ranks do, and give the same numbers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from partita.base import errors
 from partita.base.errors import PartitaError, UsageError
+from partita.comm.processes import is_one_host, leave_without
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
+from partita.train.control import Control
+from partita.train.failure import Failure
 from partita.train.lock import RunLock
-from partita.train.rank import Report, RunSpec, run_rank
-from partita.train.start import Start, answer, finished, prepare, run_folder, with_text
+from partita.train.rank import Report, RunSpec, new_scratch, run_rank
+from partita.train.start import answer, finished, prepare, run_folder, with_text
 
 KEY = "partita/start"
 PREPARE_S = 3600.0  # rank 0 may have a tokenizer to train first
@@ -36,6 +41,16 @@ class _Sink:
         self.reports.append(report)
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What rank 0 tells the others: where the run is, and how many updates are done."""
+
+    folder: str
+    checkpoint: str | None
+    step: int
+    scratch: str | None  # on one host the folder of what its ranks share
+
+
 def train_as_rank(
     job: Job, prediction: Prediction, place: tuple[int, int, int], fresh: bool, allow_fallback: bool
 ) -> dict[str, Any]:
@@ -43,7 +58,7 @@ def train_as_rank(
 
     Raises what `train` raises; an error of rank 0's start is raised on every rank.
     """
-    from partita.comm.torch import rendezvous
+    from partita.comm.stores import rendezvous
 
     rank, world, _ = place
     if world != job.plan.world_size:
@@ -51,59 +66,78 @@ def train_as_rank(
             f"torchrun started {world} ranks, the plan {job.plan} needs {job.plan.world_size}: "
             "change --nproc-per-node or --nnodes, or the plan"
         )
+    leave_without(os.getppid())
     store = rendezvous()
     if rank > 0:
-        folder, start = _hear(store)
-        return {} if start.step >= job.train.steps else _run(rank, job, folder, start, store)
+        told = _hear(store)
+        return {} if told.step >= job.train.steps else _run(rank, job, told, store)
     try:
         folder = run_folder(job, fresh)
         lock = RunLock(folder)
     except PartitaError as error:
-        _tell(store, {"kind": type(error).__name__, "message": error.message})
+        _tell_error(store, error)
         raise
     with lock:
         try:
             start = prepare(job, prediction, folder, allow_fallback)
         except PartitaError as error:
-            _tell(store, {"kind": type(error).__name__, "message": error.message})
+            _tell_error(store, error)
             raise
-        for notice in (lock.took_over, *start.notices):
-            if notice:
-                logging.getLogger("partita").warning(notice)
+        notices = tuple(x for x in (lock.took_over, *start.notices) if x)
+        for notice in notices:
+            logging.getLogger("partita").warning(notice)
         checkpoint = str(start.checkpoint) if start.checkpoint else None
-        _tell(store, {"folder": str(folder), "checkpoint": checkpoint, "step": start.step})
+        told = _Told(str(folder), checkpoint, start.step, None)
+        if start.step < job.train.steps and is_one_host():
+            scratch = new_scratch()
+            Control(RunSpec(job, folder, scratch=scratch).control_path, world, create=True)
+            told = replace(told, scratch=str(scratch))
+        store.set(KEY, json.dumps(vars(told)))
         if start.step >= job.train.steps:
             return finished(job, folder, start.step)
-        metrics = _run(rank, job, folder, start, store)
+        metrics = _run(rank, job, told, store, notices)
         return with_text(job, folder, answer(job, folder, metrics))
 
 
-def _tell(store: Any, what: dict[str, Any]) -> None:
-    store.set(KEY, json.dumps(what))
+def _tell_error(store: Any, error: PartitaError) -> None:
+    store.set(KEY, json.dumps({"kind": type(error).__name__, "message": error.message}))
 
 
-def _hear(store: Any) -> tuple[Path, Start]:
+def _hear(store: Any) -> _Told:
     store.wait([KEY], timedelta(seconds=PREPARE_S))
     heard = json.loads(store.get(KEY))
     if "kind" in heard:
         raise getattr(errors, heard["kind"])(heard["message"])
-    checkpoint = Path(heard["checkpoint"]) if heard["checkpoint"] else None
-    return Path(heard["folder"]), Start(checkpoint, heard["step"])
+    return _Told(**heard)
 
 
-def _run(rank: int, job: Job, folder: Path, start: Start, store: Any) -> dict[str, Any]:
-    spec = RunSpec(job, folder, start.checkpoint, start.notices, store=store)
+def _run(
+    rank: int, job: Job, told: _Told, store: Any, notices: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    checkpoint = Path(told.checkpoint) if told.checkpoint else None
+    shared = told.scratch is not None
+    spec = RunSpec(
+        job, Path(told.folder), checkpoint, notices, takes_ctrl_c=True,
+        scratch=Path(told.scratch) if told.scratch else new_scratch(),
+        store=None if shared else store,
+    )  # fmt: skip
     sink = _Sink()
     try:
         run_rank(rank, sink, spec)
     finally:
         spec.clean()
     report = sink.reports[-1]
-    if report.error is not None:
-        raise report.error
+    error = report.error
+    if error is not None:
+        step, activity = report.where
+        guilty = rank if error.rank is None else error.rank
+        Failure(guilty, activity, step, error.key or "", error.message).write(
+            spec.folder, replace=not error.echoes
+        )
+        raise error
     if report.stopped_by:
         raise errors.StoppedError(
-            f"rank {rank} stopped after step {report.metrics.get('step', start.step)}; start the job "
+            f"rank {rank} stopped after step {report.metrics.get('step', told.step)}; start the job "
             "again to go on",
             report.stopped_by,
         )

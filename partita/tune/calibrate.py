@@ -216,19 +216,6 @@ def _links(base: Cluster, used: str, fits: Mapping[str, AlphaBeta]) -> tuple[Lin
     return (Link(name, base.devices, link.bytes_per_s, link.latency_s),)
 
 
-def adopt(base: Cluster, measured: Cluster) -> Cluster:
-    """The base's devices, memory and limit with a calibrated cluster's rates."""
-    links = tuple(replace(x, devices=base.devices) for x in measured.links[-1:])
-    return replace(
-        base,
-        name=measured.name,
-        peak_flops=measured.peak_flops,
-        memory_bytes_per_s=measured.memory_bytes_per_s,
-        cores_shared=measured.cores_shared,
-        links=links if base.devices > 1 and links else base.links,
-    )
-
-
 def sustained(rates: Mapping[str, float]) -> float:
     """FLOP/s over all sizes, each done once: total FLOPs over total time."""
     flops = {f"{r}x{i}x{c}": 2.0 * r * i * c for r, i, c in MATMUL_SIZES}

@@ -16,21 +16,38 @@ def enter(rank: int, writer: Connection, kind: str, size: int, path: str, body, 
 
     torch.set_num_threads(1)
     try:
-        from partita.comm.shm import ShmWorld
-        from partita.comm.torch import TorchWorld
-
-        make = ShmWorld if kind == "shm" else TorchWorld
-        world = make(rank, size, Path(path), timeout_s=args[0])
+        world = join(rank, kind, size, Path(path), args[0])
         writer.send(("ok", body(world, *args[1:])))
         world.close()
     except Exception as error:
         writer.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 
+def join(rank: int, kind: str, size: int, path: Path, timeout_s: float):
+    """A World of a kind: shm, gloo, or hosts: gloo whose ranks share a store and nothing else."""
+    from partita.comm.processes import on_loopback
+    from partita.comm.shm import ShmWorld
+    from partita.comm.stores import file_store
+    from partita.comm.torch import TorchWorld
+
+    if kind != "hosts":
+        return (ShmWorld if kind == "shm" else TorchWorld)(rank, size, path, timeout_s=timeout_s)
+    on_loopback()
+    return TorchWorld(rank, size, None, timeout_s=timeout_s, store=file_store(path, size))
+
+
 def run(
-    kind: str, size: int, folder: Path, body, *args: Any, timeout_s: float = 30, while_running=None
+    kind: str,
+    size: int,
+    folder: Path,
+    body,
+    *args: Any,
+    timeout_s: float = 30,
+    while_running=None,
+    enough: int | None = None,
 ):
-    """[(how, what)] by rank; a rank that died without a word is ('dead', exit code)."""
+    """[(how, what)] by rank; a rank that died without a word is ('dead', exit code). The rest is not
+    waited for when `enough` have told how they fared."""
     ranks = start_ranks(
         size, enter, (kind, size, str(folder / "world"), body, (timeout_s, *args)), ["torch"]
     )
@@ -42,7 +59,12 @@ def run(
         while True:
             missing = [r for r in range(size) if r not in found]
             quiet = time.monotonic() - last_word
-            if not missing or quiet > (timeout_s + 3 if found else timeout_s + 30):
+            told = sum(how != "dead" for how, _ in found.values())
+            if (
+                not missing
+                or told == enough
+                or quiet > (timeout_s + 3 if found else timeout_s + 30)
+            ):
                 break  # a stopped rank says nothing
             before = len(found)
             wait([ranks[r][1] for r in missing] + [ranks[r][0].sentinel for r in missing], 0.2)

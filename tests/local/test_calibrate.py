@@ -7,8 +7,9 @@ import pytest
 from partita.base.config import to_toml
 from partita.base.errors import UsageError
 from partita.cost.comm import AlphaBeta, seconds
+from partita.spec.calibrated import adopt, calibrated, calibration_path
 from partita.spec.cluster import Cluster
-from partita.tune.calibrate import adopt, calibrate, compute_units, fit, slowest_calls, summarise
+from partita.tune.calibrate import calibrate, compute_units, fit, slowest_calls, summarise
 from partita.tune.probes import COLLECTIVES, COMM_BYTES, MATMUL_SIZES, Call, Found
 
 LINK = AlphaBeta(latency_s=20e-6, bytes_per_s=3e9)
@@ -92,6 +93,18 @@ def test_another_base_adopts_the_rates() -> None:
     assert (made.devices, made.memory_bytes) == (2, 10**9)
     assert made.links[0].devices == 2
     assert made.peak_flops == measured.peak_flops
+
+
+def test_a_job_that_states_no_rates_takes_this_hosts(tmp_path) -> None:
+    measured = summarise(Cluster.load("laptop"), machine(), has_bf16=True).cluster
+    other = Cluster.load({"preset": "laptop", "devices": 2, "memory_bytes": 10**9})
+    assert calibrated(other, tmp_path) == other  # not measured yet
+    calibration_path(Cluster.load("laptop"), tmp_path).write_text(to_toml(measured.to_toml()))
+    assert calibrated(other, tmp_path) == adopt(other, measured) != other
+    stated = Cluster.load({"preset": "laptop", "memory_bytes_per_s": 1e9})
+    assert calibrated(stated, tmp_path) == stated
+    assert calibrated(Cluster.load("8xh100"), tmp_path) == Cluster.load("8xh100")
+    assert calibrated(measured, tmp_path) == measured
 
 
 def test_published_devices_are_not_measured() -> None:

@@ -1,0 +1,119 @@
+"""Strikes a rank of a real run at a chosen place, from inside it: the signals are real, the place exact."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.comm.processes import start_ranks
+from partita.train.control import NotedWhere
+from partita.train.rank import run_rank
+
+
+@dataclass(frozen=True)
+class Strike:
+    """`how` is done to `rank` in `step` when it begins `at` (an activity of train/control.py), or at its
+    `call`-th collective there."""
+
+    how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
+    # full: no file may grow any more; fill: writes until the current disk is full
+    at: str
+    step: int = 3
+    rank: int = 1
+    call: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.how}-{self.at}{self.call or ''}"
+
+    def hit(self) -> None:
+        """Does it."""
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "exit":
+            os._exit(0)
+        elif self.how == "full":
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        elif self.how == "fill":
+            with Path("ballast").open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        else:
+            time.sleep(60)
+
+
+def struck(strike: Strike):
+    """Stands for partita.train.launch.start_ranks."""
+
+    def start(num_ranks: int, _: Any, args: tuple[Any, ...]):
+        return start_ranks(num_ranks, enter, (strike, *args))
+
+    return start
+
+
+def enter(rank: int, channel: Any, strike: Strike, spec: Any) -> None:
+    """The rank's function: run_rank, with the strike armed."""
+    if rank == strike.rank:
+        _arm(strike)
+    run_rank(rank, channel, spec)
+
+
+def _poison(strike: Strike) -> None:
+    """A NaN in the rank's last weight when forward begins, or in its gradient when backward is over."""
+    from partita.train.step import Model
+
+    begin, finish = Model.begin, Model.finish_loss
+
+    def begun(self: Model, batch: Any) -> None:
+        begin(self, batch)
+        if strike.at == "forward" and batch.step + 1 == strike.step:
+            unit = self.units[-1]
+            unit.master[unit.places[-1][1]] = float("nan")
+            unit.round_working()
+
+    def finished(self: Model, loss: Any, step: int) -> float:
+        if strike.at == "backward" and step + 1 == strike.step:
+            unit = self.units[-1]
+            unit.gradient[unit.places[-1][1]] = float("nan")
+        return finish(self, loss, step)
+
+    Model.begin, Model.finish_loss = begun, finished  # type: ignore[method-assign]
+
+
+def _arm(strike: Strike) -> None:
+    if strike.how == "nan":
+        _poison(strike)
+        return
+    before = NotedWhere.__setattr__
+    place = {"here": False}
+
+    def moved(self: NotedWhere, name: str, value: object) -> None:
+        before(self, name, value)
+        if name == "activity":
+            place["here"] = self.step == strike.step and value == strike.at
+            if place["here"] and not strike.call:
+                strike.hit()
+
+    NotedWhere.__setattr__ = moved  # type: ignore[method-assign]
+    if strike.call:
+        from partita.comm.shm_comm import ShmComm
+
+        enters = ShmComm.enter
+        left = [strike.call]
+
+        def entered(self: ShmComm, *args: Any) -> Any:
+            note = enters(self, *args)
+            left[0] -= place["here"]
+            if place["here"] and left[0] == 0:
+                strike.hit()
+            return note
+
+        ShmComm.enter = entered  # type: ignore[method-assign]

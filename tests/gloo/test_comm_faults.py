@@ -1,0 +1,112 @@
+"""A mismatch, a missing rank or a deadlock becomes one table, whatever carries the collectives.
+
+`hosts` is gloo between ranks that share a store and nothing else. What thread ranks say of the same is in
+tests/local/test_comm_local.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import comm_contract as contract
+import pytest
+import torch
+import worlds
+
+KINDS = ["shm", "gloo", "hosts"]
+TIMEOUT_S = 3
+SEEN_BETWEEN_HOSTS = (
+    "op",
+)  # gloo takes the others for each other until the step is over: the last test
+SITE = "blocks.3.attention.wo:reduce_from"
+
+
+def befallen(world, how: str) -> tuple[float, str]:
+    """Rank 1 is struck before its third collective; (seconds, the error's text) on the others."""
+    comm = world.make(range(world.size), axis="tp", lane="tp")
+    world.where.step, world.where.phase = 7, "B"
+    for _ in range(2):
+        comm.all_reduce(torch.ones(8), site="before")
+    start = time.monotonic()
+    if world.rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "exits 0":
+            os._exit(0)
+        time.sleep(TIMEOUT_S + 3)  # stuck in data loading
+    try:
+        comm.all_reduce(torch.ones(8), site=SITE)
+    except Exception as error:
+        return time.monotonic() - start, str(error)
+    return 0.0, ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        "stopped",
+        pytest.param("exits 0", marks=pytest.mark.slow),
+        pytest.param("stuck in data loading", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
+    found = worlds.run(kind, 3, tmp_path, befallen, how, timeout_s=TIMEOUT_S, enough=2)
+    here = [what for r, (kind_of, what) in enumerate(found) if r != 1 and kind_of == "ok"]
+    assert len(here) == 2, found
+    # The second to fail may only see that the first has left.
+    took, text = min(here, key=lambda x: ("rank 1 " not in x[1].splitlines()[0], x[0]))
+    first, *table = text.splitlines()
+    gone = how in ("killed", "exits 0")
+    assert took < (5 if gone else TIMEOUT_S + 2)
+    dies = "rank 1 has died" if gone and kind != "hosts" else "rank 1 did not come"
+    assert first.startswith(dies), text
+    for word in ("tp all_reduce #2", "group (0, 1, 2)", SITE, "phase B", "step 7"):
+        assert word in first, text
+    assert " ".join(table[0].split()) == "rank last call tensor site phase step state when line"
+    assert any("entered" in line and "f32[8]" in line and "test_comm_faults.py:" in line
+               for line in table), text  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        (how, kind)
+        for how in ("op", "shape", "order")
+        for kind in KINDS
+        if kind != "hosts" or how in SEEN_BETWEEN_HOSTS
+    ],
+)
+def test_unlike_calls_name_both_sides(how, kind, tmp_path):
+    found = worlds.run(kind, 3, tmp_path, contract.disagreement, how, timeout_s=TIMEOUT_S)
+    texts = [what for kind_of, what in found if kind_of == "ok" and what]
+    assert texts, found
+    told = [t for t in texts if "ranks disagree" in t.splitlines()[0]]
+    assert told, "\n".join(texts)
+    first = max(told, key=len).splitlines()[0]
+    assert "mlp.down:reduce_from" in first
+    assert ("#1 of group (0, 1, 2)" if kind == "hosts" else "tp collective #1") in first
+    other = {"op": "all_gather", "shape": "f32[5]", "order": "blocks.1.mlp.down:reduce_from"}[how]
+    assert any(other in t and "f32[4]" in t for t in told), texts
+
+
+def silent_mismatch(world) -> str:
+    """Calls that gloo takes for each other: only their sites differ."""
+    comm = world.make(range(world.size), axis="dp", lane="dp")
+    site = f"blocks.{world.rank % 2}.unit:reduce"
+    try:
+        comm.all_reduce(torch.ones(4), site=site)
+        world.check()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_between_hosts_calls_are_compared_after_the_step(tmp_path):
+    found = worlds.run("hosts", 2, tmp_path, silent_mismatch, timeout_s=TIMEOUT_S)
+    assert all("ranks disagree: the dp ranks (0, 1)" in what for _, what in found), found

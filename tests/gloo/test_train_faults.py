@@ -1,0 +1,159 @@
+"""`partita train` when a rank dies, hangs or leaves, in every phase: who is named, how soon, with which
+exit code, and that the next start goes on to the bits of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import faults
+import pytest
+from strikes import Strike, struck
+
+from partita.comm.processes import start_ranks
+from partita.train import checkpoint
+from partita.train.launch import GRACE_S
+
+LOG = faults.RUN / "logs" / "rank-0.log"
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory) -> list[tuple[float, ...]]:
+    """The metrics of the run that nothing happens to."""
+    start_ranks(0, print, ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("unhurt"))
+        faults.write_job()
+        assert faults.train() == 0
+        return faults.metrics()
+
+
+@pytest.fixture
+def small(tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The job, in the current folder; where its runs keep what nobody needs."""
+    monkeypatch.chdir(tmp_path)
+    faults.write_job()
+    return scratch
+
+
+def strike(monkeypatch: pytest.MonkeyPatch, what: Strike, code: int = 71) -> float:
+    """Trains under the strike, to this exit code; the seconds it took."""
+    start = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr("partita.train.launch.start_ranks", struck(what))
+        assert faults.train() == code
+    return time.monotonic() - start
+
+
+def check_after(
+    what: Strike, err: str, unhurt: list[tuple[float, ...]], how: str, scratch: Path
+) -> None:
+    """One line names the rank, what befell it, its step and phase; the rest is as the table asks."""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"partita: rank {what.rank} {how}"), last
+    assert f"in step {what.step} ({what.at})" in last
+    assert "Traceback" not in err
+    told = faults.failure()
+    assert set(told) == {"rank", "phase", "step", "site", "message", "secondary"}
+    assert (told["rank"], told["phase"], told["step"]) == (what.rank, what.at, what.step)
+    assert last.removeprefix("partita: ") == told["message"]
+    other = 1 - what.rank
+    assert all(x.startswith(f"rank {other}: rank {what.rank} ") for x in told["secondary"])
+    assert not multiprocessing.active_children()
+    assert not faults.left_behind(scratch)
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    expected = {0: None, 3: "step-00000002", 4: "step-00000002"}[what.step]
+    assert (newest.name if newest else None) == expected
+    assert faults.train() == 0
+    assert faults.metrics() == unhurt
+    assert not (faults.RUN / "failure.json").exists()
+
+
+FAST = [
+    Strike("kill", "starting", step=0),
+    Strike("kill", "forward", call=2),
+    Strike("kill", "checkpoint", step=4, call=2),
+]
+SLOW = [
+    Strike("kill", "data"),
+    Strike("kill", "forward"),
+    Strike("kill", "backward"),
+    Strike("kill", "backward", call=1),
+    Strike("kill", "loss"),
+    Strike("kill", "optimizer"),
+    Strike("kill", "optimizer", call=1),
+    Strike("kill", "checkpoint", step=4),
+    Strike("kill", "forward", call=2, rank=0),
+]
+
+
+@pytest.mark.parametrize(
+    "what", [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)], ids=str
+)
+def test_a_killed_rank_is_named_and_the_next_start_goes_on(what, small, unhurt, monkeypatch, capfd):
+    assert strike(monkeypatch, what) < 6
+    check_after(what, capfd.readouterr().err, unhurt, "was killed by SIGKILL (9)", small)
+
+
+@pytest.mark.parametrize(
+    "what", [Strike("exit", "optimizer"), Strike("exit", "backward", call=1)], ids=str
+)
+def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, capfd):
+    assert strike(monkeypatch, what) < 6
+    check_after(what, capfd.readouterr().err, unhurt, "exited with code 0", small)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        Strike("sleep", "data"),
+        pytest.param(Strike("stop", "backward", call=1), marks=pytest.mark.slow),
+        pytest.param(Strike("stop", "checkpoint", step=4), marks=pytest.mark.slow),
+        pytest.param(Strike("stop", "starting", step=0), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_rank_that_hangs_is_named_within_the_timeout(what, small, unhurt, monkeypatch, capfd):
+    took = strike(monkeypatch, what)
+    assert took < faults.TIMEOUT_S + GRACE_S + 4
+    check_after(what, capfd.readouterr().err, unhurt, "hangs", small)
+    assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        (
+            Strike("nan", "forward"),
+            "the loss of step 3 is nan: first bad tensor is the weight head.table, on rank 1",
+        ),
+        (
+            Strike("nan", "backward"),
+            "the gradient norm of step 3 is nan: first bad tensor is the gradient of head.table, on rank 1",
+        ),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_none_stops_before_the_update(
+    what, cause, small, unhurt, monkeypatch, capfd
+):
+    assert strike(monkeypatch, what, 72) < 6
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last == f"partita: {cause}; nothing was updated"
+    assert faults.failure()["rank"] == 1 and faults.failure()["site"] == "head.table"
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+    assert faults.train() == 0
+    assert faults.metrics() == unhurt
+
+
+def test_an_overflow_names_the_block_it_began_in(small, capfd):
+    hot = ["train.optimizer=sgd", "train.lr=1e6", "train.clip_grad_norm=0", "plan=pp2/2mb"]
+    assert faults.train(*hot) == 72
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "first bad tensor is the " in last and " on rank " in last, last
+    assert "nothing was updated" in last or "no checkpoint was written" in last
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    assert newest is None or checkpoint.verify(newest)

@@ -1,0 +1,281 @@
+"""What `partita train` does with a run folder that holds something: goes on, reshards, or refuses and
+touches nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faults
+import msgspec
+import pytest
+from strikes import Strike, struck
+
+from partita.cli.main import run as command
+from partita.train import checkpoint
+from partita.train.manifest import MANIFEST, Manifest, encode
+
+CHECKPOINTS = faults.RUN / "checkpoints"
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A folder whose run is done with 4 of its 5 steps, saved after 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        faults.write_job()
+        assert faults.train("train.steps=4") == 0
+    return folder
+
+
+@pytest.fixture
+def run(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current folder."""
+    shutil.copytree(stopped, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return CHECKPOINTS / "step-00000004"
+
+
+def contents() -> dict[str, str]:
+    """Every file of the run but its lock, by digest."""
+    files = (p for p in Path().rglob("*") if p.is_file() and not p.name.startswith(".lock"))
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def refused(capfd, code: int, *words: str) -> dict[str, str]:
+    """Trains, to a refusal that changes no file; the error as `--json` tells it."""
+    before = contents()
+    assert faults.train(*words, "--json") == code
+    out, err = capfd.readouterr()
+    assert contents() == before
+    assert "Traceback" not in err
+    document = json.loads(out)
+    assert set(document) == {"format", "error"} and document["format"] == 1
+    assert set(document["error"]) == {"kind", "message", "file", "key"}
+    assert err.strip().splitlines()[-1].startswith("partita: ")
+    return document["error"]
+
+
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: Path) -> None:
+    assert faults.train() == 0
+    resumed, kept = faults.metrics(), faults.weights()
+    shutil.rmtree("runs")
+    assert faults.train() == 0
+    assert faults.metrics() == resumed
+    assert faults.weights() == kept
+
+
+@pytest.mark.parametrize("plan", ["2mb", pytest.param("pp2/2mb", marks=pytest.mark.slow)])
+def test_another_plan_or_world_reshards(plan: str, run: Path, capfd) -> None:
+    assert faults.train(f"plan={plan}") == 0
+    other = faults.metrics()[-1]
+    assert command(["checkpoint", "inspect", str(faults.RUN), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["plan"].startswith(plan[:3])
+    shutil.rmtree("runs")
+    assert faults.train() == 0
+    assert other[1:3] == pytest.approx(faults.metrics()[-1][1:3], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("word", "field"),
+    [
+        ("model.ffn_hidden=48", "model.ffn_hidden"),
+        ("model.vocab=300", "model.vocab"),
+        ("model.tied=true", "model.tied"),
+        ("data.tokenizer=train:257", "tokenizer.digest.digest"),
+        ("train.optimizer=sgd", "optimizer"),
+        ("train.betas=[0.8, 0.95]", "optimizer.betas"),
+        ("data.source=other.txt", "data.digest"),
+        ("train.seq_len=8", "data.seq_len"),
+        ("seed=1", "data.seed"),
+    ],
+)
+def test_another_job_is_refused_by_the_first_field(word: str, field: str, run, capfd) -> None:
+    Path("other.txt").write_text("other words " * 400)
+    more = ["model.vocab=300"] if "train:257" in word else []
+    error = refused(capfd, 2, word, *more)
+    assert error["kind"] == "usage"
+    expected = "model.vocab" if more else field
+    assert error["key"].startswith(expected), error
+    assert "--fresh" in error["message"] and " = " in error["message"]
+
+
+def test_fresh_starts_a_new_folder(run: Path) -> None:
+    before = contents()
+    assert faults.train("--fresh", "model.ffn_hidden=48", "train.steps=1") == 0
+    assert before.items() <= contents().items()
+    assert Path("runs/small-2/checkpoints/step-00000001").is_dir()
+
+
+def seal(path: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """Changes a manifest and gives it its digest again."""
+    held = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+    (path / MANIFEST).write_bytes(encode(change(held)))
+
+
+def first_piece(**fields: object) -> Callable[[Path], None]:
+    """Changes the first piece of the manifest."""
+
+    def change(held: Manifest) -> Manifest:
+        first = msgspec.structs.replace(held.pieces[0], **fields)
+        return msgspec.structs.replace(held, pieces=(first, *held.pieces[1:]))
+
+    return lambda path: seal(path, change)
+
+
+def other_model(held: Manifest) -> Manifest:
+    """States a model of two layers more than the tensors are of."""
+    model = {**held.header.model, "layers": 4}
+    return msgspec.structs.replace(held, header=msgspec.structs.replace(held.header, model=model))
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """Changes a file's bytes."""
+    return lambda path: (path / name).write_bytes(change((path / name).read_bytes()))
+
+
+def flipped(raw: bytes) -> bytes:
+    return raw[:-9] + bytes([raw[-9] ^ 16]) + raw[-8:]
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
+    "truncated": (rewrite("rank-1.safetensors", lambda x: x[:-7]), "rank-1.safetensors", None),
+    "one flipped bit": (rewrite("rank-1.safetensors", flipped), "rank-1.safetensors", "head.table"),
+    "a flipped bit in the manifest": (rewrite(MANIFEST, flipped), MANIFEST, None),
+    "a piece of another step": (
+        lambda p: shutil.copy(p.with_name("step-00000002") / "rank-0.safetensors", p),
+        "rank-0.safetensors",
+        None,
+    ),
+    "half-written": (lambda p: (p / MANIFEST).unlink(), MANIFEST, None),
+    "a missing file": (lambda p: (p / "rank-0.safetensors").unlink(), "rank-0.safetensors", None),
+    "a pickle": (
+        rewrite("rank-0.safetensors", lambda x: pickle.dumps({"a": [1] * 99})),
+        "rank-0.safetensors",
+        None,
+    ),
+    "tensors of another model": (lambda p: seal(p, other_model), MANIFEST, "blocks.2"),
+    "a path outside": (first_piece(file="../../../text.txt"), MANIFEST, "embedding.table"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_by_file_and_tensor(damage: str, run: Path, capfd) -> None:
+    hurt, file, tensor = DAMAGE[damage]
+    hurt(run)
+    error = refused(capfd, 66)
+    assert error["kind"] == "checkpoint"
+    assert error["file"] is not None and error["file"].endswith(f"step-00000004/{file}"), error
+    assert error["file"] in error["message"] or "step-00000004" in error["message"]
+    if tensor is not None:
+        assert error["key"] is not None and error["key"].startswith(tensor), error
+    assert "--allow-fallback" in error["message"]
+    assert command(["checkpoint", "verify", str(run), "--json"]) == 66
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert set(found) == {"format", "step", "plan", "complete", "tensors", "bytes", "problems"}
+    assert found["complete"] is False and file in found["problems"][0]
+
+
+def test_an_older_one_is_taken_only_with_leave(run: Path, caplog) -> None:
+    rewrite("rank-1.safetensors", flipped)(run)
+    bad = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert faults.train("--allow-fallback", "train.steps=4") == 0
+    assert "step-00000004 is damaged: going on from" in caplog.text
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == bad
+    newest = checkpoint.newest_complete(CHECKPOINTS)
+    assert newest is not None and newest.name == "step-00000004-2"
+
+
+def test_a_finished_run_says_so(run: Path, capfd) -> None:
+    assert faults.train("train.steps=4", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["already_done"] is True and found["step"] == 4 and found["run"] == "runs/small"
+    assert {"loss", "grad_norm", "lr", "tokens", "plan"} <= set(found)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch) -> Iterator[Callable[[str], Path]]:
+    """Makes a small disk of its own under the current folder: root alone may."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("only root mounts a disk")
+        place = tmp_path / "disk"
+        place.mkdir()
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if made.returncode:
+            pytest.skip(f"no mount here: {made.stderr.strip()}")
+        mounted.append(place)
+        monkeypatch.chdir(place)
+        return place
+
+    yield mount
+    monkeypatch.undo()
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_known_at_start(disk, capfd) -> None:
+    disk("size=200k")
+    faults.write_job()
+    assert faults.train("--json") == 73
+    out, err = capfd.readouterr()
+    error = json.loads(out)["error"]
+    assert error["kind"] == "write" and "will stand here" in error["message"], error
+    assert "make room" in err
+    assert not (faults.RUN / "metrics.jsonl").exists()
+
+
+def test_a_read_only_disk_is_known_at_start(disk, capfd) -> None:
+    place = disk("size=1m")
+    faults.write_job()
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    assert faults.train("--json") == 73
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert error["kind"] == "write" and "Read-only file system" in error["message"], error
+    assert "runs/small" in error["file"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(disk, monkeypatch, capfd) -> None:
+    place = disk("size=4m")
+    faults.write_job()
+    monkeypatch.setattr("partita.train.launch.start_ranks", struck(Strike("fill", "forward")))
+    assert faults.train() == 73
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "the disk is full" in last and "the last good one is kept" in last, last
+    newest = checkpoint.newest_complete(CHECKPOINTS)
+    assert newest is not None and newest.name == "step-00000002"
+    assert [p.name for p in CHECKPOINTS.iterdir()] == ["step-00000002"]
+    (place / "ballast").unlink()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert faults.train() == 0
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_file_that_may_not_grow_is_a_full_disk(rank, tmp_path, monkeypatch, capfd) -> None:
+    """As above for whoever is not root, on one rank alone."""
+    monkeypatch.chdir(tmp_path)
+    faults.write_job()
+    with monkeypatch.context() as patched:
+        what = Strike("full", "checkpoint", step=4, rank=rank)
+        patched.setattr("partita.train.launch.start_ranks", struck(what))
+        assert faults.train() == 73
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "the disk is full" in last and "the last good one is kept" in last, last
+    assert faults.failure()["rank"] == rank and faults.failure()["phase"] == "checkpoint"
+    assert [p.name for p in CHECKPOINTS.iterdir()] == ["step-00000002"]
+    assert faults.train() == 0
