@@ -75,7 +75,7 @@ class PlanError(PartitaError):
     exit_code, kind = 1, "plan"
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(sorted(problems, key=lambda p: p.severity != "error"))
         super().__init__(message + "".join(map(problem_line, self.problems)))
 
 

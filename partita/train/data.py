@@ -139,7 +139,7 @@ def open_dataset(
         raise DataError(
             f"data.source = {data.source!r} has {len(stream.ids)} tokens to train on; one sequence "
             f"needs train.seq_len + 1 = {train.seq_len + 1}",
-            file=data.source,
+            file=data.source.removeprefix(TOKENS),
             key="data.source",
         )
     return Dataset(
