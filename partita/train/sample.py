@@ -8,7 +8,7 @@ from pathlib import Path
 from partita.base.errors import CheckpointError, UsageError
 from partita.comm.protocol import Where
 from partita.comm.single import SingleWorld
-from partita.model.generate import greedy
+from partita.model.generate import continued, drawn, likeliest
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
@@ -63,8 +63,11 @@ def load_single(step_folder: Path, job: Job) -> Model:
     return model
 
 
-def continue_text(step_folder: Path, prompt: str, new_tokens: int) -> Text:
-    """Greedy continuation of `prompt`. Raises UsageError where the run has no tokenizer."""
+def continue_text(
+    step_folder: Path, prompt: str, new_tokens: int, temperature: float = 0.0
+) -> Text:
+    """Continuation of `prompt`, greedy, or drawn by the job's seed at a temperature above 0. Raises
+    UsageError where the run has no tokenizer."""
     job = job_of(step_folder)
     data = open_job_data(job)
     if data.tokenizer is None:
@@ -75,5 +78,7 @@ def continue_text(step_folder: Path, prompt: str, new_tokens: int) -> Text:
     if not ids:
         raise UsageError("the prompt is empty: give at least one character", key="prompt")
     model = load_single(step_folder, job)
-    new = greedy(model.blocks, ids, new_tokens, job.train.seq_len, job.model.vocab)
+    choose = drawn(job.seed, temperature) if temperature else likeliest
+    window, vocab = job.train.seq_len, job.model.vocab
+    new = continued(model.blocks, ids, new_tokens, window, vocab, choose)
     return Text(data.tokenizer.decode(new), new)

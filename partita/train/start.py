@@ -33,6 +33,7 @@ from partita.train.tokenizer import write_whole
 
 ROOT = Path("runs")
 PROMPT, SAMPLE_TOKENS = "def ", 96
+TEMPERATURE = 0.8  # the likeliest words of a small model repeat themselves
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]
     found = {**metrics, "unigram_entropy": entropy}
     newest = newest_complete(folder / "checkpoints", allow_fallback=True)
     if data.tokenizer is not None and newest is not None:
-        found["sample"] = PROMPT + continue_text(newest, PROMPT, SAMPLE_TOKENS).text
+        written = continue_text(newest, PROMPT, SAMPLE_TOKENS, TEMPERATURE)
+        found["sample"] = PROMPT + written.text
         (folder / "sample.txt").write_text(found["sample"] + "\n")
     text = found.get("sample", "").removeprefix(PROMPT)
     write_record(folder / RECORDS / "run.json", RunFacts(machine(), entropy, PROMPT, text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 @pytest.fixture
 def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where this test's runs keep what nobody needs later, so that leftovers are seen to be its own."""
+    get_temp_dir()  # multiprocessing's own outlives the test
     place = Path(tempfile.mkdtemp(prefix="f-"))
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     monkeypatch.setenv("TMPDIR", str(place))

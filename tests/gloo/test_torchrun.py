@@ -20,7 +20,7 @@ from partita.train import checkpoint
 
 pytestmark = pytest.mark.timeout(180)
 AGENT = [sys.executable, "-m", "torch.distributed.run"]
-ONE_HOST = ["--nproc-per-node", "2", "--master-port", "0"]
+ONE_HOST = ["--standalone", "--nproc-per-node", "2"]
 JOB = ["-m", "partita", "train", "job.toml"]
 LONG = "train.steps=100000"
 
