@@ -1,4 +1,4 @@
-"""`partita checkpoint inspect|verify|export DIR`."""
+"""`partita checkpoint inspect|verify DIR`, `export|convert SOURCE TARGET`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from partita.base.errors import CheckpointError, UsageError
-from partita.cli.jobs import Json
-from partita.cli.out import write_json, write_text
+from partita.cli.jobs import Json, PlanLine
+from partita.cli.out import note, write_json, write_text
+from partita.spec.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verb and its parts."""
-    group = typer.Typer(no_args_is_help=True, help="Inspects, verifies and exports checkpoints.")
+    text = "Inspects, verifies, exports and converts checkpoints."
+    group = typer.Typer(no_args_is_help=True, help=text)
     group.command("inspect")(inspect)
     group.command("verify")(verify)
     group.command("export")(export)
+    group.command("convert")(convert)
     app.add_typer(group, name="checkpoint")
 
 
@@ -75,3 +78,19 @@ def export(
         write_text(
             f"exported {folder} to {target}: {found['tensors']} tensors, {found['bytes']} bytes"
         )
+
+
+def convert(
+    source: Folder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new run folder.")],
+    plan: PlanLine = None,
+    json: Json = False,
+) -> None:
+    """Writes the checkpoint as the ranks of another plan would have: --plan "pp2 tp2"."""
+    from partita.train.convert import convert_checkpoint
+
+    if plan is None:
+        raise UsageError('convert needs the plan to write for: --plan "pp2 tp2"', key="--plan")
+    folder = convert_checkpoint(_step_folder(source), target, Plan.parse(plan))
+    note(f"converted {_step_folder(source)} to {folder}")
+    _answer(folder, False, json)

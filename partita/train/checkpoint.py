@@ -98,15 +98,39 @@ def save(
         return next(p for p in list_checkpoints(folder) if _step_of(p)[0] == step)
     final = _free_name(folder, step)
     with _stage(temporary, ranks):
-        save_id = temporary.name.split(".")[2]
-        metadata = {"format": "partita", "save_id": save_id, "step": str(step)}
-        listing = write_pieces(temporary / f"rank-{ranks.rank}.safetensors", pieces, metadata)
-        durable_write(temporary / f"rank-{ranks.rank}.json", [msgspec.json.encode(listing)])
+        _write(temporary, ranks.rank, step, pieces)
     with _stage(temporary, ranks):
         if ranks.is_main:
-            _commit(temporary, final, Manifest(FORMAT, save_id, step, ranks.world, header, (), ()))
+            _commit(temporary, final, step, ranks.world, header)
             _retain(final, keep_last)
     return final
+
+
+def save_alone(
+    folder: Path, step: int, world: int, pieces: Callable[[int], Iterable[Piece]], header: Header
+) -> Path:
+    """The checkpoint that `world` ranks would write, written by one process: `pieces(rank)` are a
+    rank's. `folder` holds none of this step."""
+    with _stage(folder, ALONE):
+        _prepare(folder, step)
+    temporary, final = _find_temporary(folder, step), _free_name(folder, step)
+    assert temporary is not None
+    with _stage(temporary, ALONE):
+        for rank in range(world):
+            _write(temporary, rank, step, pieces(rank))
+        _commit(temporary, final, step, world, header)
+    return final
+
+
+def _write(temporary: Path, rank: int, step: int, pieces: Iterable[Piece]) -> None:
+    """One rank's file, and what it holds."""
+    metadata = {"format": "partita", "save_id": _save_id(temporary), "step": str(step)}
+    listing = write_pieces(temporary / f"rank-{rank}.safetensors", pieces, metadata)
+    durable_write(temporary / f"rank-{rank}.json", [msgspec.json.encode(listing)])
+
+
+def _save_id(temporary: Path) -> str:
+    return temporary.name.split(".")[2]
 
 
 def _prepare(folder: Path, step: int) -> None:
@@ -135,7 +159,8 @@ def _free_name(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}{suffix}"
 
 
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+def _commit(temporary: Path, final: Path, step: int, world: int, header: Header) -> None:
+    manifest = Manifest(FORMAT, _save_id(temporary), step, world, header, (), ())
     listings: list[Listing] = []
     for rank in range(manifest.world):
         path = temporary / f"rank-{rank}.json"

@@ -46,6 +46,7 @@ DTYPES = {  # torch's, safetensors' name
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CONVERTIBLE = {"F32", "F64"}  # masters and optimizer states under plans of other precision
 PICKLES = (b"\x80", b"PK\x03\x04")  # a bare pickle, torch's zip
 

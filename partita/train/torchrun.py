@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -136,9 +137,8 @@ def _run(
         )
         raise error
     if report.stopped_by:
+        name, step = signal.Signals(report.stopped_by).name, report.metrics.get("step", told.step)
         raise errors.StoppedError(
-            f"rank {rank} stopped after step {report.metrics.get('step', told.step)}; start the job "
-            "again to go on",
-            report.stopped_by,
+            f"stopped by {name} after step {step}; start the job again to go on", report.stopped_by
         )
     return report.metrics if rank == 0 else {}

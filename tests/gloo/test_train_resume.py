@@ -194,6 +194,25 @@ def test_an_older_one_is_taken_only_with_leave(run: Path, caplog) -> None:
     assert newest is not None and newest.name == "step-00000004-2"
 
 
+def test_a_checkpoint_is_converted_to_another_plan(run: Path, capfd) -> None:
+    def told(*words: str) -> dict[str, object]:
+        assert command([*words, "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    made = told("checkpoint", "convert", "runs/small", "other", "--plan", "pp2/2mb")
+    before, after = (told("checkpoint", "verify", x) for x in ("runs/small", "other"))
+    assert made == after == {**before, "plan": "pp2:1f1b/2mb"}
+    files = sorted(p.name for p in Path("other/checkpoints/step-00000004").iterdir())
+    assert files == [MANIFEST, "rank-0.safetensors", "rank-1.safetensors"]
+    texts = [told("generate", x, "--prompt", "the ") for x in ("runs/small", "other")]
+    assert texts[0] == texts[1] and set(texts[0]) == {"format", "text", "token_ids"}
+    for words, code in ((["--plan", "tp3"], 1), ([], 2), (["--plan", "2mb"], 2)):
+        place = "other" if words == ["--plan", "2mb"] else "third"
+        assert command(["checkpoint", "convert", "runs/small", place, *words, "--json"]) == code
+        assert json.loads(capfd.readouterr().out)["error"]["message"]
+    assert not Path("third").exists()
+
+
 def test_a_finished_run_says_so(run: Path, capfd) -> None:
     assert faults.train("train.steps=4", "--json") == 0
     found = json.loads(capfd.readouterr().out)

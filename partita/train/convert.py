@@ -1,0 +1,65 @@
+"""A checkpoint as another plan's ranks would have written it: the same tensors, cut and filed anew.
+
+A run needs none of this, since any plan loads any checkpoint; it is for whoever wants each rank of a
+cluster to find its own file. One rank's file is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import torch
+
+from partita.base.errors import UsageError
+from partita.parallel.laid import lay
+from partita.parallel.room import Request
+from partita.spec.plan import Plan
+from partita.train.checkpoint import save_alone
+from partita.train.manifest import Manifest, read_manifest
+from partita.train.pieces import TORCH_DTYPES, Piece, Wanted, fill
+from partita.train.resume import stated_model, verify_run
+from partita.train.sample import job_of
+from partita.train.tokenizer import write_whole
+
+
+def convert_checkpoint(step_folder: Path, target: Path, plan: Plan) -> Path:
+    """Writes target/checkpoints/step-N for `plan`, and target/job.toml with it; returns the new step
+    folder. Raises CheckpointError (the source is damaged), PlanError, UsageError (the target holds
+    something), WriteError."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} holds something already: name a new folder", file=str(target))
+    verify_run(step_folder)
+    manifest = read_manifest(step_folder)
+    job = job_of(step_folder)
+    plan = replace(job, plan=plan).plan  # with its microbatches
+    laid = lay(Request(plan, stated_model(step_folder, manifest), job.train.seq_len))
+    dtypes = {(p.name, p.role): p.dtype for p in manifest.pieces}
+
+    def pieces(rank: int) -> Iterator[Piece]:
+        for name, layout in laid.layouts.items():
+            for piece in layout.pieces(laid.mesh, rank):
+                if piece.primary:
+                    yield from _cut(step_folder, manifest, name, piece.box, dtypes)
+
+    header = msgspec.structs.replace(manifest.header, plan=str(plan))
+    made = save_alone(target / "checkpoints", manifest.step, plan.world_size, pieces, header)
+    write_whole(target / "job.toml", replace(job, plan=plan).to_toml().encode())
+    return made
+
+
+def _cut(
+    step_folder: Path,
+    manifest: Manifest,
+    name: str,
+    box: tuple[tuple[int, int], ...],
+    dtypes: dict[tuple[str, str], str],
+) -> Iterator[Piece]:
+    """One box of a tensor in each of its roles."""
+    shape = manifest.header.tensors[name]
+    for role in manifest.header.roles:
+        values = torch.empty([b - a for a, b in box], dtype=TORCH_DTYPES[dtypes[name, role]])
+        fill(step_folder, manifest, [Wanted(name, role, shape, box, values)])
+        yield Piece(name, role, box, values)
