@@ -45,15 +45,13 @@ def befallen(world, how: str) -> tuple[float, str]:
     return 0.0, ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = [("killed", "shm"), ("killed", "gloo"), ("killed", "hosts"), ("stopped", "shm")]
+HOWS = ("killed", "exits 0", "stopped", "stuck in data loading")
+SLOW = [(how, kind) for how in HOWS for kind in KINDS if (how, kind) not in FAST]
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        "killed",
-        "stopped",
-        pytest.param("exits 0", marks=pytest.mark.slow),
-        pytest.param("stuck in data loading", marks=pytest.mark.slow),
-    ],
+    ("how", "kind"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)]
 )
 def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
     found = worlds.run(kind, 3, tmp_path, befallen, how, timeout_s=TIMEOUT_S, enough=2)

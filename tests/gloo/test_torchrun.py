@@ -74,6 +74,8 @@ def test_it_is_the_same_run(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, "--json")
     out, err = agent.communicate(timeout=150)
     assert agent.returncode == 0, err
+    bar = next(line for line in err.splitlines() if line.startswith("train small  step 1/5"))
+    assert all(x in bar for x in ("loss ", " tokens/s", "MFU ", "slowest rank ", " left")), bar
     answer = json.loads(out)  # one document: rank 0 speaks
     assert (answer["step"], answer["run"], answer["plan"]) == (5, "runs/small", "tp2 2mb")
     torchrun, weights = faults.metrics(), faults.weights()

@@ -98,7 +98,12 @@ def test_a_killed_rank_is_named_and_the_next_start_goes_on(what, small, unhurt, 
 
 
 @pytest.mark.parametrize(
-    "what", [Strike("exit", "optimizer"), Strike("exit", "backward", call=1)], ids=str
+    "what",
+    [
+        Strike("exit", "optimizer"),
+        pytest.param(Strike("exit", "backward", call=1), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, capfd):
     assert strike(monkeypatch, what) < 6
@@ -149,6 +154,7 @@ def test_a_number_that_is_none_stops_before_the_update(
     assert faults.metrics() == unhurt
 
 
+@pytest.mark.slow
 def test_an_overflow_names_the_block_it_began_in(small, capfd):
     hot = ["train.optimizer=sgd", "train.lr=1e6", "train.clip_grad_norm=0", "plan=pp2/2mb"]
     assert faults.train(*hot) == 72

@@ -22,6 +22,10 @@ from partita.train import checkpoint
 from partita.train.manifest import MANIFEST, Manifest, encode
 
 CHECKPOINTS = faults.RUN / "checkpoints"
+METRICS = {
+    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "peak_memory_bytes",
+    "wall_time_s",
+}  # fmt: skip
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -67,6 +71,8 @@ def refused(capfd, code: int, *words: str) -> dict[str, str]:
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: Path) -> None:
     assert faults.train() == 0
     resumed, kept = faults.metrics(), faults.weights()
+    for line in (faults.RUN / "metrics.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == METRICS  # nothing is held out, so nothing is evaluated
     shutil.rmtree("runs")
     assert faults.train() == 0
     assert faults.metrics() == resumed
