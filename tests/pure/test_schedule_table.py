@@ -4,6 +4,7 @@ F=I=W=1, of a rank's whole share, and no time for messages unless a test says so
 """
 
 import pytest
+from schedule_docs import PAGE, page
 
 from partita.base.errors import ScheduleError
 from partita.schedule.check import check
@@ -209,3 +210,7 @@ def test_a_version_that_is_used_exists_by_then():
                 for stage, kind, k in actions:
                     made += kind == "U"
                     assert kind != "F" or used[stage, k] <= made
+
+
+def test_the_docs_table_is_what_the_generators_give():
+    assert PAGE.read_text() == page(), "python tests/pure/schedule_docs.py writes it"
