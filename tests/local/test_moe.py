@@ -56,6 +56,14 @@ def test_other_routers_equal_one_device(model, folder):
     assert found.equal and found.traffic_equal, str(found)
 
 
+def test_a_published_plan_is_shrunk_with_its_experts(folder):
+    """Mixtral with tp+sp and folded ep; Switch's dp8 ep8."""
+    for plan in ("dp8 tp4+sp ep8 2mb fp64", "dp8 ep8 1mb fp64", "dp2 tp4 ep2 etp4 2mb fp64"):
+        big = {"hidden": 512, "heads": 16, "expert_ffn_hidden": 2048, "experts": 16, "layers": 5}
+        found = verify(job(folder, plan, batch=16, **big))
+        assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
+
+
 def trained(world, jobs):
     found = []
     for one in jobs:

@@ -34,6 +34,9 @@ def problems(job: Request) -> list[Problem]:
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
+    if m.capacity_factor is not None:
+        text = f"capacity_factor {m.capacity_factor} is not available in this version: no row is dropped"
+        found.append(error("ep", "capacity", text, asked="capacity_factor", limit="none"))
     for rule, axis, size, what in (
         ("experts", "ep", m.experts, "experts"),
         ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
