@@ -18,6 +18,7 @@ from partita.verify.parity import verify
 PLANS = (
     "2mb", "dp4 ep4", "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "dp2 tp2+sp ep2 etp2 2mb",
     "dp2 tp2 ep2 etp2 2mb", "tp2 etp2 2mb", "pp2/2mb dp2 ep2", "dp_replicate2 dp2 ep2", "tp4+sp etp4 2mb",
+    "cp2 tp2+sp ep4 2mb", "dp2 cp2:ulysses ep2 2mb",
     "dp2 tp2+sp ep2 recompute:full", "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",
 )  # fmt: skip
 
@@ -34,6 +35,13 @@ def job(folder, plan, **model):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_equals_one_device(plan, folder):
     found = verify(job(folder, f"{plan} fp64"))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_five_dimensions(folder):
+    found = verify(job(folder, "dp_replicate2 dp_shard2.zero0 cp2 tp2+sp pp2/2mb ep4 fp64"))
     assert found.equal and found.traffic_equal, str(found)
 
 
