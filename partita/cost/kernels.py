@@ -39,6 +39,7 @@ class Kernel:
     count: int = 1
     flops: float = 0.0
     dtype: str = "bf16"
+    well: float = 1.0  # of what such a matmul reaches elsewhere
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
@@ -59,11 +60,11 @@ def _seconds(k: Kernel, units: int, rate: float, attention: float, memory: float
 
 def _matmul(k: Kernel, units: int, rate: float) -> float:
     if not units:
-        return 2.0 * k.m * k.n * k.k * k.count / rate
+        return 2.0 * k.m * k.n * k.k * k.count / rate / k.well
     best = float("inf")
     for tm, tn, well in TILES:
         tiles = ceil(k.m / tm) * ceil(k.n / tn) * k.count
-        one = 2.0 * tm * tn / (rate / units * well)
+        one = 2.0 * tm * tn / (rate / units * well * k.well)
         for split in SPLITS if tiles < units else (1,):
             waves = ceil(tiles * split / units)
             depth = k.k / split + RAMP * (1 if split == 1 else 2)

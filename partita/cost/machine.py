@@ -65,6 +65,11 @@ class Software:
     host_s: float = 8e-6
     overlaps_backward: bool = True  # tp's collectives beside the weight gradients
     overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
+    replays_layers: bool = (
+        False  # full recomputation runs all of a layer again, its last matmul too
+    )
+    validates_after: bool = False  # zero-bubble schedules: steps follow rank by rank, checked later
+    sends_block: bool = False  # a stage waits for its messages, in and out
     scatters_sends: bool = False  # tp ranks with equal tensors send a share each
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
     gradient_bytes: int = 4  # an element of a reduced gradient

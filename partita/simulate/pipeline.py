@@ -12,22 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partita.record.span import Span
-from partita.schedule.clock import Costs, clock, makespan
+from partita.schedule.clock import Costs, clock, makespan, span
 from partita.schedule.ir import Schedule
 
 FULL = 6_000  # actions that are played one by one
-WARM = 4  # rounds before a schedule repeats itself
-PERIOD = 3  # rounds after which it does
+WARM = 2  # rounds before a schedule repeats itself
+PERIOD = 2  # rounds after which it does
 
 Make = Callable[[int], Schedule]
 
 
 @dataclass(frozen=True)
 class Played:
-    """`seconds` first start to last end of the whole step; `spans` of what was played, which is the
-    whole step where `whole`; `busy` seconds of work of each rank in the whole step."""
+    """`seconds` first start to last end of the whole step; `own` the longest of each rank's own last end
+    minus first start; `spans` of what was played, which is the whole step where `whole`; `busy` seconds
+    of work of each rank in the whole step."""
 
     seconds: float
+    own: float
     spans: tuple[Span, ...]
     whole: bool
     busy: tuple[float, ...]
@@ -39,7 +41,7 @@ def play(make: Make, ranks: int, num_microbatches: int, costs: Costs) -> Played:
     if size > FULL and num_microbatches // ranks > WARM + PERIOD:
         return _extrapolated(make, ranks, num_microbatches, costs)
     spans = clock(make(num_microbatches), costs)
-    return Played(makespan(spans), tuple(spans), True, _busy(spans, ranks))
+    return Played(makespan(spans), span(spans), tuple(spans), True, _busy(spans, ranks))
 
 
 def _extrapolated(make: Make, ranks: int, num_microbatches: int, costs: Costs) -> Played:
@@ -51,9 +53,11 @@ def _extrapolated(make: Make, ranks: int, num_microbatches: int, costs: Costs) -
         (b - a) / PERIOD for a, b in zip(_busy(first, ranks), _busy(second, ranks), strict=True)
     ]
     each = max((makespan(second) - makespan(first)) / PERIOD, *work)
+    own = max((span(second) - span(first)) / PERIOD, *work)
     more = (num_microbatches - short) // ranks
     busy = tuple(a + more * w for a, w in zip(_busy(first, ranks), work, strict=True))
-    return Played(makespan(first) + more * each, tuple(second), False, busy)
+    seconds, own = makespan(first) + more * each, span(first) + more * own
+    return Played(seconds, own, tuple(second), False, busy)
 
 
 def _busy(spans: list[Span], ranks: int) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.memory import stage_ledger
 from partita.simulate.pipeline import Played, play
-from partita.simulate.stage import StageTime, Works, send_seconds, stage_time, works_of
+from partita.simulate.stage import PartTimes, StageTime, Works, send_seconds, stage_time, works_of
 from partita.simulate.step import StepTime, step_time
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -94,30 +94,35 @@ def simulate(job: Job, machine: Machine | None = None) -> Prediction:
 
 @dataclass(frozen=True)
 class Timed:
-    """The times of a laid plan: stages, the schedule played, and what runs once a step."""
+    """The times of a laid plan: stages, the schedule played, and what runs once a step. `pipeline_s`: the
+    schedule's, of a rank alone where the next step may begin before all have ended this one."""
 
     stages: tuple[StageTime, ...]
     played: Played
     step: StepTime
     busy: float  # slow-down where ranks share compute units
+    pipeline_s: float
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.played.seconds + self.step.seconds
+        return self.pipeline_s + self.step.seconds
 
 
 def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | None = None) -> Timed:
     """Everything that takes time in a step of so many microbatches."""
     plan, works = laid.request.plan, works or works_of(laid)
-    stages = tuple(stage_time(w, laid, machine) for w in works.stages)
+    known: PartTimes = {}
+    stages = tuple(stage_time(w, laid, machine, known) for w in works.stages)
     send_s = send_seconds(laid, works.stages, machine)
 
     def make(m: int) -> Schedule:
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
+    waits = send_s if machine.software.sends_block else 0.0
+
     def at(busy: float) -> Played:
-        costs = Costs(tuple(_costs(s, busy) for s in stages), send_s)
+        costs = Costs(tuple(_costs(s, busy, waits) for s in stages), send_s - waits)
         return play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, played = 1.0, at(1.0)
@@ -125,7 +130,10 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         # the slow-down depends on how many ranks are busy, and they on it
         busy = _slow_down(played, laid, machine.cluster)
         played = at(busy)
-    return Timed(stages, played, step_time(laid, works, stages, machine, busy), busy)
+    overlaps = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
+    pipeline_s = played.own if overlaps else played.seconds
+    step = step_time(laid, works, stages, machine, busy)
+    return Timed(stages, played, step, busy, pipeline_s)
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:
@@ -162,7 +170,7 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
         for part in (stage.comm_forward_s, stage.comm_backward_s):
             for axis, s in part.items():
                 comm[axis] = comm.get(axis, 0.0) + times * s
-    bubble = t.played.seconds - compute - sum(comm.values())
+    bubble = t.pipeline_s - compute - sum(comm.values())
     for axis, s in t.step.comm_s.items():
         comm[axis] = comm.get(axis, 0.0) + s
     return {
@@ -180,9 +188,10 @@ def _units(cluster: Cluster, world: int) -> int:
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
 
 
-def _costs(s: StageTime, busy: float) -> StageCosts:
-    forward = s.forward_s * busy + sum(s.comm_forward_s.values()) + s.host_forward_s
-    rest = sum(s.comm_backward_s.values()) + s.host_backward_s
+def _costs(s: StageTime, busy: float, waits: float) -> StageCosts:
+    """`waits`: seconds that an action waits for its messages."""
+    forward = s.forward_s * busy + sum(s.comm_forward_s.values()) + s.host_forward_s + waits
+    rest = sum(s.comm_backward_s.values()) + s.host_backward_s + waits
     return StageCosts(forward, s.input_s * busy + rest, s.weight_s * busy)
 
 

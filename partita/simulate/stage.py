@@ -3,22 +3,22 @@
     forward   = max(device: kernels + exposed collectives, host: kernels * host_s)
     backward  = the same of recomputation, input half and weight half
 
-A collective inside a block is exposed, but for what the software runs beside matmuls: in backward a
-region's collective beside its readers' weight gradients, in forward in pieces beside its matmul; what is
-hidden still takes SLOW of itself from the compute beside it.
+A collective inside a block is exposed, but for what its lane runs beside compute: rings of cp beside
+attention, ZeRO's beside everything; tp's beside weight gradients, or in pieces beside its matmuls,
+where the software does so. What is hidden still takes SLOW of itself from the compute beside it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from partita.cost.comm import group_seconds, seconds
 from partita.cost.kernels import kernel_seconds
-from partita.cost.machine import Machine
+from partita.cost.machine import Machine, Software
 from partita.parallel.laid import Laid
-from partita.parallel.read import Call, state_bytes, traffic
+from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import axis_name
 from partita.simulate.groups import group_of, place
 from partita.simulate.work import BlockWork, block_work
@@ -47,14 +47,23 @@ class StageTime:
         """Both halves."""
         return self.input_s + self.weight_s
 
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of a microbatch, with all that is seen."""
+        comm = sum(self.comm_forward_s.values()) + sum(self.comm_backward_s.values())
+        host = self.host_forward_s + self.host_backward_s
+        return self.forward_s + self.backward_s + comm + host
+
 
 @dataclass(frozen=True)
 class Part:
-    """Equal blocks of a stage: how many, the kernels of one, and its calls in a microbatch."""
+    """Equal blocks of a stage: how many, the kernels of one, its calls in a microbatch, and the forward
+    calls that its recomputation leaves out (None where it keeps more than its input)."""
 
     times: int
     work: BlockWork
     calls: tuple[Call, ...]
+    unplayed: tuple[Call, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,8 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None) -> Work:
         if key not in known:
             known[key] = _read(one[key], laid)
         work, calls = known[key]
-        running = (c for c in calls if c.phase != "step" and c.axes != ("pp",))
-        parts.append(Part(times, work, tuple(running)))
+        running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
+        parts.append(Part(times, work, running, _unplayed(one[key], running)))
         for category, size in state_bytes(one[key], laid.sizes).items():
             states[category] += times * size
     sends = (c for key in one for c in known[key][1] if c.axes == ("pp",))
@@ -120,13 +129,29 @@ def _read(block: Block, laid: Laid) -> tuple[BlockWork, tuple[Call, ...]]:
     return work, tuple(traffic(block, laid.sizes))
 
 
-def stage_time(work: Work, laid: Laid, machine: Machine) -> StageTime:
+def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
+    if block.kept != frozenset({block.input}):
+        return None
+    again = {op.name for op in replayed(block)}
+    return tuple(c for c in calls if c.phase == "F" and c.site not in again)
+
+
+PartTimes = dict[int, tuple[dict[str, float], dict[str, dict[str, float]]]]
+
+
+def stage_time(
+    work: Work, laid: Laid, machine: Machine, known: PartTimes | None = None
+) -> StageTime:
     """Prices the work on a machine, block by block: a host that is behind in one block does not make
-    up for it in the next."""
+    up for it in the next. `known`: what blocks of other stages took."""
+    known = {} if known is None else known
     total: Seconds = defaultdict(float)
     comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     for part in work.parts:
-        seconds, seen = _part_time(part, laid, machine)
+        key = id(part.work)
+        if key not in known:
+            known[key] = _part_time(part, laid, machine)
+        seconds, seen = known[key]
         for name, s in seconds.items():
             total[name] += part.times * s
         for phase, axes in seen.items():
@@ -142,44 +167,62 @@ def _part_time(
     part: Part, laid: Laid, machine: Machine
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Seconds of one block by part, and its exposed collectives by phase and axis."""
-    era, w = machine.software, part.work
+    era, w, calls = machine.software, part.work, part.calls
     kernels = {"F": w.forward, "I": w.input, "W": w.weight, "again": w.again}
-    found = {n: sum(kernel_seconds(k, machine) for k in ks) for n, ks in kernels.items()}
-    matmuls = {
-        n: sum(kernel_seconds(k, machine) for k in ks if k.kind == "matmul")
-        for n, ks in kernels.items()
-    }
-    comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
-    hideable: Seconds = defaultdict(float)
-    launches = Counter({"F": w.launches[0], "B": w.launches[1]})
-    for call in part.calls:
+    if era.replays_layers and part.unplayed is not None:
+        kernels["again"] = w.forward
+        calls += tuple(replace(c, phase="B") for c in part.unplayed)
+    each = {n: [(k.kind, kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()}
+    found = {n: sum(s for _, s in ks) for n, ks in each.items()}
+    launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
+    seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
+    by_lane: dict[tuple[str, str], Seconds] = defaultdict(lambda: defaultdict(float))
+    for call in calls:
         s = call.times * call_seconds(call, laid, machine)
         where = "F" if call.phase == "F" else "B"
-        comm[where][axis_name(call.axes)] += s
         launches[where] += call.times if s else 0
-        if call.site.rpartition(":")[2] in HIDDEN_KINDS:
-            hideable[where] += s
-    beside = matmuls["W"] + (matmuls["I"] if era.overlaps_forward else 0.0)
-    seen = {
-        "F": _exposed(comm["F"], hideable["F"], matmuls["F"], era.overlaps_forward),
-        "B": _exposed(comm["B"], hideable["B"], beside, era.overlaps_backward),
-    }
+        lane = call.lane if call.lane != "tp" or _hides(call) else "alone"
+        by_lane[where, lane][axis_name(call.axes)] += s
+    for (where, lane), comm in by_lane.items():
+        beside = _beside(where, lane, each, machine.software)
+        for axis, s in _exposed(comm, beside).items():
+            seen[where][axis] += s
     busy_f = found["F"] + sum(seen["F"].values())
     busy_b = found["I"] + found["again"] + found["W"] + sum(seen["B"].values())
     found["host F"] = max(launches["F"] * era.host_s - busy_f, 0.0)
     found["host B"] = max(launches["B"] * era.host_s - busy_b, 0.0)
-    return found, seen
+    return found, {where: dict(axes) for where, axes in seen.items()}
 
 
-def _exposed(
-    comm: Mapping[str, float], hideable: float, beside: float, overlaps: bool
-) -> dict[str, float]:
-    """What of the collectives is seen, in proportion over the axes."""
+def _hides(call: Call) -> bool:
+    return call.site.rpartition(":")[2] in HIDDEN_KINDS
+
+
+def _beside(
+    where: str, lane: str, each: Mapping[str, list[tuple[str, float]]], era: Software
+) -> float:
+    """Seconds of compute of a block that a lane's collectives may run beside: matmuls for tp (weight
+    gradients in backward), attention for the rings of cp, everything for dp."""
+
+    def total(parts: tuple[str, ...], *kinds: str) -> float:
+        return sum(s for p in parts for kind, s in each[p] if not kinds or kind in kinds)
+
+    parts = ("F",) if where == "F" else ("I", "W", "again")
+    if lane == "tp":
+        if where == "F":
+            return total(parts, "matmul") if era.overlaps_forward else 0.0
+        halves = ("W", "I") if era.overlaps_forward else ("W",)
+        return total(halves, "matmul") if era.overlaps_backward else 0.0
+    if lane == "cp":
+        return total(parts, "attention")
+    return total(parts) if lane == "dp" and era.overlaps_gradients else 0.0
+
+
+def _exposed(comm: Mapping[str, float], beside: float) -> dict[str, float]:
+    """What of a lane's collectives is seen beside so much compute, in proportion over the axes."""
     total = sum(comm.values())
-    if not total or not overlaps:
-        return dict(comm)
-    hidden = min(hideable, beside) * (1 - SLOW)
-    return {axis: s * (total - hidden) / total for axis, s in comm.items()}
+    hidden = min(total, beside) * (1 - SLOW)
+    return {axis: s * (total - hidden) / total for axis, s in comm.items()} if total else {}
 
 
 def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:

@@ -30,7 +30,8 @@ from partita.simulate.published import (
     measured_seconds,
     method,
 )
-from partita.simulate.stage import Works, works_of
+from partita.simulate.stage import PartTimes, Works, stage_time, works_of
+from partita.simulate.step import step_time
 from partita.spec.model import Convention, ModelSpec
 from partita.spec.plan import Plan
 
@@ -76,6 +77,19 @@ def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
     plan = found.plan
     laid, works = _laid(_shortest(plan), found.model, found.seq_len, found.micro_batch_size)
     return timed(laid, machine, plan.num_microbatches, works).seconds
+
+
+def work_seconds(found: Case, constants: Mapping[str, Any]) -> float:
+    """Seconds of the busiest rank's work in a step, and of what follows it."""
+    machine = machine_of(found.cluster, found.software, constants)
+    laid, works = _laid(_shortest(found.plan), found.model, found.seq_len, found.micro_batch_size)
+    known: PartTimes = {}
+    stages = [stage_time(w, laid, machine, known) for w in works.stages]
+    work = [
+        sum(stages[s.index].seconds for s in laid.stages_of(p)) for p in range(laid.sizes["pp"])
+    ]
+    m = found.plan.num_microbatches
+    return m * max(work) + step_time(laid, works, stages, machine).seconds
 
 
 def _shortest(plan: Plan) -> Plan:

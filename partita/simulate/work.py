@@ -22,6 +22,9 @@ from partita.spec.program import Block, Op, Sizes
 
 ELEMENTWISE = ("bias", "map", "mask")
 FLASH_BACKWARD = 2.5  # five matmuls for two: the scores are made again
+WEIGHT_WELL = (
+    0.87  # [empirical] weight gradients read both operands across (Korthikanti et al., table 4)
+)
 STATE_BYTES = 8  # a weight's gradient is read and written as it grows
 FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, backward
 
@@ -34,11 +37,6 @@ class BlockWork:
     input: tuple[Kernel, ...]
     weight: tuple[Kernel, ...]
     again: tuple[Kernel, ...]
-
-    @property
-    def launches(self) -> tuple[int, int]:
-        """Kernels that the host starts, forward and backward."""
-        return len(self.forward), len(self.again) + len(self.input) + len(self.weight)
 
 
 def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
@@ -110,18 +108,20 @@ def _linear(
     inputs, own = {d.name for d in x.dims}, {d.name for d in w.dims}
     space = {d.name: d.local(sizes) for d in first.space}
     count = prod(s for d, s in space.items() if d in own and d in inputs and d in out)
+    each = prod(d.local(sizes) for d in w.dims if d.name not in space)  # experts: rows lie on them
     k = prod(s for d, s in space.items() if d in first.sums)
     m = prod(s for d, s in space.items() if d not in own)
     for op in group:
         local = {d.name: d.local(sizes) for d in op.space}
         n += prod(local.values()) // (count * k * m)
+    count, m = count * each, -(-m // each)
     size, kind = BYTES[w.dtype], dtype or w.dtype
     moved = float(size * count * (m * k + k * n + m * n))
     grown = moved + STATE_BYTES * count * k * n
     return (
         [Kernel("matmul", moved, m, n, k, count, dtype=kind)],
         [Kernel("matmul", moved, m, k, n, count, dtype=kind)],
-        [Kernel("matmul", grown, n, k, m, count, dtype=kind)],
+        [Kernel("matmul", grown, n, k, m, count, dtype=kind, well=WEIGHT_WELL)],
     )
 
 

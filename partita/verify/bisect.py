@@ -12,7 +12,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.room import axis_name
 from partita.record.transfer import TrafficLine
 from partita.spec.job import Job
-from partita.verify.compare import BOUNDS, Difference, walk
+from partita.verify.compare import BOUNDS, Difference
 from partita.verify.runs import RankSeen
 from partita.verify.watch import Seen, Watch
 
@@ -32,8 +32,7 @@ def first_divergence(
     job: Job, laid: Laid, judge: Watch, ranks: Sequence[RankSeen], found: Sequence[Difference]
 ) -> Divergence | None:
     """The first place, in the order data flows."""
-    dtype = job.plan.precision.dtype
-    tolerance = 7 * walk(dtype, job.model.layers) or 10 * BOUNDS[dtype].tensor
+    tolerance = 10 * BOUNDS[job.plan.precision.dtype].tensor
     at = _data(judge, ranks)
     at = at or _modules(
         judge.outputs, [(r.rank, r.watch.outputs) for r in ranks], "forward", tolerance, laid
@@ -99,19 +98,18 @@ def _modules(
 
 def _numbers(found: Sequence[Difference]) -> Divergence | None:
     """What went wrong behind the modules, from the numbers alone."""
-    first = min((d.step for d in found if d.bad), default=0)
-    bad = {d.kind: d for d in found if d.bad and d.step == first}
+    bad = {d.kind: d for d in found if d.bad}
     gradient = bad.get("gradients")
     weight = bad.get("weights")
-    if "loss" in bad:
+    if "loss" in bad and bad["loss"].step == 0:
         d = bad["loss"]
-        text = f"the loss of step {d.step + 1} is off by {d.relative:.1e}"
-        return Divergence("head.loss", "forward", d.rank, text)
-    if "auxiliary" in bad:
+        return Divergence("head.loss", "forward", d.rank, f"the loss is off by {d.relative:.1e}")
+    if "auxiliary" in bad and bad["auxiliary"].step == 0:
         d = bad["auxiliary"]
-        text = f"an auxiliary loss is off by {d.relative:.1e}"
-        return Divergence("step.routing", "forward", d.rank, text)
-    if gradient is not None:
+        return Divergence(
+            "step.routing", "forward", d.rank, f"an auxiliary loss is off by {d.relative:.1e}"
+        )
+    if gradient is not None and (weight is None or gradient.step <= weight.step):
         text = f"the gradient of {gradient.name} on rank {gradient.rank} is off by {gradient.relative:.1e}"
         return Divergence(gradient.name, "gradient", gradient.rank, text)
     if "grad_norm" in bad:
@@ -125,6 +123,14 @@ def _numbers(found: Sequence[Difference]) -> Divergence | None:
             f"{weight.name} on rank {weight.rank} is off by {weight.relative:.1e} (update {update})"
         )
         return Divergence(weight.name, "optimizer", weight.rank, text)
+    if "loss" in bad:
+        d = bad["loss"]
+        return Divergence(
+            "head.loss",
+            "forward",
+            d.rank,
+            f"the loss of step {d.step + 1} is off by {d.relative:.1e}",
+        )
     return None
 
 

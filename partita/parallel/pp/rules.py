@@ -74,7 +74,7 @@ def problems(job: Request) -> list[Problem]:
     if found:
         return found
     stages, split = schedule_of(plan).num_stages, plan.pipeline.split
-    if stages > layers:
+    if stages > layers and not split:
         message = f"{layers} layers cannot fill {stages} stages"
         each = stages // plan.mesh.pp
         near = plan.with_("mesh", pp=min(plan.mesh.pp, layers))
