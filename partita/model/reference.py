@@ -152,7 +152,7 @@ class Reference:
         """Norm, then experts, SwiGLU, or GELU (tanh) with biases."""
         h = self.norm(f"{name}.mlp.norm", x)
         if self.spec.has_experts(int(name.rpartition(".")[2])):
-            return moe(self.spec, self.weight, name, h, self.auxiliary)
+            return moe(self, name, h)
         if self.spec.family == "llama":
             gate, up = (self.linear(h, w) for w in self.weight(f"{name}.mlp.gate_up"))
             return self.linear(silu(gate) * up, self.weight(f"{name}.mlp.down"))

@@ -9,9 +9,9 @@ z         of each sequence the mean of logsumexp(logits)^2 (ST-MoE, eq. 5)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,10 +40,24 @@ class Auxiliary:
             self.counts[name] = self.counts.get(name, 0) + counts
 
 
-def moe(
-    spec: ModelSpec, weight: Callable[[str], Tensor], name: str, h: Tensor, aux: Auxiliary
-) -> Tensor:
-    """What layer `name` makes of normalised h [batch, seq, hidden]; `weight` gives weights in h's dtype."""
+class Judge(Protocol):
+    """The reference, as the experts need it."""
+
+    spec: ModelSpec
+    auxiliary: Auxiliary
+
+    def weight(self, name: str) -> Tensor:
+        """A weight in the compute dtype."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W.T, at the plan's precision."""
+        ...
+
+
+def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
+    """What layer `name` makes of normalised h [batch, seq, hidden]."""
+    spec, weight, linear, aux = judge.spec, judge.weight, judge.linear, judge.auxiliary
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     logits = h.to(wide) @ weight(f"{name}.router.gate").to(wide).t()
     scores = logits.softmax(-1) if spec.router == "softmax" else logits.sigmoid()
@@ -65,14 +79,14 @@ def moe(
     for e in range(spec.experts):
         rows = sent[..., e].bool()
         mine = (gates * (chosen == e)).sum(-1)[rows].unsqueeze(-1)
-        gate, up = (h[rows] @ w.t() for w in gate_up[e])
+        gate, up = (linear(h[rows], w) for w in gate_up[e])
         out = torch.zeros_like(y)
-        out[rows] = mine * ((silu(gate) * up) @ down[e].t()).to(wide)
+        out[rows] = mine * linear(silu(gate) * up, down[e]).to(wide)
         y = y + out
     y = y.to(h.dtype)
     if spec.shared_experts:
-        gate, up = (h @ w.t() for w in weight(f"{name}.shared.gate_up"))
-        y = y + (silu(gate) * up) @ weight(f"{name}.shared.down").t()
+        gate, up = (linear(h, w) for w in weight(f"{name}.shared.gate_up"))
+        y = y + linear(silu(gate) * up, weight(f"{name}.shared.down"))
     return y
 
 

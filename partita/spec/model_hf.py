@@ -1,8 +1,8 @@
 """A Hugging Face config.json as a ModelSpec. Reads what transformers 4 and 5 write.
 
 What ModelSpec cannot say is refused, never dropped: biases in a Llama, other activations, other RoPE
-scalings. GPT-2's dropout of attention probabilities (attn_pdrop) is the one exception: dropout acts on
-embeddings and residuals.
+scalings, dropouts that differ, quantized weights. So is a key that is not known and is on: it may
+change the model. Keys of `_NEUTRAL` do not: they are about generation, storage and training.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_bias": (False,),
         "attention_dropout": (0.0,),
         "partial_rotary_factor": (1.0,),
+        "sliding_window": (),
     },
     "mixtral": {
         "hidden_act": ("silu", "swish"),
@@ -60,8 +61,32 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
+        "reorder_and_upcast_attn": (False,),
     },
 }
+# what transformers fills in where a config.json is silent
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False},
+    "mixtral": {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6},
+}
+_READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
+_READ |= {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
+_NEUTRAL_WORDS = """
+architectures auto_map transformers_version _name_or_path name_or_path torch_dtype dtype
+_attn_implementation attn_implementation _attn_implementation_autoset use_cache initializer_range
+pretraining_tp n_ctx base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference return_dict
+return_dict_in_generate output_attentions output_hidden_states output_scores router_aux_loss_coef
+id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class
+prefix bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids
+max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values
+exponential_decay_length_penalty is_decoder summary_type summary_use_proj summary_activation
+summary_proj_to_labels summary_first_dropout gradient_checkpointing use_bfloat16 torchscript
+tf_legacy_loss
+"""
+_NEUTRAL = frozenset(_NEUTRAL_WORDS.split())
 
 
 def read_hf_config(path: str | Path) -> ModelSpec:
@@ -80,13 +105,14 @@ def read_hf_config(path: str | Path) -> ModelSpec:
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
     names = _NAMES[kind]
+    _all_known(config, {*names.values(), *_ONLY[kind]}, file)
     table = {
         ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
     }
     family = "gpt2" if kind == "gpt2" else "llama"
     table |= {"family": family, "name": file.parent.name if path.is_dir() else ""}
     if family == "llama":
-        table = {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False} | table | _rope(config, file)
+        table = _DEFAULTS[kind] | table | _rope(config, file)
     else:
         table = {"max_seq_len": 1024} | table | _dropout(config, file)
     try:
@@ -95,6 +121,20 @@ def read_hf_config(path: str | Path) -> ModelSpec:
         theirs = names.get(error.key or "", error.key)
         text = "\n".join(f"{file}: {line}" for line in error.message.splitlines())
         raise UsageError(f"{text} (config: {theirs})", file=str(file), key=theirs) from None
+
+
+def _all_known(config: Mapping[str, Any], read: set[str], file: Path) -> None:
+    """Raises UsageError for keys that nothing reads and that are on."""
+    known = read | _READ | _NEUTRAL
+    strange = sorted(
+        k for k, v in config.items() if k not in known and v not in (None, False, 0, "", [], {})
+    )
+    if strange:
+        text = "\n".join(
+            f"{file}: {k}: {config[k]!r} is not known and may change the model; remove the key if it does not"
+            for k in strange
+        )
+        raise UsageError(text, file=str(file), key=strange[0])
 
 
 def _refuse(file: Path, key: str, value: Any, accepted: tuple[Any, ...]) -> UsageError:
@@ -135,7 +175,13 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _dropout(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    residual, embedding = config.get("resid_pdrop", 0.1), config.get("embd_pdrop", 0.1)
-    if residual != embedding:
-        raise _refuse(file, "embd_pdrop", embedding, (residual,))
+    """One rate for embeddings, residuals and attention probabilities."""
+    residual = config.get("resid_pdrop", 0.1)
+    for key in ("embd_pdrop", "attn_pdrop"):
+        if config.get(key, 0.1) != residual:
+            text = (
+                f"{file}: {key}: {config.get(key, 0.1)!r} differs from resid_pdrop ({residual!r}), and "
+                "dropout is one rate here: make them equal (0 for evaluation)"
+            )
+            raise UsageError(text, file=str(file), key=key)
     return {"dropout": residual}

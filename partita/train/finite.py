@@ -116,37 +116,44 @@ def _bad_output(model: Model, batch: StepBatch) -> Place | None:
     """The first block whose output is not finite on this rank, the forward run again."""
     executor = model.forward_only
     assert executor is not None
-    inner = executor.module
-    watching = _Watching(inner, model)
-    executor.module = watching
+    inner, place = executor.modules, _Found(model)
+    executor.modules = {stage: _Watching(x, place) for stage, x in inner.items()}
     try:
         with torch.no_grad():
             for number, microbatch in enumerate(batch.microbatches):
-                watching.microbatch = number
+                place.microbatch = number
                 executor.run([microbatch])
     finally:
-        executor.module = inner
-    return watching.found
+        executor.modules = inner
+    return place.found
+
+
+class _Found:
+    """The first bad output of a rank, whatever stage made it."""
+
+    def __init__(self, model: Model) -> None:
+        names = [name for stage in model.laid.stages for name in stage.names]
+        self.order = {name: place for place, name in enumerate(names)}
+        self.microbatch = 0
+        self.found: Place | None = None
 
 
 class _Watching:
     """A stage's blocks, one by one, until an output is not finite."""
 
-    def __init__(self, inner: Any, model: Model) -> None:
-        self.inner, self.microbatch = inner, 0
-        self.found: Place | None = None
-        names = [name for stage in model.laid.stages for name in stage.names]
-        self._order = {name: place for place, name in enumerate(names)}
+    def __init__(self, inner: Any, place: _Found) -> None:
+        self.inner, self.place = inner, place
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The stage's output."""
         for name, block in zip(self.inner.names, self.inner.blocks, strict=True):
             with _FirstBad() as seen:
                 x = block(x, batch)
-            if self.found is None and not bool(torch.isfinite(x).all()):
+            place = self.place
+            if place.found is None and not bool(torch.isfinite(x).all()):
                 what = f"output of {name}" if name != "head" else "loss of head"
                 detail = f"{seen.text}, {what}" if seen.text else what
-                self.found = Place(2, self.microbatch, self._order[name], detail)
+                place.found = Place(2, place.microbatch, place.order[name], detail)
         assert x is not None, "a stage has at least one block"
         return x
 

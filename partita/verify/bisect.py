@@ -12,7 +12,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.room import axis_name
 from partita.record.transfer import TrafficLine
 from partita.spec.job import Job
-from partita.verify.compare import BOUNDS, Difference
+from partita.verify.compare import BOUNDS, Difference, walk
 from partita.verify.runs import RankSeen
 from partita.verify.watch import Seen, Watch
 
@@ -32,7 +32,8 @@ def first_divergence(
     job: Job, laid: Laid, judge: Watch, ranks: Sequence[RankSeen], found: Sequence[Difference]
 ) -> Divergence | None:
     """The first place, in the order data flows."""
-    tolerance = 10 * BOUNDS[job.plan.precision.dtype].tensor
+    dtype = job.plan.precision.dtype
+    tolerance = 7 * walk(dtype, job.model.layers) or 10 * BOUNDS[dtype].tensor
     at = _data(judge, ranks)
     at = at or _modules(
         judge.outputs, [(r.rank, r.watch.outputs) for r in ranks], "forward", tolerance, laid
@@ -98,18 +99,19 @@ def _modules(
 
 def _numbers(found: Sequence[Difference]) -> Divergence | None:
     """What went wrong behind the modules, from the numbers alone."""
-    bad = {d.kind: d for d in found if d.bad}
+    first = min((d.step for d in found if d.bad), default=0)
+    bad = {d.kind: d for d in found if d.bad and d.step == first}
     gradient = bad.get("gradients")
     weight = bad.get("weights")
-    if "loss" in bad and bad["loss"].step == 0:
+    if "loss" in bad:
         d = bad["loss"]
-        return Divergence("head.loss", "forward", d.rank, f"the loss is off by {d.relative:.1e}")
-    if "auxiliary" in bad and bad["auxiliary"].step == 0:
+        text = f"the loss of step {d.step + 1} is off by {d.relative:.1e}"
+        return Divergence("head.loss", "forward", d.rank, text)
+    if "auxiliary" in bad:
         d = bad["auxiliary"]
-        return Divergence(
-            "step.routing", "forward", d.rank, f"an auxiliary loss is off by {d.relative:.1e}"
-        )
-    if gradient is not None and (weight is None or gradient.step <= weight.step):
+        text = f"an auxiliary loss is off by {d.relative:.1e}"
+        return Divergence("step.routing", "forward", d.rank, text)
+    if gradient is not None:
         text = f"the gradient of {gradient.name} on rank {gradient.rank} is off by {gradient.relative:.1e}"
         return Divergence(gradient.name, "gradient", gradient.rank, text)
     if "grad_norm" in bad:
@@ -123,14 +125,6 @@ def _numbers(found: Sequence[Difference]) -> Divergence | None:
             f"{weight.name} on rank {weight.rank} is off by {weight.relative:.1e} (update {update})"
         )
         return Divergence(weight.name, "optimizer", weight.rank, text)
-    if "loss" in bad:
-        d = bad["loss"]
-        return Divergence(
-            "head.loss",
-            "forward",
-            d.rank,
-            f"the loss of step {d.step + 1} is off by {d.relative:.1e}",
-        )
     return None
 
 

@@ -2,14 +2,24 @@
 
     precision  loss, norm        tensor: max|a-b| / max|judge| (floor: share of the gradient norm)
     fp64       1e-11             1e-9    (1e-12)
-    fp32       1e-5, 1e-4        1e-3    (1e-6)     sums of up to 1e5 terms in another order
-    bf16       2e-2, 5e-2        0.2     (1e-2)     8 bits: every cast may fall the other way
-    fp16       4e-3, 1e-2        0.04    (2e-3)     11 bits
-    fp8        1e-2, 3e-2        0.6     (5e-2)     e5m2 gradients have 2 bits: neighbours are 25 % apart
+    fp32       1e-5, 1e-4        1e-3    (1e-6)     later steps: weights that rounding has moved
+    bf16       2e-2, 5e-2        0.2     (1e-2)
+    fp16       4e-3, 1e-2        0.04    (2e-3)
+    fp8        1e-2, 8e-2        0.6     (5e-2)     e5m2 gradients have 2 bits: neighbours are 25 % apart
 
-Weights after AdamW steps are held in units of its learning rate at low precision: it divides by the
-gradient's own size, so that a rounding of a tiny gradient may turn a whole step. A step that overflowed in
-fp16 must have done so on both sides; its gradients are not looked at.
+In the first step both start from equal weights, and what casts and orders of sums can do is known better;
+not for fp8, nor with experts, where a rounding sends a token elsewhere.
+A gradient has come through n roundings of relative size u (bf16 2^-9, fp16 2^-12, fp32 2^-24), 12 a
+layer where matmuls are low and all else is fp32, four times as many where all is; they add up like a random
+walk to s = u sqrt(n). The largest element may be off by 7 s, the tensor's 2-norm by 4 s, and its *scale*, the
+projection of the difference on the judge's gradient, in which roundings average out, by
+s (1 + 4 / sqrt(elements)): a gradient times 1.02 is seen in bf16. Over both families, 3 to 12 layers and
+2 to 16 ranks 3.4 s, 2.7 s and 0.7 of the last were measured. Tensors that are only rounding (a key's bias)
+have a floor of 0.003 s of the norm.
+
+Weights at low precision are held to what the judge's optimizer makes of the plan's own gradients: exact up to
+fp32, where the judge's gradients would leave AdamW a whole step of freedom. A step that overflowed in fp16
+must have done so on both sides; its gradients are not looked at.
 """
 
 from __future__ import annotations
@@ -18,9 +28,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from partita.spec.job import Job
+from partita.spec.layout import Box
 from partita.verify.runs import RankSeen, StepSeen
 
 
@@ -39,9 +51,12 @@ BOUNDS = {
     "fp32": Bound(1e-5, 1e-4, 1e-3, 1e-6),
     "bf16": Bound(2e-2, 5e-2, 0.2, 1e-2),
     "fp16": Bound(4e-3, 1e-2, 0.04, 2e-3),
-    "fp8": Bound(1e-2, 3e-2, 0.6, 5e-2),
+    "fp8": Bound(1e-2, 8e-2, 0.6, 5e-2),
 }
-ADAM_STEPS = 4.2  # learning rates a weight may be off after two steps: one up here, one down there
+ROUNDING = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+ROUNDINGS_A_LAYER = {"fp32": 48, "bf16": 12, "fp16": 12}
+UPDATE = 2e-6  # of a tensor's largest element: fp32, a handful of operations
+UPDATE_LR = 1e-4  # of the learning rate: AdamW's quotient of two fp32 numbers
 
 
 @dataclass(frozen=True)
@@ -65,20 +80,25 @@ def relative(a: float, b: float) -> float:
 
 def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> list[Difference]:
     """The worst of each kind; the first bad one, by step, where there is one."""
-    bound = BOUNDS[job.plan.precision.dtype]
+    dtype = job.plan.precision.dtype
+    bound, low = BOUNDS[dtype], dtype != "fp64"
+    # a rounding may send a token to another expert
+    first = 0.0 if job.model.experts else walk(dtype, job.model.layers)
     found: list[Difference] = []
     for seen in ranks:
         for i, (mine, want) in enumerate(zip(seen.steps, judge, strict=True)):
-            found += _scalars(mine, want, bound, seen.rank, i)
-            finite = math.isfinite(want.norm)
-            scale = bound.floor * want.norm if finite else 0.0
-            if finite:
-                found += _tensors(
-                    "gradients", mine.gradients, want.gradients, (bound.tensor, scale), seen.rank, i
-                )
-            low = job.plan.precision.dtype != "fp64" and job.train.optimizer == "adamw"
-            slack = ADAM_STEPS * job.train.lr if low else 0.0
-            limits = (bound.tensor, max(scale * job.train.lr, slack))
+            tight, u = first > 0 and i == 0, ROUNDING.get(dtype, 0.0)
+            scalars = (8 * u, 16 * u) if tight else (bound.loss, bound.norm)
+            found += _scalars(mine, want, scalars, seen.rank, i)
+            if math.isfinite(want.norm) and tight:
+                found += _first_gradients(mine.gradients, want, first, seen.rank)
+            elif math.isfinite(want.norm):
+                limits = (bound.tensor, bound.floor * want.norm)
+                found += _tensors("gradients", mine.gradients, want.gradients, limits, seen.rank, i)
+            floor = bound.floor * want.norm if math.isfinite(want.norm) else 0.0
+            limits = (
+                (UPDATE, UPDATE_LR * job.train.lr) if low else (bound.tensor, floor * job.train.lr)
+            )
             found += _tensors("weights", mine.weights, want.weights, limits, seen.rank, i)
     worst: dict[str, Difference] = {}
     for d in found:
@@ -88,16 +108,48 @@ def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> l
     return list(worst.values())
 
 
+def walk(dtype: str, layers: int) -> float:
+    """s of the module: the relative size that the roundings of a forward and backward add up to; 0 where
+    the table alone holds."""
+    if dtype not in ROUNDING:
+        return 0.0
+    return ROUNDING[dtype] * math.sqrt(ROUNDINGS_A_LAYER[dtype] * (layers + 1))
+
+
+def _first_gradients(
+    mine: dict[str, list[tuple[Box, Tensor]]], want: StepSeen, s: float, rank: int
+) -> list[Difference]:
+    """Largest element, 2-norm and scale of a rank's part of each gradient."""
+    found = []
+    for name, boxes in mine.items():
+        largest = float(want.gradients[name].abs().max())
+        parts = [want.gradients[name][tuple(slice(a, b) for a, b in box)] for box, _ in boxes]
+        judge = torch.cat([p.reshape(-1) for p in parts]).double()
+        off = torch.cat([v.reshape(-1) for _, v in boxes]).double() - judge
+        most, floor = float(off.abs().max()), 0.003 * s * want.norm
+        size = float(judge.norm())
+        scale = abs(float(off @ judge)) / size if size else 0.0
+        bad = not (
+            most <= max(7 * s * largest, floor)
+            and float(off.norm()) <= 4 * s * size + floor
+            and scale <= s * (1 + 4 / math.sqrt(judge.numel())) * size + floor
+        )
+        found.append(
+            Difference("gradients", name, rank, 0, most / largest if largest else most, bad)
+        )
+    return found
+
+
 def _scalars(
-    mine: StepSeen, want: StepSeen, bound: Bound, rank: int, step: int
+    mine: StepSeen, want: StepSeen, bounds: tuple[float, float], rank: int, step: int
 ) -> list[Difference]:
     loss, norm = relative(mine.loss, want.loss), relative(mine.norm, want.norm)
     pairs = zip(mine.auxiliary, want.auxiliary, strict=True)
     aux = max((relative(a, b) for a, b in pairs), default=0.0)
     return [
-        Difference("auxiliary", "auxiliary", rank, step, aux, not aux <= bound.loss),
-        Difference("loss", "loss", rank, step, loss, not loss <= bound.loss),
-        Difference("grad_norm", "grad_norm", rank, step, norm, not norm <= bound.norm),
+        Difference("auxiliary", "auxiliary", rank, step, aux, not aux <= bounds[0]),
+        Difference("loss", "loss", rank, step, loss, not loss <= bounds[0]),
+        Difference("grad_norm", "grad_norm", rank, step, norm, not norm <= bounds[1]),
     ]
 
 

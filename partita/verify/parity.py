@@ -24,7 +24,15 @@ from partita.verify.batches import open_data
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
 from partita.verify.processes import run_processes
-from partita.verify.runs import RankSeen, StepSeen, declare, optimizers, run_judge, run_rank
+from partita.verify.runs import (
+    RankSeen,
+    StepSeen,
+    declare,
+    optimizers,
+    run_judge,
+    run_rank,
+    with_own_updates,
+)
 from partita.verify.shrink import shrink
 
 BACKENDS = ("local", "shm", "gloo")
@@ -176,14 +184,16 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     judge, _ = run_judge(job, data)
     ranks = run_ranks(job, data, backend)
+    if job.plan.precision.dtype != "fp64":
+        judge = with_own_updates(job, judge, ranks)
     return Trial(job, judge, ranks, differences(judge, ranks, job))
 
 
-def run_ranks(job: Job, data: Dataset, backend: str, watches: bool = False) -> list[RankSeen]:
+def run_ranks(job: Job, data: Dataset, backend: str, watched: int = -1) -> list[RankSeen]:
     """What every rank saw."""
     if backend == "local":
         with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
-            found = ranks.run(run_rank, job, data, watches)
+            found = ranks.run(run_rank, job, data, watched)
     else:
         found = run_processes(job, data, backend)
     declare(job, found)
@@ -191,9 +201,10 @@ def run_ranks(job: Job, data: Dataset, backend: str, watches: bool = False) -> l
 
 
 def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
-    """Runs the failing trial again on thread ranks, watched."""
-    _, judge = run_judge(trial.job, data, watches=True)
-    ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", watches=True)
+    """Runs the failing trial again on thread ranks, its first bad step watched."""
+    step = min((d.step for d in trial.found if d.bad), default=0)
+    _, judge = run_judge(trial.job, data, step)
+    ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", step)
     laid = lay(request_of(trial.job))
     for watched, seen in zip(ranks, trial.ranks, strict=True):
         watched.recorded = seen.recorded

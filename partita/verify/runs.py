@@ -7,6 +7,7 @@ tensors, so that every owner of every element is held against the judge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,8 +87,8 @@ def start_value(
     return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
 
 
-def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> RankSeen:
-    """STEPS steps of the plan on one rank."""
+def run_rank(world: World, job: Job, data: Dataset, watched: int = -1) -> RankSeen:
+    """STEPS steps of the plan on one rank; every segment of step `watched` is seen."""
     laid = lay(request_of(job))
     where = getattr(world, "where", None) or Where()
     context = make_context(laid, job, world, where)
@@ -104,12 +105,12 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
     update = make_update(model, job.train)
     built = Built(job, context, model, update, data)
     seen = RankSeen(context.rank, declared=laid.traffic(context.rank))
-    if watches:
+    if watched >= 0:
         watch_blocks(model, seen.watch)
     context.recorder.take()
     for step in range(STEPS):
         batch = rank_batch(built, step)
-        if watches and step == 0:
+        if step == watched:
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = model.forward_backward(batch)
@@ -117,8 +118,8 @@ def run_rank(world: World, job: Job, data: Dataset, watches: bool = False) -> Ra
         norm = update.step()
         if step == 0:
             seen.recorded = summarise(context.recorder.take())
-            seen.watch.stop()
             seen.routed = {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
+        seen.watch.stop()
         after, r = boxes(model, lambda unit: unit.master), model.routed
         seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
     return seen
@@ -147,17 +148,12 @@ def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> B
     return found
 
 
-def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[StepSeen], Watch]:
+def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen], Watch]:
     """The same steps on one device."""
     dtype = DTYPES[job.plan.precision.dtype]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = {
-        n: start_value(job, n, s, tuple((0, k) for k in s), wide)
-        for n, s in weight_shapes(job.model).items()
-    }
-    biases = [n for n in weights if n.endswith(BALANCE_BIAS)]
-    named = [(n, w, decays_weight(n)) for n, w in weights.items() if n not in biases]
-    optimizer = make_optimizer(named, job.train)
+    optimizer = JudgeUpdate.of(job, wide)
+    weights, biases = optimizer.weights, optimizer.biases
     scaler = LossScaler() if dtype == torch.float16 else None
     precision = job.plan.precision
     product = (
@@ -169,7 +165,7 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
         batches = whole_batch(data, job, step)
         judge = Reference(job.model, weights, dtype, job.seed, product=product)
         judge.step = step
-        if watches and step == 0:
+        if step == watched:
             watch.start(batches)
             judge.see = watch.see_whole
         scale = 1.0 if scaler is None else scaler.scale
@@ -183,18 +179,60 @@ def run_judge(job: Job, data: Dataset, watches: bool = False) -> tuple[list[Step
         if scaler is not None and not scaler.step(norm):
             found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
             continue
-        limit = job.train.clip_grad_norm
-        if limit and limit < norm + CLIP_EPSILON:
-            for g in (g for n, g in gradients.items() if n not in biases):
-                g.mul_(limit / (norm + CLIP_EPSILON))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(job.train, step + 1)
-        for n, w in weights.items():
-            w.grad = gradients[n]
-        optimizer.step()
-        for n in biases:
-            rows = kept[n]
-            weights[n] += job.model.router_bias_rate * (rows.mean() - rows).sign()
+        optimizer.step(gradients, norm, step)
         after = {n: w.clone() for n, w in weights.items()}
         found.append(StepSeen(loss, norm, kept, after, auxiliary))
     return found, watch
+
+
+@dataclass(frozen=True)
+class JudgeUpdate:
+    """The judge's optimizer, one tensor a weight; an expert's balance bias moves by its rows instead."""
+
+    job: Job
+    weights: dict[str, Tensor]
+    biases: list[str]
+    optimizer: torch.optim.Optimizer
+
+    @staticmethod
+    def of(job: Job, dtype: torch.dtype) -> JudgeUpdate:
+        """Over every weight as both runs start from it."""
+        weights = {
+            n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
+            for n, s in weight_shapes(job.model).items()
+        }
+        biases = [n for n in weights if n.endswith(BALANCE_BIAS)]
+        named = [(n, w, decays_weight(n)) for n, w in weights.items() if n not in biases]
+        return JudgeUpdate(job, weights, biases, make_optimizer(named, job.train))
+
+    def step(self, gradients: dict[str, Tensor], norm: float, step: int) -> None:
+        """Clips the gradients by their norm, in place, and updates the weights."""
+        limit = self.job.train.clip_grad_norm
+        if limit and limit < norm + CLIP_EPSILON:
+            for g in (g for n, g in gradients.items() if n not in self.biases):
+                g.mul_(limit / (norm + CLIP_EPSILON))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.job.train, step + 1)
+        for n, w in self.weights.items():
+            w.grad = gradients[n]
+        self.optimizer.step()
+        for n in self.biases:
+            rows = gradients[n]
+            self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
+
+
+def with_own_updates(job: Job, judge: list[StepSeen], ranks: Sequence[RankSeen]) -> list[StepSeen]:
+    """The judge's steps with the weights that its optimizer makes of the plan's own gradients: at low
+    precision a rounding of a tiny gradient turns a whole step of AdamW, and hides a wrong update."""
+    update, found = JudgeUpdate.of(job, torch.float32), []
+    for step, want in enumerate(judge):
+        own = {n: torch.zeros_like(w) for n, w in update.weights.items()}
+        for seen in reversed(ranks):
+            for name, boxes in seen.steps[step].gradients.items():
+                for box, values in boxes:
+                    own[name][tuple(slice(a, b) for a, b in box)] = values
+        norm = ranks[0].steps[step].norm
+        if math.isfinite(norm):
+            update.step(own, norm, step)
+        found.append(replace(want, weights={n: w.clone() for n, w in update.weights.items()}))
+    return found

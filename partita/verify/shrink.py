@@ -30,6 +30,7 @@ def shrink(job: Job) -> tuple[Job, str | None]:
     mesh, pipe = plan.mesh, plan.pipeline
     small = {"pp": min(mesh.pp, 4), "tp": min(mesh.tp, 4), "dp_replicate": min(mesh.dp_replicate, 2),
              "dp_shard": min(mesh.dp_shard, 2), "cp": _context(plan)}  # fmt: skip
+    small |= _expert_axes(plan, small["dp_shard"] * small["cp"] * small["tp"], small["tp"])
     microbatches = min(plan.num_microbatches, 2 * small["pp"])
     plan = replace(
         plan,
@@ -63,5 +64,26 @@ def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:
     vocab = 96 + spec.vocab % 32 if spec.vocab > 512 else spec.vocab
     return replace(
         spec, layers=layers, hidden=8 * heads, heads=heads, kv_heads=kv_heads, head_dim=8,
-        ffn_hidden=12 * small_tp, vocab=vocab,
+        ffn_hidden=12 * small_tp, vocab=vocab, **_experts(spec, small_tp),
     )  # fmt: skip
+
+
+def _expert_axes(plan: Plan, fold: int, tp: int) -> dict[str, int]:
+    """ep and etp of 2 where they were more than 1 and the small ranks allow it; etp stays tp where it was."""
+    mesh = plan.mesh
+    etp = tp if mesh.etp == mesh.tp and not mesh.sp else min(mesh.etp, 2)
+    etp = etp if fold % etp == 0 else 1
+    return {"etp": etp, "ep": min(mesh.ep, 2) if fold // etp % 2 == 0 else 1}
+
+
+def _experts(spec: ModelSpec, small_tp: int) -> dict[str, int]:
+    """Eight experts or fewer, in as many groups where there are groups; at most one dense layer."""
+    if not spec.experts:
+        return {}
+    experts = min(spec.experts, 8)
+    groups = spec.router_groups if experts % spec.router_groups == 0 else 1
+    return {
+        "experts": experts, "top_k": min(spec.top_k, 2), "expert_ffn_hidden": 12 * small_tp,
+        "router_groups": groups, "router_top_groups": min(spec.router_top_groups, groups),
+        "dense_layers": min(spec.dense_layers, 1), "shared_experts": min(spec.shared_experts, 1),
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from partita.verify.parity import verify
 PLANS = (
     "2mb", "dp4 ep4", "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "dp2 tp2+sp ep2 etp2 2mb",
     "dp2 tp2 ep2 etp2 2mb", "tp2 etp2 2mb", "pp2/2mb dp2 ep2", "dp_replicate2 dp2 ep2", "tp4+sp etp4 2mb",
+    "cp2 tp2+sp ep4 2mb", "dp2 cp2:ulysses ep2 2mb",
     "dp2 tp2+sp ep2 recompute:full", "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",
 )  # fmt: skip
 
@@ -34,6 +35,13 @@ def job(folder, plan, **model):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_equals_one_device(plan, folder):
     found = verify(job(folder, f"{plan} fp64"))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_five_dimensions(folder):
+    found = verify(job(folder, "dp_replicate2 dp_shard2.zero0 cp2 tp2+sp pp2/2mb ep4 fp64"))
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -54,6 +62,14 @@ def test_a_plan_equals_one_device_at_its_own_precision(plan, folder):
 def test_other_routers_equal_one_device(model, folder):
     found = verify(job(folder, "dp2 tp2+sp ep2 2mb fp64", **model))
     assert found.equal and found.traffic_equal, str(found)
+
+
+def test_a_published_plan_is_shrunk_with_its_experts(folder):
+    """Mixtral with tp+sp and folded ep; Switch's dp8 ep8."""
+    for plan in ("dp8 tp4+sp ep8 2mb fp64", "dp8 ep8 1mb fp64", "dp2 tp4 ep2 etp4 2mb fp64"):
+        big = {"hidden": 512, "heads": 16, "expert_ffn_hidden": 2048, "experts": 16, "layers": 5}
+        found = verify(job(folder, plan, batch=16, **big))
+        assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
 
 
 def trained(world, jobs):

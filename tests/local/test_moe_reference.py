@@ -7,7 +7,7 @@ import torch
 
 from partita.comm.seeds import normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
-from partita.model.reference_moe import Auxiliary, moe
+from partita.model.reference_moe import moe
 from partita.parallel.ep.router import choose
 from partita.spec.model import ModelSpec
 from partita.train.step import Microbatch
@@ -52,13 +52,12 @@ def test_only_the_best_groups_are_open(router):
 def test_later_positions_are_dropped_beyond_the_capacity():
     """One expert wanted by all: 2 of 6 rows stay with factor 2 * 6 * 1 / 6 experts; the others give zero."""
     spec = replace(MOE, experts=6, top_k=1, capacity_factor=2.0)
-    judge, aux = judge_of(spec), Auxiliary()
-    weights = dict(judge.weights)
+    judge = judge_of(spec)
     gate = torch.zeros(6, 8, dtype=torch.float64)
     gate[3] = 1.0
-    weights["blocks.1.router.gate"] = gate
+    judge = Reference(spec, {**judge.weights, "blocks.1.router.gate": gate})
     h = torch.rand(2, SEQ, 8, dtype=torch.float64) + 0.1
-    y = moe(spec, weights.__getitem__, "blocks.1", h, aux)
+    y, aux = moe(judge, "blocks.1", h), judge.auxiliary
     assert aux.counts["blocks.1"].tolist() == [0, 0, 0, 12, 0, 0]
     assert aux.dropped == 8
     assert (y.abs().sum(-1) > 0).tolist() == [[True, True, False, False, False, False]] * 2

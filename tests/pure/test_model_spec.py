@@ -176,6 +176,7 @@ GPT2: dict[str, Any] = {
     "activation_function": "gelu_new",
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
 }
 
 
@@ -223,6 +224,12 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
         ({**LLAMA, "num_attention_heads": "4"}, "num_attention_heads"),
         ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama, mixtral, gpt2 are"),
         ({**GPT2, "embd_pdrop": 0.1}, "embd_pdrop: 0.1"),
+        ({**GPT2, "attn_pdrop": 0.1}, "attn_pdrop: 0.1 differs from resid_pdrop (0.0)"),
+        ({k: v for k, v in GPT2.items() if k != "attn_pdrop"}, "attn_pdrop: 0.1"),
+        ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+        ({**LLAMA, "sliding_window": 512}, "sliding_window: 512"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config"),
+        ({**LLAMA, "logits_scaling": 8.0, "qk_norm": True}, "qk_norm: True is not known"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gpt2"}, "n_layer"),
         ({"model_type": ["llama"]}, "is not supported"),

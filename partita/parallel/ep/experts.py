@@ -3,12 +3,13 @@ dropped (MegaBlocks, Gale et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from partita.parallel.product import PLAIN, Product
 from partita.parallel.units import Matrix, Weight
 
 
@@ -23,8 +24,9 @@ class Grouped:
         """Stacked experts; `columns` counts the trailing dims that are contracted."""
         width = weight.value.shape[-columns:].numel()
         values, gradients = (t.view(t.shape[0], -1, width) for t in (weight.value, weight.gradient))
+        product = weight.unit.product_of
         pairs = zip(values, gradients, strict=True)
-        return Grouped(tuple(Matrix(v, g, weight.queue) for v, g in pairs))
+        return Grouped(tuple(Matrix(v, g, weight.queue, product(weight.name)) for v, g in pairs))
 
     def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """`counts` are the rows of each expert."""
@@ -42,7 +44,7 @@ class _Grouped(torch.autograd.Function):
         y = x.new_empty((x.shape[0], layer.matrices[0].value.shape[0]))
         for m, rows, out in zip(layer.matrices, x.split(counts), y.split(counts), strict=True):
             if rows.shape[0]:
-                torch.mm(rows, m.value.t(), out=out)
+                _multiply(m.product, rows, m.value.t(), out, m.multiply)
         return y
 
     @staticmethod
@@ -53,6 +55,16 @@ class _Grouped(torch.autograd.Function):
         parts = (dy.split(ctx.counts), dx.split(ctx.counts), x.split(ctx.counts))
         for m, d, out, rows in zip(ctx.layer.matrices, *parts, strict=True):
             if rows.shape[0]:
-                torch.mm(d, m.value, out=out)
+                _multiply(m.product, d, m.value, out, m.back)
                 m.accumulate(d, rows)
         return dx, None, None
+
+
+def _multiply(
+    product: Product, x: Tensor, right: Tensor, out: Tensor, other: Callable[[Tensor], Tensor]
+) -> None:
+    """A plain matmul goes straight to its place."""
+    if product is PLAIN:
+        torch.mm(x, right, out=out)
+    else:
+        out.copy_(other(x))

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from partita.base.errors import Problem
-from partita.parallel.room import Request, copy_to, error, reduce_from, region
+from partita.parallel.room import PRODUCT_ORDER, Request, copy_to, error, reduce_from, region
 from partita.spec.mesh import FOLD
 from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor, rewrite
 
@@ -34,6 +34,9 @@ def problems(job: Request) -> list[Problem]:
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
+    if m.capacity_factor is not None:
+        text = f"capacity_factor {m.capacity_factor} is not available in this version: no row is dropped"
+        found.append(error("ep", "capacity", text, asked="capacity_factor", limit="none"))
     for rule, axis, size, what in (
         ("experts", "ep", m.experts, "experts"),
         ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
@@ -81,7 +84,19 @@ def _row_dim(name: str, slots: Dim, sizes: Sizes, etp: bool) -> Dim:
     return replace(slots, name=name, cut=(*outer, *inner))
 
 
+def _join_sums(block: Block, writer: str) -> Block:
+    """The sums behind `writer`, one for each axis that cuts seq, as one over their product."""
+    name = f"{writer}:reduce_from"
+    chain = [op for op in block.ops() if op.name == name]
+    if len(chain) < 2:
+        return block
+    axes = sorted((a for op in chain for a in op.axes), key=PRODUCT_ORDER.index)
+    one = reduce_from(writer, tuple(axes), chain[0].reads[0], chain[-1].writes)
+    return rewrite(block, lambda op: (op,) if op.name != name else (one,) if op is chain[0] else ())
+
+
 def _lay_block(block: Block, sizes: Sizes) -> Block:
+    block = _join_sums(block, "router.count")
     t = block.tensors
     slots = t["sent"].dims[0]
     replicated = sizes["tp"] > 1 and "tp" not in slots.cut

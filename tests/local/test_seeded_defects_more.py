@@ -1,0 +1,176 @@
+"""More planted faults, other ways to be wrong than the sixteen: verify sees each where it begins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.comm.protocol import Done
+from partita.comm.recording import RecordingComm
+from partita.model import transformer
+from partita.model.dropout import Dropout
+from partita.parallel.dp.replicate import Reducer
+from partita.parallel.regions import Region
+from partita.parallel.units import Unit
+from partita.train import step as train_step
+from partita.train.step import Update
+from partita.verify import runs
+from partita.verify.parity import verify
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("defects")
+
+
+@pytest.fixture
+def judged(folder):
+    def judge(plan, family="llama", **model):
+        found = verify(verify_jobs.job(folder, plan, family, **model))
+        assert not found.equal, str(found)
+        assert found.divergence is not None, str(found)
+        return found.divergence
+
+    return judge
+
+
+def test_a_region_off_by_a_millionth_on_one_rank(judged, monkeypatch):
+    start = Region.start_forward
+
+    def off(self, x):
+        handle = start(self, x)
+        wrong = self.comm.rank == 1 and "blocks.2.mlp.down" in self.site
+        return Done(handle.wait() * (1 + 1e-6)) if wrong else handle
+
+    monkeypatch.setattr(Region, "start_forward", off)
+    at = judged("tp2 fp64")
+    assert (at.module, at.phase, at.rank) == ("blocks.2.mlp", "forward", 1)
+
+
+def test_shards_gathered_in_another_order(judged, monkeypatch):
+    start = RecordingComm.start_all_gather
+
+    def reversed_ranks(self, x, *, site, dim=0, out=None):
+        whole = start(self, x, site=site, dim=dim, out=out).wait()
+        return Done(torch.cat(whole.chunk(self.size, dim)[::-1], dim))
+
+    monkeypatch.setattr(RecordingComm, "start_all_gather", reversed_ranks)
+    at = judged("tp2+sp fp64")
+    assert at.phase == "forward" and at.expected == ("all_gather", "tp")
+
+
+def test_a_gradient_that_never_came_in_either_microbatch(judged, monkeypatch):
+    """Each microbatch has targets in one of the steps, so neither can hide."""
+    receive = RecordingComm.receive
+    for lost in (0, 1):
+
+        def drops(self, like, source, *, key, site, lost=lost):
+            handle = receive(self, like, source, key=key, site=site)
+            gone = key.kind == "B" and key.microbatch == lost
+            return Done(torch.zeros_like(handle.wait())) if gone else handle
+
+        monkeypatch.setattr(RecordingComm, "receive", drops)
+        at = judged("pp2/2mb fp64")
+        assert (at.module, at.phase) == ("blocks.2.mlp", "backward")
+
+
+def test_dropout_keyed_by_the_ranks_own_sample_number(judged, monkeypatch):
+    call = Dropout.__call__
+
+    def own(self, x, step, batch):
+        return call(self, x, step, replace(batch, samples=torch.arange(len(batch.samples))))
+
+    monkeypatch.setattr(Dropout, "__call__", own)
+    assert judged("dp2 fp64", "gpt2", dropout=0.2).module == "embedding"
+
+
+def test_the_last_position_of_a_table_is_the_one_before(judged, monkeypatch):
+    make = transformer.tables
+
+    def short(*given):
+        cos, sin = (t.clone() for t in make(*given))
+        cos[-1], sin[-1] = cos[-2], sin[-2]
+        return cos, sin
+
+    monkeypatch.setattr(transformer, "tables", short)
+    at = judged("2mb fp64")
+    assert (at.module, at.phase) == ("blocks.0.attention", "forward")
+
+
+def test_decay_of_norms_is_the_optimizers_fault(judged, monkeypatch):
+    monkeypatch.setattr(train_step, "decays_weight", lambda name: True)
+    at = judged("2mb fp64")
+    assert at.phase == "optimizer" and at.module.endswith("norm")
+
+
+def test_momentum_forgotten_between_steps(judged, monkeypatch):
+    step = Update.step
+
+    def forgets(self):
+        norm = step(self)
+        self.optimizer.state.clear()
+        return norm
+
+    monkeypatch.setattr(Update, "step", forgets)
+    at = judged("2mb fp64")
+    assert at.phase == "optimizer" and "update 2" in at.message
+
+
+def test_a_replica_that_drifts_after_the_last_step(judged, monkeypatch):
+    step = Update.step
+
+    def drifts(self):
+        norm = step(self)
+        if self.model.context.rank == 1 and self.updates == 2:
+            self.slots[-1].master.data.mul_(1 + 1e-6)
+        return norm
+
+    monkeypatch.setattr(Update, "step", drifts)
+    at = judged("dp2 fp64")
+    assert (at.phase, at.rank) == ("optimizer", 1)
+
+
+def test_masks_of_the_first_step_again_in_the_second(judged, monkeypatch):
+    call = Dropout.__call__
+    monkeypatch.setattr(Dropout, "__call__", lambda self, x, step, batch: call(self, x, 0, batch))
+    assert judged("2mb fp64", "gpt2", dropout=0.2).module == "embedding"
+
+
+def test_masters_rounded_to_bf16_are_seen_though_gradients_are_only_close(judged, monkeypatch):
+    round_working = Unit.round_working
+
+    def rounds_both(self):
+        round_working(self)
+        if self.working.dtype == torch.bfloat16:
+            self.master.data.copy_(self.working.reshape(-1))
+
+    monkeypatch.setattr(Unit, "round_working", rounds_both)
+    assert judged("2mb bf16").phase == "optimizer"
+
+
+def test_a_gradient_times_1_02_in_bf16_alone(judged, monkeypatch):
+    finish = Reducer.finish
+
+    def scaled(self):
+        finish(self)
+        for unit in self.units:
+            for weight, first, size in unit.places:
+                if weight == "blocks.1.mlp.down" and unit.working.dtype == torch.bfloat16:
+                    unit.gradient[first : first + size].mul_(1.02)
+
+    monkeypatch.setattr(Reducer, "finish", scaled)
+    at = judged("tp2 bf16", hidden=64, ffn_hidden=96, layers=3)
+    assert (at.phase, at.module) == ("gradient", "blocks.1.mlp.down")
+
+
+def test_a_swapped_pair_of_batches_on_one_stage(judged, monkeypatch):
+    right = runs.rank_batch
+
+    def swapped(built, step):
+        batch = right(built, step)
+        wrong = batch.microbatches[::-1] if built.context.rank == 1 else batch.microbatches
+        return replace(batch, microbatches=wrong)
+
+    monkeypatch.setattr(runs, "rank_batch", swapped)
+    assert judged("pp2/2mb fp64").rank == 1
