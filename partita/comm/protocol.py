@@ -13,7 +13,8 @@ error shows it. The phase and the step come from `Where`, which the executor mov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -34,6 +35,15 @@ class Where:
     stage: int = -1
     microbatch: int = -1
     activity: str = "starting"  # "data", "forward", "backward", "optimizer", "checkpoint", ...
+
+    @contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """For what belongs to another phase than the one under way."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
 
 
 @dataclass(frozen=True, slots=True)

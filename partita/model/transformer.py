@@ -141,8 +141,8 @@ class Maker:
     def vocab_range(self, table: str) -> tuple[int, int]:
         """(first id, real rows) of this rank's part of a table."""
         full = self.laid.full_name(self.name, table)
-        pieces = self.laid.layouts[full].pieces(self.laid.mesh, self.context.rank)
-        rows = self.weight(table).value.shape[0]
+        pieces = self.laid.layouts[full].alone.pieces(self.laid.mesh, self.context.rank)
+        rows = self.weight(table).shape[0]
         first = rows * self.context.coords["tp"]
         return first, sum(b - a for (a, b), *_ in (p.box for p in pieces))
 
@@ -163,8 +163,8 @@ class EmbeddingBlock:
         self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """Table, positions, dropout."""
-        h = self.lookup(batch.ids)
+        """Table, positions, dropout. x, where given, is empty: a place for backward to end at."""
+        h = self.lookup(batch.ids, x)
         if self.position is not None:
             if batch.split is None:
                 h = AddPosition.apply(h, self.position, self._span[0])

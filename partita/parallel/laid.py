@@ -1,6 +1,6 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
-    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result
+    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result; dp.join
 
 cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
 every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
@@ -16,6 +16,7 @@ from functools import cached_property
 from partita.base.errors import PlanError, Problem
 from partita.parallel.cp import rules as cp
 from partita.parallel.dp import rules as dp
+from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
 from partita.parallel.pp import rules as pp
@@ -29,8 +30,9 @@ from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Schedule
 from partita.spec.families import program as family_program
-from partita.spec.layout import Layout, layout_of
+from partita.spec.layout import Layout, flat_unit, layout_of
 from partita.spec.mesh import EXPERT, FOLD, Mesh
+from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
 
 ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
@@ -39,16 +41,20 @@ ROOMS = (dp, cp, tp, sp, ep, pp, recompute, precision)
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that lie in one flat buffer of a block: parameters, gradients, optimizer states.
+    """Weights that lie in one flat buffer: parameters, gradients, optimizer states.
 
-    `axes`: the gradient is summed over them once a step (site '<name>:reduce'). `across`: then between
-    the two places of pp that hold it, 'tied' or 'pp/copy' ('' where there is one). `weights`: (full
-    name, laid tensor, layout), in storage order.
+    `axes`: the gradient is partial over them; `shard`: those of them over which the states are cut as ZeRO's
+    `stage` says (dp/rules.py). `blocks`: the names of its holders on this place of pp, the first of which
+    names it. `across`: the gradient is then summed between the two places of pp that hold it, 'tied' or
+    'pp/copy' ('' where there is one). `weights`: (full name, laid tensor, layout), in storage order.
     """
 
     name: str  # 'blocks.3.unit[dp_replicate]' or 'embedding.table'
     axes: tuple[str, ...]
     weights: tuple[tuple[str, Tensor, Layout], ...]
+    blocks: tuple[str, ...]
+    shard: tuple[str, ...] = ()
+    stage: int = 0
     across: str = ""
 
 
@@ -59,6 +65,7 @@ class Laid:
     request: Request
     program: Program
     stages: tuple[Stage, ...]
+    flats: tuple[tuple[Flat, ...], ...]  # of each stage
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,6 +108,13 @@ class Laid:
         found["pp/copy"] = {tuple(sorted(s.places)) for s in self.stages if len(s.places) == 2}
         return {name: tuple(sorted(places)) for name, places in found.items()}
 
+    @property
+    def norm_axes(self) -> tuple[str, ...]:
+        """Axes over which ranks count other elements of the gradient."""
+        return tuple(
+            a for op in self.program.step if op.name == "step.norm:reduce_from" for a in op.axes
+        )
+
     def holders(self, full_name: str) -> tuple[int, ...]:
         """Places of pp that hold a weight; the first is primary."""
         return self._holders[full_name]
@@ -123,38 +137,60 @@ class Laid:
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """Full weight name -> layout."""
+        """Full weight name -> layout in its unit's buffer."""
         found: dict[str, Layout] = {}
-        for stage in self.stages:
-            for name, block in zip(stage.names, stage.blocks, strict=True):
-                for w in block.weights():
-                    full = self.full_name(name, w.name)
-                    found.setdefault(full, layout_of(w, self.sizes, self.holders(full)))
+        for units in self._units:
+            for unit in units:
+                for name, _, layout in unit.weights:
+                    found.setdefault(name, layout)
         return found
 
     def units(self, place: int) -> list[Unit]:
         """The flat units that a rank at a place of pp stores, each once."""
-        found: dict[str, Unit] = {}
+        return self._units[place]
+
+    @cached_property
+    def _units(self) -> list[list[Unit]]:
+        places = []
+        for place in range(self.sizes["pp"]):
+            found: dict[str, Unit] = {}
+            for stage in self.stages_of(place):
+                for flat in self.flats[stage.index]:
+                    unit = self._unit(stage, flat)
+                    known = found.get(unit.name)
+                    if known is not None:  # a tied weight of two stages
+                        unit = replace(known, blocks=(*known.blocks, *unit.blocks))
+                    found[unit.name] = unit
+            places.append(list(found.values()))
+        return places
+
+    def _unit(self, stage: Stage, flat: Flat) -> Unit:
         tied = self.program.tied
-        for name, block in self._blocks(place):
-            laid = dp.units(block, tied, self.sizes, self.request.model.kv_heads)
-            for unit, (axes, weights) in laid.items():
-                full = unit if unit in tied else f"{name}.{unit}"
-                if full in found:
-                    continue
-                held = [(self.full_name(name, w.name), w) for w in weights]
-                places = tuple((n, w, self.layouts[n]) for n, w in held)
-                found[full] = Unit(full, axes, places, self._across(held[0][0]))
-        return list(found.values())
+        held: dict[str, Tensor] = {}
+        for at, names in zip(flat.blocks, flat.weights, strict=True):
+            tensors = stage.blocks[at].tensors
+            held |= {self.full_name(stage.names[at], n): tensors[n] for n in names}
+        layouts = [layout_of(w, self.sizes, self.holders(n)) for n, w in held.items()]
+        first = stage.names[flat.blocks[0]]
+        return Unit(
+            flat.name if flat.name in tied else f"{first}.{flat.name}",
+            flat.axes,
+            tuple(zip(held, held.values(), flat_unit(layouts, flat.shard), strict=True)),
+            tuple(stage.names[at] for at in flat.blocks),
+            flat.shard,
+            dp.zero_stage(self.request.plan) if flat.shard else 0,
+            self._across(next(iter(held))),
+        )
 
     def _across(self, weight: str) -> str:
         if len(self.holders(weight)) == 1:
             return ""
         return "pp/copy" if self.schedule.direction is not None else "tied"
 
-    def _blocks(self, place: int) -> list[tuple[str, Block]]:
-        pairs = (zip(s.names, s.blocks, strict=True) for s in self.stages_of(place))
-        return [pair for stage in pairs for pair in stage]
+    def _across(self, weight: str) -> str:
+        if len(self.holders(weight)) == 1:
+            return ""
+        return "pp/copy" if self.schedule.direction is not None else "tied"
 
     def traffic(self, rank: int, routing: Routing | None = None) -> list[TrafficLine]:
         """What the rank sends in one step, exactly; where experts are, for what the routers chose. Without
@@ -280,20 +316,28 @@ def lay(request: Request) -> Laid:
     for room in (dp, cp, tp, sp, ep, recompute):
         program = room.lay(request, program)
     two_ways = pp.schedule_of(plan).direction is not None
-    program = step_sums(dp.reduce(request, program), plan.sizes, two_ways)
+    program = step_sums(dp.reduce(request, program), plan, two_ways)
     program = precision.lay(request, program)
     wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
     if wrong:
         raise AssertionError("; ".join(wrong))
-    return Laid(request, program, pp.stages(request, program))
+    stages, flats = [], []
+    for stage in pp.stages(request, program):
+        flats.append(dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads))
+        stages.append(
+            replace(stage, blocks=dp.join(stage.blocks, flats[-1], program.tied, plan.sizes))
+        )
+    return Laid(request, program, tuple(stages), tuple(flats))
 
 
-def step_sums(program: Program, sizes: dict[str, int], two_ways: bool = False) -> Program:
+def step_sums(program: Program, plan: Plan, two_ways: bool = False) -> Program:
     """What is summed once a step: the loss leaves its block as a partial sum, and is reduced after the
     last microbatch over the product of the axes that cut the labels; so is the count of valid tokens,
-    before the first. Then the loss goes to every stage, and the gradient's norm over its shards. A
-    schedule that goes two ways leaves the loss at both ends: it is summed over pp too."""
+    before the first. Then the loss goes to every stage; the norm is summed over ranks that count different
+    elements of the gradient. A schedule that goes two ways leaves the loss at both ends: it is summed over
+    pp too."""
     *body, head = program.blocks
+    sizes = plan.sizes
     chain = [
         op for op in head.ops() if op.kind == "reduce_from" and op.name == "loss.mean:reduce_from"
     ]
@@ -305,7 +349,7 @@ def step_sums(program: Program, sizes: dict[str, int], two_ways: bool = False) -
     output = next(op.writes for op in head.ops() if op.name == "loss.mean")
     head = replace(head, segments=segments, output=output)
     cut_labels = tuple(a for d in head.tensors["valid"].dims for a in d.cut if sizes[a] > 1)
-    norm_axes = _norm_axes(program.blocks, sizes)
+    norm_axes = _norm_axes(program.blocks, plan)
     step: list[Op] = []
     tensors = {"step.count": Tensor("step.count", (), "count")}
     tensors |= {n: Tensor(n, (), "sum") for n in ("step.loss", "step.norm")}
@@ -331,11 +375,12 @@ def step_sums(program: Program, sizes: dict[str, int], two_ways: bool = False) -
     return replace(program, blocks=(*body, head), step=tuple(step), tensors=tensors)
 
 
-def _norm_axes(blocks: Iterable[Block], sizes: dict[str, int]) -> tuple[str, ...]:
-    """Axes over which elements lie apart, or are counted by one rank: experts lie on the whole fold."""
+def _norm_axes(blocks: Iterable[Block], plan: Plan) -> tuple[str, ...]:
+    """Axes over which elements lie apart, or are counted by one rank: experts and what ZeRO cuts lie on
+    the whole fold."""
     cut = {a for b in blocks for w in b.weights() for a in w.axes()}
-    fold = FOLD if cut & (set(EXPERT) - {"pp", "dp_replicate"}) else ("tp",)
-    return tuple(a for a in ("pp", *fold) if sizes[a] > 1)
+    apart = dp.zero_stage(plan) or cut & (set(EXPERT) - {"pp", "dp_replicate"})
+    return tuple(a for a in ("pp", *(FOLD if apart else ("tp",))) if plan.sizes[a] > 1)
 
 
 def _once(name: str, kind: str, axes: Iterable[str], collective: str) -> Op:

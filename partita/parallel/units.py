@@ -4,6 +4,10 @@
     working   what modules multiply by: the master itself, or its bf16 copy
     gradient  as wide as the master; every microbatch adds to it, through `accumulate`
 
+ZeRO cuts a unit over some ranks: each stores its part of the masters (stage 1), of the gradients too (2),
+of the working weights too (3). What modules use is always the whole unit: a Buffer, which is lent
+memory for a while where only a part is stored.
+
 A Weight is a view of its unit: its value shaped as laid, its gradient beside it. Neighbours in one unit
 can be multiplied as one matrix, since they lie side by side.
 """
@@ -19,7 +23,9 @@ from torch import Tensor
 
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
+from partita.parallel.laid import Unit as LaidUnit
 from partita.parallel.product import PLAIN, Product
+from partita.spec.layout import product_coordinate
 
 
 def plain(weight: str) -> Product:
@@ -27,12 +33,52 @@ def plain(weight: str) -> Product:
     return PLAIN
 
 
+class Buffer:
+    """A flat tensor and shaped views of it, which follow it to other memory; without memory the views
+    are empty, so that using a weight which is not there is an error."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
+        self.tensor: Tensor | None = None
+        self._views: list[tuple[Tensor, int, tuple[int, ...]]] = []
+
+    def view(self, first: int, shape: tuple[int, ...]) -> Tensor:
+        """Elements from `first` on, in row-major order."""
+        made = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._views.append((made, first, shape))
+        if self.tensor is not None:
+            _follow(made, self.tensor, first, shape)
+        return made
+
+    def lend(self, tensor: Tensor) -> None:
+        """From now on the views show this tensor, of `size` elements."""
+        self.tensor = tensor
+        for view, first, shape in self._views:
+            _follow(view, tensor, first, shape)
+
+    def take(self) -> Tensor:
+        """The memory back."""
+        tensor, self.tensor = self.tensor, None
+        assert tensor is not None, "nothing is lent"
+        for view, *_ in self._views:
+            view.set_()
+        return tensor
+
+
+def _follow(view: Tensor, tensor: Tensor, first: int, shape: tuple[int, ...]) -> None:
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    with torch.no_grad():
+        view.set_(tensor.untyped_storage(), tensor.storage_offset() + first, shape, strides)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A rank's part of one weight: `value` in the compute dtype, `gradient` in the wide one, both of the
-    laid local shape (a padded vocabulary counts its padding). `unit` and `first` say where it lies."""
+    laid local `shape` (a padded vocabulary counts its padding) while the unit is there. `unit` and `first`
+    say where it lies."""
 
     name: str
+    shape: tuple[int, ...]
     value: Tensor
     gradient: Tensor
     unit: Unit
@@ -45,78 +91,117 @@ class Weight:
 
     def matrix(self, columns: int = 1) -> Matrix:
         """Value and gradient as [rows, columns]; `columns` counts the trailing dims folded into them."""
-        split = self.value.dim() - columns
-        rows = prod(self.value.shape[:split])
-        value, gradient = self.value.view(rows, -1), self.gradient.view(rows, -1)
-        return Matrix(value, gradient, self.queue, self.unit.product_of(self.name))
+        rows = prod(self.shape[: len(self.shape) - columns])
+        return self.unit.matrix(self.name, self.first, (rows, prod(self.shape) // rows))
 
     def accumulate(self, part: Tensor) -> None:
         """gradient += part, of its number of elements: now, or at the W of a split backward."""
-        self.queue.add(self.gradient.add_, part.view(self.gradient.shape))
+        self.queue.add(self.gradient.add_, part.view(self.shape))
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """One flat unit of a stage; `places` are (full weight name, first element, elements)."""
+    """One flat unit of a stage; `places` are (full weight name, first element, elements) of the whole.
 
-    name: str
+    `working`, `master` and `gradient` are what is stored: flat, whole or this rank's `part` of the whole; the
+    last two lie beside each other, element by element. `values` and `gradients` are the whole unit.
+    """
+
+    spec: LaidUnit
     places: tuple[tuple[str, int, int], ...]
     shapes: tuple[tuple[int, ...], ...]
+    part: slice
     working: Tensor
     master: Tensor
     gradient: Tensor
+    values: Buffer
+    gradients: Buffer
     queue: WeightQueue = field(default_factory=WeightQueue)
     product_of: Callable[[str], Product] = plain
 
+    @property
+    def name(self) -> str:
+        """Its site without the kind."""
+        return self.spec.name
+
+    @property
+    def shard(self) -> Tensor:
+        """This rank's part of the working values."""
+        return self.working if self.spec.stage == 3 else self.working[self.part]
+
     def round_working(self) -> None:
-        """Rounds the masters into the working copies; nothing where they are one."""
-        if self.master is not self.working:
-            self.working.copy_(self.master)
+        """Rounds the masters into this rank's part of the working values; nothing where they are one."""
+        if self.master.dtype != self.working.dtype:
+            self.shard.copy_(self.master)
 
     def weights(self) -> dict[str, Weight]:
         """Full name -> Weight."""
         found = {}
-        for (name, first, size), shape in zip(self.places, self.shapes, strict=True):
-            part = slice(first, first + size)
-            value, gradient = self.working[part].view(shape), self.gradient[part].view(shape)
-            found[name] = Weight(name, value, gradient, self, first)
+        for (name, first, _), shape in zip(self.places, self.shapes, strict=True):
+            value, gradient = self.values.view(first, shape), self.gradients.view(first, shape)
+            found[name] = Weight(name, shape, value, gradient, self, first)
         return found
+
+    def matrix(self, name: str, first: int, shape: tuple[int, int]) -> Matrix:
+        """Elements from `first` on as one matrix, multiplied as the weight `name` is."""
+        value, gradient = self.values.view(first, shape), self.gradients.view(first, shape)
+        return Matrix(value, gradient, shape, self.queue, self.product_of(name))
 
 
 def make_units(
     laid: Laid,
-    stage: int,
+    rank: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     queue: WeightQueue | None = None,
     product_of: Callable[[str], Product] = plain,
 ) -> list[Unit]:
-    """The stage's units, zeroed, from the laid program's layouts: no shape is computed twice. Their
-    gradients are added to through one `queue`."""
+    """The units that a rank stores, zeroed, from the laid program's layouts: no shape is computed twice.
+    Their gradients are added to through one `queue`."""
     queue = queue or WeightQueue()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    at = laid.mesh.coords(rank)
     found = []
-    for spec in laid.units(stage):
+    for spec in laid.units(at["pp"]):
         shapes = tuple(local_shape(t, laid.sizes) for _, t, _ in spec.weights)
         places, first = [], 0
         for (name, _, _), shape in zip(spec.weights, shapes, strict=True):
             places.append((name, first, prod(shape)))
             first += prod(shape)
-        master = torch.zeros(first, dtype=wide, device=device)
-        gradient = torch.zeros(first, dtype=wide, device=device)
-        working = master if dtype == wide else torch.zeros(first, dtype=dtype, device=device)
-        found.append(
-            Unit(spec.name, tuple(places), shapes, working, master, gradient, queue, product_of)
-        )
+        ways, mine = product_coordinate(laid.sizes, at, spec.shard)
+        each = -(-first // ways)
+        part = slice(mine * each, (mine + 1) * each)
+        tensors = _allocate(spec.stage, each * ways, part, dtype, device)
+        found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
+
+
+def _allocate(
+    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:
+    """What a rank stores of a unit of `size` elements at a ZeRO stage: working, master, gradient."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    each = part.stop - part.start
+    values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
+    working = torch.zeros(each if stage == 3 else size, dtype=dtype, device=device)
+    shard = working if stage == 3 else working[part]
+    master = shard if dtype == wide else torch.zeros(each, dtype=wide, device=device)
+    gradient = torch.zeros(each if stage >= 2 else size, dtype=wide, device=device)
+    if stage < 3:
+        values.lend(working)
+    if stage < 2:
+        gradients.lend(gradient)
+        gradient = gradient[part]
+    return working, master, gradient, values, gradients
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What one matmul multiplies by: [rows, columns] of one weight, or of neighbours side by side."""
+    """What one matmul multiplies by: `shape` [rows, columns] of one weight, or of neighbours side by
+    side."""
 
     value: Tensor
     gradient: Tensor
+    shape: tuple[int, int]
     queue: WeightQueue
     product: Product = PLAIN
 
@@ -147,7 +232,7 @@ def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
     for w in weights:
         last = runs[-1][-1] if runs else None
         joined = (
-            last is not None and last.unit is w.unit and last.first + last.value.numel() == w.first
+            last is not None and last.unit is w.unit and last.first + prod(last.shape) == w.first
         )
         if joined:
             runs[-1].append(w)
@@ -155,9 +240,7 @@ def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:
             runs.append([w])
     found = []
     for run in runs:
-        unit, first = run[0].unit, run[0].first
-        width = prod(run[0].value.shape[run[0].value.dim() - columns :])
-        part = slice(first, first + sum(w.value.numel() for w in run))
-        value, gradient = unit.working[part].view(-1, width), unit.gradient[part].view(-1, width)
-        found.append(Matrix(value, gradient, unit.queue, unit.product_of(run[0].name)))
+        first, rest = run[0], prod(run[0].shape[len(run[0].shape) - columns :])
+        size = sum(prod(w.shape) for w in run)
+        found.append(first.unit.matrix(first.name, first.first, (size // rest, rest)))
     return found

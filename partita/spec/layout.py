@@ -50,6 +50,13 @@ class Section:
             end, primary = first + base + (at < more), True
         return self._clip(first * width), self._clip(end * width), primary
 
+    def widest(self, ways: int) -> int:
+        """What the holder of most stores of it, padding counted."""
+        width = self.size // self.units
+        if self.share and self.units < ways:
+            return width
+        return -(-(self.padded or self.units) // ways) * width
+
     def _clip(self, offset: int) -> int:
         return self.start + min(offset, self.size)
 
@@ -81,8 +88,10 @@ class Layout:
     """Where the elements of a tensor of `shape` lie.
 
     `stages`: pp coordinates that hold it, the first is primary (a tied weight lies on two).
-    `view`: the axes it speaks of, dense or experts'. `flat`: axes over which the flat buffer of its
-    unit is sharded; then `unit` are the unit's layouts in order and `index` its own place.
+    `view`: the axes it speaks of, dense or experts'. A weight of a flat unit: `unit` are the unit's
+    layouts in order and `index` its own place; each takes as much of the buffer as the rank that holds
+    most of it stores, so that all ranks' buffers are alike. `flat`: axes over which the buffer is
+    sharded, each rank storing a ceil(1/ways) of it.
     """
 
     shape: tuple[int, ...]
@@ -93,24 +102,35 @@ class Layout:
     unit: tuple[Layout, ...] = ()
     index: int = 0
 
+    @property
+    def alone(self) -> Layout:
+        """The weight by itself: what a module multiplies by, wherever its unit's shards lie."""
+        return replace(self, flat=(), unit=(), index=0)
+
     def pieces(self, mesh: Mesh, rank: int) -> list[Piece]:
         """What the rank holds of the tensor, in the order of its local storage."""
         at = mesh.coords(rank)
         if at["pp"] not in self.stages:
             return []
         pieces = list(self._dense(mesh, at))
-        if not self.flat:
+        if not self.unit:
             return pieces
-        before = sum(x.local_numel(mesh, at) for x in self.unit[: self.index])
-        total = sum(x.local_numel(mesh, at) for x in self.unit)
+        before = sum(x.stored(mesh.sizes) for x in self.unit[: self.index])
+        if not self.flat:
+            return [replace(p, start=before + p.start) for p in pieces]
+        total = sum(x.stored(mesh.sizes) for x in self.unit)
         ways, mine = product_coordinate(mesh.sizes, at, self.flat)
         each = -(-total // ways)
         shard = (mine * each, min((mine + 1) * each, total))
         return [p for x in pieces for p in _clip_to_shard(x, before, shard)]
 
-    def local_numel(self, mesh: Mesh, at: Mapping[str, int]) -> int:
-        """Elements a rank at these coordinates holds before flat sharding; padding left out."""
-        return sum(p.numel() for p in self._dense(mesh, at))
+    def stored(self, sizes: Sizes) -> int:
+        """Elements of a rank's local storage before flat sharding, padding counted: alike on all."""
+        shape = list(self.shape)
+        for c in self.cuts:
+            ways = prod(sizes[a] for a in c.axes)
+            shape[c.dim] = sum(s.widest(ways) for s in c.sections)
+        return prod(shape)
 
     def _dense(self, mesh: Mesh, at: Mapping[str, int]) -> Iterator[Piece]:
         """Boxes of the local tensor, which is the sections side by side along each cut dim."""
@@ -189,9 +209,9 @@ def layout_of(weight: Tensor, sizes: Sizes, stages: tuple[int, ...] = (0,)) -> L
     return Layout(tuple(d.size for d in weight.dims), tuple(cuts), stages, view)
 
 
-def flat_unit(layouts: Sequence[Layout], axes: tuple[str, ...]) -> list[Layout]:
-    """The layouts of a unit whose flat buffer is sharded over `axes`."""
-    whole = tuple(layouts)
+def flat_unit(layouts: Sequence[Layout], axes: tuple[str, ...] = ()) -> list[Layout]:
+    """The layouts of a unit: side by side in one flat buffer, sharded over `axes`."""
+    whole = tuple(x.alone for x in layouts)
     return [replace(x, flat=axes, unit=whole, index=i) for i, x in enumerate(whole)]
 
 

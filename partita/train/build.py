@@ -27,7 +27,6 @@ from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
 from partita.parallel.cp.split import Split
 from partita.parallel.deferred import WeightQueue
-from partita.parallel.dp.replicate import Reducer
 from partita.parallel.laid import Laid, lay
 from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
@@ -36,7 +35,7 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import product_coordinate
 from partita.train.data import Dataset, open_dataset
-from partita.train.pipeline import make_evaluator, make_executor
+from partita.train.pipeline import data_parallel, make_evaluator, make_executor
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
 from partita.train.streams import Batch
 
@@ -173,36 +172,20 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     """Units, blocks, executors and reducer of this rank's stages; `fill` sets the units' masters."""
     place, precision = context.coords["pp"], job.plan.precision
     dtype, product = DTYPES[precision.dtype], partial(product_of, precision)
-    units = make_units(laid, place, dtype, context.device, WeightQueue(), product)
+    units = make_units(laid, context.rank, dtype, context.device, WeightQueue(), product)
     for unit in units:
         fill(unit)
-        unit.round_working()
     blocks = build_blocks(job.model, laid, place, context, units)
-    reducer = _reducer(laid, place, context, units)
-    executor = make_executor(laid, context, blocks, reducer, dtype)
+    reducer, parameters, data = data_parallel(laid, context, units)
+    parameters.refresh()
+    executor = make_executor(laid, context, blocks, data, dtype)
     row = [block for stage in blocks.values() for block in stage]
     model = Model(
-        laid, context, place, row, units, executor, reducer, step_comms(laid, context),
+        laid, context, place, row, units, executor, reducer, parameters, step_comms(laid, context),
         make_evaluator(executor),
     )  # fmt: skip
     model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
     return model
-
-
-def _reducer(laid: Laid, place: int, context: Context, units: list[Unit]) -> Reducer:
-    holders = {
-        u.name: frozenset(
-            name
-            for s in laid.stages_of(place)
-            for name, block in zip(s.names, s.blocks, strict=True)
-            if any(laid.full_name(name, w.name) == u.places[0][0] for w in block.weights())
-        )
-        for u in units
-    }
-    specs = {u.name: u for u in laid.units(place)}
-    sums = {n: context.comm(*x.axes, lane="dp") for n, x in specs.items() if x.axes}
-    ties = {n: context.comm(x.across, lane="dp") for n, x in specs.items() if x.across}
-    return Reducer(units, holders, sums, ties, context.where, units[0].queue)
 
 
 def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
@@ -219,9 +202,9 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
             return initial_value(job.seed, name, shape, box, layers=job.model.layers)
 
     def fill(unit: Unit) -> None:
-        for weight, first, _ in unit.places:
+        for weight, *_ in unit.places:
             for piece in laid.layouts[weight].pieces(laid.mesh, context.rank):
-                part = unit.master[first + piece.start : first + piece.start + piece.numel()]
+                part = unit.master[piece.start : piece.start + piece.numel()]
                 part.copy_(value(weight, piece.box).reshape(-1))
 
     return fill

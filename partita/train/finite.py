@@ -12,7 +12,7 @@ Each rank looks at its own; the earliest place over all ranks is told, by all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.base.errors import NonFiniteError
 from partita.parallel.laid import Laid
+from partita.parallel.units import Unit
 from partita.train.step import Model, StepBatch
 
 TEXT = 240  # bytes of a place's name that are exchanged
@@ -88,14 +89,22 @@ def _named(lead: str, places: Sequence[Place], end: str) -> NonFiniteError:
     return error
 
 
+def stored(model: Model, unit: Unit) -> Iterator[tuple[str, slice]]:
+    """Each weight's pieces in what this rank stores of a unit."""
+    laid = model.laid
+    for name, *_ in unit.places:
+        for piece in laid.layouts[name].pieces(laid.mesh, model.context.rank):
+            yield name, slice(piece.start, piece.start + piece.numel())
+
+
 def bad_weight(model: Model) -> Place | None:
     """The first weight of this rank that is not finite."""
     order = _weight_order(model.laid)
     found = [
         Place(1, 0, order[name], f"weight {name}")
         for unit in model.units
-        for name, first, size in unit.places
-        if not bool(torch.isfinite(unit.master[first : first + size]).all())
+        for name, part in stored(model, unit)
+        if not bool(torch.isfinite(unit.master[part]).all())
     ]
     return min(found, default=None)
 
@@ -106,8 +115,8 @@ def _bad_gradient(model: Model) -> Place | None:
     found = [
         Place(3, 0, len(order) - order[name], f"gradient of {name}")
         for unit in model.units
-        for name, first, size in unit.places
-        if not bool(torch.isfinite(unit.gradient[first : first + size]).all())
+        for name, part in stored(model, unit)
+        if not bool(torch.isfinite(unit.gradient[part]).all())
     ]
     return min(found, default=None)
 

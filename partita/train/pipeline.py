@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partita.comm.context import Context
-from partita.parallel.dp.replicate import Reducer
+from partita.parallel.dp.replicate import Reducer, UnitComms
+from partita.parallel.dp.zero import DataParallel, Gatherer, Needs, Parameters
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Channel, Executor
-from partita.parallel.pp.rules import forward_of, lane
+from partita.parallel.pp.rules import Stage, forward_of, lane
+from partita.parallel.units import Unit
 from partita.train.stage import StageBlocks
 
 
 def make_executor(
-    laid: Laid, context: Context, blocks: Mapping[int, list[Any]], reducer: Reducer,
+    laid: Laid, context: Context, blocks: Mapping[int, list[Any]], data: Mapping[int, DataParallel],
     dtype: torch.dtype,
 ) -> Executor:  # fmt: skip
     """The executor of a step. `blocks` are this rank's stages by index, built."""
-    modules = {i: StageBlocks(b, laid.stages[i].names, reducer) for i, b in blocks.items()}
+    modules = {i: StageBlocks(b, data[i]) for i, b in blocks.items()}
+    reducer = next(iter(data.values())).reducer
     return Executor(
         modules, laid.schedule, context.coords["pp"], _channels(laid, context), context.where,
         _activation(laid, dtype, context.device), reducer.queue,
         lambda stage: reducer.arm(laid.stages[stage].names),
     )  # fmt: skip
+
+
+def data_parallel(
+    laid: Laid, context: Context, units: Sequence[Unit]
+) -> tuple[Reducer, Parameters, dict[int, DataParallel]]:
+    """What a rank's units need of other ranks, as the regions of its blocks say; and for each of its
+    stages what is done around its blocks."""
+    comms = {}
+    for unit in units:
+        spec = unit.spec
+        other = [a for a in spec.axes if a not in spec.shard]
+        comms[unit.name] = UnitComms(
+            context.comm(*spec.shard, lane="dp") if spec.shard else None,
+            context.comm(*other, lane="dp") if other else None,
+            context.comm(spec.across, lane="dp") if spec.across else None,
+        )
+    reducer = Reducer(units, comms, context.where, units[0].queue)
+    parameters = Parameters(units, comms, context.where)
+    prefetch = laid.request.plan.data.prefetch
+    found = {}
+    for stage in laid.stages_of(context.coords["pp"]):
+        gatherer = Gatherer(parameters, _needs(laid, stage, units), prefetch)
+        found[stage.index] = DataParallel(stage.names, reducer, gatherer)
+    return reducer, parameters, found
+
+
+def _needs(laid: Laid, stage: Stage, units: Sequence[Unit]) -> list[Needs]:
+    """Block by block, the stage-3 units it gathers in each phase."""
+    known = {unit.name: unit for unit in units if unit.spec.stage == 3}
+    needs = []
+    for name, block in zip(stage.names, stage.blocks, strict=True):
+        found: dict[str, list[Unit]] = {"F": [], "B": [], "step": []}
+        for op in block.regions:
+            unit = known.get(laid.site(name, op.name).rpartition(":")[0])
+            if op.kind == "gather" and unit is not None:
+                for event in op.events:
+                    found[event.phase].append(unit)
+        needs.append(Needs(*map(tuple, found.values())))
+    return needs
 
 
 def make_evaluator(executor: Executor) -> Executor:

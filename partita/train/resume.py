@@ -80,12 +80,13 @@ def boxes(
     mesh, rank = model.laid.mesh, model.context.rank
     for slot in update.slots:
         flat = {"weight": slot.master, **states[slot.name]}
-        for weight, first, _ in slot.weights:
+        for weight in slot.weights:
             for piece in model.laid.layouts[weight].pieces(mesh, rank):
                 if primary and not piece.primary:
                     continue
                 shape = tuple(b - a for a, b in piece.box)
-                inside = slice(first + piece.start, first + piece.start + piece.numel())
+                start = piece.start - slot.start
+                inside = slice(start, start + piece.numel())
                 yield weight, piece.box, [(r, x[inside].view(shape)) for r, x in flat.items()]
 
 
@@ -198,6 +199,5 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
     for slot in update.slots:
         done = manifest.step - skipped
         restore_state(update.optimizer, slot.master, states[slot.name], done)
-    for unit in model.units:
-        unit.round_working()
+    model.parameters.refresh()
     return manifest.step

@@ -56,8 +56,7 @@ def load_single(step_folder: Path, job: Job) -> Model:
                 )
             )
     load(step_folder, wanted)
-    for unit in model.units:
-        unit.round_working()
+    model.parameters.refresh()
     for block in model.blocks:
         block.training = False
     return model

@@ -3,7 +3,7 @@
 count   valid tokens of the step, summed over the axes that cut labels (8 bytes, last stage)
 run     the schedule; gradients add up in flat units; units are reduced under the last backward
 loss    summed over the same axes in fp64, sent to every stage (8 bytes each)
-norm    sum of squares of what this rank counts, summed over pp and tp in fp64 (8 bytes)
+norm    sum of squares of what this rank counts, summed over ranks that count other elements (8 bytes)
 update  clip by the global norm, AdamW or SGD on masters, working weights rounded from them
 """
 
@@ -22,6 +22,7 @@ from partita.comm.context import Context
 from partita.comm.protocol import Comm
 from partita.parallel.cp.split import Split
 from partita.parallel.dp.replicate import Reducer
+from partita.parallel.dp.zero import Parameters
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Executor
@@ -88,6 +89,7 @@ class Model:
     units: Sequence[Any]
     executor: Executor
     reducer: Reducer
+    parameters: Parameters
     comms: StepComms
     forward_only: Executor | None = None
     scaler: LossScaler | None = None  # under fp16
@@ -134,8 +136,7 @@ class Model:
         """Zeroes gradients and tells the head how many valid tokens the step has."""
         where = self.context.where
         where.step, where.phase, where.activity = batch.step + 1, "step", "count"
-        for unit in self.units:
-            unit.gradient.zero_()
+        self.reducer.begin()
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for block in self.blocks:
             block.step, block.loss_scale = batch.step, scale
@@ -172,16 +173,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the optimizer: a run of a unit's weights that all decay, or all do not.
-
-    `weights` are (full name, first element in the slot, elements).
-    """
+    """One tensor of the optimizer: of a unit's weights a run that all decay, or all do not, as far as
+    this rank stores it. `start`: where it lies in what is stored of the unit. `weights`: full names."""
 
     name: str
+    start: int
     master: Tensor
     gradient: Tensor
     decays: bool
-    weights: tuple[tuple[str, int, int], ...]
+    weights: tuple[str, ...]
 
     @property
     def balances(self) -> bool:
@@ -205,8 +205,8 @@ class Update:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
         finite skips it, on every rank.
 
-        Communicates: all_reduce over pp.tp (with experts over their ranks too), 8 bytes. Raises
-        NonFiniteError before anything changes.
+        Communicates: all_reduce over the axes that cut gradients, 8 bytes. Raises NonFiniteError before
+        anything changes.
         """
         where = self.model.context.where
         where.phase, where.activity = "step", "optimizer"
@@ -232,8 +232,7 @@ class Update:
             slot.master.grad = slot.gradient
         self.optimizer.step()
         self._balance()
-        for unit in self.model.units:
-            unit.round_working()
+        self.model.parameters.refresh()
         return norm
 
     def _balance(self) -> None:
@@ -260,32 +259,34 @@ class Update:
 
 
 def slots_of(unit: Any) -> Iterator[Slot]:
-    """The unit's weights, joined as long as they are updated alike."""
+    """The unit's weights, joined as long as they are updated alike; of each run what this rank updates."""
     runs: list[list[tuple[str, int, int]]] = []
     for place in unit.places:
         if not runs or _kind(runs[-1][-1][0]) != _kind(place[0]):
             runs.append([])
         runs[-1].append(place)
     for run in runs:
-        first, end = run[0][1], run[-1][1] + run[-1][2]
-        weights = tuple((name, start - first, size) for name, start, size in run)
-        part = slice(first, end)
-        decays = decays_weight(run[0][0])
-        yield Slot(run[0][0], unit.master[part], unit.gradient[part], decays, weights)
+        first, end = run[0][1] - unit.part.start, run[-1][1] + run[-1][2] - unit.part.start
+        first, end = max(first, 0), min(end, unit.master.numel())
+        if first < end:
+            names = tuple(name for name, *_ in run)
+            part, decays = slice(first, end), decays_weight(names[0])
+            yield Slot(names[0], first, unit.master[part], unit.gradient[part], decays, names)
 
 
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
     slots = [slot for unit in model.units for slot in slots_of(unit)]
-    norm = [op for op in model.laid.program.step if op.name == "step.norm:reduce_from"]
-    at = {a: model.context.coords[a] for op in norm for a in op.axes}
-    plane = model.laid.mesh.rank_of(at)  # coordinates 0 on the others: replicas count once
+    mesh, coords = model.laid.mesh, model.context.coords
+    plane = mesh.rank_of(
+        {a: coords[a] for a in model.laid.norm_axes}
+    )  # of replicas the first counts
     counted = [
-        (weight, unit.gradient[first : first + size])
+        (weight, unit.gradient[piece.start : piece.start + piece.numel()])
         for unit in model.units
-        for weight, first, size in unit.places
-        if not weight.endswith(BALANCE_BIAS)
-        and any(p.primary for p in model.laid.layouts[weight].pieces(model.laid.mesh, plane))
+        for weight, *_ in unit.places
+        for piece in model.laid.layouts[weight].pieces(mesh, plane)
+        if piece.primary and not weight.endswith(BALANCE_BIAS)
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     return Update(model, train, make_optimizer(named, train), slots, counted)

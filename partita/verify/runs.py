@@ -94,10 +94,10 @@ def run_rank(world: World, job: Job, data: Dataset, watched: int = -1) -> RankSe
     context = make_context(laid, job, world, where)
 
     def fill(unit: Unit) -> None:
-        for weight, first, _ in unit.places:
+        for weight, *_ in unit.places:
             layout = laid.layouts[weight]
             for piece in layout.pieces(laid.mesh, context.rank):
-                part = unit.master[first + piece.start : first + piece.start + piece.numel()]
+                part = unit.master[piece.start : piece.start + piece.numel()]
                 value = start_value(job, weight, layout.shape, piece.box, unit.master.dtype)
                 part.copy_(value.reshape(-1))
 
@@ -139,11 +139,11 @@ def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> B
     """Every box this rank holds, cloned and divided by `scale`."""
     found: Boxes = {}
     for unit in model.units:
-        for weight, first, _ in unit.places:
+        for weight, *_ in unit.places:
             layout = model.laid.layouts[weight]
             for piece in layout.pieces(model.laid.mesh, model.context.rank):
                 shape = [b - a for a, b in piece.box]
-                part = flat(unit)[first + piece.start : first + piece.start + piece.numel()]
+                part = flat(unit)[piece.start : piece.start + piece.numel()]
                 found.setdefault(weight, []).append((piece.box, part.div(scale).view(shape)))
     return found
 

@@ -153,7 +153,7 @@ def recorded_in_order(world, job):
     transfers = built.context.recorder.take()
     laid = built.model.laid
     units = {n: w for u in built.model.units for n, w in u.weights().items()}
-    shapes = {n: tuple(w.value.shape) for n, w in units.items()}
+    shapes = {n: w.shape for n, w in units.items()}
     want = {
         n: local_shape(t, laid.sizes)
         for u in laid.units(built.model.place)
@@ -167,6 +167,23 @@ def recorded_in_order(world, job):
         for _ in range(c.times)
     ]
     return summarise(transfers) == laid.traffic(world.rank), shapes == want, first, calls
+
+
+ZERO = (
+    "dp_shard2.zero1 2mb", "dp_shard2.zero2 2mb tp2+sp", "dp_shard2.zero3 2mb tp2",
+    "dp_replicate2 dp_shard2.zero3 2mb", "dp_shard2.zero3 2mb data.prefetch=3",
+    "dp_shard2.zero3 2mb data.reshard_after_forward=false", "dp_shard4.zero2 2mb data.bucket_bytes=9000",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("plan", ZERO)
+def test_sites_and_bytes_of_cut_states_are_the_declared(plan, tied, tmp_path):
+    job = verify_jobs.job(tmp_path, f"{plan} bf16", "llama", tied=tied)
+    with local(job.plan.world_size, 20) as ranks:
+        for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
+            assert traffic and weights
+            assert sorted(c for c in first if c[1] in "FB") == sorted(calls)
 
 
 @pytest.mark.parametrize("recompute", ["", "recompute:full"])

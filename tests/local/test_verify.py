@@ -9,6 +9,15 @@ PLANS = (
 )  # fmt: skip
 
 
+ZERO = (
+    "dp_shard2.zero1", "dp_shard2.zero2 2mb", "dp_shard2.zero3 2mb", "dp_replicate2 dp_shard2.zero3",
+    "dp_shard2.zero3 2mb data.reshard_after_forward=false data.prefetch=9",
+    "pp2/2mb dp_shard2.zero2", "pp2/2mb dp_shard2.zero3 data.prefetch=0", "dp_shard2.zero1 tp4+sp 2mb",
+    "dp_shard4.zero2 data.bucket_bytes=300", "dp_shard2.zero3 tp2+sp recompute:full 2mb",
+    "pp2/2mb dp_replicate2 dp_shard2.zero1", "dp_shard3.zero3 tp2",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("verify")
@@ -21,6 +30,23 @@ def test_a_plan_equals_one_device(plan, family, recompute, folder):
     found = verify(verify_jobs.job(folder, f"{plan} {recompute} fp64", family))
     assert found.equal, str(found)
     assert found.traffic_equal and found.precision["fp64"]
+
+
+CUT = [("llama", True, p) for p in ZERO] + [("gpt2", True, p) for p in ZERO[2:6]]
+CUT += [("llama", False, p) for p in (ZERO[1], ZERO[6], ZERO[9])]
+
+
+@pytest.mark.parametrize("family, tied, plan", CUT)
+def test_states_cut_over_ranks_change_nothing(plan, family, tied, folder):
+    batch = 6 if "shard3" in plan else 8
+    found = verify(verify_jobs.job(folder, f"{plan} fp64", family, tied=tied, batch=batch))
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("plan", ["dp_shard2.zero1 tp2", "dp_shard2.zero2", "dp_shard4.zero3"])
+def test_states_cut_over_ranks_at_low_precision(plan, folder):
+    found = verify(verify_jobs.job(folder, f"{plan} bf16", "llama"))
+    assert found.equal, str(found)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,15 @@ def difference(spec: ModelSpec, got: Outcome, steps: int) -> str:
 
 
 def unequal(got: dict, want: dict) -> str:
-    """The first tensor that differs from the same place of the whole one; all must be there."""
-    for (rank, name), x in got.items():
-        whole = want[0, name]
-        at = tuple(slice(s.start, s.stop) for s in x.spans)
-        if not np.array_equal(whole.values[at], x.values):
-            return f"{name} on rank {rank}"
-    missing = {n for _, n in want} - {n for _, n in got}
+    """The first tensor that differs from the same place of the whole one; all must be there, whole."""
+    seen = {n: np.zeros(x[0].values.shape, bool) for (_, n), x in want.items()}
+    for (rank, name), boxes in got.items():
+        for x in boxes:
+            at = tuple(slice(s.start, s.stop) for s in x.spans)
+            if not np.array_equal(want[0, name][0].values[at], x.values):
+                return f"{name} on rank {rank}"
+            seen[name][at] = True
+    missing = [n for n, there in seen.items() if not there.all()]
     return f"{missing} nobody stores" if missing else ""
 
 
@@ -87,10 +89,10 @@ def declared(whole: Laid, got: Outcome, rank: int) -> list[TrafficLine]:
     return whole.traffic(rank, routing)
 
 
-def found_wrong(spec: ModelSpec, changed: Laid, **faults: str) -> bool:
-    """Whether running a changed program is noticed within a step."""
+def found_wrong(spec: ModelSpec, changed: Laid, steps: int = 1, **faults: str) -> bool:
+    """Whether running a changed program is noticed within a step; a stale shard shows in the second."""
     try:
-        return bool(difference(spec, execute(changed, 1, **faults), 1))
+        return bool(difference(spec, execute(changed, steps, **faults), steps))
     except ExecuteError:
         return True
 

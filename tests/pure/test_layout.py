@@ -132,7 +132,10 @@ def test_any_layout_to_any_layout_is_identity(data) -> None:
     assert reshard(a, mesh_of(am), held, b, mesh_of(bm)) == scatter(b, mesh_of(bm), labels(b))
 
 
-PLANS = ["fp32", "tp2", "tp4+sp", "dp_replicate2 tp2", "pp2/2mb tp2+sp", "pp3/1mb"]
+PLANS = [
+    "fp32", "tp2", "dp_shard3.zero3", "tp4+sp", "dp_shard2.zero1 tp4", "dp_replicate2 tp2",
+    "pp2/2mb tp2+sp", "dp_replicate2 dp_shard2.zero2 pp2/2mb", "pp3/1mb",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", [LLAMA, TIED, GPT2, DROPS], ids=["llama", "tied", "gpt2", "drops"])

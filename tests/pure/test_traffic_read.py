@@ -76,7 +76,8 @@ def test_tp_is_two_all_reduces_a_layer_and_direction() -> None:
 
 def test_sp_moves_the_same_and_gathers_again_for_weights() -> None:
     x, t = 2 * SEQ * 6144, 8
-    got = sent(lay(Request(parse("tp8+sp bf16"), gpt(6144), SEQ)), "blocks.1.")
+    line = "tp8+sp bf16 data.bucket_bytes=1"  # every block's small reduction by itself
+    got = sent(lay(Request(parse(line), gpt(6144), SEQ)), "blocks.1.")
     assert got["tp", "reduce_scatter", "F"] == got["tp", "reduce_scatter", "B"] == 2 * x
     assert got["tp", "all_gather", "F"] == 2 * x / t
     assert got["tp", "all_gather", "B"] == 4 * x / t  # two of the four gather saved shards again
@@ -168,7 +169,7 @@ def test_bytes_a_parameter(dtype, words, each) -> None:
 
 def test_kv_heads_shared_by_ranks_cost_a_small_reduction() -> None:
     """8 kv heads on tp16: neighbours hold one head each, and add its gradient up."""
-    whole = lay(Request(parse("tp16 bf16"), LLAMA8, 8192))
+    whole = lay(Request(parse("tp16 bf16 data.bucket_bytes=1"), LLAMA8, 8192))
     got = sent(whole, "blocks.0.unit")
     head = 128 * 4096
     assert got["tp/share", "all_reduce", "step"] == 4 * 2 * head

@@ -1,110 +1,143 @@
-"""Replicated data parallelism: each flat unit's gradient is summed once a step, by one all-reduce that
-starts when the unit's last gradient of the step is there, under the backward of the blocks before it.
+"""Gradients of flat units, summed over their ranks under backward.
 
     B of the last microbatch   head ────► blocks.7 ────► blocks.6 ────► ... embedding
-    lane dp                         [head]  [blocks.7]     [blocks.6]        ...
+    lane dp                              [head, blocks.7]     [blocks.6, blocks.5]   ...
 
-During accumulation nothing is sent. Sends (all_reduce, the unit's axes, its flat gradient): once a step.
-A unit on two places of pp (a tied weight's, a stage's copies) is summed over dp first, then between them.
+Stage 0: all_reduce of the whole gradient, in place, when the unit's last gradient of the step is there;
+stage 1: reduce_scatter of it, in place; during accumulation neither sends anything. Stages 2 and 3 store
+the shard alone: in every microbatch a unit is lent memory for its whole gradient when its backward begins
+and reduce-scattered when it ends, one at a time under way. What a shard is partial over besides
+(dp_replicate, tp) is an all_reduce of it once a step; then what lies on two places of pp (a tied weight's
+unit, those of a stage's copies) is summed between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Where
 from partita.parallel.deferred import WeightQueue
+from partita.parallel.units import Unit
 
 
-class Reducible(Protocol):
-    """A flat unit as the reducer sees it."""
+@dataclass(frozen=True)
+class UnitComms:
+    """Whom a unit's ranks speak with, by what for; None where nothing moves."""
 
-    name: str
-    gradient: Tensor
+    shard: Comm | None = None
+    reduce: Comm | None = None
+    across: Comm | None = None  # the other place of pp that holds it
 
 
 @dataclass
 class Reducer:
-    """Reduces a rank's units. `holders[unit]` are the blocks whose backward adds to the unit; `sums`
-    and `ties` (between places of pp) give the Comm of each unit that needs one, in the order all ranks
-    agree on."""
+    """Reduces a rank's units, in the order all ranks agree on: that in which backward leaves blocks."""
 
-    units: Sequence[Reducible]
-    holders: Mapping[str, frozenset[str]]
-    sums: Mapping[str, Comm]
-    ties: Mapping[str, Comm]
+    units: Sequence[Unit]
+    comms: Mapping[str, UnitComms]
     where: Where
     queue: WeightQueue = field(default_factory=WeightQueue)
     _last: set[str] = field(default_factory=set)
-    _waiting: dict[str, set[str]] = field(default_factory=dict)
-    _under_way: list[tuple[Reducible, Handle]] = field(default_factory=list)
+    _waiting: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    _fresh: set[str] = field(default_factory=set)
+    _under_way: list[tuple[Unit, Handle, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._held: dict[str, list[Unit]] = {}
+        for unit in self.units:
+            for block in unit.spec.blocks:
+                self._held.setdefault(block, []).append(unit)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it must hear of blocks at all."""
+        return any(c.shard or c.reduce for c in self.comms.values())
+
+    def begin(self) -> None:
+        """A step begins: gradients are zero."""
+        for unit in self.units:
+            if unit.gradients.tensor is not None:
+                unit.gradients.tensor.zero_()
+        self._fresh = {u.name for u in self.units if u.spec.stage >= 2}
 
     def arm(self, blocks: Sequence[str]) -> None:
-        """The next backward, or W, of these blocks is the step's last: units are ready as their
-        blocks finish."""
-        if not self._waiting:
-            self._waiting = {u.name: set(self.holders[u.name]) for u in self.units}
+        """The next backward, or W, of these blocks is the step's last: units are ready as their blocks
+        finish."""
         self._last |= set(blocks)
 
-    def block_done(self, block: str) -> None:
-        """A block's backward is over; starts the all-reduce of units that have nothing to wait for."""
-        if block not in self._last:
-            return
+    def block_begins(self, block: str) -> None:
+        """A block's weight gradients are about to come: lends memory where only a shard is stored."""
+        for unit in self._held.get(block, ()):
+            if unit.gradients.tensor is None:
+                size, like = unit.gradients.size, unit.gradient
+                unit.gradients.lend(torch.zeros(size, dtype=like.dtype, device=like.device))
+
+    def block_done(self, block: str) -> bool:
+        """A block's weight gradients are there; starts the units that have nothing to wait for. Whether
+        it was the step's last time."""
+        last = block in self._last
         self._last.discard(block)
-        for unit in self.units:
-            waiting = self._waiting[unit.name]
-            if block in waiting:
+        for unit in self._held.get(block, ()):
+            if unit.spec.stage >= 2 or last:
+                key = unit.name, self.where.microbatch if unit.spec.stage >= 2 else -1
+                waiting = self._waiting.setdefault(key, set(unit.spec.blocks))
                 waiting.discard(block)
                 if not waiting:
+                    del self._waiting[key]
                     self._start(unit)
+        return last
 
     def finish(self) -> None:
-        """Waits for all sums; then those between places of pp. Gradients are then the step's, the same
-        on every rank of the axes summed over."""
-        for unit in self.units:
-            if self._waiting.get(unit.name):
-                self._start(unit)
+        """Waits for all sums of the step. Gradients are then the step's, the same on every rank of the
+        axes summed over."""
         self._settle()
         for unit in self.units:
-            if unit.name in self.ties and self._waiting:
-                kind = "tied" if self.ties[unit.name].axis == "tied" else "copies"
-                self._launch(unit, self.ties[unit.name], kind)
+            comm = self.comms[unit.name].reduce
+            if unit.spec.stage and comm is not None:
+                self._reduce(unit, comm, "reduce")
         self._settle()
-        self._waiting.clear()
+        for unit in self.units:
+            comm = self.comms[unit.name].across
+            if comm is not None:
+                self._reduce(unit, comm, "tied" if comm.axis == "tied" else "copies")
+        self._settle()
         self._last.clear()
 
-    def _start(self, unit: Reducible) -> None:
-        if unit.name in self.sums:
-            self._launch(unit, self.sums[unit.name], "reduce")
+    def _start(self, unit: Unit) -> None:
+        comms = self.comms[unit.name]
+        if unit.spec.stage == 0:
+            if comms.reduce is not None:
+                self._reduce(unit, comms.reduce, "reduce")
+            return
+        assert comms.shard is not None
+        site = f"{unit.name}:scatter"
+        if unit.spec.stage == 1:
+            whole = unit.gradients.tensor
+            assert whole is not None
+            with self.where.at("step"):
+                handle = comms.shard.start_reduce_scatter(whole, site=site, out=unit.gradient)
+            self._under_way.append((unit, handle, False))
+            return
+        self._settle()
+        whole, adds = unit.gradients.take(), unit.name not in self._fresh
+        out = torch.empty_like(unit.gradient) if adds else unit.gradient
+        self._fresh.discard(unit.name)
+        handle = comms.shard.start_reduce_scatter(whole, site=site, out=out)
+        self._under_way.append((unit, handle, adds))
 
-    def _launch(self, unit: Reducible, comm: Comm, kind: str) -> None:
-        phase, self.where.phase = self.where.phase, "step"
-        handle = comm.start_all_reduce(unit.gradient, site=f"{unit.name}:{kind}")
-        self.where.phase = phase
-        self._under_way.append((unit, handle))
+    def _reduce(self, unit: Unit, comm: Comm, kind: str) -> None:
+        """Sums what is stored of the unit's gradient, in place."""
+        gradient = unit.gradient
+        with self.where.at("step"):
+            handle = comm.start_all_reduce(gradient, site=f"{unit.name}:{kind}", out=gradient)
+        self._under_way.append((unit, handle, False))
 
     def _settle(self) -> None:
-        for unit, handle in self._under_way:
-            unit.gradient.copy_(handle.wait())
+        for unit, handle, adds in self._under_way:
+            found = handle.wait()
+            if adds:
+                unit.gradient.add_(found)
         self._under_way.clear()
-
-
-class BlockDone(torch.autograd.Function):
-    """Identity at a block's input; its backward runs when the block's is over, and says so."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, reducer: Reducer, block: str) -> Tensor:
-        """x itself, as a view."""
-        ctx.reducer, ctx.block = reducer, block
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on and tells the reducer, behind the block's weight gradients."""
-        ctx.reducer.queue.add(ctx.reducer.block_done, ctx.block)
-        return gradient, None, None

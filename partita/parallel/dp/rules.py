@@ -1,46 +1,74 @@
-"""Data parallelism: samples lie on dp_replicate and dp_shard; gradients are summed once a step.
+"""Data parallelism and ZeRO (Rajbhandari et al. 2020): samples lie on dp_replicate and dp_shard.
 
 `lay` cuts the batch. `reduce` comes after every room that cuts, since it needs each weight's gradient
-axes: the weights of a block whose gradients are partial over the same axes are one flat unit, reduced by
-one all-reduce a step that starts when the unit's last gradient is there. Norms under sp (dp and tp),
-shared key/value heads (dp and tp/share) come out as units of their own. A tied weight is a unit of its
-own: its other holder must find the same element at the same place.
+axes: the weights of a block whose gradients are partial over the same axes are one flat unit, whose states
+are cut over those of the axes that shard, as the stage says:
+
+    zero   parameters   gradients   optimizer   sends
+    0      whole        whole       whole       step: all_reduce of the gradient
+    1      whole        whole       shard       step: reduce_scatter, all_gather of the parameters
+    2      whole        shard       shard       B: reduce_scatter; step: all_gather of the parameters
+    3      shard        shard       shard       F and B: all_gather (or once a step); B: reduce_scatter
+
+What the shard's gradient is partial over besides (dp_replicate outside: HSDP; tp under sp; tp/share) is one
+all_reduce of the shard a step. `join` makes neighbouring blocks' units one, up to `data.bucket_bytes` of
+gradient. A tied weight is a unit of its own: its other holder must find the same element at the same
+place.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from partita.base.errors import Problem
-from partita.parallel.read import gradient_axes
+from partita.parallel.read import BYTES, gradient_axes, replayed
 from partita.parallel.room import (
+    PRODUCT_ORDER,
     Request,
     axis_name,
     axis_size,
     cut_everywhere,
-    error,
     region,
     sum_rule,
 )
+from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor
 
 AXES = ("dp_replicate", "dp_shard")
+SHARDING = ("dp_shard", "cp", "ulysses", "efsdp")
+WITHOUT_VALUES = ("lookup", "bias", "map")  # kinds of op whose backward needs no weight's values
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One flat unit of a stage. `blocks` are the places of its holders on the stage, the first owns its
+    states and its step; `axes` those its gradient is partial over, `shard` those of them that cut it.
+    `weights`: names of each holder's. `size`: elements on a rank before they are cut."""
+
+    name: str  # within its block: 'unit[dp_replicate]', or a tied weight
+    axes: tuple[str, ...]
+    shard: tuple[str, ...]
+    blocks: tuple[int, ...]
+    weights: tuple[tuple[str, ...], ...]
+    size: int
 
 
 def problems(job: Request) -> list[Problem]:
-    """ZeRO stages are not built yet: replicated data parallelism only."""
-    mesh, zero = job.plan.mesh, job.plan.data.zero_stage
-    if mesh.dp_shard == 1 or zero == 0:
-        return []
-    message = f"ZeRO stage {zero} over dp_shard{mesh.dp_shard} is not available in this version"
-    replicated = {"dp_replicate": mesh.dp_replicate * mesh.dp_shard, "dp_shard": 1}
-    nearest = str(job.plan.with_("mesh", **replicated))
-    asked = f"dp_shard{mesh.dp_shard}.zero{zero}"
-    return [
-        error(
-            "dp", "zero_stage", message, asked=asked, limit="zero0 or dp_replicate", nearest=nearest
-        )
-    ]
+    """None of its own: replicas and shards may be any number, as long as samples suffice (job_check)."""
+    return []
+
+
+def zero_stage(plan: Plan) -> int:
+    """The stage in force: what is not cut over dp_shard is replicated."""
+    return plan.data.zero_stage if plan.mesh.dp_shard > 1 else 0
+
+
+def shard_axes(plan: Plan, axes: Iterable[str]) -> tuple[str, ...]:
+    """Those of a gradient's axes over which its unit's states are cut."""
+    found = [a for a in axes if a in SHARDING] if zero_stage(plan) else []
+    return tuple(sorted(found, key=PRODUCT_ORDER.index))
 
 
 def lay(job: Request, program: Program) -> Program:
@@ -68,23 +96,140 @@ def units(
 
 
 def reduce(job: Request, program: Program) -> Program:
-    """Adds each unit's stored states, and its one all-reduce a step where its gradient is partial."""
+    """Adds each unit's stored states, and the regions that reduce its gradient and gather it."""
     sizes, kv_heads = job.plan.sizes, job.model.kv_heads
 
     def lay_block(block: Block) -> Block:
         tensors, regions = dict(block.tensors), list(block.regions)
         for name, (axes, weights) in units(block, program.tied, sizes, kv_heads).items():
-            flat = Dim("flat", sum(w.local(sizes) for w in weights))
-            for role in ("parameter", "gradient", "optimizer"):
-                tensors[f"{name}.{role}"] = Tensor(f"{name}.{role}", (flat,), role)
-            if axes:
-                regions.append(_all_reduce(name, axes))
+            shard = shard_axes(job.plan, axes)
+            tensors |= states(name, sum(w.local(sizes) for w in weights), shard, job.plan)
+            again = needs_values(block, {w.name for w in weights})
+            regions += unit_regions(name, axes, shard, job.plan, again)
         return replace(block, tensors=tensors, regions=tuple(regions))
 
     return program.map(lay_block)
 
 
-def _all_reduce(unit: str, axes: tuple[str, ...]) -> Op:
-    gradient = f"{unit}.gradient"
-    event = Event("step", "all_reduce", gradient, gradient=True)
-    return replace(region(unit, "reduce", axes, (gradient, gradient), event), lane="dp")
+def states(name: str, size: int, shard: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:
+    """A unit's flat tensors: three stored states, cut as the stage says, and what collectives hand in.
+    They are padded until the shards are alike."""
+    size = padded(size, shard, plan.sizes)
+    cut_from = {"parameter": 3, "gradient": 2, "optimizer": 1}
+    found = {}
+    for role, first in cut_from.items():
+        flat = Dim("flat", size, shard if zero_stage(plan) >= first else ())
+        found[f"{name}.{role}"] = Tensor(f"{name}.{role}", (flat,), role)
+    for role in ("parameter", "gradient"):
+        for part, on in (("whole", ()), ("shard", shard)):
+            tensor = f"{name}.{part}_{role}"
+            found[tensor] = Tensor(tensor, (Dim("flat", size, on),), f"whole_{role}")
+    return found
+
+
+def needs_values(block: Block, weights: set[str]) -> bool:
+    """Whether the block's backward, or what it runs again, multiplies by one of the weights."""
+    again = {op.name for op in replayed(block)}
+    readers = [op for op in block.ops() if weights & set(op.weights)]
+    return any(op.kind not in WITHOUT_VALUES or op.name in again for op in readers)
+
+
+def padded(size: int, shard: tuple[str, ...], sizes: Sizes) -> int:
+    """A unit's elements, filled up until its ranks divide them."""
+    ways = prod(sizes[a] for a in shard)
+    return -(-size // ways) * ways
+
+
+def unit_regions(
+    unit: str, axes: tuple[str, ...], shard: tuple[str, ...], plan: Plan, again: bool
+) -> list[Op]:
+    """Sites '<unit>:gather' (parameters), ':scatter' (gradient over the shards), ':reduce' (the rest).
+    `again`: backward needs the parameters too."""
+    other = tuple(a for a in axes if a not in shard)
+    found = []
+    if shard:
+        found.append(_gather(unit, shard, plan, again))
+        whole, part = f"{unit}.whole_gradient", f"{unit}.shard_gradient"
+        phase = "step" if zero_stage(plan) == 1 else "B"
+        event = Event(phase, "reduce_scatter", whole, gradient=True, weights=True)
+        found.append(replace(region(unit, "scatter", shard, (whole, part), event), lane="dp"))
+    if other:
+        part = f"{unit}.shard_gradient"
+        event = Event("step", "all_reduce", part, gradient=True)
+        found.append(replace(region(unit, "reduce", other, (part, part), event), lane="dp"))
+    return found
+
+
+def _gather(unit: str, shard: tuple[str, ...], plan: Plan, again: bool) -> Op:
+    """Once a step; or, at stage 3, before forward and again before a backward that needs values."""
+    part = f"{unit}.shard_parameter"
+    phases = ["step"]
+    if zero_stage(plan) == 3 and plan.data.reshard_after_forward:
+        phases = ["F", "B"] if again else ["F"]
+    events = (Event(p, "all_gather", part) for p in phases)
+    move = (part, f"{unit}.whole_parameter")
+    return replace(region(unit, "gather", shard, move, *events), lane="dp")
+
+
+def flats(
+    blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan, kv_heads: int
+) -> tuple[Flat, ...]:
+    """The flat units of a stage in the order of their first blocks. In the order backward finishes,
+    blocks' units over the same axes are one, as long as its gradient has at most `bucket_bytes`; at
+    stage 3, where a block's weights come and go, each block's is its own."""
+    found: list[Flat] = []
+    each = {
+        id(b): units(b, tied, plan.sizes, kv_heads) for b in {id(b): b for b in blocks}.values()
+    }
+    open_: dict[str, Flat] = {}
+    for at in range(len(blocks) - 1, -1, -1):
+        for name, (axes, weights) in each[id(blocks[at])].items():
+            size = sum(w.local(plan.sizes) for w in weights)
+            names = tuple(w.name for w in weights)
+            last = open_.get(name)
+            shard = shard_axes(plan, axes)
+            alone = zero_stage(plan) == 3 and bool(shard)
+            width = BYTES[blocks[at].tensors[f"{name}.whole_gradient"].dtype]
+            new = Flat(name, axes, shard, (at,), (names,), size)
+            room = not alone and last is not None and within(last.size + size, width, plan)
+            if last is not None and (name in tied or room):
+                found.remove(last)
+                total = last.size + (0 if name in tied else size)
+                joined = {"blocks": (at, *last.blocks), "weights": (names, *last.weights)}
+                new = replace(last, **joined, size=total)
+            found.append(new)
+            open_[name] = new
+    return tuple(sorted(found, key=lambda f: f.blocks[0]))
+
+
+def within(elements: int, width: int, plan: Plan) -> bool:
+    """Whether a gradient of that many elements is within a bucket."""
+    return elements * width <= plan.data.bucket_bytes
+
+
+def join(
+    blocks: Sequence[Block], found: Sequence[Flat], tied: tuple[str, ...], sizes: Sizes
+) -> tuple[Block, ...]:
+    """The blocks with what a unit of several stores and sends stated by the first; pp did a tied
+    weight's."""
+    out = list(blocks)
+    for flat in found:
+        first, *others = flat.blocks
+        if not others or flat.name in tied:
+            continue
+        size = padded(flat.size, flat.shard, sizes)
+        for at in others:
+            out[at] = _without(out[at], flat.name)
+        tensors = dict(out[first].tensors)
+        for name, t in tensors.items():
+            if name.rpartition(".")[0] == flat.name:
+                dims = (*t.dims[:-1], replace(t.dims[-1], size=size))
+                tensors[name] = replace(t, dims=dims)
+        out[first] = replace(out[first], tensors=tensors)
+    return tuple(out)
+
+
+def _without(block: Block, unit: str) -> Block:
+    tensors = {n: t for n, t in block.tensors.items() if n.rpartition(".")[0] != unit}
+    regions = tuple(op for op in block.regions if op.name.rpartition(":")[0] != unit)
+    return replace(block, tensors=tensors, regions=regions)

@@ -261,13 +261,20 @@ def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tu
 
 
 def _sum_between(unit: str, kind: str, axis: str) -> Op:
-    gradient = f"{unit}.gradient"
+    gradient = f"{unit}.shard_gradient"  # reduced by then: whole where nothing cuts it
     event = Event("step", "all_reduce", gradient, gradient=True)
     return replace(region(unit, kind, (axis,), (gradient, gradient), event), lane="dp")
 
 
 def _second_holder(block: Block, weight: str) -> Block:
+    """It stores nothing, and only gathers for its own forward and backward."""
     states = {f"{weight}.{role}" for role in ("parameter", "gradient", "optimizer")}
     tensors = {n: t for n, t in block.tensors.items() if n not in states}
-    regions = tuple(op for op in block.regions if op.reads[0] not in states)
-    return replace(block, tensors=tensors, regions=regions)
+    regions: list[Op] = []
+    for op in block.regions:
+        if op.name.rpartition(":")[0] == weight:
+            own = tuple(e for e in op.events if op.kind == "gather" and e.phase != "step")
+            regions += [replace(op, events=own)] if own else []
+        else:
+            regions.append(op)
+    return replace(block, tensors=tensors, regions=tuple(regions))

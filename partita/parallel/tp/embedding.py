@@ -20,9 +20,9 @@ class Lookup:
     first: int
     region: Region
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Looks up and adds over the ranks."""
-        anchor = torch.empty(0, requires_grad=True)  # gives the output a backward
+    def __call__(self, ids: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Looks up and adds over the ranks. `anchor` is empty and gives the output a backward."""
+        anchor = torch.empty(0, requires_grad=True) if anchor is None else anchor
         return _Lookup.apply(anchor, ids, self)  # type: ignore[return-value]
 
     def accumulate(self, ids: Tensor, dy: Tensor) -> None:
@@ -42,7 +42,7 @@ class _Lookup(torch.autograd.Function):
         """Rows of the own range, zero elsewhere, then the region."""
         ctx.save_for_backward(ids)
         ctx.layer = layer
-        rows = layer.table.value.shape[0]
+        rows = layer.table.shape[0]
         if layer.region.kind == "identity":  # the whole table is here
             return layer.region.forward(layer.table.value[ids])
         local = ids - layer.first
@@ -51,9 +51,9 @@ class _Lookup(torch.autograd.Function):
         return layer.region.forward(found.masked_fill_(outside.unsqueeze(-1), 0))
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """The region's conjugate, then the table's gradient."""
         (ids,) = ctx.saved_tensors
         layer: Lookup = ctx.layer
         layer.table.queue.add(layer.accumulate, ids, layer.region.backward(dy))
-        return None, None, None
+        return torch.empty(0), None, None

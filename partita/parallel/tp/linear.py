@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -54,12 +55,12 @@ class Column:
         if self.region.kind == "gather_from":
             x = (whole or self.region.start_forward(x)).wait()
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        rows = [m.value.shape[0] for m in self.matrices]
+        rows = [m.shape[0] for m in self.matrices]
         for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
             m.accumulate(part, x)
         if self.biases:
             total = dy.sum(0, dtype=self.biases[0].gradient.dtype)
-            sizes = [b.value.numel() for b in self.biases]
+            sizes = [prod(b.shape) for b in self.biases]
             for b, part in zip(self.biases, total.split(sizes), strict=True):
                 b.accumulate(part)
 
@@ -82,7 +83,7 @@ class _Column(torch.autograd.Function):
         queue = layer.matrices[0].queue
         early = layer.region.kind == "gather_from" and not queue.defers
         whole = layer.region.start_forward(x) if early else None
-        rows = [m.value.shape[0] for m in layer.matrices]
+        rows = [m.shape[0] for m in layer.matrices]
         parts = dy.split(rows, -1)
         dx = layer.matrices[0].back(parts[0])
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
@@ -103,7 +104,7 @@ class Row:
     @staticmethod
     def of(weight: Weight, region: Region, bias: Weight | None = None) -> Row:
         """A weight whose first dim is the output's, the others folded into columns."""
-        return Row(weight.matrix(columns=weight.value.dim() - 1), region, bias)
+        return Row(weight.matrix(columns=len(weight.shape) - 1), region, bias)
 
     def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
         """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so
@@ -123,7 +124,7 @@ class _Row(torch.autograd.Function):
         if layer.region.is_known:
             return layer.region.forward(x)
         if replay:
-            rows = layer.matrix.value.shape[0]
+            rows = layer.matrix.shape[0]
             return x.new_empty(layer.region.shape_after(torch.Size([*x.shape[:-1], rows])))
         return layer.region.forward(layer.matrix.multiply(x))
 

@@ -1,0 +1,211 @@
+"""ZeRO's parameters: gathered before a block needs them, let go of after (Rajbhandari et al. 2020).
+
+    stage 3, prefetch 1        F0      F1      F2   ...     B2      B1      B0
+    lane dp            [g0][g1]    [g2]    [g3]         [g2][g1]    [g0]
+    held                 0 1     1 2     2 3             2 1     1 0     0
+
+At most 1 + prefetch blocks' weights are there at a time. `reshard_after_forward=false` gathers once a step,
+at the first use, and keeps them until the last backward (FSDP's SHARD_GRAD_OP). Stages 1 and 2 store
+working weights whole: after the update each rank rounds its shard and gathers the others'. What is
+gathered has the compute dtype: bf16 weights travel as bf16, their gradients are summed in fp32.
+
+Sends all_gather of a unit's shard over the axes that cut it, site '<unit>:gather'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from partita.comm.protocol import Handle, Where
+from partita.parallel.dp.replicate import Reducer, UnitComms
+from partita.parallel.units import Unit
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The stage-3 units a block gathers, as its laid regions say: before F, again before B, or once a
+    step."""
+
+    forward: tuple[Unit, ...] = ()
+    backward: tuple[Unit, ...] = ()
+    once: tuple[Unit, ...] = ()
+
+
+@dataclass
+class Parameters:
+    """A rank's units: whose whole values are there, and who uses them."""
+
+    units: Sequence[Unit]
+    comms: Mapping[str, UnitComms]
+    where: Where
+    _users: dict[str, int] = field(default_factory=dict)
+    _whole: dict[str, Tensor] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Masters have changed: rounds them into the working weights, and gathers those stored whole."""
+        started: list[Handle] = []
+        with self.where.at("step"):
+            for unit in self.units:
+                unit.round_working()
+                if unit.spec.stage in (1, 2):
+                    started.append(self._gather(unit, unit.working))
+        for handle in started:
+            handle.wait()
+
+    def bring(self, units: Sequence[Unit]) -> list[tuple[Unit, Handle]]:
+        """Starts to gather units for one user more."""
+        found = []
+        for unit in units:
+            self._users[unit.name] = self._users.get(unit.name, 0) + 1
+            if unit.name not in self._whole:
+                like, size = unit.working, unit.values.size
+                self._whole[unit.name] = torch.empty(size, dtype=like.dtype, device=like.device)
+            found.append((unit, self._gather(unit, self._whole[unit.name])))
+        return found
+
+    def arrive(self, started: Sequence[tuple[Unit, Handle]]) -> None:
+        """Their values can be used."""
+        for unit, handle in started:
+            handle.wait()
+            if unit.values.tensor is None:
+                unit.values.lend(self._whole[unit.name])
+
+    def release(self, units: Sequence[Unit]) -> None:
+        """One user less of each; the last one's memory is free."""
+        for unit in units:
+            self._users[unit.name] -= 1
+            if not self._users[unit.name]:
+                del self._users[unit.name], self._whole[unit.name]
+                unit.values.take()
+
+    def has(self, unit: Unit) -> bool:
+        """Whether anybody uses it."""
+        return unit.name in self._users
+
+    def _gather(self, unit: Unit, out: Tensor) -> Handle:
+        comm = self.comms[unit.name].shard
+        assert comm is not None
+        return comm.start_all_gather(unit.shard, site=f"{unit.name}:gather", out=out)
+
+
+@dataclass
+class Gatherer:
+    """Brings and lets go of a stage's parameters. `needs[i]` are those of its i-th block."""
+
+    parameters: Parameters
+    needs: Sequence[Needs]
+    prefetch: int
+    _under_way: dict[tuple[str, int], list[tuple[Unit, Handle]]] = field(default_factory=dict)
+
+    def forward(self, at: int) -> None:
+        """Block `at` is about to run: its weights are there, the next blocks' on their way."""
+        for i in range(at, min(at + 1 + self.prefetch, len(self.needs))):
+            self._start("F", i, self.needs[i].forward)
+            with self.parameters.where.at("step"):
+                missing = [u for u in self.needs[i].once if not self.parameters.has(u)]
+                self._start("step", i, missing)
+        self._arrive("F", at)
+        self._arrive("step", at)
+
+    def forward_done(self, at: int, backward_follows: bool) -> None:
+        """Lets go of what its backward gathers again; without a backward, behind the last block, of all."""
+        self.parameters.release(self.needs[at].forward)
+        if not backward_follows and at == len(self.needs) - 1:
+            self.parameters.release([u for n in self.needs for u in n.once])
+
+    def backward(self, at: int) -> None:
+        """Block `at`'s backward is about to run."""
+        for i in range(at, max(at - 1 - self.prefetch, -1), -1):
+            self._start("B", i, self.needs[i].backward)
+        self._arrive("B", at)
+
+    def backward_done(self, at: int) -> None:
+        """Its input's gradient is there."""
+        self.parameters.release(self.needs[at].backward)
+
+    def step_done(self, at: int) -> None:
+        """The block's last backward of the step is over."""
+        self.parameters.release(self.needs[at].once)
+
+    def _start(self, phase: str, at: int, units: Sequence[Unit]) -> None:
+        if units and (phase, at) not in self._under_way:
+            self._under_way[phase, at] = self.parameters.bring(units)
+
+    def _arrive(self, phase: str, at: int) -> None:
+        self.parameters.arrive(self._under_way.pop((phase, at), ()))
+
+
+class Enter(torch.autograd.Function):
+    """Identity at a block's input; its backward runs when the block's is over."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, data: DataParallel, at: int) -> Tensor:
+        """x itself, as a view."""
+        ctx.data, ctx.at = data, at
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Passes the gradient on."""
+        ctx.data.backward_done(ctx.at)
+        return gradient, None, None
+
+
+class Leave(torch.autograd.Function):
+    """Identity at a block's output; its backward runs before the block's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, data: DataParallel, at: int) -> Tensor:
+        """x itself, as a view."""
+        ctx.data, ctx.at = data, at
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Passes the gradient on."""
+        ctx.data.backward(ctx.at)
+        return gradient, None, None
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """What data parallelism does around the blocks of a stage: explicit calls in the block loop, and two
+    identities where backward needs an entry."""
+
+    names: tuple[str, ...]
+    reducer: Reducer
+    gatherer: Gatherer
+
+    def before(self, at: int, x: Tensor | None) -> Tensor | None:
+        """Block `at` is about to run on x."""
+        if torch.is_grad_enabled() and self.reducer.reduces:
+            entry = torch.empty(0, requires_grad=True) if x is None else x
+            x = Enter.apply(entry, self, at)  # type: ignore[assignment]
+        self.gatherer.forward(at)
+        return x
+
+    def after(self, at: int, x: Tensor) -> Tensor:
+        """Block `at` has made x."""
+        follows = torch.is_grad_enabled()
+        self.gatherer.forward_done(at, follows)
+        if follows and any(u.spec.stage >= 2 for u in self.reducer.units):
+            x = Leave.apply(x, self, at)  # type: ignore[assignment]
+        return x
+
+    def backward(self, at: int) -> None:
+        """Its backward begins."""
+        self.gatherer.backward(at)
+        self.reducer.queue.add(self.reducer.block_begins, self.names[at])
+
+    def backward_done(self, at: int) -> None:
+        """Its backward is over; its weights' gradients are behind it in the queue."""
+        self.gatherer.backward_done(at)
+        self.reducer.queue.add(self._gradients_done, at)
+
+    def _gradients_done(self, at: int) -> None:
+        if self.reducer.block_done(self.names[at]):
+            self.gatherer.step_done(at)
