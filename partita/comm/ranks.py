@@ -103,7 +103,8 @@ def _world(timeout_s: float) -> tuple[World, Where]:
     where = Where()
     if torchrun_rank() is None:
         return SingleWorld(), where
-    from partita.comm.torch import TorchWorld, rendezvous
+    from partita.comm.stores import rendezvous
+    from partita.comm.torch import TorchWorld
 
     store = rendezvous()
     found = TorchWorld.from_torchrun(torchrun_store(), store, timeout_s=timeout_s, where=where)

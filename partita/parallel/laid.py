@@ -287,21 +287,13 @@ def problems(request: Request) -> list[Problem]:
 
 def _later(request: Request) -> list[Problem]:
     """What the plan's grammar has no room for yet."""
-    found = []
-    if request.plan.offload.to != "none":
-        nearest = str(request.plan.with_("offload", to="none", targets=()))
-        asked = f"offload:{request.plan.offload.to}"
-        found.append(
-            error(
-                "offload",
-                "available",
-                f"{asked} is not available in this version",
-                asked=asked,
-                limit="offload:none",
-                nearest=nearest,
-            )
-        )
-    return found
+    to = request.plan.offload.to
+    if to == "none":
+        return []
+    asked, limit = f"offload:{to}", "offload:none"
+    nearest = str(request.plan.with_("offload", to="none", targets=()))
+    message = f"{asked} is not available in this version"
+    return [error("offload", "available", message, asked=asked, limit=limit, nearest=nearest)]
 
 
 def lay(request: Request) -> Laid:
