@@ -4,6 +4,8 @@ F=I=W=1, of a rank's whole share, and no time for messages unless a test says so
 """
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from schedule_docs import PAGE, page
 
 from partita.base.errors import ScheduleError
@@ -82,11 +84,17 @@ def test_the_table(p):
         hold_all(p, m, (1, 2))
 
 
+@settings(max_examples=12, deadline=None)
+@given(p=st.integers(1, 7), m=st.integers(1, 28), v=st.integers(1, 4))
+def test_the_table_anywhere(p, m, v):
+    hold_all(p, m, (v,))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("p", range(1, 17))
 def test_the_table_everywhere(p):
-    for m in sorted({*range(1, 65, 1 if p <= 4 else 5), p, 2 * p - 1, 2 * p, 64}):
+    for m in sorted({1, 3, p, 2 * p - 1, 2 * p, 3 * p, 64}):
         hold_all(p, m, (1, 2, 3, 4) if m <= 32 else (4,))
 
 
