@@ -119,3 +119,13 @@ def test_the_document_has_the_contract_fields(folder):
     assert set(document["traffic"]["declared"][0]) == {
         "rank", "axis", "op", "site", "phase", "count", "bytes",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_sixty_four_ranks_at_once(folder):
+    """tp8 with two key/value heads, four stages, two replicas, as threads."""
+    model = {"heads": 8, "hidden": 32, "ffn_hidden": 48, "layers": 5}
+    found = verify(verify_jobs.job(folder, "dp2 tp8+sp pp4:1f1b/4mb fp64", batch=8, **model))
+    assert found.equal, str(found)
+    assert len({line.rank for line in found.recorded}) == 64
