@@ -43,6 +43,11 @@ def plain(s: ModelSpec, seq_len: int, bf16: bool):
     return step
 
 
+def one_thread(s: ModelSpec, seq_len: int, bf16: bool):
+    """The whole batch on rank 0, while the other rank waits."""
+    return plain(s, seq_len, bf16) if dist.get_rank() == 0 else lambda: None
+
+
 def ddp(s: ModelSpec, seq_len: int, bf16: bool):
     """DistributedDataParallel over both ranks."""
     model = DistributedDataParallel(

@@ -33,6 +33,8 @@ ROWS = (
     ("dp", "dp2", peers.ddp, 2),
     ("tp", "tp2", peers.tensor, 2),
     ("tp+sp", "tp2+sp", peers.tensor, 2),
+    ("ring", "cp2:ring", peers.one_thread, 2),
+    ("ulysses", "cp2:ulysses", peers.one_thread, 2),
     ("gpipe", "pp2:gpipe/8mb", peers.pipeline("gpipe"), 2),
     ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b"), 2),
 )
