@@ -105,29 +105,46 @@ def tensor(s: ModelSpec, seq_len: int, bf16: bool):
     return step
 
 
+# torch's schedule, stages a rank, and whether they lie as a V (else in turn)
+SCHEDULES = {
+    "gpipe": ("ScheduleGPipe", 1, False),
+    "1f1b": ("Schedule1F1B", 1, False),
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),
+    "zero bubble": ("ScheduleInterleavedZeroBubble", 2, False),
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),
+    "dualpipev": ("ScheduleDualPipeV", 2, True),
+}
+
+
 def pipeline(kind: str):
     """torch.distributed.pipelining with microbatches of one sample and the same layer split."""
 
     def make(s: ModelSpec, seq_len: int, bf16: bool):
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+        from torch.distributed import pipelining
 
-        rank = dist.get_rank()
-        half = s.layers // 2
-        layers = range(half) if rank == 0 else range(half, s.layers)
-        model = Llama(s, seq_len, layers, first=rank == 0, last=rank == 1)
-        stage = PipelineStage(model, rank, 2, torch.device("cpu"))
-        chosen = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[kind]
-        schedule = chosen(stage, BATCH, loss_fn=loss_of)
-        optimizer = _optimizer(model)
+        name, virtual, vee = SCHEDULES[kind]
+        rank, stages = dist.get_rank(), 2 * virtual
+        each = s.layers // stages
+        mine = [rank, stages - 1 - rank] if vee else [rank + 2 * i for i in range(virtual)]
+        models = [
+            Llama(s, seq_len, range(i * each, (i + 1) * each), first=i == 0, last=i == stages - 1)
+            for i in mine
+        ]
+        made = [
+            pipelining.PipelineStage(m, i, stages, torch.device("cpu"))
+            for m, i in zip(models, mine, strict=True)
+        ]
+        kind_of = getattr(pipelining.schedules, name)
+        schedule = kind_of(made if virtual > 1 else made[0], BATCH, loss_fn=loss_of)
+        optimizer = _optimizer(torch.nn.ModuleList(models))
         ids, targets = inputs(s, seq_len)
+        first, last = 0 in mine, stages - 1 in mine
 
         def step():
             optimizer.zero_grad(set_to_none=True)
             with _autocast(bf16):
-                if rank == 0:
-                    schedule.step(ids)
-                else:
-                    schedule.step(target=targets)
+                given = (ids,) if first else ()
+                schedule.step(*given, **({"target": targets} if last else {}))
             optimizer.step()
 
         return step

@@ -37,6 +37,10 @@ ROWS = (
     ("ulysses", "cp2:ulysses", peers.one_thread, 2),
     ("gpipe", "pp2:gpipe/8mb", peers.pipeline("gpipe"), 2),
     ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b"), 2),
+    ("interleaved", "pp2:interleaved_1f1bx2/8mb", peers.pipeline("interleaved"), 2),
+    ("zero bubble", "pp2:interleaved_zbx2/8mb", peers.pipeline("zero bubble"), 2),
+    ("zbv", "pp2:zb_v/8mb", peers.pipeline("zbv"), 2),
+    ("dualpipev", "pp2:dualpipev/8mb", peers.pipeline("dualpipev"), 2),
 )
 
 

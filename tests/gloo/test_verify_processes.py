@@ -14,3 +14,23 @@ from partita.verify.parity import verify
 def test_a_plan_equals_one_device_on_processes(plan, backend, tmp_path):
     found = verify(verify_jobs.job(tmp_path, f"{plan} fp64"), backend=backend)
     assert found.equal, str(found)
+
+
+@pytest.mark.parametrize(
+    ("plan", "backend"),
+    [
+        ("dp2 pp2:zb_h1/4mb", "shm"),
+        ("pp2:zb_v/4mb", "gloo"),
+        *(
+            pytest.param(plan, backend, marks=pytest.mark.slow)
+            for backend in ("shm", "gloo")
+            for plan in (
+                "tp2+sp pp2:interleaved_1f1bx2/4mb", "pp2:dualpipe/4mb", "pp2:v_half/4mb recompute:full",
+                "tp2+sp pp2:zb_h2/4mb",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_schedule_equals_one_device_on_processes(plan, backend, tmp_path):
+    found = verify(verify_jobs.job(tmp_path, f"{plan} fp64", tied=True), backend=backend)
+    assert found.equal, str(found)

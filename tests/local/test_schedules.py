@@ -7,11 +7,15 @@ from partita.base.errors import PlanError
 from partita.verify.parity import verify
 
 PLANS = (
-    "pp2:interleaved_1f1bx2/4mb", "pp2:looped_bfsx2/2mb", "pp2:zb_h1/4mb", "pp4:zb_h1/8mb", "pp2:zb_h2/4mb",
-    "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb", "pp4:dualpipe/8mb",
-    "dp2 pp2:zb_h1/4mb", "dp2 pp2:zb_v/4mb recompute:full", "dp2 pp2:dualpipe/4mb",
-    "tp2+sp pp2:zb_h1/4mb recompute:full", "tp2+sp pp2:zb_v/4mb", "tp2+sp pp2:dualpipev/4mb",
-    "tp2 pp2:interleaved_1f1bx2/4mb dp2", "dp2 tp2+sp pp2:zb_v/2mb recompute:full",
+    "pp2:interleaved_1f1bx2/4mb", "pp2:zb_h1/4mb", "pp2:zb_v/4mb", "pp2:dualpipe/4mb", "dp2 pp2:zb_h1/4mb",
+    "tp2+sp pp2:zb_v/4mb recompute:full",
+)  # fmt: skip
+MORE = (
+    "pp2:looped_bfsx2/2mb", "pp4:zb_h1/8mb", "pp2:zb_h2/4mb", "pp2:dualpipev/4mb", "pp4:dualpipe/8mb",
+    "pp2:v_half/4mb", "pp2:v_min/4mb", "pp2:v_1_2/4mb", "pp2:interleaved_zbx2/4mb", "pp2:chimera/4mb",
+    "dp2 pp2:zb_v/4mb recompute:full", "dp2 pp2:dualpipe/4mb", "tp2+sp pp2:zb_h1/4mb recompute:full",
+    "tp2+sp pp2:dualpipev/4mb", "tp2 pp2:interleaved_1f1bx2/4mb dp2", "tp2+sp pp2:chimera/4mb dp2",
+    "dp2 tp2+sp pp2:zb_v/2mb recompute:full", "dp2 tp2+sp pp2:v_half/4mb",
 )  # fmt: skip
 
 
@@ -21,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
 def test_a_schedule_equals_one_device(plan, family, folder):
     """Llama untied, GPT-2 tied with 5 layers; zero-bubble halves with data parallelism too."""
     found = verify(verify_jobs.job(folder, f"{plan} fp64", family))
