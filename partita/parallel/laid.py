@@ -218,7 +218,8 @@ class Laid:
         mine = [
             a for a in self.schedule.ranks[self.mesh.coords(rank)["pp"]] if a.stage == stage.index
         ]
-        all_done = {**Counter(a.kind for a in mine), "step": 1}
+        all_done = {**Counter(a.kind for a in mine)}
+        all_done["step"] = all_done.get("U", 1)  # once a step, or at each update under way
         once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in stage.blocks}.values()}
         for name, block in zip(stage.names, stage.blocks, strict=True):
             if routing is None or (name, mine[0].microbatch) not in routing.counts:

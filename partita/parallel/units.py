@@ -131,7 +131,7 @@ class Unit:
 
     def round_working(self) -> None:
         """Rounds the masters into this rank's part of the working values; nothing where they are one."""
-        if self.master.dtype != self.working.dtype:
+        if self.master.data_ptr() != self.shard.data_ptr():
             self.shard.copy_(self.master)
 
     def weights(self) -> dict[str, Weight]:
@@ -155,9 +155,10 @@ def make_units(
     device: torch.device | str = "cpu",
     queue: WeightQueue | None = None,
     product_of: Callable[[str], Product] = plain,
+    apart: bool = False,
 ) -> list[Unit]:
     """The units that a rank stores, zeroed, from the laid program's layouts: no shape is computed twice.
-    Their gradients are added to through one `queue`."""
+    Their gradients are added to through one `queue`. `apart`: working weights are never the masters."""
     queue = queue or WeightQueue()
     at = laid.mesh.coords(rank)
     found = []
@@ -170,13 +171,13 @@ def make_units(
         ways, mine = product_coordinate(laid.sizes, at, spec.shard)
         each = -(-first // ways)
         part = slice(mine * each, (mine + 1) * each)
-        tensors = _allocate(spec.stage, each * ways, part, dtype, device)
+        tensors = _allocate(spec.stage, each * ways, part, dtype, device, apart)
         found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
 
 
 def _allocate(
-    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str
+    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:
     """What a rank stores of a unit of `size` elements at a ZeRO stage: working, master, gradient."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -184,7 +185,8 @@ def _allocate(
     values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
     working = torch.zeros(each if stage == 3 else size, dtype=dtype, device=device)
     shard = working if stage == 3 else working[part]
-    master = shard if dtype == wide else torch.zeros(each, dtype=wide, device=device)
+    one = dtype == wide and not apart
+    master = shard if one else torch.zeros(each, dtype=wide, device=device)
     gradient = torch.zeros(each if stage >= 2 else size, dtype=wide, device=device)
     if stage < 3:
         values.lend(working)

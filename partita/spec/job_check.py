@@ -8,12 +8,12 @@ from math import isqrt
 
 from partita.base.errors import Problem
 from partita.spec.job import Job
-from partita.spec.plan import Plan
+from partita.spec.plan import ASYNCHRONOUS, Plan
 
 
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
-    found = [*_ranks(job), *_batch(job), *_sequence(job)]
+    found = [*_ranks(job), *_batch(job), *_sequence(job), *_clip(job)]
     return sorted(found, key=lambda p: p.severity != "error")
 
 
@@ -74,6 +74,21 @@ def _sequence(job: Job) -> Iterator[Problem]:
             asked=str(seq_len),
             limit=str(longest),
             severity="error" if learned else "warning",
+        )
+
+
+def _clip(job: Job) -> Iterator[Problem]:
+    """Clipping wants the norm of a whole step's gradient before any of it is applied."""
+    name, limit = job.plan.pipeline.schedule, job.train.clip_grad_norm
+    if job.plan.mesh.pp > 1 and name in ASYNCHRONOUS and limit:
+        yield Problem(
+            "pp",
+            "clip_grad_norm",
+            f"{name} updates stage by stage, so that no gradient norm is there to clip by; "
+            f"train.clip_grad_norm is {limit:g}",
+            asked=f"train.clip_grad_norm={limit:g}",
+            limit="train.clip_grad_norm=0",
+            nearest=str(job.plan.with_("pipeline", schedule="1f1b")),
         )
 
 

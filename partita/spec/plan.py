@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+ASYNCHRONOUS = ("pipedream", "pipedream_2bw")  # schedules that update stages under way
 DEFAULT_ORDER = ("tp", "cp", "dp_shard", "dp_replicate", "pp")  # innermost first
 _TWO_STAGES = re.compile(
     r"zb_v|v_half|v_min|v_\d+_\d+|dualpipev"

@@ -28,6 +28,7 @@ from partita.model.transformer import build_blocks
 from partita.parallel.cp.split import Split
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, lay
+from partita.parallel.pp.versions import Flow, Versions, version_rule
 from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
@@ -57,10 +58,17 @@ class Built:
     update: Update
     data: Dataset
 
-    def batch(self, step: int) -> StepBatch:
-        """This rank's microbatches of a step (from 0)."""
+    def batch(self, step: int, drains: bool = True) -> StepBatch:
+        """This rank's microbatches of a step (from 0). An asynchronous pipeline that does not drain
+        after it is given the next step's too."""
+        stays = self.model.flow is not None and not drains
+        return StepBatch(
+            step, self._microbatches(step), self._microbatches(step + 1) if stays else ()
+        )
+
+    def _microbatches(self, step: int) -> list[Microbatch]:
         found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
-        return StepBatch(step, [self.own_tokens(microbatch(b, s)) for s, b in found])
+        return [self.own_tokens(microbatch(b, s)) for s, b in found]
 
     def own_tokens(self, whole: Microbatch) -> Microbatch:
         """Of samples whole along seq, the share that context parallelism gives this rank, in laid order."""
@@ -171,8 +179,11 @@ def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any
 def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
     """Units, blocks, executors and reducer of this rank's stages; `fill` sets the units' masters."""
     place, precision = context.coords["pp"], job.plan.precision
+    flows = laid.schedule.is_asynchronous
     dtype, product = DTYPES[precision.dtype], partial(product_of, precision)
-    units = make_units(laid, context.rank, dtype, context.device, WeightQueue(), product)
+    units = make_units(
+        laid, context.rank, dtype, context.device, WeightQueue(), product, apart=flows
+    )
     for unit in units:
         fill(unit)
     blocks = build_blocks(job.model, laid, place, context, units)
@@ -184,6 +195,8 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
         laid, context, place, row, units, executor, reducer, parameters, step_comms(laid, context),
         make_evaluator(executor),
     )  # fmt: skip
+    if flows:
+        model.flow = Flow(executor, Versions(units, version_rule(laid.schedule)))
     model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
     return model
 

@@ -50,6 +50,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
+        self._drained, self._leaves = True, False
 
     def run(self) -> Outcome:
         """Trains from the checkpoint to the last step, or to an agreed stop."""
@@ -63,8 +64,9 @@ class Loop:
         start = time.perf_counter()
         with _bar(context.rank == 0, job, done) as bar:
             for step in range(done, job.train.steps):
-                line = self._one(step, start)
                 last = step + 1 == job.train.steps
+                self._drained = last or self._is_due(step + 1) or self._leaves
+                line = self._one(step, start)
                 if self._evaluates(step + 1):
                     with self.recorder.span("eval", "evaluation"):
                         line["eval_loss"] = self.evaluate()
@@ -83,18 +85,24 @@ class Loop:
     def _evaluates(self, step: int) -> bool:
         """At the end and every `eval_every` steps, where something is held out."""
         every, steps = self.job.train.eval_every, self.job.train.steps
-        due = step == steps or (every > 0 and step % every == 0)
+        due = step == steps or _every(every, step)
         return due and self.built.data.num_eval_sequences > 0
 
     def _after(self, step: int, last: bool) -> bool:
         """Checkpoints when due; True when the run must leave."""
         self.after_step(step)
-        every = self.job.train.checkpoint_every
-        stop = self._should_stop(step) and not last
-        if last or stop or (every and step % every == 0):
+        self._leaves = self._leaves or self._should_stop(step)
+        stop = self._leaves and self._drained and not last
+        if last or stop or _every(self.job.train.checkpoint_every, step):
             with self.recorder.span("checkpoint", f"checkpoint {step}"):
                 self.save(step)
         return stop
+
+    def _is_due(self, step: int) -> bool:
+        """Whether an evaluation or a checkpoint follows a step: an asynchronous pipeline drains in it."""
+        flows = self.built.model.flow is not None
+        saves = _every(self.job.train.checkpoint_every, step)
+        return not flows or saves or self._evaluates(step)
 
     def _should_stop(self, step: int) -> bool:
         """The same answer on every rank: agreed in the shared file, or by a collective without one."""
@@ -118,7 +126,7 @@ class Loop:
         where.activity = "data"
         with self.recorder.step(step):
             with self.recorder.span("data", "data"):
-                batch = built.batch(step)
+                batch = built.batch(step, self._drained)
             try:
                 loss = built.model.forward_backward(batch)
                 with self.recorder.span("U", "optimizer"):
@@ -139,15 +147,19 @@ class Loop:
             "step_time_s": end - begin,
             "peak_memory_bytes": self.recorder.peak_bytes(),
             "wall_time_s": end - start,
-            **self._scaling(),
+            **self._more(),
             **self._routing(),
         }
 
-    def _scaling(self) -> dict[str, float]:
-        scaler = self.built.model.scaler
-        if scaler is None:
-            return {}
-        return {"loss_scale": scaler.scale, "skipped_steps": scaler.skipped}
+    def _more(self) -> dict[str, float]:
+        """Of fp16 the loss scale, of an asynchronous schedule this rank's largest staleness so far."""
+        scaler, flow = self.built.model.scaler, self.built.model.flow
+        found: dict[str, float] = {}
+        if scaler is not None:
+            found |= {"loss_scale": scaler.scale, "skipped_steps": scaler.skipped}
+        if flow is not None:
+            found["staleness"] = flow.versions.staleness
+        return found
 
     def _routing(self) -> dict[str, Any]:
         """Where experts are: their losses as they enter the gradient, rows dropped, and how even they are."""
@@ -200,6 +212,11 @@ class Loop:
         path = save_run(folder, step, self.job, built.model, built.update, built.fingerprint, ranks)
         self._saved = step
         logging.info("saved %s", path)
+
+
+def _every(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps (0: never) is due after this one."""
+    return every > 0 and step % every == 0
 
 
 class _Silent:

@@ -198,6 +198,7 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
         skipped = model.scaler.skipped
     for slot in update.slots:
         done = manifest.step - skipped
+        done *= model.flow.per_step if model.flow is not None else 1
         restore_state(update.optimizer, slot.master, states[slot.name], done)
     model.parameters.refresh()
     return manifest.step

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.base.errors import NonFiniteError
+from partita.base.errors import NonFiniteError, UsageError
 from partita.comm.context import Context
 from partita.comm.protocol import Comm
 from partita.parallel.cp.split import Split
@@ -26,6 +26,7 @@ from partita.parallel.dp.zero import Parameters
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Executor
+from partita.parallel.pp.versions import Flow
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
@@ -48,10 +49,12 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a rank computes on in one step (counted from 0): its part of every microbatch."""
+    """What a rank computes on in one step (counted from 0): its part of every microbatch. `following`
+    are the next step's, for an asynchronous pipeline that stays full; without them it drains."""
 
     step: int
     microbatches: Sequence[Microbatch]
+    following: Sequence[Microbatch] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Model:
     forward_only: Executor | None = None
     scaler: LossScaler | None = None  # under fp16
     routed: Routed = field(default_factory=Routed)  # the step's, where experts are
+    flow: Flow | None = None  # under an asynchronous schedule
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,6 +117,9 @@ class Model:
         where it began.
         """
         self.begin(batch)
+        if self.flow is not None:
+            loss = self.flow.run(batch.microbatches, batch.following)
+            return self.finish_loss(loss, batch.step)
         loss = self.executor.run(batch.microbatches)
         self.reducer.finish()
         self.routed = sum_routing(self)
@@ -121,6 +128,11 @@ class Model:
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss over one microbatch of every rank, forward only, dropout off."""
         assert self.forward_only is not None
+        if self.flow is not None and self.flow.steps:
+            raise UsageError(
+                "the asynchronous pipeline is full: evaluate after a step that drains it (data.batch(step), "
+                "without drains=False)"
+            )
         for block in self.blocks:
             block.training = False
         try:
@@ -205,8 +217,9 @@ class Update:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
         finite skips it, on every rank.
 
-        Communicates: all_reduce over the axes that cut gradients, 8 bytes. Raises NonFiniteError before
-        anything changes.
+        Under an asynchronous schedule stages have updated already (`advance`): the norm is that of
+        their last gradients. Communicates: all_reduce over the axes that cut gradients, 8 bytes. Raises
+        NonFiniteError before anything changes.
         """
         where = self.model.context.where
         where.phase, where.activity = "step", "optimizer"
@@ -219,21 +232,34 @@ class Update:
                 return norm
         if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient norm of step {where.step} is {norm}")
+        if self.model.flow is not None:
+            self.updates += 1
+            return norm
         limit = self.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
             factor *= limit / (norm + CLIP_EPSILON)
         if factor != 1:
             torch._foreach_mul_([s.gradient for s in self.slots if not s.balances], factor)
         self.updates += 1
-        self.lr = learning_rate(self.train, self.updates)
+        self._apply(self.updates)
+        self.model.parameters.refresh()
+        return norm
+
+    def advance(self) -> None:
+        """U: this rank's stage applies what its last microbatches left, at the rate of the step."""
+        flow = self.model.flow
+        assert flow is not None, "U belongs to an asynchronous schedule"
+        self.model.reducer.finish()
+        flow.versions.update(lambda: self._apply(self.updates + 1))
+
+    def _apply(self, update: int) -> None:
+        self.lr = learning_rate(self.train, update)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for slot in self.slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
         self._balance()
-        self.model.parameters.refresh()
-        return norm
 
     def _balance(self) -> None:
         """Moves each balance bias by a fixed rate: up where its expert got fewer rows than an even share,
@@ -289,7 +315,10 @@ def make_update(model: Model, train: TrainSpec) -> Update:
         if piece.primary and not weight.endswith(BALANCE_BIAS)
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
-    return Update(model, train, make_optimizer(named, train), slots, counted)
+    update = Update(model, train, make_optimizer(named, train), slots, counted)
+    if model.flow is not None:
+        model.executor.update = lambda stage: update.advance()
+    return update
 
 
 def _kind(name: str) -> tuple[bool, bool]:

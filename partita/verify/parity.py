@@ -23,6 +23,7 @@ from partita.train.data import Dataset
 from partita.verify.batches import open_data
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
+from partita.verify.delayed import is_delayed, run_delayed
 from partita.verify.processes import run_processes
 from partita.verify.runs import (
     RankSeen,
@@ -34,6 +35,7 @@ from partita.verify.runs import (
     with_own_updates,
 )
 from partita.verify.shrink import shrink
+from partita.verify.watch import Watch
 
 BACKENDS = ("local", "shm", "gloo")
 
@@ -80,7 +82,7 @@ class Verification:
             "plan": self.plan,
             "shrunk": self.shrunk,
             "equal": self.equal,
-            "reference": "single",
+            "reference": "delayed" if is_delayed(self.trials[0].job) else "single",
             "precision": self.precision,
             "loss": _series(main, "loss", "loss"),
             "grad_norm": _series(main, "norm", "grad_norm"),
@@ -156,7 +158,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     own = job.plan.precision.dtype
     trials: list[Trial] = []
     for dtype in dict.fromkeys(("fp64", own)):
-        for train in optimizers(small.train):
+        for train in optimizers(small.train, clips=not is_delayed(small)):
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
             trials.append(_trial(at, data, backend))
             if not trials[-1].equal:
@@ -182,9 +184,10 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 
 
 def _trial(job: Job, data: Dataset, backend: str) -> Trial:
-    judge, _ = run_judge(job, data)
+    delayed = is_delayed(job)
+    judge = run_delayed(job, data) if delayed else run_judge(job, data)[0]
     ranks = run_ranks(job, data, backend)
-    if job.plan.precision.dtype != "fp64":
+    if job.plan.precision.dtype != "fp64" and not delayed:
         judge = with_own_updates(job, judge, ranks)
     return Trial(job, judge, ranks, differences(judge, ranks, job))
 
@@ -203,7 +206,9 @@ def run_ranks(job: Job, data: Dataset, backend: str, watched: int = -1) -> list[
 def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
     """Runs the failing trial again on thread ranks, its first bad step watched."""
     step = min((d.step for d in trial.found if d.bad), default=0)
-    _, judge = run_judge(trial.job, data, step)
+    judge = Watch()  # modules of delayed updates are not watched: their numbers are compared
+    if not is_delayed(trial.job):
+        _, judge = run_judge(trial.job, data, step)
     ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", step)
     laid = lay(request_of(trial.job))
     for watched, seen in zip(ranks, trial.ranks, strict=True):

@@ -19,7 +19,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.ep.counts import Routing
-from partita.parallel.laid import lay
+from partita.parallel.laid import Laid, lay
 from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.product import PLAIN
@@ -66,11 +66,11 @@ class RankSeen:
     )  # of the first step
 
 
-def optimizers(train: TrainSpec) -> list[TrainSpec]:
+def optimizers(train: TrainSpec, clips: bool = True) -> list[TrainSpec]:
     """SGD with momentum at a large rate, then AdamW; decay and clipping active in both."""
     active = {
         "weight_decay": 0.1,
-        "clip_grad_norm": 0.5,
+        "clip_grad_norm": 0.5 if clips else 0.0,
         "warmup_steps": 0,
         "lr_schedule": "constant",
     }
@@ -104,25 +104,34 @@ def run_rank(world: World, job: Job, data: Dataset, watched: int = -1) -> RankSe
     model = make_model(job, laid, context, fill)
     update = make_update(model, job.train)
     built = Built(job, context, model, update, data)
-    seen = RankSeen(context.rank, declared=laid.traffic(context.rank))
+    seen = RankSeen(context.rank, declared=_declared(laid, context.rank))
     if watched >= 0:
         watch_blocks(model, seen.watch)
     context.recorder.take()
+    flows = model.flow is not None
     for step in range(STEPS):
         batch = rank_batch(built, step)
+        if flows and step + 1 < STEPS:
+            batch = replace(batch, following=rank_batch(built, step + 1).microbatches)
         if step == watched:
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = model.forward_backward(batch)
         gradients = boxes(model, lambda unit: unit.gradient, scale)
         norm = update.step()
-        if step == 0:
+        if step == (STEPS - 1 if flows else 0):
             seen.recorded = summarise(context.recorder.take())
             seen.routed = {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         seen.watch.stop()
         after, r = boxes(model, lambda unit: unit.master), model.routed
         seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
     return seen
+
+
+def _declared(laid: Laid, rank: int) -> list[TrafficLine]:
+    """Of one step; where steps flow into each other, of all."""
+    times = STEPS if laid.schedule.is_asynchronous else 1
+    return [replace(t, count=t.count * times, bytes=t.bytes * times) for t in laid.traffic(rank)]
 
 
 def declare(job: Job, ranks: Sequence[RankSeen]) -> None:

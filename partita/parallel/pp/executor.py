@@ -9,6 +9,7 @@ One stage without a pipeline is the same list without messages.
     B  dy -> blocks -> dx      frees both                  sends dx to the previous stage
     I  the same, but work on weights' gradients waits in the queue, with what it needs, until its
     W  runs that work, and frees it
+    U  applies the stage's gradient (asynchronous schedules; see versions.py)
 """
 
 from __future__ import annotations
@@ -37,6 +38,18 @@ class StageModule(Protocol):
         ...
 
 
+class StageWeights(Protocol):
+    """Which version of the weights is in place, where a schedule updates them under way."""
+
+    def forward(self, microbatch: int) -> None:
+        """Puts the version in place that the microbatch uses."""
+        ...
+
+    def backward(self, microbatch: int) -> None:
+        """Puts the version in place that its forward used."""
+        ...
+
+
 @dataclass(frozen=True)
 class Channel:
     """Messages of one direction to one stage: a Comm over the places of pp, on a lane of its own, and
@@ -61,7 +74,8 @@ class Executor:
     `activation(stage, batch, what)` is an empty tensor like the stage's input (F) or output (B), to
     receive into. `last_backward(stage)` is called before the stage's last B or W on this rank, so that
     its gradients may be reduced as they become ready. Communicates: sends of stage inputs and outputs on
-    axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two.
+    axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two. `update(stage)`
+    is U; `weights` puts versions in place; `seed` is what backward starts from.
     """
 
     modules: Mapping[int, StageModule]
@@ -73,6 +87,9 @@ class Executor:
     queue: WeightQueue = field(default_factory=WeightQueue)
     last_backward: Callable[[int], None] = lambda stage: None
     span: Callable[[Action], Any] | None = None
+    update: Callable[[int], None] | None = None
+    weights: StageWeights | None = None
+    seed: float = 1.0
     actions: Sequence[Action] = ()
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     _posted: dict[MessageKey, Handle] = field(default_factory=dict)
@@ -88,31 +105,36 @@ class Executor:
             "B": self._backward,
             "I": self._input_half,
             "W": self._weight_half,
+            "U": self._update,
             "SEND_F": self._send,
             "SEND_B": self._send,
             "RECV_F": self._post,
             "RECV_B": self._post,
         }
 
-    def run(self, batches: Sequence[Any]) -> Tensor:
+    def run(
+        self, batches: Sequence[Any] | Mapping[int, Any], actions: Sequence[Action] | None = None,
+        settle: bool = True,
+    ) -> Tensor:  # fmt: skip
         """One step's microbatches; returns this rank's share of the loss (zero but on the last
-        stage). Gradients are added into the units' buffers."""
+        stage). Gradients are added into the units' buffers. `actions`: others than the step's;
+        `settle`: nothing stays under way."""
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
-        final = {a.stage: i for i, a in enumerate(self.actions) if a.kind in ("B", "W")}
-        last = {i: stage for stage, i in final.items()}
-        where, handlers = self.where, self._handlers
-        for i, action in enumerate(self.actions):
+        actions = self.actions if actions is None else actions
+        where, handlers, last = self.where, self._handlers, _last_backwards(actions)
+        for i, action in enumerate(actions):
             if i in last:
-                self.last_backward(last[i])
+                self.last_backward(action.stage)
             where.stage, where.microbatch = action.stage, action.microbatch
             if self.span is None or action.kind not in COMPUTE:
                 handlers[action.kind](action)
             else:
                 with self.span(action):
                     handlers[action.kind](action)
-        for handle in self._sent.values():
-            handle.wait()
-        self._sent.clear()
+        if settle:
+            for handle in self._sent.values():
+                handle.wait()
+            self._sent.clear()
         where.microbatch = -1
         return self._loss
 
@@ -123,6 +145,8 @@ class Executor:
         if stage > 0:
             x = self._take("F", stage, microbatch)
             x.requires_grad_(torch.is_grad_enabled())
+        if self.weights is not None and torch.is_grad_enabled():
+            self.weights.forward(microbatch)
         y = self.modules[stage](x, self._batches[microbatch])
         if stage == self.schedule.num_stages - 1:
             self._loss += y.detach().to(torch.float64).cpu()
@@ -139,6 +163,10 @@ class Executor:
             self._sent.pop(("F", stage + 1, microbatch)).wait()
         last = stage == self.schedule.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
+        if self.weights is not None:
+            self.weights.backward(microbatch)
+        if last and self.seed != 1:
+            gradient = torch.full_like(held.y, self.seed)
         torch.autograd.backward(held.y, gradient)
         if held.x is not None:
             assert held.x.grad is not None, "a stage's output does not depend on its input"
@@ -152,6 +180,11 @@ class Executor:
     def _weight_half(self, action: Action) -> None:
         self.where.phase, self.where.activity = "W", "backward"
         self.queue.run(action.stage, action.microbatch)
+
+    def _update(self, action: Action) -> None:
+        self.where.phase, self.where.activity = "step", "optimizer"
+        assert self.update is not None, "a schedule with U needs an update"
+        self.update(action.stage)
 
     def _send(self, action: Action) -> None:
         key = action.key
@@ -174,3 +207,15 @@ class Executor:
         if key in self._posted:
             return self._posted.pop(key).wait()
         return self._ready.pop(key)[0]
+
+
+def _last_backwards(actions: Sequence[Action]) -> set[int]:
+    """Places in the list of each stage's last B or W, before its U or at all."""
+    last: dict[int, int] = {}
+    found: set[int] = set()
+    for i, action in enumerate(actions):
+        if action.kind in ("B", "W"):
+            last[action.stage] = i
+        elif action.kind == "U":
+            found.add(last.pop(action.stage))
+    return found | set(last.values())

@@ -12,7 +12,7 @@ or every weight of a stage with two copies. Held twice on one place, its first h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -73,7 +73,9 @@ def problems(job: Request) -> list[Problem]:
     found = _schedule_problems(plan)
     if found:
         return found
-    stages, split = schedule_of(plan).num_stages, plan.pipeline.split
+    made = schedule_of(plan)
+    found = [*_needs_flush(job)] if made.is_asynchronous else []
+    stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
         message = f"{layers} layers cannot fill {stages} stages"
         each = stages // plan.mesh.pp
@@ -96,6 +98,31 @@ def problems(job: Request) -> list[Problem]:
     return found
 
 
+def _needs_flush(job: Request) -> Iterator[Problem]:
+    """What a schedule that updates stage by stage cannot go with."""
+    plan, name = job.plan, job.plan.pipeline.schedule
+    nearest = str(plan.with_("pipeline", schedule="1f1b"))
+    asked = f"pp{plan.mesh.pp}:{name}/{plan.num_microbatches}mb"
+    shards = plan.mesh.dp_shard > 1 and plan.data.zero_stage > 0
+    for wrong, rule, message, limit in (
+        (plan.num_microbatches < plan.mesh.pp, "microbatches",
+         f"a step of {name} has as many microbatches as stages or more: a stage runs ahead by one step at "
+         f"most; {plan.num_microbatches} are fewer than {plan.mesh.pp}", f"m >= {plan.mesh.pp}"),
+        (job.model.tied, "tied", f"{name} updates the first and the last stage at different times: a table "
+         "that both hold would come apart", "model.tied = false"),
+        (job.model.dropout > 0, "dropout", f"{name} has microbatches of two steps under way: dropout masks "
+         "are keyed by the step", "model.dropout = 0"),
+        (plan.precision.dtype in ("fp16", "fp8"), "precision", f"{name} has no global step, which the scales "
+         f"of {plan.precision.dtype} are kept by", "fp32 or bf16"),
+        (job.model.experts > 0, "experts", f"{name} has microbatches of two steps under way: what routers "
+         "chose is summed step by step", "a dense model"),
+        (shards, "zero_stage", f"{name} keeps several versions of whole weights: they are not sharded",
+         "zero0 or dp_replicate"),
+    ):  # fmt: skip
+        if wrong:
+            yield error("pp", rule, message, asked=asked, limit=limit, nearest=nearest)
+
+
 def _schedule_problems(plan: Plan) -> list[Problem]:
     """Why the schedule cannot run: unknown, below its floor, or a file that the checker refuses."""
     pipe = plan.pipeline
@@ -110,9 +137,11 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
         message = f"{pipe.schedule} has no backward: it evaluates, and cannot train"
         limit = "a schedule with B, or I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
-    if made.is_asynchronous:
-        message = f"{pipe.schedule} updates a stage before the step is over: not available in this version"
-        limit = "a schedule that flushes"
+    if not made.is_asynchronous and any(a.kind == "U" for a in made.actions()):
+        message = (
+            f"{pipe.schedule} has updates (U) of its own; a file's step ends with one update of all"
+        )
+        limit = "F and B, or F, I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
     wrong = check(made) if pipe.schedule.strip('"').startswith("file:") else []
     return [replace(p, room="pp", asked=p.asked or asked, nearest=nearest) for p in wrong]

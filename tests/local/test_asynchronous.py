@@ -1,0 +1,121 @@
+"""Asynchronous schedules: delayed updates as a plain loop makes them; versions, staleness as stated."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import verify_jobs
+
+from partita.base.errors import PlanError, UsageError
+from partita.comm.local import local
+from partita.train.build import assemble
+from partita.verify.parity import verify
+
+
+def job(folder, plan, family="llama", **model):
+    made = verify_jobs.job(folder, plan, family, tied=False, **model)
+    return replace(made, train=replace(made.train, clip_grad_norm=0.0))
+
+
+PLANS = ("pp2:pipedream/4mb", "pp2:pipedream_2bw/4mb", "pp4:pipedream/4mb recompute:full")
+MORE = (
+    "pp4:pipedream_2bw/8mb", "pp3:pipedream/4mb", "dp2 pp2:pipedream/4mb", "dp2 pp2:pipedream_2bw/2mb",
+    "tp2+sp pp2:pipedream/4mb recompute:full", "tp2 pp2:pipedream_2bw/4mb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
+def test_delayed_updates_equal_a_plain_loop(plan, family, tmp_path):
+    found = verify(job(tmp_path, f"{plan} fp64", family))
+    assert found.equal, str(found)
+    assert found.traffic_equal
+    assert found.to_json()["reference"] == "delayed"
+
+
+def steps(world, job, look=lambda model, step: None, drained=()):
+    """Trains; (losses, versions held at once at most, staleness), and what `look` saw after each step."""
+    built = assemble(job, world)
+    held, seen, losses = [], [], []
+    versions = built.model.flow.versions
+    update = versions.update
+
+    def counted(apply):
+        update(apply)
+        held.append(len(versions.stash) + 1)
+
+    versions.update = counted
+    for step in range(job.train.steps):
+        last = step + 1 == job.train.steps or step in drained
+        losses.append(built.model.forward_backward(built.batch(step, last)))
+        built.update.step()
+        seen.append(look(built.model, step))
+    return losses, max(held), versions.staleness, seen
+
+
+def longer(job, steps):
+    return replace(job, train=replace(job.train, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "stale"),
+    [("pipedream", [4, 3, 2, 1], [3, 2, 1, 0]), ("pipedream_2bw", [2] * 4, [1] * 4)],
+)
+def test_versions_and_staleness_are_the_stated(name, held, stale, tmp_path):
+    """Stage s of PipeDream holds p-s versions, p-1-s updates old; 2BW two on every stage, one old."""
+    made = longer(job(tmp_path, f"pp4:{name}/4mb", batch=4), 4)
+    with local(4, 20) as ranks:
+        found = ranks.run(steps, made)
+    assert [h for _, h, _, _ in found] == held
+    assert [s for *_, s, _ in found] == stale
+
+
+def test_a_perturbed_version_changes_the_microbatches_that_use_it(tmp_path):
+    """At rate 0 all versions are equal. The stashed one of 2BW's last stage is what all of step 2 uses."""
+    made = longer(job(tmp_path, "pp2:pipedream_2bw/4mb fp64", batch=4), 4)
+    made = replace(made, train=replace(made.train, lr=0.0, optimizer="sgd"))
+
+    def perturb(model, step):
+        if model.place == 1 and step == 1:
+            (version,) = model.flow.versions.stash
+            model.flow.versions.stash[version][0].add_(0.1)
+            return version
+        return None
+
+    with local(2, 20) as ranks:
+        plain = ranks.run(steps, made)
+        changed = ranks.run(steps, made, perturb)
+    assert changed[1][3][1] == 1  # weights after the first update: those of the third step
+    same = [a == b for a, b in zip(plain[0][0], changed[0][0], strict=True)]
+    assert same == [True, True, False, True]
+
+
+def test_a_drain_restarts_the_count(tmp_path):
+    """Drained after each step, PipeDream is what it is from scratch; held full, it differs from step 2 on."""
+    made = longer(job(tmp_path, "pp2:pipedream/4mb fp64", batch=4), 3)
+    with local(2, 20) as ranks:
+        full = ranks.run(steps, made)[0][0]
+        drained = ranks.run(steps, made, lambda model, step: None, (0, 1, 2))[0][0]
+    assert full[0] == drained[0]
+    assert full[1] != drained[1]
+    assert all(map(math.isfinite, full + drained))
+
+
+def test_what_needs_synchrony_is_refused(tmp_path):
+    """Clipping, tied tables, dropout, fp16, few microbatches: all at once, with the rule and a way out."""
+    made = verify_jobs.job(tmp_path, "pp4:pipedream/2mb fp16", "gpt2", dropout=0.1, tied=True)
+    with pytest.raises(PlanError, match="no gradient norm is there to clip by"):
+        verify(made)
+    made = replace(made, train=replace(made.train, clip_grad_norm=0.0))
+    with pytest.raises(PlanError) as error:
+        verify(made)
+    rules = ["microbatches", "tied", "dropout", "precision"]
+    assert [p.rule for p in error.value.problems if p.room == "pp"] == rules
+    with local(2, 20) as ranks, pytest.raises(UsageError, match="drain"):
+        ranks.run(evaluate_full, longer(job(tmp_path, "pp2:pipedream/4mb", batch=4), 3))
+
+
+def evaluate_full(world, job):
+    built = assemble(job, world)
+    built.model.forward_backward(built.batch(0, drains=False))
+    built.model.evaluate(built.batch(1))
