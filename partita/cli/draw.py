@@ -106,16 +106,31 @@ class Bound:
     shares: float | None
     size: float | None
 
+    def __post_init__(self) -> None:
+        for name, value in (("limit", self.shares), ("limit-bytes", self.size)):
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name} is {value:g}; it must be above 0", key=name)
+
     def of(self, made: Schedule, costs: str) -> tuple[float, list[float], str]:
         """(limit, what a microbatch holds at each stage, its unit); the limit may be infinite."""
         if self.size is not None:
+            self.hold_to_sizes(costs)
             sizes = [stage.activation_bytes for stage in read_costs(costs, made).stages]
-            if not any(sizes):
-                message = "--limit-bytes needs --costs FILE.json with activation_bytes"
-                raise UsageError(message, key="costs")
             return self.size, sizes, "bytes of activations"
-        limit = math.inf if self.shares is None else self.shares
-        return limit, [1 / made.virtual_stages] * made.num_stages, "activations"
+        return self.limit, [1 / made.virtual_stages] * made.num_stages, "activations"
+
+    @property
+    def limit(self) -> float:
+        """The one that is given; infinite where none is."""
+        given = self.shares if self.size is None else self.size
+        return math.inf if given is None else given
+
+    def hold_to_sizes(self, costs: str) -> None:
+        """Raises UsageError where bytes are limited and the costs have none."""
+        sizes = [stage.activation_bytes for stage in given_costs(costs).stages]
+        if self.size is not None and not any(sizes):
+            message = "--limit-bytes needs --costs FILE.json with activation_bytes"
+            raise UsageError(message, key="costs")
 
 
 def register(app: typer.Typer) -> None:
@@ -207,10 +222,9 @@ def _synthesised(ranks: int, microbatches: int, virtual: int, how: Timing, bound
     """auto, at the costs and within the bound asked for; bidirectional schedules take part, as they do
     by name."""
     hold_to_size(ranks * max(2, virtual), microbatches)
-    in_bytes = bound.size is not None
-    limit = bound.size if bound.size is not None else bound.shares
+    bound.hold_to_sizes(how.costs)
     task = Task(
-        ranks, microbatches, given_costs(how.costs), math.inf if limit is None else limit, in_bytes,
+        ranks, microbatches, given_costs(how.costs), bound.limit, limit_in_bytes=bound.size is not None,
         stages=max(2, virtual), copies=2,
     )  # fmt: skip
     found = synthesise(task)

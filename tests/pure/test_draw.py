@@ -82,6 +82,11 @@ def test_check_proves_a_file(capsys, tmp_path, text, code, words):
     (["1f1b", "-p", "4", "-m", "8", "-v", "2"], 1, "one stage a rank"),
     (["1f1b", "-p", "two", "-m", "2"], 2, "integer"),
     (["1f1b", "-p", "2", "-m", "2", "--steps", "1000000000"], 2, "more than"),
+    (["1f1b", "-p", "2", "-m", "2", "--limit", "nan"], 2, "limit is nan"),
+    (["auto", "-p", "2", "-m", "2", "--limit", "0.5"], 1, "no order holds less"),
+    (["auto", "-p", "2", "-m", "2", "--limit-bytes", "5"], 2, "activation_bytes"),
+    (["auto", "-p", "2"], 2, "how many microbatches"),
+    (["zb_h2", "-p", "4", "-m", "4"], 1, "m >= 2p-1 = 7"),
     (["--wings"], 2, "--wings"),
     ([], 2, "which schedule"),
 ])  # fmt: skip
