@@ -63,7 +63,7 @@ class MoE:
         gates, chosen = self.router(logits, records)
         rows = self.exchange.plan(chosen)
         if records:
-            self.log.rows(rows.sent, rows.sent)
+            self.log.rows(chosen, rows.sent)
         h = self.gate_up(Dispatch.apply(n, rows), rows.counts)  # type: ignore[arg-type]
         a = SwiGLU.apply(h)
         with made_again(a, lambda: SwiGLU.apply(h), "experts.act" in self.remakes):  # type: ignore[arg-type]

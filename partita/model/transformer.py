@@ -36,6 +36,7 @@ from partita.parallel.tp.embedding import Lookup
 from partita.parallel.tp.linear import AddBias, Column, Row
 from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit, Weight
+from partita.spec.families.moe import capacity
 from partita.spec.model import ModelSpec
 from partita.spec.program import Block
 from partita.spec.program import Tensor as Named
@@ -117,7 +118,8 @@ class Maker:
         )  # fmt: skip
         exchange = Exchange(
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
-            at("experts.down"), at("experts.back"),
+            at("experts.down"), at("experts.back"), at("dispatch.tally"),
+            None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
         )  # fmt: skip
         shared = None
         if spec.shared_experts:

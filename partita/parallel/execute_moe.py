@@ -98,6 +98,16 @@ def count(op: Op, at: Place, get: Get) -> Found:
     }
 
 
+def limit(op: Op, at: Place, get: Get) -> Found:
+    """Picks of each sequence up to an expert's capacity, by position; -1 where a row is dropped."""
+    chosen, ahead = map(get, op.reads)
+    picked = _picked(chosen, at.size(op.reads[1], "choices"), "choices").values
+    taken = picked.sum(-2).cumsum(1) + ahead.values[:, None]
+    mine = np.take_along_axis(taken, chosen.values, -1)
+    kept = np.where(mine <= at.tensors["capacity"].dims[0].size, chosen.values, -1)
+    return {op.writes: replace(chosen, values=kept)}
+
+
 def balance(op: Op, at: Place, get: Get) -> Found:
     """Sum of counts times scores."""
     return {op.writes: contract((), *map(get, op.reads))}

@@ -201,7 +201,8 @@ def _one_hot(op: Op, at: Place, get: Get) -> Local:
 FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "lookup": lookup, "mask": mask,
     "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
-    "count": moe.count, "load": moe.count, "balance": moe.balance, "z": moe.squares,
+    "count": moe.count, "load": moe.count, "tally": moe.count, "limit": moe.limit,
+    "balance": moe.balance, "z": moe.squares,
     "dispatch": moe.dispatch, "combine": moe.combine,
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {

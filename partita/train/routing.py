@@ -47,7 +47,7 @@ def sum_routing(model: Model) -> Routed:
         sums[:ROUTING_SUMS] += torch.stack(
             [log.balance.double().cpu(), log.z.double().cpu(), torch.tensor(float(log.dropped))]
         )
-        sums[at : at + experts] = torch.tensor(log.counts, dtype=torch.float64)
+        sums[at : at + experts] = log.counts.double()
     if model.comms.routing is not None:
         sums = model.comms.routing.all_reduce(sums, site="step.routing:reduce_from")
     samples = model.laid.samples

@@ -16,10 +16,13 @@ from partita.verify import runs
 from partita.verify.parity import verify
 
 PLANS = (
-    "2mb", "dp4 ep4", "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "dp2 tp2+sp ep2 etp2 2mb",
-    "dp2 tp2 ep2 etp2 2mb", "tp2 etp2 2mb", "pp2/2mb dp2 ep2", "dp_replicate2 dp2 ep2", "tp4+sp etp4 2mb",
-    "cp2 tp2+sp ep4 2mb", "dp2 cp2:ulysses ep2 2mb",
-    "dp2 tp2+sp ep2 recompute:full", "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",
+    "2mb", "dp4 ep4", "dp2 tp2+sp ep2 etp2 2mb", "dp2 tp2 ep2 etp2 2mb", "pp2/2mb dp2 ep2",
+    "cp2 tp2+sp ep4 2mb", "dp2 tp2+sp ep2 recompute:full",
+)  # fmt: skip
+MORE = (
+    "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "tp2 etp2 2mb", "dp_replicate2 dp2 ep2",
+    "tp4+sp etp4 2mb", "dp2 cp2:ulysses ep2 2mb", "pp2:zb_h1/4mb dp2 ep2",
+    "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",
 )  # fmt: skip
 
 
@@ -32,7 +35,7 @@ def job(folder, plan, **model):
     return verify_jobs.job(folder, plan, **{**verify_jobs.EXPERTS, **model})
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
 def test_a_plan_equals_one_device(plan, folder):
     found = verify(job(folder, f"{plan} fp64"))
     assert found.equal and found.traffic_equal, str(found)
@@ -45,7 +48,16 @@ def test_five_dimensions(folder):
     assert found.equal and found.traffic_equal, str(found)
 
 
-@pytest.mark.parametrize("plan", ["dp2 tp2+sp ep2 etp2 2mb bf16", "dp4 ep2 fp32"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp2 tp2+sp ep2 etp2 2mb bf16",
+        *(
+            pytest.param(p, marks=pytest.mark.slow)
+            for p in ("dp4 ep2 fp32", "dp2 ep2 2mb fp8", "dp2 ep2 2mb fp16")
+        ),
+    ],
+)
 def test_a_plan_equals_one_device_at_its_own_precision(plan, folder):
     found = verify(job(folder, plan))
     assert found.equal and found.traffic_equal, str(found)
@@ -64,8 +76,16 @@ def test_other_routers_equal_one_device(model, folder):
     assert found.equal and found.traffic_equal, str(found)
 
 
+@pytest.mark.parametrize("plan", ["2mb", "tp4+sp ep2 2mb", "dp2 tp2+sp ep2 etp2 recompute:full"])
+def test_a_capacity_drops_the_same_rows_under_every_plan(plan, folder):
+    found = verify(job(folder, f"{plan} fp64", capacity_factor=0.75))
+    assert found.equal and found.traffic_equal, str(found)
+    assert found.trials[0].judge[0].auxiliary[2] > 0
+
+
+@pytest.mark.slow
 def test_a_published_plan_is_shrunk_with_its_experts(folder):
-    """Mixtral with tp+sp and folded ep; Switch's dp8 ep8."""
+    """Mixtral with tp+sp and folded ep; Switch's dp8 ep8; TED."""
     for plan in ("dp8 tp4+sp ep8 2mb fp64", "dp8 ep8 1mb fp64", "dp2 tp4 ep2 etp4 2mb fp64"):
         big = {"hidden": 512, "heads": 16, "expert_ffn_hidden": 2048, "experts": 16, "layers": 5}
         found = verify(job(folder, plan, batch=16, **big))

@@ -33,14 +33,37 @@ PLANS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", ["", " recompute:full", " recompute:selective"])
-@pytest.mark.parametrize("line", PLANS)
-def test_plan_equals_one_device(line, more) -> None:
-    whole = laid(MOE, line + more)
+LESS = (" recompute:full", " recompute:selective")
+FEW = ("dp2 tp2+sp ep2 etp2", "dp2 tp2 ep2 etp2", "dp4 ep4")
+CASES = [*PLANS, *(line + less for line in FEW for less in LESS)]
+SLOW = [line + less for line in PLANS if line not in FEW for less in LESS]
+SLOW = [pytest.param(line, marks=pytest.mark.slow) for line in SLOW]
+
+
+@pytest.mark.parametrize("line", [*CASES, *SLOW])
+def test_plan_equals_one_device(line) -> None:
+    whole = laid(MOE, line)
     got = execute(whole)
     assert difference(MOE, got, 2) == ""
     for rank in range(whole.mesh.world_size):
         assert got.traffic[rank] == declared(whole, got, rank)
+
+
+CAPACITY = replace(MOE, capacity_factor=0.75)
+
+
+@pytest.mark.parametrize(
+    "line", ["tp4+sp ep2", "dp2 tp2+sp ep2 recompute:full", "dp2 tp2 ep2 etp2"]
+)
+def test_rows_beyond_the_capacity_are_dropped_as_on_one_device(line) -> None:
+    """2 of the 4 rows that 4 positions may send to an expert; later positions wait for earlier ranks."""
+    whole = laid(CAPACITY, line)
+    got = execute(whole)
+    assert difference(CAPACITY, got, 2) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == declared(whole, got, rank)
+    sent = sum(sum(rows) for counts in got.routed.values() for rows in counts.values())
+    assert sent < 2 * 2 * 16 * (2 if "etp2" in line else 1)
 
 
 FAULTY = [

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from partita.parallel.ep.counts import experts_of
 from partita.parallel.regions import Region
@@ -32,20 +33,33 @@ class Exchange:
     receive: Region  # dispatch.receive, over etp: gather_rows or copy_to
     leave: Region  # experts.down, over etp: scatter_rows or reduce_from
     back: Region  # experts.back:all_to_all, over ep
+    tally: Region  # dispatch.tally:ahead, over what cuts seq
+    capacity: int | None = None  # rows that an expert takes of a sequence
 
-    def plan(self, chosen: Tensor, kept: Tensor | None = None) -> Rows:
-        """Who sends what: `chosen` [batch, seq, top_k] experts of each token; `kept` bool, those sent.
+    def plan(self, chosen: Tensor) -> Rows:
+        """Who sends what: `chosen` [batch, seq, top_k] are the experts of each token.
 
-        Communicates: counts over ep.etp, 8 bytes an expert."""
+        Communicates: counts over ep.etp, 8 bytes an expert; with a capacity the rows of each sequence and
+        expert over what cuts seq."""
         flat = chosen.flatten()
-        if kept is not None:
+        if self.capacity is not None:
+            kept = self._admitted(chosen, self.capacity)
             flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
         order = flat.sort(stable=True).indices
         mine = torch.bincount(flat, minlength=self.experts)[: self.experts]
         table = self.count.comm.counts(mine, site=self.count.site)
         sent = table[self.count.comm.rank]
-        order = order if kept is None else order[: sum(sent)].clone()
-        return Rows(self, order, chosen.numel(), table, sent)
+        return Rows(self, order[: sum(sent)], chosen.numel(), table, sent)
+
+    def _admitted(self, chosen: Tensor, capacity: int) -> Tensor:
+        """bool [batch, seq, top_k]: rows of earlier positions first, up to the capacity."""
+        picked = one_hot(chosen, self.experts).sum(-2)
+        taken = picked.cumsum(1)
+        comm = self.tally.comm
+        if comm.size > 1:
+            every = comm.all_gather(taken[:, -1].unsqueeze(0).contiguous(), site=self.tally.site)
+            taken = taken + every[: comm.rank].sum(0).unsqueeze(1)
+        return taken.gather(-1, chosen) <= capacity
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ class RouterLog:
     where: Where
     balance: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     z: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    dropped: int = 0
-    counts: list[int] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     sent: dict[int, tuple[int, ...]] = field(default_factory=dict)
     loss_scale: float = 1.0  # what gradients are times, under fp16
 
@@ -31,13 +30,17 @@ class RouterLog:
     def clear(self) -> None:
         """A new step."""
         self.balance, self.z = torch.zeros((2,), dtype=torch.float64)
-        self.dropped, self.counts, self.sent = 0, [0] * self.experts, {}
+        self.counts, self.sent = torch.zeros(self.experts, dtype=torch.int64), {}
 
-    def rows(self, chosen: list[int], sent: list[int]) -> None:
-        """Adds one microbatch: rows chosen, and those of them that were sent."""
-        self.counts = [a + b for a, b in zip(self.counts, chosen, strict=True)]
-        self.dropped += sum(chosen) - sum(sent)
+    def rows(self, chosen: Tensor, sent: list[int]) -> None:
+        """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
+        self.counts += torch.bincount(chosen.flatten(), minlength=self.experts)
         self.sent[self.where.microbatch] = tuple(sent)
+
+    @property
+    def dropped(self) -> int:
+        """Rows that were chosen and not sent."""
+        return int(self.counts.sum()) - sum(map(sum, self.sent.values()))
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,12 @@ def problems(job: Request) -> list[Problem]:
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
-    if m.capacity_factor is not None:
-        text = f"capacity_factor {m.capacity_factor} is not available in this version: no row is dropped"
-        found.append(error("ep", "capacity", text, asked="capacity_factor", limit="none"))
+    if m.capacity_factor is not None and mesh.cp > 1:
+        text = f"a capacity factor with cp{mesh.cp} is not available in this version"
+        nearest = str(job.plan.with_("mesh", cp=1))
+        found.append(
+            error("ep", "capacity", text, asked=f"cp{mesh.cp}", limit="cp1", nearest=nearest)
+        )
     for rule, axis, size, what in (
         ("experts", "ep", m.experts, "experts"),
         ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
@@ -124,10 +127,13 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
     names = {} if etp else {"inside": "arrived", "made": "leaving"}
     for gone in names:
         del new[gone]
+    seq = next(d.cut for d in t["chosen"].dims if d.name == "seq") or ("cp",)
+    if "tally" in t:
+        new["ahead"] = replace(t["tally"], name="ahead")
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
     new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
     block = rewrite(block, lambda op: (replace(op, space=view(op.space)),))
-    block = rewrite(block, _Exchange(etp, replicated, names), new)
+    block = rewrite(block, _Exchange(etp, replicated, names, seq), new)
     kept = frozenset({"sent": names.get("inside", "inside")}.get(n, n) for n in block.kept)
     return _drop_idle(replace(block, kept=kept), sizes)
 
@@ -135,12 +141,19 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
 class _Exchange:
     """What each op of a block with experts becomes: regions around the experts."""
 
-    def __init__(self, etp: bool, replicated: bool, names: dict[str, str]) -> None:
-        self.etp, self.replicated, self.names = etp, replicated, names
+    def __init__(
+        self, etp: bool, replicated: bool, names: dict[str, str], seq: tuple[str, ...]
+    ) -> None:
+        self.etp, self.replicated, self.names, self.seq = etp, replicated, names, seq
 
     def __call__(self, op: Op) -> Iterable[Op]:
         """The op and its regions."""
         inside = self.names.get("inside", "inside")
+        if op.name == "dispatch.tally":
+            event = Event("F", "all_gather", "tally")
+            return (op, region(op.name, "ahead", self.seq, ("tally", "ahead"), event))
+        if op.name == "dispatch.limit":
+            return (replace(op, reads=("chosen", "ahead")),)
         if op.name == "dispatch.count":
             event = Event("F", "all_gather", "loads")
             peers = ("ep",) if self.replicated else ("ep", "etp")

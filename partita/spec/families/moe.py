@@ -12,6 +12,7 @@ never cut; `experts` are the weights' and belong to ep.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 from partita.spec.families.writer import Writer
@@ -31,17 +32,24 @@ def expert_sizes(spec: ModelSpec, batch: int, seq: int) -> dict[str, int]:
         "picks": spec.top_k,
         "slots": batch * seq * spec.top_k,
         "expert_ffn": spec.expert_ffn_hidden,
+        "capacity": capacity(spec, seq),
         "ffn": spec.shared_experts * spec.expert_ffn_hidden,
     }
+
+
+def capacity(spec: ModelSpec, seq: int) -> int:
+    """Rows that an expert takes of a sequence."""
+    return ceil((spec.capacity_factor or 0) * seq * spec.top_k / spec.experts)
 
 
 def moe(spec: ModelSpec, w: Writer, x: str) -> str:
     """Reads the normalised x; returns the names of what is added to the residual stream."""
     shared = _shared(w, x) if spec.shared_experts else ""
     gates = _router(spec, w, x)
+    rows = "chosen" if spec.capacity_factor is None else _limit(w)
     w.tensor("order", PICKS, "route")
-    w.op("dispatch.count", "load", "chosen", ("loads", "choices"), role="route")
-    w.op("dispatch.send", "dispatch", f"{x} chosen", ("sent", "slots hidden"), saves="order")
+    w.op("dispatch.count", "load", rows, ("loads", "choices"), role="route")
+    w.op("dispatch.send", "dispatch", f"{x} {rows}", ("sent", "slots hidden"), saves="order")
     w.op(
         "experts.gate_up",
         "linear",
@@ -66,6 +74,15 @@ def moe(spec: ModelSpec, w: Writer, x: str) -> str:
     saves = f"back {gates} order"
     y = w.op("combine.sum", "combine", f"back {gates} order", ("moe", X), saves=saves)
     return f"{y} {shared}".strip()
+
+
+def _limit(w: Writer) -> str:
+    """Of each sequence an expert takes its capacity; rows of later positions are dropped. What earlier
+    positions on other ranks chose stands between the two ops."""
+    w.tensor("capacity", "capacity", "buffer")
+    tally = ("tally", "batch choices")
+    w.op("dispatch.tally", "tally", "chosen", tally, role="route")
+    return w.op("dispatch.limit", "limit", "chosen tally", ("admitted", PICKS), role="route")
 
 
 def _shared(w: Writer, x: str) -> str:
