@@ -113,7 +113,7 @@ class Maker:
         spec, at = self.spec, self.regions.at
         bias = self.weight("router.balance_bias") if spec.router_bias else None
         router = Router(
-            spec, self.weight("router.gate"), bias, at("router.count"), self.laid.request.seq_len,
+            spec, self.weight("router.gate").matrix(), bias, at("router.count"), self.laid.request.seq_len,
             self.laid.samples, RouterLog(spec.experts, self.context.where),
         )  # fmt: skip
         exchange = Exchange(

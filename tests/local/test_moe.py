@@ -20,6 +20,7 @@ PLANS = (
     "cp2 tp2+sp ep4 2mb", "dp2 tp2+sp ep2 recompute:full",
 )  # fmt: skip
 MORE = (
+    "dp4.zero3 ep2 2mb", "dp_replicate2 dp2.zero1 ep2",
     "dp2 ep2 2mb", "tp2+sp ep2 2mb", "dp2 tp2+sp ep2", "tp2 etp2 2mb", "dp_replicate2 dp2 ep2",
     "tp4+sp etp4 2mb", "dp2 cp2:ulysses ep2 2mb", "pp2:zb_h1/4mb dp2 ep2",
     "dp2 ep2 2mb recompute:selective recompute.modules=norm,act",

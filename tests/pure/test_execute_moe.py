@@ -27,7 +27,7 @@ PLANS = [
     "tp2 etp2", "dp2 tp2 etp2", "dp2 tp2 ep2 etp2", "dp2 tp2+sp ep2", "dp2 tp2+sp ep4", "dp2 tp2+sp etp2",
     "dp2 tp2+sp ep2 etp2", "tp4+sp ep2 etp2", "tp4+sp etp4", "pp2/2mb dp2 ep2", "pp2/2mb tp2+sp ep2",
     "cp2 ep2", "cp2:ulysses ep2", "cp2:all_gather tp2+sp ep4", "dp2 cp2 tp2+sp ep4",
-    "dp_shard4.zero0", "dp2 ep2 order:dp_shard,tp,cp,dp_replicate,pp tp2+sp",
+    "dp2 ep2 order:dp_shard,tp,cp,dp_replicate,pp tp2+sp",
     "dp4.zero3 ep2", "dp4.zero1 ep2", "dp4.zero2 ep2", "dp2.zero3 tp2+sp ep2", "dp2.zero1 tp2+sp ep2 etp2",
     "pp2/2mb dp2.zero2 tp2+sp ep2", "dp_replicate2 dp_shard2.zero3 tp2+sp ep2",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,11 +23,10 @@ class Grouped:
     @staticmethod
     def of(weight: Weight, columns: int = 1) -> Grouped:
         """Stacked experts; `columns` counts the trailing dims that are contracted."""
-        width = weight.value.shape[-columns:].numel()
-        values, gradients = (t.view(t.shape[0], -1, width) for t in (weight.value, weight.gradient))
-        product = weight.unit.product_of
-        pairs = zip(values, gradients, strict=True)
-        return Grouped(tuple(Matrix(v, g, weight.queue, product(weight.name)) for v, g in pairs))
+        size, width = prod(weight.shape[1:]), prod(weight.shape[-columns:])
+        firsts = range(weight.first, weight.first + prod(weight.shape), size)
+        shape = (size // width, width)
+        return Grouped(tuple(weight.unit.matrix(weight.name, first, shape) for first in firsts))
 
     def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """`counts` are the rows of each expert."""
@@ -41,7 +41,7 @@ class _Grouped(torch.autograd.Function):
         """An expert after the other."""
         ctx.save_for_backward(x)
         ctx.layer, ctx.counts = layer, counts
-        y = x.new_empty((x.shape[0], layer.matrices[0].value.shape[0]))
+        y = x.new_empty((x.shape[0], layer.matrices[0].shape[0]))
         for m, rows, out in zip(layer.matrices, x.split(counts), y.split(counts), strict=True):
             if rows.shape[0]:
                 _multiply(m.product, rows, m.value.t(), out, m.multiply)

@@ -21,7 +21,7 @@ from torch.nn.functional import one_hot
 
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.regions import Region
-from partita.parallel.units import Weight
+from partita.parallel.units import Matrix, Weight
 from partita.spec.model import ModelSpec
 
 TINY = 1e-20  # gates whose scores add up to nothing are nothing
@@ -36,7 +36,7 @@ class Router:
     """
 
     spec: ModelSpec
-    gate: Weight
+    gate: Matrix
     bias: Weight | None
     counts: Region
     seq_len: int
@@ -75,9 +75,9 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor, None]:
         """Two matmuls."""
         (x,) = ctx.saved_tensors
-        gate: Weight = ctx.layer.gate
+        gate: Matrix = ctx.layer.gate
         wide = dlogits.dtype
-        gate.matrix().accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
+        gate.accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
         return (dlogits @ gate.value.to(wide)).to(x.dtype), None
 
 
