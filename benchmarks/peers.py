@@ -53,7 +53,37 @@ def ddp(s: ModelSpec, seq_len: int, bf16: bool):
     model = DistributedDataParallel(
         Llama(s, seq_len, range(s.layers)), gradient_as_bucket_view=True
     )
-    optimizer = _optimizer(model)
+    return _replicated(model, _optimizer(model), s, seq_len, bf16)
+
+
+def zero1(s: ModelSpec, seq_len: int, bf16: bool):
+    """DistributedDataParallel with ZeroRedundancyOptimizer."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = DistributedDataParallel(
+        Llama(s, seq_len, range(s.layers)), gradient_as_bucket_view=True
+    )
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, fused=True)
+    return _replicated(model, optimizer, s, seq_len, bf16)
+
+
+def zero3(s: ModelSpec, seq_len: int, bf16: bool):
+    """FSDP2: every layer and the root fully_shard, bf16 gathers with fp32 reduction."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    dtype = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if bf16 else None)
+    model = Llama(s, seq_len, range(s.layers))
+    for layer in model.layers.values():
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return _replicated(model, _optimizer(model), s, seq_len, False)
+
+
+def _replicated(model, optimizer, s: ModelSpec, seq_len: int, bf16: bool):
+    """A step on this rank's half of the batch."""
     ids, targets = (t.chunk(2)[dist.get_rank()] for t in inputs(s, seq_len))
 
     def step():

@@ -31,6 +31,8 @@ SIZES = {
 ROWS = (
     ("one rank", "1mb", peers.plain, 1),
     ("dp", "dp2", peers.ddp, 2),
+    ("zero1", "dp_shard2.zero1", peers.zero1, 2),
+    ("zero3", "dp_shard2.zero3", peers.zero3, 2),
     ("tp", "tp2", peers.tensor, 2),
     ("tp+sp", "tp2+sp", peers.tensor, 2),
     ("ring", "cp2:ring", peers.one_thread, 2),

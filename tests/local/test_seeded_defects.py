@@ -1,4 +1,4 @@
-"""Sixteen faults that others shipped, planted one at a time: verify must see each, and say where."""
+"""Nineteen faults that others shipped, planted one at a time: verify must see each, and say where."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from partita.comm.protocol import Done
 from partita.model.attention import Attention
 from partita.model.transformer import Maker
 from partita.parallel.dp.replicate import Reducer
+from partita.parallel.dp.zero import Parameters
 from partita.parallel.regions import Region
 from partita.parallel.tp.linear import AddBias
 from partita.train.step import Model, Update
@@ -240,3 +241,49 @@ def test_16_one_gradient_times_one_and_a_millionth(judged, monkeypatch, name):
     monkeypatch.setattr(Reducer, "finish", scaled)
     at = judged("tp2")
     assert (at.phase, at.module) == ("gradient", name)
+
+
+def test_17_replicas_of_shards_drift(judged, monkeypatch):
+    """HSDP whose shards are reduced among themselves only."""
+    reduce = Reducer._reduce
+    monkeypatch.setattr(
+        Reducer, "_reduce", lambda self, unit, comm, kind: reduce(self, unit, comm, kind)
+        if comm.axis != "dp_replicate" else None,
+    )  # fmt: skip
+    at = judged("dp_replicate2 dp_shard2.zero2")
+    assert at.phase == "gradient" and at.expected == ("all_reduce", "dp_replicate")
+
+
+def test_18_shards_stale_after_the_update(judged, monkeypatch):
+    """Masters move, what the other ranks multiply by does not: gathered at the beginning alone."""
+    refresh = Parameters.refresh
+
+    def once(self):
+        if not hasattr(self, "fresh"):
+            self.fresh = True
+            refresh(self)
+
+    monkeypatch.setattr(Parameters, "refresh", once)
+    at = judged("dp_shard2.zero1")
+    assert at.expected == ("all_gather", "dp_shard") and "gather" in at.message
+
+
+def test_19_a_tied_weight_reduced_by_one_of_its_holders(judged, monkeypatch):
+    """Stage 3 that scatters the head's part alone: the embedding's never arrives."""
+    done = Reducer.block_done
+
+    def early(self, block):
+        if block == "head":
+            for unit in self.units:
+                if unit.spec.blocks == ("embedding", "head"):
+                    self._start(unit)
+        elif block == "embedding":
+            for unit in self.units:
+                if unit.spec.blocks == ("embedding", "head"):
+                    unit.gradients.take()
+            return block in self._last
+        return done(self, block) if block != "head" else block in self._last
+
+    monkeypatch.setattr(Reducer, "block_done", early)
+    at = judged("dp_shard2.zero3", tied=True)
+    assert at.phase == "gradient" and at.module in ("embedding.table", "head.norm")

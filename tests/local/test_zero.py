@@ -1,0 +1,133 @@
+"""ZeRO as it runs: how many blocks' weights are there, what is stored, checkpoints from any plan to any."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.comm.local import local
+from partita.parallel.dp import zero
+from partita.parallel.read import state_bytes
+from partita.train.build import assemble
+from partita.train.checkpoint import Ranks
+from partita.train.resume import load_run, save_run
+
+
+def gathered(world, job):
+    """Most stage-3 units whose memory was held at once in a step, and what was left behind it."""
+    built = assemble(job, world)
+    parameters = built.model.executor.modules[0].data.gatherer.parameters
+    seen, bring = [], zero.Parameters.bring
+
+    def counted(self, units):
+        found = bring(self, units)
+        seen.append(len(self._whole))
+        return found
+
+    parameters.bring = counted.__get__(parameters)
+    built.model.forward_backward(built.batch(0))
+    return max(seen), len(parameters._whole)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_at_most_one_and_prefetch_gathered_blocks(prefetch, tmp_path):
+    job = verify_jobs.job(tmp_path, f"dp_shard2.zero3 2mb data.prefetch={prefetch}", tied=False)
+    with local(2, 20) as ranks:
+        assert ranks.run(gathered, job) == [(1 + prefetch, 0)] * 2
+
+
+def test_without_resharding_all_blocks_stay_until_the_last_backward(tmp_path):
+    line = "dp_shard2.zero3 2mb data.reshard_after_forward=false"
+    with local(2, 20) as ranks:
+        assert ranks.run(gathered, verify_jobs.job(tmp_path, line, tied=False)) == [(7, 0)] * 2
+
+
+def stored(world, job):
+    """Bytes of working weights, gradients and masters that the units own, and what is declared."""
+    built = assemble(job, world)
+    built.model.forward_backward(built.batch(0))
+    built.update.step()
+    model = built.model
+    held: Counter[str] = Counter()
+    for unit in model.units:
+        whole = unit.gradients.tensor if unit.spec.stage < 2 else unit.gradient
+        held["parameters"] += unit.working.untyped_storage().nbytes()
+        held["gradients"] += whole.untyped_storage().nbytes()
+        if unit.master.dtype != unit.working.dtype:
+            held["optimizer"] += unit.master.untyped_storage().nbytes()
+    for state in built.update.optimizer.state.values():
+        held["optimizer"] += sum(x.nbytes for n, x in state.items() if n != "step")
+    blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
+    return held, sum((state_bytes(b, model.laid.sizes) for b in blocks), Counter())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_what_is_stored_is_declared(stage, dtype, tmp_path):
+    job = verify_jobs.job(tmp_path, f"dp_shard4.zero{stage} {dtype}", tied=True)
+    with local(4, 20) as ranks:
+        found = ranks.run(stored, job)
+    for rank, (held, declared) in enumerate(found):
+        padding = 4 * 12 * 7 * (rank == 3)  # of the last shard, which no optimizer sees
+        assert held["parameters"] == declared["parameters"]
+        assert held["gradients"] == declared["gradients"]
+        assert declared["optimizer"] - padding <= held["optimizer"] <= declared["optimizer"]
+
+
+def trained(world, job, folder, resume):
+    """Two steps, saved; or resumed from there: what this rank holds of every weight and moment."""
+    built = assemble(job, world)
+    if resume:
+        load_run(resume, job, built.model, built.update, built.fingerprint)
+    for step in range(2 * (resume is None)):
+        built.model.forward_backward(built.batch(step))
+        built.update.step()
+    ranks = Ranks(world.rank, world.size, built.agree)
+    return save_run(folder, 2, job, built.model, built.update, built.fingerprint, ranks)
+
+
+LINES = ["dp_shard2.zero3 tp2", "dp_shard4.zero1", "pp2/2mb dp_shard2.zero2", "fp32"]
+
+
+def test_any_plan_loads_what_any_plan_saved(tmp_path):
+    """Saved by ZeRO, resumed and saved by another cut, back to one rank: not a bit has changed."""
+    from safetensors import safe_open
+
+    path, whole = None, []
+    for line in (*LINES, LINES[0], "fp32"):
+        job = verify_jobs.job(tmp_path, f"{line}", tied=True)
+        with local(job.plan.world_size, 20) as ranks:
+            folder = tmp_path / f"{len(whole)}-{line.replace('/', '-')}"
+            path = ranks.run(trained, job, folder, path)[0]
+        if line == "fp32":
+            with safe_open(path / "rank-0.safetensors", framework="pt") as file:
+                whole.append({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+        else:
+            whole.append(None)
+    first, again = whole[3], whole[5]
+    assert first.keys() == again.keys() and len(first) > 100
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def order(world, job):
+    """Sites of what a rank sent over its shards in the first microbatch, in order."""
+    built = assemble(job, world)
+    built.context.recorder.take()
+    built.model.forward_backward(built.batch(0))
+    sent = built.context.recorder.take()
+    return [t.site for t in sent if "unit[" in t.site and t.microbatch == 0]
+
+
+def test_reduction_starts_before_the_last_backward_ends(tmp_path):
+    """Every block's scatter goes out before the weights of the block below are gathered again."""
+    job = verify_jobs.job(tmp_path, "dp_shard2.zero3 2mb data.prefetch=0", tied=False)
+    with local(2, 20) as ranks:
+        (sites, other) = ranks.run(order, job)
+    backward = sites[7:]  # behind the gathers of seven blocks
+    names = ["head", *(f"blocks.{i}" for i in range(4, -1, -1))]
+    want = [f"{n}.unit[dp_shard]:{k}" for n in names for k in ("gather", "scatter")]
+    assert backward == [*want, "embedding.unit[dp_shard]:scatter"]
+    assert sites == other
