@@ -115,6 +115,27 @@ def problems_of(plan: Plan) -> list[tuple[str, str]]:
     return found
 
 
+STRATEGIES = {  # torch.distributed.fsdp.ShardingStrategy
+    "FULL_SHARD": ("zero3",),
+    "SHARD_GRAD_OP": ("zero3", "data.reshard_after_forward=false"),
+    "NO_SHARD": ("zero0",),
+    "HYBRID_SHARD": ("zero3",),  # beside a dp_replicate
+}
+
+
+def spelled(word: str) -> tuple[str, ...]:
+    """A word as this grammar has it: FSDP's strategies are zero stages.
+
+    >>> spelled("dp_shard8.SHARD_GRAD_OP")
+    ('dp_shard8.zero3', 'data.reshard_after_forward=false')
+    """
+    axis, _, name = word.partition(".")
+    if not axis.startswith("dp") or name.upper() not in STRATEGIES:
+        return (word,)
+    first, *rest = STRATEGIES[name.upper()]
+    return (f"{axis}.{first}", *rest)
+
+
 def data_parallel(size: int, given: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
     """What `dp<n>` means beside the fields already given: dp_shard when a zero stage or ep > 1 is
     present (zero 0 where only ep is), else dp_replicate."""

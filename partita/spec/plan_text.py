@@ -26,6 +26,7 @@ from partita.spec.plan_table import (
     from_toml,
     is_schedule,
     problems_of,
+    spelled,
     to_toml,
 )
 
@@ -82,7 +83,8 @@ def parse(line: str) -> Plan:
     given = _Given(line)
     later: list[tuple[str, int]] = []
     for match in _WORD.finditer(text):
-        _read_word(given, match.group(), later)
+        for word in spelled(match.group()):
+            _read_word(given, word, later)
     for word, size in later:  # what dp<n> means depends on the other words
         for (section, name), value in data_parallel(size, given.values).items():
             given.set(word, section, name, value)

@@ -264,3 +264,19 @@ def test_every_field_can_be_said_as_a_word() -> None:
             else:
                 said = str(other).lower() if isinstance(other, bool) else str(other)
             assert Plan.parse(f"{section.name}.{f.name}={said}") == plan
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("dp_shard8.FULL_SHARD", "dp_shard8.zero3"),
+        ("dp8.full_shard bf16", "dp_shard8.zero3 bf16"),
+        ("dp_shard8.SHARD_GRAD_OP", "dp_shard8.zero3 data.reshard_after_forward=false"),
+        ("dp_shard8.NO_SHARD", "dp_shard8.zero0"),
+        ("dp_replicate2 dp_shard4.HYBRID_SHARD", "dp_replicate2 dp_shard4.zero3"),
+    ],
+)
+def test_fsdp_strategies_are_spellings_of_zero_stages(theirs, ours) -> None:
+    assert Plan.parse(theirs) == Plan.parse(ours)
+    with pytest.raises(UsageError, match="not understood"):
+        Plan.parse(theirs.replace("SHARD", "SHARDS").replace("full_shard", "full_shards"))
