@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from partita.parallel.laid import Laid
+from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import kept_bytes, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
 from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
@@ -24,6 +25,9 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     categories: Counter[str] = Counter()
     for block in (b for s in stages for b in s.blocks):
         categories.update(state_bytes(block, sizes))
+    if schedule.is_asynchronous:  # versions in the compute dtype, and masters apart from them
+        masters = int(laid.request.plan.precision.dtype in ("fp32", "fp64"))
+        categories["parameters"] *= versions_held(schedule, place) + masters
     kept = [0.0] * len(laid.stages)
     for s in stages:
         kept[s.index] = float(sum(stage_kept(s.blocks, sizes)))

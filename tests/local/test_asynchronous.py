@@ -8,6 +8,9 @@ import verify_jobs
 
 from partita.base.errors import PlanError, UsageError
 from partita.comm.local import local
+from partita.parallel.laid import lay
+from partita.simulate.memory import stage_ledger
+from partita.simulate.predict import request_of
 from partita.train.build import assemble
 from partita.verify.parity import verify
 
@@ -119,3 +122,22 @@ def evaluate_full(world, job):
     built = assemble(job, world)
     built.model.forward_backward(built.batch(0, drains=False))
     built.model.evaluate(built.batch(1))
+
+
+@pytest.mark.parametrize("name", ["pipedream", "pipedream_2bw"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_memory_of_versions_is_what_ranks_hold(name, dtype, tmp_path):
+    """Working weights, stashed versions, and the fp32 masters where they would be the working weights."""
+    made = longer(job(tmp_path, f"pp4:{name}/4mb {dtype}", batch=4), 3)
+
+    def held(model, step):
+        versions = model.flow.versions
+        found = [t for stash in versions.stash.values() for t in stash]
+        found += [u.working for u in model.units]
+        found += [u.master for u in model.units if dtype == "fp32"]
+        return sum(t.numel() * t.element_size() for t in found)
+
+    with local(4, 20) as ranks:
+        seen = [max(h) for *_, h in ranks.run(steps, made, held)]
+    laid = lay(request_of(made))
+    assert seen == [stage_ledger(laid, p, laid.schedule).at_peak["parameters"] for p in range(4)]

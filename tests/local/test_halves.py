@@ -13,7 +13,7 @@ from partita.parallel.laid import lay
 from partita.parallel.read import op_flops
 from partita.parallel.regions import IDENTITY
 from partita.parallel.tp.linear import Column
-from partita.parallel.units import Unit
+from partita.parallel.units import Matrix
 from partita.simulate.predict import request_of
 from partita.train.build import assemble
 
@@ -76,9 +76,8 @@ def test_w_holds_its_matmuls_and_i_is_sent_before(plan, tmp_path):
 
 def test_the_weight_half_of_a_linear_is_half_of_its_time():
     width, queue = 512, WeightQueue()
-    value, gradient = torch.randn(width * width), torch.zeros(width * width)
-    unit = Unit("u", (("w", 0, width * width),), ((width, width),), value, value, gradient, queue)
-    linear = Column.of([unit.weights()["w"]], IDENTITY)
+    value, gradient = torch.randn(width, width), torch.zeros(width, width)
+    linear = Column((Matrix(value, gradient, (width, width), queue),), (), IDENTITY)
     spent = {"I": [], "W": []}
     for m in range(5):
         y = linear(torch.randn(1, width, width, requires_grad=True))

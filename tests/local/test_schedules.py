@@ -15,7 +15,9 @@ MORE = (
     "pp2:v_half/4mb", "pp2:v_min/4mb", "pp2:v_1_2/4mb", "pp2:interleaved_zbx2/4mb", "pp2:chimera/4mb",
     "dp2 pp2:zb_v/4mb recompute:full", "dp2 pp2:dualpipe/4mb", "tp2+sp pp2:zb_h1/4mb recompute:full",
     "tp2+sp pp2:dualpipev/4mb", "tp2 pp2:interleaved_1f1bx2/4mb dp2", "tp2+sp pp2:chimera/4mb dp2",
-    "dp2 tp2+sp pp2:zb_v/2mb recompute:full", "dp2 tp2+sp pp2:v_half/4mb",
+    "dp2 tp2+sp pp2:zb_v/2mb recompute:full", "dp2 tp2+sp pp2:v_half/4mb", "pp2:auto/4mb",
+    "dp_shard2.zero1 pp2:zb_v/4mb", "dp_shard2.zero2 pp2:zb_h1/4mb", "dp_shard2.zero3 pp2:zb_v/4mb",
+    "dp_shard2.zero1 pp2:dualpipe/4mb", "cp2 pp2:zb_h1/4mb",
 )  # fmt: skip
 
 

@@ -61,6 +61,13 @@ def forward_of(schedule: Schedule) -> Schedule:
     )
 
 
+def versions_held(schedule: Schedule, place: int) -> int:
+    """Versions of a stage's weights that a rank holds at once, the newest included (Narayanan et al. 2019,
+    2020): 1 where a step flushes."""
+    p = schedule.num_ranks
+    return {"flush": 1, "newest": p - place, "vertical": p, "previous": 2}[schedule.versions]
+
+
 def lane(what: str, stage: int, schedule: Schedule) -> str:
     """The lane of messages that `stage` consumes: one a direction and chunk."""
     chunk = stage // schedule.num_ranks
