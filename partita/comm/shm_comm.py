@@ -111,7 +111,7 @@ class ShmComm:
                 self.wait_word(self._words, r, k, self.ranks[r], note)
         view = self._words.view
         for r in range(self.size):
-            if view[self.size + 2 * r + (k & 1)] != digest and view[r] == k:
+            if view[self.size + 2 * r + (k & 1)] != digest and view[r] - k < 2:
                 raise self._disagreement(note)
 
     def wait_word(
@@ -195,8 +195,10 @@ class ShmComm:
             pending.begin()
             for chunk in range(chunks):
                 k = pending.first + chunk
-                if chunk:
-                    write(chunk, self.make_room(message))
+                if (
+                    chunk + 1 < chunks
+                ):  # the next one too: who is late there is waited for here alone
+                    write(chunk + 1, self.make_room(message))
                     self.hand_over(digest)
                 self.meet(k, digest, message)
                 read(chunk, k)
