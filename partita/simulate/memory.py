@@ -46,17 +46,23 @@ def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:
 
 def transient_bytes(block: Block, sizes: Sizes) -> int:
     """The worst moment inside the block: an op's tensors that are not kept, and their gradients; and
-    what recomputation holds again."""
+    what recomputation holds again. What comes round a ring is seen share by share, two at a time."""
     held = (
         {t for op in block.ops() for t in op.saves if t not in block.kept}
         if replayed(block)
         else set()
     )
+    share = {op.writes: op.reads[0] for op in block.ops() if op.kind == "ring"}
+
+    def size_of(name: str) -> int:
+        times = 2 if name in share else 1
+        return times * tensor_bytes(block.tensors[share.get(name, name)], sizes)
+
     again = sum(tensor_bytes(block.tensors[t], sizes) for t in held)
     worst = 0
     for op in block.ops():
         names = [n for n in (*op.reads, op.writes) if n not in held]
-        size = sum(tensor_bytes(block.tensors[n], sizes) for n in set(names))
+        size = sum(map(size_of, set(names)))
         weights = sum(tensor_bytes(block.tensors[w], sizes) for w in op.weights)
         worst = max(worst, size + weights)
     return again + worst

@@ -9,6 +9,7 @@ from executed import DROPS, LLAMA, laid, model, request
 from partita.parallel.cp.balance import assign, chunks, order, seen
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import kept_bytes, traffic
+from partita.simulate.memory import transient_bytes
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 
@@ -132,3 +133,16 @@ def test_only_what_cannot_be_is_refused() -> None:
     ]
     assert "6 % 4 = 2" in found[0].message and found[0].nearest == "1mb"
     assert problems(Request(parse("cp2:all_gather"), LLAMA, 6)) == []
+
+
+def test_a_ring_holds_two_shares_where_a_gather_holds_all() -> None:
+    """q, the output, and of keys and values two shares or eight."""
+    narrow = ModelSpec(
+        family="llama", layers=1, hidden=64, heads=8, ffn_hidden=8, vocab=8, max_seq_len=512
+    )
+    found = {}
+    for method in ("ring", "all_gather"):
+        whole = lay(Request(parse(f"cp8:{method}"), narrow, 512))
+        found[method] = transient_bytes(whole.program.blocks[1], whole.sizes)
+    share = 512 // 8 * 64 * 4
+    assert found == {"ring": (2 + 4) * share, "all_gather": (2 + 16) * share}
