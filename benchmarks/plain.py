@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
@@ -41,13 +43,44 @@ class MLP(nn.Module):
         return self.down(silu(self.gate(x)) * self.up(x))
 
 
+class Experts(nn.Module):
+    """A loop over the experts, as models are first written: what dropless dispatch is held against."""
+
+    def __init__(self, s: ModelSpec) -> None:
+        super().__init__()
+        one = replace(
+            s,
+            experts=0,
+            top_k=0,
+            shared_experts=0,
+            ffn_hidden=s.expert_ffn_hidden,
+            expert_ffn_hidden=0,
+        )
+        shared = replace(one, ffn_hidden=s.shared_experts * s.expert_ffn_hidden)
+        self.router = nn.Linear(s.hidden, s.experts, bias=False)
+        self.experts = nn.ModuleList(MLP(one) for _ in range(s.experts))
+        self.shared = MLP(shared)
+        self.top_k = s.top_k
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        gates, chosen = self.router(flat).float().softmax(-1).topk(self.top_k, -1)
+        gates = gates / gates.sum(-1, keepdim=True)
+        y = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, pick = (chosen == e).nonzero(as_tuple=True)
+            out = gates[token, pick].unsqueeze(-1) * expert(flat[token])
+            y.index_add_(0, token, out.to(y.dtype))
+        return y.view_as(x) + self.shared(x)
+
+
 class Layer(nn.Module):
     def __init__(self, s: ModelSpec) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(s.hidden, s.norm_eps)
         self.attention = Attention(s)
         self.mlp_norm = nn.RMSNorm(s.hidden, s.norm_eps)
-        self.mlp = MLP(s)
+        self.mlp = Experts(s) if s.experts else MLP(s)
 
     def forward(self, x, cos, sin):
         x = x + self.attention(self.attention_norm(x), cos, sin)

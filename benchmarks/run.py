@@ -30,6 +30,7 @@ SIZES = {
 }
 ROWS = (
     ("one rank", "1mb", peers.plain, 1),
+    ("experts", "1mb", peers.plain, 1),
     ("dp", "dp2", peers.ddp, 2),
     ("zero1", "dp_shard2.zero1", peers.zero1, 2),
     ("zero3", "dp_shard2.zero3", peers.zero3, 2),
@@ -45,10 +46,14 @@ ROWS = (
     ("dualpipev", "pp2:dualpipev/8mb", peers.pipeline("dualpipev"), 2),
 )
 
+EXPERTS = {"experts": 8, "top_k": 2, "shared_experts": 1}  # each a fourth as wide as the dense mlp
 
-def job_of(size: str, plan: str, folder: str) -> Job:
-    """The benchmark's model under a plan."""
+
+def job_of(size: str, row: str, plan: str, folder: str) -> Job:
+    """The benchmark's model under a plan; with experts in the row named after them."""
     model, seq_len = SIZES[size]
+    if row == "experts":
+        model = {**model, **EXPERTS, "expert_ffn_hidden": model["ffn_hidden"] // 4}
     path = Path(folder) / f"{size}.npy"
     if not path.exists():
         np.save(path, np.random.default_rng(0).integers(0, model["vocab"], 20_000))
@@ -96,7 +101,7 @@ def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
         )
     for number, (size, name, dtype, pairs) in enumerate(work):
         _, plan, make, _ = next(r for r in ROWS if r[0] == name)
-        job = job_of(size, f"{plan} {dtype}", folder)
+        job = job_of(size, name, f"{plan} {dtype}", folder)
         world = (
             SingleWorld() if ranks == 1 else ShmWorld(rank, ranks, Path(f"{folder}/world{number}"))
         )
