@@ -1,17 +1,21 @@
-"""`partita plan`: judges a plan for a model on a cluster, and says what close by would fit."""
+"""`partita plan`: searches for the best plan of a model on a cluster, or judges one."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, from_words
-from partita.cli.out import write_json, write_text
+from partita.cli.out import write_file, write_json, write_text
+from partita.planner.answer import counts, document, ranked
 from partita.planner.judge import fit_error
+from partita.planner.search import GOALS, Found, Goal, searcher
 from partita.simulate.predict import Prediction, simulate
+from partita.spec.job import Job
 
 
 def register(app: typer.Typer) -> None:
@@ -27,20 +31,47 @@ def plan(
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Plans in the answer.")] = 5,
+    goal: Annotated[str, typer.Option(help="time, memory, devices.")] = "time",
+    fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
+    forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds the search may take.")] = 60.0,
+    save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
     json: Json = False,
 ) -> None:
-    """Judges a plan for a model on a cluster."""
-    if line is None and not words[0].endswith(".toml"):
-        raise UsageError(
-            'which plan? e.g. --plan "pp4:1f1b/8mb tp8+sp bf16" (a search is not available in this version)'
-        )
-    start = time.perf_counter()
+    """Searches for the best plan of a model on a cluster; with --plan judges that one."""
     batch = {
         "global_batch_size": global_batch_size,
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
     job = from_words(words, line, batch)
+    if line is not None:
+        _judge(job, json)
+        return
+    if goal not in GOALS:
+        raise UsageError(f"--goal {goal} is none of {', '.join(GOALS)}", key="goal")
+    search = searcher(job, tuple(fix or ()), tuple(forbid or ()))
+    found = search.best(Goal(goal), top, budget)
+    if save is not None and found.plans:
+        write_file(save, job.with_plan(found.plans[0].plan).to_toml())
+    _answer(found, top, json)
+    if not found.plans:
+        raise typer.Exit(1)
+
+
+def _answer(found: Found, top: int, json: bool) -> None:
+    if json:
+        write_json(document(found, {}, top))
+    elif found.plans:
+        write_text("\n".join([ranked(found.plans[:top]), counts(found)]))
+    else:
+        write_text("\n".join(["nothing fits", counts(found)]))
+
+
+def _judge(job: Job, json: bool) -> None:
+    """One plan of the user's."""
+    start = time.perf_counter()
     found = simulate(job)
     illegal = any(p.severity == "error" for p in found.problems)
     why = [] if found.fits else _why(job, found, illegal)
@@ -52,7 +83,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _why(job: Any, found: Prediction, illegal: bool) -> list[str]:
+def _why(job: Job, found: Prediction, illegal: bool) -> list[str]:
     if not illegal:
         return str(fit_error(job, found)).splitlines()
     return [

@@ -1,0 +1,46 @@
+"""What `partita plan` answers: the document of the contract, and a ranked table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from partita.base.text import table
+from partita.base.units import format_bytes, format_seconds
+from partita.planner.search import Found, measures
+from partita.simulate.predict import Prediction
+
+HEADER = ("", "plan", "step", "memory", "MFU", "bubble", "devices")
+
+
+def document(found: Found, why: Mapping[str, Sequence[str]], top: int) -> dict[str, Any]:
+    """The JSON of a search; `why` by a plan's line."""
+    return {
+        "plans": [{**p.to_json(), "why": list(why.get(p.plan, ()))} for p in found.plans[:top]],
+        "considered": found.considered,
+        "rejected": dict(found.rejected),
+        "bounded": found.bounded,
+        "simulated": found.simulated,
+        "complete": found.complete,
+        "seconds": found.seconds,
+    }
+
+
+def ranked(plans: Sequence[Prediction]) -> str:
+    """One line a plan, best first."""
+    rows = []
+    for i, p in enumerate(plans):
+        seconds, num_bytes, world = measures(p)
+        cells = (f"{p.mfu:.1%}", f"{p.bubble_fraction:.1%}", str(world))
+        rows.append([str(i + 1), p.plan, format_seconds(seconds), format_bytes(num_bytes), *cells])
+    return table(rows, header=HEADER)
+
+
+def counts(found: Found) -> str:
+    """How much was cut, and by what."""
+    refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common())
+    proof = "the best is proven" if found.complete else "stopped by its time budget: not proven"
+    return (
+        f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} cut by their "
+        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}"
+    )

@@ -1,0 +1,284 @@
+"""Every plan for a job: the choices, what the user fixed or forbade, and how they nest.
+
+    world     divisors of the cluster, and whole nodes times powers of two
+    mesh      pp, dp, cp, tp, sp                 pp * dp * cp * tp = world; dp divides the batch
+    shape     cp's method, ep, etp
+    tokens    recompute, micro_batch_size        all divisors of a replica's samples
+    leaf      schedule x virtual stages, dp = dp_replicate x dp_shard, ZeRO stage
+
+Sizes are all divisors, not powers of two. The order of axes is the default, the split of the layers the
+balanced one, precision what the user fixes. What a leaf may not be is said by `problems` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
+
+from partita.base.errors import UsageError
+from partita.spec.job import Job
+from partita.spec.plan import Plan, has_fixed_stages
+from partita.spec.plan_table import CHOICES, is_schedule
+
+SCHEDULES = (
+    "1f1b", "gpipe", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe", "dualpipev",
+)  # fmt: skip
+VIRTUAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zb")
+MOST_VIRTUAL = 8
+EVERY = (2, 3, 4)  # full recomputation of only each k-th block
+_AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp)(\d+)?(\+sp)?(?:[:.](\w+))?")
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """All divisors, smallest first."""
+    low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a plan must have and must not: (field, value) pairs; value None is 'larger than 1, or on'."""
+
+    fixed: tuple[tuple[str, object], ...] = ()
+    forbidden: tuple[tuple[str, object], ...] = ()
+
+    @staticmethod
+    def of(fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Words:
+        """From words of a plan's line: tp8, tp8+sp, cp2:ring, zb_h1, zero1, recompute:full, bf16, 8mb;
+        an axis alone (cp, sp, recompute, pp) to forbid it. Raises UsageError."""
+        fixed = tuple(chain.from_iterable(map(_read, fix)))
+        bare = [word for word in fix if _read(word)[0][1] is None]
+        if bare:
+            raise UsageError(f"--fix {bare[0]}: which? e.g. tp2, recompute:full", key="fix")
+        found = [_read(word) for word in forbid]
+        for word, pairs in zip(forbid, found, strict=True):
+            if len(pairs) > 1:
+                raise UsageError(
+                    f"--forbid {word}: one thing a word, e.g. {word.split('+')[0].split(':')[0]}",
+                    key="forbid",
+                )
+        return Words(fixed, tuple(p[0] for p in found))
+
+    def admit(self, name: str, value: object) -> bool:
+        """Whether a field may hold this."""
+        on = value not in (1, False, "none", None)
+        if any(f == name and not (on if v is None else v == value) for f, v in self.fixed):
+            return False
+        return not any(f == name and (on if v is None else v == value) for f, v in self.forbidden)
+
+
+def _read(word: str) -> list[tuple[str, object]]:
+    """The fields that a word of a plan's line states."""
+    if word in ("sp", "recompute"):
+        return [(word, True if word == "sp" else None)]
+    if found := re.fullmatch(r"(\d+)mb", word):
+        return [("num_microbatches", int(found[1]))]
+    if found := re.fullmatch(r"zero([0-3])", word):
+        return [("zero", int(found[1]))]
+    if word in CHOICES["precision", "dtype"]:
+        return [("dtype", word)]
+    if word.startswith("recompute:") and word[10:] in CHOICES["recompute", "mode"]:
+        return [("recompute", word[10:])]
+    found = re.fullmatch(r"(\w+?)x(\d+)", word)
+    if found and is_schedule(found[1]) and not is_schedule(word):
+        return [("schedule", found[1]), ("virtual", int(found[2]))]
+    if is_schedule(word):
+        return [("schedule", word)]
+    if word in CHOICES["context", "method"]:
+        return [("method", word)]
+    found = _AXIS.fullmatch(word)
+    if not found:
+        raise UsageError(
+            f"no word of a plan: '{word}'; e.g. tp8, cp, zero1, zb_h1, recompute:full", key="fix"
+        )
+    axis, size, sp, rest = found.groups()
+    pairs: list[tuple[str, object]] = [(axis, int(size) if size else None)]
+    pairs += [("sp", True)] if sp else []
+    return pairs + (_read(rest) if rest else [])
+
+
+@dataclass(frozen=True, slots=True)
+class MeshChoice:
+    """Sizes before dp is told apart."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    sp: bool
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.pp * self.dp * self.cp * self.tp
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How attention sees a cut sequence, and experts the ranks."""
+
+    method: str = "ring"
+    ulysses: int = 1
+    ep: int = 1
+    etp: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What backward makes again, and a microbatch's samples."""
+
+    mode: str = "none"
+    every: int = 1
+    micro: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The rest."""
+
+    schedule: str = "1f1b"
+    virtual: int = 1
+    dp_shard: int = 1
+    zero: int = 3
+
+
+class Space:
+    """The choices of a job under a user's words, level by level."""
+
+    def __init__(self, job: Job, words: Words, dtype: str) -> None:
+        self.job, self.words, self.dtype = job, words, dtype
+        self.batch, self.model = job.train.global_batch_size, job.model
+
+    def worlds(self) -> list[int]:
+        """Numbers of ranks, most first."""
+        devices, node = self.job.cluster.devices, self.job.cluster.devices_per_node
+        found = set(divisors(devices))
+        size = node
+        while size <= devices:
+            found.add(devices // size * size)
+            size *= 2
+        return sorted(found, reverse=True)
+
+    def meshes(self) -> Iterator[MeshChoice]:
+        """Every mesh that ranks, layers, heads and batch allow at all."""
+        ok = self.words.admit
+        for world in self.worlds():
+            for pp in divisors(world):
+                if pp > self.model.layers or not ok("pp", pp):
+                    continue
+                for tp in divisors(world // pp):
+                    if self.model.heads % tp or not ok("tp", tp):
+                        continue
+                    for cp in divisors(world // pp // tp):
+                        dp = world // pp // tp // cp
+                        if self.batch % dp or self.job.train.seq_len % cp or not ok("cp", cp):
+                            continue
+                        if not ok("dp", dp):
+                            continue
+                        for sp in (True, False) if tp > 1 else (False,):
+                            if ok("sp", sp):
+                                yield MeshChoice(pp, dp, cp, tp, sp)
+
+    def shapes(self, mesh: MeshChoice) -> list[Shape]:
+        """cp's methods times the foldings of experts."""
+        methods: list[tuple[str, int]] = [("ring", 1)]
+        if mesh.cp > 1:
+            methods += [("all_gather", 1), ("ulysses", 1)]
+            methods += [("hybrid", u) for u in divisors(mesh.cp)[1:-1]]
+        methods = [m for m in methods if mesh.cp == 1 or self.words.admit("method", m[0])]
+        return [Shape(*m, *e) for m in methods for e in self._experts(mesh)]
+
+    def _experts(self, mesh: MeshChoice) -> list[tuple[int, int]]:
+        if not self.model.experts:
+            ok = self.words.admit("ep", 1) and self.words.admit("etp", 1)
+            return [(1, 1)] if ok else []
+        fold = mesh.dp * mesh.cp * mesh.tp
+        return [
+            (ep, etp)
+            for ep in divisors(self.model.experts)
+            for etp in {1, mesh.tp}
+            if fold % (ep * etp) == 0
+            and self.words.admit("ep", ep)
+            and self.words.admit("etp", etp)
+        ]
+
+    def tokens(self, mesh: MeshChoice) -> list[Tokens]:
+        """Recomputation times microbatches."""
+        modes = [
+            ("none", 1),
+            ("selective", 1),
+            ("full", 1),
+            *(("full", k) for k in EVERY if k < self.model.layers),
+        ]
+        modes = [m for m in modes if self.words.admit("recompute", m[0])]
+        samples, stated = self.batch // mesh.dp, self.job.train.micro_batch_size
+        micros = [
+            b
+            for b in divisors(samples)
+            if stated in (None, b) and self.words.admit("num_microbatches", samples // b)
+        ]
+        return [Tokens(*m, b) for m in modes for b in micros]
+
+    def schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
+        """Names and stages a rank."""
+        if mesh.pp == 1:
+            return (
+                [("1f1b", 1)]
+                if all(f not in ("schedule", "virtual") for f, _ in self.words.fixed)
+                else []
+            )
+        most = min(MOST_VIRTUAL, self.model.layers // mesh.pp)
+        found = [(n, 2 if has_fixed_stages(n) else 1) for n in SCHEDULES]
+        found = [(n, v) for n, v in found if v <= max(most, 1)]
+        found += [(n, v) for n in VIRTUAL for v in range(2, most + 1)]
+        return [
+            (n, v)
+            for n, v in found
+            if self.words.admit("schedule", n) and self.words.admit("virtual", v)
+        ]
+
+    def states(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
+        """(dp_shard, ZeRO stage); ZeRO 0 on dp_shard only where experts need the axis."""
+        found = []
+        for shard in divisors(mesh.dp):
+            fits = self.words.admit("dp_shard", shard) and self.words.admit(
+                "dp_replicate", mesh.dp // shard
+            )
+            if not fits or shard * mesh.cp * mesh.tp % (shape.ep * shape.etp):
+                continue
+            stages = (3,) if shard == 1 else (1, 2, 3, *((0,) if shape.ep > 1 else ()))
+            found += [(shard, z) for z in stages if self.words.admit("zero", z if shard > 1 else 0)]
+        return found
+
+    def leaves(self, mesh: MeshChoice, shape: Shape | None = None) -> int:
+        """How many plans lie below."""
+        if shape is None:
+            return sum(self.leaves(mesh, s) for s in self.shapes(mesh))
+        return len(self.tokens(mesh)) * self.below(mesh, shape)
+
+    def below(self, mesh: MeshChoice, shape: Shape) -> int:
+        """How many plans lie below each choice of tokens."""
+        return len(self.schedules(mesh)) * len(self.states(mesh, shape))
+
+    def plan(self, mesh: MeshChoice, shape: Shape, tokens: Tokens, leaf: Leaf) -> Plan:
+        """The plan of one leaf."""
+        base = Plan()
+        m = self.batch // mesh.dp // tokens.micro
+        return replace(
+            base,
+            mesh=replace(
+                base.mesh, pp=mesh.pp, dp_replicate=mesh.dp // leaf.dp_shard, dp_shard=leaf.dp_shard,
+                cp=mesh.cp, tp=mesh.tp, sp=mesh.sp, ep=shape.ep, etp=shape.etp,
+            ),
+            pipeline=replace(
+                base.pipeline, schedule=leaf.schedule, virtual_stages=leaf.virtual, num_microbatches=m
+            ),
+            data=replace(base.data, zero_stage=leaf.zero),
+            context=replace(base.context, method=shape.method, ulysses=shape.ulysses),
+            recompute=replace(base.recompute, mode=tokens.mode, every=tokens.every),
+            precision=replace(base.precision, dtype=self.dtype),
+        )  # fmt: skip

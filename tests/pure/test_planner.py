@@ -1,0 +1,131 @@
+"""The search: bounds never above what `simulate` says, and the best plan equal to brute force over it."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from partita.base.errors import Problem, UsageError
+from partita.planner.bound import laid_bound
+from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
+from partita.planner.space import Leaf, Words
+from partita.simulate.predict import request_of, simulate
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+
+H100 = {"global_batch_size": 16, "seq_len": 2048}
+
+
+def leaves(search: Search) -> list[Node]:
+    """Every plan of the space."""
+    s = search.space
+    return [
+        Node(4, 0.0, 0.0, 1, mesh, shape, tokens, Leaf(*schedule, *states))
+        for mesh in s.meshes()
+        for shape in s.shapes(mesh)
+        for tokens in s.tokens(mesh)
+        for schedule in s.schedules(mesh)
+        for states in s.states(mesh, shape)
+    ]
+
+
+def small(devices: int, memory: float, layers: int = 4, **words: tuple[str, ...]) -> Search:
+    model = {"preset": "tiny", "layers": layers}
+    cluster = replace(Cluster.load(f"{devices}xh100"), memory_bytes=int(memory))
+    job = Job.of("tiny", f"{devices}xh100", "", global_batch_size=8, seq_len=64)
+    from partita.spec.model import ModelSpec
+
+    return searcher(replace(job, model=ModelSpec.load(model), cluster=cluster), **words)
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "batch", "count"),
+    [
+        ("llama3-8b", "32xh100", 64, 70),
+        ("mixtral-8x7b", "16xh100", 32, 50),
+        ("tiny", "laptop", 8, 90),
+    ],
+)
+def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
+    seq_len = 64 if model == "tiny" else 2048
+    search = searcher(Job.of(model, cluster, "", global_batch_size=batch, seq_len=seq_len))
+    b, rng, seen = search.bounds, random.Random(7), 0
+    meshes = list(search.space.meshes())
+    while seen < count:
+        mesh = rng.choice(meshes)
+        shape, tokens = rng.choice(search.space.shapes(mesh)), rng.choice(search.space.tokens(mesh))
+        states, schedules = search.space.states(mesh, shape), search.space.schedules(mesh)
+        if not states:
+            continue
+        name, virtual = rng.choice(schedules)
+        leaf = Leaf(name, virtual, *rng.choice(states))
+        node = Node(4, 0.0, 0.0, 1, mesh, shape, tokens, leaf)
+        job = search.job.with_plan(search.plan(node))
+        prediction = simulate(job)
+        if prediction.step_time_s is None or job.plan.num_microbatches > 32:
+            continue
+        seen += 1
+        seconds, num_bytes, _ = measures(prediction)
+        m, cut = job.plan.num_microbatches, leaf.zero if leaf.dp_shard > 1 else 0
+        table, probe = b.table(mesh, shape, tokens), b.probe(mesh, name, virtual, m)
+        assert not isinstance(table, Problem) and not isinstance(probe, Problem)
+        stages = b.stages(table, 1 + max(s for held in probe.held for s in held))
+        shards = b.shards(mesh, shape, leaf.dp_shard)
+        each, even_bytes = b.even(mesh, shape, table)
+        laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe)
+        update = b.update(stages, probe, cut, shards)
+        for low in (
+            b.coarse(mesh),
+            b.coarse(mesh, shape),
+            each * m,
+            b.pipeline(stages, probe, m) + update,
+            laid_s,
+        ):
+            assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
+        for low in (even_bytes, b.memory(stages, probe, cut, shards), laid_bytes):
+            assert low <= num_bytes * (1 + 1e-9), job.plan
+
+
+BRUTE = small(4, 2e6, fix=("2mb",), forbid=("v_half", "v_min", "dp_replicate", "zero1"))
+
+
+@pytest.mark.parametrize("goal", ["time", "memory", "devices"])
+def test_the_best_of_a_small_cluster_is_that_of_brute_force(goal):
+    search = BRUTE
+    every = leaves(search)
+    found = search.best(Goal(goal), top=3)
+    keys = []
+    for node in every:
+        p = search.predict(search.plan(node))
+        if p.fits:
+            keys.append(Goal(goal).key(*measures(p)))
+    assert found.complete and found.considered == len(every)
+    best = [Goal(goal).key(*measures(p)) for p in found.plans[:3]]
+    if goal != "time":
+        best, keys = best[:1], sorted(keys)
+    assert best[0] == min(keys)
+    assert found.bounded + found.simulated + found.rejected.total() == len(every)
+    assert 0 < len(keys) < len(every), "the limit of memory must bind for some"
+
+
+def test_words_restrict_the_space():
+    fixed = small(8, 1e9, fix=("tp2+sp", "pp2:1f1b", "recompute:full"), forbid=("cp", "zero3"))
+    for node in leaves(fixed):
+        plan = fixed.plan(node)
+        assert (plan.mesh.tp, plan.mesh.sp, plan.mesh.pp, plan.mesh.cp) == (2, True, 2, 1)
+        assert plan.pipeline.schedule == "1f1b" and plan.recompute.mode == "full"
+        assert plan.mesh.dp_shard == 1 or plan.data.zero_stage != 3
+    assert leaves(fixed)
+    for wrong in ({"fix": ("tp",)}, {"forbid": ("tp2+sp",)}, {"fix": ("tensor8",)}):
+        with pytest.raises(UsageError):
+            Words.of(**wrong)
+
+
+def test_a_budget_of_nothing_is_said():
+    found = small(8, 1e9).best(ANY, budget_s=0.0)
+    assert not found.complete and found.plans == []
+
+
+def test_nothing_fits_where_memory_holds_no_layer():
+    found = small(2, 1e5).best()
+    assert found.complete and not found.plans and found.rejected["memory"]
