@@ -3,19 +3,21 @@
 parameters   working weights        gradients   flat units, whole        optimizer   moments, masters
 activations  kept tensors of each block x microbatches in flight (the schedule's peak)
 buffers      what lives inside one op at the worst moment: the tensors it makes and their gradients,
-             what a recomputed block makes again, and a copy of the largest unit under reduction
+             what a recomputed block makes again, and whole units that come and go under ZeRO
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
+from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import kept_bytes, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
 from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
 from partita.schedule.ir import Schedule
+from partita.spec.plan import Plan
 from partita.spec.program import Block, Sizes
 
 
@@ -34,8 +36,29 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     costs = Costs(tuple(StageCosts(activation_bytes=k) for k in kept))
     categories["activations"] = int(peak_activation_bytes(schedule, costs)[place])
     categories["buffers"] = max(transient_bytes(b, sizes) for s in stages for b in s.blocks)
+    categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
     rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
+
+
+def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
+    """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
+    all, where they stay for the step), and two gradients, one being filled and one on its way."""
+    gathered, gradients, stay = [], [], 0
+    for block in blocks:
+        here = 0
+        for op in block.regions:
+            phases = {e.phase for e in op.events}
+            whole = tensor_bytes(block.tensors[op.writes], plan.sizes)
+            if op.kind == "gather" and zero_stage(plan) == 3:
+                stay += whole if "step" in phases else 0
+                here += whole if "F" in phases else 0
+            elif op.kind == "scatter" and "B" in phases:
+                gradients.append(tensor_bytes(block.tensors[op.reads[0]], plan.sizes))
+        gathered.append(here)
+    held = 1 + plan.data.prefetch
+    at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
+    return stay + at_once + sum(sorted(gradients)[-2:])
 
 
 def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 
 from partita.parallel.laid import Laid, Request, lay
 from partita.parallel.read import flops, kept_bytes, state_bytes
+from partita.simulate.memory import lent_bytes
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 
@@ -183,3 +184,19 @@ def test_flops_follow_6nd() -> None:
     matmul = LLAMA8.parameters() - LLAMA8.vocab * LLAMA8.hidden - 65 * LLAMA8.hidden
     attention = 3.5 * 4 * 64 * 4096 * 32  # flash: 2 matmuls forward, 5 backward
     assert total == pytest.approx(6 * matmul + attention, rel=1e-12)
+
+
+def test_zero_holds_whole_units_for_a_while() -> None:
+    """Stage 3: 1 + prefetch blocks' bf16 weights and two fp32 gradients; without resharding all weights."""
+    layer = (LLAMA8.parameters() - 2 * LLAMA8.vocab * LLAMA8.hidden - LLAMA8.hidden) // 32
+    ends = LLAMA8.vocab * LLAMA8.hidden
+    for more, held in (
+        ("", 2 * (ends + LLAMA8.hidden + layer)), (" data.prefetch=0", 2 * (ends + LLAMA8.hidden)),
+        (" data.reshard_after_forward=false", 2 * LLAMA8.parameters()),
+    ):  # fmt: skip
+        request = Request(parse(f"dp_shard8.zero3 bf16{more}"), LLAMA8, 64)
+        (stage,) = lay(request).stages
+        gradients = 4 * (2 * ends + LLAMA8.hidden)
+        assert lent_bytes(stage.blocks, request.plan) == held + gradients
+    request = Request(parse("dp_shard8.zero1 bf16"), LLAMA8, 64)
+    assert lent_bytes(lay(request).stages[0].blocks, request.plan) == 0
