@@ -34,3 +34,11 @@ def test_a_plan_equals_one_device_on_processes(plan, backend, tmp_path):
 def test_a_schedule_equals_one_device_on_processes(plan, backend, tmp_path):
     found = verify(verify_jobs.job(tmp_path, f"{plan} fp64", tied=True), backend=backend)
     assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_context_parallelism_equals_one_device_on_processes(backend, tmp_path):
+    """Exchanges inside a ring, documents packed."""
+    job = verify_jobs.job(tmp_path, "cp4:hybrid2x2 2mb fp64", layers=2, packed=True)
+    found = verify(job, backend=backend)
+    assert found.equal, str(found)
