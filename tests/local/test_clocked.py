@@ -21,11 +21,11 @@ EVERY = (
 def measured(name, v, p):
     """(predicted makespan, measured, predicted order by rank, measured order by rank)."""
     made = schedule(name, num_ranks=p, num_microbatches=2 * p, virtual_stages=v)
-    each = SLOT_S / made.virtual_stages
-    costs = Costs.equal(made, SLOT_S, SLOT_S, SLOT_S)
+    share = SLOT_S * made.virtual_stages  # every action is a slot
+    costs = Costs.equal(made, share, share, share)
     predicted = clock(made, costs)
     with local(p, 50) as ranks:
-        found = ranks.run(clocked_run, made, SimpleNamespace(F=each, I=each, W=each))
+        found = ranks.run(clocked_run, made, SimpleNamespace(F=SLOT_S, I=SLOT_S, W=SLOT_S))
     spans = [s for rank in found for s in rank]
     names = [[s.name for s in rank] for rank in found]
     return makespan(predicted), makespan(spans), [list(map(str, r)) for r in made.ranks], names
