@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from partita.base.errors import PartitaError
+from partita.base.errors import PartitaError, PlanError
 from partita.spec.cluster import Cluster, Link
 from partita.spec.hardware import find_hardware
 from partita.spec.model import Convention, ModelSpec
@@ -86,6 +86,12 @@ def software(row: Row) -> str:
     return next((era for start, era in ERAS if re.match(start, row["group"])), "current")
 
 
+def refusal(error: PlanError) -> str:
+    """Which rules of which rooms a plan breaks."""
+    rules = dict.fromkeys(f"{p.room}: {p.rule}" for p in error.problems if p.severity == "error")
+    return f"refused, {', '.join(rules)}"
+
+
 def method(row: Row) -> str:
     """The variant that a row's notes name ('method redis ...'); '' where they name none."""
     found = re.match(r"method ([\w-]+)", row.get("notes", ""))
@@ -153,7 +159,7 @@ def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
     name = SCHEDULES.get(row["schedule"].lower())
     if name is None:
         raise UnpredictableError(f"a schedule that is not described: {row['schedule']}")
-    if "1 layer per chunk" in row.get("notes", "") and pp > 1:
+    if name == "interleaved_1f1b" and row["group"].startswith("zb-"):  # one layer a chunk
         vpp = -(-number(row, "layers") // pp)
     if pp == 1 or (name == "interleaved_1f1b" and vpp == 1):
         name, vpp = "1f1b", 1

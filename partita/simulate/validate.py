@@ -29,6 +29,7 @@ from partita.simulate.published import (
     case,
     measured_seconds,
     method,
+    refusal,
 )
 from partita.simulate.stage import PartTimes, Works, stage_time, works_of
 from partita.simulate.step import step_time
@@ -130,8 +131,7 @@ def score(
             skipped.append(Skip(row, str(error)))
             continue
         except PlanError as error:
-            rules = dict.fromkeys(f"{p.room}: {p.rule}" for p in error.problems)
-            skipped.append(Skip(row, f"refused, {', '.join(rules)}"))
+            skipped.append(Skip(row, refusal(error)))
             continue
         except UsageError as error:
             skipped.append(Skip(row, f"refused, {error}"))

@@ -12,6 +12,7 @@ from typing import Any
 from partita.cost import machine
 from partita.cost.machine import constants_of, device_class, table
 from partita.simulate.published import Row
+from partita.simulate.published_memory import other_lines, other_rows
 from partita.simulate.validate import Scored, Skip, mape, read_rows, reasons, score, summary
 
 LEFT_OUT = machine.FILE.parent / "constants_left_out.toml"
@@ -39,12 +40,14 @@ def validation(path: Path) -> Validation:
     """Predicts the rows of a table. Raises UsageError for a file that is none."""
     rows = read_rows(path)
     scored, skipped = score(rows)
-    lines = summary(scored, _left_out(rows, scored))
+    others, without = other_rows(rows)
+    lines = summary(scored, _left_out(rows, scored)) + other_lines(others)
     out = [
         {"id": s.row["id"], "predicted": s.predicted_s, "measured": s.measured_s, "error": s.error}
         for s in scored
-    ]
-    return Validation(lines, out, reasons(skipped), _calibration(scored, skipped))
+    ] + [{k: row[k] for k in ("id", "predicted", "measured", "error")} for row in others]
+    skipped_rows = [*skipped, *(Skip(row, reason) for row, reason in without)]
+    return Validation(lines, out, reasons(skipped_rows), _calibration(scored, skipped))
 
 
 @cache
