@@ -100,8 +100,10 @@ class Machine:
     def rate(self, dtype: str) -> float:
         """FLOP/s that large matmuls of a dtype reach."""
         c = self.constants
-        part = {"fp8": c.matmul_fp8, "fp4": c.matmul_fp4}.get(dtype, c.matmul)
-        return self.cluster.peak(dtype) * part
+        if dtype == "fp4" and "fp4" in self.cluster.peak_flops:
+            return self.cluster.peak_flops["fp4"] * c.matmul_fp4
+        low = dtype in ("fp8", "fp4")
+        return self.cluster.peak("fp8" if low else dtype) * (c.matmul_fp8 if low else c.matmul)
 
     @property
     def attention_rate(self) -> float:

@@ -42,6 +42,7 @@ DEVICES = {
     "H100": "H100-80GB-SXM", "B200": "B200-SXM", "B300": "B300-SXM", "TPUv3?": "TPUv3",
 }  # fmt: skip
 # what public configurations say and the table has no column for
+FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
 HEAD_DIMS = {"Qwen3": 128, "GPT OSS": 64}
 MLA = "DeepSeek|Kimi|Moonlight"
 NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
@@ -63,6 +64,7 @@ class Case:
     seq_len: int
     micro_batch_size: int
     global_batch_size: int
+    matmul_dtype: str  # '' where it is the plan's
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
 
     @property
@@ -107,7 +109,9 @@ def case(row: Row) -> Case:
     seq, batch = number(row, "seq_len"), number(row, "global_batch")
     spec = model(row, seq)
     plan, micro = plan_of(row, batch)
-    return Case(spec, plan, cluster(row), software(row), seq, micro, batch, _recompute(row))
+    return Case(
+        spec, plan, cluster(row), software(row), seq, micro, batch, _matmuls(row), _recompute(row)
+    )
 
 
 def model(row: Row, seq: int) -> ModelSpec:
@@ -159,7 +163,7 @@ def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
     name = SCHEDULES.get(row["schedule"].lower())
     if name is None:
         raise UnpredictableError(f"a schedule that is not described: {row['schedule']}")
-    if name == "interleaved_1f1b" and row["group"].startswith("zb-"):  # one layer a chunk
+    if name == "interleaved_1f1b" and row["group"].startswith(FINEST):
         vpp = -(-number(row, "layers") // pp)
     if pp == 1 or (name == "interleaved_1f1b" and vpp == 1):
         name, vpp = "1f1b", 1
@@ -190,11 +194,15 @@ def _even(plan: Plan, row: Row) -> Plan:
 
 def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
     text = row["zero_or_fsdp"]
-    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 2, "fsdp": 3}
+    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 1, "fsdp": 3}
     stage = next((s for start, s in stages.items() if text.startswith(start)), 0)
     if not stage:
         return plan.with_("mesh", dp_replicate=dp)
     return plan.with_("mesh", dp_shard=dp).with_("data", zero_stage=stage)
+
+
+def _matmuls(row: Row) -> str:
+    return "fp4" if row["precision"].startswith("nvfp4") else ""
 
 
 def _dtype(row: Row) -> str:

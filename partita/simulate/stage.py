@@ -89,10 +89,11 @@ class Works:
     once: tuple[tuple[Call, ...], ...]
 
 
-def works_of(laid: Laid) -> Works:
-    """What a plan runs; equal blocks are read once."""
+def works_of(laid: Laid, matmul_dtype: str = "") -> Works:
+    """What a plan runs; equal blocks are read once. `matmul_dtype`: what linears compute in, where it is
+    not the plan's (fp4, which no plan has)."""
     known: Known = {}
-    stages = tuple(stage_work(laid, i, known) for i in range(len(laid.stages)))
+    stages = tuple(stage_work(laid, i, known, matmul_dtype) for i in range(len(laid.stages)))
     once = []
     for at in range(laid.sizes["pp"]):
         blocks = [b for s in laid.stages_of(at) for b in s.blocks]
@@ -104,7 +105,7 @@ def works_of(laid: Laid) -> Works:
 Known = dict[int, tuple[BlockWork, tuple[Call, ...]]]
 
 
-def stage_work(laid: Laid, stage: int, known: Known | None = None) -> Work:
+def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype: str = "") -> Work:
     """Reads the stage's blocks, each distinct block once."""
     known = {} if known is None else known
     blocks = laid.stages[stage].blocks
@@ -113,7 +114,7 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None) -> Work:
     parts = []
     for key, times in Counter(id(b) for b in blocks).items():
         if key not in known:
-            known[key] = _read(one[key], laid)
+            known[key] = _read(one[key], laid, matmul_dtype)
         work, calls = known[key]
         running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
         parts.append(Part(times, work, running, _unplayed(one[key], running)))
@@ -123,9 +124,9 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None) -> Work:
     return Work(tuple(parts), tuple(sends), states)
 
 
-def _read(block: Block, laid: Laid) -> tuple[BlockWork, tuple[Call, ...]]:
+def _read(block: Block, laid: Laid, matmul_dtype: str) -> tuple[BlockWork, tuple[Call, ...]]:
     dtype = laid.request.plan.precision.dtype
-    work = block_work(block, laid.sizes, dtype if dtype == "fp8" else "")
+    work = block_work(block, laid.sizes, matmul_dtype or (dtype if dtype == "fp8" else ""))
     return work, tuple(traffic(block, laid.sizes))
 
 

@@ -76,14 +76,14 @@ def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
     """Seconds of a step of a published configuration."""
     machine = machine_of(found.cluster, found.software, constants)
     plan = found.plan
-    laid, works = _laid(_shortest(plan), found.model, found.seq_len, found.micro_batch_size)
+    laid, works = _laid(_shortest(plan), found)
     return timed(laid, machine, plan.num_microbatches, works).seconds
 
 
 def work_seconds(found: Case, constants: Mapping[str, Any]) -> float:
     """Seconds of the busiest rank's work in a step, and of what follows it."""
     machine = machine_of(found.cluster, found.software, constants)
-    laid, works = _laid(_shortest(found.plan), found.model, found.seq_len, found.micro_batch_size)
+    laid, works = _laid(_shortest(found.plan), found)
     known: PartTimes = {}
     stages = [stage_time(w, laid, machine, known) for w in works.stages]
     work = [
@@ -100,10 +100,16 @@ def _shortest(plan: Plan) -> Plan:
     return plan.with_("pipeline", num_microbatches=fewest)
 
 
+def _laid(plan: Plan, found: Case) -> tuple[Laid, Works]:
+    return _read(plan, found.model, found.seq_len, found.micro_batch_size, found.matmul_dtype)
+
+
 @lru_cache(maxsize=4096)
-def _laid(plan: Plan, model: ModelSpec, seq_len: int, micro: int) -> tuple[Laid, Works]:
+def _read(
+    plan: Plan, model: ModelSpec, seq_len: int, micro: int, matmul_dtype: str
+) -> tuple[Laid, Works]:
     laid = lay(Request(plan, model, seq_len, micro))
-    return laid, works_of(laid)
+    return laid, works_of(laid, matmul_dtype)
 
 
 @dataclass(frozen=True)
