@@ -6,8 +6,8 @@ off weighs less (soft L1 at SCALE); a constant stays near its first guess where 
 (one standard deviation: PRIOR of its logarithm). Of vtrain-single every tenth row is used. A constant is
 varied on the rows that depend on it: those of its device, or of its software era.
 
-A group is left out by Gauss-Newton steps from the optimum with its rows' weights set to 0 and the
-Jacobian kept; the constants that this changes are written to constants_left_out.toml.
+A group is left out by one Gauss-Newton step from the optimum with its rows' weights set to 0; the
+constants that this changes are written to constants_left_out.toml.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def names_of(scored: Sequence[Scored]) -> list[tuple[str, str, str]]:
     classes = sorted({device_class(s.case.cluster.device) for s in scored})
     eras = sorted({s.case.software for s in scored})
     found = [("device", c, n) for c in classes for n in _constants(c, scored)]
-    return found + [("software", e, "host_s") for e in eras if e != "xla"]
+    found += [("software", e, "host_s") for e in eras if table()["software"][e].get("host_s")]
+    sparse = {s.case.software for s in scored if s.case.model.experts}
+    return found + [("software", e, "experts") for e in sorted(sparse)]
 
 
 def _constants(class_: str, scored: Sequence[Scored]) -> list[str]:
@@ -52,6 +54,11 @@ def _constants(class_: str, scored: Sequence[Scored]) -> list[str]:
     if class_ == "TPU":
         skip.add("launch_s")
     return [n for n in Constants.__dataclass_fields__ if n not in skip]
+
+
+def rounded(kind: str, value: float) -> float:
+    """Four digits; a fraction of a device's rate is at most 1."""
+    return float(f"{min(value, 1.0) if kind == 'device' else value:.4g}")
 
 
 class Fit:
@@ -72,12 +79,12 @@ class Fit:
         kind, member, constant = name
         own = self.table[kind].get(member, {})
         other = self.table["device"].get("GPU", {}) if kind == "device" else {}
-        return own.get(constant, other.get(constant, getattr(Constants(), constant, 1e-5)))
+        return own.get(constant, other.get(constant, getattr(Constants(), constant, 1.0)))
 
     def put(self, x: np.ndarray) -> None:
         """Sets all constants from their logarithms."""
         for (kind, member, constant), value in zip(self.names, np.exp(x), strict=True):
-            self.table[kind].setdefault(member, {})[constant] = float(f"{value:.4g}")
+            self.table[kind].setdefault(member, {})[constant] = rounded(kind, value)
 
     def residuals(self, which: np.ndarray | None = None) -> np.ndarray:
         """log(predicted / measured) of all rows, or of some."""
@@ -157,23 +164,13 @@ def fit(rows: Sequence[dict[str, str]], rounds: int) -> tuple[Fit, np.ndarray, n
     return f, x, f.jacobian(x, r)
 
 
-def leave_out(f: Fit, x: np.ndarray, j: np.ndarray, group: str) -> dict[str, Any]:
-    """The constants that change by more than 0.1 % when a group is left out."""
-    used = (f.groups != group).astype(float)
-    near = np.array([bool(np.any(j[f.groups == group][:, k])) for k in range(len(x))])
-    y = x.copy()
-    for _ in range(3):
-        f.put(y)
-        rows = np.abs(j[:, near]).sum(axis=1) > 0
-        r = np.zeros(len(used))
-        r[rows] = f.residuals(rows)
-        y = np.where(near, f.step(y, r, j, used * rows), x)
-    f.put(x)
+def leave_out(f: Fit, x: np.ndarray, r: np.ndarray, j: np.ndarray, group: str) -> dict[str, Any]:
+    """The constants that change by more than 0.1 % when a group is left out: one step from the optimum."""
+    y = f.step(x, r, j, (f.groups != group).astype(float))
     found: dict[str, Any] = {}
     for (kind, member, constant), a, b in zip(f.names, x, y, strict=True):
         if abs(a - b) > 1e-3:
-            value = float(f"{np.exp(b):.4g}")
-            found.setdefault(kind, {}).setdefault(member, {})[constant] = value
+            found.setdefault(kind, {}).setdefault(member, {})[constant] = rounded(kind, np.exp(b))
     return found
 
 
@@ -200,7 +197,8 @@ def main() -> None:
     for name in f.names:
         print(*name, f.get(name))
     if not words.groups:
-        out = {g: leave_out(f, x, j, g) for g in sorted(set(f.groups))}
+        r = f.residuals()
+        out = {g: leave_out(f, x, r, j, g) for g in sorted(set(f.groups))}
         path = FILE.parent / "constants_left_out.toml"
         path.write_text(HEADER + tomli_w.dumps(out), encoding="utf-8")
 

@@ -58,11 +58,15 @@ class Constants:
 @dataclass(frozen=True, slots=True)
 class Software:
     """What a training program adds: `host_s` seconds of the host a kernel (a device waits for a slow
-    host). The rest are facts: is attention fused, which collectives run beside compute."""
+    host), and what routing costs beyond its kernels (`experts`). The rest are facts: is attention fused,
+    which collectives run beside compute."""
 
     name: str = "current"
     flash: bool = True
-    host_s: float = 8e-6
+    host_s: float = 0.0
+    experts: float = (
+        1.0  # a layer with experts takes so many times what its kernels and exchanges do
+    )
     overlaps_backward: bool = True  # tp's collectives beside the weight gradients
     overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
     replays_layers: bool = (

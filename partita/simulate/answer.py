@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from partita.cost.machine import device_class, table
+
 if TYPE_CHECKING:
     from partita.simulate.predict import Prediction
 
-UNCERTAINTY = 0.3
+# of step times: where constants were fitted (docs/validation.md), and elsewhere
+FITTED, UNFITTED = 0.15, 0.3
 _EMPTY = (
     "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
     "bubble_fraction", "memory", "traffic", "time",
@@ -27,7 +30,8 @@ def to_json(p: Prediction) -> dict[str, Any]:
     if p.step_time_s is None or p.laid is None:
         return head | dict.fromkeys(_EMPTY)
     rate = p.tokens_per_step / p.step_time_s
-    low, high = 1 - UNCERTAINTY, 1 + UNCERTAINTY
+    spread = FITTED if device_class(p.device) in table()["device"] else UNFITTED
+    low, high = 1 - spread, 1 + spread
     return head | {
         "step_time_s": p.step_time_s,
         "step_time_interval_s": [p.step_time_s * low, p.step_time_s * high],

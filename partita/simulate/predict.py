@@ -39,6 +39,7 @@ class Prediction:
     plan: str
     problems: tuple[Problem, ...]
     fits: bool
+    device: str = ""
     laid: Laid | None = None
     schedule: Schedule | None = None
     spans: tuple[Span, ...] = ()
@@ -149,8 +150,9 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     limit = int(cluster.memory_limit_bytes)
     busiest = max(places, key=lambda p: sum(t.bytes for t in _traffic(laid, p)))
     return Prediction(
-        plan=str(job.plan), problems=found, fits=all(x.peak_bytes <= limit for x in ledgers), laid=laid,
-        schedule=laid.schedule, spans=t.played.spans, ledgers=ledgers, traffic=tuple(_traffic(laid, busiest)),
+        plan=str(job.plan), problems=found, fits=all(x.peak_bytes <= limit for x in ledgers),
+        device=cluster.device, laid=laid, schedule=laid.schedule, spans=t.played.spans, ledgers=ledgers,
+        traffic=tuple(_traffic(laid, busiest)),
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
         bubble_fraction=1 - sum(t.played.busy) / (len(places) * step_s) if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),

@@ -64,6 +64,7 @@ class Part:
     work: BlockWork
     calls: tuple[Call, ...]
     unplayed: tuple[Call, ...] | None = None
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
             known[key] = _read(one[key], laid, matmul_dtype)
         work, calls = known[key]
         running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
-        parts.append(Part(times, work, running, _unplayed(one[key], running)))
+        sparse = "sent" in one[key].tensors
+        parts.append(Part(times, work, running, _unplayed(one[key], running), sparse))
         for category, size in state_bytes(one[key], laid.sizes).items():
             states[category] += times * size
     sends = (c for key in one for c in known[key][1] if c.axes == ("pp",))
@@ -173,13 +175,16 @@ def _part_time(
     if era.replays_layers and part.unplayed is not None:
         kernels["again"] = w.forward
         calls += tuple(replace(c, phase="B") for c in part.unplayed)
-    each = {n: [(k.kind, kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()}
+    factor = era.experts if part.has_experts else 1.0
+    each = {
+        n: [(k.kind, factor * kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()
+    }
     found = {n: sum(s for _, s in ks) for n, ks in each.items()}
     launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     by_lane: dict[tuple[str, str], Seconds] = defaultdict(lambda: defaultdict(float))
     for call in calls:
-        s = call.times * call_seconds(call, laid, machine)
+        s = factor * call.times * call_seconds(call, laid, machine)
         where = "F" if call.phase == "F" else "B"
         launches[where] += call.times if s else 0
         lane = call.lane if call.lane != "tp" or _hides(call) else "alone"

@@ -61,7 +61,7 @@ def merged(changes: Mapping[str, Any]) -> dict[str, Any]:
     base = table()
     return {
         kind: {n: {**base[kind].get(n, {}), **changes.get(kind, {}).get(n, {})} for n in base[kind]}
-        for kind in base
+        for kind in ("device", "software")
     }
 
 
