@@ -126,7 +126,7 @@ def _constants(found: Validation) -> str:
     for era, values in c["software"].items():
         facts = ", ".join(f"{k}={v}" for k, v in values.items() if k not in ("flash", "host_s"))
         lines.append(
-            f"| {era} | {'yes' if values['flash'] else 'no'} | {values['host_s']:.3g} | {facts} |"
+            f"| {era} | {'yes' if values['flash'] else 'no'} | {values.get('host_s', 0.0):.3g} | {facts} |"
         )
     lines += ["", f"Fitted on: {', '.join(c['fitted_on'].get('groups', []))}."]
     return "\n".join(lines)
