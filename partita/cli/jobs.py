@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.base.errors import UsageError
+from partita.cli.out import note
 from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
 
@@ -26,7 +27,23 @@ PlanLine = Annotated[
 
 
 def load(path: str, overrides: list[str] | None, plan: str | None = None) -> Job:
-    """The job of a file, `plan` and overrides applied, on this machine as measured. Raises UsageError."""
+    """The job of a file, `plan` and overrides applied, on this machine as measured; for 'auto' the plan is
+    searched. Raises UsageError, PlanError where nothing fits."""
+    return with_auto(_load(path, overrides, plan))
+
+
+def with_auto(job: Job) -> Job:
+    """The job with the plan that 'auto' stands for, which is told."""
+    if not job.auto:
+        return job
+    from partita.planner.solve import resolved
+
+    found = resolved(job)
+    note(f'plan = "auto" is {found.plan}')
+    return found
+
+
+def _load(path: str, overrides: list[str] | None, plan: str | None) -> Job:
     extra = [f"plan={plan}"] if plan is not None else []
     return _measured(Job.load(path, *(overrides or []), *extra))
 
@@ -41,7 +58,7 @@ def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job
     --seq-len."""
     if len(words) < 2 or "=" in words[1] or _is_job(words[0]):
         extra = [f"train.{k}={v}" for k, v in batch.items() if v is not None]
-        return load(words[0], [*words[1:], *extra], plan)
+        return _load(words[0], [*words[1:], *extra], plan)
     missing = [
         f"--{k.replace('_', '-')}" for k in ("global_batch_size", "seq_len") if batch.get(k) is None
     ]

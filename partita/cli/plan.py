@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,12 @@ from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, from_words
 from partita.cli.out import write_file, write_json, write_text
 from partita.planner.answer import counts, document, ranked
+from partita.planner.explain import binds, why
 from partita.planner.judge import fit_error
-from partita.planner.search import GOALS, Found, Goal, searcher
+from partita.planner.search import GOALS, KEEP, Found, Goal, Search, searcher
+from partita.planner.solve import Makes, Solved, nothing_fits
+from partita.planner.solve import pareto as front
+from partita.planner.solve import solve as answer_for
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
 
@@ -36,6 +41,13 @@ def plan(
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds the search may take.")] = 60.0,
+    pareto: Annotated[str | None, typer.Option(help="A front of two goals: time,memory.")] = None,
+    solve: Annotated[
+        str | None,
+        typer.Option(
+            help="Smallest or biggest that fits: devices, seq_len, global_batch_size, layers."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
     json: Json = False,
 ) -> None:
@@ -49,24 +61,64 @@ def plan(
     if line is not None:
         _judge(job, json)
         return
-    if goal not in GOALS:
-        raise UsageError(f"--goal {goal} is none of {', '.join(GOALS)}", key="goal")
-    search = searcher(job, tuple(fix or ()), tuple(forbid or ()))
-    found = search.best(Goal(goal), top, budget)
+    _check(goal)
+
+    def makes(of: Job) -> Search:
+        return searcher(of, tuple(fix or ()), tuple(forbid or ()))
+
+    asked = Asked(KEEP if pareto else top, makes, budget)
+    if solve is not None:
+        solved = answer_for(job, solve, makes, budget)
+        _answer(job, solved.found, asked, json, solved)
+        raise typer.Exit(0 if solved.found.plans else 1)
+    if pareto is not None:
+        first, _, second = pareto.partition(",")
+        found = front(makes(job), first, second, budget)
+    else:
+        found = makes(job).best(Goal(goal), top, budget)
     if save is not None and found.plans:
         write_file(save, job.with_plan(found.plans[0].plan).to_toml())
-    _answer(found, top, json)
+    _answer(job, found, asked, json)
     if not found.plans:
         raise typer.Exit(1)
 
 
-def _answer(found: Found, top: int, json: bool) -> None:
+def _check(goal: str) -> None:
+    if goal == "cost":
+        raise UsageError("--goal cost needs prices, and a cluster file has none yet", key="goal")
+    if goal not in GOALS:
+        raise UsageError(f"--goal {goal} is none of {', '.join(GOALS)}", key="goal")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Plans wanted, how a search is made, seconds it may take."""
+
+    top: int
+    makes: Makes
+    budget_s: float
+
+
+def _answer(job: Job, found: Found, asked: Asked, json: bool, solved: Solved | None = None) -> None:
+    plans = found.plans[: asked.top]
+    texts: list[str] = []
+    if plans and solved is None:
+        texts = [binds(job, plans[0]), *(r.text for r in why(job, plans[0]))]
+    elif solved is None:
+        texts = nothing_fits(job, asked.makes, asked.budget_s / 4)
     if json:
-        write_json(document(found, {}, top))
-    elif found.plans:
-        write_text("\n".join([ranked(found.plans[:top]), counts(found)]))
-    else:
-        write_text("\n".join(["nothing fits", counts(found)]))
+        told = document(found, {p.plan: texts for p in plans[:1]}, asked.top)
+        told |= {} if plans or solved else {"why": texts}
+        if solved is not None:
+            told["solve"] = {
+                "field": solved.field, "value": solved.value, "unit": solved.unit,
+                "proven": solved.proven,
+            }  # fmt: skip
+        write_json(told)
+        return
+    lines = [ranked(plans)] if plans else []
+    lines += [solved.text] if solved else [counts(found)]
+    write_text("\n".join([*lines, *texts]))
 
 
 def _judge(job: Job, json: bool) -> None:

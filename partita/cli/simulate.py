@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from partita.cli.jobs import Json, PlanLine, from_words
+from partita.cli.jobs import Json, PlanLine, from_words, with_auto
 from partita.cli.out import write_file, write_json, write_text
 
 
@@ -37,7 +37,7 @@ def simulate(
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
-    prediction = predict(from_words(words, plan, batch))
+    prediction = predict(with_auto(from_words(words, plan, batch)))
     if html is not None:
         from partita.plots import timeline
 

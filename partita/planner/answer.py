@@ -39,7 +39,8 @@ def ranked(plans: Sequence[Prediction]) -> str:
 def counts(found: Found) -> str:
     """How much was cut, and by what."""
     refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common())
-    proof = "the best is proven" if found.complete else "stopped by its time budget: not proven"
+    proof = "the best is proven" if found.plans else "that none fits is proven"
+    proof = proof if found.complete else "stopped by its budget: not proven"
     return (
         f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} cut by their "
         f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}"

@@ -237,8 +237,14 @@ class Bounds:
         moved = 0.0
         for held in probe.held:
             found = [self.states(stages[s], zero, shards) for s in held]
-            moved = max(moved, sum(update_bytes(dict(zip(STATES, f, strict=True))) for f in found))
+            moved = max(moved, sum(_moved(f) for f in found))
         return moved / self.machine.memory_rate
+
+
+def _moved(states: tuple[float, float, float]) -> float:
+    """Bytes that the update moves."""
+    sizes = {name: int(size) for name, size in zip(STATES, states, strict=True)}
+    return update_bytes(sizes)
 
 
 def laid_bound(request: Request, machine: Machine, probe: Probe) -> tuple[float, float]:

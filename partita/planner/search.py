@@ -24,6 +24,7 @@ from partita.spec.plan import Plan
 
 GOALS = ("time", "memory", "devices", "cost")
 HIDDEN = (1.6, 1.5, 1.3, 1.15, 1.1, 1.0)  # [empirical] step over bound by level, for the order only
+INF = float("inf")
 KEEP = 50  # plans that are remembered
 
 Key = tuple[float, ...]
@@ -34,7 +35,7 @@ class Goal:
     """What is best, and what must hold besides fitting: step_time_s, bytes, ranks below `under`."""
 
     name: str = "time"
-    under: tuple[float, float, float] = (float("inf"),) * 3
+    under: tuple[float, float, float] = (INF, INF, INF)
 
     def key(self, seconds: float, num_bytes: float, world: int) -> Key:
         """Smaller is better."""
@@ -304,7 +305,7 @@ class Search:
     def _simulate(self, node: Node) -> Prediction | None:
         plan = self.plan(node)
         prediction = self.predict(plan)
-        if not prediction.fits:
+        if prediction.step_time_s is None or measures(prediction)[1] > self.limit:
             wrong = [p for p in prediction.problems if p.severity == "error"]
             self._refuse(wrong[0] if wrong else "memory", 1)
             return None

@@ -27,7 +27,8 @@ __all__ = ["DataSpec", "Job", "TrainSpec"]
 @dataclass(frozen=True)
 class Job:
     """What every verb reads. `plan` is resolved: its num_microbatches is set. `model_path` is the
-    folder of the weights when `init` is pretrained; `file` where the job was read."""
+    folder of the weights when `init` is pretrained; `file` where the job was read. `auto`: the plan is still
+    to be searched for (`partita.planner.solve.resolved`), `plan` is empty until then."""
 
     model: ModelSpec
     cluster: Cluster
@@ -40,6 +41,7 @@ class Job:
     init: Literal["random", "pretrained"] = "random"
     model_path: str | None = None
     file: str | None = field(default=None, compare=False)
+    auto: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", self.name):
@@ -98,7 +100,7 @@ class Job:
 
     def with_plan(self, plan: Plan | str) -> Job:
         """The same job under another plan."""
-        return replace(self, plan=Plan.parse(plan) if isinstance(plan, str) else plan)
+        return replace(self, plan=Plan.parse(plan) if isinstance(plan, str) else plan, auto=False)
 
     def problems(self) -> list[Problem]:
         """What the job's arithmetic alone shows; the rooms find the rest."""
@@ -115,7 +117,7 @@ class Job:
             "name": self.name,
             "seed": self.seed,
             "device": self.device,
-            "plan": str(self.plan),
+            "plan": "auto" if self.auto else str(self.plan),
             "model": model,
             "cluster": self.cluster.to_toml(),
             "data": encode(self.data),

@@ -13,8 +13,19 @@ from partita.spec.plan import ASYNCHRONOUS, Plan
 
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
-    found = [*_ranks(job), *_batch(job), *_sequence(job), *_clip(job)]
+    found = [*_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job)]
     return sorted(found, key=lambda p: p.severity != "error")
+
+
+def _auto(job: Job) -> Iterator[Problem]:
+    if job.auto:
+        yield Problem(
+            "plan",
+            "auto",
+            "plan = 'auto' stands for no plan until partita.planner.solve.resolved(job) has searched",
+            asked="auto",
+            limit="a plan",
+        )
 
 
 def _ranks(job: Job) -> Iterator[Problem]:

@@ -57,6 +57,7 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
             cluster=Cluster.from_toml(stated.cluster, file=file, folder=folder),
             train=stated.train,
             plan=plan,
+            auto=stated.plan == "auto",
             data=stated.data.in_folder(folder),
             name=_name(file) if stated.name is None else stated.name,
             seed=stated.seed,
@@ -89,11 +90,10 @@ def _name(file: str | None) -> str:
 def _plan(stated: str | dict[str, Any], fields: Sequence[str], file: str | None) -> Plan:
     """A plan from its line or table, then `plan.section.field=value` one by one."""
     if stated == "auto":
-        raise _usage(
-            file,
-            "plan",
-            'the search for a plan is not part of this version: write one, e.g. "tp2+sp bf16"',
-        )
+        if fields:
+            text = f"'auto' chooses every field, {fields[0]} states one: write a plan instead"
+            raise _usage(file, "plan", text)
+        return Plan()
     if isinstance(stated, str):
         try:
             plan = Plan.parse(stated)

@@ -1,0 +1,172 @@
+"""Why a plan: each of its choices changed, one at a time, and both plans simulated.
+
+What an axis gives up goes to data parallelism, and what it takes comes from there; the samples of a
+microbatch stay where they can. A sentence has the numbers of two simulations, and says what the changed
+plan loses most by: memory, the bubble, or an axis' link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from partita.base.units import format_bytes, format_seconds
+from partita.parallel.room import PRODUCT_ORDER
+from partita.planner.search import measures
+from partita.planner.space import divisors
+from partita.simulate.groups import group_of
+from partita.simulate.predict import Prediction, simulate
+from partita.spec.job import Job
+from partita.spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One choice, the plan with that choice changed, and what `simulate` says of it."""
+
+    choice: str
+    text: str
+    changed: Prediction
+
+
+def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Each choice of the plan with a plan that differs in it alone."""
+    m = plan.mesh
+    for axis in ("tp", "pp", "cp"):
+        other = _moved(job, plan, axis)
+        if other is not None:
+            yield f"{axis}{getattr(m, axis)}", other
+    if m.tp > 1:
+        yield "+sp" if m.sp else "no sp", plan.with_("mesh", sp=not m.sp)
+    if m.cp > 1:
+        method = plan.context.method
+        yield (
+            method,
+            plan.with_("context", method="all_gather" if method == "ring" else "ring", ulysses=1),
+        )
+    if job.model.experts:
+        yield f"ep{m.ep}", plan.with_("mesh", ep=m.ep // 2 if m.ep > 1 else 2)
+    if m.pp > 1:
+        name = "zb_h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
+        yield plan.pipeline.schedule, plan.with_("pipeline", schedule=name, virtual_stages=1)
+    for count in _counts(job, plan):
+        yield f"{plan.num_microbatches}mb", plan.with_("pipeline", num_microbatches=count)
+    mode = plan.recompute.mode
+    others = ("full",) if mode == "none" else ("none",)
+    for other_mode in others:
+        yield f"recompute:{mode}", plan.with_("recompute", mode=other_mode, every=1)
+    yield from _states(plan)
+
+
+def _states(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Where states lie: another ZeRO stage, replicas for shards or shards for replicas."""
+    m, ways = plan.mesh, plan.data_parallel_size
+    if m.dp_shard > 1:
+        zero = plan.data.zero_stage
+        yield f"zero{zero}", plan.with_("data", zero_stage=1 if zero == 3 else 3)
+    if m.dp_shard > 1 and m.ep == 1:
+        yield f"dp_shard{m.dp_shard}", plan.with_("mesh", dp_replicate=ways, dp_shard=1)
+    elif ways > 1:
+        shared = plan.with_("mesh", dp_replicate=1, dp_shard=ways)
+        yield f"dp_replicate{m.dp_replicate}", shared.with_("data", zero_stage=1)
+
+
+def _moved(job: Job, plan: Plan, axis: str) -> Plan | None:
+    """The smallest factor of an axis given to data parallelism, or a factor 2 taken from there."""
+    size, m = getattr(plan.mesh, axis), plan.mesh
+    into = "dp_shard" if m.dp_shard > 1 else "dp_replicate"
+    if size > 1:
+        by = divisors(size)[1]
+        found = plan.with_("mesh", **{axis: size // by, into: getattr(m, into) * by})
+    elif getattr(m, into) % 2 == 0:
+        found = plan.with_("mesh", **{axis: 2, into: getattr(m, into) // 2})
+        found = found.with_("mesh", sp=True) if axis == "tp" else found
+    else:
+        return None
+    if found.mesh.tp == 1:
+        found = found.with_("mesh", sp=False)
+    if found.mesh.cp == 1 or found.mesh.cp % plan.context.ulysses:
+        found = found.with_("context", method="ring", ulysses=1)
+    if found.mesh.pp == 1:
+        found = found.with_("pipeline", schedule="1f1b", virtual_stages=1)
+    samples, ways = job.train.global_batch_size, found.data_parallel_size
+    if samples % ways:
+        return None
+    micro = min(job.with_plan(plan).micro_batch_size, samples // ways)
+    micro = max(d for d in divisors(samples // ways) if d <= micro)
+    return found.with_("pipeline", num_microbatches=samples // ways // micro)
+
+
+def _counts(job: Job, plan: Plan) -> list[int]:
+    """The next smaller and larger number of microbatches."""
+    every = divisors(job.train.global_batch_size // plan.data_parallel_size)
+    if job.train.micro_batch_size is not None:
+        return []
+    at = every.index(plan.num_microbatches) if plan.num_microbatches in every else 0
+    return [every[i] for i in (at - 1, at + 1) if 0 <= i < len(every)]
+
+
+def causes(p: Prediction) -> dict[str, float]:
+    """Seconds of the step by cause: compute, bubble, optimizer, collectives by axis."""
+    found = {k: p.time[f"{k}_s"] for k in ("compute", "bubble", "optimizer")}
+    return found | {f"{axis} traffic": s for axis, s in p.time["exposed_comm_s"].items()}
+
+
+def sign_of(seconds: float) -> str:
+    """A difference: +3 ms, -2 s."""
+    return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))
+
+
+def reason(job: Job, best: Prediction, choice: str, plan: Plan) -> Reason:
+    """What the change would do."""
+    other = simulate(job.with_plan(plan))
+    lead = f"{choice}: {other.plan}"
+    wrong = [p.message for p in other.problems if p.severity == "error"]
+    if wrong:
+        return Reason(choice, f"{lead} cannot be: {wrong[0]}", other)
+    seconds, num_bytes, _ = measures(other)
+    ours, own_bytes, _ = measures(best)
+    if num_bytes > other.limit_bytes:
+        text = (
+            f"{lead} does not fit: {format_bytes(num_bytes)} of {format_bytes(other.limit_bytes)} "
+            f"({num_bytes / other.limit_bytes:.2f} times; here {format_bytes(own_bytes)})"
+        )
+        return Reason(choice, text, other)
+    mine, theirs = causes(best), causes(other)
+    more = {k: theirs.get(k, 0.0) - mine.get(k, 0.0) for k in {*mine, *theirs}}
+    sign = 1 if seconds >= ours else -1
+    most = max(sorted(more), key=lambda k: sign * more[k])
+    text = (
+        f"{lead} takes {format_seconds(seconds)} instead of {format_seconds(ours)} "
+        f"({seconds / ours - 1:+.1%}), {most} {sign_of(more[most])}; "
+        f"memory {format_bytes(num_bytes)} instead of {format_bytes(own_bytes)}"
+    )
+    return Reason(choice, text, other)
+
+
+def why(job: Job, best: Prediction) -> list[Reason]:
+    """A reason for every choice of a plan that was simulated."""
+    plan = Plan.parse(best.plan)
+    return [
+        reason(job, best, choice, other) for choice, other in changes(job, plan) if other != plan
+    ]
+
+
+def binds(job: Job, best: Prediction) -> str:
+    """What holds the plan: memory, the bubble, and the dearest axis with the link it crosses."""
+    seconds, num_bytes, _ = measures(best)
+    found = causes(best)
+    text = (
+        f"memory {format_bytes(num_bytes)} of {format_bytes(best.limit_bytes)} "
+        f"({num_bytes / best.limit_bytes:.0%}), compute {found['compute'] / seconds:.1%} of the step, "
+        f"bubble {found['bubble'] / seconds:.1%}"
+    )
+    comm = best.time["exposed_comm_s"]
+    if not any(comm.values()):
+        return f"binds: {text}, no collective is waited for"
+    axis = max(comm, key=lambda a: comm[a])
+    assert best.laid is not None
+    names = tuple(axis.split("."))
+    known = all(a in PRODUCT_ORDER for a in names)
+    link = job.cluster.link_for(group_of(best.laid, names)).name if known else "its"
+    return f"binds: {text}, {axis} {comm[axis] / seconds:.1%} on the {link} link"

@@ -1,0 +1,186 @@
+"""Questions around the search: the fewest devices, the longest sequence, the biggest batch or model that
+fits; a front of two goals; what to do where nothing fits; `plan = "auto"`.
+
+A quantity is doubled (or halved) until its answer changes, then bisected down to its unit. Where a search
+stopped by its budget, the answer is a bound that was reached, and `proven` is false.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from partita.base.errors import PlanError, UsageError
+from partita.base.units import format_bytes
+from partita.planner.search import Found, Goal, Search, measures, searcher
+from partita.simulate.predict import Prediction
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+
+FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
+MOST_DEVICES = 1 << 20
+DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
+AUTO_S = 20.0
+Makes = Callable[[Job], Search]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The value (None: no limit, or none fits), the plan that shows it, and whether it is proven."""
+
+    field: str
+    value: int | None
+    unit: int
+    found: Found
+    proven: bool
+    text: str
+
+
+def with_devices(cluster: Cluster, devices: int) -> Cluster:
+    """The cluster with another number of devices, its outermost link joining them all."""
+    if cluster.nodes or (not cluster.links and devices > 1):
+        raise UsageError(
+            "a cluster of unequal nodes, or without links, does not grow", key="devices"
+        )
+    links = list(cluster.links)
+    if links and links[-1].devices < devices:
+        links[-1] = replace(links[-1], devices=devices)
+    return replace(cluster, devices=devices, links=tuple(links))
+
+
+def _with(job: Job, field: str, value: int) -> Job:
+    if field == "devices":
+        return replace(job, cluster=with_devices(job.cluster, value))
+    if field == "layers":
+        return replace(job, model=replace(job.model, layers=value))
+    model = job.model
+    if field == "seq_len" and not model.has_positions and value > model.max_seq_len:
+        model = replace(model, max_seq_len=value)
+    return replace(job, model=model, train=replace(job.train, **{field: value}))
+
+
+def solve(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
+    """The smallest number of devices, or the biggest of what else is asked, for which a plan fits."""
+    if field not in FIELDS:
+        raise UsageError(f"--solve {field} is none of {', '.join(FIELDS)}", key="solve")
+    return (
+        _devices(job, makes, budget_s) if field == "devices" else _most(job, field, makes, budget_s)
+    )
+
+
+def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
+    devices, end = job.cluster.devices, time.perf_counter() + budget_s
+    while devices <= MOST_DEVICES and time.perf_counter() < end:
+        found = makes(_with(job, "devices", devices)).best(Goal("devices"), budget_s=budget_s)
+        if found.plans:
+            world = measures(found.plans[0])[2]
+            return Solved(
+                "devices",
+                world,
+                1,
+                found,
+                found.complete,
+                f"{world} devices: {found.plans[0].plan}",
+            )
+        devices *= 2
+    return Solved(
+        "devices", None, 1, Found(), False, f"no plan was found on less than {devices:,} devices"
+    )
+
+
+def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
+    start = job.model.layers if field == "layers" else getattr(job.train, field)
+    unit = 1 if field == "layers" else max(start // 8, 1)
+    shown, proven, end = Found(), True, time.perf_counter() + budget_s
+
+    def fits(value: int) -> bool:
+        nonlocal shown, proven
+        found = makes(_with(job, field, value)).best(Goal("memory"), budget_s=budget_s, first=True)
+        if found.plans:
+            shown = found
+        proven = proven and (bool(found.plans) or found.complete)
+        return bool(found.plans)
+
+    low, high = (start, start * 2) if fits(start) else (0, start)
+    for turn in range(DOUBLINGS):
+        if not low or time.perf_counter() > end or not fits(high):
+            break
+        low, high = high, high * 2
+        if field == "global_batch_size" and turn == DOUBLINGS - 1:
+            text = f"no limit: {low:,} sequences fit too, more microbatches take more"
+            return Solved(field, None, unit, shown, proven, text)
+    while high - low > unit:
+        if time.perf_counter() > end:
+            text = f"{field} {low:,} fits, {high:,} was not decided in {budget_s:g} s"
+            return Solved(field, low or None, unit, shown, False, text)
+        middle = (low + high) // 2 // unit * unit
+        middle = middle if low < middle < high else low + unit
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if not low:
+        return Solved(field, None, unit, shown, proven, f"no {field} of at least {unit} fits")
+    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {high:,} does not (steps of {unit})"
+    return Solved(field, low, unit, shown, proven, text)
+
+
+def pareto(search: Search, first: str, second: str, budget_s: float, most: int = 8) -> Found:
+    """Plans none of which is beaten in both goals, best in the first one first."""
+    places = {"time": 0, "memory": 1, "devices": 2}
+    for name in (first, second):
+        if name not in places or first == second:
+            raise UsageError(f"--pareto {first},{second}: two of {', '.join(places)}", key="pareto")
+    under = [float("inf")] * 3
+    front, whole = list[Prediction](), Found()
+    for _ in range(most):
+        goal = Goal(first, (under[0], under[1], under[2]))
+        found = search.best(goal, budget_s=budget_s / most)
+        if not front:
+            whole = found
+        whole.complete = whole.complete and found.complete
+        if not found.plans:
+            break
+        front.append(found.plans[0])
+        under[places[second]] = measures(found.plans[0])[places[second]]
+    else:
+        whole.complete = False  # there may be more
+    whole.plans = front
+    return whole
+
+
+def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
+    """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers."""
+    search = makes(job)
+    search.limit = 1 << 62
+    least = search.best(Goal("memory"), budget_s=budget_s)
+    lines = []
+    if least.plans:
+        needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
+        lines.append(
+            f"nothing fits: the least memory found is {least.plans[0].plan} with {format_bytes(needs)} "
+            f"of {format_bytes(limit)} a rank, {format_bytes(needs - limit)} too much "
+            f"({needs / limit:.2f} times)"
+        )
+    else:
+        lines.append("nothing fits: no plan is legal under these words")
+    for field in FIELDS:
+        if field == "global_batch_size" or (field == "devices" and not _grows(job.cluster)):
+            continue
+        solved = solve(job, field, makes, budget_s)
+        if solved.value is not None:
+            lines.append(f"would fit: {solved.text}")
+    return lines
+
+
+def _grows(cluster: Cluster) -> bool:
+    return bool(cluster.links) and not cluster.nodes
+
+
+def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
+    """The job with the plan that 'auto' stands for; itself where it has one. Raises PlanError."""
+    if not job.auto:
+        return job
+    found = searcher(job).best(budget_s=budget_s)
+    if not found.plans:
+        lines = nothing_fits(job, searcher, budget_s / 4)
+        raise PlanError("\n".join(['plan = "auto" found none', *lines]))
+    return job.with_plan(found.plans[0].plan)

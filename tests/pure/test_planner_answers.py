@@ -1,0 +1,117 @@
+"""Around the search: why, what binds, what fits at most, a front, auto, nothing fits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from partita.base.errors import PlanError, UsageError
+from partita.cli.main import run
+from partita.planner.explain import binds, causes, why
+from partita.planner.search import Search, measures, searcher
+from partita.planner.solve import nothing_fits, pareto, resolved, solve
+from partita.simulate.predict import simulate
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+
+WORDS = {"fix": ("2mb",), "forbid": ("v_half", "v_min", "gpipe", "cp")}
+
+
+def makes(job: Job) -> Search:
+    return searcher(job, **WORDS)
+
+
+def job_of(devices: int, memory: float) -> Job:
+    cluster = replace(Cluster.load(f"{devices}xh100"), memory_bytes=int(memory))
+    job = Job.of("tiny", "4xh100", "", global_batch_size=8, seq_len=64)
+    return replace(job, cluster=cluster)
+
+
+def test_why_has_the_numbers_of_two_simulations():
+    job = job_of(4, 3e6)
+    best = makes(job).best().plans[0]
+    reasons = why(job, best)
+    assert {r.choice for r in reasons} >= {"recompute:none", "2mb"}
+    seconds, num_bytes, _ = measures(best)
+    for r in reasons:
+        again = simulate(job.with_plan(r.changed.plan))
+        assert str(again.plan) in r.text
+        if again.step_time_s is None:
+            assert "cannot be" in r.text
+            continue
+        theirs, their_bytes, _ = measures(again)
+        if their_bytes > again.limit_bytes:
+            assert f"{their_bytes / again.limit_bytes:.2f} times" in r.text
+        else:
+            assert f"({theirs / seconds - 1:+.1%})" in r.text
+    assert f"({num_bytes / best.limit_bytes:.0%})" in binds(job, best)
+    assert sum(causes(best).values()) == pytest.approx(seconds)
+
+
+def test_a_front_is_beaten_nowhere():
+    front = [measures(p)[:2] for p in pareto(makes(job_of(4, 80e9)), "time", "memory", 20).plans]
+    assert len(front) > 2
+    assert front == sorted(front) and [b for _, b in front] == sorted(
+        (b for _, b in front), reverse=True
+    )
+
+
+def test_solve_devices_finds_the_edge():
+    job = job_of(2, 1.2e6)
+    solved = solve(job, "devices", makes, 20)
+    assert solved.proven and solved.value is not None and solved.value > 2
+    below = makes(job_of(solved.value - 1, 1.2e6)).best(first=True)
+    assert below.complete and not below.plans
+
+
+def test_solve_layers_finds_the_edge():
+    job = job_of(2, 3e6)
+    solved = solve(job, "layers", makes, 20)
+    assert solved.proven and solved.value
+    for layers, fits in ((solved.value, True), (solved.value + 1, False)):
+        deeper = replace(job, model=replace(job.model, layers=layers))
+        assert bool(makes(deeper).best(first=True).plans) == fits
+    with pytest.raises(UsageError):
+        solve(job, "heads", makes, 1)
+
+
+def test_nothing_fits_says_by_how_much_and_what_would():
+    lines = nothing_fits(job_of(2, 6e5), makes, 5)
+    assert "times)" in lines[0] and any("devices" in line for line in lines[1:])
+
+
+def table(memory: int) -> dict:
+    return {
+        "plan": "auto",
+        "model": {"preset": "tiny"},
+        "cluster": {"preset": "laptop", "memory_bytes": memory},
+        "train": {"global_batch_size": 4, "seq_len": 64, "micro_batch_size": 2},
+    }
+
+
+def test_auto_is_searched_for_and_never_run_unresolved():
+    job = Job.load(table(1_500_000))
+    assert job.auto and any(p.rule == "auto" for p in simulate(job).problems)
+    found = resolved(job, budget_s=2)
+    assert not found.auto and simulate(found).fits and resolved(found) is found
+    assert Job.load(table(1_500_000), "plan=tp2").auto is False
+    with pytest.raises(UsageError, match="auto"):
+        Job.load(table(1_500_000), "plan.mesh.tp=2")
+    with pytest.raises(PlanError, match="nothing fits"):
+        resolved(Job.load(table(50_000)), budget_s=1)
+
+
+def test_the_verb_answers_in_the_contracts_shape(tmp_path, capsys):
+    kept = tmp_path / "job.toml"
+    words = (
+        "plan tiny 4xh100 --global-batch-size 8 --seq-len 64 --fix 2mb --json --top 2 --forbid cp"
+    )
+    assert run([*words.split(), "--save", str(kept)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    first, second = told["plans"]
+    assert told["complete"] is True and first["why"]
+    assert first["step_time_s"] <= second["step_time_s"]
+    assert str(Job.load(kept).plan) == first["plan"]
+    assert (
+        told["bounded"] + told["simulated"] + sum(told["rejected"].values()) == told["considered"]
+    )
