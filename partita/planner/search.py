@@ -23,7 +23,15 @@ from partita.spec.job import Job
 from partita.spec.plan import Plan
 
 GOALS = ("time", "memory", "devices", "cost")
-HIDDEN = (1.6, 1.5, 1.3, 1.15, 1.1, 1.0)  # [empirical] step over bound by level, for the order only
+HIDDEN = (
+    1.6,
+    1.5,
+    1.5,
+    1.25,
+    1.1,
+    1.05,
+    1.0,
+)  # [empirical] step over bound by level, for the order only
 INF = float("inf")
 KEEP = 50  # plans that are remembered
 
@@ -189,9 +197,16 @@ class Search:
                 yield Node(0, seconds, 0.0, leaves, mesh)
 
     def _expand(self, node: Node) -> Iterator[Node]:
-        return (self._shapes, self._tokens, self._schedules, self._states, self._laid)[node.level](
-            node
+        """What follows from a node: its parts, or itself with a better bound."""
+        steps = (
+            self._shapes,
+            self._tokens,
+            self._tabled,
+            self._schedules,
+            self._states,
+            self._laid,
         )
+        return steps[node.level](node)
 
     def _shapes(self, node: Node) -> Iterator[Node]:
         for shape in self.space.shapes(node.mesh):
@@ -205,23 +220,26 @@ class Search:
                 )
 
     def _tokens(self, node: Node) -> Iterator[Node]:
-        mesh, below = node.mesh, self.space.below(node.mesh, node.shape)
-        for tokens in self.space.tokens(mesh):
-            table = self.bounds.table(mesh, node.shape, tokens)
-            if isinstance(table, Problem):
-                self._refuse(table, below)
-                continue
-            if tokens.mode != "none" and self._same(node, tokens, table):
-                self._refuse("recompute changes nothing", below)
-                continue
-            each, num_bytes = self.bounds.even(mesh, node.shape, table)
-            if num_bytes > self.limit:
-                self._refuse("memory", below)
-                continue
-            seconds = max(node.seconds, each * (self.space.batch // mesh.dp // tokens.micro))
-            yield replace(
-                node, level=2, tokens=tokens, leaves=below, seconds=seconds, num_bytes=num_bytes
-            )
+        """Children that are not looked at yet: a table is laid only for what comes to its turn."""
+        below = self.space.below(node.mesh, node.shape)
+        for tokens in self.space.tokens(node.mesh):
+            yield replace(node, level=2, tokens=tokens, leaves=below)
+
+    def _tabled(self, node: Node) -> Iterator[Node]:
+        mesh, tokens, leaves = node.mesh, node.tokens, node.leaves
+        table = self.bounds.table(mesh, node.shape, tokens)
+        if isinstance(table, Problem):
+            self._refuse(table, leaves)
+            return
+        if tokens.mode != "none" and self._same(node, tokens, table):
+            self._refuse("recompute changes nothing", leaves)
+            return
+        each, num_bytes = self.bounds.even(mesh, node.shape, table)
+        if num_bytes > self.limit:
+            self._refuse("memory", leaves)
+            return
+        seconds = max(node.seconds, each * (self.space.batch // mesh.dp // tokens.micro))
+        yield replace(node, level=3, seconds=seconds, num_bytes=num_bytes)
 
     def _same(self, node: Node, tokens: Tokens, table: Table) -> bool:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""
@@ -250,7 +268,7 @@ class Search:
             seconds = self.bounds.pipeline(stages, parts[1], m)
             leaf = Leaf(name, virtual)
             yield replace(
-                node, level=3, leaf=leaf, leaves=leaves, seconds=max(seconds, node.seconds)
+                node, level=4, leaf=leaf, leaves=leaves, seconds=max(seconds, node.seconds)
             )
 
     def _states(self, node: Node) -> Iterator[Node]:
@@ -269,7 +287,7 @@ class Search:
             leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
             yield replace(
                 node,
-                level=4,
+                level=5,
                 leaf=leaf,
                 leaves=1,
                 seconds=seconds,
@@ -293,7 +311,7 @@ class Search:
             return
         yield replace(
             node,
-            level=5,
+            level=6,
             seconds=max(seconds, node.seconds),
             num_bytes=max(num_bytes, node.num_bytes),
         )

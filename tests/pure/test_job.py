@@ -176,7 +176,6 @@ def test_from_parts() -> None:
 @pytest.mark.parametrize(
     ("override", "key", "text"),
     [
-        ("plan=auto", "plan", "write one"),
         ("plan=ttp2", "plan", "did you mean 'tp2+sp'"),
         ("plan=[1]", "plan", "expected"),
         ("plan.mesh.tpp=2", "mesh.tpp=2", "did you mean 'tp'"),
