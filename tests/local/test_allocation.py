@@ -126,7 +126,7 @@ def test_a_hidden_allocation_changes_the_measured_ledger_alone(tmp_path: Path) -
     plain = train(built(), tmp_path / "plain").record
     gc.collect()  # the first model is gone before the second is measured
     b = built()
-    whole = b.model.executor.module
+    whole = b.model.executor.modules[0]
 
     def module(x, batch):
         hidden = torch.empty(HIDDEN, dtype=torch.uint8)
@@ -134,7 +134,7 @@ def test_a_hidden_allocation_changes_the_measured_ledger_alone(tmp_path: Path) -
         del hidden
         return y
 
-    b.model.executor.module = module
+    b.model.executor.modules = {0: module}
     found = train(b, tmp_path / "hidden")
     grown = found.record.ledger.peak_bytes - plain.ledger.peak_bytes
     assert 0.9 * HIDDEN < grown < 1.1 * HIDDEN

@@ -113,12 +113,12 @@ def test_copies_of_a_shared_head_not_added(judged, monkeypatch):
     assert judged("cp4:ulysses").phase == "backward"
 
 
-def test_norm_weights_not_reduced_over_cp(judged, monkeypatch):
+def test_weights_not_reduced_over_cp(judged, monkeypatch):
     from partita.parallel.dp.replicate import Reducer
 
     start = Reducer._start
     monkeypatch.setattr(
-        Reducer, "_start", lambda self, unit: None if "blocks.1" in unit.name else start(self, unit)
+        Reducer, "_start", lambda self, unit: None if "unit[cp]" in unit.name else start(self, unit)
     )
     at = judged("cp2:ring")
     assert at.phase == "gradient" and at.expected == ("all_reduce", "cp")
