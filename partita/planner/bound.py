@@ -3,11 +3,12 @@
     coarse     device-seconds of a sample where microbatches are endless and nothing is recomputed (no
                wave is empty, no weight is read twice, nothing is launched), spread evenly over the ranks
     tokens     the blocks of one microbatch, spread evenly over the stages
-    schedule   the balanced stages: a rank starts after the forwards before its first stage, works for all
-               its microbatches, and ends before the backwards behind its last
+    schedule   the balanced stages: of a rank's stages from one on, the first forward waits for all stages
+               before it, and all backwards before it follow the last backward
 
-        step >= max over ranks of  head + m * work + tail
+        step >= max over ranks and stages of  head + m * work + tail
 
+    states     the same with ZeRO's collectives of each microbatch, hidden as far as may be
     laid       the same from the laid plan's own stages, and exactly what runs once a step
 
 Memory: states as far as ZeRO may cut them, and the activations of the chunks a schedule holds at once. Block
@@ -23,14 +24,16 @@ from functools import cached_property
 from itertools import accumulate
 
 from partita.base.errors import PartitaError, PlanError, Problem
+from partita.cost.comm import Group, group_seconds
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import balanced, schedule_of
-from partita.parallel.read import flops, kept_bytes, state_bytes
+from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.schedule.ir import Schedule
-from partita.simulate.memory import transient_bytes
+from partita.simulate.groups import place
+from partita.simulate.memory import lent_bytes, transient_bytes
 from partita.simulate.predict import request_of
 from partita.simulate.stage import StageTime, Work, stage_time, works_of
 from partita.simulate.step import step_time, update_bytes
@@ -73,6 +76,7 @@ class Table:
 
     blocks: tuple[Cost, ...]
     flops: tuple[float, ...]
+    unit: float = 0.0  # of a layer's weights, in its largest flat unit: what ZeRO lends at once
 
     @cached_property
     def total(self) -> Cost:
@@ -125,14 +129,12 @@ def pipeline_bound(stages: Sequence[Cost], probe: Probe, m: int) -> float:
     before_b = list(accumulate(back, initial=0.0))
     worst = 0.0
     for held, share in zip(probe.held, probe.share, strict=True):
-        head, tail = min(before_f[s] for s in held), min(before_b[s] for s in held)
-        count = m * share
-        work = count * sum(stages[s].seconds for s in held)
-        if probe.split:
-            halves = work - count * sum(stages[s].weight for s in held)
-            worst = max(worst, head + work, head + halves + tail)
-        else:
-            worst = max(worst, head + work + tail)
+        work = halves = 0.0
+        for s in sorted(held, reverse=True):  # this stage and those behind it on the rank
+            work += m * share * stages[s].seconds
+            halves += m * share * (stages[s].forward + stages[s].input)
+            through = before_f[s] + (halves if probe.split else work) + before_b[s]
+            worst = max(worst, through, before_f[s] + work)
     return worst
 
 
@@ -144,6 +146,7 @@ class Bounds:
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, Probe | Problem] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
+        self._groups: dict[tuple[int, int], Group] = {}
         self.request = request_of(space.job)
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
@@ -221,6 +224,36 @@ class Bounds:
         total = sum(self.states(table.total, 3, shards)) + table.total.kept
         return m_samples / mesh.pp, total / mesh.pp
 
+    def sharded(
+        self, stages: Sequence[Cost], table: Table, mesh: MeshChoice, shard: int, zero: int
+    ) -> Sequence[Cost]:
+        """The stages with ZeRO's collectives of each microbatch, which hide under compute at best: the
+        largest unit of each layer gathered (F, B) and its gradient scattered (B) over dp_shard and cp."""
+        if zero < 2 or self.space.model.experts or self.machine.class_ == "CPU":
+            return stages
+        n = shard * mesh.cp
+        key = (mesh.tp, n)
+        if key not in self._groups:
+            self._groups[key] = place(tuple(range(0, mesh.tp * n, mesh.tp)), self.machine)
+        group = self._groups[key]
+        weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
+        gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
+        found = []
+        for cost, layers in zip(stages, self._splits[table.flops, len(stages)], strict=True):
+            gather = group_seconds("all_gather", group, layers * weights / n) if zero == 3 else 0.0
+            back = gather + group_seconds("reduce_scatter", group, layers * gradients)
+            forward = max(cost.forward, gather)
+            found.append(replace(cost, forward=forward, input=max(cost.input, back - cost.weight)))
+        return found
+
+    def lent(self, table: Table, zero: int) -> float:
+        """Bytes of whole units that come and go, at least: weights of two layers, two gradients."""
+        if zero < 2 or len(table.blocks) < 4 or self.space.model.experts:
+            return 0.0
+        parameters = min(b.states[0] for b in table.blocks[1:-1])
+        gradients = min(b.states[1] for b in table.blocks[1:-1])
+        return table.unit * (gradients + (parameters if zero == 3 else 0.0))
+
     def memory(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int) -> float:
         """Bytes of the fullest rank, at least."""
         worst = 0.0
@@ -276,7 +309,8 @@ def _laid_memory(laid: Laid, probe: Probe) -> float:
     for held, peaks in zip(probe.held, probe.peaks, strict=True):
         mine = [r for s in held for r in rows[s]]
         most = max((sum(n * kept[s] for s, n in peak.items()) for peak in peaks), default=0)
-        worst = max(worst, sum(r[0] for r in mine) + max(r[2] for r in mine) + most)
+        lent = max(lent_bytes(laid.stages[s].blocks, laid.request.plan) for s in held)
+        worst = max(worst, sum(r[0] for r in mine) + max(r[2] for r in mine) + most + lent)
     return worst
 
 
@@ -291,10 +325,19 @@ def _read(request: Request, machine: Machine) -> Table | Problem:
     except PlanError as wrong:
         return wrong.problems[0]
     costs, weight = _block_costs(laid, machine)
+    unit = _largest_unit(laid)
     if alike:
         costs = [costs[0], *(costs[1 + i % period] for i in range(layers)), costs[-1]]
         weight = [weight[0], *(weight[1 + i % period] for i in range(layers)), weight[-1]]
-    return Table(tuple(costs), tuple(weight))
+    return Table(tuple(costs), tuple(weight), unit)
+
+
+def _largest_unit(laid: Laid) -> float:
+    """The part of the first layer's weights whose gradients are partial over the same axes."""
+    layer, groups = laid.stages[0].blocks[1], Counter[tuple[str, ...]]()
+    for w in layer.weights():
+        groups[gradient_axes(layer, w, laid.sizes)] += w.local(laid.sizes)
+    return max(groups.values()) / groups.total()
 
 
 def _block_costs(laid: Laid, machine: Machine) -> tuple[list[Cost], list[float]]:

@@ -276,14 +276,18 @@ class Search:
         assert not isinstance(parts, Problem)
         table, probe = parts
         stages = self.bounds.stages(table, _stages(probe))
+        m = self.space.batch // node.mesh.dp // node.tokens.micro
         for dp_shard, zero in self.space.states(node.mesh, node.shape):
             cut = zero if dp_shard > 1 else 0
             shards = self.bounds.shards(node.mesh, node.shape, dp_shard)
             num_bytes = self.bounds.memory(stages, probe, cut, shards)
+            num_bytes += self.bounds.lent(table, cut)
             if num_bytes > self.limit:
                 self._refuse("memory", 1)
                 continue
-            seconds = node.seconds + self.bounds.update(stages, probe, cut, shards)
+            slower = self.bounds.sharded(stages, table, node.mesh, dp_shard, cut)
+            seconds = max(node.seconds, self.bounds.pipeline(slower, probe, m))
+            seconds += self.bounds.update(stages, probe, cut, shards)
             leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
             yield replace(
                 node,

@@ -73,16 +73,21 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         shards = b.shards(mesh, shape, leaf.dp_shard)
         each, even_bytes = b.even(mesh, shape, table)
         laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe)
+        slower = b.sharded(stages, table, mesh, leaf.dp_shard, cut)
         update = b.update(stages, probe, cut, shards)
         for low in (
             b.coarse(mesh),
             b.coarse(mesh, shape),
             each * m,
-            b.pipeline(stages, probe, m) + update,
+            b.pipeline(slower, probe, m) + update,
             laid_s,
         ):
             assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
-        for low in (even_bytes, b.memory(stages, probe, cut, shards), laid_bytes):
+        for low in (
+            even_bytes,
+            b.memory(stages, probe, cut, shards) + b.lent(table, cut),
+            laid_bytes,
+        ):
             assert low <= num_bytes * (1 + 1e-9), job.plan
 
 
