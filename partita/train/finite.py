@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partita.base.errors import NonFiniteError
 from partita.parallel.laid import Laid
 from partita.parallel.units import Unit
+from partita.train.stage import StageBlocks
 from partita.train.step import Model, StepBatch
 
 TEXT = 240  # bytes of a place's name that are exchanged
@@ -126,7 +127,13 @@ def _bad_output(model: Model, batch: StepBatch) -> Place | None:
     executor = model.forward_only
     assert executor is not None
     inner, place = executor.modules, _Found(model)
-    executor.modules = {stage: _Watching(x, place) for stage, x in inner.items()}
+
+    def watched(stage: int, module: Any) -> StageBlocks:
+        names = model.laid.stages[stage].names
+        pairs = zip(module.blocks, names, strict=True)
+        return StageBlocks([_Watching(block, name, place) for block, name in pairs], module.data)
+
+    executor.modules = {stage: watched(stage, x) for stage, x in inner.items()}
     try:
         with torch.no_grad():
             for number, microbatch in enumerate(batch.microbatches):
@@ -148,23 +155,21 @@ class _Found:
 
 
 class _Watching:
-    """A stage's blocks, one by one, until an output is not finite."""
+    """One block, looked at until an output is not finite."""
 
-    def __init__(self, inner: Any, place: _Found) -> None:
-        self.inner, self.place = inner, place
+    def __init__(self, block: Any, name: str, place: _Found) -> None:
+        self.block, self.name, self.place = block, name, place
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """The stage's output."""
-        for name, block in zip(self.inner.names, self.inner.blocks, strict=True):
-            with _FirstBad() as seen:
-                x = block(x, batch)
-            place = self.place
-            if place.found is None and not bool(torch.isfinite(x).all()):
-                what = f"output of {name}" if name != "head" else "loss of head"
-                detail = f"{seen.text}, {what}" if seen.text else what
-                place.found = Place(2, place.microbatch, place.order[name], detail)
-        assert x is not None, "a stage has at least one block"
-        return x
+        """The block's output."""
+        with _FirstBad() as seen:
+            y = self.block(x, batch)
+        place, name = self.place, self.name
+        if place.found is None and not bool(torch.isfinite(y).all()):
+            what = f"output of {name}" if name != "head" else "loss of head"
+            detail = f"{seen.text}, {what}" if seen.text else what
+            place.found = Place(2, place.microbatch, place.order[name], detail)
+        return y
 
 
 class _FirstBad(TorchDispatchMode):
