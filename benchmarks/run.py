@@ -1,7 +1,8 @@
 """`python -m benchmarks [--sizes tiny half] [--pairs 15]`: ours against each peer, A B A B in one run.
 
-Two ranks of one thread; a pair is one step of each, the order swapped every time; the figure is the
-median of pair ratios (ours / peer, below 1 is faster) with a 95 % bootstrap interval.
+Two ranks of one thread, and as many microbatches as the peer has: one, or one a sample under a pipeline.
+A pair is one step of each, the order swapped every time; the figure is the median of pair ratios (ours /
+peer, below 1 is faster) with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ SIZES = {
 ROWS = (
     ("one rank", "1mb", peers.plain, 1),
     ("experts", "1mb", peers.plain, 1),
-    ("dp", "dp2", peers.ddp, 2),
-    ("zero1", "dp_shard2.zero1", peers.zero1, 2),
-    ("zero3", "dp_shard2.zero3", peers.zero3, 2),
-    ("tp", "tp2", peers.tensor, 2),
-    ("tp+sp", "tp2+sp", peers.tensor, 2),
-    ("ring", "cp2:ring", peers.one_thread, 2),
-    ("ulysses", "cp2:ulysses", peers.one_thread, 2),
+    ("dp", "dp2 1mb", peers.ddp, 2),
+    ("zero1", "dp_shard2.zero1 1mb", peers.zero1, 2),
+    ("zero3", "dp_shard2.zero3 1mb", peers.zero3, 2),
+    ("tp", "tp2 1mb", peers.tensor, 2),
+    ("tp+sp", "tp2+sp 1mb", peers.tensor, 2),
+    ("ring", "cp2:ring 1mb", peers.one_thread, 2),
+    ("ulysses", "cp2:ulysses 1mb", peers.one_thread, 2),
     ("gpipe", "pp2:gpipe/8mb", peers.pipeline("gpipe"), 2),
     ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b"), 2),
     ("interleaved", "pp2:interleaved_1f1bx2/8mb", peers.pipeline("interleaved"), 2),

@@ -53,7 +53,7 @@ class SwiGLU(torch.autograd.Function):
         """Half the width."""
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return silu(gate) * up
+        return silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
@@ -62,9 +62,8 @@ class SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, -1)
-        torch.mul(dy, silu(gate), out=d_up)
-        sigmoid = gate.sigmoid()
-        # d silu(g) = s (1 + g (1 - s))
-        slope = sigmoid.mul(torch.addcmul(torch.ones_like(gate), gate, 1 - sigmoid))
-        torch.mul(dy * up, slope, out=d_gate)
+        torch.ops.aten.silu.out(gate, out=d_up)
+        d_up.mul_(dy)
+        torch.mul(dy, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return out

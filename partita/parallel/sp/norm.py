@@ -31,6 +31,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _scale(x: Tensor, epsilon: float) -> Tensor:
+    """1 / rms over the last dim, kept as a dim of 1."""
+    return x.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = cast(x / rms(x)) * weight."""
 
@@ -40,21 +45,22 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.layer = layer
         wide = _wide(x)
-        scale = (wide.square().mean(-1, keepdim=True) + layer.epsilon).rsqrt_()
-        return (wide * scale).to(x.dtype) * layer.weight.value
+        unit = (wide * _scale(wide, layer.epsilon)).to(x.dtype)
+        return unit.mul_(layer.weight.value)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         """Makes the statistics again from x."""
         (x,) = ctx.saved_tensors
         layer: Norm = ctx.layer
-        wide = _wide(x)
-        scale = (wide.square().mean(-1, keepdim=True) + layer.epsilon).rsqrt_()
+        wide, w = _wide(x), layer.weight.value
+        scale = _scale(wide, layer.epsilon)
         unit = wide * scale
-        g = _wide(dy * layer.weight.value)
         hidden = x.shape[-1]
-        layer.weight.accumulate((_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden).sum(0))
-        dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * scale
+        slope = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden)
+        layer.weight.accumulate(slope.sum(0))
+        along = slope.mv(_wide(w)).view(scale.shape).div_(hidden)  # mean of dy w unit, a token
+        dx = _wide(dy * w).addcmul_(unit, along, value=-1).mul_(scale)
         return dx.to(x.dtype), None
 
 
