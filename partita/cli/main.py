@@ -26,7 +26,7 @@ from partita.comm.processes import torchrun_rank
 
 VERBS = {
     "draw": "Schedules as text, SVG or HTML, side by side.",
-    "plan": "Judges a plan for a model on a cluster.",
+    "plan": "Finds the best plan of a model on a cluster, or judges yours.",
     "simulate": "Predicted time, memory and traffic of a job.",
     "train": "Trains a job over its ranks.",
     "verify": "Proves a job's plan equal to one device.",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.base.errors import UsageError
 from partita.comm.context import Context, Named
 from partita.comm.protocol import Where, World
 from partita.comm.ranks import here, require_ranks
@@ -225,12 +226,20 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
 
 def assemble(job: Job, world: World, where: Where | None = None, recorder: Any = None) -> Built:
     """A rank's part of the job, ready to train."""
+    require_device(job)
     laid = lay(request_of(job))
     context = make_context(laid, job, world, where or Where(), recorder)
     model = make_model(job, laid, context, filler(job, laid, context))
     update = make_update(model, job.train)
     data = open_job_data(job)
     return Built(job, context, model, update, data)
+
+
+def require_device(job: Job) -> None:
+    """UsageError where the job asks for a device that nothing here computes on."""
+    if job.device == "cuda":
+        message = "device = 'cuda': ranks compute on the CPU in this version; accepted: auto, cpu"
+        raise UsageError(message, key="device")
 
 
 def fingerprint(data: Dataset) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from partita.comm.processes import STOPS, end_ranks, start_ranks, torchrun_rank
 from partita.planner.judge import fit_error
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
+from partita.train.build import require_device
 from partita.train.control import Control
 from partita.train.failure import Failure
 from partita.train.lock import RunLock
@@ -42,6 +43,7 @@ def train(
     or does not fit unless `force`), UsageError, DataError, CheckpointError, PeerError, NonFiniteError,
     WriteError, BusyError, StoppedError.
     """
+    require_device(job)
     prediction = simulate(job)
     if any(p.severity == "error" for p in prediction.problems):
         raise PlanError(f"{job.plan} cannot run {job.name}", prediction.problems)

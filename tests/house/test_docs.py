@@ -1,5 +1,6 @@
 """The Python of README and docs runs, the commands of README too, and every linked file is there."""
 
+import fnmatch
 import re
 import shlex
 import shutil
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from layers import ROOT
+from layers import PACKAGE, ROOT, files
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -62,3 +63,21 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     local = [link for link in links if not link.startswith(("http:", "https:", "mailto:"))]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_map_lists_every_file():
+    """Each module stands by its name in the line of its unit, what lies deeper by its folder."""
+    tree = (ROOT / "docs" / "map.md").read_text().split("```")[1]
+    _, *parts = re.split(r"(?:^|\s)(\w+)/ +L\d+ ", tree)
+    words: dict[str, set[str]] = {}
+    for unit, names in zip(parts[::2], parts[1::2], strict=True):
+        words.setdefault(unit, set()).update(re.findall(r"[\w*]+/?", names))
+    missing = []
+    for file in files():
+        unit, *inner = file.relative_to(PACKAGE).parts
+        if not inner or unit == "cli" or file.stem.startswith("__"):
+            continue
+        name = f"{inner[0]}/" if len(inner) > 1 else file.stem
+        if not any(fnmatch.fnmatch(name, word) for word in words[unit]):
+            missing.append(str(file.relative_to(PACKAGE)))
+    assert not missing

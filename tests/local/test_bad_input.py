@@ -45,6 +45,7 @@ USAGE = {
     "plan=1000000000000mb": ("plan", "within 1.."),
     "name=../up": ("name", "names a folder"),
     "seed=-1": ("seed", "0 <= seed"),
+    "device=cuda": ("device", "accepted: auto, cpu"),
     "data.source=nowhere.txt": ("data.source", "no such file; accepted: python-stdlib"),
     "data.source=.": ("data.source", "is a folder"),
     "data.source=tokens:nowhere.npy": ("data.source", "no such file"),
