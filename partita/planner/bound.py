@@ -180,10 +180,15 @@ class Bounds:
 
     def stages(self, table: Table, count: int) -> list[Cost]:
         """Balanced stages."""
-        key = (table.flops, count)
+        return table.stages(self.split(table, count))
+
+    def split(self, table: Table, count: int) -> tuple[int, ...]:
+        """The layers of balanced stages; only proportions count."""
+        layer = table.flops[1]
+        key = (tuple(round(f / layer, 9) for f in table.flops), count)
         if key not in self._splits:
             self._splits[key] = balanced(table.flops, count)
-        return table.stages(self._splits[key])
+        return self._splits[key]
 
     def coarse(self, mesh: MeshChoice, shape: Shape | None = None) -> float | Problem:
         """Seconds of a step at least, whatever else is chosen."""
@@ -239,7 +244,7 @@ class Bounds:
         weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
         gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
         found = []
-        for cost, layers in zip(stages, self._splits[table.flops, len(stages)], strict=True):
+        for cost, layers in zip(stages, self.split(table, len(stages)), strict=True):
             gather = group_seconds("all_gather", group, layers * weights / n) if zero == 3 else 0.0
             back = gather + group_seconds("reduce_scatter", group, layers * gradients)
             forward = max(cost.forward, gather)

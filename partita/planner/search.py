@@ -7,133 +7,23 @@ the best is proven. The other adds what a level usually still hides, so that goo
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import replace
+from itertools import islice
 
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import machine_of
 from partita.planner.bound import Bounds, Probe, Table, laid_bound
-from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens, Words
+from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Key, Node, Queue
+from partita.planner.space import Leaf, Shape, Space, Tokens, Words
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
-GOALS = ("time", "memory", "devices", "cost")
-HIDDEN = (
-    1.6,
-    1.5,
-    1.5,
-    1.25,
-    1.1,
-    1.05,
-    1.0,
-)  # [empirical] step over bound by level, for the order only
-INF = float("inf")
-KEEP = 50  # plans that are remembered
-
-Key = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is best, and what must hold besides fitting: step_time_s, bytes, ranks below `under`."""
-
-    name: str = "time"
-    under: tuple[float, float, float] = (INF, INF, INF)
-
-    def key(self, seconds: float, num_bytes: float, world: int) -> Key:
-        """Smaller is better."""
-        if self.name == "memory":
-            return (num_bytes, seconds)
-        return (world, seconds) if self.name == "devices" else (seconds, num_bytes)
-
-    def admits(self, seconds: float, num_bytes: float, world: int) -> bool:
-        """Whether a plan, or all below a bound, is under what is asked."""
-        return all(a < b for a, b in zip((seconds, num_bytes, world), self.under, strict=True))
-
-
-ANY = Goal()
-
-
-@dataclass
-class Found:
-    """The answer: plans best first; how many leaves there are, were refused and why, were cut by their
-    bound, were simulated; whether the best is proven."""
-
-    plans: list[Prediction] = field(default_factory=list)
-    considered: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    simulated: int = 0
-    complete: bool = True
-    seconds: float = 0.0
-    first_s: float = 0.0  # when the best plan was found
-
-    @property
-    def bounded(self) -> int:
-        """Leaves never simulated because their bound was not below the best."""
-        return self.considered - self.rejected.total() - self.simulated
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A part of the space: its level's choices, bound and number of leaves."""
-
-    level: int
-    seconds: float
-    num_bytes: float
-    leaves: int
-    mesh: MeshChoice
-    shape: Shape = field(default_factory=Shape)
-    tokens: Tokens = field(default_factory=Tokens)
-    leaf: Leaf = field(default_factory=Leaf)
-
-
-class Queue:
-    """Nodes by their bound, and by what is hoped of them; taken in turns from one and the other."""
-
-    def __init__(self, goal: Goal, refused: Counter[str]) -> None:
-        self.goal, self.refused = goal, refused
-        self._bounds: list[tuple[Key, int, Node]] = []
-        self._hopes: list[tuple[Key, int, Node]] = []
-        self._done: set[int] = set()
-        self._ties, self._turn = count(), 0
-
-    def push(self, node: Node) -> None:
-        """Adds a node that may still hold what is asked."""
-        s, num_bytes, world = node.seconds, node.num_bytes, node.mesh.world
-        if not self.goal.admits(s, num_bytes, world):
-            self.refused["not under what is asked"] += node.leaves
-            return
-        n, more = next(self._ties), HIDDEN[node.level]
-        heapq.heappush(self._bounds, (self.goal.key(s, num_bytes, world), n, node))
-        heapq.heappush(self._hopes, (self.goal.key(s * more, num_bytes * more, world), n, node))
-
-    def _clean(self, heap: list[tuple[Key, int, Node]]) -> None:
-        while heap and heap[0][1] in self._done:
-            heapq.heappop(heap)
-
-    def __bool__(self) -> bool:
-        self._clean(self._bounds)
-        return bool(self._bounds)
-
-    @property
-    def least(self) -> Key:
-        """No plan that is left is better than this."""
-        self._clean(self._bounds)
-        return self._bounds[0][0]
-
-    def pop(self) -> Node:
-        """The next node to look into."""
-        self._turn += 1
-        heap = self._bounds if self._turn % 2 else self._hopes
-        self._clean(heap)
-        _, n, node = heapq.heappop(heap)
-        self._done.add(n)
-        return node
+USUAL = ("1f1b", "interleaved_1f1b", "zb_v")
+USUAL_S, MOST_USUAL, TRIED = 2.0, 2, 60
 
 
 class Search:
@@ -156,8 +46,15 @@ class Search:
         self._refused = found.rejected
         queue = Queue(goal, self._refused)
         best: list[tuple[Key, Prediction]] = []
-        for node in self._meshes(found):
+        roots = list(self._meshes(found))
+        for node in roots:
             queue.push(node)
+        for plan in self._usual(roots, time.perf_counter() + min(budget_s / 4, USUAL_S)):
+            prediction = self.predict(plan)
+            if prediction.fits and goal.admits(*measures(prediction)):
+                best.append((goal.key(*measures(prediction)), prediction))
+                best.sort(key=lambda x: x[0])
+                found.first_s = time.perf_counter() - start
         while queue and not (len(best) >= top and queue.least >= best[top - 1][0]):
             if time.perf_counter() - start > budget_s:
                 found.complete = False
@@ -171,7 +68,8 @@ class Search:
             if prediction is None:
                 continue
             found.simulated += 1
-            if goal.admits(*measures(prediction)):
+            known = any(p is prediction for _, p in best)
+            if not known and goal.admits(*measures(prediction)):
                 best.append((goal.key(*measures(prediction)), prediction))
                 best.sort(key=lambda x: x[0])
                 if best[0][1] is prediction:
@@ -181,6 +79,34 @@ class Search:
                     break
         found.plans = [p for _, p in best]
         found.seconds = time.perf_counter() - start
+        return found
+
+    def _usual(self, roots: list[Node], until: float) -> list[Plan]:
+        """The most promising of plans as they are usually made (a ring, one sample a microbatch, ZeRO over
+        all replicas): they only give the search a best plan to begin with."""
+        wide = max((n.mesh.world for n in roots), default=0)
+        hopes: list[tuple[float, str, Node]] = []
+        counted, self._refused = self._refused, Counter()
+        for root in sorted(roots, key=lambda n: (n.mesh.cp, -n.mesh.tp, not n.mesh.sp, n.mesh.pp)):
+            mesh = root.mesh
+            if time.perf_counter() > until:
+                break
+            if mesh.world != wide or mesh.tp > self.job.cluster.devices_per_node:
+                continue
+            for mode in ("none", "full"):
+                node = replace(root, level=2, shape=Shape(), tokens=Tokens(mode))
+                if node.shape not in self.space.shapes(
+                    mesh
+                ) or node.tokens not in self.space.tokens(mesh):
+                    continue
+                for tabled in self._tabled(node):
+                    for scheduled in self._schedules(tabled, USUAL):
+                        states = self._states(scheduled)
+                        good = (x for x in states if x.leaf.zero in (1, 3))
+                        hopes += [(x.seconds, str(self.plan(x)), x) for x in good]
+        laid = (x for _, _, hope in sorted(hopes)[:TRIED] for x in self._laid(hope))
+        found = [self.plan(node) for node in islice(laid, MOST_USUAL)]
+        self._refused = counted
         return found
 
     def _refuse(self, why: Problem | str, leaves: int) -> None:
@@ -256,15 +182,22 @@ class Search:
         assert isinstance(table, Table)
         return table, probe
 
-    def _schedules(self, node: Node) -> Iterator[Node]:
+    def _schedules(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         leaves = len(self.space.states(node.mesh, node.shape))
         m = self.space.batch // node.mesh.dp // node.tokens.micro
+        cut = self.bounds.shards(node.mesh, node.shape, node.mesh.dp)
+        least = (3, cut) if node.mesh.dp > 1 else (0, 1)  # states as small as they may be
         for name, virtual in self.space.schedules(node.mesh):
+            if only and name not in only:
+                continue
             parts = self._parts(node, name, virtual)
             if isinstance(parts, Problem):
                 self._refuse(parts, leaves)
                 continue
             stages = self.bounds.stages(parts[0], _stages(parts[1]))
+            if self.bounds.memory(stages, parts[1], *least) > self.limit:
+                self._refuse("memory", leaves)
+                continue
             seconds = self.bounds.pipeline(stages, parts[1], m)
             leaf = Leaf(name, virtual)
             yield replace(
@@ -361,3 +294,6 @@ def searcher(job: Job, fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) 
     words = Words.of(fix, forbid)
     stated = [v for f, v in words.fixed if f == "dtype"]
     return Search(job, words, str(stated[0]) if stated else default_dtype(job))
+
+
+__all__ = ["ANY", "GOALS", "KEEP", "Found", "Goal", "Node", "Search", "measures", "searcher"]

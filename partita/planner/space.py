@@ -65,6 +65,8 @@ class Words:
 
     def admit(self, name: str, value: object) -> bool:
         """Whether a field may hold this."""
+        if not self.fixed and not self.forbidden:
+            return True
         on = value not in (1, False, "none", None)
         if any(f == name and not (on if v is None else v == value) for f, v in self.fixed):
             return False
@@ -152,6 +154,9 @@ class Space:
     def __init__(self, job: Job, words: Words, dtype: str) -> None:
         self.job, self.words, self.dtype = job, words, dtype
         self.batch, self.model = job.train.global_batch_size, job.model
+        self._tokens: dict[int, list[Tokens]] = {}
+        self._schedules: dict[int, list[tuple[str, int]]] = {}
+        self._states: dict[tuple[int, ...], list[tuple[int, int]]] = {}
 
     def worlds(self) -> list[int]:
         """Numbers of ranks, most first."""
@@ -208,6 +213,12 @@ class Space:
 
     def tokens(self, mesh: MeshChoice) -> list[Tokens]:
         """Recomputation times microbatches."""
+        key = mesh.dp
+        if key not in self._tokens:
+            self._tokens[key] = self._all_tokens(mesh)
+        return self._tokens[key]
+
+    def _all_tokens(self, mesh: MeshChoice) -> list[Tokens]:
         modes = [
             ("none", 1),
             ("selective", 1),
@@ -225,6 +236,12 @@ class Space:
 
     def schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         """Names and stages a rank."""
+        key = mesh.pp
+        if key not in self._schedules:
+            self._schedules[key] = self._all_schedules(mesh)
+        return self._schedules[key]
+
+    def _all_schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         if mesh.pp == 1:
             return (
                 [("1f1b", 1)]
@@ -243,6 +260,12 @@ class Space:
 
     def states(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
         """(dp_shard, ZeRO stage); ZeRO 0 on dp_shard only where experts need the axis."""
+        key = (mesh.dp, mesh.cp * mesh.tp, shape.ep, shape.etp)
+        if key not in self._states:
+            self._states[key] = self._all_states(mesh, shape)
+        return self._states[key]
+
+    def _all_states(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
         found = []
         for shard in divisors(mesh.dp):
             fits = self.words.admit("dp_shard", shard) and self.words.admit(

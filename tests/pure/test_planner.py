@@ -43,12 +43,13 @@ def small(devices: int, memory: float, layers: int = 4, **words: tuple[str, ...]
     [
         ("llama3-8b", "32xh100", 64, 70),
         ("mixtral-8x7b", "16xh100", 32, 50),
-        ("tiny", "laptop", 8, 90),
+        ("tiny", "laptop", 8, 120),
     ],
 )
 def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
     seq_len = 64 if model == "tiny" else 2048
-    search = searcher(Job.of(model, cluster, "", global_batch_size=batch, seq_len=seq_len))
+    job = Job.of(model, cluster, "", global_batch_size=batch, seq_len=seq_len)
+    search = searcher(replace(job, model=replace(job.model, layers=min(job.model.layers, 8))))
     b, rng, seen = search.bounds, random.Random(7), 0
     meshes = list(search.space.meshes())
     while seen < count:
@@ -91,7 +92,9 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
             assert low <= num_bytes * (1 + 1e-9), job.plan
 
 
-BRUTE = small(4, 2e6, fix=("2mb",), forbid=("v_half", "v_min", "dp_replicate", "zero1"))
+BRUTE = small(
+    4, 2e6, fix=("2mb",), forbid=("v_half", "v_min", "dp_replicate", "zero1", "gpipe", "looped_bfs")
+)
 
 
 @pytest.mark.parametrize("goal", ["time", "memory", "devices"])

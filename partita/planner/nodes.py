@@ -1,0 +1,124 @@
+"""What the search works with: goals, nodes with their bounds, two heaps of them, and its answer."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import count
+
+from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
+from partita.simulate.predict import Prediction
+
+GOALS = ("time", "memory", "devices", "cost")
+HIDDEN = (
+    1.6,
+    1.5,
+    1.5,
+    1.25,
+    1.1,
+    1.05,
+    1.0,
+)  # [empirical] step over bound by level, for the order only
+INF = float("inf")
+KEEP = 50  # plans that are remembered
+
+Key = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is best, and what must hold besides fitting: step_time_s, bytes, ranks below `under`."""
+
+    name: str = "time"
+    under: tuple[float, float, float] = (INF, INF, INF)
+
+    def key(self, seconds: float, num_bytes: float, world: int) -> Key:
+        """Smaller is better."""
+        if self.name == "memory":
+            return (num_bytes, seconds)
+        return (world, seconds) if self.name == "devices" else (seconds, num_bytes)
+
+    def admits(self, seconds: float, num_bytes: float, world: int) -> bool:
+        """Whether a plan, or all below a bound, is under what is asked."""
+        return all(a < b for a, b in zip((seconds, num_bytes, world), self.under, strict=True))
+
+
+ANY = Goal()
+
+
+@dataclass
+class Found:
+    """The answer: plans best first; how many leaves there are, were refused and why, were cut by their
+    bound, were simulated; whether the best is proven."""
+
+    plans: list[Prediction] = field(default_factory=list)
+    considered: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    simulated: int = 0
+    complete: bool = True
+    seconds: float = 0.0
+    first_s: float = 0.0  # when the best plan was found
+
+    @property
+    def bounded(self) -> int:
+        """Leaves never simulated because their bound was not below the best."""
+        return self.considered - self.rejected.total() - self.simulated
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A part of the space: its level's choices, bound and number of leaves."""
+
+    level: int
+    seconds: float
+    num_bytes: float
+    leaves: int
+    mesh: MeshChoice
+    shape: Shape = field(default_factory=Shape)
+    tokens: Tokens = field(default_factory=Tokens)
+    leaf: Leaf = field(default_factory=Leaf)
+
+
+class Queue:
+    """Nodes by their bound, and by what is hoped of them; taken in turns from one and the other."""
+
+    def __init__(self, goal: Goal, refused: Counter[str]) -> None:
+        self.goal, self.refused = goal, refused
+        self._bounds: list[tuple[Key, int, Node]] = []
+        self._hopes: list[tuple[Key, int, Node]] = []
+        self._done: set[int] = set()
+        self._ties, self._turn = count(), 0
+
+    def push(self, node: Node) -> None:
+        """Adds a node that may still hold what is asked."""
+        s, num_bytes, world = node.seconds, node.num_bytes, node.mesh.world
+        if not self.goal.admits(s, num_bytes, world):
+            self.refused["not under what is asked"] += node.leaves
+            return
+        n, more = next(self._ties), HIDDEN[node.level]
+        heapq.heappush(self._bounds, (self.goal.key(s, num_bytes, world), n, node))
+        heapq.heappush(self._hopes, (self.goal.key(s * more, num_bytes * more, world), n, node))
+
+    def _clean(self, heap: list[tuple[Key, int, Node]]) -> None:
+        while heap and heap[0][1] in self._done:
+            heapq.heappop(heap)
+
+    def __bool__(self) -> bool:
+        self._clean(self._bounds)
+        return bool(self._bounds)
+
+    @property
+    def least(self) -> Key:
+        """No plan that is left is better than this."""
+        self._clean(self._bounds)
+        return self._bounds[0][0]
+
+    def pop(self) -> Node:
+        """The next node to look into."""
+        self._turn += 1
+        heap = self._bounds if self._turn % 2 else self._hopes
+        self._clean(heap)
+        _, n, node = heapq.heappop(heap)
+        self._done.add(n)
+        return node
