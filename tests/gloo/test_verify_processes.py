@@ -16,6 +16,21 @@ def test_a_plan_equals_one_device_on_processes(plan, backend, tmp_path):
     assert found.equal, str(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "backend"),
+    [
+        ("tp4+sp", "shm"),
+        ("dp2 tp2", "gloo"),
+        ("pp4:1f1b/2mb recompute:full", "gloo"),
+        ("dp2 tp2+sp pp2:1f1b/4mb", "shm"),
+    ],
+)
+def test_gpt2_equals_one_device_on_processes(plan, backend, tmp_path):
+    found = verify(verify_jobs.job(tmp_path, f"{plan} fp64", "gpt2"), backend=backend)
+    assert found.equal, str(found)
+
+
 @pytest.mark.parametrize(
     ("plan", "backend"),
     [
