@@ -83,7 +83,7 @@ class Explicit:
             tokens = Tokens.first(s, batch.documents, q.device)
             hidden = ~visible(tokens, tokens, self.window).unsqueeze(1)
 
-        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def explicit(q: Tensor, k: Tensor, v: Tensor, replay: bool = False) -> Tensor:
             group = q.shape[1] // k.shape[1]
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -112,9 +112,9 @@ class SharedExplicit:
             return self.flash(q, k, v, batch, step, training)
         hidden = ~batch.split.mask(self.flash.travel.rank)
 
-        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def explicit(q: Tensor, k: Tensor, v: Tensor, replay: bool = False) -> Tensor:
             probs: Any = Probabilities.apply(q, k, hidden, self.flash)
-            return Use.apply(self.drop(probs, step, batch), v, self.flash)  # type: ignore[return-value]
+            return Use.apply(self.drop(probs, step, batch), v, self.flash, replay)  # type: ignore[return-value]
 
         if self.again and torch.is_grad_enabled():
             return Again.apply(explicit, q, k, v)  # type: ignore[return-value]

@@ -133,17 +133,19 @@ class Probabilities(torch.autograd.Function):
 
 
 class Use(torch.autograd.Function):
-    """Dropped probabilities times values; keeps both. v goes round."""
+    """Dropped probabilities times values; keeps both. v goes round, but not for a replay."""
 
     @staticmethod
-    def forward(ctx, probs: Tensor, v: Tensor, core: SharedKeys) -> Tensor:
+    def forward(ctx, probs: Tensor, v: Tensor, core: SharedKeys, replay: bool) -> Tensor:
         """Added up share by share, wide."""
+        ctx.save_for_backward(probs, v)
+        ctx.core = core
         s, b, heads = v.shape[2], *v.shape[:2]
+        if replay:
+            return v.new_empty(*probs.shape[:-1], v.shape[-1])
         out = v.new_zeros(b, s, heads, v.shape[-1], dtype=wide(v.dtype)).transpose(1, 2)
         for owner, (values,) in core.travel.shares(core.regions[1:], _laid(v), "F"):
             out += probs[..., owner * s : (owner + 1) * s] @ values.transpose(1, 2)
-        ctx.save_for_backward(probs, v)
-        ctx.core = core
         return out.to(v.dtype)
 
     @staticmethod
@@ -158,4 +160,4 @@ class Use(torch.autograd.Function):
             slope[..., at] = g @ values.permute(0, 2, 3, 1)
             dv = (probs[..., at].transpose(-1, -2) @ g).transpose(1, 2)
             gradients.add(owner, [dv.to(wide(v.dtype)).contiguous()])
-        return slope, gradients.home()[0].transpose(1, 2).to(v.dtype), None
+        return slope, gradients.home()[0].transpose(1, 2).to(v.dtype), None, None

@@ -46,21 +46,22 @@ class Recomputed(torch.autograd.Function):
 
 
 class Again(torch.autograd.Function):
-    """function(*tensors) without weights, of which its inputs alone are kept."""
+    """function(*tensors, replay) without weights, of which its inputs alone are kept. `replay`: backward
+    wants what it saves, its value may be any."""
 
     @staticmethod
     def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Runs without a graph."""
         ctx.save_for_backward(*tensors)
         ctx.function = function
-        return function(*tensors)
+        return function(*tensors, replay=False)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Runs again with a graph, then through it."""
         leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         with torch.enable_grad():
-            y = ctx.function(*leaves)
+            y = ctx.function(*leaves, replay=True)
         return None, *torch.autograd.grad(y, leaves, dy)
 
 

@@ -59,13 +59,11 @@ def _less(block: Block, r: RecomputePlan) -> Block:
 
 
 def _selective(block: Block, modules: tuple[str, ...]) -> frozenset[str]:
-    """Kept but for what a norm or an activation writes, and what the core alone makes and needs. Flash
-    attention has nothing to drop: its output is kept by the projection, its log-sum-exp is small."""
+    """Kept but for what a norm or an activation writes, and what of the core has a number for every pair
+    of a query and a key. Flash attention makes no such thing."""
     core = [op for op in block.ops() if op.cheap] if "core" in modules else []
-    others = [op for op in block.ops() if op not in core]
-    made = {t for op in core for t in (op.writes, *op.saves)} - {op.writes for op in others}
-    dropped = made - {t for op in others for t in op.saves}
-    dropped -= {t for t in dropped if block.tensors[t].role == "stat"}
+    made = {t for op in core for t in (op.writes, *op.saves)}
+    dropped = {t for t in made if any(d.name == "keys" for d in block.tensors[t].dims)}
     dropped |= {op.writes for op in block.ops() if _module(op) in modules}
     return block.kept - dropped
 
