@@ -57,8 +57,10 @@ def _answer(folder: Path, digests: bool, json: bool) -> None:
     if json:
         write_json(found)
     else:
-        write_text("\n".join(f"{k:<10}{v}" for k, v in found.items()))
+        told = {**found, "problems": "\n          ".join(found["problems"]) or "none"}
+        write_text("\n".join(f"{k:<10}{v}" for k, v in told.items()))
     if found["problems"] or not found["complete"]:
+        note(f"partita: {next(iter(found['problems']), f'{folder} is not complete')}")
         raise typer.Exit(CheckpointError.exit_code)
 
 

@@ -11,15 +11,15 @@ import typer
 
 from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, from_words
-from partita.cli.out import write_file, write_json, write_text
+from partita.cli.out import note, write_file, write_json, write_text
 from partita.planner.answer import counts, document, ranked
 from partita.planner.explain import binds, why
-from partita.planner.judge import fit_error
+from partita.planner.judge import fit_error, judged, would_be_legal
 from partita.planner.search import GOALS, KEEP, Found, Goal, Search, searcher
 from partita.planner.solve import Makes, Solved, nothing_fits
 from partita.planner.solve import pareto as front
 from partita.planner.solve import solve as answer_for
-from partita.simulate.predict import Prediction, simulate
+from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 
 
@@ -124,7 +124,7 @@ def _answer(job: Job, found: Found, asked: Asked, json: bool, solved: Solved | N
 def _judge(job: Job, json: bool) -> None:
     """One plan of the user's."""
     start = time.perf_counter()
-    found = simulate(job)
+    found = judged(job)
     illegal = any(p.severity == "error" for p in found.problems)
     why = [] if found.fits else _why(job, found, illegal)
     if json:
@@ -132,16 +132,14 @@ def _judge(job: Job, json: bool) -> None:
     else:
         write_text("\n".join([str(found), *why]))
     if not found.fits:
+        note(f"partita: {found.verdict}")
         raise typer.Exit(1)
 
 
 def _why(job: Job, found: Prediction, illegal: bool) -> list[str]:
     if not illegal:
         return str(fit_error(job, found)).splitlines()
-    return [
-        f"{p.room} {p.rule}: {p.message}" + (f"; e.g. {p.nearest}" if p.nearest else "")
-        for p in found.problems
-    ]
+    return would_be_legal(found)
 
 
 def _document(found: Prediction, why: list[str], seconds: float) -> dict[str, Any]:

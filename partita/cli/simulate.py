@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from partita.cli.jobs import Json, PlanLine, from_words, with_auto
-from partita.cli.out import write_file, write_json, write_text
+from partita.cli.out import note, write_file, write_json, write_text
 
 
 def register(app: typer.Typer) -> None:
@@ -30,14 +30,14 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Predicted time, memory and traffic of a job."""
-    from partita.simulate.predict import simulate as predict
+    from partita.planner.judge import judged, would_be_legal
 
     batch = {
         "global_batch_size": global_batch_size,
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
-    prediction = predict(with_auto(from_words(words, plan, batch)))
+    prediction = judged(with_auto(from_words(words, plan, batch)))
     if html is not None:
         from partita.plots import timeline
 
@@ -51,6 +51,7 @@ def simulate(
     if json:
         write_json(prediction.to_json())
     else:
-        write_text(str(prediction))
+        write_text("\n".join([str(prediction), *would_be_legal(prediction)]))
     if not prediction.fits:
+        note(f"partita: {prediction.verdict}")
         raise typer.Exit(1)

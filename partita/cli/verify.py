@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from partita.cli.jobs import JobFile, Json, Overrides, PlanLine, load
-from partita.cli.out import write_json, write_text
+from partita.cli.out import note, write_json, write_text
 
 
 def register(app: typer.Typer) -> None:
@@ -34,4 +34,5 @@ def verify(
     else:
         write_text(str(found))
     if not found.equal:
+        note(f"partita: {str(found).splitlines()[-1]}")
         raise typer.Exit(1)

@@ -6,17 +6,19 @@ changes tried, alone and in pairs   recompute:full, +sp, bf16, twice the tp, twi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from partita.base.errors import PlanError, Problem
+from partita.base.errors import PartitaError, PlanError, Problem
 from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
-from partita.simulate.predict import Prediction, simulate
+from partita.parallel.laid import problems
+from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
+STEPS = 8  # rules that a way out may still have to keep
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -59,6 +61,44 @@ def with_plan(job: Job, plan: Plan) -> Job:
         fits = [n for n in range(1, samples + 1) if samples % n == 0]
         microbatches = min((n for n in fits if n >= 2 * plan.mesh.pp), default=max(fits))
     return replace(job, plan=plan.with_("pipeline", num_microbatches=microbatches))
+
+
+def ways_out(job: Job, found: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The problems, each error's `nearest` a plan that is legal as a whole, or None: a room's own keeps that
+    room's rule, so the rules that it still breaks are kept one after the other."""
+    return tuple(
+        replace(p, nearest=_legal(job, p.nearest)) if p.severity == "error" and p.nearest else p
+        for p in found
+    )
+
+
+def _legal(job: Job, line: str) -> str | None:
+    for _ in range(STEPS):
+        try:
+            job = job.with_plan(line)
+            found = (*job.problems(), *problems(request_of(job)))
+        except PartitaError:  # microbatches that the batch cannot be cut into
+            return None
+        wrong = [p for p in found if p.severity == "error"]
+        if not wrong:
+            return line
+        hints = [p.nearest for p in wrong if p.nearest not in (None, line)]
+        if not hints:
+            return None
+        line = str(hints[0])
+    return None
+
+
+def judged(job: Job) -> Prediction:
+    """`simulate`, with ways out of what is wrong."""
+    found = simulate(job)
+    return replace(found, problems=ways_out(job, found.problems))
+
+
+def would_be_legal(found: Prediction) -> list[str]:
+    """A line for each way out."""
+    ways = dict.fromkeys(p.nearest for p in found.problems if p.severity == "error" and p.nearest)
+    return [f"would be legal: {line}" for line in ways]
 
 
 def fitting(job: Job, most: int = 3) -> list[tuple[tuple[str, ...], Prediction]]:

@@ -59,6 +59,18 @@ class Prediction:
 
         return to_json(self)
 
+    @property
+    def verdict(self) -> str:
+        """The answer in a line: what is wrong first, by how much the fullest rank is too full, or that it
+        fits."""
+        wrong = next((p for p in self.problems if p.severity == "error"), None)
+        if wrong is not None:
+            return f"{self.plan}: {wrong.room}: {wrong.message}"
+        peak = max(x.peak_bytes for x in self.ledgers)
+        fits = "fits" if self.fits else "does not fit"
+        sizes = f"{format_bytes(peak)} of {format_bytes(self.limit_bytes)}"
+        return f"{self.plan} {fits}: {sizes} on the fullest rank"
+
     def __str__(self) -> str:
         lines = [f"plan    {self.plan}"]
         lines += [f"{p.room:<8}{p.severity}: {p.message}" for p in self.problems]

@@ -18,8 +18,7 @@ from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
 from partita.comm.processes import STOPS, end_ranks, start_ranks, torchrun_rank
-from partita.planner.judge import fit_error
-from partita.simulate.predict import simulate
+from partita.planner.judge import fit_error, judged
 from partita.spec.job import Job
 from partita.train.build import require_device
 from partita.train.control import Control
@@ -44,7 +43,7 @@ def train(
     WriteError, BusyError, StoppedError.
     """
     require_device(job)
-    prediction = simulate(job)
+    prediction = judged(job)
     if any(p.severity == "error" for p in prediction.problems):
         raise PlanError(f"{job.plan} cannot run {job.name}", prediction.problems)
     if not prediction.fits and not force:

@@ -1,0 +1,47 @@
+"""What a judged plan is told: a way out that is legal as a whole, and one last line that says why not."""
+
+import json
+
+import pytest
+
+from partita.cli.main import run
+from partita.planner.judge import judged
+from partita.simulate.predict import simulate
+from partita.spec.job import Job
+
+LINES = (
+    "tp3", "tp3 cp3", "pp9/2mb", "dp3 tp3+sp", "pp2:zb_h2/2mb cp3", "ep2", "cp8:ulysses tp2",
+    "pp4:interleaved_1f1bx2/3mb tp3", "offload:cpu tp3", "dp_shard4.zero3 pp2:pipedream/2mb",
+    "tp2+sp cp3 pp3", "pp4:dualpipe/4mb dp3",
+)  # fmt: skip
+ASKED = ("--global-batch-size", "8", "--seq-len", "64")
+
+
+def job(line: str) -> Job:
+    return Job.of("tiny", "8xh100", line, global_batch_size=8, seq_len=64)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_would_be_legal_is_legal_as_a_whole(line: str) -> None:
+    found = judged(job(line))
+    wrong = [p for p in found.problems if p.severity == "error"]
+    assert wrong and not found.fits
+    assert any(p.nearest for p in wrong)
+    for problem in wrong:
+        if problem.nearest:
+            again = simulate(job(problem.nearest)).problems
+            assert [p for p in again if p.severity == "error"] == []
+
+
+@pytest.mark.parametrize("verb", ["simulate", "plan"])
+def test_an_illegal_plan_is_told_on_the_last_line(verb: str, capsys) -> None:
+    words = [verb, "tiny", "8xh100", "--plan", "tp3 cp3", *ASKED]
+    assert run(words) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("partita: cp3:ring tp3 8mb: mesh: cp*tp = 3*3 = 9 ranks")
+    assert "would be legal: " in out
+    assert run([*words, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    told = told["plans"][0] if verb == "plan" else told
+    assert told["fits"] is False and told["step_time_s"] is None
+    assert {p["room"] for p in told["problems"]} >= {"mesh", "cp", "tp"}
