@@ -18,6 +18,10 @@ from partita.train.build import assemble
 
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 PLANS = ("2mb", "tp2", "tp2+sp", "tp4+sp", "dp2 tp2+sp", "pp2/2mb tp2+sp")
+LONG = (
+    "dp2", "dp4", "pp2:gpipe/4mb", "pp2:1f1b/4mb", "pp4:1f1b/8mb", "pp4:1f1b/2mb", "dp2 tp2", "dp2 pp2/4mb",
+    "dp2 tp2+sp pp2:1f1b/4mb",
+)  # fmt: skip
 CONTEXT = ("cp2:ring", "cp2:ulysses tp2", "cp2:all_gather", "cp4:hybrid2x2", "cp2:ring tp2+sp")
 CASES = [("llama", {}), ("llama", {"tied": True}), ("gpt2", {}), ("gpt2", {"dropout": 0.1})]
 
@@ -119,7 +123,9 @@ def test_recomputing_keeps_what_is_declared(less, family, model, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family, model", CASES)
-@pytest.mark.parametrize("plan", PLANS + CONTEXT)
+@pytest.mark.parametrize(
+    "plan", [*PLANS, *CONTEXT, *(pytest.param(p, marks=pytest.mark.slow) for p in LONG)]
+)
 def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tmp_path):
     job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **model)
     job = job if "pp" in plan or "mb" in plan else job.with_plan(f"{plan} 2mb {dtype}")
@@ -190,10 +196,17 @@ def test_sites_and_bytes_of_cut_states_are_the_declared(plan, tied, tmp_path):
 
 @pytest.mark.parametrize("recompute", ["", "recompute:full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("plan", ["tp2+sp dp2 2mb", "cp2:ring dp2 2mb", "cp4:hybrid2x2 2mb"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *("tp2+sp dp2 2mb", "cp2:ring dp2 2mb", "cp4:hybrid2x2 2mb"),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in (*PLANS[1:4], *LONG, PLANS[5])),
+    ],
+)
 def test_sites_bytes_order_names_and_shapes_are_the_declared(plan, family, recompute, tmp_path):
     job = verify_jobs.job(tmp_path, f"{plan} {recompute} bf16", family)
-    with local(4, 20) as ranks:
+    job = job if "mb" in plan else job.with_plan(f"{plan} 2mb {recompute} bf16")
+    with local(job.plan.world_size, 20) as ranks:
         for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
             assert traffic and weights
             forward = [c for c in first if c[1] == "F"]
