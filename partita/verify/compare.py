@@ -8,7 +8,7 @@
     fp8        1e-2, 8e-2        0.6     (5e-2)     e5m2 gradients have 2 bits: neighbours are 25 % apart
 
 In the first step both start from equal weights, and what casts and orders of sums can do is known better;
-not for fp8, nor with experts, where a rounding sends a token elsewhere.
+not for fp8, nor with experts, where a rounding sends a token elsewhere: there a tensor's bound is 0.2 at least.
 A gradient has come through n roundings of relative size u (bf16 2^-9, fp16 2^-12, fp32 2^-24), 12 a
 layer where matmuls are low and all else is fp32, four times as many where all is; they add up like a random
 walk to s = u sqrt(n). The largest element may be off by 7 s, the tensor's 2-norm by 4 s, and its *scale*, the
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ BOUNDS = {
 }
 ROUNDING = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 ROUNDINGS_A_LAYER = {"fp32": 48, "bf16": 12, "fp16": 12}
+ROUTED = 0.2  # of a tensor's largest element: what one token at another expert changes
 UPDATE = 2e-6  # of a tensor's largest element: fp32, a handful of operations
 UPDATE_LR = 1e-4  # of the learning rate: AdamW's quotient of two fp32 numbers
 
@@ -84,6 +85,8 @@ def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> l
     bound, low = BOUNDS[dtype], dtype != "fp64"
     # a rounding may send a token to another expert
     first = 0.0 if job.model.experts else walk(dtype, job.model.layers)
+    if job.model.experts and low:
+        bound = replace(bound, tensor=max(bound.tensor, ROUTED))
     found: list[Difference] = []
     for seen in ranks:
         for i, (mine, want) in enumerate(zip(seen.steps, judge, strict=True)):
