@@ -37,17 +37,17 @@ check: $(STAMP)
 	$(PYTEST) tests/house tests/pure -m "not slow"
 
 # Thread ranks of one process share a core: two processes at a time. What starts processes runs alone.
-TWO := -n 2 --dist worksteal --session-timeout=400 --durations=10
-ALONE := --session-timeout=300 --durations=10
+TWO := -n 2 --dist worksteal --session-timeout=590 --durations=10
+ALONE := --session-timeout=590 --durations=10
 TIMED := tests/local/test_clocked.py
 
 test: $(STAMP)
-	$(PYTEST) tests/pure tests/local -m "not slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
-	$(PYTEST) tests/house tests/gloo tests/e2e $(TIMED) tests/local/test_report_browser.py -m "not slow and not gpu" $(ALONE)
+	$(PYTEST) tests/pure tests/local tests/e2e -m "not slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
+	$(PYTEST) tests/house tests/gloo $(TIMED) tests/local/test_report_browser.py -m "not slow and not gpu" $(ALONE)
 
 test-slow: $(STAMP)
-	$(PYTEST) tests/pure tests/local -m "slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
-	$(PYTEST) tests/house tests/gloo tests/e2e $(TIMED) tests/local/test_report_browser.py -m "(slow or browser) and not gpu" $(ALONE) $(SLOW)
+	$(PYTEST) tests/e2e tests/pure tests/local -m "slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
+	$(PYTEST) tests/house tests/gloo $(TIMED) tests/local/test_report_browser.py -m "(slow or browser) and not gpu" $(ALONE) $(SLOW)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[bench]"

@@ -3,12 +3,12 @@
     precision  loss, norm        tensor: max|a-b| / max|judge| (floor: share of the gradient norm)
     fp64       1e-11             1e-9    (1e-12)
     fp32       1e-5, 1e-4        1e-3    (1e-6)     later steps: weights that rounding has moved
-    bf16       2e-2, 5e-2        0.2     (1e-2)
+    bf16       2e-2, 0.1         0.2     (1e-2)
     fp16       4e-3, 1e-2        0.04    (2e-3)
     fp8        1e-2, 8e-2        0.6     (5e-2)     e5m2 gradients have 2 bits: neighbours are 25 % apart
 
 In the first step both start from equal weights, and what casts and orders of sums can do is known better;
-not for fp8, nor with experts, where a rounding sends a token elsewhere: there a tensor's bound is 0.2 at least.
+not for fp8, nor with experts, where a rounding sends a token elsewhere (a tensor's bound is 0.2 there).
 A gradient has come through n roundings of relative size u (bf16 2^-9, fp16 2^-12, fp32 2^-24), 12 a
 layer where matmuls are low and all else is fp32, four times as many where all is; they add up like a random
 walk to s = u sqrt(n). The largest element may be off by 7 s, the tensor's 2-norm by 4 s, and its *scale*, the
@@ -49,7 +49,7 @@ class Bound:
 BOUNDS = {
     "fp64": Bound(1e-11, 1e-11, 1e-9, 1e-12),
     "fp32": Bound(1e-5, 1e-4, 1e-3, 1e-6),
-    "bf16": Bound(2e-2, 5e-2, 0.2, 1e-2),
+    "bf16": Bound(2e-2, 0.1, 0.2, 1e-2),
     "fp16": Bound(4e-3, 1e-2, 0.04, 2e-3),
     "fp8": Bound(1e-2, 8e-2, 0.6, 5e-2),
 }

@@ -1,0 +1,88 @@
+"""A covering array of plans: every legal pair of two features stands in at least one of them."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "data": (
+        "", "dp_replicate2", "dp_shard2.zero0", "dp_shard2.zero1", "dp_shard2.zero2", "dp_shard2.zero3",
+        "dp_replicate2 dp_shard2.zero3", "dp_shard2.zero3 data.reshard_after_forward=false",
+    ),
+    "tensor": ("", "tp2", "tp2+sp"),
+    "context": ("", "cp2:ring", "cp2:ulysses", "cp4:hybrid2x2", "cp2:all_gather"),
+    "pipeline": (
+        "2mb", "pp2:1f1b/4mb", "pp2:gpipe/2mb", "pp2:interleaved_1f1bx2/4mb", "pp2:zb_h1/4mb",
+        "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb",
+    ),
+    "recompute": (
+        "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
+        "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
+    ),
+    "model": ("llama", "llama tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2"),
+}  # fmt: skip
+Row = dict[str, str]
+
+
+def legal(row: Row) -> bool:
+    """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
+    cut too, and the two copies of a stage (dualpipe) do not store shards of parameters."""
+    experts = row["model"].startswith("moe")
+    fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
+    fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
+    need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
+    if fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]):
+        return False
+    return not ("dualpipe/" in row["pipeline"] and "zero3" in row["data"])
+
+
+def pairs(row: Row) -> set[tuple[str, str, str, str]]:
+    """Every two features of the row."""
+    return {(a, row[a], b, row[b]) for a, b in combinations(FEATURES, 2)}
+
+
+def wanted() -> set[tuple[str, str, str, str]]:
+    """Every pair that some legal row holds."""
+    found: set[tuple[str, str, str, str]] = set()
+    for a, b in combinations(FEATURES, 2):
+        for x in FEATURES[a]:
+            for y in FEATURES[b]:
+                if _completed({a: x, b: y}, random.Random(0)) is not None:
+                    found.add((a, x, b, y))
+    return found
+
+
+def _completed(part: Row, draw: random.Random) -> Row | None:
+    for _ in range(200):
+        row = {n: part.get(n) or draw.choice(v) for n, v in FEATURES.items()} | part
+        if legal(row):
+            return row
+    return None
+
+
+def rows() -> list[Row]:
+    """Greedy, the same every time: each row is the best of some that hold a pair not yet covered."""
+    draw, left, found = random.Random(1), wanted(), []
+    while left:
+        best: tuple[int, Row] | None = None
+        for a, x, b, y in draw.sample(sorted(left), min(40, len(left))):
+            row = _completed({a: x, b: y}, draw)
+            assert row is not None
+            gain = len(pairs(row) & left)
+            if best is None or gain > best[0]:
+                best = gain, row
+        assert best is not None
+        found.append(best[1])
+        left -= pairs(best[1])
+    return found
+
+
+def line(row: Row) -> str:
+    """The plan in one line, fp64."""
+    words = [row["data"], row["tensor"], row["context"], row["pipeline"], row["recompute"]]
+    return " ".join(
+        [w for w in words if w]
+        + row["model"].split()[1:] * row["model"].startswith("moe")
+        + ["fp64"]
+    )

@@ -1,0 +1,37 @@
+"""Features compose: plans that hold every legal pair of them, each equal to one device in float64."""
+
+import covering
+import pytest
+import verify_jobs
+
+from partita.verify.parity import verify
+
+ROWS = covering.rows()
+
+
+def job(folder, row):
+    family, *words = row["model"].split()
+    model = {}
+    if family == "moe":
+        family, model = "llama", {**verify_jobs.EXPERTS, "layers": 5}
+    if family == "gpt2":
+        model["dropout"] = 0.1 if "dropout" in words else 0.0
+    if "tied" in words:
+        model["tied"] = True
+    return verify_jobs.job(folder, covering.line(row), family, batch=16, **model)
+
+
+def test_every_legal_pair_stands_in_a_plan():
+    covered = set().union(*map(covering.pairs, ROWS))
+    assert covering.wanted() <= covered
+    assert all(map(covering.legal, ROWS)) and len(ROWS) < 90
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=[] if i % 9 == 0 else pytest.mark.slow) for i, r in enumerate(ROWS)],
+    ids=lambda row: f"{row['model']}: {covering.line(row)}",
+)
+def test_a_plan_of_many_features_equals_one_device(row, tmp_path):
+    found = verify(job(tmp_path, row))
+    assert found.equal, str(found)
