@@ -2,7 +2,8 @@
 
 Two ranks of one thread, and as many microbatches as the peer has: one, or one a sample under a pipeline.
 A pair is one step of each, the order swapped every time; the figure is the median of pair ratios (ours /
-peer, below 1 is faster) with a 95 % bootstrap interval.
+peer, below 1 is faster) with a 95 % bootstrap interval. Beside it the bound of bounds.py, and how many times
+that ours takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
+from benchmarks.bounds import bound, rates
 from partita.base.text import table
 from partita.comm.processes import start_ranks
 from partita.spec.job import Job
@@ -47,6 +49,7 @@ ROWS = (
     ("dualpipev", "pp2:dualpipev/8mb", peers.pipeline("dualpipev"), 2),
 )
 
+HEADER = "size", "row", "dtype", "ours ms", "peer ms", "bound ms", "ratio", "95 %", "ours / bound"
 EXPERTS = {"experts": 8, "top_k": 2, "shared_experts": 1}  # each a fourth as wide as the dense mlp
 
 
@@ -100,7 +103,10 @@ def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
         dist.init_process_group(
             "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks
         )
+    peaks = {}
     for number, (size, name, dtype, pairs) in enumerate(work):
+        if dtype not in peaks:
+            peaks[dtype] = rates(torch.bfloat16 if dtype == "bf16" else torch.float32)
         _, plan, make, _ = next(r for r in ROWS if r[0] == name)
         job = job_of(size, name, f"{plan} {dtype}", folder)
         world = (
@@ -116,7 +122,7 @@ def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
                     dist.barrier()
                 if i >= 2:
                     times[which].append(time.perf_counter() - start)
-        writer.send((size, name, dtype, times[0], times[1]))
+        writer.send((size, name, dtype, times[0], times[1], sum(bound(job, *peaks[dtype]))))
         world.close()
     writer.send(None)
 
@@ -149,19 +155,22 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             started = start_ranks(ranks, rank_of, (ranks, folder, work), ["torch"])
             while (found := started[0][1].recv()) is not None:
-                size, name, dtype, mine, theirs = found
+                size, name, dtype, mine, theirs, least = found
                 ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
                 low, high = interval(ratios)
                 middle = [statistics.median(x) for x in (ratios, mine, theirs)]
                 facts = {"size": size, "row": name, "dtype": dtype, "pairs": len(ratios)}
-                times = {"ratio": middle[0], "ours_s": middle[1], "peer_s": middle[2]}
+                times = {
+                    "ratio": middle[0],
+                    "ours_s": middle[1],
+                    "peer_s": middle[2],
+                    "bound_s": least,
+                }
                 out.append({**facts, **times, "interval": [low, high]})
-                cells = [f"{1e3 * x:.1f}" for x in middle[1:]]
-                rows.append(
-                    [size, name, dtype, *cells, f"{middle[0]:.2f}", f"{low:.2f}-{high:.2f}"]
-                )
+                cells = [f"{1e3 * x:.1f}" for x in (*middle[1:], least)]
+                shares = [f"{middle[0]:.2f}", f"{low:.2f}-{high:.2f}", f"{middle[1] / least:.2f}"]
+                rows.append([size, name, dtype, *cells, *shares])
             for process, _ in started:
                 process.join(10)
                 process.kill()
-    header = ["size", "row", "dtype", "ours ms", "peer ms", "ratio", "95 %"]
-    print(json.dumps({"format": 1, "rows": out}) if asked.json else table(rows, header))
+    print(json.dumps({"format": 1, "rows": out}) if asked.json else table(rows, HEADER))

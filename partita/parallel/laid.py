@@ -187,11 +187,6 @@ class Laid:
             return ""
         return "pp/copy" if self.schedule.direction is not None else "tied"
 
-    def _across(self, weight: str) -> str:
-        if len(self.holders(weight)) == 1:
-            return ""
-        return "pp/copy" if self.schedule.direction is not None else "tied"
-
     def traffic(self, rank: int, routing: Routing | None = None) -> list[TrafficLine]:
         """What the rank sends in one step, exactly; where experts are, for what the routers chose. Without
         `routing` every expert has its even share."""
