@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, from_words
 from partita.cli.out import note, write_file, write_json, write_text
-from partita.planner.answer import counts, document, ranked
-from partita.planner.explain import binds, why
 from partita.planner.judge import fit_error, judged, would_be_legal
-from partita.planner.search import GOALS, KEEP, Found, Goal, Search, searcher
-from partita.planner.solve import Makes, Solved, nothing_fits
-from partita.planner.solve import pareto as front
-from partita.planner.solve import solve as answer_for
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
+
+if TYPE_CHECKING:
+    from partita.planner.ask import Answer
 
 
 def register(app: typer.Typer) -> None:
@@ -61,64 +56,30 @@ def plan(
     if line is not None:
         _judge(job, json)
         return
-    _check(goal)
+    from partita.planner.ask import (
+        Question,
+        ask,
+    )  # a plan of the user's is judged without the search
 
-    def makes(of: Job) -> Search:
-        return searcher(of, tuple(fix or ()), tuple(forbid or ()))
-
-    asked = Asked(KEEP if pareto else top, makes, budget)
-    if solve is not None:
-        solved = answer_for(job, solve, makes, budget)
-        _answer(job, solved.found, asked, json, solved)
-        raise typer.Exit(0 if solved.found.plans else 1)
-    if pareto is not None:
-        first, _, second = pareto.partition(",")
-        found = front(makes(job), first, second, budget)
-    else:
-        found = makes(job).best(Goal(goal), top, budget)
-    if save is not None and found.plans:
-        write_file(save, job.with_plan(found.plans[0].plan).to_toml())
-    _answer(job, found, asked, json)
-    if not found.plans:
+    words_of = (tuple(fix or ()), tuple(forbid or ()))
+    question = Question(goal, top, *words_of, budget, pareto or "", solve or "")
+    answer = ask(job, question)
+    if save is not None and answer.plans and not solve:
+        write_file(save, job.with_plan(answer.plans[0].plan).to_toml())
+    _tell(answer, json)
+    if not answer.plans:
         raise typer.Exit(1)
 
 
-def _check(goal: str) -> None:
-    if goal == "cost":
-        raise UsageError("--goal cost needs prices, and a cluster file has none yet", key="goal")
-    if goal not in GOALS:
-        raise UsageError(f"--goal {goal} is none of {', '.join(GOALS)}", key="goal")
+def _tell(answer: Answer, json: bool) -> None:
+    from partita.planner.answer import counts, document, ranked
 
-
-@dataclass(frozen=True)
-class Asked:
-    """Plans wanted, how a search is made, seconds it may take."""
-
-    top: int
-    makes: Makes
-    budget_s: float
-
-
-def _answer(job: Job, found: Found, asked: Asked, json: bool, solved: Solved | None = None) -> None:
-    plans = found.plans[: asked.top]
-    texts: list[str] = []
-    if plans and solved is None:
-        texts = [binds(job, plans[0]), *(r.text for r in why(job, plans[0]))]
-    elif solved is None:
-        texts = nothing_fits(job, asked.makes, asked.budget_s / 4)
     if json:
-        told = document(found, {p.plan: texts for p in plans[:1]}, asked.top)
-        told |= {} if plans or solved else {"why": texts}
-        if solved is not None:
-            told["solve"] = {
-                "field": solved.field, "value": solved.value, "unit": solved.unit,
-                "proven": solved.proven,
-            }  # fmt: skip
-        write_json(told)
+        write_json(document(answer))
         return
-    lines = [ranked(plans)] if plans else []
-    lines += [solved.text] if solved else [counts(found)]
-    write_text("\n".join([*lines, *texts]))
+    lines = [ranked(answer.plans)] if answer.plans else []
+    lines += [answer.solved.text] if answer.solved else [counts(answer.found)]
+    write_text("\n".join([*lines, *answer.texts]))
 
 
 def _judge(job: Job, json: bool) -> None:

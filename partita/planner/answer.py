@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
+from partita.planner.ask import Answer
 from partita.planner.search import Found, measures
 from partita.simulate.predict import Prediction
 
 HEADER = ("", "plan", "step", "memory", "MFU", "bubble", "devices")
 
 
-def document(found: Found, why: Mapping[str, Sequence[str]], top: int) -> dict[str, Any]:
-    """The JSON of a search; `why` by a plan's line."""
-    return {
-        "plans": [{**p.to_json(), "why": list(why.get(p.plan, ()))} for p in found.plans[:top]],
+def document(answer: Answer) -> dict[str, Any]:
+    """The JSON of a search; the first plan has the reasons, the document where there is none."""
+    found, solved, texts = answer.found, answer.solved, list(answer.texts)
+    told: dict[str, Any] = {
+        "plans": [{**p.to_json(), "why": texts * (i == 0)} for i, p in enumerate(answer.plans)],
         "considered": found.considered,
         "rejected": dict(found.rejected),
         "bounded": found.bounded,
@@ -24,6 +26,12 @@ def document(found: Found, why: Mapping[str, Sequence[str]], top: int) -> dict[s
         "complete": found.complete,
         "seconds": found.seconds,
     }
+    if solved is not None:
+        keys = ("field", "value", "unit", "proven")
+        told["solve"] = {key: getattr(solved, key) for key in keys}
+    elif not answer.plans:
+        told["why"] = texts
+    return told
 
 
 def ranked(plans: Sequence[Prediction]) -> str:

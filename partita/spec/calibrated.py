@@ -13,8 +13,6 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from partita.base.config import to_toml
 from partita.spec.cluster import Cluster
 
@@ -30,6 +28,8 @@ def calibration_path(base: Cluster, folder: Path = FOLDER) -> Path:
 def host_digest(base: Cluster) -> str:
     """Names what a calibration is of: the host, its processors and torch, and the cluster it is for."""
     from importlib.metadata import version
+
+    import psutil  # here: most clusters are not this host
 
     facts = (
         platform.node(), platform.machine(), _processor(), str(psutil.cpu_count()),

@@ -16,7 +16,10 @@ ROUNDS = 4  # a busy machine may spoil one
 LINES = {
     "draw": ["draw", "1f1b", "-p", "4", "-m", "8"],
     "simulate": ["simulate", "--help"],
-    "plan": ["plan", "--help"],
+    "plan": [
+        *("plan", "llama3-8b", "16xh100", "--plan", "pp2:1f1b/8mb tp8+sp bf16"),
+        *("--global-batch-size", "16", "--seq-len", "8192"),
+    ],
 }
 
 

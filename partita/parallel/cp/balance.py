@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+    Ints = NDArray[np.int64]
 FINE = 4  # pairs of chunks a rank for packed documents
 SMALLEST = 64  # tokens of such a chunk
 
@@ -37,11 +39,15 @@ class Order:
     @cached_property
     def positions(self) -> Ints:
         """[rows, seq]: the global position at each laid place."""
+        import numpy as np  # here, because a plan without a ring is judged without it
+
         first = np.array(self.rows, np.int64)[..., None] * self.chunk
         return (first + np.arange(self.chunk)).reshape(len(self.rows), -1)
 
     def spans(self, row: int, first: int, end: int) -> list[tuple[int, int]]:
         """Laid places first .. end - 1 of a row as runs of neighbouring positions."""
+        import numpy as np
+
         held = self.positions[row, first:end]
         breaks = np.flatnonzero(np.diff(held) != 1) + 1
         ends = [0, *breaks.tolist(), len(held)]
@@ -61,6 +67,8 @@ def order(seq_len: int, ring: int, documents: Ints | None = None, window: int = 
 
 @cache
 def _plain(seq_len: int, ring: int, window: int) -> Order:
+    import numpy as np
+
     chunk = seq_len // chunks(seq_len, ring)
     area = seen(np.zeros(seq_len, np.int64), window).reshape(-1, chunk).sum(1)
     return Order(chunk, (_row(area.tolist(), ring),))
@@ -79,6 +87,8 @@ def chunks(seq_len: int, ring: int, packed: bool = False) -> int:
 
 def seen(documents: Ints, window: int = 0) -> Ints:
     """How many keys each position sees: earlier ones of its own document and itself, at most `window`."""
+    import numpy as np
+
     found = np.empty(len(documents), np.int64)
     for document in np.unique(documents):
         at = np.flatnonzero(documents == document)

@@ -1,0 +1,64 @@
+"""A question to the planner and its answer: what `partita plan` asks, in one value each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partita.base.errors import UsageError
+from partita.planner.explain import binds, why
+from partita.planner.search import GOALS, KEEP, Found, Goal, Search, searcher
+from partita.planner.solve import Solved, nothing_fits, pareto, solve
+from partita.simulate.predict import Prediction
+from partita.spec.job import Job
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is best (`goal`, or a front of two, 'time,memory'), or how much fits (`solve`); words the plan
+    must have and must not; plans in the answer; seconds the search may take."""
+
+    goal: str = "time"
+    top: int = 5
+    fix: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+    budget_s: float = 60.0
+    pareto: str = ""
+    solve: str = ""
+
+    def search(self, job: Job) -> Search:
+        """A search of the job's plans under the words."""
+        return searcher(job, self.fix, self.forbid)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found, and sentences: why the best plan, or why none fits and what would."""
+
+    found: Found
+    plans: tuple[Prediction, ...]
+    texts: tuple[str, ...] = ()
+    solved: Solved | None = None
+
+
+def ask(job: Job, question: Question) -> Answer:
+    """Searches. Raises UsageError where the question cannot be."""
+    if question.solve:
+        solved = solve(job, question.solve, question.search, question.budget_s)
+        return Answer(solved.found, tuple(solved.found.plans[: question.top]), (), solved)
+    if question.goal == "cost":
+        raise UsageError("--goal cost needs prices, and a cluster file has none yet", key="goal")
+    if question.goal not in GOALS:
+        raise UsageError(f"--goal {question.goal} is none of {', '.join(GOALS)}", key="goal")
+    search = question.search(job)
+    if question.pareto:
+        first, _, second = question.pareto.partition(",")
+        found = pareto(search, first, second, question.budget_s)
+    else:
+        found = search.best(Goal(question.goal), question.top, question.budget_s)
+    if not found.plans:
+        texts = nothing_fits(job, question.search, question.budget_s / 4)
+        return Answer(found, (), tuple(texts))
+    best = found.plans[0]
+    texts = [binds(job, best), *(r.text for r in why(job, best))]
+    most = KEEP if question.pareto else question.top
+    return Answer(found, tuple(found.plans[:most]), tuple(texts))
