@@ -46,11 +46,14 @@ def data_parallel(
             context.comm(*other, lane="dp") if other else None,
             context.comm(spec.across, lane="dp") if spec.across else None,
         )
-    reducer = Reducer(units, comms, context.where, units[0].queue)
+    stages = laid.stages_of(context.coords["pp"])
+    two_ways = laid.schedule.direction is not None
+    visits = [frozenset(s.names) for s in stages] if two_ways else []
+    reducer = Reducer(units, comms, context.where, units[0].queue, visits)
     parameters = Parameters(units, comms, context.where)
     prefetch = laid.request.plan.data.prefetch
     found = {}
-    for stage in laid.stages_of(context.coords["pp"]):
+    for stage in stages:
         gatherer = Gatherer(parameters, _needs(laid, stage, units), prefetch)
         found[stage.index] = DataParallel(stage.names, reducer, gatherer)
     return reducer, parameters, found

@@ -28,8 +28,7 @@ Row = dict[str, str]
 
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
-    cut too, and the two copies of a stage (dualpipe) do not store shards of parameters, nor of a tied
-    gradient."""
+    cut too."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
@@ -39,11 +38,7 @@ def legal(row: Row) -> bool:
     if world > MOST_RANKS:
         return False
     need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
-    if fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]):
-        return False
-    tied = row["model"] in ("llama tied", "gpt2", "gpt2 dropout")
-    shards = "zero3" in row["data"] or ("zero2" in row["data"] and tied)
-    return not ("dualpipe/" in row["pipeline"] and shards)
+    return not (fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]))
 
 
 def pairs(row: Row) -> set[tuple[str, str, str, str]]:

@@ -36,10 +36,17 @@ def test_a_schedule_equals_one_device(plan, family, folder):
 
 
 @pytest.mark.parametrize(
-    "plan", ["pp2:zb_v/4mb fp64", "pp2:dualpipe/4mb fp64", "pp2:zb_h1/4mb fp64"]
+    "plan",
+    [
+        "pp2:zb_v/4mb fp64",
+        "dp_shard2.zero2 pp2:dualpipe/4mb fp64",
+        "pp2:zb_h1/4mb fp64",
+        pytest.param("dp_shard2.zero3 pp2:chimera/4mb fp64", marks=pytest.mark.slow),
+    ],
 )
 def test_a_tied_table_at_both_ends(plan, folder):
-    """On one rank (V), on both ends twice (both ways), on two ranks (a line)."""
+    """On one rank (V), on both ends twice (both ways; a microbatch comes to one of its holders there), on two
+    ranks (a line)."""
     assert verify(verify_jobs.job(folder, plan, tied=True)).equal
 
 

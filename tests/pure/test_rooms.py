@@ -75,8 +75,6 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
             ["precision"],
             "fp8 precision.fp8_granularity=row",
         ),
-        (TIED, "dp_shard2.zero2 pp2:chimera/2mb", ["dp"], "dp_shard2.zero1"),
-        (LLAMA, "dp_shard2.zero3 pp2:chimera/2mb", ["dp"], "dp_shard2.zero1"),
         (LLAMA, "cp3:ring", ["cp"], "cp2:ring"),
         (LLAMA, "cp4:ring", ["cp"], "cp2:ring"),
         (LLAMA, "cp4:ulysses tp2", ["cp"], "cp2:ulysses tp2"),

@@ -34,12 +34,16 @@ class UnitComms:
 
 @dataclass
 class Reducer:
-    """Reduces a rank's units, in the order all ranks agree on: that in which backward leaves blocks."""
+    """Reduces a rank's units, in the order all ranks agree on: that in which backward leaves blocks.
+
+    `visits` are the sets of blocks that one microbatch comes to, where microbatches go two ways; else it
+    comes to all."""
 
     units: Sequence[Unit]
     comms: Mapping[str, UnitComms]
     where: Where
     queue: WeightQueue = field(default_factory=WeightQueue)
+    visits: Sequence[frozenset[str]] = ()
     _last: set[str] = field(default_factory=set)
     _waiting: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _fresh: set[str] = field(default_factory=set)
@@ -83,12 +87,17 @@ class Reducer:
         for unit in self._held.get(block, ()):
             if unit.spec.stage >= 2 or last:
                 key = unit.name, self.where.microbatch if unit.spec.stage >= 2 else -1
-                waiting = self._waiting.setdefault(key, set(unit.spec.blocks))
+                waiting = self._waiting.setdefault(key, self._awaited(unit, block))
                 waiting.discard(block)
                 if not waiting:
                     del self._waiting[key]
                     self._start(unit)
         return last
+
+    def _awaited(self, unit: Unit, block: str) -> set[str]:
+        """The blocks whose gradients a unit waits for: all; of a microbatch those it comes to."""
+        here = next((v for v in self.visits if block in v), None) if unit.spec.stage >= 2 else None
+        return set(unit.spec.blocks) if here is None else set(unit.spec.blocks) & here
 
     def finish(self) -> None:
         """Waits for all sums of the step. Gradients are then the step's, the same on every rank of the

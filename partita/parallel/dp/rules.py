@@ -30,14 +30,12 @@ from partita.parallel.room import (
     axis_name,
     axis_size,
     cut_everywhere,
-    error,
     region,
     sum_rule,
 )
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor
 
-BOTH_WAYS = ("dualpipe", "chimera")
 AXES = ("dp_replicate", "dp_shard")
 SHARDING = ("dp_shard", "cp", "ulysses", "efsdp")
 WITHOUT_VALUES = ("lookup", "bias", "map")  # kinds of op whose backward needs no weight's values
@@ -58,19 +56,8 @@ class Flat:
 
 
 def problems(job: Request) -> list[Problem]:
-    """Replicas and shards may be any number, as long as samples suffice (job_check). Where each rank holds
-    two stages, one a direction, a microbatch visits one of them: stage 3, and stage 2 of a tied weight
-    that lies on both, would wait for the other."""
-    plan, stage = job.plan, zero_stage(job.plan)
-    both_ways = plan.mesh.pp > 1 and plan.pipeline.schedule in BOTH_WAYS
-    if not both_ways or stage < 2 or (stage == 2 and not job.model.tied):
-        return []
-    what = "a tied weight under zero2" if stage == 2 else "zero3"
-    message = f"{what} cannot run with {plan.pipeline.schedule}, whose microbatches visit one of two stages"
-    nearest = str(plan.with_("data", zero_stage=1))
-    asked = f"{plan.pipeline.schedule} with zero{stage}"
-    limit = "zero stage 0 or 1, or a schedule of one direction"
-    return [error("dp", "both_ways", message, asked=asked, limit=limit, nearest=nearest)]
+    """Replicas and shards may be any number, as long as samples suffice (job_check)."""
+    return []
 
 
 def zero_stage(plan: Plan) -> int:

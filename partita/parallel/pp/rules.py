@@ -246,7 +246,7 @@ def stages(job: Request, program: Program) -> tuple[Stage, ...]:
         names = tuple(program.names[j] for j in at)
         found.append(Stage(i, names, tuple(blocks), schedule.ranks_of(i)))
     copied = schedule.direction is not None
-    return _across(_owned(found, program.tied), () if copied else program.tied, copied)
+    return _across(_owned(found, program.tied, copied), () if copied else program.tied, copied)
 
 
 def _sends(block: Block, phase: str, tensor: str, on: str) -> Block:
@@ -255,7 +255,7 @@ def _sends(block: Block, phase: str, tensor: str, on: str) -> Block:
     return replace(block, regions=(*block.regions, op))
 
 
-def _owned(found: Sequence[Stage], tied: tuple[str, ...]) -> tuple[Stage, ...]:
+def _owned(found: Sequence[Stage], tied: tuple[str, ...], copied: bool) -> tuple[Stage, ...]:
     """On each place the first holder of a tied weight owns its states."""
     seen: set[tuple[str, frozenset[int]]] = set()
     out = []
@@ -265,7 +265,7 @@ def _owned(found: Sequence[Stage], tied: tuple[str, ...]) -> tuple[Stage, ...]:
             for weight in tied:
                 if any(w.name == weight for w in block.weights()):
                     key = weight, frozenset(stage.places)
-                    block = _second_holder(block, weight) if key in seen else block
+                    block = _second_holder(block, weight, copied) if key in seen else block
                     seen.add(key)
             blocks.append(block)
         out.append(replace(stage, blocks=tuple(blocks)))
@@ -302,14 +302,16 @@ def _sum_between(unit: str, kind: str, axis: str) -> Op:
     return replace(region(unit, kind, (axis,), (gradient, gradient), event), lane="dp")
 
 
-def _second_holder(block: Block, weight: str) -> Block:
-    """It stores nothing, and only gathers for its own forward and backward."""
+def _second_holder(block: Block, weight: str, copied: bool) -> Block:
+    """It stores nothing, and only gathers for its own forward and backward. Where microbatches go two ways
+    (`copied`), one that comes here does not come to the first holder: its gradient is scattered here."""
     states = {f"{weight}.{role}" for role in ("parameter", "gradient", "optimizer")}
     tensors = {n: t for n, t in block.tensors.items() if n not in states}
+    kinds = ("gather", "scatter") if copied else ("gather",)
     regions: list[Op] = []
     for op in block.regions:
         if op.name.rpartition(":")[0] == weight:
-            own = tuple(e for e in op.events if op.kind == "gather" and e.phase != "step")
+            own = tuple(e for e in op.events if op.kind in kinds and e.phase != "step")
             regions += [replace(op, events=own)] if own else []
         else:
             regions.append(op)
