@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -170,6 +171,7 @@ def main() -> None:
                 cells = [f"{1e3 * x:.1f}" for x in (*middle[1:], least)]
                 shares = [f"{middle[0]:.2f}", f"{low:.2f}-{high:.2f}", f"{middle[1] / least:.2f}"]
                 rows.append([size, name, dtype, *cells, *shares])
+                print(*rows[-1], file=sys.stderr, flush=True)  # a run takes minutes
             for process, _ in started:
                 process.join(10)
                 process.kill()
