@@ -20,7 +20,8 @@ def verify(
     overrides: Overrides = None,
     plan: PlanLine = None,
     backend: Annotated[
-        Literal["local", "shm", "gloo"], typer.Option(help="Threads, shared memory, or sockets.")
+        Literal["local", "shm", "gloo", "nccl"],
+        typer.Option(help="Threads, shared memory, sockets, or GPUs."),
     ] = "local",
     json: Json = False,
 ) -> None:

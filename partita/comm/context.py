@@ -59,7 +59,7 @@ class Context:
         where: Where | None = None,
         recorder: Recorder | None = None,
     ) -> Context:
-        """Makes every group of `groups`; all ranks call it with the same list."""
+        """Makes every group of `groups`; all ranks call it with the same list. It computes on the CPU."""
         where = where or Where()
         recorder = recorder or Recorder(world.rank)
         comms: dict[tuple[str, str], Comm] = {}
@@ -71,8 +71,8 @@ class Context:
                     alone = made.size == 1
                     comms[name, lane] = made if alone else RecordingComm(made, recorder, where)
         at = mesh.coords(world.rank)
-        device = torch.device("cpu")
-        return Context(plan, mesh, world.rank, world, at, device, seed, where, recorder, comms)
+        cpu = torch.device("cpu")
+        return Context(plan, mesh, world.rank, world, at, cpu, seed, where, recorder, comms)
 
     def comm(self, *axes: str, lane: str = "compute") -> Comm:
         """The Comm over a product of axes on a lane; a group of one where nothing moves."""

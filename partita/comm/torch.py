@@ -1,4 +1,4 @@
-"""torch.distributed as a World: gloo between CPU ranks (and hosts), nccl between GPUs.
+"""torch.distributed as a World: gloo between CPU ranks (and hosts), nccl for what lies on GPUs.
 
 Every rank makes every group, in one order. Gloo's errors never name a rank or an operation: they are caught
 here, and told with the axis, op, site, phase and step, and with what the status board knows of the
@@ -31,10 +31,12 @@ from partita.comm.stores import file_store, last_words
 from partita.comm.table import Status, describe
 
 LOW = (torch.bfloat16, torch.float16)
+BOTH = "cpu:gloo,cuda:nccl"  # each tensor goes by where it lies
 
 
 class TorchWorld:
-    """All ranks of a run over torch.distributed. `path` is a file all ranks of one host see."""
+    """All ranks of a run over torch.distributed. `path` is a file all ranks of one host see; with `gpus`
+    tensors may lie on one GPU a rank, which is the process's current device."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class TorchWorld:
         *,
         timeout_s: float = 60.0,
         where: Where | None = None,
-        backend: str = "gloo",
+        gpus: bool = False,
         store: Any = None,
     ) -> None:
         self.rank, self.size, self.where = rank, size, where or Where()
@@ -54,7 +56,7 @@ class TorchWorld:
             on_loopback()
             store = file_store(Path(str(path)), size)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=self.timeout
+            BOTH if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=self.timeout
         )
         self.board = Board(None if path is None else path.with_suffix(".board"), rank, size)
         self.book = CallBook(None if path is None else path.with_suffix(".calls"))
@@ -62,13 +64,15 @@ class TorchWorld:
 
     @staticmethod
     def from_torchrun(
-        env: Mapping[str, str], store: Any, *, timeout_s: float, where: Where
+        env: Mapping[str, str], store: Any, *, timeout_s: float, where: Where, gpus: bool = False
     ) -> TorchWorld:
         """Joins what torchrun started, through the store of `rendezvous`."""
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
             on_loopback()
-        return TorchWorld(rank, size, None, timeout_s=timeout_s, where=where, store=store)
+        return TorchWorld(
+            rank, size, None, timeout_s=timeout_s, where=where, store=store, gpus=gpus
+        )
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """A Comm over `ranks`; every rank calls it for every group."""

@@ -303,11 +303,12 @@ def build_blocks(
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     rope = None
     if not spec.has_positions:
-        rope = tables(spec, laid.request.seq_len, _dtype(units))
+        made = tables(spec, laid.request.seq_len, _dtype(units))
+        rope = made[0].to(context.device), made[1].to(context.device)
     future = None
     if spec.dropout > 0:
         size = laid.request.seq_len
-        future = torch.ones(size, size, dtype=torch.bool).triu_(1)
+        future = torch.ones(size, size, dtype=torch.bool, device=context.device).triu_(1)
     found: dict[int, list[Any]] = {}
     for s in laid.stages_of(place):
         row = found[s.index] = []

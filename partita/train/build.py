@@ -11,7 +11,7 @@ nothing here computes a shape or chooses a collective.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.base.errors import UsageError
 from partita.comm.context import Context, Named
 from partita.comm.protocol import Where, World
 from partita.comm.ranks import here, require_ranks
@@ -37,6 +36,7 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import product_coordinate
 from partita.train.data import Dataset, open_dataset
+from partita.train.devices import device_of
 from partita.train.pipeline import data_parallel, make_evaluator, make_executor
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
 from partita.train.streams import Batch
@@ -69,10 +69,14 @@ class Built:
 
     def _microbatches(self, step: int) -> list[Microbatch]:
         found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
-        return [self.own_tokens(microbatch(b, s)) for s, b in found]
+        return [self.own(microbatch(b, s)) for s, b in found]
 
-    def own_tokens(self, whole: Microbatch) -> Microbatch:
-        """Of samples whole along seq, the share that context parallelism gives this rank, in laid order."""
+    def own(self, whole: Microbatch) -> Microbatch:
+        """Of samples whole along seq, the share that context parallelism gives this rank, in laid order, on
+        its device."""
+        return self._share(whole).to(self.context.device)
+
+    def _share(self, whole: Microbatch) -> Microbatch:
         sizes, at = self.model.laid.sizes, self.context.coords
         ways, mine = product_coordinate(sizes, at, ("cp", "ulysses"))
         if ways == 1:
@@ -155,7 +159,7 @@ class Built:
             part = Batch(batch.ids[at], batch.targets[at], valid, documents)
             places = range(first, first + size)
             whole = microbatch(part, places)
-            yield StepBatch(0, [self.own_tokens(whole)]), int(batch.valid.sum())
+            yield StepBatch(0, [self.own(whole)]), int(batch.valid.sum())
 
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss of one held-out batch; forward only."""
@@ -168,13 +172,17 @@ def microbatch(batch: Batch, samples: Sequence[int]) -> Microbatch:
     return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places)
 
 
-def make_context(laid: Laid, job: Job, world: World, where: Where, recorder: Any = None) -> Context:
+def make_context(
+    laid: Laid, job: Job, world: World, where: Where, recorder: Any = None,
+    device: torch.device | None = None,
+) -> Context:  # fmt: skip
     """The rank's Context with every group the laid program speaks on, made in one order."""
     groups = [*laid.groups(), (("world",), "host")]
-    return Context.create(
+    context = Context.create(
         job.plan, laid.mesh, world, groups=groups, named=Named(job.model.kv_heads, laid.pairs),
         seed=job.seed, where=where, recorder=recorder,
     )  # fmt: skip
+    return context if device is None else replace(context, device=device)
 
 
 def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], None]) -> Model:
@@ -224,22 +232,18 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
     return fill
 
 
-def assemble(job: Job, world: World, where: Where | None = None, recorder: Any = None) -> Built:
-    """A rank's part of the job, ready to train."""
-    require_device(job)
+def assemble(
+    job: Job, world: World, where: Where | None = None, recorder: Any = None,
+    device: torch.device | None = None,
+) -> Built:  # fmt: skip
+    """A rank's part of the job, ready to train; on `device`, else that which devices.py finds."""
     laid = lay(request_of(job))
-    context = make_context(laid, job, world, where or Where(), recorder)
+    found = device or device_of(job, world.rank)
+    context = make_context(laid, job, world, where or Where(), recorder, found)
     model = make_model(job, laid, context, filler(job, laid, context))
     update = make_update(model, job.train)
     data = open_job_data(job)
     return Built(job, context, model, update, data)
-
-
-def require_device(job: Job) -> None:
-    """UsageError where the job asks for a device that nothing here computes on."""
-    if job.device == "cuda":
-        message = "device = 'cuda': ranks compute on the CPU in this version; accepted: auto, cpu"
-        raise UsageError(message, key="device")
 
 
 def fingerprint(data: Dataset) -> dict[str, Any]:

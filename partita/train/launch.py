@@ -20,8 +20,8 @@ from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
 from partita.comm.processes import STOPS, end_ranks, start_ranks, torchrun_rank
 from partita.planner.judge import fit_error, judged
 from partita.spec.job import Job
-from partita.train.build import require_device
 from partita.train.control import Control
+from partita.train.devices import computes_on_gpu
 from partita.train.failure import Failure
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, run_rank
@@ -42,7 +42,7 @@ def train(
     or does not fit unless `force`), UsageError, DataError, CheckpointError, PeerError, NonFiniteError,
     WriteError, BusyError, StoppedError.
     """
-    require_device(job)
+    computes_on_gpu(job)
     prediction = judged(job)
     if any(p.severity == "error" for p in prediction.problems):
         raise PlanError(f"{job.plan} cannot run {job.name}", prediction.problems)

@@ -26,6 +26,7 @@ from partita.comm.single import SingleWorld
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.control import Control
+from partita.train.devices import computes_on_gpu, device_of
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
 
@@ -129,11 +130,12 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
         logging.warning("%s", notice)
     for number in STOPS if spec.takes_ctrl_c else (signal.SIGTERM,):
         signal.signal(number, lambda number, _: control.ask_stop(number))
+    device = device_of(job, rank)
     world = join(rank, job.plan.world_size, spec, where)
     if rank == 0 and control.shared:
         spec.clean_after_joining()
     try:
-        built = assemble(job, world, where)
+        built = assemble(job, world, where, device=device)
         loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()
         where.activity = "finished"
@@ -146,20 +148,20 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
 
 def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
     """The world of this rank: alone, shared memory between CPU ranks of one host, gloo where that is
-    missing and between hosts."""
-    timeout_s = spec.job.train.comm_timeout_s
+    missing and between hosts, nccl between GPUs."""
+    timeout_s, gpus = spec.job.train.comm_timeout_s, computes_on_gpu(spec.job)
     if world_size == 1:
         return SingleWorld()
     if spec.store is not None:
         from partita.comm.torch import TorchWorld
 
         return TorchWorld.from_torchrun(
-            torchrun_store(), spec.store, timeout_s=timeout_s, where=where
+            torchrun_store(), spec.store, timeout_s=timeout_s, where=where, gpus=gpus
         )
-    if shm.available():
+    if shm.available() and not gpus:
         path = spec.scratch / SEGMENT
         return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)
     from partita.comm.torch import TorchWorld
 
     path = spec.scratch / "rendezvous"
-    return TorchWorld(rank, world_size, path, timeout_s=timeout_s, where=where)
+    return TorchWorld(rank, world_size, path, timeout_s=timeout_s, where=where, gpus=gpus)

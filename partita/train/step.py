@@ -46,6 +46,17 @@ class Microbatch:
     samples: Tensor
     split: Split | None = None
 
+    def to(self, device: torch.device) -> Microbatch:
+        """The same on a device; itself where it is there already."""
+        if self.ids.device == device:
+            return self
+        documents = None if self.documents is None else self.documents.to(device)
+        ids, targets, valid, samples = (
+            t.to(device) for t in (self.ids, self.targets, self.valid, self.samples)
+        )
+        split = None if self.split is None else self.split.to(device)
+        return Microbatch(ids, targets, valid, documents, samples, split)
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -168,7 +179,7 @@ class Model:
         """Sums the loss over ranks and hands it to every stage. Where microbatches go two ways, all
         ranks take part in the sum, those without a loss with zero."""
         where = self.context.where
-        where.phase, where.activity = "step", "loss"
+        where.phase, where.activity, loss = "step", "loss", loss.cpu()
         two_ways = self.laid.schedule.direction is not None
         if self.comms.loss is not None and (self.holds_loss or two_ways):
             loss = self.comms.loss.all_reduce(loss.reshape(1), site="step.loss:reduce_from")

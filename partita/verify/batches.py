@@ -54,7 +54,7 @@ def keep(job: Job, step: int, sample: int, seq_len: int) -> torch.Tensor:
 def rank_batch(built: Built, step: int) -> StepBatch:
     """A rank's part of the step."""
     found = [samples_of(built.data, built.job, step, list(s)) for s in built.samples()]
-    return StepBatch(step, [built.own_tokens(whole) for whole in found])
+    return StepBatch(step, [built.own(whole) for whole in found])
 
 
 def whole_batch(data: Dataset, job: Job, step: int) -> list[Microbatch]:

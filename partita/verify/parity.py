@@ -19,8 +19,8 @@ from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.plan import Plan
-from partita.train.build import require_device
 from partita.train.data import Dataset
+from partita.train.devices import computes_on_gpu
 from partita.verify.batches import open_data
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
@@ -37,8 +37,6 @@ from partita.verify.runs import (
 )
 from partita.verify.shrink import shrink
 from partita.verify.watch import Watch
-
-BACKENDS = ("local", "shm", "gloo")
 
 
 @dataclass
@@ -149,7 +147,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 
     Raises PlanError for an illegal plan, DataError for bad data.
     """
-    require_device(job)
+    computes_on_gpu(job)
     job = job if plan is None else job.with_plan(plan)
     wrong = [p for p in job.problems() if p.severity == "error" and p.rule != "world"]
     if wrong:

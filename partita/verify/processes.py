@@ -1,4 +1,4 @@
-"""verify on real processes: the same rank function over shared memory or gloo."""
+"""verify on real processes: the same rank function over shared memory or gloo, or on GPUs over nccl."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ from partita.verify.runs import RankSeen, run_rank
 
 def run_processes(job: Job, data: Dataset, backend: str) -> list[RankSeen]:
     """What every rank saw, from processes of this host."""
-    if backend not in ("shm", "gloo"):
-        raise UsageError(f"--backend {backend}: accepted are local, shm and gloo on this machine")
+    have, need = torch.cuda.device_count(), job.plan.world_size
+    accepted = ("shm", "gloo", "nccl") if have >= need else ("shm", "gloo")
+    if backend not in accepted:
+        why = f" ({need} ranks, {have} GPUs on this host)" if backend == "nccl" else ""
+        raise UsageError(
+            f"--backend {backend}{why}: accepted here are local, {', '.join(accepted)}"
+        )
     folder = Path(tempfile.mkdtemp(prefix="partita-verify-"))
     ranks = start_ranks(job.plan.world_size, _enter, (job, data, backend, str(folder / "world")))
     found: list[RankSeen] = []
@@ -45,8 +50,11 @@ def run_processes(job: Job, data: Dataset, backend: str) -> list[RankSeen]:
 def _enter(rank: int, writer: Connection, job: Job, data: Dataset, backend: str, path: str) -> None:
     torch.set_num_threads(1)
     try:
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        if device is not None:
+            torch.cuda.set_device(device)
         world = _join(rank, job, backend, Path(path))
-        _tell(writer, run_rank(world, job, data))
+        _tell(writer, run_rank(world, job, data, device=device))
         world.close()
     except PartitaError as error:
         _tell(writer, error)
@@ -71,4 +79,4 @@ def _join(rank: int, job: Job, backend: str, path: Path) -> World:
         return ShmWorld(rank, size, path, timeout_s=timeout_s)
     from partita.comm.torch import TorchWorld
 
-    return TorchWorld(rank, size, path, timeout_s=timeout_s)
+    return TorchWorld(rank, size, path, timeout_s=timeout_s, gpus=backend == "nccl")

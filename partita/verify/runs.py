@@ -87,11 +87,14 @@ def start_value(
     return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
 
 
-def run_rank(world: World, job: Job, data: Dataset, watched: int = -1) -> RankSeen:
-    """STEPS steps of the plan on one rank; every segment of step `watched` is seen."""
+def run_rank(
+    world: World, job: Job, data: Dataset, watched: int = -1, device: torch.device | None = None
+) -> RankSeen:
+    """STEPS steps of the plan on one rank, on the CPU or `device`; of step `watched` every segment is
+    seen."""
     laid = lay(request_of(job))
     where = getattr(world, "where", None) or Where()
-    context = make_context(laid, job, world, where)
+    context = make_context(laid, job, world, where, device=device)
 
     def fill(unit: Unit) -> None:
         for weight, *_ in unit.places:
@@ -145,7 +148,7 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
 
 
 def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> Boxes:
-    """Every box this rank holds, cloned and divided by `scale`."""
+    """Every box this rank holds, cloned and divided by `scale`, on the CPU."""
     found: Boxes = {}
     for unit in model.units:
         for weight, *_ in unit.places:
@@ -153,7 +156,7 @@ def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> B
             for piece in layout.pieces(model.laid.mesh, model.context.rank):
                 shape = [b - a for a, b in piece.box]
                 part = flat(unit)[piece.start : piece.start + piece.numel()]
-                found.setdefault(weight, []).append((piece.box, part.div(scale).view(shape)))
+                found.setdefault(weight, []).append((piece.box, part.div(scale).view(shape).cpu()))
     return found
 
 

@@ -35,7 +35,7 @@ class Watch:
         for b in batches:
             at = places(b, b.ids.shape[1], share)
             for row, sample in enumerate(b.samples.tolist()):
-                self.ids[sample] = (at[row], b.ids[row].clone())
+                self.ids[sample] = (at[row], b.ids[row].cpu().clone())
         self._order = list(batches)
 
     def stop(self) -> None:
@@ -49,13 +49,13 @@ class Watch:
         at = places(batch, x.shape[1], share)
         samples = batch.samples.tolist()
         for row, sample in enumerate(samples):
-            self.outputs.setdefault((name, sample), (at[row], x[row].detach().clone()))
+            self.outputs.setdefault((name, sample), (at[row], x[row].detach().cpu().clone()))
         if x.requires_grad:
             x.register_hook(lambda g: self._gradient(name, g, samples, at))
 
     def _gradient(self, name: str, g: Tensor, samples: list[int], at: Tensor) -> None:
         for row, sample in enumerate(samples):
-            self.gradients.setdefault((name, sample), (at[row], g[row].detach().clone()))
+            self.gradients.setdefault((name, sample), (at[row], g[row].detach().cpu().clone()))
 
     def see_whole(self, name: str, x: Tensor) -> None:
         """The judge's modules, microbatch after microbatch: the first name starts the next one."""
@@ -88,7 +88,7 @@ def places(batch: Microbatch, held: int, share: tuple[int, int]) -> Tensor:
     if batch.split is None:
         at = torch.arange(first, first + held).unsqueeze(0)
     else:
-        at = batch.split.tokens.part(first, first + held).positions
+        at = batch.split.tokens.part(first, first + held).positions.cpu()
     return at.expand(len(batch.samples), -1)
 
 

@@ -51,6 +51,7 @@ class Split:
     causal: bool = True
     _known: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _moved: dict[torch.device, Split] = field(default_factory=dict)
 
     @staticmethod
     def of(request: Request, documents: Tensor | None = None) -> Split:
@@ -62,6 +63,21 @@ class Split:
         if documents is not None:
             documents = documents.gather(1, positions.expand(documents.shape))
         return Split(made, Tokens(positions, documents), ring, window)
+
+    def to(self, device: torch.device) -> Split:
+        """The same with positions and documents on a device; tiles are found before, on the host."""
+        if device not in self._moved:
+            for mine in range(self.ring):
+                for other in range(self.ring):
+                    self.tiles(mine, other)
+            packed = self.tokens.documents
+            documents = None if packed is None else packed.to(device)
+            there = Tokens(self.tokens.positions.to(device), documents)
+            known = self._known
+            self._moved[device] = Split(
+                self.order, there, self.ring, self.window, self.causal, known
+            )
+        return self._moved[device]
 
     @property
     def share(self) -> int:

@@ -79,7 +79,7 @@ def _added(seen: Tensor | None, q: Tensor) -> Tensor | None:
     """A mask as the kernel wants it: 0 or -inf, in q's dtype."""
     if seen is None:
         return None
-    return torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:

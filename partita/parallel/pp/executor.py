@@ -149,7 +149,7 @@ class Executor:
             self.weights.forward(microbatch)
         y = self.modules[stage](x, self._batches[microbatch])
         if stage == self.schedule.num_stages - 1:
-            self._loss += y.detach().to(torch.float64).cpu()
+            self._loss = self._loss + y.detach().to(torch.float64)  # where y lies: nobody waits
         else:
             self._ready["F", stage + 1, microbatch] = y.detach(), "F"
         if torch.is_grad_enabled():

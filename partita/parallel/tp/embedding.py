@@ -26,12 +26,15 @@ class Lookup:
         return _Lookup.apply(anchor, ids, self)  # type: ignore[return-value]
 
     def accumulate(self, ids: Tensor, dy: Tensor) -> None:
-        """Adds each token's gradient to its row, where this rank holds it."""
+        """Adds each token's gradient to its row, where this rank holds it; zero to the first row where
+        not: which tokens these are stays on the device."""
         gradient = self.table.gradient
-        local = (ids - self.first).reshape(-1)
-        inside = (local >= 0) & (local < gradient.shape[0])
-        rows = dy.reshape(-1, dy.shape[-1])[inside].to(gradient.dtype)
-        gradient.index_add_(0, local[inside], rows)
+        local, rows = (ids - self.first).reshape(-1), dy.reshape(-1, dy.shape[-1])
+        if self.region.kind != "identity":
+            outside = (local < 0) | (local >= gradient.shape[0])
+            local = local.masked_fill(outside, 0)
+            rows = rows.masked_fill(outside.unsqueeze(-1), 0)
+        gradient.index_add_(0, local, rows.to(gradient.dtype))
 
 
 class _Lookup(torch.autograd.Function):

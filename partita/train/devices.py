@@ -1,0 +1,41 @@
+"""What a rank computes on: the CPU, or the GPU of its place on its host.
+
+A rank on a GPU keeps weights, activations and their collectives there (nccl); the step's 8-byte sums,
+data and checkpoints stay with the CPU (gloo). No layer names a device: it computes where its weights are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from partita.base.errors import UsageError
+from partita.comm.processes import torchrun_rank
+from partita.spec.job import Job
+
+
+def computes_on_gpu(job: Job) -> bool:
+    """Whether the job's ranks compute on GPUs: asked for, or `auto` where the cluster has them and so has
+    this host. Raises UsageError where `cuda` is asked for and torch sees none."""
+    if job.device == "auto":
+        return job.cluster.device != "CPU" and torch.cuda.is_available()
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"device = 'cuda': torch {torch.__version__} sees no GPU on this host; accepted here: auto, cpu",
+            key="device",
+        )
+    return job.device == "cuda"
+
+
+def device_of(job: Job, rank: int) -> torch.device:
+    """The rank's device. Raises UsageError where the host has fewer GPUs than ranks."""
+    if not computes_on_gpu(job):
+        return torch.device("cpu")
+    place = torchrun_rank()
+    local, have = rank if place is None else place[2], torch.cuda.device_count()
+    if local >= have:
+        raise UsageError(
+            f"rank {rank} is number {local} on its host, which has {have} GPUs: each rank needs its own",
+            key="device",
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
