@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -141,6 +142,12 @@ def torchrun_rank() -> tuple[int, int, int] | None:
         return None
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local
+
+
+def datasets_cache() -> Path:
+    """Where Hugging Face's `datasets` keeps what it has loaded. Environment: HF_DATASETS_CACHE, HF_HOME."""
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")).expanduser()
 
 
 def is_one_host() -> bool:

@@ -9,14 +9,15 @@ from typing import Literal
 
 from partita.base.errors import UsageError
 
-_KEYWORDS = ("python-stdlib", "byte")
+_KEYWORDS = ("python-stdlib", "byte", "idx")
 _PREFIXES = ("hf:", "train:")
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
     """Where tokens come from. `source` is python-stdlib, a path or glob of .txt .jsonl .parquet, a
-    Megatron .bin/.idx prefix, tokens:FILE.npy or hf:NAME; `tokenizer` is byte, train:N or a path."""
+    Megatron .bin/.idx prefix, tokens:FILE.npy or hf:NAME[:SPLIT]; `tokenizer` is byte, train:N or a
+    path; `documents` a FILE.npy, or "idx" for those of a Megatron index."""
 
     source: str = "python-stdlib"
     tokenizer: str = "byte"

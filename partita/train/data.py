@@ -3,7 +3,7 @@
 Sample i of step s (from 0) is position q = s * B + i of the run. Which sequence that is:
 
     tokens:FILE.npy    k = q mod num_sequences: no shuffling, any program can repeat it
-    text               epoch e, place r = divmod(q, num_sequences); k = permutation_e(r)
+    text, Megatron's   epoch e, place r = divmod(q, num_sequences); k = permutation_e(r)
 
 The permutation is computed, not stored, from (seed, epoch): no rank, microbatch or plan enters it.
 Text is tokenized once and cached; every rank maps the same file to memory.
@@ -23,8 +23,9 @@ import numpy as np
 import xxhash
 
 from partita.base.errors import DataError, UsageError
+from partita.train.megatron import prefix_of
 from partita.train.sources import Part, TextSource, open_text
-from partita.train.streams import TOKENS, Batch, Stream, open_tokens
+from partita.train.streams import TOKENS, Batch, Stream, open_megatron, open_tokens
 from partita.train.tokenizer import Tokenizer, open_tokenizer, write_whole
 
 if TYPE_CHECKING:
@@ -107,34 +108,13 @@ def open_dataset(
     DataError with file and offset for bad content, text shorter than one sequence, ids out of range
     and a tokenizer bigger than the vocabulary.
     """
-    identity: dict[str, object] = {
-        "seq_len": train.seq_len,
-        "global_batch_size": train.global_batch_size,
-        "seed": seed,
-    }
-    tokenizer: Tokenizer | None = None
-    text: TextSource | None = None
-    if data.source.startswith(TOKENS):
-        stream, held_out = open_tokens(data.source, data.mask, data.documents), None
-        stream.check_ids(vocab, data.source.removeprefix(TOKENS))
-        identity["digest"] = stream.digest()
-    else:
-        if data.mask or data.documents:
-            raise UsageError(
-                f"data.mask and data.documents go with {TOKENS}FILE.npy, not {data.source!r}",
-                key="data.mask" if data.mask else "data.documents",
-            )
-        fraction = 0.0 if data.eval_source else data.eval_fraction
-        text = open_text(data.source, key="data.source", eval_fraction=fraction)
-        tokenizer = open_tokenizer(data.tokenizer, vocab=vocab, source=text, cache=cache)
-        stream = tokenize(text, tokenizer, "train", cache)
-        held_out = tokenize(text, tokenizer, "eval", cache) if fraction else None
-        identity |= {"digest": text.digest, "eval_fraction": fraction}
+    opened = _opened(data, vocab, cache)
+    stream, held_out, tokenizer = opened.train, opened.held_out, opened.tokenizer
     if data.eval_source:
-        held_out = _eval_stream(data.eval_source, vocab, tokenizer, cache)
+        held_out = _eval_stream(data.eval_source, tokenizer, cache)
     for part, where in ((stream, data.source), (held_out, data.eval_source or data.source)):
-        if part is not None and tokenizer is not None:
-            part.check_ids(vocab, where)
+        if part is not None:
+            part.check_ids(vocab, where.removeprefix(TOKENS))
     if stream.num_sequences(train.seq_len) == 0:
         raise DataError(
             f"data.source = {data.source!r} has {len(stream.ids)} tokens to train on; one sequence "
@@ -142,6 +122,11 @@ def open_dataset(
             file=data.source.removeprefix(TOKENS),
             key="data.source",
         )
+    identity: dict[str, object] = {
+        "seq_len": train.seq_len,
+        "global_batch_size": train.global_batch_size,
+        "seed": seed,
+    }
     return Dataset(
         stream,
         held_out,
@@ -149,22 +134,58 @@ def open_dataset(
         train.seq_len,
         train.global_batch_size,
         seed,
-        shuffled=text is not None,
-        identity=identity,
+        shuffled=opened.shuffled,
+        identity=identity | opened.identity,
     )
 
 
-def _eval_stream(
-    source: str, vocab: int, tokenizer: Tokenizer | None, cache: Path | None
-) -> Stream:
+@dataclass(frozen=True)
+class _Opened:
+    """A source's streams, and what a resumed run must share of it."""
+
+    train: Stream
+    held_out: Stream | None
+    tokenizer: Tokenizer | None
+    shuffled: bool
+    identity: dict[str, object]
+
+
+def _opened(data: DataSpec, vocab: int, cache: Path | None) -> _Opened:
+    """Tokens as they stand; Megatron's and text shuffled, their last part held out."""
+    fraction = 0.0 if data.eval_source else data.eval_fraction or 0.0
+    if data.source.startswith(TOKENS):
+        stream = open_tokens(data.source, data.mask, data.documents)
+        return _Opened(stream, None, None, False, {"digest": stream.digest()})
+    prefix = prefix_of(data.source)
+    if prefix is not None:
+        whole = open_megatron(prefix, data.mask, data.documents)
+        identity: dict[str, object] = {"digest": whole.digest(), "eval_fraction": fraction}
+        stream, rest = whole.split(len(whole.ids) - int(len(whole.ids) * fraction))
+        return _Opened(stream, rest if fraction else None, None, True, identity)
+    if data.mask or data.documents:
+        raise UsageError(
+            f"data.mask and data.documents go with {TOKENS}FILE.npy and Megatron's .bin/.idx, not "
+            f"{data.source!r}",
+            key="data.mask" if data.mask else "data.documents",
+        )
+    text = open_text(data.source, key="data.source", eval_fraction=fraction)
+    tokenizer = open_tokenizer(data.tokenizer, vocab=vocab, source=text, cache=cache)
+    stream = tokenize(text, tokenizer, "train", cache)
+    held_out = tokenize(text, tokenizer, "eval", cache) if fraction else None
+    identity = {"digest": text.digest, "eval_fraction": fraction}
+    return _Opened(stream, held_out, tokenizer, True, identity)
+
+
+def _eval_stream(source: str, tokenizer: Tokenizer | None, cache: Path | None) -> Stream:
     if source.startswith(TOKENS):
-        stream = open_tokens(source, None, None)
-        stream.check_ids(vocab, source.removeprefix(TOKENS))
-        return stream
+        return open_tokens(source, None, None)
+    prefix = prefix_of(source)
+    if prefix is not None:
+        return open_megatron(prefix, None, None)
     if tokenizer is None:
         raise UsageError(
-            f"data.eval_source = {source!r} is text and data.source is {TOKENS}: no tokenizer reads "
-            f"it; give {TOKENS}FILE.npy",
+            f"data.eval_source = {source!r} is text and data.source is tokens: no tokenizer reads "
+            f"it; give {TOKENS}FILE.npy or a Megatron prefix",
             key="data.eval_source",
         )
     return tokenize(open_text(source, key="data.eval_source"), tokenizer, "train", cache)
@@ -192,7 +213,7 @@ def tokenize(
     """The tokens of one part of a text source; of the ranks that share `cache` one does the work."""
     if cache is None:
         return Stream(*_tokenized(source, tokenizer, part))
-    what = f"{source.digest} {source.eval_fraction} {tokenizer.digest} {part} 1"
+    what = f"{source.digest} {source.eval_fraction} {tokenizer.digest} {tokenizer.chat.digest} {part} 2"
     name = xxhash.xxh3_128_hexdigest(what.encode())
     folder = cache / "tokens"
     paths = folder / f"{name}.ids.npy", folder / f"{name}.mask.npy"
@@ -229,7 +250,7 @@ def _tokenized(
     end = np.asarray(tokenizer.end, dtype)
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    passages = source.passages(part)
+    passages = source.passages(part, tokenizer.chat)
     while group := [p for _, p in zip(range(PASSAGES), passages, strict=False)]:
         prompts = tokenizer.arrays([p.prompt for p in group])
         texts = tokenizer.arrays([p.text for p in group])

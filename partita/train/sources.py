@@ -1,8 +1,9 @@
 """Text sources: where the words come from, read lazily, the same on every machine and run.
 
     python-stdlib           the .py files of the standard library, in sorted order, tests left out
-    a path or glob          .txt and the like, in sorted order; or .jsonl, a record a line:
-                            {"text"}, or {"prompt", "completion"} with loss on the completion only
+    a path or glob          .txt and the like, in sorted order; or records (records.py): .jsonl, one a
+                            line; .parquet and .arrow, one a row
+    hf:NAME[:SPLIT]         what a local cache of `datasets` holds (tables.py)
 
 A source is scanned once (size, digest, is it text?) and then gives its passages again and again. The
 last `eval_fraction` of it by bytes is held out: nothing of it reaches training or the tokenizer.
@@ -17,59 +18,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import xxhash
 
 from partita.base.errors import DataError, UsageError
+from partita.train.chat import Chat
+from partita.train.records import Passage, passages_of
+from partita.train.tables import HF, SUFFIXES, cached_dataset, lines
 
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 BLOCK = 1 << 20  # bytes read at once
 LONGEST_LINE = 1 << 22  # a longer one is cut; a .jsonl record may not be longer
-ACCEPTED = "python-stdlib, a path or glob of text or .jsonl files, tokens:FILE.npy"
-OTHER_FORMATS = {".parquet", ".bin", ".idx", ".npy", ".arrow"}
+ACCEPTED = (
+    "python-stdlib, a path or glob of text, .jsonl or .parquet files, a Megatron .bin/.idx prefix, "
+    "tokens:FILE.npy, hf:NAME"
+)
+OTHER_FORMATS = {".bin", ".idx", ".npy"}
+
+RECORDS = {".jsonl", *SUFFIXES}
 
 Part = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A stretch of text. `prompt` is read before it and carries no loss; `ends` closes a record."""
-
-    text: str
-    prompt: str = ""
-    ends: bool = False
-
-
-class Record(msgspec.Struct):
-    """A line of a .jsonl file."""
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class TextSource:
-    """Files of text, checked: all of it is UTF-8 without NUL bytes. `digest` is over the bytes."""
+    """Files of text, checked: all of it is UTF-8 without NUL bytes. `sizes` are the files' bytes, of a
+    table those of its rows as lines; `digest` is over them."""
 
     name: str
     files: tuple[Path, ...]
-    bytes: int
+    sizes: tuple[int, ...]
     digest: str
     eval_fraction: float
 
-    def passages(self, part: Part) -> Iterator[Passage]:
-        """The passages of the part that is trained on, or of the part held out, in order.
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(self.sizes)
 
-        Text is cut between the parts at a character, a .jsonl at a record.
+    def passages(self, part: Part, chat: Chat | None = None) -> Iterator[Passage]:
+        """The passages of the part that is trained on, or of the part held out, in order; `chat` writes
+        messages as text (plain unless given).
+
+        Text is cut between the parts at a character, records between two of them.
         """
         border = self.bytes - int(self.bytes * self.eval_fraction)
         before = 0
-        for path in self.files:
-            size = path.stat().st_size
+        for path, size in zip(self.files, self.sizes, strict=True):
             if before < border if part == "train" else before + size > border:
-                yield from _file_passages(path, part, border - before)
+                if path.suffix in RECORDS:
+                    yield from _records(path, part, border - before, chat or Chat())
+                else:
+                    yield from _text_passages(path, part, border - before)
             before += size
 
 
@@ -79,13 +79,17 @@ def open_text(source: str, *, key: str, eval_fraction: float = 0.0) -> TextSourc
     Raises UsageError for what does not exist or is not accepted, DataError (file and offset) for
     what is empty, unreadable or not text. Reads every byte once.
     """
-    files = _stdlib_files() if source == STDLIB else _found(source, key)
-    total, digest = 0, xxhash.xxh3_128()
-    for path in files:
-        total += _scan(path, digest)
-    if total == 0:
+    if source == STDLIB:
+        files = _stdlib_files()
+    elif source.startswith(HF):
+        files = cached_dataset(source, key)
+    else:
+        files = _found(source, key)
+    digest = xxhash.xxh3_128()
+    sizes = tuple(_scan(path, digest) for path in files)
+    if sum(sizes) == 0:
         raise DataError(f"{key} = {source!r} is empty: no text to train on", file=str(files[0]))
-    return TextSource(source, tuple(files), total, digest.hexdigest(), eval_fraction)
+    return TextSource(source, tuple(files), sizes, digest.hexdigest(), eval_fraction)
 
 
 def _stdlib_files() -> list[Path]:
@@ -122,7 +126,8 @@ def _scan(path: Path, digest: xxhash.xxh3_128) -> int:
     """The file's size; its bytes enter the digest. DataError where it is not text."""
     size = 0
     for offset, line in _blocks(path):
-        _text(path, offset, line)
+        if path.suffix not in SUFFIXES:
+            _text(path, offset, line)
         digest.update(line)
         size += len(line)
     digest.update(size.to_bytes(8, "little"))
@@ -130,8 +135,14 @@ def _scan(path: Path, digest: xxhash.xxh3_128) -> int:
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, whole lines) of about BLOCK bytes; a line longer than LONGEST_LINE is cut."""
+    """(offset, whole lines) of about BLOCK bytes, of a table one row; a line of text longer than
+    LONGEST_LINE is cut."""
     offset, kept = 0, b""
+    if path.suffix in SUFFIXES:
+        for line in lines(path):
+            yield offset, line
+            offset += len(line)
+        return
     try:
         with path.open("rb") as file:
             while block := file.read(BLOCK):
@@ -172,36 +183,23 @@ def _text(path: Path, offset: int, data: bytes) -> str:
         ) from error
 
 
-def _file_passages(path: Path, part: Part, border: int) -> Iterator[Passage]:
-    """The file's passages before (train) or after (eval) byte `border`."""
-    records = path.suffix == ".jsonl"
-    number = 0
+def _text_passages(path: Path, part: Part, border: int) -> Iterator[Passage]:
+    """The text's passages before (train) or after (eval) byte `border`."""
     for offset, block in _blocks(path):
-        if records:
-            for line in block.splitlines(keepends=True):
-                number += 1
-                if line.strip() and (offset < border) == (part == "train"):
-                    yield _record(path, number, line)
-                offset += len(line)
-            continue
         cut = min(len(block), max(0, border - offset))
         cut = _character_border(block, cut) if cut < len(block) else cut
         mine = block[:cut] if part == "train" else block[cut:]
         if mine:
             yield Passage(_text(path, offset, mine))
-    if not records:
-        yield Passage("", ends=True)
+    yield Passage("", ends=True)
 
 
-def _record(path: Path, number: int, line: bytes) -> Passage:
-    try:
-        record = msgspec.json.decode(line, type=Record)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: line {number}: {error}", file=str(path)) from error
-    if record.text is not None:
-        return Passage(record.text, ends=True)
-    if record.prompt is not None and record.completion is not None:
-        return Passage(record.completion, record.prompt, ends=True)
-    raise DataError(
-        f'{path}: line {number} holds neither "text" nor "prompt" and "completion"', file=str(path)
-    )
+def _records(path: Path, part: Part, border: int, chat: Chat) -> Iterator[Passage]:
+    """The passages of the records that begin before (train) or after (eval) byte `border`."""
+    number, word = 0, "row" if path.suffix in SUFFIXES else "line"
+    for offset, block in _blocks(path):
+        for line in block.splitlines(keepends=True):
+            number += 1
+            if line.strip() and (offset < border) == (part == "train"):
+                yield from passages_of(line, path, f"{word} {number}", chat)
+            offset += len(line)

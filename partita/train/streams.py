@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ import xxhash
 from torch import Tensor
 
 from partita.base.errors import DataError, UsageError
+from partita.train import megatron
 
 TOKENS = "tokens:"
+IDX = "idx"  # data.documents: those of a Megatron index
 IGNORED = -100
 CHUNK = 1 << 22  # ids looked at at once
 
@@ -37,12 +40,42 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Each token's document, by where documents start: indexed as the array [n] it stands for."""
+
+    starts: np.ndarray  # ascending
+    length: int
+    first: int = 0
+
+    dtype = np.dtype(np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(self.length))
+        return np.searchsorted(self.starts, places + self.first, side="right")
+
+
+@dataclass(frozen=True)
 class Stream:
     """Ids [n] (any integer type, perhaps a file mapped to memory), mask and documents [n] or None."""
 
     ids: np.ndarray
     mask: np.ndarray | None = None
-    documents: np.ndarray | None = None
+    documents: np.ndarray | Spans | None = None
+
+    def split(self, at: int) -> tuple[Stream, Stream]:
+        """The first `at` tokens, and the others."""
+        held = self.documents
+        if isinstance(held, Spans):
+            before: Any = Spans(held.starts, at, held.first)
+            after: Any = Spans(held.starts, len(self.ids) - at, held.first + at)
+        else:
+            before, after = _cut(held, at)
+        (a, b), (mask_a, mask_b) = _cut(self.ids, at), _cut(self.mask, at)
+        return Stream(a, mask_a, before), Stream(b, mask_b, after)
 
     def num_sequences(self, length: int) -> int:
         """floor((n - 1) / length)."""
@@ -106,6 +139,10 @@ class Stream:
         return float(-(share * np.log(share)).sum())
 
 
+def _cut(array: Any, at: int) -> tuple[Any, Any]:
+    return (None, None) if array is None else (array[:at], array[at:])
+
+
 def open_tokens(source: str, mask: str | None, documents: str | None) -> Stream:
     """The stream of 'tokens:FILE.npy', with the files of its mask and documents, mapped to memory.
 
@@ -113,17 +150,30 @@ def open_tokens(source: str, mask: str | None, documents: str | None) -> Stream:
     length differs from the tokens'.
     """
     ids = _array(source.removeprefix(TOKENS), "data.source")
-    extra: list[np.ndarray | None] = []
-    for path, key in ((mask, "data.mask"), (documents, "data.documents")):
-        array = _array(path, key) if path else None
-        if array is not None and len(array) != len(ids):
-            raise DataError(
-                f"{path}: {key} has {len(array)} entries, the tokens {len(ids)}: one each",
-                file=path,
-                key=key,
-            )
-        extra.append(array)
-    return Stream(ids, *extra)
+    return Stream(ids, _beside(ids, mask, "data.mask"), _beside(ids, documents, "data.documents"))
+
+
+def open_megatron(prefix: Path, mask: str | None, documents: str | None) -> Stream:
+    """The stream of Megatron's PREFIX.bin, with a mask as above; documents are a file of that kind, or
+    'idx': those of PREFIX.idx."""
+    held = megatron.read(prefix)
+    if documents == IDX:
+        spans: np.ndarray | Spans | None = Spans(held.starts, len(held.ids))
+    else:
+        spans = _beside(held.ids, documents, "data.documents")
+    return Stream(held.ids, _beside(held.ids, mask, "data.mask"), spans)
+
+
+def _beside(ids: np.ndarray, path: str | None, key: str) -> np.ndarray | None:
+    """A file with an entry for each token."""
+    array = _array(path, key) if path else None
+    if array is not None and len(array) != len(ids):
+        raise DataError(
+            f"{path}: {key} has {len(array)} entries, the tokens {len(ids)}: one each",
+            file=path,
+            key=key,
+        )
+    return array
 
 
 def _array(name: str, key: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 byte            ids are bytes; a record ends with a newline
 train:N         byte-level BPE of N ids, trained on the training part, cached by digest
-a path          a tokenizer.json of the tokenizers library
+a path          a tokenizer.json of the tokenizers library, with the chat template beside it
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tokenizers
 import xxhash
 
 from partita.base.errors import DataError, UsageError
+from partita.train.chat import Chat, chat_beside
 from partita.train.sources import TextSource
 
 END = "<|endoftext|>"
@@ -32,11 +33,13 @@ KEY = "data.tokenizer"
 class Tokenizer:
     """Text to ids and back. `digest` tells tokenizers apart; `end` is what closes a record.
 
-    Without a library tokenizer inside, ids are bytes.
+    Without a library tokenizer inside, ids are bytes. `chat` writes messages as text.
     """
 
-    def __init__(self, name: str, inner: tokenizers.Tokenizer | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, inner: tokenizers.Tokenizer | None = None, chat: Chat | None = None
+    ) -> None:
+        self.name, self.chat = name, chat or Chat()
         self._inner = inner
         self.end: tuple[int, ...] = (10,)
         self.size = BYTES
@@ -74,7 +77,8 @@ class Tokenizer:
 
     def fingerprint(self) -> dict[str, object]:
         """What a resumed run must share."""
-        return {"name": self.name, "size": self.size, "digest": self.digest}
+        found: dict[str, object] = {"name": self.name, "size": self.size, "digest": self.digest}
+        return found | ({} if self.chat == Chat() else {"chat": self.chat.digest})
 
 
 def open_tokenizer(
@@ -90,7 +94,8 @@ def open_tokenizer(
     elif name.startswith("train:"):
         tokenizer = Tokenizer(name, _trained(name, vocab, source, cache))
     else:
-        tokenizer = Tokenizer(name, _from_file(name))
+        path = _file(name)
+        tokenizer = Tokenizer(name, _from_file(path), chat_beside(path))
     _check_size(name, tokenizer.size, vocab)
     return tokenizer
 
@@ -105,7 +110,7 @@ def _check_size(name: str, size: int, vocab: int) -> None:
         )
 
 
-def _from_file(name: str) -> tokenizers.Tokenizer:
+def _file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -115,6 +120,10 @@ def _from_file(name: str) -> tokenizers.Tokenizer:
             file=name,
             key=KEY,
         )
+    return path
+
+
+def _from_file(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

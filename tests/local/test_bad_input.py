@@ -48,6 +48,8 @@ USAGE = {
     "device=cuda": ("device", "accepted: auto, cpu"),
     "data.source=nowhere.txt": ("data.source", "no such file; accepted: python-stdlib"),
     "data.source=.": ("data.source", "is a folder"),
+    "data.source=hf:nowhere": ("data.source", "no such data set in"),
+    "data.source=nowhere.idx": ("data.source", "no such file"),
     "data.source=tokens:nowhere.npy": ("data.source", "no such file"),
     "data.tokenizer=nowhere.json": ("data.tokenizer", "accepted: byte, train:N"),
     "data.tokenizer=train:10": ("data.tokenizer", "at least 257"),
@@ -58,6 +60,9 @@ DATA = {
     "binary.txt": "byte 2 is NUL",
     "latin.txt": "byte 3",
     "bad.jsonl": "line 2",
+    "bad.parquet": "row 1: cannot be read",
+    "chat.jsonl": "line 1: its 1 messages hold no answer",
+    "bad.idx": "byte 0: begins b'PK",
     "tokens:high.npy": "token 150 is 256, outside [0, 256)",
     "tokens:low.npy": "token 150 is -1, outside [0, 256)",
     "tokens:cut.npy": "not a readable .npy",
@@ -79,6 +84,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     Path("bad.json").write_text("{")
+    Path("bad.parquet").write_bytes(b"PAR1" * 9)
+    Path("chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    Path("bad.idx").write_bytes(b"PK")
+    Path("bad.bin").write_bytes(b"")
     ids = np.array([1, 2, 3] * 100)
     np.save("high.npy", np.where(np.arange(300) == 150, 256, ids))
     np.save("low.npy", np.where(np.arange(300) == 150, -1, ids))

@@ -187,7 +187,7 @@ def test_jsonl_counts_only_completions(tmp_path):
     assert bytes(half.train.ids.tolist()) + bytes(half.held_out.ids.tolist()) == text.encode()
     for line, message in (
         ("{", "line 13"),
-        ('{"words": 1}', "neither"),
+        ('{"words": 1}', "none of"),
         ('{"text": 1}', "line 13"),
     ):
         path.write_text("\n".join(map(json.dumps, lines)) + "\n" + line)
@@ -229,12 +229,12 @@ def test_text_that_is_none_is_refused_quickly(tmp_path, content, message):
 
 
 def test_what_does_not_exist_or_is_not_text_is_a_usage_error(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.npy").write_bytes(b"")
     for source, message in (
         (tmp_path / "none.txt", "no such file; accepted: python-stdlib"),
         (tmp_path / "*.txt", "no such file"),
         (tmp_path, "is a folder"),
-        (tmp_path / "a.parquet", r"\.parquet is not read as text"),
+        (tmp_path / "a.npy", r"\.npy is not read as text"),
     ):
         with pytest.raises(UsageError, match=message):
             opened(source)
