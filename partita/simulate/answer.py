@@ -6,15 +6,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from partita.cost.machine import device_class, table
+from partita.simulate import goodput, jitter
 
 if TYPE_CHECKING:
+    from partita.record.ledger import Ledger
     from partita.simulate.predict import Prediction
+    from partita.spec.job import Job
 
 # of step times: where constants were fitted (docs/validation.md), and elsewhere
 FITTED, UNFITTED = 0.15, 0.3
 _EMPTY = (
     "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
-    "bubble_fraction", "memory", "traffic", "time",
+    "bubble_fraction", "memory", "traffic", "time", "jitter", "goodput",
 )  # fmt: skip
 
 
@@ -43,7 +46,35 @@ def to_json(p: Prediction) -> dict[str, Any]:
         "memory": _memory(p),
         "traffic": [{k: v for k, v in asdict(t).items() if k != "rank"} for t in p.traffic],
         "time": p.time,
+        **_outlook(p),
     }
+
+
+def _outlook(p: Prediction) -> dict[str, Any]:
+    """What a long run and uneven ranks make of the step, where the cluster says how it fails and how
+    unevenly it runs; else null."""
+    assert p.job is not None and p.timed is not None and p.laid is not None
+    assert p.step_time_s is not None
+    found: dict[str, Any] = {"jitter": None, "goodput": None}
+    step_s, cluster, train = p.step_time_s, p.job.cluster, p.job.train
+    if cluster.jitter is not None:
+        t = p.timed
+        found["jitter"] = jitter.outlook(
+            p.laid, t.works, t.costs, cluster.jitter, (t.pipeline_s, step_s)
+        )
+        step_s = found["jitter"]["step_time_s"]["mean"]
+    if cluster.reliability is not None:
+        saved = max(_saved_bytes(x, p.job) for x in p.ledgers)
+        steps = (train.steps, train.checkpoint_every)
+        world = p.laid.mesh.world_size
+        found["goodput"] = goodput.outlook(cluster.reliability, world, saved, step_s, steps)
+    return found
+
+
+def _saved_bytes(ledger: Ledger, job: Job) -> int:
+    """Masters and moments; working weights are read off the masters, where there are such."""
+    whole = job.plan.precision.dtype in ("fp32", "fp64")
+    return ledger.at_peak["optimizer"] + (ledger.at_peak["parameters"] if whole else 0)
 
 
 def _memory(p: Prediction) -> dict[str, Any]:

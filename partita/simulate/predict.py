@@ -52,6 +52,8 @@ class Prediction:
     mfu: float | None = None
     hfu: float | None = None
     bubble_fraction: float | None = None
+    job: Job | None = field(default=None, compare=False, repr=False)
+    timed: Timed | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `simulate --json` (docs: contract)."""
@@ -107,9 +109,12 @@ def simulate(job: Job, machine: Machine | None = None) -> Prediction:
 
 @dataclass(frozen=True)
 class Timed:
-    """The times of a laid plan: stages, the schedule played, and what runs once a step. `pipeline_s`: the
-    schedule's, of a rank alone where the next step may begin before all have ended this one."""
+    """The times of a laid plan: stages, the schedule played with their `costs`, and what runs once a step.
+    `pipeline_s`: the schedule's, of a rank alone where the next step may begin before all have ended this
+    one."""
 
+    works: Works
+    costs: Costs
     stages: tuple[StageTime, ...]
     played: Played
     step: StepTime
@@ -134,19 +139,19 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
 
     waits = send_s if machine.software.sends_block else 0.0
 
-    def at(busy: float) -> Played:
+    def at(busy: float) -> tuple[Costs, Played]:
         costs = Costs(tuple(_costs(s, busy, waits) for s in stages), send_s - waits)
-        return play(make, plan.mesh.pp, num_microbatches, costs)
+        return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
-    busy, played = 1.0, at(1.0)
+    busy, (costs, played) = 1.0, at(1.0)
     for _ in range(3 if machine.cluster.cores_shared else 0):
         # the slow-down depends on how many ranks are busy, and they on it
         busy = _slow_down(played, laid, machine.cluster)
-        played = at(busy)
+        costs, played = at(busy)
     overlaps = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
     pipeline_s = played.own if overlaps else played.seconds
     step = step_time(laid, works, stages, machine, busy)
-    return Timed(stages, played, step, busy, pipeline_s)
+    return Timed(works, costs, stages, played, step, busy, pipeline_s)
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:
@@ -168,7 +173,7 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
         bubble_fraction=1 - sum(t.played.busy) / (len(places) * step_s) if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
-        hfu=(model_flops + again) / (step_s * devices * peak),
+        hfu=(model_flops + again) / (step_s * devices * peak), job=job, timed=t,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.base.units import format_bytes, format_rate
 from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows
+from partita.spec.reliability import Jitter, Reliability
 
 PRESETS = Path(__file__).parent / "presets" / "clusters"
 MAX_DEVICES = 10_000_000
@@ -72,6 +73,8 @@ class Cluster:
     cores_shared: int | None = None
     host_memory_bytes: int | None = None
     nodes: tuple[NodeGroup, ...] = ()
+    reliability: Reliability | None = None
+    jitter: Jitter | None = None
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)

@@ -11,6 +11,7 @@ from partita.base.config import decode, load_toml
 from partita.base.errors import UsageError
 from partita.spec.cluster import PRESETS, Cluster, Link, NodeGroup, split_preset
 from partita.spec.hardware import Hardware, find_hardware
+from partita.spec.reliability import Jitter, Reliability
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class _File:
     host_memory_bytes: int | None = None
     links: tuple[_Link, ...] = ()
     nodes: tuple[_Node, ...] = ()
+    reliability: Reliability | None = None
+    jitter: Jitter | None = None
 
 
 def read_cluster(
@@ -162,6 +165,8 @@ def _resolve(stated: _File) -> Cluster:
         cores_shared=_or(stated.cores_shared, 2 if is_cpu else None),
         host_memory_bytes=stated.host_memory_bytes,
         nodes=nodes,
+        reliability=stated.reliability,
+        jitter=stated.jitter,
     )
 
 

@@ -1,0 +1,119 @@
+"""What of a long run's time is work: failures, checkpoints and restarts.
+
+Failures come without memory, `mtbf_s` apart on average for the whole job (a device's over the devices that
+run). Every `interval_s` of work a checkpoint takes `checkpoint_s`; a failure throws away what came after the
+last one and costs `restart_s`, in which it may fail again. With M, tau, delta, R for these (Daly 2006):
+
+    wall / work = M e^(R/M) (e^((tau+delta)/M) - 1) / tau        exact; goodput is its inverse
+    tau         = sqrt(2 delta M)                                Young 1974
+                = sqrt(2 delta M) (1 + sqrt(x)/3 + x/9) - delta  Daly's, x = delta/2M; M where delta >= 2M
+
+`played` draws failure by failure instead.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from math import exp, expm1, inf, sqrt
+from typing import Any
+
+from partita.spec.reliability import Reliability
+
+FAILURES = 4000  # drawn for the simulated share
+RUNS = 200  # of the job's own length
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """M, delta and R of the module's formulas."""
+
+    mtbf_s: float
+    checkpoint_s: float
+    restart_s: float
+
+
+def young(f: Faults) -> float:
+    """Seconds of work between checkpoints, to first order."""
+    return sqrt(2 * f.checkpoint_s * f.mtbf_s)
+
+
+def daly(f: Faults) -> float:
+    """The same to higher order."""
+    if f.checkpoint_s >= 2 * f.mtbf_s:
+        return f.mtbf_s
+    x = f.checkpoint_s / (2 * f.mtbf_s)
+    return young(f) * (1 + sqrt(x) / 3 + x / 9) - f.checkpoint_s
+
+
+def goodput(f: Faults, interval_s: float) -> float:
+    """Work over wall time, in closed form."""
+    exponent = (interval_s + f.checkpoint_s) / f.mtbf_s
+    if exponent > 700 or f.restart_s / f.mtbf_s > 700:
+        return 0.0  # below what a float holds
+    return interval_s / (f.mtbf_s * exp(f.restart_s / f.mtbf_s) * expm1(exponent))
+
+
+def played(f: Faults, interval_s: float, failures: int = FAILURES, seed: int = SEED) -> float:
+    """Work over wall time of a run of so many failures, each drawn."""
+    draw = random.Random(seed)
+    work = wall = 0.0
+    for _ in range(failures):
+        up, down = _life(f, draw)
+        work += up // (interval_s + f.checkpoint_s) * interval_s
+        wall += up + down
+    return work / wall
+
+
+def wall_seconds(f: Faults, interval_s: float, work_s: float, draw: random.Random) -> float:
+    """Wall time of one run of `work_s` seconds of work; its last checkpoint is the result. inf where
+    failures leave it no chance."""
+    left, wall = work_s, 0.0
+    for _ in range(100 * FAILURES):
+        whole, rest = divmod(left, interval_s)
+        needed = left + f.checkpoint_s * (whole + (rest > 0))
+        up, down = _life(f, draw)
+        if up >= needed:
+            return wall + needed
+        left -= up // (interval_s + f.checkpoint_s) * interval_s
+        wall += up + down
+    return inf
+
+
+def _life(f: Faults, draw: random.Random) -> tuple[float, float]:
+    """Seconds up until the next failure, and down until work goes on."""
+    up, down = draw.expovariate(1 / f.mtbf_s), 0.0
+    while (again := draw.expovariate(1 / f.mtbf_s)) < f.restart_s:
+        down += again
+    return up, down + f.restart_s
+
+
+def outlook(
+    r: Reliability, devices: int, saved_bytes: int, step_s: float, steps: tuple[int, int]
+) -> dict[str, Any]:
+    """The answer's `goodput`. `saved_bytes`: what the fullest rank writes. `steps`: of the run, and between
+    checkpoints (0: at Daly's interval)."""
+    f = Faults(r.device_mtbf_s / devices, saved_bytes / r.checkpoint_bytes_per_s, r.restart_s)
+    best = daly(f)
+    interval = steps[1] * step_s or max(best, step_s)
+    draw = random.Random(SEED)
+    walls = sorted(wall_seconds(f, interval, steps[0] * step_s, draw) for _ in range(RUNS))
+    return asdict(f) | {
+        "interval_s": interval,
+        "goodput": goodput(f, interval),
+        "young_interval_s": young(f),
+        "daly_interval_s": best,
+        "daly_goodput": goodput(f, best) if best else 1.0,
+        "simulated": {
+            "seed": SEED,
+            "failures": FAILURES,
+            "goodput": played(f, interval),
+            "runs": RUNS,
+            "run_s": {
+                "mean": sum(walls) / RUNS,
+                "p50": walls[RUNS // 2],
+                "p90": walls[RUNS * 9 // 10],
+            },
+        },
+    }
