@@ -35,6 +35,16 @@ class Where:
     stage: int = -1
     microbatch: int = -1
     activity: str = "starting"  # "data", "forward", "backward", "optimizer", "checkpoint", ...
+    arena: str = "device"  # of the memory being allocated
+
+    @contextmanager
+    def on(self, arena: str) -> Iterator[None]:
+        """For memory of another arena than the device's."""
+        before, self.arena = self.arena, arena
+        try:
+            yield
+        finally:
+            self.arena = before
 
     @contextmanager
     def at(self, phase: str) -> Iterator[None]:

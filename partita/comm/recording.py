@@ -38,6 +38,13 @@ class Recorder:
         if self.active:
             self.waits.append((start_s, end_s))
 
+    def note(self, where: Where, axis: str, op: str, site: str, size: int, start_s: float) -> None:
+        """A call that moved `size` bytes, from `start_s` until now on the host's clock."""
+        if self.active:
+            begin, end = start_s - self.origin_s, time.perf_counter() - self.origin_s
+            found = (self.rank, axis, op, site, where.phase, size, where.step, where.microbatch)
+            self.transfers.append(Transfer(*found, begin, end))
+
     def take_waits(self) -> list[tuple[float, float]]:
         """Start and end of the waits for handles since the last call of this."""
         found, self.waits = self.waits, []
@@ -78,15 +85,9 @@ class RecordingComm:
         self.ranks, self.rank, self.size = inner.ranks, inner.rank, inner.size
 
     def _record(self, op: str, x: Tensor, site: str, start: float) -> None:
-        r, w = self.recorder, self.where
-        if r.active and not site.startswith("checkpoint:"):
+        if not site.startswith("checkpoint:"):
             size = x.numel() * x.element_size()
-            begin, end = start - r.origin_s, time.perf_counter() - r.origin_s
-            r.transfers.append(
-                Transfer(
-                    r.rank, self.axis, op, site, w.phase, size, w.step, w.microbatch, begin, end
-                )
-            )
+            self.recorder.note(self.where, self.axis, op, site, size, start)
 
     def _done(self, op: str, x: Tensor, site: str, start: float) -> None:
         self.recorder.waited(time.perf_counter() - start)

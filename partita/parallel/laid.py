@@ -1,6 +1,7 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
-    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, precision; pp on the result; dp.join
+    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, offload, precision; pp on the result;
+           dp.join
 
 cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
 every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
@@ -19,12 +20,13 @@ from partita.parallel.dp import rules as dp
 from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
+from partita.parallel.offload import rules as offload
 from partita.parallel.pp import rules as pp
 from partita.parallel.pp.rules import Stage
 from partita.parallel.precision import rules as precision
 from partita.parallel.read import Call, tensor_bytes, traffic
 from partita.parallel.recompute import rules as recompute
-from partita.parallel.room import PRODUCT_ORDER, Request, axis_name, axis_size, error
+from partita.parallel.room import ARENAS, PRODUCT_ORDER, Request, axis_name, axis_size
 from partita.parallel.sp import rules as sp
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
@@ -36,7 +38,7 @@ from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
 
 ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
-ROOMS = (dp, cp, tp, sp, ep, pp, recompute, precision)
+ROOMS = (dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
 
 @dataclass(frozen=True)
@@ -271,25 +273,14 @@ class Laid:
         found: dict[tuple[tuple[str, ...], str], None] = {}
         for place in range(self.sizes["pp"]):
             for call, _ in self.calls(place):
-                if not self._alone(call):
+                if not self._alone(call) and not set(call.axes) & set(ARENAS):
                     found[call.axes, call.lane] = None
         return sorted(found)
 
 
 def problems(request: Request) -> list[Problem]:
     """What every room finds wrong with the plan, all at once."""
-    return [*_later(request), *(p for room in ROOMS for p in room.problems(request))]
-
-
-def _later(request: Request) -> list[Problem]:
-    """What the plan's grammar has no room for yet."""
-    to = request.plan.offload.to
-    if to == "none":
-        return []
-    asked, limit = f"offload:{to}", "offload:none"
-    nearest = str(request.plan.with_("offload", to="none", targets=()))
-    message = f"{asked} is not available in this version"
-    return [error("offload", "available", message, asked=asked, limit=limit, nearest=nearest)]
+    return [p for room in ROOMS for p in room.problems(request)]
 
 
 def lay(request: Request) -> Laid:
@@ -305,7 +296,7 @@ def lay(request: Request) -> Laid:
         program = room.lay(request, program)
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan, two_ways)
-    program = precision.lay(request, program)
+    program = precision.lay(request, offload.lay(request, program))
     wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
     if wrong:
         raise AssertionError("; ".join(wrong))

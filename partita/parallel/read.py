@@ -95,11 +95,11 @@ def kept_bytes(block: Block, sizes: Sizes) -> int:
     return sum(tensor_bytes(block.tensors[t], sizes) for t in block.kept)
 
 
-def state_bytes(block: Block, sizes: Sizes) -> Counter[str]:
-    """Bytes by ledger category of what lives for the whole run."""
+def state_bytes(block: Block, sizes: Sizes, arena: str = "device") -> Counter[str]:
+    """Bytes by ledger category of what lives in an arena for the whole run."""
     found: Counter[str] = Counter()
     for t in block.tensors.values():
-        if t.role in STATES:
+        if t.role in STATES and t.arena == arena:
             found[STATES[t.role]] += tensor_bytes(t, sizes)
     return found
 

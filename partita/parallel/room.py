@@ -24,6 +24,7 @@ from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewrite
 
 ACROSS = ("tied", "pp/copy")  # two places on pp: the holders of a tied weight, of a stage's copies
+ARENAS = ("host", "disk")  # axes of copies: between the device and its host, the host and its disk
 PRODUCT_ORDER = (
     "pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "efsdp", "ep", "etp", "tp/share",
 )  # fmt: skip
@@ -67,7 +68,7 @@ def axis_size(axis: str, sizes: Sizes, kv_heads: int = 0) -> int:
     """Ranks that meet on one axis or named group; 'tp/share' are those that hold the same kv head."""
     if axis == "tp/share":
         return sizes["tp"] // kv_heads if kv_heads else 1
-    return 2 if axis in ACROSS else sizes[axis]
+    return 2 if axis in (*ACROSS, *ARENAS) else sizes[axis]
 
 
 def cut_tensor(t: Tensor, dims: Iterable[str], axis: str) -> Tensor:

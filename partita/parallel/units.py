@@ -14,8 +14,9 @@ can be multiplied as one matrix, since they lie side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import torch
@@ -26,6 +27,10 @@ from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
 from partita.parallel.product import PLAIN, Product
 from partita.spec.layout import product_coordinate
+
+Zeros = Callable[
+    [str, int, torch.dtype], Tensor
+]  # (ledger category, elements, dtype) -> flat zeros
 
 
 def plain(weight: str) -> Product:
@@ -156,9 +161,11 @@ def make_units(
     queue: WeightQueue | None = None,
     product_of: Callable[[str], Product] = plain,
     apart: bool = False,
+    elsewhere: Mapping[str, Zeros] | None = None,
 ) -> list[Unit]:
     """The units that a rank stores, zeroed, from the laid program's layouts: no shape is computed twice.
-    Their gradients are added to through one `queue`. `apart`: working weights are never the masters."""
+    Their gradients are added to through one `queue`. `apart`: working weights are never the masters.
+    `elsewhere`: who allocates the categories that do not lie on the device."""
     queue = queue or WeightQueue()
     at = laid.mesh.coords(rank)
     found = []
@@ -171,23 +178,34 @@ def make_units(
         ways, mine = product_coordinate(laid.sizes, at, spec.shard)
         each = -(-first // ways)
         part = slice(mine * each, (mine + 1) * each)
-        tensors = _allocate(spec.stage, each * ways, part, dtype, device, apart)
+        zeros = partial(_zeros, elsewhere or {}, device)
+        tensors = _allocate(spec.stage, each * ways, part, dtype, device, zeros, apart)
         found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
 
 
+def _zeros(
+    elsewhere: Mapping[str, Zeros], device: torch.device | str, category: str, size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    if category in elsewhere:
+        return elsewhere[category](category, size, dtype)
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def _allocate(
-    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, apart: bool
-) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:
+    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, zeros: Zeros,
+    apart: bool,
+) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:  # fmt: skip
     """What a rank stores of a unit of `size` elements at a ZeRO stage: working, master, gradient."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     each = part.stop - part.start
-    values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
-    working = torch.zeros(each if stage == 3 else size, dtype=dtype, device=device)
+    working = zeros("parameters", each if stage == 3 else size, dtype)
     shard = working if stage == 3 else working[part]
     one = dtype == wide and not apart
-    master = shard if one else torch.zeros(each, dtype=wide, device=device)
-    gradient = torch.zeros(each if stage >= 2 else size, dtype=wide, device=device)
+    master = shard if one else zeros("optimizer", each, wide)
+    gradient = zeros("gradients", each if stage >= 2 else size, wide)
+    values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
     if stage < 3:
         values.lend(working)
     if stage < 2:

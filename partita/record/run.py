@@ -29,7 +29,8 @@ class RankRecord:
     """One step of one rank. Measured spans carry the host's clock; `aligned` makes them comparable.
 
     `declared` is, where the record is a measured one, what the laid program says the rank holds for the
-    whole run; `aside` are checkpoints and evaluations, outside the recorded step.
+    whole run; `aside` are checkpoints and evaluations, outside the recorded step. `ledger` is the device's
+    arena; the host's and the disk's stand beside it where a plan offloads.
     """
 
     rank: int
@@ -40,6 +41,9 @@ class RankRecord:
     ledger: Ledger | None = None
     declared: Ledger | None = None
     aside: tuple[Span, ...] = ()
+    host_ledger: Ledger | None = None
+    declared_host: Ledger | None = None
+    disk_ledger: Ledger | None = None
 
 
 @dataclass(frozen=True)

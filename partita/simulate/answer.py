@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from partita.cost.machine import device_class, table
 from partita.simulate import goodput, jitter
+from partita.simulate.memory import arena_ledger
 
 if TYPE_CHECKING:
     from partita.record.ledger import Ledger
@@ -94,8 +95,8 @@ def _memory(p: Prediction) -> dict[str, Any]:
                     for k in ("parameters", "gradients", "optimizer", "activations", "buffers")
                 },
                 "total": x.peak_bytes,
-                "host": 0,
-                "disk": 0,
+                "host": arena_ledger(p.laid, i, "host").peak_bytes,
+                "disk": arena_ledger(p.laid, i, "disk").peak_bytes,
             }
             for i, x in enumerate(p.ledgers)
         ],

@@ -41,6 +41,13 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     return Ledger(rank, "device", dict(categories))
 
 
+def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
+    """What a rank at a place of pp holds on its host or disk for the whole run."""
+    blocks = [b for s in laid.stages_of(place) for b in s.blocks]
+    found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
+    return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
+
+
 def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
     all, where they stay for the step), and two gradients, one being filled and one on its way."""

@@ -24,7 +24,7 @@ from partita.record.span import Span
 from partita.record.transfer import TrafficLine
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
-from partita.simulate.memory import stage_ledger
+from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.pipeline import Played, play
 from partita.simulate.stage import PartTimes, StageTime, Works, send_seconds, stage_time, works_of
 from partita.simulate.step import StepTime, step_time
@@ -167,7 +167,8 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     limit = int(cluster.memory_limit_bytes)
     busiest = max(places, key=lambda p: sum(t.bytes for t in _traffic(laid, p)))
     return Prediction(
-        plan=str(job.plan), problems=found, fits=all(x.peak_bytes <= limit for x in ledgers),
+        plan=str(job.plan), problems=found,
+        fits=all(x.peak_bytes <= limit for x in ledgers) and _fits_beside(laid, cluster),
         device=cluster.device, laid=laid, schedule=laid.schedule, spans=t.played.spans, ledgers=ledgers,
         traffic=tuple(_traffic(laid, busiest)),
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
@@ -175,6 +176,17 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
         hfu=(model_flops + again) / (step_s * devices * peak), job=job, timed=t,
     )  # fmt: skip
+
+
+def _fits_beside(laid: Laid, cluster: Cluster) -> bool:
+    """Whether what a node's ranks put on its host and its disk has room there, where the cluster says."""
+    rooms = {"host": cluster.host_memory_bytes, "disk": cluster.disk_bytes}
+    alike = min(cluster.devices_per_node, laid.mesh.world_size)
+    return all(
+        room is None or alike * arena_ledger(laid, place, arena).peak_bytes <= room
+        for arena, room in rooms.items()
+        for place in range(laid.schedule.num_ranks)
+    )
 
 
 def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from partita.cost.kernels import kernel_seconds
 from partita.cost.machine import Machine, Software
 from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
-from partita.parallel.room import axis_name
+from partita.parallel.room import ARENAS, axis_name
 from partita.simulate.groups import group_of, place
+from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block
 
@@ -70,11 +71,12 @@ class Part:
 @dataclass(frozen=True)
 class Work:
     """What a stage runs for one microbatch, its messages, and the bytes of its states by ledger
-    category."""
+    category, on the device and `away` from it."""
 
     parts: tuple[Part, ...]
     sends: tuple[Call, ...]
     states: Counter[str]
+    away: Counter[str] = field(default_factory=Counter)
 
     @property
     def blocks(self) -> int:
@@ -112,6 +114,7 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
     blocks = laid.stages[stage].blocks
     one = {id(b): b for b in blocks}
     states: Counter[str] = Counter()
+    away: Counter[str] = Counter()
     parts = []
     for key, times in Counter(id(b) for b in blocks).items():
         if key not in known:
@@ -122,8 +125,11 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
         parts.append(Part(times, work, running, _unplayed(one[key], running), sparse))
         for category, size in state_bytes(one[key], laid.sizes).items():
             states[category] += times * size
+        for arena in ARENAS:
+            for category, size in state_bytes(one[key], laid.sizes, arena).items():
+                away[category] += times * size
     sends = (c for key in one for c in known[key][1] if c.axes == ("pp",))
-    return Work(tuple(parts), tuple(sends), states)
+    return Work(tuple(parts), tuple(sends), states, away)
 
 
 def _read(block: Block, laid: Laid, matmul_dtype: str) -> tuple[BlockWork, tuple[Call, ...]]:
@@ -233,6 +239,8 @@ def _exposed(comm: Mapping[str, float], beside: float) -> dict[str, float]:
 
 def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
     """Seconds of one call on rank 0's group."""
+    if is_move(call):
+        return move_seconds(call, machine)
     ranks = group_of(laid, call.axes)
     if len(ranks) <= 1:
         return 0.0

@@ -15,6 +15,7 @@ from partita.cost.machine import Machine
 from partita.parallel.laid import Laid
 from partita.parallel.read import Call
 from partita.parallel.room import axis_name
+from partita.simulate.moves import is_move, update_away
 from partita.simulate.stage import StageTime, Works, call_seconds
 
 GRADIENT_PASSES = 4  # zeroed, measured for the norm, scaled, read by the update
@@ -43,11 +44,16 @@ def step_time(
         mine = [s.index for s in laid.stages_of(place)]
         blocks = sum(works.stages[i].blocks for i in mine)
         backward_s = sum(stages[i].backward_s for i in mine) * busy
-        found = _reduction(laid, once, backward_s * (blocks - 1) / blocks, machine)
+        between = tuple(c for c in once if not is_move(c))
+        found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine)
+        away = sum((works.stages[i].away for i in mine), Counter())
+        beyond = update_away(away, once, machine)
+        own = sum(update_bytes(works.stages[i].states) for i in mine) / machine.memory_rate
+        update = max(update, own + beyond.pop("optimizer", 0.0))
+        found |= beyond
         if sum(found.values()) > sum(comm.values()):
             comm = found
-        update = max(update, sum(update_bytes(works.stages[i].states) for i in mine))
-    return StepTime(comm, update / machine.memory_rate * busy)
+    return StepTime(comm, update * busy)
 
 
 def _reduction(

@@ -16,7 +16,7 @@ from partita.base.config import encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.base.units import format_bytes, format_rate
-from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows
+from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows, host_link
 from partita.spec.reliability import Jitter, Reliability
 
 PRESETS = Path(__file__).parent / "presets" / "clusters"
@@ -72,6 +72,10 @@ class Cluster:
     memory_limit_fraction: float = 0.94
     cores_shared: int | None = None
     host_memory_bytes: int | None = None
+    host_link_bytes_per_s: float | None = None  # of a device, each way
+    disk_bytes: int | None = None  # of a node, for offload:nvme
+    disk_bytes_per_s: float | None = None
+    disk_folder: str | None = None  # where its files go
     nodes: tuple[NodeGroup, ...] = ()
     reliability: Reliability | None = None
     jitter: Jitter | None = None
@@ -83,8 +87,14 @@ class Cluster:
         _within("memory_limit_fraction", self.memory_limit_fraction, 0.01, 1)
         if self.cores_shared is not None:
             _within("cores_shared", self.cores_shared, 1, 100_000)
-        if self.host_memory_bytes is not None:
-            _within("host_memory_bytes", self.host_memory_bytes, 1, 10**18)
+        for name in (
+            "host_memory_bytes",
+            "host_link_bytes_per_s",
+            "disk_bytes",
+            "disk_bytes_per_s",
+        ):
+            if (value := getattr(self, name)) is not None:
+                _within(name, value, 1, 1e18)
         sizes = [link.devices for link in self.links]
         if sizes != sorted(sizes):
             raise UsageError(f"inner tiers come first, these join {sizes} devices", key="links")
@@ -97,6 +107,11 @@ class Cluster:
     def memory_limit_bytes(self) -> int:
         """What a rank may hold on its device: memory_bytes * memory_limit_fraction."""
         return int(self.memory_bytes * self.memory_limit_fraction)
+
+    @property
+    def host_link(self) -> float:
+        """Bytes a second between a device and its host, each way: as stated, or its bus."""
+        return self.host_link_bytes_per_s or host_link(self.device)
 
     @property
     def num_nodes(self) -> int:

@@ -50,6 +50,10 @@ class _File:
     memory_bytes_per_s: float | None = None
     cores_shared: int | None = None
     host_memory_bytes: int | None = None
+    host_link_bytes_per_s: float | None = None
+    disk_bytes: int | None = None
+    disk_bytes_per_s: float | None = None
+    disk_folder: str | None = None
     links: tuple[_Link, ...] = ()
     nodes: tuple[_Node, ...] = ()
     reliability: Reliability | None = None
@@ -164,6 +168,10 @@ def _resolve(stated: _File) -> Cluster:
         memory_limit_fraction=_or(stated.memory_limit_fraction, 1.0 if is_cpu else 0.94),
         cores_shared=_or(stated.cores_shared, 2 if is_cpu else None),
         host_memory_bytes=stated.host_memory_bytes,
+        host_link_bytes_per_s=stated.host_link_bytes_per_s,
+        disk_bytes=stated.disk_bytes,
+        disk_bytes_per_s=stated.disk_bytes_per_s,
+        disk_folder=stated.disk_folder,
         nodes=nodes,
         reliability=stated.reliability,
         jitter=stated.jitter,

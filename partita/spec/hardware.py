@@ -28,6 +28,18 @@ _PEAKS = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
 # [assumed] where the table leaves a latency blank: NVLink's and InfiniBand's order of magnitude
 INTRA_LATENCY_S, INTER_LATENCY_S = 10e-6, 20e-6
 
+# Bytes a second between a device and its host, each way: 16 lanes of PCIe 3, 4 or 5 less its framing, or
+# NVLink-C2C as hardware.csv notes it. By the beginning of the device's name; others [assumed] PCIe 4.
+HOST_LINKS = {
+    "V100": 15.75e9, "A100": 31.5e9, "A800": 31.5e9, "H": 63e9, "B": 63e9, "MI300": 63e9,
+    "GH": 450e9, "GB": 450e9,
+}  # fmt: skip
+
+
+def host_link(device: str) -> float:
+    """Bytes a second of the bus between a device and its host."""
+    return next((rate for name, rate in HOST_LINKS.items() if device.startswith(name)), 31.5e9)
+
 
 @dataclass(frozen=True)
 class Hardware:

@@ -65,13 +65,15 @@ class Dim:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A logical tensor. `role` says what it is; the precision room fills `dtype` in."""
+    """A logical tensor. `role` says what it is; the precision room fills `dtype` in. `arena`: the memory it
+    lies in, device, host or disk."""
 
     name: str
     dims: tuple[Dim, ...]
     role: str = "value"
     dtype: str = ""
     partial: tuple[str, ...] = ()
+    arena: str = "device"
 
     def local(self, sizes: Sizes) -> int:
         """Elements on the rank that holds most."""

@@ -62,17 +62,21 @@ class Allocations(TorchDispatchMode):
         self.where, self.device = where, device
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
+        self.host: Counter[str] = Counter()  # the same of the host's arena, even where both are RAM
+        self.host_at_peak: Counter[str] = Counter()
         self.total = self.peak = 0
         self.on_peak: Callable[[], None] | None = None
         self._mapped = mapped_files()
-        # storage -> bytes, category, weak reference
-        self._live: dict[int, tuple[int, str, Any]] = {}
+        # storage -> bytes, category, the arena's counter, weak reference
+        self._live: dict[int, tuple[int, str, Counter[str], Any]] = {}
         self._born: set[int] = set()  # in this forward, not yet kept
 
-    def claim(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Says what these tensors' storages are, for as long as they live."""
+    def claim(self, category: str, tensors: Iterable[Tensor], arena: str = "") -> None:
+        """Says what these tensors' storages are, for as long as they live; `arena`: where they lie, if they
+        are new."""
         for t in tensors:
-            self._enter(t, category)
+            with self.where.on(arena or self.where.arena):
+                self._enter(t, category)
             if (key := t.untyped_storage()._cdata) in self._live:
                 self._move(key, category)
 
@@ -103,9 +107,10 @@ class Allocations(TorchDispatchMode):
         """A stage's backward has ended: what it made is no activation of the forward that follows."""
         self._born.clear()
 
-    def ledger(self, rank: int) -> Ledger:
-        """The peak of the newest `watch`."""
-        return Ledger(rank, "device", {c: n for c, n in self.at_peak.items() if n})
+    def ledger(self, rank: int, arena: str = "device") -> Ledger:
+        """The peak of the newest `watch` in the device's arena, or in the host's."""
+        found = self.at_peak if arena == "device" else self.host_at_peak
+        return Ledger(rank, arena, {c: n for c, n in found.items() if n})
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -135,16 +140,24 @@ class Allocations(TorchDispatchMode):
             if not storage.resizable() and self._is_mapped(storage.data_ptr()):
                 return
             gone = weakref.ref(storage, lambda _, key=key: self._freed(key))
-            self._live[key] = (size, category, gone)
-            if category == "buffers" and self.where.phase == "F":
+            arena = self.held if self.where.arena == "device" else self.host
+            self._live[key] = (size, category, arena, gone)
+            if category == "buffers" and self.where.phase == "F" and arena is self.held:
                 self._born.add(key)
         elif known[0] != size:  # resized in place
-            category = known[1]
-            self._live[key] = (size, category, known[2])
+            category, arena = known[1], known[2]
+            self._live[key] = (size, category, arena, known[3])
             size -= known[0]
         else:
             return
-        self.held[category] += size
+        self._count(arena, category, size)
+
+    def _count(self, arena: Counter[str], category: str, size: int) -> None:
+        arena[category] += size
+        if arena is not self.held:
+            if self.host.total() > self.host_at_peak.total():
+                self.host_at_peak = Counter(self.host)
+            return
         self.total += size
         if self.total > self.peak:
             self._note_peak()
@@ -152,15 +165,14 @@ class Allocations(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         entry = self._live.pop(key, None)
         if entry is not None:
-            self.held[entry[1]] -= entry[0]
-            self.total -= entry[0]
+            self._count(entry[2], entry[1], -entry[0])
 
     def _move(self, key: int, category: str) -> None:
-        size, before, gone = self._live[key]
+        size, before, arena, gone = self._live[key]
         if before != category:
-            self._live[key] = (size, category, gone)
-            self.held[before] -= size
-            self.held[category] += size
+            self._live[key] = (size, category, arena, gone)
+            arena[before] -= size
+            arena[category] += size
 
     def _kept(self, t: Tensor) -> Tensor:
         """Autograd saves a tensor; what a replay saves in backward is gone when that is over."""
@@ -179,5 +191,7 @@ class Allocations(TorchDispatchMode):
     def _note_peak(self, fresh: bool = False) -> None:
         self.peak = self.total
         self.at_peak = Counter(self.held)
+        if fresh:
+            self.host_at_peak = Counter(self.host)
         if self.on_peak is not None and not fresh:
             self.on_peak()

@@ -28,6 +28,8 @@ from partita.model.transformer import build_blocks
 from partita.parallel.cp.split import Split
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, lay
+from partita.parallel.offload.arenas import Arenas
+from partita.parallel.offload.cpu import Moves
 from partita.parallel.pp.versions import Flow, Versions, version_rule
 from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
@@ -190,9 +192,13 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     place, precision = context.coords["pp"], job.plan.precision
     flows = laid.schedule.is_asynchronous
     dtype, product = DTYPES[precision.dtype], partial(product_of, precision)
+    moves = Moves(context.recorder, context.where)
+    arenas = Arenas.of(job.plan, context.where, moves, job.cluster.disk_folder)
+    elsewhere = arenas.elsewhere()
     units = make_units(
-        laid, context.rank, dtype, context.device, WeightQueue(), product, apart=flows
-    )
+        laid, context.rank, dtype, context.device, WeightQueue(), product,
+        flows or "optimizer" in elsewhere, elsewhere,
+    )  # fmt: skip
     for unit in units:
         fill(unit)
     blocks = build_blocks(job.model, laid, place, context, units)
@@ -202,7 +208,7 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     row = [block for stage in blocks.values() for block in stage]
     model = Model(
         laid, context, place, row, units, executor, reducer, parameters, step_comms(laid, context),
-        make_evaluator(executor),
+        make_evaluator(executor), arenas=arenas,
     )  # fmt: skip
     if flows:
         model.flow = Flow(executor, Versions(units, version_rule(laid.schedule)))

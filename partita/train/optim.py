@@ -65,15 +65,39 @@ def state_tensor(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> 
 
 
 def restore_state(
-    optimizer: torch.optim.Optimizer, param: Tensor, states: dict[str, Tensor], updates: int
-) -> None:
-    """Puts the optimizer where it was after `updates` updates of `param`, by the states it had."""
-    if not param.numel() or not updates:
+    optimizer: torch.optim.Optimizer, param: Tensor, states: dict[str, Tensor], updates: int,
+    fresh: bool = False,
+) -> None:  # fmt: skip
+    """Puts the optimizer where it was after `updates` updates of `param`, by the states it had. `fresh`:
+    before the first one too, by zeros that are there already."""
+    if not param.numel() or not (updates or fresh):
         return
     state: dict[str, Tensor] = dict(states)
     if isinstance(optimizer, torch.optim.AdamW):
         state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=param.device)
     optimizer.state[param] = state
+
+
+class PartOptimizer:
+    """torch's optimizer over one part of a flat tensor at a time, its states given with it."""
+
+    def __init__(self, train: TrainSpec, dtype: torch.dtype) -> None:
+        self._params = {decays: torch.zeros(1, dtype=dtype) for decays in (True, False)}
+        named = [(str(decays), p, decays) for decays, p in self._params.items()]
+        self._optimizer = make_optimizer(named, train)
+
+    def step(
+        self, part: tuple[Tensor, Tensor, dict[str, Tensor]], decays: bool, updates: int, lr: float
+    ) -> None:
+        """Update `updates` + 1 of (master, gradient, states), in place."""
+        master, gradient, states = part
+        param, optimizer = self._params[decays], self._optimizer
+        set_learning_rate(optimizer, lr)
+        param.data, param.grad = master, gradient
+        restore_state(optimizer, param, states, updates, fresh=True)
+        optimizer.step()
+        optimizer.state.clear()
+        param.grad = None
 
 
 def learning_rate(train: TrainSpec, update: int) -> float:

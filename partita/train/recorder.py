@@ -113,22 +113,32 @@ class StepRecorder:
     @contextmanager
     def _memory(self) -> Iterator[None]:
         model, seen = self.built.model, self.allocations
-        seen.adopt()
         self._claim()
+        seen.adopt()
         with self._hooked(), seen.watch():
             yield
         self._claim()
         if seen.peak >= self._peak:
             self._peak, self._ledger = seen.peak, seen.ledger(self.rank)
-        blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
-        declared = sum((state_bytes(b, model.laid.sizes) for b in blocks), start=Counter())
+        disk = model.arenas.disk
         self.record = replace(
-            self.record, ledger=self._ledger, declared=Ledger(self.rank, "device", dict(declared))
-        )
+            self.record, ledger=self._ledger, declared=self._declared("device"),
+            host_ledger=seen.ledger(self.rank, "host"), declared_host=self._declared("host"),
+            disk_ledger=Ledger(self.rank, "disk", disk.sizes() if disk else {}),
+        )  # fmt: skip
+
+    def _declared(self, arena: str) -> Ledger:
+        """What the laid program says lies in an arena for the whole run."""
+        model = self.built.model
+        blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
+        found = sum((state_bytes(b, model.laid.sizes, arena) for b in blocks), start=Counter())
+        return Ledger(self.rank, arena, dict(found))
 
     def _claim(self) -> None:
         """Tells the long-lived storages apart. Moments are there from the first update on."""
         seen, update = self.allocations, self.built.update
+        for category, tensors in self.built.model.arenas.host.held.items():
+            seen.claim(category, tensors, arena="host")
         for unit in self.built.model.units:
             seen.claim("optimizer", [unit.master])
             seen.claim("gradients", [unit.gradient])

@@ -181,10 +181,7 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
     """
     check_resumes(checkpoint, header(job, Stated(model.laid.layouts, update.updates, data)))
     manifest = read_manifest(checkpoint)
-    states = {
-        slot.name: {r: torch.zeros_like(slot.master) for r in state_names(job.train)}
-        for slot in update.slots
-    }
+    states = _states(update, job)
     wanted = [
         Wanted(weight, role, model.laid.layouts[weight].shape, box, values)
         for weight, box, named in boxes(model, job, update, states, primary=False)

@@ -25,10 +25,12 @@ from partita.parallel.dp.replicate import Reducer
 from partita.parallel.dp.zero import Parameters
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
+from partita.parallel.offload.arenas import Arenas
 from partita.parallel.pp.executor import Executor
 from partita.parallel.pp.versions import Flow
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
+from partita.train.away import AwayUpdate, make_away
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
 
@@ -109,6 +111,7 @@ class Model:
     scaler: LossScaler | None = None  # under fp16
     routed: Routed = field(default_factory=Routed)  # the step's, where experts are
     flow: Flow | None = None  # under an asynchronous schedule
+    arenas: Arenas = field(kw_only=True)  # what lies elsewhere than on the device
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -223,6 +226,7 @@ class Update:
     counted: Sequence[tuple[str, Tensor]]  # gradients this rank counts in the norm
     updates: int = 0
     lr: float = field(default=0.0)
+    away: AwayUpdate | None = None  # of states that lie elsewhere than on the device
 
     def step(self) -> float:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
@@ -249,11 +253,9 @@ class Update:
         limit = self.train.clip_grad_norm
         if limit and limit < norm + CLIP_EPSILON:
             factor *= limit / (norm + CLIP_EPSILON)
-        if factor != 1:
-            torch._foreach_mul_([s.gradient for s in self.slots if not s.balances], factor)
         self.updates += 1
-        self._apply(self.updates)
-        self.model.parameters.refresh()
+        self._apply(self.updates, factor)
+        self.model.parameters.refresh(rounded=self.away is not None)
         return norm
 
     def advance(self) -> None:
@@ -263,25 +265,30 @@ class Update:
         self.model.reducer.finish()
         flow.versions.update(lambda: self._apply(self.updates + 1))
 
-    def _apply(self, update: int) -> None:
+    def _apply(self, update: int, factor: float = 1.0) -> None:
         self.lr = learning_rate(self.train, update)
+        if self.away is not None:
+            self.away.run(self.lr, factor, self._balance)
+            return
+        if factor != 1:
+            torch._foreach_mul_([s.gradient for s in self.slots if not s.balances], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for slot in self.slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
-        self._balance()
+        for slot in self.slots:
+            if slot.balances:
+                self._balance(slot.master, slot.gradient)
 
-    def _balance(self) -> None:
-        """Moves each balance bias by a fixed rate: up where its expert got fewer rows than an even share,
+    def _balance(self, master: Tensor, rows: Tensor) -> None:
+        """Moves a balance bias by a fixed rate: up where its expert got fewer rows than an even share,
         down where more (DeepSeek-V3, sec. 2.1.2). Its rows stand where a gradient would."""
         laid = self.model.laid
         spec = laid.request.model
         scale = 1.0 if self.model.scaler is None else self.model.scaler.scale
         even = scale * laid.samples * laid.request.seq_len * spec.top_k / max(spec.experts, 1)
-        for slot in self.slots:
-            if slot.balances:
-                slot.master.add_((even - slot.gradient).sign(), alpha=spec.router_bias_rate)
+        master.add_((even - rows).sign(), alpha=spec.router_bias_rate)
 
     def gradient_norm(self) -> float:
         """The 2-norm over all parameters, each element counted once."""
@@ -313,7 +320,8 @@ def slots_of(unit: Any) -> Iterator[Slot]:
 
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
-    slots = [slot for unit in model.units for slot in slots_of(unit)]
+    by_unit = {unit.name: list(slots_of(unit)) for unit in model.units}
+    slots = [slot for found in by_unit.values() for slot in found]
     mesh, coords = model.laid.mesh, model.context.coords
     plane = mesh.rank_of(
         {a: coords[a] for a in model.laid.norm_axes}
@@ -327,6 +335,7 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     update = Update(model, train, make_optimizer(named, train), slots, counted)
+    update.away = make_away(model.arenas, by_unit, model.units, update.optimizer, train)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
     return update

@@ -20,6 +20,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
         "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
     ),
+    "offload": ("", "offload:cpu", "offload:nvme"),
     "model": ("llama", "llama tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2"),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
@@ -85,6 +86,7 @@ def rows() -> list[Row]:
 def line(row: Row) -> str:
     """The plan in one line, fp64."""
     words = [row["data"], row["tensor"], row["context"], row["pipeline"], row["recompute"]]
+    words.append(row["offload"])
     return " ".join(
         [w for w in words if w]
         + row["model"].split()[1:] * row["model"].startswith("moe")

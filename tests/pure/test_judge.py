@@ -11,7 +11,7 @@ from partita.spec.job import Job
 
 LINES = (
     "tp3", "tp3 cp3", "pp9/2mb", "dp3 tp3+sp", "pp2:zb_h2/2mb cp3", "ep2", "cp8:ulysses tp2",
-    "pp4:interleaved_1f1bx2/3mb tp3", "offload:cpu tp3", "dp_shard4.zero3 pp2:pipedream/2mb",
+    "pp4:interleaved_1f1bx2/3mb tp3", "offload:cpu pp2:pipedream/2mb", "dp_shard4.zero3 pp2:pipedream/2mb",
     "tp2+sp cp3 pp3", "pp4:dualpipe/4mb dp3",
 )  # fmt: skip
 ASKED = ("--global-batch-size", "8", "--seq-len", "64")

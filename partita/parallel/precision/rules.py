@@ -47,13 +47,15 @@ def dtypes(dtype: str) -> dict[str, str]:
 
 
 def lay(job: Request, program: Program) -> Program:
-    """Fills every tensor's dtype in; low precision adds a master word to the optimizer's."""
+    """Fills every tensor's dtype in; low precision adds a master word to the optimizer's, and so does an
+    optimizer that lies elsewhere than the working weights."""
     table = dtypes(job.plan.precision.dtype)
-    masters = job.plan.precision.dtype not in ("fp64", "fp32")
+    narrow = job.plan.precision.dtype not in ("fp64", "fp32")
 
     def words(t: Tensor) -> Tensor:
         if t.role != "optimizer":
             return replace(t, dtype=table[t.role])
+        masters = narrow or t.arena != "device"
         count = Dim("words", job.state_words + masters)
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 

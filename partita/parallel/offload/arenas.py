@@ -1,0 +1,51 @@
+"""The arenas of one rank besides the device: its host's memory and its disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from partita.comm.protocol import Where
+from partita.parallel.offload.cpu import Away, HostArena, HostStream, Link, Moves
+from partita.parallel.offload.nvme import DiskArena, DiskStream
+from partita.parallel.offload.rules import arena_of
+from partita.parallel.units import Zeros
+from partita.spec.plan import Plan
+
+CATEGORIES = ("parameters", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Arenas:
+    """Who allocates what does not lie on the device. `folder` is where files go (None: the system's for
+    temporary ones)."""
+
+    plan: Plan
+    host: HostArena
+    disk: DiskArena | None
+    moves: Moves
+
+    @staticmethod
+    def of(plan: Plan, where: Where, moves: Moves, folder: str | None) -> Arenas:
+        """Those that a plan asks for."""
+        path = Path(folder or tempfile.gettempdir())
+        disk = DiskArena(where, path) if plan.offload.to == "nvme" else None
+        return Arenas(plan, HostArena(where), disk, moves)
+
+    def elsewhere(self) -> Mapping[str, Zeros]:
+        """Ledger category -> its allocator, of those that do not lie on the device."""
+        found: dict[str, Zeros] = {}
+        for category in CATEGORIES:
+            arena = arena_of(self.plan, category)
+            if arena != "device":
+                found[category] = self.host.zeros if self.disk is None else self.disk.zeros
+        return found
+
+    def stream(self, aways: Sequence[Away]) -> HostStream | DiskStream:
+        """The chunks of units whose optimizer lies elsewhere."""
+        link = Link(aways, self.host, self.moves)
+        if self.disk is None:
+            return HostStream(aways, link)
+        return DiskStream(aways, self.disk.files["optimizer"], link, self.host)

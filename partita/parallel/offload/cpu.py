@@ -1,0 +1,123 @@
+"""States in host memory, updated there (ZeRO-Offload, Ren et al. 2021).
+
+    device   gradient ──┐                     ┌──► working
+    host                └─► [chunk] update ───┘       masters, moments: where they lie, in place
+
+The device's gradient comes down chunk by chunk and the rounded master goes up; nothing else crosses the link.
+On a machine without accelerators both arenas are RAM: the copies are made all the same, and the two are
+accounted apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from partita.comm.protocol import Where
+from partita.comm.recording import Recorder
+from partita.parallel.units import Unit
+
+CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
+MASTER, GRADIENT = "master", "gradient"
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Writes down what moves between arenas, as a Transfer on axis `host` or `disk`."""
+
+    recorder: Recorder
+    where: Where
+
+    def note(self, axis: str, site: str, size: int, start_s: float) -> None:
+        """A copy of `size` bytes that began at `start_s` and is over, or ordered."""
+        self.recorder.note(self.where, axis, "copy", site, size, start_s)
+
+
+@dataclass
+class HostArena:
+    """Flat tensors in host memory, by ledger category."""
+
+    where: Where
+    name: str = "host"
+    held: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def zeros(self, category: str, size: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor that the ledger counts here."""
+        with self.where.on(self.name):
+            made = torch.zeros(size, dtype=dtype)
+        self.held.setdefault(category, []).append(made)
+        return made
+
+
+@dataclass(frozen=True)
+class Away:
+    """A unit whose optimizer lies elsewhere: `states` are flat as its shard, the master among them."""
+
+    unit: Unit
+    states: Mapping[str, Tensor]
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """First and end element of each chunk."""
+        size = self.unit.master.numel()
+        for first in range(0, size, CHUNK):
+            yield first, min(first + CHUNK, size)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements from `first` on of a unit's shard, in host memory: master, gradient and every state."""
+
+    away: Away
+    first: int
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def end(self) -> int:
+        """The element behind it."""
+        return self.first + self.tensors[MASTER].numel()
+
+
+class Link:
+    """Between the device and its host, for the update: a chunk of the gradient down, of the master up."""
+
+    def __init__(self, aways: Sequence[Away], arena: HostArena, moves: Moves) -> None:
+        self.moves = moves
+        largest = max((min(a.unit.master.numel(), CHUNK) for a in aways), default=0)
+        dtype = aways[0].unit.gradient.dtype if aways else torch.float32
+        self._gradient = arena.zeros("buffers", largest, dtype)
+
+    def down(self, unit: Unit, first: int, end: int) -> Tensor:
+        """The gradient's chunk, in host memory until the next is asked for."""
+        return self._gradient[: end - first].copy_(unit.gradient[first:end])
+
+    def up(self, unit: Unit, first: int, master: Tensor) -> None:
+        """Rounds a chunk of the master into the working weights."""
+        unit.shard[first : first + master.numel()].copy_(master)
+
+    def note(self, unit: Unit, start_s: float) -> None:
+        """A whole unit has passed."""
+        self.moves.note("host", f"{unit.name}:offload", unit.gradient.nbytes, start_s)
+        self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start_s)
+
+
+@dataclass(frozen=True)
+class HostStream:
+    """Chunks of the states of `aways` in their order; what is yielded may be changed in place. When the next
+    is asked for, the chunk's masters are rounded into the device's working weights."""
+
+    aways: Sequence[Away]
+    link: Link
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over all states."""
+        for away in self.aways:
+            start = time.perf_counter()
+            for first, end in away.parts():
+                own = {name: t[first:end] for name, t in away.states.items()}
+                yield Chunk(away, first, {**own, GRADIENT: self.link.down(away.unit, first, end)})
+                self.link.up(away.unit, first, own[MASTER])
+            self.link.note(away.unit, start)

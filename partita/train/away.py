@@ -1,0 +1,83 @@
+"""The update of states that lie elsewhere than the device: chunk by chunk, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from partita.parallel.offload.arenas import Arenas
+from partita.parallel.offload.cpu import GRADIENT, MASTER, Away, Chunk, HostStream
+from partita.parallel.offload.nvme import DiskStream
+from partita.parallel.units import Unit
+from partita.train.optim import PartOptimizer, state_names
+
+if TYPE_CHECKING:
+    from partita.spec.job import TrainSpec
+    from partita.train.step import Slot
+
+
+@dataclass(frozen=True)
+class AwayUpdate:
+    """`slots` of each unit by its name; their states are in `optimizer`, which is never stepped itself."""
+
+    stream: HostStream | DiskStream
+    slots: Mapping[str, Sequence[Slot]]
+    optimizer: torch.optim.Optimizer
+    parts: PartOptimizer
+
+    def run(self, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]) -> None:
+        """One update: gradients times `factor`, masters and moments in place, working weights rounded.
+        `balance(master, gradient)` moves a router's bias."""
+        for chunk in self.stream.chunks():
+            for slot in self.slots[chunk.away.unit.name]:
+                part = _within(slot, chunk)
+                if part is None:
+                    continue
+                gradient, master = part.pop(GRADIENT), part.pop(MASTER)
+                if slot.balances:
+                    balance(master, gradient)
+                    continue
+                if factor != 1:
+                    gradient.mul_(factor)
+                done = int(self.optimizer.state[slot.master].get("step", 0))
+                self.parts.step((master, gradient, part), slot.decays, done, lr)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] += 1
+
+
+def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
+    """The slot's elements of a chunk."""
+    first = max(slot.start, chunk.first)
+    end = min(slot.start + slot.master.numel(), chunk.end)
+    if first >= end:
+        return None
+    return {n: t[first - chunk.first : end - chunk.first] for n, t in chunk.tensors.items()}
+
+
+def make_away(
+    arenas: Arenas, slots: Mapping[str, Sequence[Slot]], units: Sequence[Unit],
+    optimizer: torch.optim.Optimizer, train: TrainSpec,
+) -> AwayUpdate | None:  # fmt: skip
+    """Allocates moments beside the masters; None where the optimizer lies on the device."""
+    zeros = arenas.elsewhere().get("optimizer")
+    if zeros is None:
+        return None
+    aways = []
+    for unit in units:
+        size, dtype = unit.master.numel(), unit.master.dtype
+        states = {n: zeros("optimizer", size, dtype) for n in state_names(train)}
+        aways.append(Away(unit, {MASTER: unit.master, **states}))
+        for slot in slots[unit.name]:
+            if slot.balances:
+                continue
+            part = slice(slot.start, slot.start + slot.master.numel())
+            own = {n: t[part] for n, t in states.items()}
+            count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
+            optimizer.state[slot.master] = own | count
+    parts = PartOptimizer(train, aways[0].unit.master.dtype)
+    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts)

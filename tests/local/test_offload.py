@@ -1,0 +1,125 @@
+"""Offload: equal to one device, declared moves recorded to the byte, arenas that are accounted apart."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.base.errors import WriteError
+from partita.comm.local import local
+from partita.comm.single import SingleWorld
+from partita.parallel.laid import lay
+from partita.parallel.offload import cpu, nvme
+from partita.parallel.read import state_bytes
+from partita.simulate.predict import request_of
+from partita.train.build import assemble
+from partita.train.checkpoint import Ranks
+from partita.train.recorder import StepRecorder
+from partita.train.resume import load_run, save_run
+from partita.verify.parity import verify
+
+PLANS = [
+    ("2mb offload:cpu", {}),
+    ("dp_shard2.zero3 tp2 2mb bf16 offload:nvme", {"tied": True}),
+    ("dp_shard2.zero1 pp2:zb_h1/2mb fp16 offload:nvme", {"tied": True}),
+    ("dp_replicate2 dp_shard2.zero2 ep2 2mb offload:cpu", verify_jobs.EXPERTS),
+]  # fmt: skip
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """So short that every unit is streamed in several."""
+    monkeypatch.setattr(cpu, "CHUNK", 1024)
+
+
+@pytest.mark.parametrize("plan, model", PLANS)
+def test_states_elsewhere_equal_one_device_and_move_as_declared(
+    plan, model, tmp_path, short_chunks
+):
+    found = verify(verify_jobs.job(tmp_path, plan, **model))
+    assert found.equal, str(found)
+    assert {t.axis for t in found.recorded} >= {"host", *(["disk"] if "nvme" in plan else [])}
+
+
+def trained(world, job, folder, steps, resume=None):
+    """What is saved after `steps`, and the record of the memory held meanwhile."""
+    built = assemble(job, world)
+    begun = 0
+    if resume:
+        begun = load_run(resume, job, built.model, built.update, built.fingerprint)
+    recorder = StepRecorder(built, folder, steps)
+    for step in range(begun, steps):
+        with recorder.step(step):
+            built.model.forward_backward(built.batch(step))
+            built.update.step()
+    recorder.finish()
+    ranks = Ranks(world.rank, world.size, built.agree)
+    made = save_run(folder, steps, job, built.model, built.update, built.fingerprint, ranks)
+    return made, recorder.record
+
+
+def tensors(path):
+    from safetensors import safe_open
+
+    with safe_open(path / "rank-0.safetensors", framework="pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("to", ["cpu", "nvme"])
+def test_a_resumed_run_has_every_bit_wherever_the_states_lie(to, tmp_path, short_chunks):
+    """Two steps, saved, two more; beside four at once, and beside states on the device."""
+    away = verify_jobs.job(tmp_path, f"2mb bf16 offload:{to}")
+    plain = away.with_plan("2mb bf16")
+    whole = tensors(trained(SingleWorld(), away, tmp_path / "whole", 4)[0])
+    half = trained(SingleWorld(), away, tmp_path / "half", 2)[0]
+    again = tensors(trained(SingleWorld(), away, tmp_path / "again", 4, half)[0])
+    device = tensors(trained(SingleWorld(), plain, tmp_path / "device", 4, half)[0])
+    assert whole.keys() == again.keys() == device.keys() and len(whole) > 100
+    for key, value in whole.items():
+        assert value.equal(again[key]), key
+        assert value.allclose(device[key], rtol=1e-6, atol=1e-9), key
+
+
+@pytest.mark.parametrize("to", ["cpu", "nvme"])
+def test_arenas_hold_what_is_declared(to, tmp_path):
+    """Weights and gradients on the device, masters and moments in their arena, whichever memory it is."""
+    job = verify_jobs.job(tmp_path, f"dp_shard2.zero1 2mb bf16 offload:{to}", hidden=64, seq=16)
+    gc.collect()
+    with local(1, 20) as ranks:  # a rank's ledger is that of its process: one rank
+        one = job.with_plan(f"2mb bf16 offload:{to}")
+        ((_, record),) = ranks.run(trained, one, tmp_path, 2)
+    laid = lay(request_of(one))
+    blocks = [b for s in laid.stages for b in s.blocks]
+
+    def declared(arena):
+        return sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
+
+    assert record.ledger is not None and record.host_ledger is not None
+    device, host, disk = record.ledger.at_peak, record.host_ledger.at_peak, record.disk_ledger
+    for category in ("parameters", "gradients"):
+        assert device[category] == declared("device")[category]
+    assert not declared("device")["optimizer"] and device.get("optimizer", 0) < 1000
+    if to == "cpu":
+        assert host["optimizer"] == declared("host")["optimizer"] > 100_000
+    else:
+        want = declared("disk")["optimizer"]
+        assert want <= disk.at_peak["optimizer"] <= 1.03 * want + 4096 * 3 * len(laid.units(0))
+        assert "optimizer" not in host
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    job = verify_jobs.job(tmp_path, "offload:nvme")
+    missing = replace(job.cluster, disk_folder=str(tmp_path / "missing"))
+    with pytest.raises(WriteError, match=r"cluster\.disk_folder") as caught:
+        assemble(replace(job, cluster=missing), SingleWorld())
+    assert caught.value.exit_code == 73
+
+
+def test_a_disk_without_room_says_how_much_is_wanted(tmp_path):
+    with pytest.raises(WriteError, match=r"needs 4 PB or more .* are free"):
+        nvme.File(tmp_path).zeros(10**15, torch.float32)
