@@ -300,12 +300,17 @@ def lay(request: Request) -> Laid:
     wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
     if wrong:
         raise AssertionError("; ".join(wrong))
+    cut = pp.stages(request, program)
     stages, flats = [], []
-    for stage in pp.stages(request, program):
-        flats.append(dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads))
-        stages.append(
-            replace(stage, blocks=dp.join(stage.blocks, flats[-1], program.tied, plan.sizes))
-        )
+    joined: dict[tuple[int, ...], tuple[tuple[Flat, ...], tuple[Block, ...]]] = {}
+    for stage in cut:
+        key = tuple(map(id, stage.blocks))
+        if key not in joined:  # stages of equal blocks are cut into the same units
+            found_flats = dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads)
+            blocks = dp.join(stage.blocks, found_flats, program.tied, plan.sizes)
+            joined[key] = found_flats, blocks
+        flats.append(joined[key][0])
+        stages.append(replace(stage, blocks=joined[key][1]))
     return Laid(request, program, tuple(stages), tuple(flats))
 
 

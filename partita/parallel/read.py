@@ -7,14 +7,33 @@ fact missing in the program.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from math import prod
+from typing import Concatenate, ParamSpec, TypeVar
 
 from partita.spec.program import Block, Op, Sizes, Tensor
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
 STATES = {"parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer"}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
+    """The reader, which remembers on a block what it answered: equal blocks of all stages are one object, and
+    are read once. Answers are shared: nobody changes one."""
+
+    @wraps(reader)
+    def read(block: Block, *args: P.args, **kwargs: P.kwargs) -> R:
+        plain = (tuple(a.items()) if isinstance(a, Mapping) else a for a in args)
+        key = (reader.__qualname__, *plain)
+        if key not in block.known:
+            block.known[key] = reader(block, *args, **kwargs)
+        return block.known[key]
+
+    return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,7 @@ def gradient_axes(block: Block, weight: Tensor, sizes: Sizes) -> tuple[str, ...]
     return tuple(axes)
 
 
+@once
 def replayed(block: Block) -> list[Op]:
     """The ops backward must run again: those between what is kept and what backward wants."""
     writer = {op.writes: op for op in block.ops()}
@@ -90,11 +110,13 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
             yield Call(op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half)
 
 
+@once
 def kept_bytes(block: Block, sizes: Sizes) -> int:
     """Activation bytes one microbatch of this block keeps for backward."""
     return sum(tensor_bytes(block.tensors[t], sizes) for t in block.kept)
 
 
+@once
 def state_bytes(block: Block, sizes: Sizes, arena: str = "device") -> Counter[str]:
     """Bytes by ledger category of what lives in an arena for the whole run."""
     found: Counter[str] = Counter()
@@ -114,6 +136,7 @@ def backward_factor(op: Op) -> float:
     return 2.5 if op.kind == "attention" and len(op.reads) == 3 else 2.0
 
 
+@once
 def flops(block: Block, sizes: Sizes) -> dict[str, float]:
     """FLOPs of one microbatch by phase: F, B, and replay, what recomputation adds to B."""
     return {

@@ -13,7 +13,7 @@ from collections import Counter
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
 from partita.parallel.pp.rules import versions_held
-from partita.parallel.read import kept_bytes, replayed, state_bytes, tensor_bytes
+from partita.parallel.read import kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
 from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
 from partita.schedule.ir import Schedule
@@ -74,6 +74,7 @@ def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:
     return [kept_bytes(b, sizes) for b in blocks]
 
 
+@once
 def transient_bytes(block: Block, sizes: Sizes) -> int:
     """The worst moment inside the block: an op's tensors that are not kept, and their gradients; and
     what recomputation holds again. What comes round a ring is seen share by share, two at a time."""

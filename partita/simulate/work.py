@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from partita.cost.kernels import Kernel
-from partita.parallel.read import BYTES, replayed, tensor_bytes
+from partita.parallel.read import BYTES, once, replayed, tensor_bytes
 from partita.spec.program import Block, Op, Sizes
 
 ELEMENTWISE = ("bias", "map", "mask")
@@ -39,6 +39,7 @@ class BlockWork:
     again: tuple[Kernel, ...]
 
 
+@once
 def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
     """Reads a laid block. `matmul_dtype` is what linears compute in, where it is not their tensors'."""
     groups = list(_groups(block.ops()))

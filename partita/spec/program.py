@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from math import prod
+from typing import Any
 
 Sizes = Mapping[str, int]  # mesh axis -> its size
 
@@ -164,6 +166,11 @@ class Block:
         """Weights in the order of their first use."""
         names = dict.fromkeys(w for op in self.ops() for w in op.weights)
         return [self.tensors[n] for n in names]
+
+    @cached_property
+    def known(self) -> dict[object, Any]:
+        """What readers have worked out of this block, by reader and arguments (`parallel.read.once`)."""
+        return {}
 
 
 @dataclass(frozen=True)

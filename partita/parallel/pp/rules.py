@@ -230,9 +230,11 @@ def split_of(job: Request, program: Program) -> tuple[int, ...]:
 
 
 def stages(job: Request, program: Program) -> tuple[Stage, ...]:
-    """The laid program cut into stages, with sends and the reductions between places of pp."""
+    """The laid program cut into stages, with sends and the reductions between places of pp. Equal blocks
+    of different stages are one object."""
     schedule, split = schedule_of(job.plan), split_of(job, program)
     last, first = len(split) - 1, 1
+    sends = _Sends()
     found = []
     for i, layers in enumerate(split):
         at = list(range(first, first + layers))
@@ -240,19 +242,31 @@ def stages(job: Request, program: Program) -> tuple[Stage, ...]:
         at = ([0] if i == 0 else []) + at + ([len(program.blocks) - 1] if i == last else [])
         blocks = [program.blocks[j] for j in at]
         if i < last and schedule.rank_of(i) != schedule.rank_of(i + 1):
-            blocks[-1] = _sends(blocks[-1], "F", blocks[-1].output, lane("F", i + 1, schedule))
+            blocks[-1] = sends(blocks[-1], "F", lane("F", i + 1, schedule))
         if i > 0 and schedule.rank_of(i - 1) != schedule.rank_of(i):
-            blocks[0] = _sends(blocks[0], "B", blocks[0].input, lane("B", i - 1, schedule))
+            blocks[0] = sends(blocks[0], "B", lane("B", i - 1, schedule))
         names = tuple(program.names[j] for j in at)
         found.append(Stage(i, names, tuple(blocks), schedule.ranks_of(i)))
     copied = schedule.direction is not None
     return _across(_owned(found, program.tied, copied), () if copied else program.tied, copied)
 
 
-def _sends(block: Block, phase: str, tensor: str, on: str) -> Block:
-    event = Event(phase, "send", tensor, gradient=phase == "B")
-    op = replace(region("", "send", ("pp",), (tensor, tensor), event), name="send", lane=on)
-    return replace(block, regions=(*block.regions, op))
+class _Sends:
+    """Blocks that send their output (F) or the gradient of their input (B), each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[
+            tuple[int, str, str], tuple[Block, Block]
+        ] = {}  # the sender keeps its key alive
+
+    def __call__(self, block: Block, phase: str, on: str) -> Block:
+        key = id(block), phase, on
+        if key not in self._made:
+            tensor = block.output if phase == "F" else block.input
+            event = Event(phase, "send", tensor, gradient=phase == "B")
+            op = replace(region("", "send", ("pp",), (tensor, tensor), event), name="send", lane=on)
+            self._made[key] = block, replace(block, regions=(*block.regions, op))
+        return self._made[key][1]
 
 
 def _owned(found: Sequence[Stage], tied: tuple[str, ...], copied: bool) -> tuple[Stage, ...]:
