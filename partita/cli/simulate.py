@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json as json_text
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from partita.cli.jobs import Json, PlanLine, from_words, with_auto
 from partita.cli.out import note, write_file, write_json, write_text
+
+if TYPE_CHECKING:
+    from partita.record.run import RankRecord
+    from partita.simulate.predict import Prediction
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +29,9 @@ def simulate(
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the timeline as one page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write timeline and memory as one page.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto/Chrome trace.")] = None,
     json: Json = False,
 ) -> None:
@@ -41,13 +47,14 @@ def simulate(
     if html is not None:
         from partita.plots import timeline
 
-        write_file(
-            html, timeline.html({prediction.plan: list(prediction.spans)}, title=prediction.plan)
-        )
+        spans = {prediction.plan: list(prediction.spans)}
+        curves = [[(t, b / 1e9) for t, b in r.held] for r in _records(prediction)]
+        page = timeline.html(spans, prediction.plan, {prediction.plan: curves}, " GB")
+        write_file(html, page)
     if trace is not None:
-        from partita.plots.trace import chrome_trace
+        from partita.record.run import chrome_trace
 
-        write_file(trace, json_text.dumps(chrome_trace(prediction.spans)))
+        write_file(trace, json_text.dumps(chrome_trace(_records(prediction), ())))
     if json:
         write_json(prediction.to_json())
     else:
@@ -55,3 +62,11 @@ def simulate(
     if not prediction.fits:
         note(f"partita: {prediction.verdict}")
         raise typer.Exit(1)
+
+
+def _records(prediction: Prediction) -> tuple[RankRecord, ...]:
+    """One rank of each place of pp; none of an illegal plan."""
+    from partita.simulate.forecast import first_ranks, forecast
+
+    ranks = first_ranks(prediction)
+    return forecast(prediction, ranks).ranks if ranks else ()

@@ -10,7 +10,12 @@ _HUES = 300  # from the first rank's to the last's, in degrees of the colour whe
 
 
 def held_svg(
-    curves: Curves, start_s: float, corner: tuple[float, float], scale: float, height: float
+    curves: Curves,
+    start_s: float,
+    corner: tuple[float, float],
+    scale: float,
+    height: float,
+    unit: str = "",
 ) -> list[str]:
     """SVG elements: one polyline a rank in a box of `height` pixels, `scale` pixels a second."""
     left, top = corner
@@ -19,7 +24,7 @@ def held_svg(
         return []
     parts = [
         f'<text class="in" x="4" y="{top + 10}">held</text>',
-        f'<text class="in" x="4" y="{top + 22}">peak {most:.4g}</text>',
+        f'<text class="in" x="4" y="{top + 22}">peak {most:.4g}{unit}</text>',
         f'<line x1="{left}" y1="{top + height}" x2="{left + 8}" y2="{top + height}" stroke="#999"/>',
     ]
     for rank, curve in enumerate(curves):

@@ -101,9 +101,10 @@ def svg(
     timelines: Mapping[str, Sequence[Span]],
     width: int = 1100,
     held: Mapping[str, Curves] | None = None,
+    unit: str = "",
 ) -> str:
     """The named timelines one above the other on one time axis, one row a rank. Colours are by kind, paler
-    by microbatch, darker by chunk. `held[title]`: what each rank holds over time, drawn below."""
+    by microbatch, darker by chunk. `held[title]`: what each rank holds over time, in `unit`, drawn below."""
     rows = {title: _rows(spans) for title, spans in timelines.items()}
     longest = max((makespan(s) for s in timelines.values()), default=0.0) or 1.0
     scale = (width - _LEFT - 10) / longest
@@ -115,7 +116,7 @@ def svg(
         top += _TOP + len(rows[title]) * (_ROW + _GAP) + 8
         if held and title in held:
             start = min((s.start_s for s in spans), default=0.0)
-            parts += held_svg(held[title], start, (_LEFT, top), scale, _CURVE)
+            parts += held_svg(held[title], start, (_LEFT, top), scale, _CURVE, unit)
             top += _CURVE + 14
     kinds = dict.fromkeys(s.kind for spans in timelines.values() for s in spans)
     for i, kind in enumerate(kinds):
@@ -173,6 +174,7 @@ def html(
     timelines: Mapping[str, Sequence[Span]],
     title: str = "Partita",
     held: Mapping[str, Curves] | None = None,
+    unit: str = "",
 ) -> str:
     """One page that needs nothing else: the SVG, and the words of a span where it is clicked."""
     script = (
@@ -184,5 +186,6 @@ def html(
         "<style>body{font:14px sans-serif;margin:24px}.span{cursor:pointer}"
         ".wide{overflow-x:auto}</style></head><body>"
         f'<h1>{escape(title)}</h1><p id="detail">Click a span.</p>'
-        f'<div class="wide">{svg(timelines, held=held)}</div><script>{script}</script></body></html>\n'
+        f'<div class="wide">{svg(timelines, held=held, unit=unit)}</div>'
+        f"<script>{script}</script></body></html>\n"
     )

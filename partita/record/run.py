@@ -30,7 +30,8 @@ class RankRecord:
 
     `declared` is, where the record is a measured one, what the laid program says the rank holds for the
     whole run; `aside` are checkpoints and evaluations, outside the recorded step. `ledger` is the device's
-    arena; the host's and the disk's stand beside it where a plan offloads.
+    arena; the host's and the disk's stand beside it where a plan offloads. `held`, where known, is (time,
+    bytes on the device from then on).
     """
 
     rank: int
@@ -44,6 +45,7 @@ class RankRecord:
     host_ledger: Ledger | None = None
     declared_host: Ledger | None = None
     disk_ledger: Ledger | None = None
+    held: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _earlier(s: Span, by_s: float) -> Span:
 
 
 def chrome_trace(predicted: Sequence[RankRecord], measured: Sequence[RankRecord]) -> dict[str, Any]:
-    """Trace events: a process for each rank, measured, and one for its prediction; a thread a lane."""
+    """Trace events: a process for each rank, measured, and one for its prediction; a thread a lane, and a
+    counter of the bytes held."""
     events: list[dict[str, Any]] = []
     both = (("measured", measured), ("predicted", predicted))
     for place, (what, records) in enumerate(both):
@@ -150,11 +153,18 @@ def chrome_trace(predicted: Sequence[RankRecord], measured: Sequence[RankRecord]
                 thread = {"ph": "M", "pid": process, "tid": _lane_number(lane)}
                 events.append({**thread, "name": "thread_name", "args": {"name": lane}})
             events += [_event(s, process) for s in spans]
+            events += [_counter(time, size, process) for time, size in record.held]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _lane_number(lane: str) -> int:
     return _LANES.index(lane) if lane in _LANES else len(_LANES)
+
+
+def _counter(time_s: float, size: int, process: int) -> dict[str, Any]:
+    return {
+        "ph": "C", "pid": process, "name": "memory", "ts": time_s * 1e6, "args": {"bytes": size},
+    }  # fmt: skip
 
 
 def _event(s: Span, process: int) -> dict[str, Any]:

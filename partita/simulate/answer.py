@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from partita.cost.machine import device_class, table
 from partita.simulate import goodput, jitter
+from partita.simulate.held import held, holders, shown_bytes
 from partita.simulate.memory import arena_ledger
 
 if TYPE_CHECKING:
-    from partita.record.ledger import Ledger
     from partita.simulate.predict import Prediction
-    from partita.spec.job import Job
 
 # of step times: where constants were fitted (docs/validation.md), and elsewhere
 FITTED, UNFITTED = 0.15, 0.3
@@ -65,17 +64,21 @@ def _outlook(p: Prediction) -> dict[str, Any]:
         )
         step_s = found["jitter"]["step_time_s"]["mean"]
     if cluster.reliability is not None:
-        saved = max(_saved_bytes(x, p.job) for x in p.ledgers)
+        saved = max(_saved_bytes(p, place) for place in range(len(p.ledgers)))
         steps = (train.steps, train.checkpoint_every)
         world = p.laid.mesh.world_size
         found["goodput"] = goodput.outlook(cluster.reliability, world, saved, step_s, steps)
     return found
 
 
-def _saved_bytes(ledger: Ledger, job: Job) -> int:
-    """Masters and moments; working weights are read off the masters, where there are such."""
-    whole = job.plan.precision.dtype in ("fp32", "fp64")
-    return ledger.at_peak["optimizer"] + (ledger.at_peak["parameters"] if whole else 0)
+def _saved_bytes(p: Prediction, place: int) -> int:
+    """Masters and moments, wherever they lie; working weights are read off the masters, where there are
+    such."""
+    assert p.job is not None and p.laid is not None
+    arenas = [p.ledgers[place], *(arena_ledger(p.laid, place, a) for a in ("host", "disk"))]
+    whole = p.job.plan.precision.dtype in ("fp32", "fp64")
+    saved = ("optimizer", "parameters") if whole else ("optimizer",)
+    return sum(x.at_peak.get(c, 0) for x in arenas for c in saved)
 
 
 def _memory(p: Prediction) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _memory(p: Prediction) -> dict[str, Any]:
     peak = max(x.peak_bytes for x in p.ledgers)
     return {
         "peak_bytes": peak,
-        "peak_interval_bytes": [int(peak * 0.95), int(peak * 1.05)],
+        "peak_interval_bytes": list(shown_bytes(peak, device_class(p.device) == "CPU")),
         "limit_bytes": p.limit_bytes,
         "per_rank": [
             {
@@ -97,7 +100,23 @@ def _memory(p: Prediction) -> dict[str, Any]:
                 "total": x.peak_bytes,
                 "host": arena_ledger(p.laid, i, "host").peak_bytes,
                 "disk": arena_ledger(p.laid, i, "disk").peak_bytes,
+                **_over_time(p, i),
             }
             for i, x in enumerate(p.ledgers)
         ],
+    }
+
+
+def _over_time(p: Prediction, place: int) -> dict[str, Any]:
+    """When a place's peak is, who holds it, and the curve (of the spans that were played)."""
+    assert p.laid is not None and p.schedule is not None
+    curve = held(p.laid, place, p.schedule, p.spans, p.ledgers[place])
+    return {
+        "peak": {"time_s": curve.peak_s, "during": curve.during},
+        "holders": holders(p.laid, place, p.ledgers[place]),
+        "over_time": {
+            "time_s": curve.times_s,
+            "activations": curve.activations,
+            "buffers": curve.buffers,
+        },
     }

@@ -49,6 +49,11 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
 
 
 def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
+    """Whole units of a stage under ZeRO beyond what is stored."""
+    return sum(lent_parts(blocks, plan).values())
+
+
+def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
     all, where they stay for the step), and two gradients, one being filled and one on its way."""
     gathered, gradients, stay = [], [], 0
@@ -65,7 +70,7 @@ def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
         gathered.append(here)
     held = 1 + plan.data.prefetch
     at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
-    return stay + at_once + sum(sorted(gradients)[-2:])
+    return {"gathered parameters": stay + at_once, "whole gradients": sum(sorted(gradients)[-2:])}
 
 
 def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:

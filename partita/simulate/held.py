@@ -1,0 +1,94 @@
+"""What a rank holds over a step: the ledger's categories along the schedule's clock, and who holds the peak.
+
+parameters, gradients and optimizer stay; activations live from F to the end of B (of W where halves are
+split); buffers, at the worst moment inside any of the rank's actions, while one runs. The curve's top is
+the ledger's peak, by construction and by a test.
+
+A device shows more than its tensors: the context of its runtime and of its communicators, and what the
+allocator cannot give back. `shown_bytes` is the interval that this makes of a peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from partita.parallel.laid import Laid
+from partita.record.ledger import CATEGORIES, Ledger
+from partita.record.span import Span
+from partita.schedule.clock import held_over_time
+from partita.schedule.ir import Schedule
+from partita.simulate.memory import lent_parts, stage_kept, transient_bytes
+
+MODEL = 0.05  # of the peak, either way: measured ledgers (tests/local/test_measured_memory.py)
+CONTEXT_BYTES = (0.3e9, 1.5e9)  # [empirical] CUDA's context, NCCL's channels
+FRAGMENTATION = 0.08  # [empirical] of the peak, at most: blocks that are cut and do not fit again
+
+
+@dataclass(frozen=True)
+class Held:
+    """A step of the ranks at one place of pp: from each time on, bytes of activations and of buffers; and
+    the bytes that stay. `peak_s`: when the sum is largest, for the first time; `during`: what runs then."""
+
+    times_s: tuple[float, ...]
+    activations: tuple[int, ...]
+    buffers: tuple[int, ...]
+    stays: int
+    peak_s: float
+    during: str
+
+    def total(self) -> list[tuple[float, int]]:
+        """(time, bytes held from then on)."""
+        parts = zip(self.times_s, self.activations, self.buffers, strict=True)
+        return [(t, self.stays + a + b) for t, a, b in parts]
+
+
+def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledger: Ledger) -> Held:
+    """The curve of a place, on the spans that were played."""
+    own = [s for s in spans if s.rank == place]
+    kept = [0.0] * len(laid.stages)
+    for s in laid.stages_of(place):
+        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
+    level: dict[float, int] = {}
+    for time, size in held_over_time(schedule, own, kept)[place]:
+        level[time] = int(size)
+    runs = {s.end_s: 0 for s in own} | {s.start_s: ledger.at_peak["buffers"] for s in own}
+    times = sorted({0.0, *level, *runs})
+    activations, buffers = [], []
+    a = b = 0
+    for time in times:
+        a, b = level.get(time, a), runs.get(time, b)
+        activations.append(a)
+        buffers.append(b)
+    stays = sum(ledger.at_peak.get(c, 0) for c in ("parameters", "gradients", "optimizer"))
+    top = max(range(len(times)), key=lambda i: activations[i] + buffers[i])
+    during = next((s.name for s in own if s.start_s <= times[top] < s.end_s), "")
+    return Held(
+        tuple(times), tuple(activations), tuple(buffers), stays, times[top], during
+    )  # fmt: skip
+
+
+def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
+    """Who holds a place's peak: the ledger's sum by finer names, largest first."""
+    at = {c: ledger.at_peak.get(c, 0) for c in CATEGORIES}
+    request, stages = laid.request, laid.stages_of(place)
+    masters = 0
+    if request.plan.precision.dtype not in ("fp32", "fp64"):
+        masters = at["optimizer"] // (request.state_words + 1)
+    worst = max((b for s in stages for b in s.blocks), key=lambda b: transient_bytes(b, laid.sizes))
+    lent = max((lent_parts(s.blocks, request.plan) for s in stages), key=lambda x: sum(x.values()))
+    scratch = at["buffers"] - sum(lent.values())
+    found = {
+        "parameters": at["parameters"], "gradients": at["gradients"],
+        "moments": at["optimizer"] - masters, "masters": masters, "activations": at["activations"],
+        **lent, f"inside {worst.name}": scratch,
+    }  # fmt: skip
+    return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda x: -x[1]))
+
+
+def shown_bytes(peak: int, is_cpu: bool) -> tuple[int, int]:
+    """Between which bytes a device will show a peak of so many bytes of tensors."""
+    if is_cpu:
+        return int(peak * (1 - MODEL)), int(peak * (1 + MODEL))
+    low = peak * (1 - MODEL) + CONTEXT_BYTES[0]
+    return int(low), int(peak * (1 + MODEL + FRAGMENTATION) + CONTEXT_BYTES[1])

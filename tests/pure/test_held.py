@@ -1,0 +1,90 @@
+"""Memory over time: the curve, its peak, who holds it; beside the ledger, the trace and the page."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import partita as pt
+from partita.cli.main import application
+from partita.simulate.held import held, holders, shown_bytes
+
+PLANS = (
+    "bf16 4mb", "pp4:1f1b/8mb bf16", "pp4:gpipe/4mb tp2+sp recompute:full", "pp2:zb_h1/8mb bf16",
+    "pp2:interleaved_1f1bx2/4mb bf16", "pp2:dualpipev/8mb bf16", "pp2:dualpipe/8mb bf16",
+    "dp_shard4.zero3 2mb bf16", "dp_shard2.zero1 2mb bf16 offload:cpu",
+    "pp2:1f1b/4mb dp_shard4.zero2 bf16 recompute:selective",
+)  # fmt: skip
+
+
+def job(plan):
+    model = {
+        "family": "gpt2", "layers": 8, "hidden": 1024, "heads": 16, "vocab": 50257, "max_seq_len": 1024
+    }  # fmt: skip
+    cluster = {"device": "a100", "devices": 16}
+    return pt.Job.of(model, cluster, plan, global_batch_size=16, seq_len=1024)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_curves_top_is_the_ledgers_peak(plan):
+    p = pt.simulate(job(plan))
+    assert p.laid is not None
+    for place, ledger in enumerate(p.ledgers):
+        curve = held(p.laid, place, p.schedule, p.spans, ledger)
+        total = curve.total()
+        assert max(size for _, size in total) == ledger.peak_bytes
+        assert dict(total)[curve.peak_s] == ledger.peak_bytes
+        assert curve.during
+        assert total[-1][1] == curve.stays  # at the step's end only states are left
+        assert curve.times_s == tuple(sorted(set(curve.times_s)))
+        who = holders(p.laid, place, ledger)
+        assert sum(who.values()) == ledger.peak_bytes
+        assert list(who.values()) == sorted(who.values(), reverse=True)
+
+
+def test_the_fullest_moment_of_1f1b_is_where_it_is_known():
+    """The first stage holds as many microbatches as there are stages, the last one; at its first backward."""
+    p = pt.simulate(job("pp4:1f1b/8mb bf16"))
+    assert p.laid is not None
+    first, last = (held(p.laid, i, p.schedule, p.spans, p.ledgers[i]) for i in (0, 3))
+    one = [min(a for a in c.activations if a) for c in (first, last)]
+    assert max(first.activations) == 4 * one[0]
+    assert max(last.activations) == one[1]
+    assert first.during == "0F3"
+
+
+def test_the_head_holds_the_last_stages_scratch():
+    p = pt.simulate(job("pp4:1f1b/8mb bf16"))
+    assert p.laid is not None
+    assert "inside head" in holders(p.laid, 3, p.ledgers[3])
+    masters = holders(p.laid, 3, p.ledgers[3])
+    assert masters["moments"] == 2 * masters["masters"]
+
+
+def test_a_device_shows_more_than_tensors():
+    low, high = shown_bytes(10**10, is_cpu=False)
+    assert low < 10**10 < high
+    assert shown_bytes(10**10, is_cpu=True) == (int(0.95e10), int(1.05e10))
+
+
+def test_simulate_answers_with_curves_page_and_trace(tmp_path):
+    page, trace = tmp_path / "a.html", tmp_path / "a.json"
+    words = ["simulate", "llama3-8b", "16xh100", "--plan", "pp2:1f1b/4mb tp8+sp bf16", "--json",
+             "--global-batch-size", "4", "--seq-len", "4096",
+             "--html", str(page), "--trace", str(trace)]  # fmt: skip
+    result = CliRunner().invoke(application(words), words)
+    found = json.loads(result.stdout)["memory"]["per_rank"]
+    assert len(found) == 2
+    for rank in found:
+        curve = rank["over_time"]
+        assert len(curve["time_s"]) == len(curve["activations"]) == len(curve["buffers"])
+        tops = map(sum, zip(curve["activations"], curve["buffers"], strict=True))
+        stays = rank["parameters"] + rank["gradients"] + rank["optimizer"]
+        assert max(tops) + stays == rank["total"] == sum(rank["holders"].values())
+        assert 0 <= rank["peak"]["time_s"] <= curve["time_s"][-1]
+    assert page.read_text().count('class="held"') == 2
+    assert " GB</text>" in page.read_text()
+    events = json.loads(trace.read_text())["traceEvents"]
+    counters = [e for e in events if e["ph"] == "C"]
+    assert max(e["args"]["bytes"] for e in counters) == max(r["total"] for r in found)
+    assert {e["pid"] for e in counters} == {e["pid"] for e in events if e["ph"] == "X"}
