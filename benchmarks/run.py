@@ -26,6 +26,7 @@ from partita.base.text import table
 from partita.comm.processes import start_ranks
 from partita.spec.job import Job
 from partita.train.build import assemble
+from partita.train.heap import keep_freed_memory
 
 SIZES = {
     "tiny": ({"hidden": 128, "heads": 4, "ffn_hidden": 352, "vocab": 512}, 64),
@@ -95,6 +96,7 @@ def ours(job: Job, world):
 def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
     """One process: every row of the table, in the same order on both."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # of both: they share the process
     from partita.comm.shm import ShmWorld
     from partita.comm.single import SingleWorld
 

@@ -27,6 +27,7 @@ from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.control import Control
 from partita.train.devices import computes_on_gpu, device_of
+from partita.train.heap import keep_freed_memory
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
 
@@ -124,6 +125,7 @@ def _named(rank: int, error: Exception) -> PartitaError:
 def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     job = spec.job
     torch.set_num_threads(1)
+    keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     log_to(spec.folder / "logs" / f"rank-{rank}.log")
     for notice in spec.notices:
