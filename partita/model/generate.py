@@ -42,7 +42,7 @@ def continued(
     *body, head = blocks
 
     def last(seen: Tensor) -> Tensor:
-        batch = SimpleNamespace(ids=seen, documents=None, samples=None, split=None)
+        batch = SimpleNamespace(ids=seen, documents=None, samples=None, split=None, step=0)
         x = None
         for block in body:
             x = block(x, batch)

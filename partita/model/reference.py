@@ -184,19 +184,24 @@ class Reference:
 
 
 def loss_and_gradients(
-    reference: Reference, microbatches: Sequence[Batch], scale: float = 1.0
+    reference: Reference,
+    microbatches: Sequence[Batch],
+    scale: float = 1.0,
+    whole: Sequence[Batch] = (),
 ) -> tuple[float, dict[str, Tensor]]:
     """The step's loss and the gradient of every weight, microbatch by microbatch. The experts' auxiliary
     losses are means over the step's samples; they are in the gradients and not in the loss. A balance
     bias has no gradient: its experts' counts stand there. Backward starts from `scale`, a power of two,
-    which gradients are divided by at the end."""
+    which gradients are divided by at the end. Where these are not all microbatches of the step, `whole` are:
+    loss and gradients are then these ones' part."""
     leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
     judge = Reference(
         reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.product
     )
     judge.step, judge.training = reference.step, reference.training
-    total = max(sum(int(counted(b).sum()) for b in microbatches), 1)
-    samples = sum(b.ids.shape[0] for b in microbatches)
+    whole = whole or microbatches
+    total = max(sum(int(counted(b).sum()) for b in whole), 1)
+    samples = sum(b.ids.shape[0] for b in whole)
     gradients = {n: torch.zeros_like(w) for n, w in leaves.items()}
     loss, seen = 0.0, Auxiliary()
     for batch in microbatches:

@@ -1,8 +1,8 @@
 """The parallel model: a `for` over blocks, a block a list of segments, built from the laid program.
 
 Regions come by site from the laid block, weights from the units by name: nothing here knows a mesh.
-Blocks are called as block(x, batch); `step`, `loss_scale`, `training` and, on the head, `total_valid` are
-set by the step.
+Blocks are called as block(x, batch); `loss_scale`, `training` and, on the head, `total_valid` are set by
+the step.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class EmbeddingBlock:
     """ids -> x."""
 
     def __init__(self, make: Maker) -> None:
-        self.step, self.training, self.loss_scale = 0, True, 1.0
+        self.training, self.loss_scale = True, 1.0
         spec = make.spec
         first, _ = make.vocab_range("embedding.table")
         at = make.regions.at("embedding.lookup")
@@ -174,7 +174,7 @@ class EmbeddingBlock:
                 at = batch.split.tokens.part(*self._span).positions
                 h = AddPositions.apply(h, self.position, at)
         if self.drop is not None and self.training:
-            h = self.drop(h, self.step, batch)
+            h = self.drop(h, batch.step, batch)
         return h
 
 
@@ -227,7 +227,7 @@ class LayerBlock:
     def __init__(
         self, make: Maker, rope: tuple[Tensor, Tensor] | None, future: Tensor | None
     ) -> None:
-        self.step, self.training, self.loss_scale = 0, True, 1.0
+        self.training, self.loss_scale = True, 1.0
         spec = make.spec
         gated = spec.family == "llama"
         drops = spec.dropout > 0
@@ -270,15 +270,15 @@ class LayerBlock:
 
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""
-        x = self.attention(x, batch, self.step, self.training)
-        return self.mlp(x, batch, self.step, self.training, replay)
+        x = self.attention(x, batch, batch.step, self.training)
+        return self.mlp(x, batch, batch.step, self.training, replay)
 
 
 class HeadBlock:
     """x -> this rank's share of the step's loss; `logits` alone for generation."""
 
     def __init__(self, make: Maker) -> None:
-        self.step, self.training, self.total_valid, self.loss_scale = 0, True, 1, 1.0
+        self.training, self.total_valid, self.loss_scale = True, 1, 1.0
         table = "embedding.table" if make.spec.tied else "head.table"
         self.norm = make.norm("head.norm")
         self.project = Column.of([make.weight(table)], make.regions.at("head.norm"))

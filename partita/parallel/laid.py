@@ -224,7 +224,7 @@ class Laid:
                 continue
             for i in sorted({a.microbatch for a in mine}):
                 done = {**Counter(a.kind for a in mine if a.microbatch == i)}
-                done["step"] = int(i == mine[0].microbatch)
+                done["step"] = all_done["step"] if i == mine[0].microbatch else 0
                 rows = routing.rows(name, i, rank)
                 for call in traffic(block, self.sizes | rows):
                     yield call, self.site(name, call.site), done

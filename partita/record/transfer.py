@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -42,9 +43,14 @@ class TrafficLine:
 
 def summarise(transfers: list[Transfer]) -> list[TrafficLine]:
     """Joins transfers of the same rank, axis, op, site and phase; sorted."""
+    return joined(TrafficLine(t.rank, t.axis, t.op, t.site, t.phase, 1, t.bytes) for t in transfers)
+
+
+def joined(lines: Iterable[TrafficLine]) -> list[TrafficLine]:
+    """Lines of the same rank, axis, op, site and phase added up; sorted."""
     found: dict[tuple[int, str, str, str, str], list[int]] = {}
-    for t in transfers:
+    for t in lines:
         entry = found.setdefault((t.rank, t.axis, t.op, t.site, t.phase), [0, 0])
-        entry[0] += 1
+        entry[0] += t.count
         entry[1] += t.bytes
     return sorted(TrafficLine(*key, count, size) for key, (count, size) in found.items())

@@ -9,6 +9,7 @@ buffers      what lives inside one op at the worst moment: the tensors it makes 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
@@ -27,9 +28,8 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     categories: Counter[str] = Counter()
     for block in (b for s in stages for b in s.blocks):
         categories.update(state_bytes(block, sizes))
-    if schedule.is_asynchronous:  # versions in the compute dtype, and masters apart from them
-        masters = int(laid.request.plan.precision.dtype in ("fp32", "fp64"))
-        categories["parameters"] *= versions_held(schedule, place) + masters
+    if schedule.is_asynchronous:
+        categories["parameters"] = version_bytes(laid, place, schedule)
     kept = [0.0] * len(laid.stages)
     for s in stages:
         kept[s.index] = float(sum(stage_kept(s.blocks, sizes)))
@@ -46,6 +46,23 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     blocks = [b for s in laid.stages_of(place) for b in s.blocks]
     found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
     return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
+
+
+def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
+    """Working weights of an asynchronous schedule at a place of pp: every version that is held in the compute
+    dtype, and masters apart from them. Where ranks update shards, the newest version is held whole beside the
+    one in use."""
+    sizes, wide = laid.sizes, laid.request.plan.precision.dtype in ("fp32", "fp64")
+    total = 0
+    for block in (b for s in laid.stages_of(place) for b in s.blocks):
+        for t in (t for t in block.tensors.values() if t.role == "parameter"):
+            unit = t.name.removesuffix(".parameter")
+            held = versions_held(schedule, place, unit in laid.program.tied)
+            shard = replace(t, dims=block.tensors[f"{unit}.optimizer"].dims[-1:])
+            sharded = bool(shard.axes())
+            total += (held + (sharded and held > 1)) * tensor_bytes(t, sizes)
+            total += tensor_bytes(shard, sizes) if wide else 0
+    return total
 
 
 def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:

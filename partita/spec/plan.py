@@ -50,13 +50,17 @@ class PipelinePlan:
     virtual_stages: int = 1
     num_microbatches: int | None = None  # None: from micro_batch_size, when the plan meets a job
     split: tuple[int, ...] = ()  # layers of each stage
+    vertical_sync: bool = (
+        False  # of pipedream: every stage uses the version that the first one used
+    )
 
     def __post_init__(self) -> None:
         if has_fixed_stages(self.schedule):
             object.__setattr__(self, "virtual_stages", 2)
 
     def _key(self) -> tuple[object, ...]:
-        return self.schedule, self.virtual_stages, self.num_microbatches or 1, self.split
+        m = self.num_microbatches or 1
+        return self.schedule, self.virtual_stages, m, self.split, self.vertical_sync
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PipelinePlan) and self._key() == other._key()

@@ -30,7 +30,6 @@ from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, lay
 from partita.parallel.offload.arenas import Arenas
 from partita.parallel.offload.cpu import Moves
-from partita.parallel.pp.versions import Flow, Versions, version_rule
 from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
@@ -39,7 +38,7 @@ from partita.spec.job import Job
 from partita.spec.layout import product_coordinate
 from partita.train.data import Dataset, open_dataset
 from partita.train.devices import device_of
-from partita.train.pipeline import data_parallel, make_evaluator, make_executor
+from partita.train.pipeline import data_parallel, make_evaluator, make_executor, make_flow
 from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
 from partita.train.streams import Batch
 
@@ -71,7 +70,7 @@ class Built:
 
     def _microbatches(self, step: int) -> list[Microbatch]:
         found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
-        return [self.own(microbatch(b, s)) for s, b in found]
+        return [self.own(microbatch(b, s, step)) for s, b in found]
 
     def own(self, whole: Microbatch) -> Microbatch:
         """Of samples whole along seq, the share that context parallelism gives this rank, in laid order, on
@@ -86,7 +85,7 @@ class Built:
         split = self._split if whole.documents is None else self._split_of(whole.documents)
         ids, targets, valid = split.take((whole.ids, whole.targets, whole.valid), mine, ways)
         documents = split.tokens.documents
-        return Microbatch(ids, targets, valid, documents, whole.samples, split)
+        return Microbatch(ids, targets, valid, documents, whole.samples, split, whole.step)
 
     def _split_of(self, documents: Tensor | None) -> Split:
         return Split.of(self.model.laid.request, documents)
@@ -168,10 +167,10 @@ class Built:
         return self.model.evaluate(batch)
 
 
-def microbatch(batch: Batch, samples: Sequence[int]) -> Microbatch:
-    """A batch with its samples' places in the step."""
+def microbatch(batch: Batch, samples: Sequence[int], step: int = 0) -> Microbatch:
+    """A batch with its samples' places in the step (counted from 0)."""
     places = torch.tensor(list(samples), dtype=torch.int64)
-    return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places)
+    return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places, step=step)
 
 
 def make_context(
@@ -211,7 +210,7 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
         make_evaluator(executor), arenas=arenas,
     )  # fmt: skip
     if flows:
-        model.flow = Flow(executor, Versions(units, version_rule(laid.schedule)))
+        model.flow = make_flow(executor, laid, units, parameters)
     model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
     return model
 

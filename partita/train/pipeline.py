@@ -14,6 +14,7 @@ from partita.parallel.dp.zero import DataParallel, Gatherer, Needs, Parameters
 from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import Stage, forward_of, lane
+from partita.parallel.pp.versions import Flow, Late, Versions, updates_behind, version_rule
 from partita.parallel.units import Unit
 from partita.train.stage import StageBlocks
 
@@ -72,6 +73,20 @@ def _needs(laid: Laid, stage: Stage, units: Sequence[Unit]) -> list[Needs]:
                     found[event.phase].append(unit)
         needs.append(Needs(*map(tuple, found.values())))
     return needs
+
+
+def make_flow(
+    executor: Executor, laid: Laid, units: Sequence[Unit], parameters: Parameters
+) -> Flow:
+    """How an asynchronous schedule runs on this rank: its own weights, and on the last stage a table that
+    the first one holds too."""
+    late = [u for u in units if u.spec.across and executor.place > 0]
+    own = [u for u in units if u not in late]
+    flow = Flow(executor, Versions(own, version_rule(laid.schedule), parameters.refresh))
+    if late:
+        versions = Versions(late, version_rule(laid.schedule, tied=True), parameters.refresh)
+        flow.late = Late(versions, updates_behind(laid.schedule))
+    return flow
 
 
 def make_evaluator(executor: Executor) -> Executor:

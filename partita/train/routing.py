@@ -26,14 +26,15 @@ def logs(model: Model) -> Iterator[tuple[str, RouterLog]]:
 
 
 def begin_routing(model: Model, loss_scale: float) -> None:
-    """Nothing has been routed yet."""
+    """Nothing of the step has been routed yet, but by stages of an asynchronous pipeline that ran ahead."""
+    flow = model.flow
     for _, log in logs(model):
-        log.clear()
-        log.loss_scale = loss_scale
+        log.clear(0 if flow is None else flow.first)
+        log.loss_scale = loss_scale * (1.0 if flow is None else flow.per_step)
 
 
-def sum_routing(model: Model) -> Routed:
-    """The step's, the same on every rank.
+def sum_routing(model: Model, end: int | None = None) -> Routed:
+    """The step's, the same on every rank; `end`: of the microbatches before that number.
 
     Communicates: all_reduce of 8 bytes a layer and expert, and 3 sums, over what cuts tokens and layers."""
     spec = model.laid.request.model
@@ -44,10 +45,11 @@ def sum_routing(model: Model) -> Routed:
     sums = torch.zeros(ROUTING_SUMS + layers * experts, dtype=torch.float64)
     for name, log in logs(model):
         at = ROUTING_SUMS + (int(name.rpartition(".")[2]) - first) * experts
+        seen = log.total(end)
         sums[:ROUTING_SUMS] += torch.stack(
-            [log.balance.double().cpu(), log.z.double().cpu(), torch.tensor(float(log.dropped))]
+            [seen.balance.double().cpu(), seen.z.double().cpu(), torch.tensor(float(seen.dropped))]
         )
-        sums[at : at + experts] = log.counts.double()
+        sums[at : at + experts] = seen.counts.double()
     if model.comms.routing is not None:
         sums = model.comms.routing.all_reduce(sums, site="step.routing:reduce_from")
     samples = model.laid.samples

@@ -38,7 +38,7 @@ from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
 @dataclass(frozen=True)
 class Microbatch:
     """A rank's part of one microbatch: ids, targets, valid [samples, its share of seq]; `documents` [samples,
-    seq]; `samples` are the samples' places in the step's global batch, which dropout is keyed by. Where
+    seq]; `samples` are the samples' places in the global batch of its `step`: dropout is keyed by both. Where
     context parallelism cuts seq, `split` says which tokens these are, and documents are in its order."""
 
     ids: Tensor
@@ -47,6 +47,7 @@ class Microbatch:
     documents: Tensor | None
     samples: Tensor
     split: Split | None = None
+    step: int = 0
 
     def to(self, device: torch.device) -> Microbatch:
         """The same on a device; itself where it is there already."""
@@ -57,7 +58,7 @@ class Microbatch:
             t.to(device) for t in (self.ids, self.targets, self.valid, self.samples)
         )
         split = None if self.split is None else self.split.to(device)
-        return Microbatch(ids, targets, valid, documents, samples, split)
+        return Microbatch(ids, targets, valid, documents, samples, split, self.step)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class Model:
         """
         self.begin(batch)
         if self.flow is not None:
+            end = self.flow.first + len(batch.microbatches)
             loss = self.flow.run(batch.microbatches, batch.following)
+            self.routed = sum_routing(self, end)
             return self.finish_loss(loss, batch.step)
         loss = self.executor.run(batch.microbatches)
         self.reducer.finish()
@@ -165,7 +168,7 @@ class Model:
         self.reducer.begin()
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for block in self.blocks:
-            block.step, block.loss_scale = batch.step, scale
+            block.loss_scale = scale
         begin_routing(self, scale)
         self.count(batch)
 
@@ -200,7 +203,7 @@ class Model:
 @dataclass(frozen=True)
 class Slot:
     """One tensor of the optimizer: of a unit's weights a run that all decay, or all do not, as far as
-    this rank stores it. `start`: where it lies in what is stored of the unit. `weights`: full names."""
+    this rank stores it. `start`: where it lies in what is stored of the `unit`. `weights`: full names."""
 
     name: str
     start: int
@@ -208,6 +211,7 @@ class Slot:
     gradient: Tensor
     decays: bool
     weights: tuple[str, ...]
+    unit: str
 
     @property
     def balances(self) -> bool:
@@ -254,7 +258,7 @@ class Update:
         if limit and limit < norm + CLIP_EPSILON:
             factor *= limit / (norm + CLIP_EPSILON)
         self.updates += 1
-        self._apply(self.updates, factor)
+        self._apply(self.updates, self.slots, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
         return norm
 
@@ -262,22 +266,37 @@ class Update:
         """U: this rank's stage applies what its last microbatches left, at the rate of the step."""
         flow = self.model.flow
         assert flow is not None, "U belongs to an asynchronous schedule"
-        self.model.reducer.finish()
-        flow.versions.update(lambda: self._apply(self.updates + 1))
+        late = () if flow.late is None else flow.late.versions.units
+        self.model.reducer.finish(late)
+        flow.versions.update(lambda: self.apply_to(flow.versions.units))
+        if flow.late is not None:
+            flow.late.update()
 
-    def _apply(self, update: int, factor: float = 1.0) -> None:
+    def join(self, units: Sequence[Any]) -> None:
+        """The late U of units that another stage holds too: their gradients are added up, then applied."""
+        self.model.reducer.add_across(units)
+        self.apply_to(units)
+
+    def apply_to(self, units: Sequence[Any]) -> None:
+        """Updates the masters of some units, at the rate of the step under way."""
+        names = {unit.name for unit in units}
+        self._apply(self.updates + 1, [s for s in self.slots if s.unit in names])
+
+    def _apply(self, update: int, slots: Sequence[Slot], factor: float = 1.0) -> None:
         self.lr = learning_rate(self.train, update)
         if self.away is not None:
             self.away.run(self.lr, factor, self._balance)
             return
         if factor != 1:
-            torch._foreach_mul_([s.gradient for s in self.slots if not s.balances], factor)
+            torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for slot in self.slots:
+            slot.master.grad = None
+        for slot in slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
-        for slot in self.slots:
+        for slot in slots:
             if slot.balances:
                 self._balance(slot.master, slot.gradient)
 
@@ -315,7 +334,9 @@ def slots_of(unit: Any) -> Iterator[Slot]:
         if first < end:
             names = tuple(name for name, *_ in run)
             part, decays = slice(first, end), decays_weight(names[0])
-            yield Slot(names[0], first, unit.master[part], unit.gradient[part], decays, names)
+            yield Slot(
+                names[0], first, unit.master[part], unit.gradient[part], decays, names, unit.name
+            )
 
 
 def make_update(model: Model, train: TrainSpec) -> Update:
@@ -338,6 +359,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     update.away = make_away(model.arenas, by_unit, model.units, update.optimizer, train)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
+        if model.flow.late is not None:
+            model.flow.late.join = update.join
     return update
 
 

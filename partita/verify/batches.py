@@ -34,7 +34,7 @@ def samples_of(data: Dataset, job: Job, step: int, samples: Sequence[int]) -> Mi
     for row, sample in enumerate(samples):
         valid[row] &= keep(job, step, sample, valid.shape[1])
     part = Batch(raw.ids % vocab, raw.targets % vocab, valid, raw.documents)
-    return microbatch(part, samples)
+    return microbatch(part, samples, step)
 
 
 def keep(job: Job, step: int, sample: int, seq_len: int) -> torch.Tensor:

@@ -18,8 +18,9 @@ s (1 + 4 / sqrt(elements)): a gradient times 1.02 is seen in bf16. Over both fam
 have a floor of 0.003 s of the norm.
 
 Weights at low precision are held to what the judge's optimizer makes of the plan's own gradients: exact up to
-fp32, where the judge's gradients would leave AdamW a whole step of freedom. A step that overflowed in fp16
-must have done so on both sides; its gradients are not looked at.
+fp32, where the judge's gradients would leave AdamW a whole step of freedom. Under delayed updates, where the
+judge goes its own way from the first update on, the table holds for all. A step that overflowed in fp16 must
+have done so on both sides; its gradients are not looked at.
 """
 
 from __future__ import annotations
@@ -79,12 +80,15 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b) if b else abs(a)
 
 
-def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> list[Difference]:
-    """The worst of each kind; the first bad one, by step, where there is one."""
+def differences(
+    judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job, delayed: bool = False
+) -> list[Difference]:
+    """The worst of each kind; the first bad one, by step, where there is one. `delayed`: a step has several
+    updates, and the judge made its own."""
     dtype = job.plan.precision.dtype
     bound, low = BOUNDS[dtype], dtype != "fp64"
     # a rounding may send a token to another expert
-    first = 0.0 if job.model.experts else walk(dtype, job.model.layers)
+    first = 0.0 if job.model.experts or delayed else walk(dtype, job.model.layers)
     if job.model.experts and low:
         bound = replace(bound, tensor=max(bound.tensor, ROUTED))
     found: list[Difference] = []
@@ -100,7 +104,9 @@ def differences(judge: list[StepSeen], ranks: Iterable[RankSeen], job: Job) -> l
                 found += _tensors("gradients", mine.gradients, want.gradients, limits, seen.rank, i)
             floor = bound.floor * want.norm if math.isfinite(want.norm) else 0.0
             limits = (
-                (UPDATE, UPDATE_LR * job.train.lr) if low else (bound.tensor, floor * job.train.lr)
+                (UPDATE, UPDATE_LR * job.train.lr)
+                if low and not delayed
+                else (bound.tensor, floor * job.train.lr)
             )
             found += _tensors("weights", mine.weights, want.weights, limits, seen.rank, i)
     worst: dict[str, Difference] = {}

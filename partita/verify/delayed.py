@@ -4,6 +4,7 @@ An update is of one microbatch (pipedream) or of a step's (pipedream_2bw). Stage
 with the weights it had after so many updates:
 
     pipedream       max(0, k - (p-1-s))       each stage another version
+      vertical      max(0, k - (p-1))         all stages that of the first; so does a tied table always
     pipedream_2bw   max(0, k // m - 1)        all stages the same
 
 A step's token counts alike in all of its updates: each starts backward from (updates a step) / N.
@@ -14,16 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.model.reference import Reference, loss_and_gradients
+from partita.model.reference_moe import Auxiliary
 from partita.parallel.laid import Laid, lay
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.train.build import DTYPES
 from partita.train.data import Dataset
-from partita.train.optim import learning_rate, make_optimizer
-from partita.train.step import Microbatch, decays_weight
 from partita.verify.batches import whole_batch
-from partita.verify.runs import STEPS, StepSeen, start_value
+from partita.verify.runs import STEPS, JudgeUpdate, StepSeen, product_of
 
 Weights = dict[str, Tensor]
 
@@ -36,44 +36,36 @@ def is_delayed(job: Job) -> bool:
 def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
     """STEPS steps without a drain between."""
     laid, dtype = lay(request_of(job)), DTYPES[job.plan.precision.dtype]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = {
-        n: start_value(job, n, s, tuple((0, k) for k in s), wide)
-        for n, s in weight_shapes(job.model).items()
-    }
-    optimizer = make_optimizer([(n, w, decays_weight(n)) for n, w in weights.items()], job.train)
-    history, m = [_copy(weights)], job.plan.num_microbatches
+    update = JudgeUpdate.of(job, torch.float64 if dtype == torch.float64 else torch.float32)
+    weights, history = update.weights, [_copy(update.weights)]
+    m, samples = job.plan.num_microbatches, job.train.global_batch_size
     size = m if laid.schedule.versions == "previous" else 1
     found = []
     for step in range(STEPS):
         batches = whole_batch(data, job, step)
-        counts = [int(b.valid.sum()) for b in batches]
-        loss, gradients = 0.0, {}
+        loss, gradients, norm, seen = 0.0, {}, 0.0, Auxiliary()
         for first in range(0, m, size):
             gradients = {n: torch.zeros_like(w) for n, w in weights.items()}
             for i in range(first, first + size):
-                seen = _weights_of(laid, history, step * m + i)
-                part, of = _one(Reference(job.model, seen, dtype, job.seed), batches[i], step)
-                share = max(counts[i], 1) / max(sum(counts), 1)
-                loss += part * share
+                judge = Reference(
+                    job.model,
+                    _weights_of(laid, history, step * m + i),
+                    dtype,
+                    job.seed,
+                    product=product_of(job),
+                )
+                judge.step = step
+                part, of = loss_and_gradients(judge, [batches[i]], whole=batches)
+                loss += part
+                seen.add(judge.auxiliary)
                 for n, g in of.items():
-                    gradients[n] += g * (share * (m // size))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(job.train, step + 1)
-            for n, w in weights.items():
-                w.grad = gradients[n].clone()
-            optimizer.step()
+                    gradients[n] += g * (m // size)
+            norm = update.norm(gradients)
+            update.step(gradients, norm, step)
             history.append(_copy(weights))
-        squares = torch.stack([g.double().square().sum() for g in gradients.values()])
-        norm = float(squares.sum().sqrt())
-        dense = (0.0, 0.0, 0.0)  # no auxiliary losses
-        found.append(StepSeen(loss, norm, gradients, _copy(weights), dense))
+        auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
+        found.append(StepSeen(loss, norm, gradients, _copy(weights), auxiliary))
     return found
-
-
-def _one(judge: Reference, batch: Microbatch, step: int) -> tuple[float, Weights]:
-    judge.step = step
-    return loss_and_gradients(judge, [batch])
 
 
 def _copy(weights: Weights) -> Weights:
@@ -81,15 +73,16 @@ def _copy(weights: Weights) -> Weights:
 
 
 def _weights_of(laid: Laid, history: list[Weights], microbatch: int) -> Weights:
-    """Each weight in the version that its stage uses for a microbatch."""
+    """Each weight in the version that its stage uses for a microbatch; a tied one has the first stage's."""
     m, last = laid.request.plan.num_microbatches, len(laid.stages) - 1
     found = {}
     for s in laid.stages:
-        version = microbatch - (last - s.index)
-        if laid.schedule.versions == "previous":
-            version = microbatch // m - 1
         for name, block in zip(s.names, s.blocks, strict=True):
             for w in block.weights():
                 full = laid.full_name(name, w.name)
+                first = laid.schedule.versions == "vertical" or full in laid.program.tied
+                version = microbatch - (last if first else last - s.index)
+                if laid.schedule.versions == "previous":
+                    version = microbatch // m - 1
                 found[full] = history[max(0, version)][full]
     return found

@@ -21,7 +21,7 @@ from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.train.data import Dataset
 from partita.train.devices import computes_on_gpu
-from partita.verify.batches import open_data
+from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
 from partita.verify.delayed import is_delayed, run_delayed
@@ -158,7 +158,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     own = job.plan.precision.dtype
     trials: list[Trial] = []
     for dtype in dict.fromkeys(("fp64", own)):
-        for train in optimizers(small.train, clips=not is_delayed(small)):
+        for train in optimizers(small.train, is_delayed(small)):
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
             trials.append(_trial(at, data, backend))
             if not trials[-1].equal:
@@ -189,7 +189,7 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     ranks = run_ranks(job, data, backend)
     if job.plan.precision.dtype != "fp64" and not delayed:
         judge = with_own_updates(job, judge, ranks)
-    return Trial(job, judge, ranks, differences(judge, ranks, job))
+    return Trial(job, judge, ranks, differences(judge, ranks, job, delayed))
 
 
 def run_ranks(job: Job, data: Dataset, backend: str, watched: int = -1) -> list[RankSeen]:
@@ -207,7 +207,9 @@ def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
     """Runs the failing trial again on thread ranks, its first bad step watched."""
     step = min((d.step for d in trial.found if d.bad), default=0)
     judge = Watch()  # modules of delayed updates are not watched: their numbers are compared
-    if not is_delayed(trial.job):
+    if is_delayed(trial.job):
+        judge.start(whole_batch(data, trial.job, step))
+    else:
         _, judge = run_judge(trial.job, data, step)
     ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", step)
     laid = lay(request_of(trial.job))

@@ -22,9 +22,9 @@ from partita.parallel.ep.counts import Routing
 from partita.parallel.laid import Laid, lay
 from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
-from partita.parallel.product import PLAIN
+from partita.parallel.product import PLAIN, Product
 from partita.parallel.units import Unit
-from partita.record.transfer import TrafficLine, summarise
+from partita.record.transfer import TrafficLine, joined, summarise
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import Box
@@ -66,16 +66,18 @@ class RankSeen:
     )  # of the first step
 
 
-def optimizers(train: TrainSpec, clips: bool = True) -> list[TrainSpec]:
-    """SGD with momentum at a large rate, then AdamW; decay and clipping active in both."""
+def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
+    """SGD with momentum at a large rate, then AdamW; decay and clipping active in both. Delayed updates have
+    no norm to clip by, and are several a step, at smaller rates: AdamW turns a rounding into a whole step."""
     active = {
         "weight_decay": 0.1,
-        "clip_grad_norm": 0.5 if clips else 0.0,
+        "clip_grad_norm": 0.0 if delayed else 0.5,
         "warmup_steps": 0,
         "lr_schedule": "constant",
     }
-    sgd = replace(train, optimizer="sgd", lr=0.5, momentum=0.9, **active)  # type: ignore[arg-type]
-    adamw = replace(train, optimizer="adamw", lr=1e-2, **active)  # type: ignore[arg-type]
+    rate, small = (0.05, 1e-3) if delayed else (0.5, 1e-2)
+    sgd = replace(train, optimizer="sgd", lr=rate, momentum=0.9, **active)  # type: ignore[arg-type]
+    adamw = replace(train, optimizer="adamw", lr=small, **active)  # type: ignore[arg-type]
     return [sgd, adamw]
 
 
@@ -122,9 +124,10 @@ def run_rank(
         loss = model.forward_backward(batch)
         gradients = boxes(model, lambda unit: unit.gradient, scale)
         norm = update.step()
+        if flows or step == 0:
+            seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         if step == (STEPS - 1 if flows else 0):
             seen.recorded = summarise(context.recorder.take())
-            seen.routed = {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         seen.watch.stop()
         after, r = boxes(model, lambda unit: unit.master), model.routed
         seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
@@ -143,8 +146,14 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
     if keys:
         laid = lay(request_of(job))
         counts = {k: {r.rank: r.routed[k] for r in ranks if k in r.routed} for k in keys}
+        m = job.plan.num_microbatches
+        steps = range(STEPS if laid.schedule.is_asynchronous else 1)
+        of_step = [
+            {(n, i - s * m): c for (n, i), c in counts.items() if i // m == s} for s in steps
+        ]
         for r in ranks:
-            r.declared = laid.traffic(r.rank, Routing(laid.mesh, laid.replicates_tokens, counts))
+            routings = [Routing(laid.mesh, laid.replicates_tokens, c) for c in of_step]
+            r.declared = joined(t for each in routings for t in laid.traffic(r.rank, each))
 
 
 def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> Boxes:
@@ -165,17 +174,13 @@ def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen
     dtype = DTYPES[job.plan.precision.dtype]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     optimizer = JudgeUpdate.of(job, wide)
-    weights, biases = optimizer.weights, optimizer.biases
+    weights = optimizer.weights
     scaler = LossScaler() if dtype == torch.float16 else None
-    precision = job.plan.precision
-    product = (
-        Eight(replace(precision, fp8_scaling="current")) if precision.dtype == "fp8" else PLAIN
-    )
     watch = Watch()
     found = []
     for step in range(STEPS):
         batches = whole_batch(data, job, step)
-        judge = Reference(job.model, weights, dtype, job.seed, product=product)
+        judge = Reference(job.model, weights, dtype, job.seed, product=product_of(job))
         judge.step = step
         if step == watched:
             watch.start(batches)
@@ -183,8 +188,7 @@ def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen
         scale = 1.0 if scaler is None else scaler.scale
         loss, gradients = loss_and_gradients(judge, batches, scale)
         watch.stop()
-        squares = [g.double().square().sum() for n, g in gradients.items() if n not in biases]
-        norm, samples = float(torch.stack(squares).sum().sqrt()), job.train.global_batch_size
+        norm, samples = optimizer.norm(gradients), job.train.global_batch_size
         seen = judge.auxiliary
         auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
         kept = {n: g.clone() for n, g in gradients.items()}
@@ -195,6 +199,13 @@ def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen
         after = {n: w.clone() for n, w in weights.items()}
         found.append(StepSeen(loss, norm, kept, after, auxiliary))
     return found, watch
+
+
+def product_of(job: Job) -> Product:
+    """How the judge multiplies in layers: under fp8 with scales of each tensor as it is."""
+    precision = job.plan.precision
+    eight = precision.dtype == "fp8"
+    return Eight(replace(precision, fp8_scaling="current")) if eight else PLAIN
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,11 @@ class JudgeUpdate:
         biases = [n for n in weights if n.endswith(BALANCE_BIAS)]
         named = [(n, w, decays_weight(n)) for n, w in weights.items() if n not in biases]
         return JudgeUpdate(job, weights, biases, make_optimizer(named, job.train))
+
+    def norm(self, gradients: dict[str, Tensor]) -> float:
+        """The 2-norm of all gradients; where a bias has its own stand rows."""
+        squares = [g.double().square().sum() for n, g in gradients.items() if n not in self.biases]
+        return float(torch.stack(squares).sum().sqrt())
 
     def step(self, gradients: dict[str, Tensor], norm: float, step: int) -> None:
         """Clips the gradients by their norm, in place, and updates the weights."""

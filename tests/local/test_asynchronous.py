@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import verify_jobs
@@ -16,7 +18,7 @@ from partita.verify.parity import verify
 
 
 def job(folder, plan, family="llama", **model):
-    made = verify_jobs.job(folder, plan, family, tied=False, **model)
+    made = verify_jobs.job(folder, plan, family, **{"tied": False, **model})
     return replace(made, train=replace(made.train, clip_grad_norm=0.0))
 
 
@@ -34,6 +36,28 @@ def test_delayed_updates_equal_a_plain_loop(plan, family, tmp_path):
     assert found.equal, str(found)
     assert found.traffic_equal
     assert found.to_json()["reference"] == "delayed"
+
+
+MANY = {
+    "tied": ("pp4:pipedream/8mb", "llama", {"tied": True}),
+    "vertical sync": ("pp4:pipedream/4mb pipeline.vertical_sync=true", "llama", {"tied": True}),
+    "dropout": ("dp_shard2.zero1 pp2:pipedream/4mb", "gpt2", {"tied": True, "dropout": 0.1}),
+    "sharded": ("dp_shard2.zero1 pp2:pipedream_2bw/2mb", "llama", {"tied": True}),
+    "experts": ("dp_shard2.zero1 ep2 pp2:pipedream/4mb", "llama", verify_jobs.EXPERTS),
+    "experts 2bw": ("tp2+sp pp2:pipedream_2bw/4mb ep2", "llama", verify_jobs.EXPERTS),
+    "fp8": ("pp2:pipedream/4mb fp8", "llama", {}),
+    "bf16": ("tp2+sp pp2:pipedream/4mb bf16", "gpt2", {"tied": True}),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_delayed_updates_of_what_steps_share(name, tmp_path):
+    """A table on two stages, masks and routers of two steps under way, sharded states, low precision."""
+    plan, family, model = MANY[name]
+    found = verify(
+        job(tmp_path, plan if "8" in plan or "bf16" in plan else f"{plan} fp64", family, **model)
+    )
+    assert found.equal, str(found)
 
 
 def steps(world, job, look=lambda model, step: None, drained=()):
@@ -105,14 +129,14 @@ def test_a_drain_restarts_the_count(tmp_path):
 
 
 def test_what_needs_synchrony_is_refused(tmp_path):
-    """Clipping, tied tables, dropout, fp16, few microbatches: all at once, with the rule and a way out."""
-    made = verify_jobs.job(tmp_path, "pp4:pipedream/2mb fp16", "gpt2", dropout=0.1, tied=True)
+    """Clipping, fp16, shards of gradients, few microbatches: all at once, with the rule and a way out."""
+    made = verify_jobs.job(tmp_path, "dp_shard2.zero2 pp4:pipedream/2mb fp16", "gpt2")
     with pytest.raises(PlanError, match="no gradient norm is there to clip by"):
         verify(made)
     made = replace(made, train=replace(made.train, clip_grad_norm=0.0))
     with pytest.raises(PlanError) as error:
         verify(made)
-    rules = ["microbatches", "tied", "dropout", "precision"]
+    rules = ["microbatches", "precision", "zero_stage"]
     assert [p.rule for p in error.value.problems if p.room == "pp"] == rules
     with local(2, 20) as ranks, pytest.raises(UsageError, match="drain"):
         ranks.run(evaluate_full, longer(job(tmp_path, "pp2:pipedream/4mb", batch=4), 3))
@@ -124,20 +148,44 @@ def evaluate_full(world, job):
     built.model.evaluate(built.batch(1))
 
 
-@pytest.mark.parametrize("name", ["pipedream", "pipedream_2bw"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_memory_of_versions_is_what_ranks_hold(name, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("plan", "tied"),
+    [
+        ("pp4:pipedream/4mb fp32", False),
+        ("pp4:pipedream/4mb bf16", True),
+        ("pp4:pipedream_2bw/4mb fp32", True),
+        ("pp4:pipedream_2bw/4mb bf16", False),
+        ("dp_shard2.zero1 pp2:pipedream/4mb fp32", False),
+        ("dp_shard2.zero1 pp2:pipedream_2bw/4mb bf16", True),
+    ],
+)
+def test_the_memory_of_versions_is_what_ranks_hold(plan, tied, tmp_path):
     """Working weights, stashed versions, and the fp32 masters where they would be the working weights."""
-    made = longer(job(tmp_path, f"pp4:{name}/4mb {dtype}", batch=4), 3)
-
-    def held(model, step):
-        versions = model.flow.versions
-        found = [t for stash in versions.stash.values() for t in stash]
-        found += [u.working for u in model.units]
-        found += [u.master for u in model.units if dtype == "fp32"]
-        return sum(t.numel() * t.element_size() for t in found)
-
-    with local(4, 20) as ranks:
-        seen = [max(h) for *_, h in ranks.run(steps, made, held)]
+    made = longer(job(tmp_path, plan, tied=tied, batch=8), 3)
     laid = lay(request_of(made))
-    assert seen == [stage_ledger(laid, p, laid.schedule).at_peak["parameters"] for p in range(4)]
+    with local(laid.mesh.world_size, 20) as ranks:
+        seen = [max(h) for h in ranks.run(held, made)]
+    of = [laid.mesh.coords(r)["pp"] for r in range(laid.mesh.world_size)]
+    assert seen == [stage_ledger(laid, p, laid.schedule).at_peak["parameters"] for p in of]
+
+
+def held(world, job):
+    """Bytes of weights of any version, looked at before each forward and backward and when a step ends."""
+    built = assemble(job, world)
+    model, found = built.model, []
+    flow, wide = model.flow, model.laid.request.plan.precision.dtype == "fp32"
+
+    def look(act=lambda microbatch: None, microbatch=0):
+        act(microbatch)
+        tensors = [t for v in flow.each for stash in v.stash.values() for t in stash]
+        tensors += [u.working for u in model.units] + [u.master for u in model.units if wide]
+        found.append(sum(t.numel() * t.element_size() for t in tensors))
+
+    model.executor.weights = SimpleNamespace(
+        forward=partial(look, flow.forward), backward=partial(look, flow.backward)
+    )
+    for step in range(job.train.steps):
+        model.forward_backward(built.batch(step, step + 1 == job.train.steps))
+        look()
+        built.update.step()
+    return found

@@ -99,21 +99,25 @@ class Reducer:
         here = next((v for v in self.visits if block in v), None) if unit.spec.stage >= 2 else None
         return set(unit.spec.blocks) if here is None else set(unit.spec.blocks) & here
 
-    def finish(self) -> None:
+    def finish(self, late: Sequence[Unit] = ()) -> None:
         """Waits for all sums of the step. Gradients are then the step's, the same on every rank of the
-        axes summed over."""
+        axes summed over; but of `late` units not yet summed between places of pp."""
         self._settle()
         for unit in self.units:
             comm = self.comms[unit.name].reduce
             if unit.spec.stage and comm is not None:
                 self._reduce(unit, comm, "reduce")
         self._settle()
-        for unit in self.units:
+        self.add_across([unit for unit in self.units if unit not in late])
+        self._last.clear()
+
+    def add_across(self, units: Sequence[Unit]) -> None:
+        """Sums units between the places of pp that hold them."""
+        for unit in units:
             comm = self.comms[unit.name].across
             if comm is not None:
                 self._reduce(unit, comm, "tied" if comm.axis == "tied" else "copies")
         self._settle()
-        self._last.clear()
 
     def _start(self, unit: Unit) -> None:
         comms = self.comms[unit.name]

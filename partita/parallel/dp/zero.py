@@ -45,12 +45,12 @@ class Parameters:
     _users: dict[str, int] = field(default_factory=dict)
     _whole: dict[str, Tensor] = field(default_factory=dict)
 
-    def refresh(self, rounded: bool = False) -> None:
-        """Masters have changed: rounds them into the working weights, unless they are `rounded` already, and
-        gathers those stored whole."""
+    def refresh(self, rounded: bool = False, units: Sequence[Unit] | None = None) -> None:
+        """Masters have changed, all or those of `units`: rounds them into the working weights, unless they
+        are `rounded` already, and gathers those stored whole."""
         started: list[Handle] = []
         with self.where.at("step"):
-            for unit in self.units:
+            for unit in self.units if units is None else units:
                 if not rounded:
                     unit.round_working()
                 if unit.spec.stage in (1, 2):

@@ -4,6 +4,7 @@ were dropped. The step adds them up over ranks once (site step.routing:reduce_fr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -12,35 +13,65 @@ from partita.comm.protocol import Where
 
 
 @dataclass
-class RouterLog:
-    """One layer's. `counts` [experts] are rows that tokens chose; `sent` holds, by microbatch, the rows that
-    left this rank for each expert."""
+class Seen:
+    """Of one microbatch, or several: `counts` [experts] are rows that tokens chose, `sent` those that left
+    this rank for each expert."""
 
-    experts: int
-    where: Where
+    counts: Tensor
+    sent: tuple[int, ...] = ()
     balance: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     z: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    sent: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    loss_scale: float = 1.0  # what gradients are times, under fp16
-
-    def __post_init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """A new step."""
-        self.balance, self.z = torch.zeros((2,), dtype=torch.float64)
-        self.counts, self.sent = torch.zeros(self.experts, dtype=torch.int64), {}
-
-    def rows(self, chosen: Tensor, sent: list[int]) -> None:
-        """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
-        self.counts += torch.bincount(chosen.flatten(), minlength=self.experts)
-        self.sent[self.where.microbatch] = tuple(sent)
 
     @property
     def dropped(self) -> int:
         """Rows that were chosen and not sent."""
-        return int(self.counts.sum()) - sum(map(sum, self.sent.values()))
+        return int(self.counts.sum()) - sum(self.sent)
+
+    def __add__(self, other: Seen) -> Seen:
+        sent = tuple(a + b for a, b in zip_longest(self.sent, other.sent, fillvalue=0))
+        return Seen(
+            self.counts + other.counts, sent, self.balance + other.balance, self.z + other.z
+        )
+
+
+@dataclass
+class RouterLog:
+    """One layer's, by microbatch. An asynchronous pipeline has microbatches of two steps under way."""
+
+    experts: int
+    where: Where
+    seen: dict[int, Seen] = field(default_factory=dict)
+    loss_scale: float = (
+        1.0  # what gradients are times: under fp16, and where a step has several updates
+    )
+
+    @property
+    def now(self) -> Seen:
+        """Of the microbatch under way."""
+        return self.seen.setdefault(self.where.microbatch, self._nothing())
+
+    @property
+    def sent(self) -> dict[int, tuple[int, ...]]:
+        """By microbatch, the rows that left this rank for each expert."""
+        return {m: seen.sent for m, seen in self.seen.items()}
+
+    def clear(self, before: int = 0) -> None:
+        """A new step, whose first microbatch is numbered `before`: what came earlier is forgotten. At 0
+        numbers begin anew: everything is."""
+        self.seen = {m: seen for m, seen in self.seen.items() if 0 < before <= m}
+
+    def rows(self, chosen: Tensor, sent: list[int]) -> None:
+        """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
+        self.now.counts += torch.bincount(chosen.flatten(), minlength=self.experts)
+        self.now.sent = tuple(sent)
+
+    def total(self, end: int | None = None) -> Seen:
+        """Of all microbatches, or those before `end`."""
+        found = [seen for m, seen in self.seen.items() if end is None or m < end]
+        return sum(found, self._nothing())
+
+    def _nothing(self) -> Seen:
+        return Seen(torch.zeros(self.experts, dtype=torch.int64))
 
 
 @dataclass(frozen=True)

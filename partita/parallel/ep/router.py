@@ -177,6 +177,6 @@ def _record(layer: Router, scores: Tensor, counts: Tensor, logits: Tensor) -> No
     s = layer.spec
     if s.balance_loss:
         p = scores if s.router == "softmax" else scores / scores.sum(-1, keepdim=True)
-        layer.log.balance += (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
+        layer.log.now.balance += (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
     if s.z_loss:
-        layer.log.z += logits.logsumexp(-1).square().sum() / layer.seq_len
+        layer.log.now.z += logits.logsumexp(-1).square().sum() / layer.seq_len

@@ -45,7 +45,7 @@ def schedule_of(plan: Plan) -> Schedule:
         return make_schedule("1f1b", num_ranks=1, num_microbatches=plan.num_microbatches)
     return make_schedule(
         pipe.schedule, num_ranks=pp, num_microbatches=plan.num_microbatches,
-        virtual_stages=pipe.virtual_stages,
+        virtual_stages=pipe.virtual_stages, **({"vertical_sync": True} if pipe.vertical_sync else {}),
     )  # fmt: skip
 
 
@@ -61,11 +61,12 @@ def forward_of(schedule: Schedule) -> Schedule:
     )
 
 
-def versions_held(schedule: Schedule, place: int) -> int:
+def versions_held(schedule: Schedule, place: int, tied: bool = False) -> int:
     """Versions of a stage's weights that a rank holds at once, the newest included (Narayanan et al. 2019,
-    2020): 1 where a step flushes."""
+    2020): 1 where a step flushes. `tied`: of a table that the first stage holds too: all use its version."""
     p = schedule.num_ranks
-    return {"flush": 1, "newest": p - place, "vertical": p, "previous": 2}[schedule.versions]
+    newest = p if tied else p - place
+    return {"flush": 1, "newest": newest, "vertical": p, "previous": 2}[schedule.versions]
 
 
 def lane(what: str, stage: int, schedule: Schedule) -> str:
@@ -108,23 +109,17 @@ def problems(job: Request) -> list[Problem]:
 def _needs_flush(job: Request) -> Iterator[Problem]:
     """What a schedule that updates stage by stage cannot go with."""
     plan, name = job.plan, job.plan.pipeline.schedule
-    nearest = str(plan.with_("pipeline", schedule="1f1b"))
+    nearest = str(plan.with_("pipeline", schedule="1f1b", vertical_sync=False))
     asked = f"pp{plan.mesh.pp}:{name}/{plan.num_microbatches}mb"
-    shards = plan.mesh.dp_shard > 1 and plan.data.zero_stage > 0
+    shards = plan.mesh.dp_shard > 1 and plan.data.zero_stage > 1
     for wrong, rule, message, limit in (
         (plan.num_microbatches < plan.mesh.pp, "microbatches",
          f"a step of {name} has as many microbatches as stages or more: a stage runs ahead by one step at "
          f"most; {plan.num_microbatches} are fewer than {plan.mesh.pp}", f"m >= {plan.mesh.pp}"),
-        (job.model.tied, "tied", f"{name} updates the first and the last stage at different times: a table "
-         "that both hold would come apart", "model.tied = false"),
-        (job.model.dropout > 0, "dropout", f"{name} has microbatches of two steps under way: dropout masks "
-         "are keyed by the step", "model.dropout = 0"),
-        (plan.precision.dtype in ("fp16", "fp8"), "precision", f"{name} has no global step, which the scales "
-         f"of {plan.precision.dtype} are kept by", "fp32 or bf16"),
-        (job.model.experts > 0, "experts", f"{name} has microbatches of two steps under way: what routers "
-         "chose is summed step by step", "a dense model"),
-        (shards, "zero_stage", f"{name} keeps several versions of whole weights: they are not sharded",
-         "zero0 or dp_replicate"),
+        (plan.precision.dtype == "fp16", "precision", f"{name} has no global step, which the loss scale of "
+         "fp16 is kept by", "fp32, bf16 or fp8"),
+        (shards, "zero_stage", f"{name} keeps several versions of whole weights, and a gradient until its "
+         "stage's update: only the optimizer is sharded", "zero1, zero0 or dp_replicate"),
     ):  # fmt: skip
         if wrong:
             yield error("pp", rule, message, asked=asked, limit=limit, nearest=nearest)
@@ -134,7 +129,7 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
     """Why the schedule cannot run: unknown, below its floor, or a file that the checker refuses."""
     pipe = plan.pipeline
     asked = f"pp{plan.mesh.pp}:{pipe.schedule}"
-    nearest = str(plan.with_("pipeline", schedule="1f1b", virtual_stages=1))
+    nearest = str(plan.with_("pipeline", schedule="1f1b", virtual_stages=1, vertical_sync=False))
     try:
         made = schedule_of(plan)
     except PartitaError as found:

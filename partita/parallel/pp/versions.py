@@ -8,10 +8,17 @@ A stage runs ahead into the next step's microbatches. Versions are counted in up
 pipeline was last empty. Masters are the newest one; a version that some microbatch will still use is stashed;
 `working` holds whichever is in use. Evaluation, checkpoints and the end of training drain: the step runs
 without the next one's microbatches, and counting starts anew.
+
+ZeRO 1 updates shards, and gathers the newest version at once: what the stage then works on is stashed too.
+
+A tied table lies on the first stage and the last one, and takes the sum of both gradients of the same
+microbatches. The first stage's comes p - 1 stages of backward later, so both use the version that stage 0
+has (`vertical`), and the last stage updates its copy later (`Late`), at the latest when the step ends.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,23 +32,33 @@ from partita.schedule.make.pipedream import lengthened
 from partita.schedule.passes import with_communication
 
 
-def version_rule(schedule: Schedule) -> Callable[[int, int], int]:
-    """(microbatch since the last drain, newest version of the stage) -> the version it uses."""
+def version_rule(schedule: Schedule, tied: bool = False) -> Callable[[int, int], int]:
+    """(microbatch since the last drain, newest version of the stage) -> the version it uses; `tied`: of a
+    table that two stages hold."""
     ahead, batch = schedule.num_ranks - 1, schedule.num_microbatches
+    name = "vertical" if tied and schedule.versions == "newest" else schedule.versions
     return {
         "newest": lambda k, newest: newest,
         "vertical": lambda k, newest: max(0, k - ahead),
         "previous": lambda k, newest: max(0, k // batch - 1),
-    }[schedule.versions]
+    }[name]
+
+
+def updates_behind(schedule: Schedule) -> int:
+    """Updates that the last stage's copy of a tied table waits for the first stage, so that neither stands:
+    with F = 1, B = 2 the first stage ends B of a microbatch when the last one is 2(p-1)/3 further on."""
+    return 0 if schedule.versions == "previous" else 2 * (schedule.num_ranks - 1) // 3
 
 
 @dataclass
 class Versions:
-    """The weights of one rank's stage by version. `staleness` is how many updates lay between the
-    weights of a gradient and those it was applied to: the largest since it was last set to 0."""
+    """Weights of one rank's stage by version. `staleness` is how many updates lay between the weights of a
+    gradient and those it was applied to: the largest since it was last set to 0. `refresh` brings the newest
+    version into the working weights, where ranks hold shards of the masters."""
 
     units: Sequence[Unit]
     rule: Callable[[int, int], int]
+    refresh: Callable[..., None] | None = None
     newest: int = 0
     staleness: int = 0
     stash: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -49,6 +66,10 @@ class Versions:
     _loaded: int = 0
     _seen: int = -1
     _spent: bool = False
+
+    def __post_init__(self) -> None:
+        if all(unit.spec.stage == 0 for unit in self.units):
+            self.refresh = None
 
     def forward(self, microbatch: int) -> None:
         """Puts the microbatch's version in place."""
@@ -60,20 +81,27 @@ class Versions:
         """Puts the version its forward used in place; the first after an update starts from zero."""
         if self._spent:
             for unit in self.units:
-                unit.gradient.zero_()
+                assert unit.gradients.tensor is not None, "versions are of whole gradients"
+                unit.gradients.tensor.zero_()
             self._spent = False
         version = self._used.pop(microbatch)
         self.staleness = max(self.staleness, self.newest - version)
         self._load(version)
 
+    def spend(self) -> list[Tensor]:
+        """Gradients since the last update, copied: the next backward starts from zero."""
+        self._spent = True
+        return [unit.gradient.clone() for unit in self.units]
+
     def update(self, apply: Callable[[], None]) -> None:
         """Runs `apply`, which changes the masters; what is still needed of before is stashed."""
-        self.stash[self.newest] = [
-            unit.master.detach().to(unit.working.dtype, copy=True) for unit in self.units
-        ]
+        self._keep_newest()
         apply()
         self.newest += 1
         self._spent = True
+        if self.refresh is not None:
+            self.refresh(units=self.units)
+            self._loaded = self.newest
         first = self.rule(self._seen + 1, self.newest)
         needed = {*self._used.values(), *range(first, self.newest)}
         self.stash = {v: held for v, held in self.stash.items() if v in needed}
@@ -86,9 +114,20 @@ class Versions:
         self.newest = self._loaded = 0
         self._seen = -1
 
+    def _keep_newest(self) -> None:
+        """Stashes the newest version: of the masters, or, where these are shards, of what was gathered."""
+        if self.newest not in self.stash:
+            sharded = self.refresh is not None
+            self.stash[self.newest] = [
+                (u.working if sharded else u.master).detach().to(u.working.dtype, copy=True)
+                for u in self.units
+            ]
+
     def _load(self, version: int) -> None:
         if version == self._loaded:
             return
+        if self.refresh is not None and self._loaded == self.newest:
+            self._keep_newest()
         held = self.stash.get(version)
         for i, unit in enumerate(self.units):
             unit.working.copy_(unit.master if held is None else held[i])
@@ -96,8 +135,37 @@ class Versions:
 
 
 @dataclass
+class Late:
+    """The last stage's copy of a tied table: `join` adds up its gradient with the first stage's and applies
+    the sum, `behind` updates after its own."""
+
+    versions: Versions
+    behind: int
+    join: Callable[[Sequence[Unit]], None] = lambda units: None
+    _waiting: deque[list[Tensor]] = field(default_factory=deque)
+
+    def update(self) -> None:
+        """The stage's U: this gradient waits, one that has waited long enough is joined."""
+        self._waiting.append(self.versions.spend())
+        while len(self._waiting) > self.behind:
+            self._join()
+
+    def settle(self) -> None:
+        """The step ends: nothing waits."""
+        while self._waiting:
+            self._join()
+
+    def _join(self) -> None:
+        units = self.versions.units
+        for unit, gradient in zip(units, self._waiting.popleft(), strict=True):
+            unit.gradient.copy_(gradient)
+        self.versions.update(lambda: self.join(units))
+
+
+@dataclass
 class Flow:
-    """Runs an asynchronous schedule step by step; `update(stage)` applies a stage's gradient.
+    """Runs an asynchronous schedule step by step, on a stage whose weights have `versions`, and on the last
+    one those of a tied table (`late`).
 
     A stage's list repeats every step, a step's microbatches later, from the second step on; while the
     pipeline fills, in the first, a stage has more forwards. The last step before a drain leaves out
@@ -106,6 +174,7 @@ class Flow:
 
     executor: Executor
     versions: Versions
+    late: Late | None = None
     steps: int = 0  # since the pipeline was last empty
 
     def __post_init__(self) -> None:
@@ -115,20 +184,42 @@ class Flow:
         m = schedule.num_microbatches
         ends = [i + 1 for i, a in enumerate(whole) if a.kind == "U" and (a.microbatch + 1) % m == 0]
         self._first, self._next = whole[: ends[0]], whole[ends[0] : ends[1]]
-        self.executor.weights = self.versions
+        self.executor.weights = self
         self.executor.seed = float(self.per_step)
+
+    @property
+    def first(self) -> int:
+        """The number of the next step's first microbatch since the pipeline was last empty."""
+        return self.steps * self.executor.schedule.num_microbatches
+
+    @property
+    def each(self) -> list[Versions]:
+        """Of the stage's own weights, and of a tied table's copy."""
+        return [self.versions] if self.late is None else [self.versions, self.late.versions]
+
+    def forward(self, microbatch: int) -> None:
+        """Puts the versions in place that the microbatch uses."""
+        for versions in self.each:
+            versions.forward(microbatch)
+
+    def backward(self, microbatch: int) -> None:
+        """Puts the versions in place that its forward used."""
+        for versions in self.each:
+            versions.backward(microbatch)
 
     def run(self, batches: Sequence[Any], following: Sequence[Any]) -> Tensor:
         """One step; without `following` the pipeline is empty afterwards."""
-        m = len(batches)
-        first = self.steps * m
+        m, first = len(batches), self.first
         numbered: Mapping[int, Any] = dict(enumerate([*batches, *following], first))
         end = first + m if not following else first + 2 * m
         actions = [a for a in self._list() if a.microbatch < end]
         loss = self.executor.run(numbered, actions, settle=not following)
+        if self.late is not None:
+            self.late.settle()
         self.steps += 1
         if not following:
-            self.versions.restart()
+            for versions in self.each:
+                versions.restart()
             self.steps = 0
         return loss
 
