@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from partita.comm.blocking import Blocking
 from partita.comm.protocol import Comm, Handle, Key, ReduceOp, World
 
 
@@ -88,7 +89,7 @@ class _Timed:
         return self.value
 
 
-class ClockedComm:
+class ClockedComm(Blocking):
     """One group whose transfers take their time. `clock` is a second Comm over the same ranks."""
 
     def __init__(self, inner: Comm, clock: Comm, link: Link) -> None:
@@ -117,18 +118,6 @@ class ClockedComm:
     def _hear(self, source: int, key: Key) -> float:
         like = torch.empty(1, dtype=torch.float64)
         return float(self.clock.receive(like, source, key=key, site="clock").wait())
-
-    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
-        """As the inner Comm's."""
-        return self.start_all_reduce(x, site=site, op=op).wait()
-
-    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """As the inner Comm's."""
-        return self.start_all_gather(x, site=site, dim=dim).wait()
-
-    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """As the inner Comm's."""
-        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
 
     def all_to_all(
         self,

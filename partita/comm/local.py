@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError, PartitaError
+from partita.comm.blocking import Blocking
 from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, expected_rows, reduce_in_order
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
 from partita.comm.single import SingleComm
@@ -76,7 +77,7 @@ class _Pending:
         return self.value
 
 
-class LocalComm:
+class LocalComm(Blocking):
     """One group of thread ranks on one axis and lane."""
 
     def __init__(self, world: LocalWorld, ranks: tuple[int, ...], axis: str, lane: str) -> None:
@@ -84,18 +85,6 @@ class LocalComm:
         self.rank, self.size = ranks.index(world.rank), len(ranks)
 
     # Collectives ---------------------------------------------------------------------------------
-
-    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
-        """Sum or maximum, in rank order."""
-        return self.start_all_reduce(x, site=site, op=op).wait()
-
-    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """Shards concatenated along dim."""
-        return self.start_all_gather(x, site=site, dim=dim).wait()
-
-    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """This rank's part of the sum."""
-        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
 
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """The root's tensor."""
@@ -108,23 +97,6 @@ class LocalComm:
     def barrier(self, *, site: str) -> None:
         """Meets without bytes."""
         self._start("barrier", torch.empty(0), site, lambda xs: list(xs)).wait()
-
-    def all_to_all(
-        self,
-        x: Tensor,
-        *,
-        site: str,
-        send_counts: Sequence[int] | None = None,
-        receive_counts: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Rows to each rank in order."""
-        even = [x.shape[0] // self.size] * self.size
-        send, take = send_counts or even, receive_counts or even
-        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
-
-    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
-        """All vectors."""
-        return self.all_gather(x.view(1, -1), site=site).tolist()
 
     def start_all_to_all(
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]

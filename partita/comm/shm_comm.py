@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError
+from partita.comm.blocking import Blocking
 from partita.comm.futex import Words
 from partita.comm.mailbox import Mailbox, ring_bytes
 from partita.comm.protocol import Handle, Key, Message, ReduceOp
@@ -63,7 +64,7 @@ class _Pending:
         return self._value
 
 
-class ShmComm:
+class ShmComm(Blocking):
     """One group on one axis and lane."""
 
     def __init__(
@@ -336,41 +337,12 @@ class ShmComm:
         """An all-reduce of nothing."""
         self.start_all_reduce(torch.zeros(1, dtype=torch.uint8), site=site).wait()
 
-    def all_to_all(
-        self,
-        x: Tensor,
-        *,
-        site: str,
-        send_counts: Sequence[int] | None = None,
-        receive_counts: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Rows to each rank in order, by point to point messages."""
-        even = [x.shape[0] // self.size] * self.size
-        send, take = send_counts or even, receive_counts or even
-        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
-
-    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
-        """All vectors."""
-        return self.all_gather(x.view(1, -1), site=site).tolist()
-
     def start_all_to_all(
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Handle:
         """Sends its parts; receives when it is waited for."""
         parts = x.detach().split(list(send_counts))
         return self.mailbox.exchange(parts, receive_counts, site)
-
-    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
-        """Sum or maximum."""
-        return self.start_all_reduce(x, site=site, op=op).wait()
-
-    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """Shards along dim."""
-        return self.start_all_gather(x, site=site, dim=dim).wait()
-
-    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """This rank's part of the sum."""
-        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Copies into the pair's ring, or keeps it until there is room; never waits."""

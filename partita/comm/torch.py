@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partita.base.errors import CommError
+from partita.comm.blocking import Blocking
 from partita.comm.board import Board
 from partita.comm.calls import RING, CallBook, CallPages
 from partita.comm.processes import on_loopback
@@ -137,7 +138,7 @@ class _Work:
         return self.value
 
 
-class TorchComm:
+class TorchComm(Blocking):
     """One process group on one axis and lane."""
 
     def __init__(
@@ -244,18 +245,6 @@ class TorchComm:
 
     # Collectives ---------------------------------------------------------------------------------
 
-    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
-        """Sum or maximum."""
-        return self.start_all_reduce(x, site=site, op=op).wait()
-
-    def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """Shards along dim."""
-        return self.start_all_gather(x, site=site, dim=dim).wait()
-
-    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """This rank's part of the sum."""
-        return self.start_reduce_scatter(x, site=site, dim=dim).wait()
-
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:
@@ -307,23 +296,6 @@ class TorchComm:
             return _into(out, every.sum(0), x.dtype)
 
         return _Work(self, work, added, note, keeps=source)
-
-    def all_to_all(
-        self,
-        x: Tensor,
-        *,
-        site: str,
-        send_counts: Sequence[int] | None = None,
-        receive_counts: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Rows of dim 0 to each rank."""
-        even = [x.shape[0] // self.size] * self.size
-        send, take = send_counts or even, receive_counts or even
-        return self.start_all_to_all(x, site=site, send_counts=send, receive_counts=take).wait()
-
-    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
-        """All vectors."""
-        return self.all_gather(x.view(1, -1), site=site).tolist()
 
     def start_all_to_all(
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
