@@ -29,6 +29,10 @@ def simulate(
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(help="What experts get: balanced, zipf:EXPONENT or counts:FILE (JSON list)."),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write timeline and memory as one page.")
     ] = None,
@@ -37,13 +41,16 @@ def simulate(
 ) -> None:
     """Predicted time, memory and traffic of a job."""
     from partita.planner.judge import judged, would_be_legal
+    from partita.simulate.imbalance import Load
 
     batch = {
         "global_batch_size": global_batch_size,
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
-    prediction = judged(with_auto(from_words(words, plan, batch)))
+    job = with_auto(from_words(words, plan, batch))
+    load = Load.parse(routing, job.model.experts) if routing else None
+    prediction = judged(job, load)
     if html is not None:
         from partita.plots import timeline
 

@@ -14,7 +14,11 @@ Published links (`Group`): a group has `inside` ranks on each of `nodes` nodes. 
 as many adapters as the group has ranks there, so its rate is min(inner, inside * outer): groups that run
 side by side share the node's adapters by construction. Latency: BASE for a call, HOP for each step inside
 a node, and for each step between nodes of a ring, or of a tree (2 log2 nodes) where that is sooner. An
-all_to_all sends the part for its own node over the inner link and the rest over each rank's adapter.
+all_to_all sends the part for its own node over the inner link and the rest over each rank's adapter. One that
+moves rows to `top_k` experts may send a row once to each node, however many of its experts lie there, and
+copy it there over the inner link (DeepEP, HybridEP; back, the copies are added before they leave):
+
+    rows to a node = nodes (1 - (1 - 1/nodes)^top_k) / top_k    of those sent one by one, chosen evenly
 """
 
 from __future__ import annotations
@@ -76,8 +80,9 @@ def seconds(collective: str, n: int, size: float, link: AlphaBeta) -> float:
     return messages * link.latency_s + through / link.bytes_per_s
 
 
-def group_seconds(collective: str, group: Group, size: float) -> float:
-    """Time of one collective over a group on published links; 0 for a rank alone."""
+def group_seconds(collective: str, group: Group, size: float, top_k: int = 1) -> float:
+    """Time of one collective over a group on published links; 0 for a rank alone. `top_k`: an all_to_all
+    sends a row once to a node that holds several of so many experts."""
     n = group.size
     if n <= 1:
         return 0.0
@@ -88,7 +93,7 @@ def group_seconds(collective: str, group: Group, size: float) -> float:
     rounds = messages / (n - 1)
     base = BASE * link.latency_s
     if collective == "all_to_all":
-        return base + HOP * link.latency_s * log2(n) + _all_to_all(group, size)
+        return base + HOP * link.latency_s * log2(n) + _all_to_all(group, size, top_k)
     within = rounds * HOP * group.inner.latency_s * (group.inside - 1)
     if group.nodes == 1:
         return base + within + through / group.rate
@@ -97,8 +102,10 @@ def group_seconds(collective: str, group: Group, size: float) -> float:
     return base + within + min(ring, tree)
 
 
-def _all_to_all(group: Group, size: float) -> float:
-    n = group.size
-    own = (group.inside - 1) / n * size / group.inner.bytes_per_s
-    away = (n - group.inside) / n * size / group.outer.bytes_per_s
+def _all_to_all(group: Group, size: float, top_k: int) -> float:
+    n, nodes = group.size, group.nodes
+    once = nodes * (1 - (1 - 1 / nodes) ** top_k) / top_k
+    inner = (group.inside - 1) * (nodes if top_k > 1 else 1)  # copies are made where they arrive
+    own = inner / n * size / group.inner.bytes_per_s
+    away = (n - group.inside) / n * size * once / group.outer.bytes_per_s
     return max(own, away)

@@ -77,6 +77,7 @@ class Software:
     scatters_sends: bool = False  # tp ranks with equal tensors send a share each
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
     gradient_bytes: int = 4  # an element of a reduced gradient
+    sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
 
 
 MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)

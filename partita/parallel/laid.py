@@ -10,8 +10,8 @@ every cut before dp.reduce (it needs gradient axes); pp reads only block inputs,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from partita.base.errors import PlanError, Problem
@@ -68,11 +68,14 @@ class Laid:
     program: Program
     stages: tuple[Stage, ...]
     flats: tuple[tuple[Flat, ...], ...]  # of each stage
+    rows: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of dims whose size is data; even where left out
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis -> size."""
-        return self.request.plan.sizes
+        """Axis -> size, and `rows`."""
+        return {**self.request.plan.sizes, **self.rows} if self.rows else self.request.plan.sizes
 
     @cached_property
     def mesh(self) -> Mesh:

@@ -14,6 +14,7 @@ from partita.base.errors import PartitaError, PlanError, Problem
 from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
 from partita.parallel.laid import problems
+from partita.simulate.imbalance import Load
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
@@ -89,9 +90,9 @@ def _legal(job: Job, line: str) -> str | None:
     return None
 
 
-def judged(job: Job) -> Prediction:
+def judged(job: Job, load: Load | None = None) -> Prediction:
     """`simulate`, with ways out of what is wrong."""
-    found = simulate(job)
+    found = simulate(job, load=load)
     return replace(found, problems=ways_out(job, found.problems))
 
 

@@ -18,6 +18,7 @@ FITTED, UNFITTED = 0.15, 0.3
 _EMPTY = (
     "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
     "bubble_fraction", "memory", "traffic", "time", "jitter", "goodput",
+    "routing",
 )  # fmt: skip
 
 
@@ -55,7 +56,10 @@ def _outlook(p: Prediction) -> dict[str, Any]:
     unevenly it runs; else null."""
     assert p.job is not None and p.timed is not None and p.laid is not None
     assert p.step_time_s is not None
-    found: dict[str, Any] = {"jitter": None, "goodput": None}
+    found: dict[str, Any] = {"jitter": None, "goodput": None, "routing": None}
+    if p.load is not None:
+        at, factor = p.load.busiest(p.laid.sizes["ep"])
+        found["routing"] = {"busiest_ep": at, "load": factor, "dropped": p.load.dropped}
     step_s, cluster, train = p.step_time_s, p.job.cluster, p.job.train
     if cluster.jitter is not None:
         t = p.timed

@@ -9,7 +9,7 @@ there are units.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from partita.base.errors import Problem
@@ -24,6 +24,7 @@ from partita.record.span import Span
 from partita.record.transfer import TrafficLine
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
+from partita.simulate.imbalance import Load, straggler
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.pipeline import Played, play
 from partita.simulate.stage import PartTimes, StageTime, Works, send_seconds, stage_time, works_of
@@ -54,6 +55,7 @@ class Prediction:
     bubble_fraction: float | None = None
     job: Job | None = field(default=None, compare=False, repr=False)
     timed: Timed | None = field(default=None, compare=False, repr=False)
+    load: Load | None = None  # of experts, after drops, where it was given
 
     def to_json(self) -> dict[str, Any]:
         """The document of `simulate --json` (docs: contract)."""
@@ -96,15 +98,19 @@ def request_of(job: Job) -> Request:
     return Request(job.plan, job.model, job.train.seq_len, job.micro_batch_size, words)
 
 
-def simulate(job: Job, machine: Machine | None = None) -> Prediction:
-    """Predicts one step of the job, on a machine that reaches what the constants of its device say.
-    Never raises for an illegal plan: its problems are the answer."""
+def simulate(job: Job, machine: Machine | None = None, load: Load | None = None) -> Prediction:
+    """Predicts one step of the job, on a machine that reaches what the constants of its device say. `load`:
+    what each expert gets; evenly, unless given. Never raises for an illegal plan: its problems are the
+    answer."""
     request = request_of(job)
     found = (*job.problems(), *problems(request))
     if any(p.severity == "error" for p in found):
         return Prediction(str(job.plan), found, False)
-    laid = lay(request)
-    return _predicted(job, laid, machine or machine_of(job.cluster), found)
+    laid, machine = lay(request), machine or machine_of(job.cluster)
+    if load is None or not job.model.experts:
+        return _predicted(job, laid, machine, found)
+    load = load.limited(job.model.capacity_factor)
+    return replace(_predicted(job, straggler(laid, load), machine, found), load=load)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class Timed:
     step: StepTime
     busy: float  # slow-down where ranks share compute units
     pipeline_s: float
+    waits_s: float  # what an F, and a B or I, waits for its messages
 
     @property
     def seconds(self) -> float:
@@ -151,7 +158,7 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     overlaps = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
     pipeline_s = played.own if overlaps else played.seconds
     step = step_time(laid, works, stages, machine, busy)
-    return Timed(works, costs, stages, played, step, busy, pipeline_s)
+    return Timed(works, costs, stages, played, step, busy, pipeline_s, waits)
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:

@@ -29,8 +29,8 @@ ERAS = (
     ("sc21-t2-zero", "fsdp-2022"), ("sc21", "megatron-2021"), ("megatron-", "megatron-2021"),
     ("zb-", "megatron-2023"), ("vocabpar", "megatron-flash"), ("llama3", "meta-2024"),
     ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "megatron-2024"),
-    ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), ("bridge-26.0[24]", "bridge-2025"),
-    ("bridge-skill", "bridge-2025"), ("bridge-", "bridge-2026"), ("maxtext", "xla"), ("palm", "xla"),
+    ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), ("bridge-26.0[24]", "bridge-2026-02"),
+    ("bridge-skill", "bridge-2026-02"), ("bridge-", "bridge-2026"), ("maxtext", "xla"), ("palm", "xla"),
 )  # fmt: skip
 SCHEDULES = {
     "": "1f1b", "none": "1f1b", "1f1b": "1f1b", "1f1b-interleaved": "interleaved_1f1b",
@@ -43,6 +43,7 @@ DEVICES = {
 }  # fmt: skip
 # what public configurations say and the table has no column for
 FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
+SPREAD = ("vocab-1", "vocab-2", "interlaced")  # methods that cut the vocabulary over the stages
 HEAD_DIMS = {"Qwen3": 128, "GPT OSS": 64}
 MLA = "DeepSeek|Kimi|Moonlight"
 NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
@@ -65,6 +66,10 @@ class Case:
     micro_batch_size: int
     global_batch_size: int
     matmul_dtype: str  # '' where it is the plan's
+    frozen: (
+        bool  # all weights but small adapters (LoRA): no weight gradients, no states to speak of
+    )
+    spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
 
     @property
@@ -104,13 +109,23 @@ def case(row: Row) -> Case:
     """The row as a case. Raises UnpredictableError with the reason."""
     if row["quality"] == "C":
         raise UnpredictableError("quality C")
-    if method(row) not in ("", "baseline", "redis"):
-        raise UnpredictableError("a schedule outside the families: vocabulary on all stages")
+    if method(row) not in ("", "baseline", "redis", *SPREAD):
+        raise UnpredictableError(f"a method that is not described: {method(row)}")
     seq, batch = number(row, "seq_len"), number(row, "global_batch")
     spec = model(row, seq)
     plan, micro = plan_of(row, batch)
     return Case(
-        spec, plan, cluster(row), software(row), seq, micro, batch, _matmuls(row), _recompute(row)
+        spec,
+        plan,
+        cluster(row),
+        software(row),
+        seq,
+        micro,
+        batch,
+        _matmuls(row),
+        "LoRA" in row["notes"],
+        method(row) in SPREAD,
+        _recompute(row),
     )
 
 
@@ -119,7 +134,7 @@ def model(row: Row, seq: int) -> ModelSpec:
     mlp, name = row["mlp"], row["model_name"]
     if re.match(MLA, name):
         raise UnpredictableError("architecture outside the families: latent attention")
-    if mlp not in ("gelu", "swiglu"):
+    if mlp not in ("gelu", "relu2", "swiglu"):
         raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
     from partita.cost.machine import software_of
 
@@ -135,9 +150,16 @@ def model(row: Row, seq: int) -> ModelSpec:
         family=family, layers=number(row, "layers"), hidden=number(row, "hidden"), heads=heads,
         kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", GPT2_VOCAB),
         max_seq_len=seq, name=name, dropout=DROPOUT if drops else 0.0,
-        ffn_hidden=number(row, "ffn_hidden", experts.get("expert_ffn_hidden")), **experts,
+        ffn_hidden=_ffn(row, experts.get("expert_ffn_hidden")), **experts,
         head_dim=next((d for start, d in HEAD_DIMS.items() if name.startswith(start)), 0),
     )  # fmt: skip
+
+
+def _ffn(row: Row, default: int | None) -> int:
+    """The width of the feed-forward. A squared ReLU has no gate: its two matrices of width f are the
+    weights and the FLOPs of a gated three of width 2f/3."""
+    width = number(row, "ffn_hidden", default)
+    return width * 2 // 3 if row["mlp"] == "relu2" else width
 
 
 def _recompute(row: Row) -> str:

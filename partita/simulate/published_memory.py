@@ -1,7 +1,9 @@
 """Rows of published tables that are not step times: memory of a rank, bubbles.
 
-    x_act_mem_GB, x_act_pct   activations of the first stage, GiB, or against tensor parallelism alone
-    x_paramopt_mem_GB         parameters, gradients and optimizer states of the first stage, GiB
+    x_act_mem_GB              activations of the first stage, GiB
+    x_act_pct                 those of its layers, against tensor parallelism alone (Korthikanti, table 2)
+    x_paramopt_mem_GB         parameters, gradients and optimizer states of its layers, GiB: the numbers
+                              printed are 18 bytes x 12 layers hidden^2 / (tp pp), embeddings left out
     peak_mem_GB               the fullest rank; GiB where the notes say so
     bubble_rate               idle share of the pipeline; its error is a difference, not a ratio
 
@@ -11,21 +13,24 @@ A row that does not print its batch gets enough microbatches to fill the pipelin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.cost.machine import machine_of
 from partita.parallel.laid import Laid, Request, lay
+from partita.parallel.read import kept_bytes, state_bytes
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import timed
 from partita.simulate.published import Case, Row, UnpredictableError, case, method, number, refusal
+from partita.simulate.published_works import case_works
 from partita.spec.plan import Plan
+from partita.spec.program import Block
 
 METRICS = ("x_act_mem_GB", "x_act_pct", "x_paramopt_mem_GB", "peak_mem_GB", "bubble_rate")
 GIB = 2**30
 ROUNDS = 4  # of the pipeline, where no batch is printed
-STATES = ("parameters", "gradients", "optimizer")
 
 
 def other_rows(rows: Iterable[Row]) -> tuple[list[dict[str, Any]], list[tuple[Row, str]]]:
@@ -83,28 +88,36 @@ def _predicted(row: Row) -> float:
         laid = _laid(found, found.plan)
         peak = max(stage_ledger(laid, p, laid.schedule).peak_bytes for p in range(laid.sizes["pp"]))
         return peak / (GIB if "GiB" in row["notes"] else 1e9)
-    at = _first_stage(found, found.plan)
-    if metric == "x_paramopt_mem_GB":
-        return sum(at[c] for c in STATES) / GIB
+    laid = _laid(found, found.plan)
     if metric == "x_act_mem_GB":
-        return at["activations"] / GIB
-    alone = found.plan.with_("mesh", sp=False).with_("recompute", mode="none")
-    return 100 * at["activations"] / _first_stage(found, alone)["activations"]
+        return stage_ledger(laid, 0, laid.schedule).at_peak["activations"] / GIB
+    if metric == "x_paramopt_mem_GB":
+        return sum(sum(state_bytes(b, laid.sizes).values()) for b in _layers(laid)) / GIB
+    alone = _laid(found, found.plan.with_("mesh", sp=False).with_("recompute", mode="none"))
+    kept = [sum(kept_bytes(b, x.sizes) for b in _layers(x)) for x in (laid, alone)]
+    return 100 * kept[0] / kept[1]
 
 
 def _laid(found: Case, plan: Plan) -> Laid:
     return lay(Request(plan, found.model, found.seq_len, found.micro_batch_size))
 
 
-def _first_stage(found: Case, plan: Plan) -> Mapping[str, int]:
-    laid = _laid(found, plan)
-    return stage_ledger(laid, 0, laid.schedule).at_peak
+def _layers(laid: Laid) -> list[Block]:
+    """The layers of the first place of pp."""
+    blocks = (b for s in laid.stages_of(0) for b in s.blocks)
+    return [b for b in blocks if b.name not in ("embedding", "head")]
 
 
 def _bubble(found: Case, of_the_mean: bool) -> float:
-    """Of the busiest rank and the schedule, as the zero-bubble papers; or of the mean rank and the step."""
-    t = timed(_laid(found, found.plan), machine_of(found.cluster, found.software),
-              found.plan.num_microbatches)  # fmt: skip
-    if of_the_mean:
-        return 1 - sum(t.played.busy) / len(t.played.busy) / t.seconds
-    return 1 - max(t.played.busy) / t.pipeline_s
+    """Of the busiest rank and the schedule, as the zero-bubble papers, whose scheduler puts messages between
+    stages that do not wait for them; or of the mean rank and the step, where what a stage waits for its
+    messages is no work."""
+    laid, m = _laid(found, found.plan), found.plan.num_microbatches
+    machine = machine_of(found.cluster, found.software)
+    if not of_the_mean:
+        machine = replace(machine, software=replace(machine.software, sends_block=False))
+    t = timed(laid, machine, m, case_works(found, laid))
+    if not of_the_mean:
+        return 1 - max(t.played.busy) / t.pipeline_s
+    waiting = 2 * m * found.plan.pipeline.virtual_stages * t.waits_s
+    return 1 - (sum(t.played.busy) / len(t.played.busy) - waiting) / t.seconds

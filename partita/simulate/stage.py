@@ -58,10 +58,11 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Part:
-    """Equal blocks of a stage: how many, the kernels of one, its calls in a microbatch, and the forward
-    calls that its recomputation leaves out (None where it keeps more than its input)."""
+    """Equal blocks of a stage: how many (a share of one, where stages share it), the kernels of one, its
+    calls in a microbatch, and the forward calls that its recomputation leaves out (None where it keeps
+    more than its input)."""
 
-    times: int
+    times: float
     work: BlockWork
     calls: tuple[Call, ...]
     unplayed: tuple[Call, ...] | None = None
@@ -79,7 +80,7 @@ class Work:
     away: Counter[str] = field(default_factory=Counter)
 
     @property
-    def blocks(self) -> int:
+    def blocks(self) -> float:
         """Blocks of the stage."""
         return sum(p.times for p in self.parts)
 
@@ -189,7 +190,10 @@ def _part_time(
     launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     by_lane: dict[tuple[str, str], Seconds] = defaultdict(lambda: defaultdict(float))
+    exchanged = max((c.bytes for c in calls if _is_exchange(c)), default=0)
     for call in calls:
+        if _is_exchange(call):  # as long as the more that a rank hands in and takes
+            call = replace(call, bytes=exchanged)
         s = factor * call.times * call_seconds(call, laid, machine)
         where = "F" if call.phase == "F" else "B"
         launches[where] += call.times if s else 0
@@ -204,6 +208,10 @@ def _part_time(
     found["host F"] = max(launches["F"] * era.host_s - busy_f, 0.0)
     found["host B"] = max(launches["B"] * era.host_s - busy_b, 0.0)
     return found, {where: dict(axes) for where, axes in seen.items()}
+
+
+def _is_exchange(call: Call) -> bool:
+    return call.axes == ("ep",) and call.collective == "all_to_all"
 
 
 def _hides(call: Call) -> bool:
@@ -248,7 +256,9 @@ def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
     if machine.class_ == "CPU":
         link = group.outer if group.nodes > 1 else group.inner
         return seconds(call.collective, len(ranks), call.bytes, link)
-    return group_seconds(call.collective, group, call.bytes)
+    once = machine.software.sends_rows_once and _is_exchange(call)
+    top_k = laid.request.model.top_k if once else 1
+    return group_seconds(call.collective, group, call.bytes, top_k)
 
 
 def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> float:

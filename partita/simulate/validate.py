@@ -31,9 +31,10 @@ from partita.simulate.published import (
     method,
     refusal,
 )
-from partita.simulate.stage import PartTimes, Works, stage_time, works_of
+from partita.simulate.published_works import case_works
+from partita.simulate.stage import PartTimes, Works, stage_time
 from partita.simulate.step import step_time
-from partita.spec.model import Convention, ModelSpec
+from partita.spec.model import Convention
 from partita.spec.plan import Plan
 
 COLUMNS = ("id", "group", "metric", "value", "gpu_type", "n_gpus", "seq_len", "global_batch")
@@ -100,16 +101,10 @@ def _shortest(plan: Plan) -> Plan:
     return plan.with_("pipeline", num_microbatches=fewest)
 
 
-def _laid(plan: Plan, found: Case) -> tuple[Laid, Works]:
-    return _read(plan, found.model, found.seq_len, found.micro_batch_size, found.matmul_dtype)
-
-
 @lru_cache(maxsize=4096)
-def _read(
-    plan: Plan, model: ModelSpec, seq_len: int, micro: int, matmul_dtype: str
-) -> tuple[Laid, Works]:
-    laid = lay(Request(plan, model, seq_len, micro))
-    return laid, works_of(laid, matmul_dtype)
+def _laid(plan: Plan, found: Case) -> tuple[Laid, Works]:
+    laid = lay(Request(plan, found.model, found.seq_len, found.micro_batch_size))
+    return laid, case_works(found, laid)
 
 
 @dataclass(frozen=True)

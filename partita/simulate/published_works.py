@@ -1,0 +1,48 @@
+"""What published runs compute that no plan says: frozen weights, and a vocabulary that all stages share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from partita.parallel.laid import Laid
+from partita.simulate.published import Case
+from partita.simulate.stage import Part, Work, Works, works_of
+from partita.simulate.work import BlockWork
+
+
+def case_works(found: Case, laid: Laid) -> Works:
+    """The work of a case that was laid."""
+    works = works_of(laid, found.matmul_dtype)
+    if found.frozen:
+        works = frozen(works)
+    return spread(works) if found.spread else works
+
+
+def frozen(works: Works) -> Works:
+    """Only small adapters learn (LoRA): gradients pass through every weight and stay in none, and nothing is
+    reduced or updated. The adapters themselves are left out: below 1 % of the work."""
+    new: dict[int, BlockWork] = {}
+
+    def without(part: Part) -> Part:
+        work = new.setdefault(id(part.work), replace(part.work, weight=()))
+        return replace(part, work=work)
+
+    stages = [
+        replace(w, parts=tuple(map(without, w.parts)), states=Counter(parameters=0, gradients=0))
+        for w in works.stages
+    ]
+    return Works(tuple(stages), ((),) * len(works.once))
+
+
+def spread(works: Works) -> Works:
+    """Embedding and head cut over all stages along the vocabulary (Yeung et al. 2024, 2411.05288): each
+    does its share of both. Their barriers are beside compute and not priced."""
+    first, last = works.stages[0].parts[0], works.stages[-1].parts[-1]
+    share = [replace(p, times=p.times / len(works.stages)) for p in (first, last)]
+
+    def with_share(w: Work) -> Work:
+        layers = [p for p in w.parts if p is not first and p is not last]
+        return replace(w, parts=(*layers, *share))
+
+    return Works(tuple(map(with_share, works.stages)), works.once)
