@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from partita.cost.machine import device_class, table
-from partita.simulate import goodput, jitter
+from partita.simulate import goodput, jitter, packed
 from partita.simulate.held import held, holders, shown_bytes
 from partita.simulate.memory import arena_ledger
 
@@ -18,7 +18,7 @@ FITTED, UNFITTED = 0.15, 0.3
 _EMPTY = (
     "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
     "bubble_fraction", "memory", "traffic", "time", "jitter", "goodput",
-    "routing",
+    "routing", "packed",
 )  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def _outlook(p: Prediction) -> dict[str, Any]:
     unevenly it runs; else null."""
     assert p.job is not None and p.timed is not None and p.laid is not None
     assert p.step_time_s is not None
-    found: dict[str, Any] = {"jitter": None, "goodput": None, "routing": None}
+    found: dict[str, Any] = dict.fromkeys(("jitter", "goodput", "routing", "packed"))
+    if p.job.data.documents is not None:
+        found["packed"] = packed.outlook(p)
     if p.load is not None:
         at, factor = p.load.busiest(p.laid.sizes["ep"])
         found["routing"] = {"busiest_ep": at, "load": factor, "dropped": p.load.dropped}

@@ -119,6 +119,7 @@ class Timed:
     `pipeline_s`: the schedule's, of a rank alone where the next step may begin before all have ended this
     one."""
 
+    machine: Machine
     works: Works
     costs: Costs
     stages: tuple[StageTime, ...]
@@ -158,7 +159,7 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     overlaps = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
     pipeline_s = played.own if overlaps else played.seconds
     step = step_time(laid, works, stages, machine, busy)
-    return Timed(works, costs, stages, played, step, busy, pipeline_s, waits)
+    return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits)
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:
