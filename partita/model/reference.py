@@ -11,7 +11,7 @@ and under fp8 those of precision/fp8.py in the layers' matmuls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -188,13 +188,14 @@ def loss_and_gradients(
     microbatches: Sequence[Batch],
     scale: float = 1.0,
     whole: Sequence[Batch] = (),
+    frozen: Collection[str] = (),
 ) -> tuple[float, dict[str, Tensor]]:
-    """The step's loss and the gradient of every weight, microbatch by microbatch. The experts' auxiliary
-    losses are means over the step's samples; they are in the gradients and not in the loss. A balance
-    bias has no gradient: its experts' counts stand there. Backward starts from `scale`, a power of two,
-    which gradients are divided by at the end. Where these are not all microbatches of the step, `whole` are:
-    loss and gradients are then these ones' part."""
-    leaves = {n: w.detach().requires_grad_() for n, w in reference.weights.items()}
+    """The step's loss and the gradient of every weight but the frozen ones, microbatch by microbatch. The
+    experts' auxiliary losses are means over the step's samples; they are in the gradients and not in the
+    loss. A balance bias has no gradient: its experts' counts stand there. Backward starts from `scale`, a
+    power of two, which gradients are divided by at the end. Where these are not all microbatches of the
+    step, `whole` are: loss and gradients are then these ones' part."""
+    leaves = {n: w.detach().requires_grad_(n not in frozen) for n, w in reference.weights.items()}
     judge = Reference(
         reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.product
     )
@@ -202,7 +203,7 @@ def loss_and_gradients(
     whole = whole or microbatches
     total = max(sum(int(counted(b).sum()) for b in whole), 1)
     samples = sum(b.ids.shape[0] for b in whole)
-    gradients = {n: torch.zeros_like(w) for n, w in leaves.items()}
+    gradients = {n: torch.zeros_like(w) for n, w in leaves.items() if n not in frozen}
     loss, seen = 0.0, Auxiliary()
     for batch in microbatches:
         part = judge.loss(batch, total)
@@ -214,5 +215,6 @@ def loss_and_gradients(
     if reference.spec.router_bias:
         for name, counts in seen.counts.items():
             bias = f"{name}.router.balance_bias"
-            gradients[bias] = counts.to(gradients[bias].dtype)
+            if bias in gradients:
+                gradients[bias] = counts.to(gradients[bias].dtype)
     return loss, gradients

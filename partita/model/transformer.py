@@ -190,7 +190,8 @@ class AddPosition(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """Passes on."""
-        ctx.position.queue.add(_add_rows, ctx.position.gradient, ctx.first, dy)
+        if ctx.position.trains:
+            ctx.position.queue.add(_add_rows, ctx.position.gradient, ctx.first, dy)
         return dy, None, None
 
 
@@ -206,7 +207,8 @@ class AddPositions(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """Passes on."""
-        ctx.position.queue.add(_add_at, ctx.position.gradient, ctx.at, dy)
+        if ctx.position.trains:
+            ctx.position.queue.add(_add_at, ctx.position.gradient, ctx.at, dy)
         return dy, None, None
 
 

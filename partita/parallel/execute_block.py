@@ -321,7 +321,8 @@ class BlockRun:
         g = self.grads[rank].get(op.writes, place.filled(op.writes))
         knows = {*op.saves, *op.weights, *(o.writes for o in self._sources(op))}
         for name, x in BACKWARD[op.kind](op, place, self._get(rank, op, knows), g).items():
-            if self.block.tensors[name].role in CARRIES:
+            t = self.block.tensors[name]
+            if t.role in CARRIES and not t.frozen:
                 self._accumulate(rank, name, x)
 
     def _accumulate(self, rank: int, name: str, x: Local) -> None:

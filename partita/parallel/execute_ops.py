@@ -40,9 +40,10 @@ def linear(op: Op, at: Place, get: Get) -> Found:
 
 
 def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
-    """Two contractions."""
+    """Two contractions; of frozen weights one."""
     x, w = op.reads[0], op.weights[0]
-    return {x: contract(at.dims(x), g, get(w)), w: contract(at.dims(w), g, get(x))}
+    dx = {x: contract(at.dims(x), g, get(w))}
+    return dx if op.frozen else dx | {w: contract(at.dims(w), g, get(x))}
 
 
 def bias(op: Op, at: Place, get: Get) -> Found:
@@ -136,7 +137,9 @@ def lookup(op: Op, at: Place, get: Get) -> Found:
 
 
 def lookup_back(op: Op, at: Place, get: Get, g: Local) -> Found:
-    """Needs the ids."""
+    """Needs the ids, where the table is trained."""
+    if op.frozen:
+        return {}
     tokens, inside = _tokens(op, at, get)
     whole = at.filled(op.weights[0])
     np.add.at(whole.values, tokens[inside] - whole.spans[0].start, g.values[inside])

@@ -91,14 +91,15 @@ class States:
         found.shard["parameter"] = found.whole["parameter"][found.part]
         if unit.stage == 3:
             found.shard["parameter"] = found.whole.pop("parameter")[found.part].copy()
+        if unit.frozen:
+            return self._checked(rank, found)
         found.shard["momentum"] = np.zeros(each, np.int64)
         found.shard["gradient"] = np.zeros(each, np.int64)
         if unit.stage < 2:
             found.shard["gradient"] = found.fresh_gradient(f"{rank}")[found.part]
-        self._check(rank, found)
-        return found
+        return self._checked(rank, found)
 
-    def _check(self, rank: int, found: Stored) -> None:
+    def _checked(self, rank: int, found: Stored) -> Stored:
         """The layouts say of the shard what was stored there."""
         for name, _, layout in found.unit.weights:
             for p in layout.pieces(self.laid.mesh, rank):
@@ -106,6 +107,7 @@ class States:
                 there = found.shard["parameter"][p.start : p.start + p.numel()]
                 if not np.array_equal(there, noise(name, spans).ravel()):
                     raise ExecuteError(f"{name} does not lie where its layout says on rank {rank}")
+        return found
 
     # A microbatch
 
@@ -156,6 +158,8 @@ class States:
             for w in run.block.weights():
                 full = self.laid.full_name(run.name, w.name)
                 home = self.home[r, full]
+                if w.frozen:
+                    continue
                 if "gradient" not in home.whole:
                     home.fresh_gradient(f"{r} {run.first}")
                 if w.name in run.grads[r]:
@@ -252,7 +256,7 @@ class States:
         at, found = self.world.at[rank], 0
         home = self.laid.mesh.rank_of({a: at[a] for a in axes})
         for (r, _), stored in self.units.items():
-            for _, _, layout in stored.unit.weights if r == rank else ():
+            for _, _, layout in stored.unit.weights if r == rank and not stored.unit.frozen else ():
                 for p in layout.pieces(self.laid.mesh, home):
                     g = stored.shard["gradient"][p.start : p.start + p.numel()]
                     found += int((g * g % P).sum()) if p.primary else 0
@@ -262,6 +266,8 @@ class States:
         """SGD with momentum on what each rank stores; returns the gradients by (rank, weight)."""
         found = self.held("gradient")
         for (r, _), stored in self.units.items():
+            if stored.unit.frozen:
+                continue
             v = stored.shard
             v["momentum"][:] = (3 * v["momentum"] + v["gradient"] * norms[r]) % P
             v["parameter"][:] = (v["parameter"] - 7 * v["momentum"]) % P
@@ -277,5 +283,6 @@ class States:
         return {
             (r, name): stored.held(name, role, layout.pieces(mesh, r))
             for (r, _), stored in self.units.items()
+            if role in stored.shard
             for name, _, layout in stored.unit.weights
         }

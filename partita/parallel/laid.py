@@ -32,6 +32,7 @@ from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Schedule
 from partita.spec.families import program as family_program
+from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, flat_unit, layout_of
 from partita.spec.mesh import EXPERT, FOLD, Mesh
 from partita.spec.plan import Plan
@@ -49,6 +50,7 @@ class Unit:
     `stage` says (dp/rules.py). `blocks`: the names of its holders on this place of pp, the first of which
     names it. `across`: the gradient is then summed between the two places of pp that hold it, 'tied' or
     'pp/copy' ('' where there is one). `weights`: (full name, laid tensor, layout), in storage order.
+    `frozen`: none of them has a gradient.
     """
 
     name: str  # 'blocks.3.unit[dp_replicate]' or 'embedding.table'
@@ -58,6 +60,7 @@ class Unit:
     shard: tuple[str, ...] = ()
     stage: int = 0
     across: str = ""
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class Laid:
             tuple(stage.names[at] for at in flat.blocks),
             flat.shard,
             dp.zero_stage(self.request.plan) if flat.shard else 0,
-            self._across(next(iter(held))),
+            "" if flat.frozen else self._across(next(iter(held))),
+            flat.frozen,
         )
 
     def _across(self, weight: str) -> str:
@@ -295,6 +299,7 @@ def lay(request: Request) -> Laid:
     plan = request.plan
     batch = request.micro_batch_size * plan.data_parallel_size
     program = family_program(request.model, batch, request.seq_len)
+    program = freeze(program, request.frozen)
     for room in (dp, cp, tp, sp, ep, recompute):
         program = room.lay(request, program)
     two_ways = pp.schedule_of(plan).direction is not None

@@ -132,7 +132,10 @@ def op_flops(op: Op, sizes: Sizes) -> int:
 
 
 def backward_factor(op: Op) -> float:
-    """Backward over forward: two matmuls for one; flash attention makes its scores again (5 for 2)."""
+    """Backward over forward: two matmuls for one, one where weights are frozen; flash attention makes its
+    scores again (5 for 2)."""
+    if op.frozen:
+        return 1.0
     return 2.5 if op.kind == "attention" and len(op.reads) == 3 else 2.0
 
 

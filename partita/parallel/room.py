@@ -15,10 +15,11 @@ moves make them all: `cut` a dim wherever it appears, and `insert a region`. Two
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from partita.base.errors import Problem
+from partita.spec.frozen import Frozen
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewrite
@@ -35,7 +36,7 @@ class Request:
     """What a room is asked about: a plan for a model at a batch, and how states are stored.
 
     `state_words` is the number of fp32 values an optimizer keeps for a parameter (AdamW 2; SGD 1 with
-    momentum, else 0); masters are the precision room's.
+    momentum, else 0); masters are the precision room's. `frozen` says which weights have no gradient.
     """
 
     plan: Plan
@@ -43,6 +44,7 @@ class Request:
     seq_len: int
     micro_batch_size: int = 1
     state_words: int = 2
+    frozen: Frozen = field(default_factory=Frozen)
 
 
 class Room(Protocol):
@@ -123,13 +125,14 @@ def copy_to(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
     return region(writer, "copy_to", axes, (x, y), Event("B", "all_reduce", y, gradient=True))
 
 
-def gather_from(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
-    """Forward all-gather along seq; backward reduce-scatter, and a second all-gather of the shard
-    that was kept, for the weight gradient."""
+def gather_from(writer: str, axes: tuple[str, ...], x: str, y: str, again: bool = True) -> Op:
+    """Forward all-gather along seq; backward reduce-scatter, and `again` a second all-gather of the shard
+    that was kept, for the weight gradient (none where readers keep nothing: their weights are frozen)."""
+    second = (Event("B", "all_gather", x, weights=True),) if again else ()
     return region(
         writer, "gather_from", axes, (x, y),
         Event("F", "all_gather", x),
-        Event("B", "all_gather", x, weights=True),
+        *second,
         Event("B", "reduce_scatter", y, gradient=True),
     )  # fmt: skip
 

@@ -8,6 +8,8 @@ ZeRO cuts a unit over some ranks: each stores its part of the masters (stage 1),
 of the working weights too (3). What modules use is always the whole unit: a Buffer, which is lent
 memory for a while where only a part is stored.
 
+A frozen unit is parameters alone: its master is what modules multiply by, and its gradient is empty.
+
 A Weight is a view of its unit: its value shaped as laid, its gradient beside it. Neighbours in one unit
 can be multiplied as one matrix, since they lie side by side.
 """
@@ -94,14 +96,21 @@ class Weight:
         """Where work on its gradient goes."""
         return self.unit.queue
 
+    @property
+    def trains(self) -> bool:
+        """Whether it has a gradient."""
+        return not self.unit.spec.frozen
+
     def matrix(self, columns: int = 1) -> Matrix:
         """Value and gradient as [rows, columns]; `columns` counts the trailing dims folded into them."""
         rows = prod(self.shape[: len(self.shape) - columns])
         return self.unit.matrix(self.name, self.first, (rows, prod(self.shape) // rows))
 
     def accumulate(self, part: Tensor) -> None:
-        """gradient += part, of its number of elements: now, or at the W of a split backward."""
-        self.queue.add(self.gradient.add_, part.view(self.shape))
+        """gradient += part, of its number of elements: now, or at the W of a split backward; nothing where
+        it is frozen."""
+        if self.trains:
+            self.queue.add(self.gradient.add_, part.view(self.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +159,8 @@ class Unit:
     def matrix(self, name: str, first: int, shape: tuple[int, int]) -> Matrix:
         """Elements from `first` on as one matrix, multiplied as the weight `name` is."""
         value, gradient = self.values.view(first, shape), self.gradients.view(first, shape)
-        return Matrix(value, gradient, shape, self.queue, self.product_of(name))
+        trains = not self.spec.frozen
+        return Matrix(value, gradient, shape, self.queue, self.product_of(name), trains)
 
 
 def make_units(
@@ -179,7 +189,7 @@ def make_units(
         each = -(-first // ways)
         part = slice(mine * each, (mine + 1) * each)
         zeros = partial(_zeros, elsewhere or {}, device)
-        tensors = _allocate(spec.stage, each * ways, part, dtype, device, zeros, apart)
+        tensors = _allocate(spec, each * ways, part, dtype, device, zeros, apart)
         found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
 
@@ -194,20 +204,23 @@ def _zeros(
 
 
 def _allocate(
-    stage: int, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, zeros: Zeros,
+    spec: LaidUnit, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, zeros: Zeros,
     apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:  # fmt: skip
-    """What a rank stores of a unit of `size` elements at a ZeRO stage: working, master, gradient."""
+    """What a rank stores of a unit of `size` elements: working, master, gradient."""
+    stage = spec.stage
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     each = part.stop - part.start
     working = zeros("parameters", each if stage == 3 else size, dtype)
     shard = working if stage == 3 else working[part]
-    one = dtype == wide and not apart
+    one = spec.frozen or (dtype == wide and not apart)
     master = shard if one else zeros("optimizer", each, wide)
-    gradient = zeros("gradients", each if stage >= 2 else size, wide)
     values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
     if stage < 3:
         values.lend(working)
+    if spec.frozen:
+        return working, master, torch.empty(0, dtype=wide, device=device), values, gradients
+    gradient = zeros("gradients", each if stage >= 2 else size, wide)
     if stage < 2:
         gradients.lend(gradient)
         gradient = gradient[part]
@@ -224,6 +237,7 @@ class Matrix:
     shape: tuple[int, int]
     queue: WeightQueue
     product: Product = PLAIN
+    trains: bool = True
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W.T: [..., columns] -> [..., rows]."""
@@ -235,8 +249,9 @@ class Matrix:
 
     def accumulate(self, dy: Tensor, x: Tensor) -> None:
         """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]: now, or at the W of a
-        split backward, which keeps both until then."""
-        self.queue.add(self._add, dy, x)
+        split backward, which keeps both until then; nothing where it is frozen."""
+        if self.trains:
+            self.queue.add(self._add, dy, x)
 
     def _add(self, dy: Tensor, x: Tensor) -> None:
         """Exact in the compute dtype, added up in the wide one."""

@@ -338,33 +338,35 @@ def _read(request: Request, machine: Machine) -> Table | Problem:
 
 
 def _largest_unit(laid: Laid) -> float:
-    """The part of the first layer's weights whose gradients are partial over the same axes."""
-    layer, groups = laid.stages[0].blocks[1], Counter[tuple[str, ...]]()
-    for w in layer.weights():
-        groups[gradient_axes(layer, w, laid.sizes)] += w.local(laid.sizes)
-    return max(groups.values()) / groups.total()
+    """The least part of a layer's weights, and of those that are trained, that is one unit."""
+    shares, layers = [1.0], laid.stages[0].blocks[1:-1]
+    for layer in {id(b): b for b in layers}.values():
+        every = Counter[tuple[bool, tuple[str, ...]]]()
+        for w in layer.weights():
+            every[w.frozen, gradient_axes(layer, w, laid.sizes)] += w.local(laid.sizes)
+        trained = [n for (frozen, _), n in every.items() if not frozen]
+        shares += [max(g) / sum(g) for g in (list(every.values()), trained) if g]
+    return min(shares)
 
 
 def _block_costs(laid: Laid, machine: Machine) -> tuple[list[Cost], list[float]]:
     """The cost and the FLOPs of each block. States go by weights: units may join several blocks."""
     blocks, parts = laid.stages[0].blocks, works_of(laid).stages[0].parts
-    total = Counter[str]()
+    total = sum((state_bytes(b, laid.sizes) for b in blocks), Counter[str]())
+    tied, seen, elements = set(laid.program.tied), set[str](), list[tuple[int, int]]()
     for b in blocks:
-        total.update(state_bytes(b, laid.sizes))
-    tied, seen, elements = set(laid.program.tied), set[str](), list[int]()
-    for b in blocks:
-        own = [w for w in b.weights() if w.name not in seen]
-        seen |= {w.name for w in own} & tied
-        elements.append(sum(w.local(laid.sizes) for w in own))
-    order = dict(zip(dict.fromkeys(id(b) for b in blocks), parts, strict=True))
+        own = {w.name: (w.local(laid.sizes), w.frozen) for w in b.weights() if w.name not in seen}
+        seen |= own.keys() & tied
+        elements.append((sum(n for n, _ in own.values()), sum(n for n, f in own.values() if not f)))
     priced = {
         key: _cost(stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine))
-        for key, part in order.items()
+        for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
     }
     costs = []
-    for b, n in zip(blocks, elements, strict=True):
-        part = n / sum(elements)
-        states = tuple(total[s] * part for s in STATES)
+    whole, trained = (max(sum(n), 1) for n in zip(*elements, strict=True))
+    for b, (n, t) in zip(blocks, elements, strict=True):  # frozen: parameters alone
+        share = {"parameters": n / whole}
+        states = tuple(total[s] * share.get(s, t / trained) for s in STATES)
         costs.append(replace(priced[id(b)], kept=kept_bytes(b, laid.sizes), states=states))  # type: ignore[arg-type]
     return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]
 

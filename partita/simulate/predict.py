@@ -95,7 +95,7 @@ class Prediction:
 def request_of(job: Job) -> Request:
     """What the rooms are asked, from a job."""
     words = 2 if job.train.optimizer == "adamw" else int(job.train.momentum > 0)
-    return Request(job.plan, job.model, job.train.seq_len, job.micro_batch_size, words)
+    return Request(job.plan, job.model, job.train.seq_len, job.micro_batch_size, words, job.frozen)
 
 
 def simulate(job: Job, machine: Machine | None = None, load: Load | None = None) -> Prediction:

@@ -102,7 +102,7 @@ def _bytes(names: Iterable[str], block: Block, sizes: Sizes) -> float:
 def _linear(
     group: Sequence[Op], block: Block, sizes: Sizes, dtype: str
 ) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
-    n = 0
+    n = trained = 0  # output columns, and those whose weights have a gradient
     first = group[0]
     x, w = block.tensors[first.reads[0]], block.tensors[first.weights[0]]
     out = {d.name for d in block.tensors[first.writes].dims}
@@ -114,15 +114,18 @@ def _linear(
     m = prod(s for d, s in space.items() if d not in own)
     for op in group:
         local = {d.name: d.local(sizes) for d in op.space}
-        n += prod(local.values()) // (count * k * m)
+        rows = prod(local.values()) // (count * k * m)
+        n, trained = n + rows, trained + (0 if op.frozen else rows)
     count, m = count * each, -(-m // each)
     size, kind = BYTES[w.dtype], dtype or w.dtype
     moved = float(size * count * (m * k + k * n + m * n))
-    grown = moved + STATE_BYTES * count * k * n
+    grown = size * count * (m * k + k * trained + m * trained) + STATE_BYTES * count * k * trained
     return (
         [Kernel("matmul", moved, m, n, k, count, dtype=kind)],
         [Kernel("matmul", moved, m, k, n, count, dtype=kind)],
-        [Kernel("matmul", grown, n, k, m, count, dtype=kind, well=WEIGHT_WELL)],
+        [Kernel("matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL)]
+        if trained
+        else [],
     )
 
 
@@ -165,7 +168,8 @@ def _elementwise(
     needed = {n for op in group if op.kind == "mask" for n in (op.writes,)}
     end = group[-1].writes
     moved = _bytes({*outside, *needed, end}, block, sizes)
-    biases = _bytes((op.writes for op in group if op.kind == "bias"), block, sizes)
+    trained = (op.writes for op in group if op.kind == "bias" and not op.frozen)
+    biases = _bytes(trained, block, sizes)
     back = [Kernel("memory", moved)]
     half = [Kernel("memory", biases)] if biases else []
     return [Kernel("memory", moved)], back, half

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from partita.base.config import decode, encode, to_toml
 from partita.base.errors import Problem, UsageError
 from partita.spec.cluster import Cluster
+from partita.spec.frozen import Frozen
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.train import DataSpec, TrainSpec
@@ -65,6 +66,11 @@ class Job:
             return self.train.micro_batch_size
         ways = self.plan.num_microbatches * self.plan.data_parallel_size
         return max(self.train.global_batch_size // ways, 1)
+
+    @property
+    def frozen(self) -> Frozen:
+        """Which weights are not trained."""
+        return Frozen(self.train.frozen, self.train.trainable)
 
     @staticmethod
     def load(source: str | Path | Mapping[str, Any], *overrides: str) -> Job:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from difflib import get_close_matches
 from math import isqrt
 
 from partita.base.errors import Problem
+from partita.spec.families import program
 from partita.spec.job import Job
 from partita.spec.plan import ASYNCHRONOUS, Plan
 
 
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
-    found = [*_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job)]
+    found = [
+        *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_frozen(job)
+    ]  # fmt: skip
     return sorted(found, key=lambda p: p.severity != "error")
 
 
@@ -101,6 +105,24 @@ def _clip(job: Job) -> Iterator[Problem]:
             limit="train.clip_grad_norm=0",
             nearest=str(job.plan.with_("pipeline", schedule="1f1b")),
         )
+
+
+def _frozen(job: Job) -> Iterator[Problem]:
+    """Each pattern names a weight, and some weight is left to train."""
+    if not job.frozen:
+        return
+    made = program(job.model, 1, 1)
+    names = {made.full_name(i, w.name) for i, b in enumerate(made.blocks) for w in b.weights()}
+    for pattern in job.frozen.idle(names):
+        near = get_close_matches(pattern, names, 1, 0.3)
+        hint = f"; a name is {near[0]}" if near else ""
+        message = f"'{pattern}' matches no weight of the model{hint}"
+        yield Problem(
+            "model", "frozen", message, asked=pattern, limit="a pattern of weights' names"
+        )
+    if all(map(job.frozen.holds, names)):
+        message = f"all {len(names)} weights are frozen: nothing is left to train"
+        yield Problem("model", "trainable", message, asked="0", limit="1 trainable weight at least")
 
 
 def _line(plan: Plan | None) -> str | None:

@@ -76,6 +76,7 @@ class Tensor:
     dtype: str = ""
     partial: tuple[str, ...] = ()
     arena: str = "device"
+    frozen: bool = False  # a weight that has no gradient
 
     def local(self, sizes: Sizes) -> int:
         """Elements on the rank that holds most."""
@@ -122,6 +123,7 @@ class Op:
     axes: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
     lane: str = "compute"
+    frozen: bool = False  # all its weights are: backward makes the gradient of what it reads alone
 
     @property
     def segment(self) -> str:

@@ -76,6 +76,8 @@ class TrainSpec:
     checkpoint_every: int = 0  # 0: only at the end
     keep_last: int = 2
     comm_timeout_s: float = 60.0
+    frozen: tuple[str, ...] = ()  # patterns of weights' names that are not trained
+    trainable: tuple[str, ...] = ()  # patterns: no other weight is trained
 
     def __post_init__(self) -> None:
         _within(self, "global_batch_size", 1, 10**9)

@@ -35,7 +35,8 @@ def convert_checkpoint(step_folder: Path, target: Path, plan: Plan) -> Path:
     manifest = read_manifest(step_folder)
     job = job_of(step_folder)
     plan = replace(job, plan=plan).plan  # with its microbatches
-    laid = lay(Request(plan, stated_model(step_folder, manifest), job.train.seq_len))
+    model = stated_model(step_folder, manifest)
+    laid = lay(Request(plan, model, job.train.seq_len, frozen=job.frozen))
     dtypes = {(p.name, p.role): p.dtype for p in manifest.pieces}
 
     def pieces(rank: int) -> Iterator[Piece]:
@@ -59,7 +60,7 @@ def _cut(
 ) -> Iterator[Piece]:
     """One box of a tensor in each of its roles."""
     shape = manifest.header.tensors[name]
-    for role in manifest.header.roles:
+    for role in manifest.header.roles_of(name):
         values = torch.empty([b - a for a, b in box], dtype=TORCH_DTYPES[dtypes[name, role]])
         fill(step_folder, manifest, [Wanted(name, role, shape, box, values)])
         yield Piece(name, role, box, values)

@@ -45,6 +45,14 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimizer: dict[str, Any] = {}
     state: dict[str, Any] = {}  # seed, update count and the like: whatever the loop resumes by
 
+    def frozen(self) -> frozenset[str]:
+        """Weights that are not trained: nothing is kept of them but themselves, in what they compute in."""
+        return frozenset(self.optimizer.get("frozen", ()))
+
+    def roles_of(self, name: str) -> tuple[str, ...]:
+        """What is kept of a weight."""
+        return ("weight",) if name in self.frozen() else self.roles
+
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One piece: box `box` of role `role` of tensor `name`, under `key` in `file`."""
@@ -206,8 +214,9 @@ def _cover_problems(manifest: Manifest):
     held: defaultdict[tuple[str, str], int] = defaultdict(int)
     for entry in manifest.pieces:
         held[entry.name, entry.role] += box_size(entry.box)
+    frozen = manifest.header.frozen()
     for name, shape in manifest.header.tensors.items():
-        for role in manifest.header.roles:
+        for role in ("weight",) if name in frozen else manifest.header.roles:
             if held[name, role] != prod(shape):
                 yield (
                     f"{role} of {name}: the pieces hold {held[name, role]} elements, the stated "

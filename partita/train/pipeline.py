@@ -50,7 +50,8 @@ def data_parallel(
     stages = laid.stages_of(context.coords["pp"])
     two_ways = laid.schedule.direction is not None
     visits = [frozenset(s.names) for s in stages] if two_ways else []
-    reducer = Reducer(units, comms, context.where, units[0].queue, visits)
+    trained = [unit for unit in units if not unit.spec.frozen]
+    reducer = Reducer(trained, comms, context.where, units[0].queue, visits)
     parameters = Parameters(units, comms, context.where)
     prefetch = laid.request.plan.data.prefetch
     found = {}
@@ -81,7 +82,7 @@ def make_flow(
     """How an asynchronous schedule runs on this rank: its own weights, and on the last stage a table that
     the first one holds too."""
     late = [u for u in units if u.spec.across and executor.place > 0]
-    own = [u for u in units if u not in late]
+    own = [u for u in units if u not in late and not u.spec.frozen]
     flow = Flow(executor, Versions(own, version_rule(laid.schedule), parameters.refresh))
     if late:
         versions = Versions(late, version_rule(laid.schedule, tied=True), parameters.refresh)

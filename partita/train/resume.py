@@ -55,6 +55,8 @@ def header(job: Job, stated: Stated) -> Header:
     spec = job.model
     t = job.train
     optimizer = {"name": t.optimizer, "betas": list(t.betas), "eps": t.eps, "momentum": t.momentum}
+    if frozen := [n for n in stated.layouts if job.frozen.holds(n)]:
+        optimizer["frozen"] = frozen
     return Header(
         plan=str(job.plan),
         tensors={n: x.shape for n, x in stated.layouts.items()},
@@ -74,18 +76,24 @@ Named = tuple[str, Tensor]  # role, the part of it that a box names
 def boxes(
     model: Model, job: Job, update: Update, states: dict[str, dict[str, Tensor]], primary: bool
 ) -> Iterator[tuple[str, Box, list[Named]]]:
-    """(weight, box, its values by role) of what this rank holds, or of what it is primary of.
+    """(weight, box, its values by role) of what this rank holds, or of what it is primary of. Frozen weights
+    have one role.
 
     `states[slot name][role]` is flat as the slot is."""
     mesh, rank = model.laid.mesh, model.context.rank
-    for slot in update.slots:
-        flat = {"weight": slot.master, **states[slot.name]}
-        for weight in slot.weights:
+    held = [
+        (slot.weights, slot.start, {"weight": slot.master, **states[slot.name]})
+        for slot in update.slots
+    ]
+    frozen = [unit for unit in model.units if unit.spec.frozen]
+    held += [(tuple(n for n, *_ in u.places), 0, {"weight": u.master}) for u in frozen]
+    for weights, first, flat in held:
+        for weight in weights:
             for piece in model.laid.layouts[weight].pieces(mesh, rank):
                 if primary and not piece.primary:
                     continue
                 shape = tuple(b - a for a, b in piece.box)
-                start = piece.start - slot.start
+                start = piece.start - first
                 inside = slice(start, start + piece.numel())
                 yield weight, piece.box, [(r, x[inside].view(shape)) for r, x in flat.items()]
 
@@ -163,13 +171,18 @@ def inspect_run(checkpoint: Path, digests: bool) -> Inspection:
     return found
 
 
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def check_resumes(checkpoint: Path, job: Header) -> None:
     """Raises UsageError (exit 2) naming the first field in which a checkpoint and a job differ."""
     difference = first_difference(read_manifest(checkpoint), job)
     if difference is not None:
         raise UsageError(
-            f"{checkpoint} was written with {difference.field} = {difference.checkpoint}, the job has "
-            f"{difference.job}: change it back, or start anew with --fresh",
+            f"{checkpoint} was written with {difference.field} = {_short(difference.checkpoint)}, the job "
+            f"has {_short(difference.job)}: change it back, or start anew with --fresh",
             key=difference.field,
         )
 

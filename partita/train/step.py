@@ -341,7 +341,8 @@ def slots_of(unit: Any) -> Iterator[Slot]:
 
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
-    by_unit = {unit.name: list(slots_of(unit)) for unit in model.units}
+    trained = [unit for unit in model.units if not unit.spec.frozen]
+    by_unit = {unit.name: list(slots_of(unit)) for unit in trained}
     slots = [slot for found in by_unit.values() for slot in found]
     mesh, coords = model.laid.mesh, model.context.coords
     plane = mesh.rank_of(
@@ -349,14 +350,14 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     )  # of replicas the first counts
     counted = [
         (weight, unit.gradient[piece.start : piece.start + piece.numel()])
-        for unit in model.units
+        for unit in trained
         for weight, *_ in unit.places
         for piece in model.laid.layouts[weight].pieces(mesh, plane)
         if piece.primary and not weight.endswith(BALANCE_BIAS)
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     update = Update(model, train, make_optimizer(named, train), slots, counted)
-    update.away = make_away(model.arenas, by_unit, model.units, update.optimizer, train)
+    update.away = make_away(model.arenas, by_unit, trained, update.optimizer, train)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
         if model.flow.late is not None:

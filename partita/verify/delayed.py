@@ -45,7 +45,9 @@ def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
         batches = whole_batch(data, job, step)
         loss, gradients, norm, seen = 0.0, {}, 0.0, Auxiliary()
         for first in range(0, m, size):
-            gradients = {n: torch.zeros_like(w) for n, w in weights.items()}
+            gradients = {
+                n: torch.zeros_like(w) for n, w in weights.items() if n not in update.frozen
+            }
             for i in range(first, first + size):
                 judge = Reference(
                     job.model,
@@ -55,7 +57,9 @@ def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
                     product=product_of(job),
                 )
                 judge.step = step
-                part, of = loss_and_gradients(judge, [batches[i]], whole=batches)
+                part, of = loss_and_gradients(
+                    judge, [batches[i]], whole=batches, frozen=update.frozen
+                )
                 loss += part
                 seen.add(judge.auxiliary)
                 for n, g in of.items():

@@ -89,6 +89,17 @@ def start_value(
     return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
 
 
+def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight as both runs start from it. Frozen ones have no masters: they are what the compute dtype
+    holds of them."""
+    weights = {
+        n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
+        for n, s in weight_shapes(job.model).items()
+    }
+    compute = DTYPES[job.plan.precision.dtype]
+    return weights | {n: w.to(compute).to(dtype) for n, w in weights.items() if job.frozen.holds(n)}
+
+
 def run_rank(
     world: World, job: Job, data: Dataset, watched: int = -1, device: torch.device | None = None
 ) -> RankSeen:
@@ -103,7 +114,7 @@ def run_rank(
             layout = laid.layouts[weight]
             for piece in layout.pieces(laid.mesh, context.rank):
                 part = unit.master[piece.start : piece.start + piece.numel()]
-                value = start_value(job, weight, layout.shape, piece.box, unit.master.dtype)
+                value = start_value(job, weight, layout.shape, piece.box, unit.gradient.dtype)
                 part.copy_(value.reshape(-1))
 
     model = make_model(job, laid, context, fill)
@@ -122,7 +133,7 @@ def run_rank(
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = model.forward_backward(batch)
-        gradients = boxes(model, lambda unit: unit.gradient, scale)
+        gradients = boxes(model, lambda unit: unit.gradient, scale, trained=True)
         norm = update.step()
         if flows or step == 0:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
@@ -156,10 +167,15 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
             r.declared = joined(t for each in routings for t in laid.traffic(r.rank, each))
 
 
-def boxes(model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0) -> Boxes:
-    """Every box this rank holds, cloned and divided by `scale`, on the CPU."""
+def boxes(
+    model: Model, flat: Callable[[Unit], Tensor], scale: float = 1.0, trained: bool = False
+) -> Boxes:
+    """Every box this rank holds (of what is `trained`), cloned and divided by `scale`,
+    on the CPU."""
     found: Boxes = {}
     for unit in model.units:
+        if trained and unit.spec.frozen:
+            continue
         for weight, *_ in unit.places:
             layout = model.laid.layouts[weight]
             for piece in layout.pieces(model.laid.mesh, model.context.rank):
@@ -186,7 +202,7 @@ def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen
             watch.start(batches)
             judge.see = watch.see_whole
         scale = 1.0 if scaler is None else scaler.scale
-        loss, gradients = loss_and_gradients(judge, batches, scale)
+        loss, gradients = loss_and_gradients(judge, batches, scale, frozen=optimizer.frozen)
         watch.stop()
         norm, samples = optimizer.norm(gradients), job.train.global_batch_size
         seen = judge.auxiliary
@@ -215,18 +231,18 @@ class JudgeUpdate:
     job: Job
     weights: dict[str, Tensor]
     biases: list[str]
+    frozen: frozenset[str]
     optimizer: torch.optim.Optimizer
 
     @staticmethod
     def of(job: Job, dtype: torch.dtype) -> JudgeUpdate:
-        """Over every weight as both runs start from it."""
-        weights = {
-            n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
-            for n, s in weight_shapes(job.model).items()
-        }
-        biases = [n for n in weights if n.endswith(BALANCE_BIAS)]
-        named = [(n, w, decays_weight(n)) for n, w in weights.items() if n not in biases]
-        return JudgeUpdate(job, weights, biases, make_optimizer(named, job.train))
+        """Over every weight that is trained."""
+        weights = start_weights(job, dtype)
+        frozen = frozenset(n for n in weights if job.frozen.holds(n))
+        trained = [n for n in weights if n not in frozen]
+        biases = [n for n in trained if n.endswith(BALANCE_BIAS)]
+        named = [(n, weights[n], decays_weight(n)) for n in trained if n not in biases]
+        return JudgeUpdate(job, weights, biases, frozen, make_optimizer(named, job.train))
 
     def norm(self, gradients: dict[str, Tensor]) -> float:
         """The 2-norm of all gradients; where a bias has its own stand rows."""
@@ -242,7 +258,7 @@ class JudgeUpdate:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.job.train, step + 1)
         for n, w in self.weights.items():
-            w.grad = gradients[n]
+            w.grad = gradients.get(n)
         self.optimizer.step()
         for n in self.biases:
             rows = gradients[n]
@@ -254,7 +270,7 @@ def with_own_updates(job: Job, judge: list[StepSeen], ranks: Sequence[RankSeen])
     precision a rounding of a tiny gradient turns a whole step of AdamW, and hides a wrong update."""
     update, found = JudgeUpdate.of(job, torch.float32), []
     for step, want in enumerate(judge):
-        own = {n: torch.zeros_like(w) for n, w in update.weights.items()}
+        own = {n: torch.zeros_like(w) for n, w in update.weights.items() if n not in update.frozen}
         for seen in reversed(ranks):
             for name, boxes in seen.steps[step].gradients.items():
                 for box, values in boxes:

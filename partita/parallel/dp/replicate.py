@@ -34,7 +34,8 @@ class UnitComms:
 
 @dataclass
 class Reducer:
-    """Reduces a rank's units, in the order all ranks agree on: that in which backward leaves blocks.
+    """Reduces a rank's units (frozen ones are not among them), in the order all ranks agree on: that in
+    which backward leaves blocks.
 
     `visits` are the sets of blocks that one microbatch comes to, where microbatches go two ways; else it
     comes to all."""

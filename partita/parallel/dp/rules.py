@@ -13,7 +13,8 @@ are cut over those of the axes that shard, as the stage says:
 What the shard's gradient is partial over besides (dp_replicate outside: HSDP; tp under sp; tp/share) is one
 all_reduce of the shard a step. `join` makes neighbouring blocks' units one, up to `data.bucket_bytes` of
 gradient. A tied weight is a unit of its own: its other holder must find the same element at the same
-place.
+place. Frozen weights are units of their own, which only stage 3 cuts: they store parameters and send no more
+than the gathers of those.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Flat:
     blocks: tuple[int, ...]
     weights: tuple[tuple[str, ...], ...]
     size: int
+    frozen: bool = False
 
 
 def problems(job: Request) -> list[Problem]:
@@ -65,9 +67,11 @@ def zero_stage(plan: Plan) -> int:
     return plan.data.zero_stage if plan.mesh.dp_shard > 1 else 0
 
 
-def shard_axes(plan: Plan, axes: Iterable[str]) -> tuple[str, ...]:
-    """Those of a gradient's axes over which its unit's states are cut."""
-    found = [a for a in axes if a in SHARDING] if zero_stage(plan) else []
+def shard_axes(plan: Plan, axes: Iterable[str], frozen: bool = False) -> tuple[str, ...]:
+    """Those of a gradient's axes over which its unit's states are cut; of frozen weights, which have but
+    parameters, at stage 3 alone."""
+    cuts = zero_stage(plan) == 3 if frozen else zero_stage(plan) > 0
+    found = [a for a in axes if a in SHARDING] if cuts else []
     return tuple(sorted(found, key=PRODUCT_ORDER.index))
 
 
@@ -85,12 +89,13 @@ def units(
     block: Block, tied: tuple[str, ...], sizes: Sizes, kv_heads: int
 ) -> dict[str, tuple[tuple[str, ...], list[Tensor]]]:
     """Flat units of a block by name: the axes over which their gradients are summed, and their weights
-    in program order. A tied weight's unit is named after it."""
+    in program order. A tied weight's unit is named after it. Frozen weights lie apart."""
     found: dict[str, tuple[tuple[str, ...], list[Tensor]]] = {}
     for w in block.weights():
         partial = gradient_axes(block, w, sizes)
         axes = tuple(a for a in partial if axis_size(a, sizes, kv_heads) > 1)
-        name = w.name if w.name in tied else f"unit[{axis_name(axes)}]"
+        kind = "frozen" if w.frozen else "unit"
+        name = w.name if w.name in tied else f"{kind}[{axis_name(axes)}]"
         found.setdefault(name, (axes, []))[1].append(w)
     return found
 
@@ -102,25 +107,31 @@ def reduce(job: Request, program: Program) -> Program:
     def lay_block(block: Block) -> Block:
         tensors, regions = dict(block.tensors), list(block.regions)
         for name, (axes, weights) in units(block, program.tied, sizes, kv_heads).items():
-            shard = shard_axes(job.plan, axes)
-            tensors |= states(name, sum(w.local(sizes) for w in weights), shard, job.plan)
+            frozen = weights[0].frozen
+            shard = shard_axes(job.plan, axes, frozen)
+            tensors |= states(name, sum(w.local(sizes) for w in weights), shard, job.plan, frozen)
             again = needs_values(block, {w.name for w in weights})
-            regions += unit_regions(name, axes, shard, job.plan, again)
+            if frozen:
+                regions += [_gather(name, shard, job.plan, again)] if shard else []
+            else:
+                regions += unit_regions(name, axes, shard, job.plan, again)
         return replace(block, tensors=tensors, regions=tuple(regions))
 
     return program.map(lay_block)
 
 
-def states(name: str, size: int, shard: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:
-    """A unit's flat tensors: three stored states, cut as the stage says, and what collectives hand in.
-    They are padded until the shards are alike."""
+def states(
+    name: str, size: int, shard: tuple[str, ...], plan: Plan, frozen: bool = False
+) -> dict[str, Tensor]:
+    """A unit's flat tensors: three stored states (of frozen weights the parameters alone), cut as the stage
+    says, and what collectives hand in. They are padded until the shards are alike."""
     size = padded(size, shard, plan.sizes)
-    cut_from = {"parameter": 3, "gradient": 2, "optimizer": 1}
+    cut_from = {"parameter": 3} if frozen else {"parameter": 3, "gradient": 2, "optimizer": 1}
     found = {}
     for role, first in cut_from.items():
         flat = Dim("flat", size, shard if zero_stage(plan) >= first else ())
         found[f"{name}.{role}"] = Tensor(f"{name}.{role}", (flat,), role)
-    for role in ("parameter", "gradient"):
+    for role in ("parameter",) if frozen else ("parameter", "gradient"):
         for part, on in (("whole", ()), ("shard", shard)):
             tensor = f"{name}.{part}_{role}"
             found[tensor] = Tensor(tensor, (Dim("flat", size, on),), f"whole_{role}")
@@ -187,10 +198,12 @@ def flats(
             size = sum(w.local(plan.sizes) for w in weights)
             names = tuple(w.name for w in weights)
             last = open_.get(name)
-            shard = shard_axes(plan, axes)
+            frozen = weights[0].frozen
+            shard = shard_axes(plan, axes, frozen)
             alone = zero_stage(plan) == 3 and bool(shard)
-            width = BYTES[blocks[at].tensors[f"{name}.whole_gradient"].dtype]
-            new = Flat(name, axes, shard, (at,), (names,), size)
+            what = "parameter" if frozen else "gradient"
+            width = BYTES[blocks[at].tensors[f"{name}.whole_{what}"].dtype]
+            new = Flat(name, axes, shard, (at,), (names,), size, frozen)
             room = not alone and last is not None and within(last.size + size, width, plan)
             if last is not None and (name in tied or room):
                 found.remove(last)

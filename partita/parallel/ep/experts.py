@@ -34,12 +34,12 @@ class Grouped:
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps x."""
+    """Keeps x, unless the experts are frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Grouped, counts: Sequence[int]) -> Tensor:
         """An expert after the other."""
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if layer.matrices[0].trains else None)
         ctx.layer, ctx.counts = layer, counts
         y = x.new_empty((x.shape[0], layer.matrices[0].shape[0]))
         for m, rows, out in zip(layer.matrices, x.split(counts), y.split(counts), strict=True):
@@ -51,12 +51,17 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of the rows, then of the weights."""
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        parts = (dy.split(ctx.counts), dx.split(ctx.counts), x.split(ctx.counts))
-        for m, d, out, rows in zip(ctx.layer.matrices, *parts, strict=True):
-            if rows.shape[0]:
+        dx = dy.new_empty((dy.shape[0], ctx.layer.matrices[0].shape[1]))
+        parts = zip(ctx.layer.matrices, dy.split(ctx.counts), dx.split(ctx.counts), strict=True)
+        for m, d, out in parts:
+            if d.shape[0]:
                 _multiply(m.product, d, m.value, out, m.back)
-                m.accumulate(d, rows)
+        if x is not None:
+            for m, d, rows in zip(
+                ctx.layer.matrices, dy.split(ctx.counts), x.split(ctx.counts), strict=True
+            ):
+                if rows.shape[0]:
+                    m.accumulate(d, rows)
         return dx, None, None
 
 

@@ -61,13 +61,13 @@ class Router:
 
 
 class _Gate(torch.autograd.Function):
-    """A linear in the wide dtype; keeps x."""
+    """A linear in the wide dtype; keeps x, unless the gate is frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Router) -> Tensor:
         """x W.T, both widened."""
-        ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.save_for_backward(x if layer.gate.trains else None)
+        ctx.layer, ctx.dtype = layer, x.dtype
         wide = layer.gate.gradient.dtype
         return x.to(wide) @ layer.gate.value.to(wide).t()
 
@@ -77,8 +77,9 @@ class _Gate(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gate: Matrix = ctx.layer.gate
         wide = dlogits.dtype
-        gate.accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
-        return (dlogits @ gate.value.to(wide)).to(x.dtype), None
+        if x is not None:
+            gate.accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
+        return (dlogits @ gate.value.to(wide)).to(ctx.dtype), None
 
 
 class _Route(torch.autograd.Function):

@@ -162,7 +162,7 @@ class _Exchange:
         if op.name == "dispatch.send":
             return (op, self._all_to_all(op.name, "sent", "arrived"), *self._enter())
         if op.name == "experts.gate_up":
-            return (replace(op, reads=(inside,), saves=(inside,)),)
+            return (replace(op, reads=(inside,), saves=(inside,) if op.saves else ()),)
         if op.name == "experts.down":
             made = replace(op, writes=self.names.get("made", "made"))
             return (made, *self._leave(), self._all_to_all("experts.back", "leaving", "back"))

@@ -58,7 +58,8 @@ class _RMSNorm(torch.autograd.Function):
         unit = wide * scale
         hidden = x.shape[-1]
         slope = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden)
-        layer.weight.accumulate(slope.sum(0))
+        if layer.weight.trains:
+            layer.weight.accumulate(slope.sum(0))
         along = slope.mv(_wide(w)).view(scale.shape).div_(hidden)  # mean of dy w unit, a token
         dx = _wide(dy * w).addcmul_(unit, along, value=-1).mul_(scale)
         return dx.to(x.dtype), None
@@ -79,7 +80,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        """One native kernel for all three gradients."""
+        """One native kernel for all gradients that are wanted."""
         (x,) = ctx.saved_tensors
         layer: Norm = ctx.layer
         assert layer.bias is not None
@@ -87,8 +88,17 @@ class _LayerNorm(torch.autograd.Function):
         shape = [x.shape[-1]]
         _, mean, rstd = torch.native_layer_norm(wide, shape, w, b, layer.epsilon)
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-            _wide(dy).contiguous(), wide, shape, mean, rstd, w, b, [True, True, True]
+            _wide(dy).contiguous(),
+            wide,
+            shape,
+            mean,
+            rstd,
+            w,
+            b,
+            [True, layer.weight.trains, layer.bias.trains],
         )
-        layer.weight.accumulate(dw)
-        layer.bias.accumulate(db)
+        if layer.weight.trains:
+            layer.weight.accumulate(dw)
+        if layer.bias.trains:
+            layer.bias.accumulate(db)
         return dx.to(x.dtype), None

@@ -62,7 +62,8 @@ def _lay_block(block: Block) -> Block:
         writer = op.name.partition(":")[0]
         if op.kind == "copy_to":
             inside.add(y)
-            return (gather_from(writer, ("tp",), x, y),)
+            again = any(x in o.saves for o in ops if y in o.reads)
+            return (gather_from(writer, ("tp",), x, y, again),)
         inside.add(x)
         readers = [o for o in ops if y in o.reads]
         if t[y].role == "value" and not any(touches(o) for o in readers):

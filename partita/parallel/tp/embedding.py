@@ -38,12 +38,12 @@ class Lookup:
 
 
 class _Lookup(torch.autograd.Function):
-    """Keeps ids."""
+    """Keeps ids, unless the table is frozen."""
 
     @staticmethod
     def forward(ctx, anchor: Tensor, ids: Tensor, layer: Lookup) -> Tensor:
         """Rows of the own range, zero elsewhere, then the region."""
-        ctx.save_for_backward(ids)
+        ctx.save_for_backward(ids if layer.table.trains else None)
         ctx.layer = layer
         rows = layer.table.shape[0]
         if layer.region.kind == "identity":  # the whole table is here
@@ -58,5 +58,7 @@ class _Lookup(torch.autograd.Function):
         """The region's conjugate, then the table's gradient."""
         (ids,) = ctx.saved_tensors
         layer: Lookup = ctx.layer
-        layer.table.queue.add(layer.accumulate, ids, layer.region.backward(dy))
+        dy = layer.region.backward(dy)
+        if ids is not None:
+            layer.table.queue.add(layer.accumulate, ids, dy)
         return torch.empty(0), None, None

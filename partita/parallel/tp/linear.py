@@ -37,6 +37,11 @@ class Column:
         """Weights whose last dim is the input's; neighbours become one matmul."""
         return Column(tuple(matrices(weights)), tuple(biases), region)
 
+    @property
+    def trains(self) -> bool:
+        """Whether some matrix has a gradient: only then x is kept."""
+        return any(m.trains for m in self.matrices)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Moves x by the region and multiplies."""
         return _Column.apply(x, self)  # type: ignore[return-value]
@@ -49,15 +54,17 @@ class Column:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
         return y
 
-    def accumulate(self, dy: Tensor, x: Tensor, whole: Handle | None) -> None:
-        """Adds the weight gradients of dy [..., rows] and x [..., columns]; where x was moved by a
-        gather, `whole` is that under way once more, or None: a W starts it itself."""
-        if self.region.kind == "gather_from":
-            x = (whole or self.region.start_forward(x)).wait()
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        rows = [m.shape[0] for m in self.matrices]
-        for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
-            m.accumulate(part, x)
+    def accumulate(self, dy: Tensor, x: Tensor | None, whole: Handle | None) -> None:
+        """Adds the weight gradients of dy [..., rows] and x [..., columns], None where no matrix wants it;
+        where x was moved by a gather, `whole` is that under way once more, or None: a W starts it itself."""
+        dy = dy.reshape(-1, dy.shape[-1])
+        if x is not None:
+            if self.region.kind == "gather_from":
+                x = (whole or self.region.start_forward(x)).wait()
+            x = x.reshape(-1, x.shape[-1])
+            rows = [m.shape[0] for m in self.matrices]
+            for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
+                m.accumulate(part, x)
         if self.biases:
             total = dy.sum(0, dtype=self.biases[0].gradient.dtype)
             sizes = [prod(b.shape) for b in self.biases]
@@ -66,12 +73,12 @@ class Column:
 
 
 class _Column(torch.autograd.Function):
-    """Keeps x as it came: the shard under sp."""
+    """Keeps x as it came: the shard under sp; nothing where all matrices are frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Column) -> Tensor:
         """Region, then matmul."""
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if layer.trains else None)
         ctx.layer = layer
         return layer.multiply(layer.region.forward(x))
 
@@ -81,7 +88,7 @@ class _Column(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: Column = ctx.layer
         queue = layer.matrices[0].queue
-        early = layer.region.kind == "gather_from" and not queue.defers
+        early = x is not None and layer.region.kind == "gather_from" and not queue.defers
         whole = layer.region.start_forward(x) if early else None
         rows = [m.shape[0] for m in layer.matrices]
         parts = dy.split(rows, -1)
@@ -89,7 +96,8 @@ class _Column(torch.autograd.Function):
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
             dx += m.back(part)
         under_way = layer.region.start_backward(dx)
-        queue.add(layer.accumulate, dy, x, whole)
+        if x is not None or any(b.trains for b in layer.biases):
+            queue.add(layer.accumulate, dy, x, whole)
         return under_way.wait(), None
 
 
@@ -114,12 +122,12 @@ class Row:
 
 
 class _Row(torch.autograd.Function):
-    """Keeps x."""
+    """Keeps x, unless the matrix is frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Row, replay: bool) -> Tensor:
         """Matmul, then region."""
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if layer.matrix.trains else None)
         ctx.layer = layer
         if layer.region.is_known:
             return layer.region.forward(x)
@@ -135,7 +143,8 @@ class _Row(torch.autograd.Function):
         layer: Row = ctx.layer
         dy = layer.region.backward(dy)
         dx = layer.matrix.back(dy)
-        layer.matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        if x is not None:
+            layer.matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
         return dx, None, None
 
 
@@ -151,7 +160,8 @@ class AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         """Passes on."""
-        ctx.bias.accumulate(dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.gradient.dtype))
+        if ctx.bias.trains:
+            ctx.bias.accumulate(dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.gradient.dtype))
         return dy, None
 
 
