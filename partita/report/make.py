@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from partita.base.errors import WriteError
-from partita.base.units import format_bytes, format_rate, format_seconds
+from partita.base.units import format_bytes, format_count, format_seconds
 from partita.plots.loss import loss_figure
 from partita.plots.memory import memory_figure
 from partita.plots.page import Section, figure, html_table, page, tiles
@@ -46,9 +46,7 @@ def _facts(run: RunSummary) -> list[tuple[str, str]]:
     if run.step_time_s:
         found.append((format_seconds(run.step_time_s), "a step, measured (median)"))
     if run.last("tokens_per_s"):
-        found.append(
-            (format_rate(run.last("tokens_per_s"), "tokens").replace("  ", " "), "newest step")
-        )
+        found.append((f"{format_count(run.last('tokens_per_s'))} tokens/s", "newest step"))
     measured = [r.ledger.peak_bytes for r in run.ranks if r.ledger]
     if measured:
         found.append((format_bytes(max(measured)), "peak of the fullest rank, measured"))

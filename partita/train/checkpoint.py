@@ -9,8 +9,8 @@ A save, on every rank:
     5  main removes all but the last K checkpoints
 
 Until 4 nothing of the save can be found, after it all of it can: a process killed anywhere leaves the
-old or the new checkpoint. Between the
-stages all ranks are asked "did it work for all?" (`Ranks.agree`).
+old or the new checkpoint. Between the stages all ranks are asked "did it work for all?" (`Ranks.agree`).
+A run takes 2 to 5 behind its training (behind.py).
 
 Digests are verified on every load; pickles are never opened.
 """
@@ -39,7 +39,15 @@ from partita.train.manifest import (
     encode,
     read_manifest,
 )
-from partita.train.pieces import Piece, Wanted, durable_write, file_problems, fill, write_pieces
+from partita.train.pieces import (
+    Copied,
+    Piece,
+    Wanted,
+    durable_write,
+    file_problems,
+    fill,
+    write_pieces,
+)
 
 STEP = re.compile(r"^step-(\d{8,})(?:-(\d+))?$")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -74,36 +82,38 @@ class Inspection:
 ALONE = Ranks()
 
 
-def save(
-    folder: Path,
-    step: int,
-    pieces: Iterable[Piece],
-    header: Header,
-    *,
-    ranks: Ranks = ALONE,
-    keep_last: int = 2,
-) -> Path:
-    """Writes a checkpoint into `folder`/step-<step> and keeps the newest `keep_last`.
+class Saving:
+    """One save into `folder`/step-<step> on one rank: made (step 1 above), then `write` with the pieces it
+    is primary of, then `commit`, each once all ranks are through with the one before (behind.py). The
+    pieces of all ranks tile every role of every tensor of `header`; the newest `keep_last` are kept.
 
-    Called by all ranks with the pieces each is primary of; together they tile every role of every
-    tensor of `header`. Where a good checkpoint of this step stands already it is kept; a bad one
-    is left where it is and the new one lies beside it as step-<step>-2. Raises WriteError (full or
-    read-only disk) on all ranks, with nothing left behind.
+    `temporary` is None where a good checkpoint of this step stands already: it is `final`, and nothing
+    is left to do. A bad one is left where it is, and the new one lies beside it as step-<step>-2.
     """
-    with _stage(folder, ranks):
-        if ranks.is_main:
-            _prepare(folder, step)
-    temporary = _find_temporary(folder, step)
-    if temporary is None:
-        return next(p for p in list_checkpoints(folder) if _step_of(p)[0] == step)
-    final = _free_name(folder, step)
-    with _stage(temporary, ranks):
-        _write(temporary, ranks.rank, step, pieces)
-    with _stage(temporary, ranks):
-        if ranks.is_main:
-            _commit(temporary, final, step, ranks.world, header)
-            _retain(final, keep_last)
-    return final
+
+    def __init__(
+        self, folder: Path, step: int, header: Header, ranks: Ranks, keep_last: int
+    ) -> None:
+        self.step, self.header, self.ranks, self.keep_last = step, header, ranks, keep_last
+        with stage(folder, ranks):
+            if ranks.is_main:
+                _prepare(folder, step)
+        self.temporary = _find_temporary(folder, step)
+        if self.temporary is None:
+            self.final = next(p for p in list_checkpoints(folder) if _step_of(p)[0] == step)
+        else:
+            self.final = _free_name(folder, step)
+
+    def write(self, pieces: Iterable[Piece | Copied]) -> None:
+        """This rank's file."""
+        if self.temporary is not None:
+            _write(self.temporary, self.ranks.rank, self.step, pieces)
+
+    def commit(self) -> None:
+        """Main: manifest, rename, and the removal of what is too old; the others have nothing to do."""
+        if self.temporary is not None and self.ranks.is_main:
+            _commit(self.temporary, self.final, self.step, self.ranks.world, self.header)
+            _retain(self.final, self.keep_last)
 
 
 def save_alone(
@@ -111,18 +121,18 @@ def save_alone(
 ) -> Path:
     """The checkpoint that `world` ranks would write, written by one process: `pieces(rank)` are a
     rank's. `folder` holds none of this step."""
-    with _stage(folder, ALONE):
+    with stage(folder, ALONE):
         _prepare(folder, step)
     temporary, final = _find_temporary(folder, step), _free_name(folder, step)
     assert temporary is not None
-    with _stage(temporary, ALONE):
+    with stage(temporary, ALONE):
         for rank in range(world):
             _write(temporary, rank, step, pieces(rank))
         _commit(temporary, final, step, world, header)
     return final
 
 
-def _write(temporary: Path, rank: int, step: int, pieces: Iterable[Piece]) -> None:
+def _write(temporary: Path, rank: int, step: int, pieces: Iterable[Piece | Copied]) -> None:
     """One rank's file, and what it holds."""
     metadata = {"format": "partita", "save_id": _save_id(temporary), "step": str(step)}
     listing = write_pieces(temporary / f"rank-{rank}.safetensors", pieces, metadata)
@@ -201,7 +211,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def _stage(path: Path, ranks: Ranks) -> Iterator[None]:
+def stage(path: Path, ranks: Ranks) -> Iterator[None]:
     """One stage of a save: a rank's error becomes every rank's, and the folder is removed."""
     error: BaseException | None = None
     try:

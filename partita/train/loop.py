@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
-from partita.base.errors import NonFiniteError
-from partita.base.units import format_rate, format_seconds
+from partita.base.errors import CheckpointError, NonFiniteError, WriteError
+from partita.base.units import format_count, format_seconds
 from partita.spec.job import Job
+from partita.train.behind import Behind
 from partita.train.build import Built
 from partita.train.checkpoint import Ranks
 from partita.train.control import Control
 from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
-from partita.train.resume import load_run, save_run
+from partita.train.resume import begin_save, load_run, pieces
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
+        self.behind = Behind()
         self._drained, self._leaves = True, False
 
     def run(self) -> Outcome:
@@ -91,12 +93,26 @@ class Loop:
     def _after(self, step: int, last: bool) -> bool:
         """Checkpoints when due; True when the run must leave."""
         self.after_step(step)
+        self._advance()
         self._leaves = self._leaves or self._should_stop(step)
         stop = self._leaves and self._drained and not last
         if last or stop or _every(self.job.train.checkpoint_every, step):
             with self.recorder.span("checkpoint", f"checkpoint {step}"):
                 self.save(step)
+                if last or stop:
+                    self._advance(wait=True)
         return stop
+
+    def _advance(self, wait: bool = False) -> None:
+        """Goes on with the save in flight, or waits for its end."""
+        try:
+            if wait:
+                self.behind.finish()
+            elif self.behind.in_flight:
+                self.behind.advance()
+        except (WriteError, CheckpointError):
+            self.built.context.where.activity = "checkpoint"
+            raise
 
     def _is_due(self, step: int) -> bool:
         """Whether an evaluation or a checkpoint follows a step: an asynchronous pipeline drains in it."""
@@ -132,7 +148,9 @@ class Loop:
                 with self.recorder.span("U", "optimizer"):
                     norm = built.update.step()
             except NonFiniteError as error:
-                raise explained(error, built.model, batch, built.exchange) from None
+                found = explained(error, built.model, batch, built.exchange)
+                self._advance(wait=True)  # all ranks end here: what is in flight is worth the wait
+                raise found from None
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
@@ -178,7 +196,7 @@ class Loop:
         rank, busy = self.control.slowest()
         slow = f"slowest rank {rank} ({format_seconds(busy)})" if self.control.num_ranks > 1 else ""
         extra = f"  eval {line['eval_loss']:.4f}" if "eval_loss" in line else ""
-        rate = format_rate(line["tokens_per_s"], " tokens").replace("  ", " ")
+        rate = f"{format_count(line['tokens_per_s'])} tokens/s"
         mfu = self.built.mfu(line["tokens_per_s"])
         return f"loss {line['loss']:.4f}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
 
@@ -202,16 +220,27 @@ class Loop:
         return step
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint of all ranks; again for a step that is saved is nothing."""
+        """Begins a checkpoint of all ranks, once the one before it is over; again for a step that is
+        saved is nothing."""
         if step == self._saved:
             return
-        built = self.built
+        self._advance(wait=True)
+        built, job = self.built, self.job
         check_weights(built.model, step, built.exchange)
         ranks = Ranks(built.context.rank, built.context.mesh.world_size, built.agree)
-        folder = self.folder / "checkpoints"
-        path = save_run(folder, step, self.job, built.model, built.update, built.fingerprint, ranks)
+        saving = begin_save(
+            self.folder / "checkpoints",
+            step,
+            job,
+            built.model,
+            built.update,
+            built.fingerprint,
+            ranks,
+        )
+        here = self.control.num_ranks
+        self.behind.start(saving, pieces(built.model, built.update, job), here)
         self._saved = step
-        logging.info("saved %s", path)
+        logging.info("saving %s", saving.final)
 
 
 def _every(every: int, step: int) -> bool:

@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,7 +101,7 @@ class Bar:
         if not self._live and (now - self._last_line > 5 or step == self.steps):
             self._last_line = now
             left = (self.steps - step) * (now - self._start) / max(step - self._done, 1)
-            sys.stderr.write(
-                f"{self.label}  step {step}/{self.steps}  {facts}  {format_seconds(left)} left\n"
-            )
-            sys.stderr.flush()
+            text = f"{self.label}  step {step}/{self.steps}  {facts}  {format_seconds(left)} left"
+            with suppress(OSError):  # a file on a full disk
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -64,6 +65,44 @@ class Piece:
     box: Box
     tensor: Tensor
 
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return DTYPES[self.tensor.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def raw(self) -> Any:
+        """Its bytes; no copy where it is contiguous and on the host."""
+        return _raw(self.tensor)
+
+    def copied(self) -> Copied:
+        """Its values as they are now, on the host."""
+        return Copied(self.name, self.role, self.box, self.dtype, np.array(self.raw()))
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A piece's values at one moment; no tensor, so that the ledger of a step does not meet it."""
+
+    name: str
+    role: str
+    box: Box
+    dtype: str
+    held: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements."""
+        return self.held.nbytes
+
+    def raw(self) -> Any:
+        """Its bytes."""
+        return self.held
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -92,16 +131,15 @@ def durable_write(path: Path, chunks: Iterable[Any]) -> None:
         os.close(descriptor)
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], metadata: dict[str, str]) -> Listing:
+def write_pieces(path: Path, pieces: Iterable[Piece | Copied], metadata: dict[str, str]) -> Listing:
     """Writes the pieces as one safetensors file, flushed to disk; returns what it holds."""
-    named = {piece_key(p.name, p.role, p.box): p for p in pieces if p.tensor.numel()}
+    named = {piece_key(p.name, p.role, p.box): p for p in pieces if p.bytes}
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for key, piece in named.items():
-        end = offset + piece.tensor.numel() * piece.tensor.element_size()
+        end = offset + piece.bytes
         shape = [b - a for a, b in piece.box]
-        dtype = DTYPES[piece.tensor.dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        header[key] = {"dtype": piece.dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8
@@ -111,7 +149,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece], metadata: dict[str, str]) 
     def chunks() -> Iterator[Any]:
         yield head
         for key, piece in named.items():
-            raw = _raw(piece.tensor)
+            raw = piece.raw()
             yield raw
             entries.append(_entry(path.name, key, piece, raw))
 
@@ -173,10 +211,9 @@ def file_problems(folder: Path, manifest: Manifest, *, digests: bool) -> Iterato
             yield error
 
 
-def _entry(file: str, key: str, piece: Piece, raw: Any) -> Entry:
+def _entry(file: str, key: str, piece: Piece | Copied, raw: Any) -> Entry:
     digest = xxhash.xxh3_128_hexdigest(raw)
-    dtype = DTYPES[piece.tensor.dtype]
-    return Entry(file, key, piece.name, piece.role, piece.box, dtype, len(raw), digest)
+    return Entry(file, key, piece.name, piece.role, piece.box, piece.dtype, len(raw), digest)
 
 
 def _raw(tensor: Tensor) -> Any:

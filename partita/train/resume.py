@@ -22,7 +22,7 @@ from partita.parallel.room import Request
 from partita.spec.layout import Box, Layout
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
-from partita.train.checkpoint import Inspection, Ranks, inspect, load, save, verify
+from partita.train.checkpoint import Inspection, Ranks, Saving, inspect, load, verify
 from partita.train.manifest import (
     MANIFEST,
     Header,
@@ -116,7 +116,7 @@ def pieces(model: Model, update: Update, job: Job) -> Iterator[Piece]:
             yield Piece(weight, role, box, values)
 
 
-def save_run(
+def begin_save(
     folder: Path,
     step: int,
     job: Job,
@@ -124,14 +124,11 @@ def save_run(
     update: Update,
     data: dict[str, Any],
     ranks: Ranks,
-) -> Path:
-    """Writes a checkpoint of all ranks; each calls it."""
+) -> Saving:
+    """A checkpoint of all ranks, of which nothing is written yet; each calls it."""
     model.context.where.activity = "checkpoint"
     stated = Stated(model.laid.layouts, update.updates, data, model.scaler)
-    return save(
-        folder, step, pieces(model, update, job), header(job, stated), ranks=ranks,
-        keep_last=job.train.keep_last,
-    )  # fmt: skip
+    return Saving(folder, step, header(job, stated), ranks, job.train.keep_last)
 
 
 def stated_model(checkpoint: Path, manifest: Manifest) -> ModelSpec:

@@ -277,7 +277,9 @@ def test_a_read_only_disk_is_known_at_start(disk, capfd) -> None:
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(disk, monkeypatch, capfd) -> None:
     place = disk("size=4m")
     faults.write_job()
-    monkeypatch.setattr("partita.train.launch.start_ranks", struck(Strike("fill", "forward")))
+    monkeypatch.setattr(
+        "partita.train.launch.start_ranks", struck(Strike("fill", "checkpoint", step=4))
+    )
     assert faults.train() == 73
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert "the disk is full" in last and "the last good one is kept" in last, last

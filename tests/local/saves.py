@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from partita.train import checkpoint
+from partita.train import behind, checkpoint
 from partita.train.checkpoint import Piece, Ranks, Wanted
 
 SHAPES = {"blocks.0.wq": (8, 6), "blocks.0.norm": (6,), "embedding.table": (11, 6)}
@@ -64,16 +64,11 @@ def save(folder, step, *, world=2, dim=0, dtype=torch.float32, keep_last=2, hurt
 
     def one(rank):
         try:
-            parts = cut(rank, world, step, dim, dtype)
+            parts = list(cut(rank, world, step, dim, dtype))
             if hurt == rank:
-                parts = broken_disk(parts)
-            results[rank] = checkpoint.save(
-                folder,
-                step,
-                parts,
-                header(**fields),
-                ranks=meeting.ranks(rank, world),
-                keep_last=keep_last,
+                parts[-1] = BrokenDisk(*(getattr(parts[-1], f) for f in Piece.__slots__))
+            results[rank] = finished(
+                folder, step, parts, header(**fields), meeting.ranks(rank, world), keep_last
             )
         except Exception as error:
             results[rank] = error
@@ -90,9 +85,41 @@ def save(folder, step, *, world=2, dim=0, dtype=torch.float32, keep_last=2, hurt
     return results[0]
 
 
-def broken_disk(parts):
-    yield next(parts)
-    raise OSError(errno.ENOSPC, "No space left on device")
+def finished(folder, step, parts, head=None, ranks=checkpoint.ALONE, keep_last=2):
+    """A save that is waited for; where it lies."""
+    saving = checkpoint.Saving(folder, step, head or header(), ranks, keep_last)
+    saves = behind.Behind()
+    saves.start(saving, parts)
+    saves.finish()
+    return saving.final
+
+
+def alone(folder, step, keep_last=2):
+    """A save of one rank, to its end."""
+    return finished(folder, step, cut(0, 1, step, 0), keep_last=keep_last)
+
+
+class Inline:
+    """A thread that runs at once, in its caller's."""
+
+    def __init__(self, target=None, **_):
+        self.start = target
+
+    def is_alive(self):
+        return False
+
+    def join(self, timeout):
+        pass
+
+
+class BrokenDisk(Piece):
+    """A piece that no disk takes."""
+
+    def copied(self):
+        return self
+
+    def raw(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def load(folder, *, world=1, dim=0, dtype=torch.float32):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from saves import ROLES, SHAPES, cut, files, flip, header, is_step, load, save, value
+from saves import ROLES, SHAPES, cut, files, finished, flip, header, is_step, load, save, value
 
 from partita.base.errors import CheckpointError
 from partita.train import checkpoint, manifest, pieces
@@ -95,7 +95,7 @@ def test_another_model_or_role_is_named(tmp_path):
 def test_pieces_that_do_not_tile_are_never_committed(tmp_path):
     some = [p for p in cut(0, 1, 5, 0) if p.name != "blocks.0.norm"]
     with pytest.raises(CheckpointError, match=r"blocks\.0\.norm"):
-        checkpoint.save(tmp_path, 5, some, header())
+        finished(tmp_path, 5, some)
     assert list(tmp_path.iterdir()) == []
 
 

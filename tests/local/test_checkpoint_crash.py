@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from saves import cut, files, header, is_step, save
+from saves import alone, files, is_step, save
 
 from partita.base.errors import BusyError, WriteError
 from partita.train import checkpoint
@@ -39,7 +39,7 @@ def test_a_failing_disk_is_a_write_error(tmp_path, monkeypatch, call, code):
     with monkeypatch.context() as patched:
         patched.setattr(os, call, fails)
         with pytest.raises(WriteError, match=r"disk is full|Read-only|Input"):
-            checkpoint.save(tmp_path, 20, cut(0, 1, 20, 0), header())
+            alone(tmp_path, 20)
     assert checkpoint.newest_complete(tmp_path) == old and is_step(old, 10)
     assert not list(tmp_path.glob(".step-*"))
 
@@ -59,7 +59,6 @@ SWEEP = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     import saves as t
-    from partita.train import checkpoint
 
     def die_at(n):
         left = [n]
@@ -81,11 +80,11 @@ SWEEP = """
         n += 1
         folder = root / str(n)
         for step in (10, 20):
-            checkpoint.save(folder, step, t.cut(0, 1, step, 0), t.header())
+            t.alone(folder, step)
         child = os.fork()
         if child == 0:
             die_at(n)
-            checkpoint.save(folder, 30, t.cut(0, 1, 30, 0), t.header())
+            t.alone(folder, 30)
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             print(n)
@@ -108,7 +107,7 @@ def test_a_save_killed_at_any_call_leaves_the_old_or_the_new(tmp_path):
         step = 30 if newest.name == "step-00000030" else 20
         assert is_step(newest, step)
         seen.append(step)
-        after = checkpoint.save(tmp_path / str(n), 40, cut(0, 1, 40, 0), header())
+        after = alone(tmp_path / str(n), 40)
         assert is_step(after, 40) and not list((tmp_path / str(n)).glob(".step-*"))
     assert seen == sorted(seen) and {20, 30} == set(seen)
 
