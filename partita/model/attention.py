@@ -21,9 +21,10 @@ from partita.parallel.tp.linear import Column, Row
 
 @dataclass(frozen=True)
 class Attention:
-    """norm -> qkv -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None; `places` is this
-    rank's share of the laid sequence; `core` is chosen by the laid program (see model/core.py);
-    `drop_residual` is set where the model drops; `remakes` are the ops that backward runs again."""
+    """norm -> qkv -> norms of heads -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None;
+    `places` is this rank's share of the laid sequence; `core` is chosen by the laid program (see
+    model/core.py); `drop_residual` is set where the model drops; `remakes` are the ops that backward
+    runs again."""
 
     norm: Norm
     qkv: Column
@@ -36,6 +37,7 @@ class Attention:
     core: Core
     drop_residual: Dropout | None = None
     remakes: frozenset[str] = frozenset()
+    qk_norms: tuple[Norm, Norm] | None = None
 
     def __call__(self, x: Tensor, batch: Any, step: int, training: bool) -> Tensor:
         """x + attention(norm(x))."""
@@ -45,6 +47,9 @@ class Attention:
         b, s, _ = qkv.shape
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = (t.view(b, s, -1, self.head_dim) for t in qkv.split(sizes, -1))
+        if self.qk_norms is not None:  # copies: the norms keep q and k, and a view would keep v too
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
         if self.rope is not None:
             if batch.split is None:
                 cos, sin = (t[:s].unsqueeze(1) for t in self.rope)

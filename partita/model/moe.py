@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from partita.model.mlp import SwiGLU
@@ -17,18 +18,45 @@ from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
 
 
+class Weigh(torch.autograd.Function):
+    """x * sigmoid(gate), gate [..., 1] a number a token; keeps both."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor) -> Tensor:
+        """Weighs."""
+        ctx.save_for_backward(x, gate)
+        return x * gate.sigmoid()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients."""
+        x, gate = ctx.saved_tensors
+        s = gate.sigmoid()
+        return dy * s, (dy * x).sum(-1, keepdim=True) * s * (1 - s)
+
+
 @dataclass(frozen=True)
 class Shared:
-    """Shared experts: one dense SwiGLU."""
+    """Shared experts: one dense SwiGLU; `gate` weighs what it makes (Qwen2-MoE)."""
 
     up: Column
     down: Row
+    gate: Column | None = None
 
-    def finish(self, h: Tensor, remakes: frozenset[str], replay: bool) -> Tensor:
-        """What every token is given besides its experts; `h` is up's."""
+    def start(self, n: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What reads the normalised n: up's output and the gate's."""
+        return self.up(n), None if self.gate is None else self.gate(n)
+
+    def finish(
+        self, started: tuple[Tensor, Tensor | None], remakes: frozenset[str], replay: bool
+    ) -> Tensor:
+        """What every token is given besides its experts."""
+        h, gate = started
         a = SwiGLU.apply(h)
+        # a gate's gradient wants what down makes: then nothing is left out of a replay
         with made_again(a, lambda: SwiGLU.apply(h), "shared.act" in remakes):  # type: ignore[arg-type]
-            return self.down(a, replay)  # type: ignore[arg-type]
+            y = self.down(a, replay and gate is None)  # type: ignore[arg-type]
+        return y if gate is None else Weigh.apply(y, gate)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -55,11 +83,11 @@ class MoE:
         records = training and not replay
         n = self.norm(x)
         with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
-            up = None if self.shared is None else self.shared.up(n)
+            started = None if self.shared is None else self.shared.start(n)
             logits = self.router.logits(n)
         y = None
-        if self.shared is not None and up is not None:
-            y = self.shared.finish(up, self.remakes, replay)
+        if self.shared is not None and started is not None:
+            y = self.shared.finish(started, self.remakes, replay)
         gates, chosen = self.router(logits, records)
         rows = self.exchange.plan(chosen)
         if records:

@@ -113,6 +113,11 @@ class Reference:
         s = self.spec
         h = self.norm(f"{name}.attention.norm", x)
         q, k, v = (self.heads(f"{name}.attention.{w}", h) for w in ("wq", "wk", "wv"))
+        if s.qk_norm:
+            q, k = (
+                self.norm(f"{name}.attention.q_norm", q),
+                self.norm(f"{name}.attention.k_norm", k),
+            )
         if not s.has_positions:
             cos, sin = (t.to(x.device) for t in tables(s, h.shape[1], self.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -139,7 +144,7 @@ class Reference:
         """[batch, heads, seq, head_dim] of a projection [heads, head_dim, hidden]."""
         w = self.weight(name)
         y = self.linear(h, w.flatten(0, 1))
-        if self.spec.has_biases:
+        if f"{name}_bias" in self.weights:
             y = y + self.weight(f"{name}_bias").flatten()
         return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
 

@@ -86,7 +86,10 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     y = y.to(h.dtype)
     if spec.shared_experts:
         gate, up = (linear(h, w) for w in weight(f"{name}.shared.gate_up"))
-        y = y + linear(silu(gate) * up, weight(f"{name}.shared.down"))
+        made = linear(silu(gate) * up, weight(f"{name}.shared.down"))
+        if spec.shared_gate:
+            made = made * linear(h, weight(f"{name}.shared.gate")).sigmoid()
+        y = y + made
     return y
 
 

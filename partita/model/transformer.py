@@ -33,7 +33,7 @@ from partita.parallel.recompute.replay import Recomputed
 from partita.parallel.regions import Regions
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.embedding import Lookup
-from partita.parallel.tp.linear import AddBias, Column, Row
+from partita.parallel.tp.linear import IDENTITY, AddBias, Column, Row
 from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit, Weight
 from partita.spec.families.moe import capacity
@@ -58,8 +58,8 @@ class Maker:
         return self._weights[self.laid.full_name(self.name, name)]
 
     def bias(self, name: str) -> Weight | None:
-        """The bias beside a weight, where the family has one."""
-        return self.weight(f"{name}_bias") if self.spec.has_biases else None
+        """The bias beside a weight, where the block has one."""
+        return self.weight(f"{name}_bias") if f"{name}_bias" in self.block.tensors else None
 
     def norm(self, name: str) -> Norm:
         """A norm and its weights."""
@@ -67,7 +67,7 @@ class Maker:
 
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
-        biases = [self.weight(f"{n}_bias") for n in names] if self.spec.has_biases else []
+        biases = [b for n in names if (b := self.bias(n)) is not None]
         return Column.of([self.weight(n) for n in names], self.regions.at(after), biases)
 
     def row(self, name: str) -> Row:
@@ -123,7 +123,11 @@ class Maker:
         )  # fmt: skip
         shared = None
         if spec.shared_experts:
-            shared = Shared(self.column("mlp.norm", "shared.gate_up"), self.row("shared.down"))
+            gate = [self.weight("shared.gate")] if spec.shared_gate else []
+            shared = Shared(
+                self.column("mlp.norm", "shared.gate_up"), self.row("shared.down"),
+                Column.of(gate, IDENTITY) if gate else None,
+            )  # fmt: skip
         gate_up = Grouped.of(self.weight("experts.gate_up"))
         down = Grouped.of(self.weight("experts.down"))
         return MoE(self.norm("mlp.norm"), router, exchange, gate_up, down, shared, remakes)
@@ -248,6 +252,9 @@ class LayerBlock:
             make.core(future, "attention.softmax" in remakes),
             make.dropout("attention.residual", "ao_mask") if drops else None,
             remakes,
+            (make.norm("attention.q_norm"), make.norm("attention.k_norm"))
+            if spec.qk_norm
+            else None,
         )
         self.log: RouterLog | None = None  # of its router
         if "chosen" in make.block.tensors:

@@ -121,6 +121,19 @@ def elementwise_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     return found
 
 
+def gated(op: Op, at: Place, get: Get) -> Found:
+    """x times a number a token."""
+    x, gate = map(get, op.reads)
+    return {op.writes: contract(at.dims(op.writes), x, gate)}
+
+
+def gated_back(op: Op, at: Place, get: Get, g: Local) -> Found:
+    """Needs both."""
+    x, gate = op.reads
+    one = at.filled(gate, 1)
+    return {x: contract(at.dims(x), g, get(gate)), gate: contract(one.dims, g, get(x), one)}
+
+
 def _rows(table: Local, at: Place, seq: range) -> Local:
     """Rows of a position table at global positions."""
     dims, spans = ("seq", *table.dims[1:]), (seq, *table.spans[1:])
@@ -202,14 +215,14 @@ def _one_hot(op: Op, at: Place, get: Get) -> Local:
 
 
 FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
-    "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "lookup": lookup, "mask": mask,
-    "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
+    "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "gated": gated, "lookup": lookup,
+    "mask": mask, "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
     "count": moe.count, "load": moe.count, "tally": moe.count, "limit": moe.limit,
     "balance": moe.balance, "z": moe.squares,
     "dispatch": moe.dispatch, "combine": moe.combine,
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
-    "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back,
+    "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back, "gated": gated_back,
     "lookup": lookup_back, "attention": attention_back, "exp": exp_back, "reduce": summing_back,
     "scores": exp_back, "choose": moe.choose_back, "balance": moe.balance_back, "z": moe.squares_back,
     "dispatch": moe.dispatch_back, "combine": moe.combine_back,

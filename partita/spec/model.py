@@ -3,7 +3,8 @@
     llama    RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases, tied or not
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
 
-A llama may have experts in place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
+A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), and experts in place of its
+mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
 
 FLOPs count matrix products only, two for each multiply-add, under one of three conventions:
 
@@ -67,12 +68,15 @@ class ModelSpec:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # llama
     rope_scaling: RopeScaling | None = None  # llama
+    qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
+    qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
     sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
     experts: int = 0  # 0: dense; llama
     top_k: int = 0  # experts a token is sent to
     expert_ffn_hidden: int = 0  # 0: ffn_hidden
     shared_experts: int = 0  # of expert_ffn_hidden each, seen by every token
+    shared_gate: bool = False  # what they make is weighed by a sigmoid of the token (Qwen2-MoE)
     dense_layers: int = 0  # leading layers without experts
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalise_top_k: bool = True  # a token's gates add up to router_scale
@@ -145,7 +149,7 @@ class ModelSpec:
         """Elements of all layers' weight matrices; `active`: those that one token meets."""
         routed = self.top_k if active else self.experts
         moe = self._mlp_weights(self.expert_ffn_hidden * (routed + self.shared_experts))
-        moe += self.experts * self.hidden
+        moe += (self.experts + self.shared_gate) * self.hidden
         dense = self.layers - self.expert_layers
         mlps = dense * self._mlp_weights(self.ffn_hidden) + self.expert_layers * moe
         return self.layers * self._attention_weights + mlps
@@ -156,6 +160,10 @@ class ModelSpec:
         found = tables + self.matmul_weights(active=False) + (2 * self.layers + 1) * self.hidden
         if self.router_bias:
             found += self.expert_layers * self.experts
+        if self.qk_norm:
+            found += self.layers * 2 * self.head_dim
+        if self.qkv_bias:
+            found += self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim
         if self.has_positions:
             found += self.max_seq_len * self.hidden
         if self.has_biases:
@@ -205,7 +213,7 @@ class ModelSpec:
 
     @staticmethod
     def from_hf_config(path: str | Path) -> ModelSpec:
-        """A Hugging Face folder or its config.json (model_type llama, mixtral or gpt2)."""
+        """A Hugging Face folder or its config.json of a model_type that is known."""
         from partita.spec.model_hf import read_hf_config
 
         return read_hf_config(path)

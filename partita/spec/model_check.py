@@ -54,11 +54,14 @@ def check_relations(spec: ModelSpec) -> None:
         raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
     elif spec.rope_scaling is not None:
         raise UsageError("family gpt2 has learned positions", key="rope_scaling")
+    for name in ("qkv_bias", "qk_norm"):
+        if getattr(spec, name) and spec.family != "llama":
+            raise UsageError(f"family {spec.family} has no {name}", key=name)
 
 
 EXPERT_FIELDS = {
     "top_k": 0, "expert_ffn_hidden": 0, "shared_experts": 0, "dense_layers": 0, "router_bias": False,
-    "balance_loss": 0.0, "z_loss": 0.0, "capacity_factor": None, "router_groups": 1,
+    "balance_loss": 0.0, "z_loss": 0.0, "capacity_factor": None, "router_groups": 1, "shared_gate": False,
 }  # fmt: skip
 
 
@@ -77,6 +80,7 @@ def check_experts(spec: ModelSpec) -> None:
         ("experts", 2 <= spec.experts <= 1_000_000, "at least 2 experts"),
         ("top_k", 1 <= spec.top_k <= spec.experts, f"1 to {spec.experts} experts a token"),
         ("shared_experts", 0 <= spec.shared_experts <= 1_000_000, "0 or more"),
+        ("shared_gate", not spec.shared_gate or spec.shared_experts > 0, "shared experts"),
         ("dense_layers", 0 <= spec.dense_layers < spec.layers, f"less than {spec.layers} layers"),
         ("router_groups", inside, f"a divisor of {spec.experts} experts"),
         ("router_top_groups", 1 <= top <= groups, f"1 to {groups} groups"),

@@ -13,64 +13,12 @@ from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
+from partita.spec.hf_kinds import KINDS
 from partita.spec.model import ModelSpec
 
-_LLAMA = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "vocab": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn_hidden": "intermediate_size",
-    "tied": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-_GPT2 = {
-    "layers": "n_layer",
-    "hidden": "n_embd",
-    "heads": "n_head",
-    "vocab": "vocab_size",
-    "max_seq_len": "n_positions",
-    "ffn_hidden": "n_inner",
-    "tied": "tie_word_embeddings",
-    "norm_eps": "layer_norm_epsilon",
-}
-_MIXTRAL = _LLAMA | {"experts": "num_local_experts", "top_k": "num_experts_per_tok"}
-_NAMES = {"llama": _LLAMA, "gpt2": _GPT2, "mixtral": _MIXTRAL}
-# key -> the values under which ModelSpec describes the same model
-_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "attention_dropout": (0.0,),
-        "partial_rotary_factor": (1.0,),
-        "sliding_window": (),
-    },
-    "mixtral": {
-        "hidden_act": ("silu", "swish"),
-        "attention_dropout": (0.0,),
-        "router_jitter_noise": (0.0,),
-        "output_router_logits": (False,),
-        "sliding_window": (),
-    },
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "reorder_and_upcast_attn": (False,),
-    },
-}
-# what transformers fills in where a config.json is silent
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False},
-    "mixtral": {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6},
-}
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
-_READ |= {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
+_READ |= {"resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_types", "mlp_only_layers"}
+_READ |= {"num_local_experts", "shared_expert_intermediate_size"}
 _NEUTRAL_WORDS = """
 architectures auto_map transformers_version _name_or_path name_or_path torch_dtype dtype
 _attn_implementation attn_implementation _attn_implementation_autoset use_cache initializer_range
@@ -93,34 +41,64 @@ def read_hf_config(path: str | Path) -> ModelSpec:
     """The model of a Hugging Face folder or config.json. Raises UsageError with file and key."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    config = load_json(file)
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _ONLY:
+    return model_of(load_json(file), file, file.parent.name if path.is_dir() else "")
+
+
+def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec:
+    """The model that a config.json describes; errors name `file`."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in KINDS:
         raise UsageError(
-            f"{file}: model_type: {kind!r} is not supported; {', '.join(_ONLY)} are",
+            f"{file}: model_type: {model_type!r} is not supported; {', '.join(KINDS)} are",
             file=str(file),
             key="model_type",
         )
-    for key, accepted in _ONLY[kind].items():
+    kind = KINDS[model_type]
+    for key, accepted in kind.only.items():
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
-    names = _NAMES[kind]
-    _all_known(config, {*names.values(), *_ONLY[kind]}, file)
-    table = {
-        ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
+    _all_known(config, {*kind.names.values(), *kind.only, *kind.neutral}, file)
+    table: dict[str, Any] = {
+        ours: config[theirs]
+        for ours, theirs in kind.names.items()
+        if config.get(theirs) is not None
     }
-    family = "gpt2" if kind == "gpt2" else "llama"
-    table |= {"family": family, "name": file.parent.name if path.is_dir() else ""}
-    if family == "llama":
-        table = _DEFAULTS[kind] | table | _rope(config, file)
-    else:
-        table = {"max_seq_len": 1024} | table | _dropout(config, file)
+    silent = {n: v for n, v in kind.defaults.items() if kind.names.get(n) not in config}
+    table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
+    table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
+    table |= _layers(config, file) | _experts(config, table, file)
     try:
         return decode(ModelSpec, table)
     except UsageError as error:
-        theirs = names.get(error.key or "", error.key)
+        theirs = kind.names.get(error.key or "", error.key)
         text = "\n".join(f"{file}: {line}" for line in error.message.splitlines())
         raise UsageError(f"{text} (config: {theirs})", file=str(file), key=theirs) from None
+
+
+def _layers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """All layers attend alike; those without experts come first."""
+    kinds = config.get("layer_types") or []
+    if set(kinds) - {"full_attention"}:
+        raise _refuse(file, "layer_types", kinds, ("full_attention",))
+    dense = config.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        raise _refuse(file, "mlp_only_layers", dense, ([], [0], [0, 1], "..."))
+    return {"dense_layers": len(dense)} if dense else {}
+
+
+def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What no field names alone: how many experts, by whichever name, and shared ones by their width."""
+    found: dict[str, Any] = {}
+    if config.get("num_local_experts") is not None and "experts" not in table:
+        found["experts"] = config["num_local_experts"]
+    width, each = config.get("shared_expert_intermediate_size"), table.get("expert_ffn_hidden")
+    if width and each:
+        if width % each:
+            raise _refuse(
+                file, "shared_expert_intermediate_size", width, (f"a multiple of {each}",)
+            )
+        found["shared_experts"] = width // each
+    return found
 
 
 def _all_known(config: Mapping[str, Any], read: set[str], file: Path) -> None:

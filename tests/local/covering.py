@@ -21,7 +21,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
     ),
     "offload": ("", "offload:cpu", "offload:nvme"),
-    "model": ("llama", "llama tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2"),
+    "model": ("llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2"),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 Row = dict[str, str]

@@ -11,16 +11,23 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
     MixtralConfig,
-    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.loss import loss_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 SEQ = 24
 LLAMA3 = {
@@ -29,33 +36,40 @@ LLAMA3 = {
 }  # fmt: skip
 
 # owner, name in it, (text in its source, how often, what stands there in float64) ...
-ISLANDS: list[tuple[Any, str, tuple[tuple[str, int, str], ...]]] = [
-    (llama.LlamaRMSNorm, "forward", (("torch.float32", 1, "torch.float64"),)),
-    (
-        llama.LlamaRotaryEmbedding,
-        "forward",
-        ((".float()", 1, ".double()"), ("dtype=torch.float)", 1, "dtype=torch.float64)")),
-    ),
-    (
-        llama.LlamaRotaryEmbedding,
-        "compute_default_rope_parameters",
-        (("dtype=torch.float)", 1, "dtype=torch.float64)"),),
-    ),
-    (ROPE_INIT_FUNCTIONS, "llama3", (("dtype=torch.float)", 1, "dtype=torch.float64)"),)),
-    (llama, "eager_attention_forward", (("torch.float32", 1, "torch.float64"),)),
-    (mixtral.MixtralRMSNorm, "forward", (("torch.float32", 1, "torch.float64"),)),
-    (
-        mixtral.MixtralRotaryEmbedding,
-        "forward",
-        ((".float()", 1, ".double()"), ("dtype=torch.float)", 1, "dtype=torch.float64)")),
-    ),
-    (
-        mixtral.MixtralRotaryEmbedding,
-        "compute_default_rope_parameters",
-        (("dtype=torch.float)", 1, "dtype=torch.float64)"),),
-    ),
-    (mixtral, "eager_attention_forward", (("torch.float32", 1, "torch.float64"),)),
+Island = tuple[Any, str, tuple[tuple[str, int, str], ...]]
+WIDE = (("torch.float32", 1, "torch.float64"),)
+FLOAT = (("dtype=torch.float)", 1, "dtype=torch.float64)"),)
+
+
+def rotary_islands(module: Any, prefix: str) -> list[Island]:
+    """Of a model whose positions are rotated."""
+    rope = getattr(module, f"{prefix}RotaryEmbedding")
+    return [
+        (rope, "forward", ((".float()", 1, ".double()"), *FLOAT)),
+        (rope, "compute_default_rope_parameters", FLOAT),
+        (module, "eager_attention_forward", WIDE),
+    ]
+
+
+def llama_islands(module: Any, prefix: str) -> list[Island]:
+    """Of a model written after Llama's."""
+    norm = getattr(module, f"{prefix}RMSNorm")
+    return [(norm, "forward", WIDE), *rotary_islands(module, prefix)]
+
+
+QWEN_ROUTER = (("dtype=torch.float,", 1, "dtype=torch.float64,"),)
+ISLANDS: list[Island] = [
+    *llama_islands(llama, "Llama"),
+    *llama_islands(mistral, "Mistral"),
+    *llama_islands(mixtral, "Mixtral"),
+    *llama_islands(qwen2, "Qwen2"),
+    *llama_islands(qwen3, "Qwen3"),
+    *llama_islands(qwen2_moe, "Qwen2Moe"),
+    *llama_islands(qwen3_moe, "Qwen3Moe"),
+    (qwen2_moe.Qwen2MoeTopKRouter, "forward", QWEN_ROUTER),
+    (qwen3_moe.Qwen3MoeTopKRouter, "forward", QWEN_ROUTER),
     (mixtral.MixtralTopKRouter, "forward", ((".float()", 1, ".double()"),)),
+    (ROPE_INIT_FUNCTIONS, "llama3", FLOAT),
     (loss_utils.LOSS_MAPPING, "ForCausalLM", (("logits.float()", 1, "logits.double()"),)),
 ]
 
@@ -76,9 +90,9 @@ def widen_islands(monkeypatch) -> None:
         (monkeypatch.setitem if inside else monkeypatch.setattr)(owner, name, made)
 
 
-def llama_config(**changes) -> LlamaConfig:
+def llama_config(config=LlamaConfig, **changes):
     """Grouped queries; head_dim is not hidden / heads."""
-    return LlamaConfig(
+    return config(
         **{
             "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
@@ -101,37 +115,34 @@ def gpt2_config(**changes) -> GPT2Config:
     )  # fmt: skip
 
 
-def mixtral_config(**changes) -> MixtralConfig:
+def moe_config(config=MixtralConfig, **changes):
     """Two of five experts."""
-    return MixtralConfig(
-        **{
-            "vocab_size": 61, "hidden_size": 32, "intermediate_size": 20, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "num_local_experts": 5,
-            "num_experts_per_tok": 2, "max_position_embeddings": SEQ, "tie_word_embeddings": False,
-            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
-            "experts_implementation": "eager",
-        }
-        | changes
-    )  # fmt: skip
+    own = {"num_experts": 5, "moe_intermediate_size": 12}
+    own = {"num_local_experts": 5} if config is MixtralConfig else own
+    own["num_experts_per_tok"] = 2
+    return llama_config(config, experts_implementation="eager", **own | changes)
 
 
 CONFIGS = {
     "llama": llama_config,
     "llama-tied": lambda: llama_config(tie_word_embeddings=True),
     "llama3-rope": lambda: llama_config(rope_parameters=LLAMA3),
-    "mixtral": mixtral_config,
+    "mistral": lambda: llama_config(MistralConfig, sliding_window=7),
+    "mixtral": lambda: moe_config(intermediate_size=20, sliding_window=None),
+    "qwen2": lambda: llama_config(Qwen2Config, head_dim=8),
+    "qwen3": lambda: llama_config(Qwen3Config, tie_word_embeddings=True),
+    "qwen2-moe": lambda: moe_config(
+        Qwen2MoeConfig, head_dim=8, num_experts=3, shared_expert_intermediate_size=24
+    ),
+    "qwen3-moe": lambda: moe_config(Qwen3MoeConfig, norm_topk_prob=True, mlp_only_layers=[0]),
     "gpt2": gpt2_config,
     "gpt2-untied": lambda: gpt2_config(tie_word_embeddings=False),
 }
 
 
-MODELS = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel, "mixtral": MixtralForCausalLM}
-
-
 def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **options) -> Path:
     """A folder as transformers writes it, every weight random, norms and biases too."""
-    config = CONFIGS[kind]()
-    model = MODELS[kind.partition("-")[0].removesuffix("3")](config).to(dtype)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -154,19 +165,21 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float64):
     return model.eval()
 
 
-def by_file_name(parameters: dict[str, Any]) -> dict[str, Any]:
+def by_file_name(parameters: dict[str, Any], mixtral: bool) -> dict[str, Any]:
     """Tensors by the names of the files: transformers stacks the experts that a file holds one by one."""
-    found = {}
+    found, own = {}, ("block_sparse_moe", "w1", "w3", "w2")
+    own = own if mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
     for name, x in parameters.items():
         head, _, tail = name.partition(".mlp.")
+        experts = f"{head}.{own[0]}.experts"
         if tail == "experts.gate_up_proj":
             for e, gate_up in enumerate(x):
-                for w, part in zip(("w1", "w3"), gate_up.chunk(2), strict=True):
-                    found[f"{head}.block_sparse_moe.experts.{e}.{w}.weight"] = part
+                for w, part in zip(own[1:3], gate_up.chunk(2), strict=True):
+                    found[f"{experts}.{e}.{w}.weight"] = part
         elif tail == "experts.down_proj":
-            found |= {f"{head}.block_sparse_moe.experts.{e}.w2.weight": w for e, w in enumerate(x)}
+            found |= {f"{experts}.{e}.{own[3]}.weight": w for e, w in enumerate(x)}
         elif tail == "gate.weight":
-            found[f"{head}.block_sparse_moe.gate.weight"] = x
+            found[f"{head}.{own[0]}.gate.weight"] = x
         else:
             found[name] = x
     return found

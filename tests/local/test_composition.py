@@ -16,6 +16,10 @@ def job(folder, row):
     model = {}
     if family == "moe":
         family, model = "llama", {**verify_jobs.EXPERTS, "layers": 5}
+    if family == "qwen":
+        family, model = "llama", dict(verify_jobs.QWEN)
+    if "etp2" in words:
+        model["shared_gate"] = True
     if family == "gpt2":
         model["dropout"] = 0.1 if "dropout" in words else 0.0
     if "tied" in words:

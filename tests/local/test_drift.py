@@ -23,7 +23,12 @@ LONG = (
     "dp2 tp2+sp pp2:1f1b/4mb",
 )  # fmt: skip
 CONTEXT = ("cp2:ring", "cp2:ulysses tp2", "cp2:all_gather", "cp4:hybrid2x2", "cp2:ring tp2+sp")
-CASES = [("llama", {}), ("llama", {"tied": True}), ("gpt2", {}), ("gpt2", {"dropout": 0.1})]
+CASES = [
+    ("llama", {}),
+    ("llama", {"tied": True, "qkv_bias": True, "qk_norm": True}),
+    ("gpt2", {}),
+    ("gpt2", {"dropout": 0.1}),
+]
 
 
 def flash_flops(q, k, v, *rest, out_val=None, **more):

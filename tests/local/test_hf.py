@@ -57,7 +57,8 @@ def theirs(folder, documents=None):
         out.logits, labels=None, shift_labels=labels, vocab_size=61, num_items_in_batch=valid.sum()
     )
     loss.backward()
-    gradients = hf_models.by_file_name({n: p.grad for n, p in model.named_parameters()})
+    mixtral = model.config.model_type == "mixtral"
+    gradients = hf_models.by_file_name({n: p.grad for n, p in model.named_parameters()}, mixtral)
     return out.logits.detach(), loss.item(), gradients
 
 

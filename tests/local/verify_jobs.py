@@ -10,9 +10,10 @@ import numpy as np
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
 
-__all__ = ["EXPERTS", "SEQ", "SingleWorld", "job", "tokens"]
+__all__ = ["EXPERTS", "QWEN", "SEQ", "SingleWorld", "job", "tokens"]
 
 SEQ = 8
+QWEN = {"qkv_bias": True, "qk_norm": True}
 EXPERTS: dict[str, Any] = {
     "experts": 4, "top_k": 2, "expert_ffn_hidden": 12, "shared_experts": 1, "dense_layers": 1, "layers": 3,
     "router_bias": True, "balance_loss": 0.1, "z_loss": 0.01,

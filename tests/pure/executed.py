@@ -28,11 +28,12 @@ def model(family: str = "llama", **changes: object) -> ModelSpec:
 
 LLAMA = model(kv_heads=2)
 TIED = model(tied=True)
+QWEN = model(kv_heads=2, qkv_bias=True, qk_norm=True)
 GPT2 = model("gpt2")
 DROPS = model("gpt2", dropout=0.1, tied=False)
 MOE = model(
     experts=4, top_k=2, expert_ffn_hidden=4, shared_experts=1, dense_layers=1, router_bias=True,
-    balance_loss=0.1, z_loss=0.1,
+    balance_loss=0.1, z_loss=0.1, shared_gate=True,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from executed import DROPS, GPT2, LLAMA, TIED, difference, laid, model, request
+from executed import DROPS, GPT2, LLAMA, QWEN, TIED, difference, laid, model, request
 
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.execute import Execution, execute
@@ -26,9 +26,13 @@ ZERO = [
     "pp2/2mb dp_shard2.zero3 data.reshard_after_forward=false", "dp_shard2.zero3 tp2+sp 2mb",
     "dp_shard4.zero2 data.bucket_bytes=300",
 ]  # fmt: skip
-MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS}
+MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS, "qwen": QWEN}
 FULL = " recompute:full"
-CASES = [(m, p) for m in MODELS for p in (*PLANS, *ZERO)]
+CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
+CASES += [
+    ("qwen", p)
+    for p in ("tp4", "tp4+sp", "cp4:hybrid2x2", "cp2:ulysses tp2+sp", "dp_shard2.zero3 2mb")
+]
 CASES += [("drops", "dp_shard2.zero3 tp2+sp 2mb recompute:full")]
 CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
 CONTEXT = [

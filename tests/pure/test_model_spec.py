@@ -33,6 +33,15 @@ TINY: dict[str, Any] = {
         ("llama3.2-3b", 3_212_749_824),
         ("tinyllama-1.1b", 1_100_048_384),
         ("mixtral-8x7b", 46_702_792_704),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2-7b", 7_615_616_512),
+        ("qwen2-72b", 72_706_203_648),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
+        ("qwen1.5-moe-a2.7b", 14_315_784_192),
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
@@ -46,8 +55,12 @@ def test_published_parameter_counts(name: str, parameters: int) -> None:
     assert f"{parameters:_}" in (PRESETS / f"{name}.toml").read_text()
 
 
-def test_gpt3() -> None:
-    assert round(ModelSpec.from_preset("gpt3-175b").parameters() / 1e6) == 174_604
+@pytest.mark.parametrize(
+    ("name", "billions"), [("gpt3-175b", 174.604), ("megatron-8.3b", 8.3), ("mt-nlg-530b", 530)]
+)
+def test_counts_that_were_published_rounded(name: str, billions: float) -> None:
+    digits = len(str(billions).partition(".")[2])
+    assert round(ModelSpec.from_preset(name).parameters() / 1e9, digits) == billions
 
 
 def test_every_preset_round_trips() -> None:
@@ -222,7 +235,7 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
         ({**LLAMA, "rope_scaling": 3}, "an object is wanted"),
         ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({**LLAMA, "num_attention_heads": "4"}, "num_attention_heads"),
-        ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama, mixtral, gpt2 are"),
+        ({**LLAMA, "model_type": "mamba"}, "'mamba' is not supported; llama, mistral, mixtral"),
         ({**GPT2, "embd_pdrop": 0.1}, "embd_pdrop: 0.1"),
         ({**GPT2, "attn_pdrop": 0.1}, "attn_pdrop: 0.1 differs from resid_pdrop (0.0)"),
         ({k: v for k, v in GPT2.items() if k != "attn_pdrop"}, "attn_pdrop: 0.1"),

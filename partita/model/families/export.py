@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from partita.base.errors import UsageError, WriteError
+from partita.model.families.config import NO_SPECIAL_TOKENS, hf_config
 from partita.model.families.names import Source, names
 from partita.model.families.read import INDEX, SINGLE
 from partita.spec.model import ModelSpec
@@ -59,7 +60,7 @@ def export(
         beside.mkdir(parents=True)
         done = _write_tensors(beside, spec, get, dtype, shard_bytes)
         _write_json(beside / "config.json", hf_config(spec, dtype))
-        generation = {"_from_model_config": True, **_NO_SPECIAL_TOKENS}
+        generation = {"_from_model_config": True, **NO_SPECIAL_TOKENS}
         _write_json(beside / "generation_config.json", generation)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, beside / "tokenizer.json")
@@ -122,98 +123,6 @@ def _join(sources: list[Source], get: Callable[[str], Tensor]) -> Tensor:
     whole = whole.t() if sources[0].transposed else whole
     # A copy: safetensors refuses tensors that share memory, and get may hand out views of one buffer.
     return whole.reshape(sources[0].file_shape).clone()
-
-
-# The defaults of transformers name ids of Meta's and OpenAI's tokenizers, which this model may use as
-# words, or not have at all.
-_NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
-
-def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json of the model: what transformers 4 and 5 both read."""
-    if spec.sliding_window:
-        raise UsageError(
-            f"a sliding window of {spec.sliding_window} keys has no export yet: Llama's and GPT-2's "
-            "config.json cannot say it",
-            key="sliding_window",
-        )
-    shared = {
-        **_NO_SPECIAL_TOKENS,
-        "tie_word_embeddings": spec.tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": spec.vocab,
-    }
-    return shared | (_llama_config(spec) if spec.family == "llama" else _gpt2_config(spec))
-
-
-def _llama_config(spec: ModelSpec) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "num_hidden_layers": spec.layers,
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.ffn_hidden,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_seq_len,
-        "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": None,
-    }
-    if spec.experts:
-        config |= _mixtral_config(spec)
-    if spec.rope_scaling is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": spec.rope_scaling.factor,
-            "low_freq_factor": spec.rope_scaling.low_freq_factor,
-            "high_freq_factor": spec.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": spec.rope_scaling.original_max_seq_len,
-        }
-    return config
-
-
-def _mixtral_config(spec: ModelSpec) -> dict[str, Any]:
-    """What a Mixtral adds. Raises UsageError for a router or experts that it has not."""
-    others = {
-        "router": "softmax", "normalise_top_k": True, "router_scale": 1.0, "router_groups": 1,
-        "router_bias": False, "shared_experts": 0, "dense_layers": 0, "capacity_factor": None,
-    }  # fmt: skip
-    for name, only in others.items():
-        if getattr(spec, name) != only:
-            text = f"{name} = {getattr(spec, name)} has no place in a Mixtral, which has {only}"
-            raise UsageError(f"{text}: this model has no Hugging Face layout yet", key=name)
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "intermediate_size": spec.expert_ffn_hidden,
-        "num_local_experts": spec.experts,
-        "num_experts_per_tok": spec.top_k,
-        "router_jitter_noise": 0.0,
-        "sliding_window": None,
-    }
-
-
-def _gpt2_config(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "n_layer": spec.layers,
-        "n_embd": spec.hidden,
-        "n_head": spec.heads,
-        "n_inner": spec.ffn_hidden,
-        "n_positions": spec.max_seq_len,
-        "layer_norm_epsilon": spec.norm_eps,
-        "embd_pdrop": spec.dropout,
-        "attn_pdrop": spec.dropout,
-        "resid_pdrop": spec.dropout,
-    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

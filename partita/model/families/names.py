@@ -3,9 +3,13 @@
                 ours                                    transformers
 llama           attention.wq [heads, head_dim, hidden]  self_attn.q_proj [heads * head_dim, hidden]
                 mlp.gate_up [2, ffn, hidden]            mlp.gate_proj, mlp.up_proj [ffn, hidden]
+qwen2           attention.wq_bias [heads, head_dim]     self_attn.q_proj.bias
+qwen3           attention.q_norm [head_dim]             self_attn.q_norm
 mixtral         router.gate [experts, hidden]           block_sparse_moe.gate
                 experts.gate_up [experts, 2, ffn, hidden]   block_sparse_moe.experts.E.w1, w3 [ffn, hidden]
                 experts.down [experts, hidden, ffn]     block_sparse_moe.experts.E.w2 [hidden, ffn]
+qwen moe        experts.gate_up                         mlp.experts.E.gate_proj, up_proj; mlp.gate
+                shared.gate_up, shared.gate [1, hidden] mlp.shared_expert.*_proj, mlp.shared_expert_gate
 gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
                 mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
 """
@@ -16,6 +20,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from partita.spec.hf_kinds import kind_of
 from partita.spec.model import ModelSpec
 
 # What older releases of transformers saved though it is no weight: masks, rotary tables.
@@ -90,8 +95,14 @@ def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
         Source(f"{ours}attention.wo", f"{attention}o_proj.weight", (spec.hidden, *q[:2]), 1),
         Source(f"{ours}mlp.norm", f"{theirs}post_attention_layernorm.weight", (spec.hidden,), 1),
     ]
+    if spec.qkv_bias:
+        for n, dims in (("q", q[:2]), ("k", kv[:2]), ("v", kv[:2])):
+            found.append(Source(f"{ours}attention.w{n}_bias", f"{attention}{n}_proj.bias", dims, 2))
+    if spec.qk_norm:
+        for n in ("q_norm", "k_norm"):
+            found.append(Source(f"{ours}attention.{n}", f"{attention}{n}.weight", kv[1:2], 1))
     if spec.has_experts(i):
-        return found + _experts(spec, ours, f"{theirs}block_sparse_moe.")
+        return found + _experts(spec, ours, theirs)
     names = (f"{theirs}mlp.{n}_proj" for n in ("gate", "up", "down"))
     return found + _swiglu(spec, f"{ours}mlp", tuple(names), spec.ffn_hidden)
 
@@ -109,10 +120,19 @@ def _swiglu(
 
 
 def _experts(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
-    found = [Source(f"{ours}router.gate", f"{theirs}gate.weight", (spec.experts, spec.hidden), 1)]
+    mixtral, gate_dims = kind_of(spec) == "mixtral", (spec.experts, spec.hidden)
+    theirs += "block_sparse_moe." if mixtral else "mlp."
+    parts = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    found = [Source(f"{ours}router.gate", f"{theirs}gate.weight", gate_dims, 1)]
     for e in range(spec.experts):
-        names = (f"{theirs}experts.{e}.{w}" for w in ("w1", "w3", "w2"))
+        names = (f"{theirs}experts.{e}.{w}" for w in parts)
         found += _swiglu(spec, f"{ours}experts", tuple(names), spec.expert_ffn_hidden, (e,))
+    if spec.shared_experts:
+        names, width = (f"{theirs}shared_expert.{w}" for w in parts), spec.shared_experts
+        found += _swiglu(spec, f"{ours}shared", tuple(names), width * spec.expert_ffn_hidden)
+    if spec.shared_gate:
+        gate = f"{theirs}shared_expert_gate.weight"
+        found.append(Source(f"{ours}shared.gate", gate, (1, spec.hidden), 1))
     return found
 
 

@@ -27,6 +27,7 @@ CHOICES, PICKS = "batch seq choices", "batch seq picks"
 def expert_sizes(spec: ModelSpec, batch: int, seq: int) -> dict[str, int]:
     """Sizes of the dims that experts add; ffn is the shared experts'."""
     return {
+        "one": 1,
         "experts": spec.experts,
         "choices": spec.experts,
         "picks": spec.top_k,
@@ -44,7 +45,7 @@ def capacity(spec: ModelSpec, seq: int) -> int:
 
 def moe(spec: ModelSpec, w: Writer, x: str) -> str:
     """Reads the normalised x; returns the names of what is added to the residual stream."""
-    shared = _shared(w, x) if spec.shared_experts else ""
+    shared = _shared(spec, w, x) if spec.shared_experts else ""
     gates = _router(spec, w, x)
     rows = "chosen" if spec.capacity_factor is None else _limit(w)
     w.tensor("order", PICKS, "route")
@@ -85,11 +86,16 @@ def _limit(w: Writer) -> str:
     return w.op("dispatch.limit", "limit", "chosen tally", ("admitted", PICKS), role="route")
 
 
-def _shared(w: Writer, x: str) -> str:
-    """Shared experts are one dense SwiGLU of their widths together: tp cuts it."""
+def _shared(spec: ModelSpec, w: Writer, x: str) -> str:
+    """Shared experts are one dense SwiGLU of their widths together: tp cuts it. With a gate a token's
+    sigmoid weighs what they make (Qwen2-MoE)."""
     gu = w.linear("shared.gate_up", x, ("s_gu", "batch seq pair ffn"), "pair ffn hidden", "hidden")
     act = w.op("shared.act", "map", gu, ("s_act", "batch seq ffn"), saves=gu)
-    return w.linear("shared.down", act, ("so", X), "hidden ffn", "ffn")
+    so = w.linear("shared.down", act, ("so", X), "hidden ffn", "ffn")
+    if not spec.shared_gate:
+        return so
+    gate = w.linear("shared.gate", x, ("s_gate", "batch seq one"), "one hidden", "hidden")
+    return w.op("shared.weigh", "gated", f"{so} {gate}", ("sg", X), saves=f"{so} {gate}")
 
 
 def _router(spec: ModelSpec, w: Writer, x: str) -> str:

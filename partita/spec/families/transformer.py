@@ -60,10 +60,11 @@ class Family:
             },
         )
 
-    def norm(self, w: Writer, name: str, x: str, out: str) -> str:
-        """Normalises over hidden; keeps its input."""
-        weights = {name: "hidden"} | ({f"{name}_bias": "hidden"} if self.biased else {})
-        return w.op(name, "norm", x, (out, X), weights=weights, whole=((x, "hidden"),), saves=x)
+    def norm(self, w: Writer, name: str, x: str, out: str, dims: str = X) -> str:
+        """Normalises over the last of `dims`; keeps its input."""
+        last = dims.split()[-1]
+        weights = {name: last} | ({f"{name}_bias": last} if self.biased else {})
+        return w.op(name, "norm", x, (out, dims), weights=weights, whole=((x, last),), saves=x)
 
     def residual(self, w: Writer, segment: str, x: str, y: str, out: str) -> str:
         """x + dropout(y); the mask is kept, one byte an element."""
@@ -86,16 +87,20 @@ class Family:
     def attention(self, w: Writer, x: str) -> str:
         """Projections, positions, attention and the output projection. The three projections' weights
         lie side by side, so that one matmul can serve them; their biases follow."""
-        mm = ".mm" if self.biased else ""
+        biased = self.biased or self.spec.qkv_bias
+        mm = ".mm" if biased else ""
         kv_weight = "kv_heads head_dim hidden"
         q = w.linear("attention.wq", x, (f"q{mm}", Q), "heads head_dim hidden", "hidden")
         k = w.linear("attention.wk", x, (f"k{mm}", KV), kv_weight, "hidden")
         v = w.linear("attention.wv", x, (f"v{mm}", KV), kv_weight, "hidden")
-        if self.biased:
+        if biased:
             q = w.bias("attention.wq", q, ("q", Q), "heads head_dim")
             k = w.bias("attention.wk", k, ("k", KV), "kv_heads head_dim")
             v = w.bias("attention.wv", v, ("v", KV), "kv_heads head_dim")
-        else:
+        if self.spec.qk_norm:
+            q = self.norm(w, "attention.q_norm", q, "qn", Q)
+            k = self.norm(w, "attention.k_norm", k, "kn", KV)
+        if not self.spec.has_positions:
             q = w.op("attention.rope_q", "map", q, ("qr", Q))
             k = w.op("attention.rope_k", "map", k, ("kr", KV))
         a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v)

@@ -1,0 +1,70 @@
+"""config.json of a model: what transformers 4 and 5 both read, and read_hf_config reads back as the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partita.base.config import encode
+from partita.base.errors import UsageError
+from partita.spec.hf_kinds import KINDS, kind_of
+from partita.spec.model import ModelSpec
+from partita.spec.model_hf import model_of
+
+# The defaults of transformers name ids of Meta's and OpenAI's tokenizers, which this model may use as
+# words, or not have at all.
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# what training has and a model has not
+_OF_TRAINING = ("name", "balance_loss", "z_loss", "router_bias_rate")
+
+
+def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Raises UsageError, naming the field, for a model that no model_type of transformers describes."""
+    name = kind_of(spec)
+    kind = KINDS[name]
+    config: dict[str, Any] = {key: accepted[0] for key, accepted in kind.only.items() if accepted}
+    config |= {theirs: getattr(spec, ours) for ours, theirs in kind.names.items()}
+    config |= NO_SPECIAL_TOKENS | {
+        "architectures": [kind.architecture],
+        "model_type": name,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if spec.family == "gpt2":
+        config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), spec.dropout)
+    else:
+        config |= {"rope_theta": spec.rope_theta, "rope_scaling": _rope(spec)}
+    if "sliding_window" in config:
+        config["sliding_window"] = spec.sliding_window or None
+    if name == "mixtral":
+        config["intermediate_size"] = spec.expert_ffn_hidden
+    if "decoder_sparse_step" in config:
+        config["mlp_only_layers"] = list(range(spec.dense_layers))
+    if spec.shared_gate:
+        config["shared_expert_intermediate_size"] = spec.shared_experts * spec.expert_ffn_hidden
+    _check(spec, config, name)
+    return config
+
+
+def _rope(spec: ModelSpec) -> dict[str, Any] | None:
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
+
+
+def _check(spec: ModelSpec, config: dict[str, Any], kind: str) -> None:
+    """The config read back is the model."""
+    there = encode(model_of(config, Path("config.json")))
+    unused = ("ffn_hidden",) if spec.expert_layers == spec.layers else ()
+    for name, value in encode(spec).items():
+        if name not in (*_OF_TRAINING, *unused) and there[name] != value:
+            text = f"{name} = {value} has no place in a {kind}, which has {there[name]}"
+            raise UsageError(f"{text}: this model has no Hugging Face layout yet", key=name)

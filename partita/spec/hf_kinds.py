@@ -1,0 +1,135 @@
+"""What each model_type of transformers calls what ModelSpec has, and what of it ModelSpec can say.
+
+A kind is read by spec/model_hf.py and written by model/families/config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from partita.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model_type.
+
+    `names`: field -> key of its config.json; `only`: key -> the values under which ModelSpec describes
+    the same model, the first of which is written; `defaults`: field -> what transformers fills in where a
+    config.json is silent; `fixed`: field -> what every model of the kind has; `neutral`: keys that change
+    nothing.
+    """
+
+    architecture: str
+    family: str
+    names: Mapping[str, str]
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    neutral: frozenset[str] = frozenset()
+
+
+_LLAMA = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "vocab": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden": "intermediate_size",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+_GPT2 = {
+    "layers": "n_layer",
+    "hidden": "n_embd",
+    "heads": "n_head",
+    "vocab": "vocab_size",
+    "max_seq_len": "n_positions",
+    "ffn_hidden": "n_inner",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+_MIXTRAL = {
+    "experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "sliding_window": "sliding_window",
+}
+_QWEN_MOE = {
+    "experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "expert_ffn_hidden": "moe_intermediate_size",
+    "normalise_top_k": "norm_topk_prob",
+}
+_SILU: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+}
+_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+_EVERY_LAYER: dict[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (1,),
+    "output_router_logits": (False,),
+}
+_WINDOWS = frozenset({"sliding_window", "max_window_layers"})  # of a window that is not used
+_NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
+_QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False}
+
+KINDS: dict[str, Kind] = {
+    "llama": Kind(
+        "LlamaForCausalLM", "llama", _LLAMA,
+        _SILU | _NO_BIAS | {"mlp_bias": (False,), "sliding_window": ()},
+        {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False},
+    ),
+    "mistral": Kind(
+        "MistralForCausalLM", "llama", _LLAMA | {"sliding_window": "sliding_window"}, _SILU,
+        {"max_seq_len": 131072, "norm_eps": 1e-6, "tied": False, "kv_heads": 8, "sliding_window": 4096},
+    ),
+    "mixtral": Kind(
+        "MixtralForCausalLM", "llama", _LLAMA | _MIXTRAL,
+        _SILU | {"router_jitter_noise": (0.0,), "output_router_logits": (False,)},
+        {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6},
+    ),
+    "qwen2": Kind(
+        "Qwen2ForCausalLM", "llama", _LLAMA, _SILU | _NO_WINDOW, _QWEN, {"qkv_bias": True},
+        _WINDOWS,
+    ),
+    "qwen3": Kind(
+        "Qwen3ForCausalLM", "llama", _LLAMA, _SILU | _NO_WINDOW | _NO_BIAS, _QWEN | {"head_dim": 128},
+        {"qk_norm": True}, _WINDOWS,
+    ),
+    "qwen2_moe": Kind(
+        "Qwen2MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | {"qkv_bias": "qkv_bias"},
+        _SILU | _NO_WINDOW | _EVERY_LAYER, _QWEN | {"normalise_top_k": False, "qkv_bias": True},
+        {"shared_gate": True}, _WINDOWS,
+    ),
+    "qwen3_moe": Kind(
+        "Qwen3MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE,
+        _SILU | _NO_WINDOW | _EVERY_LAYER | _NO_BIAS, _QWEN | {"normalise_top_k": False},
+        {"qk_norm": True}, _WINDOWS,
+    ),
+    "gpt2": Kind(
+        "GPT2LMHeadModel", "gpt2", _GPT2,
+        {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+            "reorder_and_upcast_attn": (False,),
+        },
+        {"max_seq_len": 1024},
+    ),
+}  # fmt: skip
+
+
+def kind_of(spec: ModelSpec) -> str:
+    """The model_type that has what this model has, if any has."""
+    if spec.family != "llama":
+        return spec.family
+    if spec.experts:
+        qwen = "qwen3_moe" if spec.qk_norm else "qwen2_moe"
+        return qwen if spec.qk_norm or spec.shared_gate else "mixtral"
+    if spec.qk_norm or spec.qkv_bias:
+        return "qwen3" if spec.qk_norm else "qwen2"
+    return "mistral" if spec.sliding_window else "llama"
