@@ -32,6 +32,7 @@ RUN = 8  # shorter contiguous runs are drawn element by element
 
 INIT_STD = 0.02  # GPT-2's; residual outputs are divided by sqrt(2 * layers), Radford et al. 2019
 RESIDUAL_OUTPUTS = ("attention.wo", "mlp.down", "mlp.fc2")
+BEFORE_RELU = (".kernel", "dense.linear")
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -102,7 +103,8 @@ def initial_value(
     """A new model's values of `box` of the weight `name` ('blocks.3.attention.wo') of `shape`.
 
     Norm scales 1, biases 0, matrices normal with std 0.02; the outputs that are added to the
-    residual stream (wo, down, fc2) with std 0.02 / sqrt(2 * layers).
+    residual stream (wo, down, fc2) with std 0.02 / sqrt(2 * layers). What a ReLU follows (kernels and
+    linears of image models, [groups, outputs, inputs ...]) with std sqrt(2 / inputs) (He et al. 2015).
     """
     size = [b - a for a, b in box]
     if name.endswith("_bias"):
@@ -110,6 +112,8 @@ def initial_value(
     if name.endswith("norm"):
         return torch.ones(size, dtype=dtype, device=device)
     std = INIT_STD / sqrt(2 * layers) if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD
+    if name.endswith(BEFORE_RELU):
+        std = sqrt(2 / prod(shape[2:]))
     return normal_box(seed, name, shape, box, std=std, dtype=dtype, device=device)
 
 

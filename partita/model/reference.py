@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from partita.comm.seeds import dropout_box
+from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
 from partita.model.rope import rotate, tables
 from partita.parallel.precision.fp8 import Multiplied
@@ -95,7 +96,10 @@ class Reference:
     def logits(
         self, ids: Tensor, documents: Tensor | None = None, samples: Tensor | None = None
     ) -> Tensor:
-        """[batch, seq, vocab]."""
+        """[batch, seq, vocab]; of images [batch, 1, vocab]."""
+        if self.spec.image is not None:
+            self.auxiliary = Auxiliary()
+            return image_logits(self, ids, samples)
         x = self.norm("head.norm", self.hidden(ids, documents, samples))
         return x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()
 

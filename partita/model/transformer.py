@@ -17,6 +17,7 @@ from partita.comm.context import Context
 from partita.model.attention import Attention
 from partita.model.core import Core, Explicit, Flash, SharedExplicit
 from partita.model.dropout import Dropout
+from partita.model.images import image_block
 from partita.model.mlp import MLP
 from partita.model.moe import MoE, Shared
 from partita.model.rope import tables
@@ -311,11 +312,11 @@ def build_blocks(
     """The blocks of each stage on a place of pp, in order, on views of its units."""
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     rope = None
-    if not spec.has_positions:
+    if not spec.has_positions and spec.image is None:
         made = tables(spec, laid.request.seq_len, _dtype(units))
         rope = made[0].to(context.device), made[1].to(context.device)
     future = None
-    if spec.dropout > 0:
+    if spec.dropout > 0 and spec.image is None:
         size = laid.request.seq_len
         future = torch.ones(size, size, dtype=torch.bool, device=context.device).triu_(1)
     found: dict[int, list[Any]] = {}
@@ -323,7 +324,9 @@ def build_blocks(
         row = found[s.index] = []
         for name, block in zip(s.names, s.blocks, strict=True):
             make = Maker(laid, name, block, context, weights)
-            if name == "embedding":
+            if spec.image is not None:
+                row.append(image_block(make))
+            elif name == "embedding":
                 row.append(EmbeddingBlock(make))
             elif name == "head":
                 row.append(HeadBlock(make))

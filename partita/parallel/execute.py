@@ -144,7 +144,7 @@ class Execution:
         if t.role != "label":
             return x
         sample = np.array(x.spans[0]) + m * self.batch
-        counts = (x.values % 3 > 0) & (sample % 4 != 1)[:, None]
+        counts = (x.values % 3 > 0) & (sample % 4 != 1).reshape(-1, *[1] * (x.values.ndim - 1))
         return Local(x.dims, x.spans, counts.astype(np.int64))
 
     def _microbatch(self, step: int, m: int, scale: Mapping[int, int]) -> dict[int, Local]:
@@ -190,7 +190,7 @@ class Execution:
         """A block's weights, as far as they are there; token ids and labels."""
         found = self.states.weights(name, block, rank)
         for t in block.tensors.values():
-            if t.role in ("index", "label"):
+            if t.role in ("index", "label", "data"):
                 found[t.name] = self._data(t, rank, *at)
         return found
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.parallel import execute_image as image
 from partita.parallel import execute_moe as moe
 from partita.parallel.execute_algebra import (
     ExecuteError,
@@ -220,10 +221,14 @@ FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "count": moe.count, "load": moe.count, "tally": moe.count, "limit": moe.limit,
     "balance": moe.balance, "z": moe.squares,
     "dispatch": moe.dispatch, "combine": moe.combine,
+    "conv": image.conv, "relu": image.relu, "response": image.response, "pool": image.pool,
+    "join": image.join,
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
     "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back, "gated": gated_back,
     "lookup": lookup_back, "attention": attention_back, "exp": exp_back, "reduce": summing_back,
     "scores": exp_back, "choose": moe.choose_back, "balance": moe.balance_back, "z": moe.squares_back,
     "dispatch": moe.dispatch_back, "combine": moe.combine_back,
+    "conv": image.conv_back, "relu": image.relu_back, "response": image.response_back,
+    "pool": image.pool_back, "join": image.join_back,
 }  # fmt: skip

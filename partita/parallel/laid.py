@@ -1,7 +1,7 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
-    ORDER  dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, offload, precision; pp on the result;
-           dp.join
+    ORDER  split, dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, offload, precision; pp on the
+           result; dp.join
 
 cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
 every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
@@ -28,6 +28,7 @@ from partita.parallel.read import Call, tensor_bytes, traffic
 from partita.parallel.recompute import rules as recompute
 from partita.parallel.room import ARENAS, PRODUCT_ORDER, Request, axis_name, axis_size
 from partita.parallel.sp import rules as sp
+from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Schedule
@@ -39,7 +40,7 @@ from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
 
 ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
-ROOMS = (dp, cp, tp, sp, ep, pp, recompute, offload, precision)
+ROOMS = (split, dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def lay(request: Request) -> Laid:
     batch = request.micro_batch_size * plan.data_parallel_size
     program = family_program(request.model, batch, request.seq_len)
     program = freeze(program, request.frozen)
-    for room in (dp, cp, tp, sp, ep, recompute):
+    for room in (split, dp, cp, tp, sp, ep, recompute):
         program = room.lay(request, program)
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan, two_ways)
@@ -372,7 +373,7 @@ def _norm_axes(blocks: Iterable[Block], plan: Plan) -> tuple[str, ...]:
     the whole fold."""
     cut = {a for b in blocks for w in b.weights() for a in w.axes()}
     apart = dp.zero_stage(plan) or cut & (set(EXPERT) - {"pp", "dp_replicate"})
-    return tuple(a for a in ("pp", *(FOLD if apart else ("tp",))) if plan.sizes[a] > 1)
+    return tuple(a for a in ("pp", *(FOLD if apart else ("tp",)), "split") if plan.sizes[a] > 1)
 
 
 def _once(name: str, kind: str, axes: Iterable[str], collective: str) -> Op:

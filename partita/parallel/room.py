@@ -27,7 +27,8 @@ from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewri
 ACROSS = ("tied", "pp/copy")  # two places on pp: the holders of a tied weight, of a stage's copies
 ARENAS = ("host", "disk")  # axes of copies: between the device and its host, the host and its disk
 PRODUCT_ORDER = (
-    "pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "efsdp", "ep", "etp", "tp/share",
+    "pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "split", "efsdp", "ep", "etp",
+    "tp/share",
 )  # fmt: skip
 
 

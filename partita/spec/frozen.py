@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from partita.spec.program import Block, Op, Program
 
-KEEP_INPUT = ("linear", "lookup")  # kinds of op that save their input for the weights alone
+KEEP_INPUT = ("linear", "conv", "lookup")  # kinds of op that save their input for the weights alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from math import isqrt
 from partita.base.errors import Problem
 from partita.spec.families import program
 from partita.spec.job import Job
-from partita.spec.plan import ASYNCHRONOUS, Plan
+from partita.spec.plan import ASYNCHRONOUS, AXES, Plan
 
 
 def problems_of_job(job: Job) -> list[Problem]:
@@ -34,9 +34,7 @@ def _auto(job: Job) -> Iterator[Problem]:
 
 def _ranks(job: Job) -> Iterator[Problem]:
     plan, devices = job.plan, job.cluster.devices
-    sizes = {
-        axis: getattr(plan.mesh, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    }
+    sizes = {axis: getattr(plan.mesh, axis) for axis in (*AXES, "split")}
     larger = {axis: size for axis, size in sizes.items() if size > 1}
     factors = f"{'*'.join(larger)} = " if larger else ""
     factors += f"{'*'.join(map(str, larger.values()))} = " if len(larger) > 1 else ""
@@ -79,6 +77,10 @@ def _batch(job: Job) -> Iterator[Problem]:
 
 def _sequence(job: Job) -> Iterator[Problem]:
     seq_len, longest = job.train.seq_len, job.model.max_seq_len
+    if job.model.image is not None and seq_len != 1:
+        message = f"an image has one label: train.seq_len is 1, not {seq_len}"
+        yield Problem("model", "seq_len", message, asked=str(seq_len), limit="1")
+        return
     if seq_len > longest:
         learned = job.model.has_positions
         yield Problem(
@@ -148,7 +150,7 @@ def nearest_plan(job: Job) -> Plan | None:
     if batch % micro:
         return None
     mesh = plan.mesh
-    for axis in ("dp_replicate", "dp_shard", "cp", "pp", "tp"):
+    for axis in ("dp_replicate", "dp_shard", "cp", "pp", "tp", "split"):
         world = replace(plan, mesh=mesh).world_size
         if world > job.cluster.devices:
             size = getattr(mesh, axis)

@@ -2,8 +2,10 @@
 
 Integers only. The order of axes is part of the plan; both views of the ranks are known at once:
 
-    dense    pp dp_replicate dp_shard cp ulysses tp
+    dense    pp dp_replicate dp_shard cp ulysses tp split
     experts  pp dp_replicate efsdp ep etp            the same ranks, dp_shard*cp*ulysses*tp refolded
+
+split cuts convolutional models, which have no experts: the experts' view leaves it out.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
+DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "split")
 EXPERT = ("pp", "dp_replicate", "efsdp", "ep", "etp")
 FOLD = ("dp_shard", "cp", "ulysses", "tp")
 _UNFOLD = ("etp", "ep", "efsdp")
@@ -36,10 +38,10 @@ class Mesh:
 
     @cached_property
     def _order(self) -> tuple[str, ...]:
-        """Ulysses is the inner part of cp."""
-        return tuple(
-            a for axis in self.order for a in (("ulysses", "cp") if axis == "cp" else (axis,))
-        )
+        """Ulysses is the inner part of cp; split stands inside tp, where there is one."""
+        inner = {"cp": ("ulysses", "cp"), "tp": ("split", "tp")}
+        axes = (a for axis in self.order for a in inner.get(axis, (axis,)))
+        return tuple(a for a in axes if a != "split" or self.sizes.get(a, 1) > 1)
 
     @cached_property
     def world_size(self) -> int:
@@ -48,7 +50,7 @@ class Mesh:
 
     def coords(self, rank: int) -> dict[str, int]:
         """The rank's coordinate on every axis, of both views."""
-        at: dict[str, int] = {}
+        at = {"split": 0}
         for axis in self._order:
             rank, at[axis] = divmod(rank, self.sizes[axis])
         inner = 0

@@ -1,7 +1,8 @@
-"""A model as numbers: sizes, exact parameters, FLOPs. Two families:
+"""A model as numbers: sizes, exact parameters, FLOPs. The families:
 
     llama    RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases, tied or not
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
+    alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
 A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), and experts in place of its
 mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
+from partita.spec.image import ImageSpec
 from partita.spec.model_check import LIMITS, check_experts, check_range, check_relations
 
 PRESETS = Path(__file__).parent / "presets" / "models"
@@ -55,7 +57,7 @@ class ModelSpec:
     """Sizes of a model. kv_heads, head_dim, ffn_hidden (gpt2: 4 * hidden) and tied (gpt2: yes) follow
     from the others where they are left out. Raises UsageError for sizes that cannot be."""
 
-    family: Literal["llama", "gpt2"]
+    family: Literal["llama", "gpt2", "alexnet"]
     layers: int
     hidden: int
     heads: int
@@ -88,6 +90,7 @@ class ModelSpec:
     balance_loss: float = 0.0  # coefficient, of each sequence
     z_loss: float = 0.0  # coefficient, of each token
     capacity_factor: float | None = None  # None: no token is dropped
+    image: ImageSpec | None = None  # alexnet; hidden units and vocab classes, layers as it has them
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -100,7 +103,8 @@ class ModelSpec:
         derived = {
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.hidden // self.heads,
-            "ffn_hidden": self.ffn_hidden or (4 * self.hidden if self.family == "gpt2" else 0),
+            "ffn_hidden": self.ffn_hidden
+            or {"gpt2": 4, "alexnet": 1}.get(self.family, 0) * self.hidden,
             "tied": self.family == "gpt2" if self.tied is None else self.tied,
         }
         if self.experts:
@@ -156,6 +160,8 @@ class ModelSpec:
 
     def parameters(self) -> int:
         """Exact number of parameters; a tied table counts once, padding not at all."""
+        if self.image is not None:
+            return self.image.parameters(self.hidden, self.vocab)
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
         found = tables + self.matmul_weights(active=False) + (2 * self.layers + 1) * self.hidden
         if self.router_bias:
@@ -185,7 +191,9 @@ class ModelSpec:
     def forward_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"
     ) -> float:
-        """FLOPs of one forward pass, a token of a sequence of `seq_len`; lookups cost nothing."""
+        """FLOPs of one forward pass, a token of a sequence of `seq_len` (an image); lookups cost nothing."""
+        if self.image is not None:
+            return float(sum(self.image.forward_flops(self.hidden, self.vocab)))
         attention = self.attention_flops_per_token(seq_len, convention)
         layers = 2.0 * self.matmul_weights() + self.layers * attention
         return layers + 2.0 * self.vocab * self.hidden
@@ -198,6 +206,9 @@ class ModelSpec:
         flops = 3.0 * self.forward_flops_per_token(seq_len, convention)
         if convention != "hw" or recompute == "none":
             return flops
+        if self.image is not None:
+            layers = self.image.forward_flops(self.hidden, self.vocab)[1:-1]
+            return flops + (sum(layers) if recompute == "full" else 0.0)
         attention = self.layers * self.attention_flops_per_token(seq_len, convention)
         return flops + attention + (2.0 * self.matmul_weights() if recompute == "full" else 0.0)
 
@@ -229,6 +240,8 @@ class ModelSpec:
         """A [model] table: `preset` or `path` (relative to `folder`), which the other fields override,
         or all fields. Raises UsageError."""
         base, rest = _base(table, file, prefix, Path(folder))
+        if rest.get("family") == "alexnet":
+            rest = {**image_defaults(rest), **rest}
         if base is not None:
             # what follows from other fields follows anew when those are overridden
             kept = encode(base)
@@ -240,6 +253,8 @@ class ModelSpec:
                 kept.pop("expert_ffn_hidden", None)
             if rest:
                 kept["name"] = f"{base.name} changed" if base.name else ""
+            if isinstance(rest.get("image"), Mapping):
+                rest["image"] = {**kept.get("image", {}), **rest["image"]}
             rest = {**kept, **rest}
         return decode(ModelSpec, rest, file=file, prefix=prefix)
 
@@ -268,6 +283,15 @@ class ModelSpec:
     def to_toml(self) -> dict[str, Any]:
         """The [model] table with every field stated."""
         return {k: v for k, v in encode(self).items() if v != ""}
+
+
+def image_defaults(table: Mapping[str, Any]) -> dict[str, int]:
+    """What an [image] table says of a model's layers; an image is one place of a sequence."""
+    image = table.get("image")
+    found = {"heads": 1, "max_seq_len": 1}
+    if isinstance(image, Mapping):
+        found["layers"] = decode(ImageSpec, image, prefix="model.image").layers
+    return found
 
 
 def _base(

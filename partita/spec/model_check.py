@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from partita.base.errors import UsageError
 
 if TYPE_CHECKING:
+    from partita.spec.image import ImageSpec
     from partita.spec.model import ModelSpec
 
 LIMITS = {
@@ -42,7 +43,12 @@ def check_relations(spec: ModelSpec) -> None:
         raise UsageError(f"{spec.sliding_window} is absurd", key="sliding_window")
     if not 0.0 < spec.norm_eps < 1.0:
         raise UsageError(f"{spec.norm_eps} is not within 0 < norm_eps < 1", key="norm_eps")
-    if spec.family == "llama":
+    if (spec.image is not None) != (spec.family == "alexnet"):
+        text = f"family {spec.family} has {'no' if spec.image else 'an'} [model.image]"
+        raise UsageError(text, key="image")
+    if spec.image is not None:
+        _check_image(spec, spec.image)
+    elif spec.family == "llama":
         if spec.head_dim % 2:
             raise UsageError(f"RoPE turns pairs: {spec.head_dim} is odd", key="head_dim")
         if spec.rope_theta < 1.0:
@@ -57,6 +63,22 @@ def check_relations(spec: ModelSpec) -> None:
     for name in ("qkv_bias", "qk_norm"):
         if getattr(spec, name) and spec.family != "llama":
             raise UsageError(f"family {spec.family} has no {name}", key=name)
+
+
+def _check_image(spec: ModelSpec, image: ImageSpec) -> None:
+    """Layers are those of the image's; hidden units lie in its groups; nothing of a transformer's."""
+    rules = (
+        ("layers", spec.layers == image.layers, f"convolutions and dense make {image.layers}"),
+        ("hidden", spec.hidden % image.groups == 0, f"a multiple of groups {image.groups}"),
+        ("heads", spec.heads == 1, "an image model has no heads: 1"),
+        ("max_seq_len", spec.max_seq_len == 1, "an image is one place of a sequence: 1"),
+        ("tied", not spec.tied, "an image model ties nothing"),
+        ("rope_scaling", spec.rope_scaling is None, "an image model has no positions"),
+        ("sliding_window", not spec.sliding_window, "an image model has no attention"),
+    )
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
 
 
 EXPERT_FIELDS = {

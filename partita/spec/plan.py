@@ -1,7 +1,7 @@
 """A Plan: how a model is cut, as one frozen value. It prints as one line (plan_text.py) and has no
 knowledge of a model: num_microbatches may be open until it meets a job.
 
-    world = pp * dp_replicate * dp_shard * cp * tp
+    world = pp * dp_replicate * dp_shard * cp * tp * split
     the ranks dp_shard * cp * tp of one replica and stage refold as efsdp * ep * etp for experts
 """
 
@@ -37,6 +37,7 @@ class MeshPlan:
     etp: int = 1
     sp: bool = False
     order: tuple[str, ...] = DEFAULT_ORDER
+    split: int = 1  # of a convolutional model's channels; in the order it stands inside tp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +151,7 @@ class Plan:
     def world_size(self) -> int:
         """Ranks the plan needs."""
         m = self.mesh
-        return m.pp * m.dp_replicate * m.dp_shard * m.cp * m.tp
+        return m.pp * m.dp_replicate * m.dp_shard * m.cp * m.tp * m.split
 
     @property
     def data_parallel_size(self) -> int:
@@ -176,6 +177,7 @@ class Plan:
             "cp": m.cp // ulysses,
             "ulysses": ulysses,
             "tp": m.tp,
+            "split": m.split,
             "efsdp": max(fold // (m.ep * m.etp), 1),
             "ep": m.ep,
             "etp": m.etp,

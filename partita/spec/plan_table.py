@@ -34,7 +34,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 TARGETS = ("parameters", "gradients", "optimizer", "activations")
 MODULES = ("core", "norm", "act")
 RANGES: dict[tuple[str, str], tuple[int, int]] = {
-    **{("mesh", axis): (1, 1_000_000) for axis in (*AXES, "ep", "etp")},
+    **{("mesh", axis): (1, 1_000_000) for axis in (*AXES, "ep", "etp", "split")},
     ("pipeline", "virtual_stages"): (1, 1_000),
     ("pipeline", "num_microbatches"): (1, 10_000_000),
     ("data", "zero_stage"): (0, 3),
@@ -53,6 +53,7 @@ _MESH_ALIASES = {
     "tp": "tp tensor_parallel_size tensor_model_parallel_size tensor_parallel_degree",
     "ep": "ep expert_parallel_size expert_model_parallel_size expert_parallel_degree",
     "etp": "etp expert_tensor_parallel_size expert_tensor_parallel_degree",
+    "split": "split",
     "sp": "sp sequence_parallel",
     "order": "order",
 }

@@ -44,6 +44,7 @@ _EXAMPLES = {
     "tp": "tp2+sp",
     "ep": "ep8",
     "etp": "etp2",
+    "split": "split2",
     "mb": "8mb",
     "recompute": "recompute:full",
     "offload": "offload:cpu",
@@ -163,7 +164,7 @@ def _integer(line: str, word: str, digits: str) -> int:
 
 
 def _read_axis(given: _Given, word: str, match: re.Match[str]) -> None:
-    """dp_replicate<n>, dp_shard<n>[.zero<k>], tp<n>[+sp], ep<n>, etp<n>."""
+    """dp_replicate<n>, dp_shard<n>[.zero<k>], tp<n>[+sp], ep<n>, etp<n>, split<n>."""
     axis, digits, zero, sp = match["axis"], match["n"], match["zero"], match["sp"]
     if (zero and axis != "dp_shard") or (sp and axis != "tp"):
         raise _unknown(given.line, word)
@@ -257,7 +258,7 @@ _READERS: tuple[tuple[re.Pattern[str], _Reader], ...] = (
     ),
     (
         re.compile(
-            r"(?P<axis>dp_replicate|dp_shard|tp|ep|etp)(?P<n>\d+)(?:\.zero(?P<zero>\d+))?(?P<sp>\+sp)?"
+            r"(?P<axis>dp_replicate|dp_shard|tp|ep|etp|split)(?P<n>\d+)(?:\.zero(?P<zero>\d+))?(?P<sp>\+sp)?"
         ),
         _read_axis,
     ),
@@ -370,7 +371,9 @@ def _axis_words(plan: Plan) -> tuple[list[str], set[tuple[str, str]]]:
         said.add(("context", "method"))
     if mesh.tp > 1 or mesh.sp:
         words.append(f"tp{mesh.tp}{'+sp' if mesh.sp else ''}")
-    words += [f"{axis}{getattr(mesh, axis)}" for axis in ("ep", "etp") if getattr(mesh, axis) > 1]
+    words += [
+        f"{axis}{getattr(mesh, axis)}" for axis in ("ep", "etp", "split") if getattr(mesh, axis) > 1
+    ]
     return words + ([microbatches] if microbatches else []), said
 
 

@@ -12,7 +12,7 @@ from an input or from a weight makes that value, or that gradient, partial over 
 
 Rooms cut dims and insert *regions*: ops that only move data, each with its events. A laid program is
 again a Program. Names of dims are the interface between rooms: batch (dp), seq (cp, then ulysses, then
-sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep); others are never cut.
+sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep), groups (split); others are never cut.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ROLES = (
     "mask",
     "index",
     "label",
+    "data",  # floats that data brings: the pixels of images
     "buffer",
 )
 

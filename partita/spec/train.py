@@ -9,15 +9,15 @@ from typing import Literal
 
 from partita.base.errors import UsageError
 
-_KEYWORDS = ("python-stdlib", "byte", "idx")
+_KEYWORDS = ("python-stdlib", "byte", "idx", "digits")
 _PREFIXES = ("hf:", "train:")
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
     """Where tokens come from. `source` is python-stdlib, a path or glob of .txt .jsonl .parquet, a
-    Megatron .bin/.idx prefix, tokens:FILE.npy or hf:NAME[:SPLIT]; `tokenizer` is byte, train:N or a
-    path; `documents` a FILE.npy, or "idx" for those of a Megatron index."""
+    Megatron .bin/.idx prefix, tokens:FILE.npy or hf:NAME[:SPLIT]; of images digits or images:FILE.npz;
+    `tokenizer` is byte, train:N or a path; `documents` a FILE.npy, or "idx" for those of a Megatron index."""
 
     source: str = "python-stdlib"
     tokenizer: str = "byte"
@@ -45,7 +45,8 @@ class DataSpec:
         def absolute(name: str) -> str:
             if not name or name in _KEYWORDS or name.startswith(_PREFIXES):
                 return name
-            head, colon, path = name.rpartition("tokens:")
+            kind = "images:" if name.startswith("images:") else "tokens:"
+            head, colon, path = name.rpartition(kind)
             return head + colon + normpath(folder.absolute() / path)
 
         found = {

@@ -259,7 +259,14 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
 
 def open_job_data(job: Job) -> Dataset:
     """The job's data, with the tokenizer's cache shared by all ranks of the host."""
-    return open_dataset(job.data, job.train, vocab=job.model.vocab, seed=job.seed, cache=CACHE)
+    return open_dataset(
+        job.data,
+        job.train,
+        vocab=job.model.vocab,
+        seed=job.seed,
+        cache=CACHE,
+        image=job.model.image,
+    )
 
 
 def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Built]:

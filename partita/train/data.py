@@ -23,12 +23,14 @@ import numpy as np
 import xxhash
 
 from partita.base.errors import DataError, UsageError
+from partita.train.images import Images, is_images, open_images
 from partita.train.megatron import prefix_of
 from partita.train.sources import Part, TextSource, open_text
 from partita.train.streams import TOKENS, Batch, Stream, open_megatron, open_tokens
 from partita.train.tokenizer import Tokenizer, open_tokenizer, write_whole
 
 if TYPE_CHECKING:
+    from partita.spec.image import ImageSpec
     from partita.spec.job import DataSpec, TrainSpec
 
 PASSAGES = 8  # tokenized at once: 8 MB of text
@@ -39,8 +41,8 @@ LOCK_TIMEOUT_S = 3600
 class Dataset:
     """The job's data, opened and checked. `tokenizer` is None for tokens: sources."""
 
-    train: Stream
-    held_out: Stream | None
+    train: Stream | Images
+    held_out: Stream | Images | None
     tokenizer: Tokenizer | None
     seq_len: int
     global_batch_size: int
@@ -99,15 +101,18 @@ class Dataset:
 
 
 def open_dataset(
-    data: DataSpec, train: TrainSpec, *, vocab: int, seed: int, cache: Path | None = None
-) -> Dataset:
+    data: DataSpec, train: TrainSpec, *, vocab: int, seed: int, cache: Path | None = None,
+    image: ImageSpec | None = None,
+) -> Dataset:  # fmt: skip
     """Opens, checks and (for text, once) tokenizes a job's data.
 
-    `vocab` is the model's; `cache` the folder for trained tokenizers and tokenized text, shared by
-    the ranks of a host (None: each works for itself). Raises UsageError for what does not exist,
+    `vocab` and `image` are the model's; `cache` the folder for trained tokenizers and tokenized text,
+    shared by the ranks of a host (None: each works for itself). Raises UsageError for what does not exist,
     DataError with file and offset for bad content, text shorter than one sequence, ids out of range
     and a tokenizer bigger than the vocabulary.
     """
+    if image is not None or is_images(data.source):
+        return _open_images(data, train, vocab, seed, image)
     opened = _opened(data, vocab, cache)
     stream, held_out, tokenizer = opened.train, opened.held_out, opened.tokenizer
     if data.eval_source:
@@ -136,6 +141,31 @@ def open_dataset(
         seed,
         shuffled=opened.shuffled,
         identity=identity | opened.identity,
+    )
+
+
+def _open_images(
+    data: DataSpec, train: TrainSpec, vocab: int, seed: int, image: ImageSpec | None
+) -> Dataset:
+    """The job's images; tokens go to no image model, images to no other."""
+    if (
+        image is None
+        or not is_images(data.source)
+        or data.mask
+        or data.documents
+        or data.eval_source
+    ):
+        text = (
+            "family alexnet reads digits or images:FILE.npz, without mask, documents and eval_source; other "
+            f"families read text or tokens; data.source is {data.source!r}"
+        )
+        raise UsageError(text, key="data.source")
+    fraction = data.eval_fraction or 0.0
+    first, held_out, digest = open_images(data.source, image, vocab, fraction)
+    shared = {"seq_len": 1, "global_batch_size": train.global_batch_size, "seed": seed}
+    identity = {**shared, "digest": digest, "eval_fraction": fraction}
+    return Dataset(
+        first, held_out, None, 1, train.global_batch_size, seed, shuffled=True, identity=identity
     )
 
 

@@ -71,7 +71,7 @@ class Loop:
                 line = self._one(step, start)
                 if self._evaluates(step + 1):
                     with self.recorder.span("eval", "evaluation"):
-                        line["eval_loss"] = self.evaluate()
+                        line |= self.evaluate()
                 outcome.metrics = line
                 if context.rank == 0:
                     metrics.write(line)
@@ -200,8 +200,8 @@ class Loop:
         mfu = self.built.mfu(line["tokens_per_s"])
         return f"loss {line['loss']:.4f}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
 
-    def evaluate(self) -> float:
-        """Token mean of the loss on held-out sequences; the pipeline runs forward only."""
+    def evaluate(self) -> dict[str, float]:
+        """Token mean of the loss on held-out sequences, forward only; of images how many are known, too."""
         built = self.built
         built.context.where.activity = "evaluation"
         total = tokens = 0.0
@@ -209,7 +209,11 @@ class Loop:
             for batch, valid in built.eval_batches():
                 total += built.evaluate(batch) * valid
                 tokens += valid
-        return total / tokens if tokens else math.nan  # every held-out target is masked
+        mean = total / tokens if tokens else math.nan  # every held-out target is masked
+        if self.job.model.image is None:
+            return {"eval_loss": mean}
+        known = sum(n for (n,) in built.exchange((built.model.take_known(),)))
+        return {"eval_loss": mean, "eval_accuracy": known / tokens if tokens else math.nan}
 
     def _restore(self) -> int:
         built = self.built

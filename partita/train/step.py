@@ -161,6 +161,14 @@ class Model:
             for block in self.blocks:
                 block.training = True
 
+    def take_known(self) -> int:
+        """Held-out images that this rank was the first to know, since it was asked last."""
+        if not self.holds_loss:
+            return 0
+        head = self.blocks[-1]
+        found, head.known = int(head.known), 0
+        return found if self.context.coords["split"] == 0 else 0
+
     def begin(self, batch: StepBatch) -> None:
         """Zeroes gradients and tells the head how many valid tokens the step has."""
         where = self.context.where

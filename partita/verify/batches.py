@@ -33,7 +33,8 @@ def samples_of(data: Dataset, job: Job, step: int, samples: Sequence[int]) -> Mi
     valid = raw.valid.clone()
     for row, sample in enumerate(samples):
         valid[row] &= keep(job, step, sample, valid.shape[1])
-    part = Batch(raw.ids % vocab, raw.targets % vocab, valid, raw.documents)
+    ids = raw.ids if raw.ids.is_floating_point() else raw.ids % vocab
+    part = Batch(ids, raw.targets % vocab, valid, raw.documents)
     return microbatch(part, samples, step)
 
 

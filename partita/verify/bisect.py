@@ -71,14 +71,9 @@ def _data(judge: Watch, ranks: Sequence[RankSeen]) -> Divergence | None:
 def _modules(
     judge: Seen, ranks: Sequence[tuple[int, Seen]], phase: str, tolerance: float, laid: Laid
 ) -> Divergence | None:
-    names = [
-        "embedding",
-        *(
-            f"blocks.{i}.{s}"
-            for i in range(laid.request.model.layers)
-            for s in ("attention", "mlp")
-        ),
-    ]
+    parts = ("",) if laid.request.model.image is not None else (".attention", ".mlp")
+    layers = range(laid.request.model.layers)
+    names = ["embedding", *(f"blocks.{i}{s}" for i in layers for s in parts)]
     for name in reversed(names) if phase == "backward" else names:
         for rank, seen in ranks:
             worst = 0.0

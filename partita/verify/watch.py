@@ -100,8 +100,10 @@ def share_of(model: Model, axes: tuple[str, ...]) -> tuple[int, int]:
 
 def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
     """Says which positions this rank holds of y."""
-    sp = model.context.plan.mesh.sp
-    watch.see(name, y, batch, share_of(model, ("cp", "ulysses", "tp") if sp else ("cp", "ulysses")))
+    axes = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
+    if model.laid.request.model.image is not None:  # its outputs are cut along groups
+        axes = ("split",)
+    watch.see(name, y, batch, share_of(model, axes))
 
 
 def watch_blocks(model: Model, watch: Watch) -> None:
@@ -110,8 +112,10 @@ def watch_blocks(model: Model, watch: Watch) -> None:
         names = model.laid.stages[stage].names
         wrapped = list(module.blocks)  # type: ignore[attr-defined]
         for i, (name, block) in enumerate(zip(names, wrapped, strict=True)):
-            if name == "embedding":
-                wrapped[i] = _Watched(block, "embedding", model, watch)
+            if name == "embedding" or (
+                model.laid.request.model.image is not None and name != "head"
+            ):
+                wrapped[i] = _Watched(block, name, model, watch)
             elif name != "head":
                 block.attention = _Watched(block.attention, f"{name}.attention", model, watch)
                 block.mlp = _Watched(block.mlp, f"{name}.mlp", model, watch)

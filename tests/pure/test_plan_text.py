@@ -42,6 +42,7 @@ def plans(draw: st.DrawFn) -> Plan:
             size,
             st.booleans(),
             st.permutations(DEFAULT_ORDER).map(tuple) | st.just(DEFAULT_ORDER),
+            size,
         )
     )
     context = draw(contexts)
@@ -252,7 +253,7 @@ def test_every_field_can_be_said_as_a_word() -> None:
                 other = {
                     "order": DEFAULT_ORDER[::-1],
                     "schedule": "gpipe",
-                    "split": (1, 2),
+                    "split": (1, 2) if section.name == "pipeline" else 2,
                     "targets": ("optimizer",),
                     "modules": ("norm", "act"),
                     "num_microbatches": 4,

@@ -39,7 +39,7 @@ def dtypes(dtype: str) -> dict[str, str]:
     dtype = "bf16" if dtype == "fp8" else dtype
     wide = "fp64" if dtype == "fp64" else "fp32"
     return {
-        "value": dtype, "weight": dtype, "parameter": dtype, "whole_parameter": dtype,
+        "value": dtype, "data": dtype, "weight": dtype, "parameter": dtype, "whole_parameter": dtype,
         "stat": wide, "constant": wide, "gradient": wide, "whole_gradient": wide, "optimizer": wide,
         "aux": wide, "route": "int64",
         "mask": "bool", "label": "bool", "index": "int64", "buffer": "", "count": "int64", "sum": "fp64",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from partita.spec.families.image import image_program
 from partita.spec.families.transformer import transformer_program
 
 if TYPE_CHECKING:
@@ -14,4 +15,6 @@ if TYPE_CHECKING:
 def program(spec: ModelSpec, batch: int = 1, seq_len: int = 0) -> Program:
     """What one microbatch of `batch` samples (all data-parallel ranks together) of `seq_len` tokens
     computes, before any room has cut it. seq_len 0 means the model's max_seq_len."""
+    if spec.image is not None:
+        return image_program(spec, batch)
     return transformer_program(spec, batch, seq_len or spec.max_seq_len)

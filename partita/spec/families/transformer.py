@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partita.spec.families.loss import loss
 from partita.spec.families.moe import expert_sizes, moe
 from partita.spec.families.writer import Writer
 from partita.spec.program import Block, Program
@@ -217,37 +218,7 @@ class Family:
             space="batch seq vocab hidden",
             saves=n,
         )
-        tokens = "batch seq"
-        targets, valid = w.tensor("targets", tokens, "index"), w.tensor("valid", tokens, "label")
-        top = w.op("loss.max", "reduce", y, ("row_max", tokens), role="constant", sums=("vocab",))
-        probs = w.op(
-            "loss.exp",
-            "exp",
-            f"{y} {top}",
-            ("probs", "batch seq vocab"),
-            role="stat",
-            saves="probs",
-        )
-        total = w.op("loss.sum", "reduce", probs, ("row_sum", tokens), role="stat", sums=("vocab",))
-        pick = w.op(
-            "loss.pick",
-            "reduce",
-            f"{y} {targets}",
-            ("row_target", tokens),
-            role="stat",
-            sums=("vocab",),
-            saves=targets,
-        )
-        loss = w.op(
-            "loss.mean",
-            "reduce",
-            f"{top} {total} {pick} {valid}",
-            ("loss", ""),
-            role="stat",
-            sums=("batch", "seq"),
-            saves=f"{top} {total} {valid}",
-        )
-        return w.block(x, loss)
+        return w.block(x, loss(w, y, "batch seq"))
 
 
 def transformer_program(spec: ModelSpec, batch: int, seq_len: int) -> Program:

@@ -1,0 +1,49 @@
+"""The judge's convolutional model: grouped convolutions of torch on one device, logits of images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear, local_response_norm, max_pool2d
+
+if TYPE_CHECKING:
+    from partita.model.reference import Reference
+
+
+def image_logits(judge: Reference, pixels: Tensor, samples: Tensor | None) -> Tensor:
+    """[batch, 1, classes] of pixels [batch, colors, height, width]."""
+    image = judge.spec.image
+    assert image is not None
+    x, groups = pixels.to(judge.dtype), image.groups
+    for i, conv in enumerate(image.convs):
+        name = "embedding" if i == 0 else f"blocks.{i - 1}"
+        weight = f"{name}.{'kernel' if i == 0 else 'conv.kernel'}"
+        kernel, bias = judge.weight(weight), judge.weight(f"{weight}_bias")
+        kernel = kernel.flatten(0, 1).flatten(1, -3)
+        alone = groups if i > 0 and not conv.sources else 1
+        x = conv2d(x, kernel, bias.flatten(), conv.stride, conv.padding, groups=alone).relu()
+        if conv.norm:
+            x = response_norm(x, groups)
+        if conv.pool:
+            x = max_pool2d(x, 3, 2)
+        judge.see(name, x := x.unflatten(1, (groups, -1)))
+        x = x.flatten(1, 2)
+    for i in range(len(image.channels) - 1, image.layers):
+        name = f"blocks.{i}"
+        weight, bias = (judge.weight(f"{name}.dense.linear{b}") for b in ("", "_bias"))
+        x = linear(x.flatten(1), weight.flatten(0, 1).flatten(1), bias.flatten()).relu()
+        x = judge.drop(f"{name}.dense.dropout", x.unflatten(1, bias.shape), samples)
+        judge.see(name, x)
+    classes = judge.weight("head.project").flatten(1)
+    return (x.flatten(1) @ classes.t() + judge.weight("head.project_bias")).unsqueeze(1)
+
+
+def response_norm(x: Tensor, groups: int) -> Tensor:
+    """Krizhevsky et al. 2012, sec. 3.3: n 5, k 2, alpha 1e-4 (torch's is n times that), beta 0.75, over
+    the channels of a group; statistics in fp32."""
+    b, channels, *plane = x.shape
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = local_response_norm(wide.reshape(b * groups, -1, *plane), 5, 5 * 1e-4, 0.75, 2.0)
+    return y.reshape(b, channels, *plane).to(x.dtype)

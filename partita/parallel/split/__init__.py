@@ -1,0 +1,1 @@
+"""Empty on purpose: rules.py here must import without torch."""

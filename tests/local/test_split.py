@@ -1,0 +1,113 @@
+"""The split of channels: a plan equals the grouped network on one device; the judge equals plain torch."""
+
+from dataclasses import replace
+
+import image_jobs
+import pytest
+import torch
+from test_drift import look, recorded_in_order
+from torch import nn
+
+from partita.comm.local import local
+from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.spec.model import ModelSpec
+from partita.train.build import microbatch
+from partita.train.data import open_dataset
+from partita.verify.parity import verify
+
+PLANS = (
+    "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16",
+    "split2 pp2:zb_h1/4mb dp_shard2.zero3 fp64", "split2 dp_shard2.zero1 pp2:dualpipe/4mb fp64",
+    "pp2:interleaved_1f1bx2/4mb split2 recompute:full recompute.collectives=keep fp64",
+    "split4 dp_shard2.zero2 2mb recompute:full recompute.every=2 fp64",
+    "split2 pp2:pipedream/4mb fp64",
+    "recompute:selective split2 order:pp,dp_replicate,cp,dp_shard,tp pp2/2mb fp64",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_split_equals_one_device(plan, tmp_path):
+    drops = {"dropout": 0.0, "batch": 8} if "pipedream" in plan else {}
+    job = image_jobs.job(tmp_path, plan, **drops)
+    if "pipedream" in plan:
+        job = replace(job, train=replace(job.train, clip_grad_norm=0.0))
+    found = verify(job)
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("plan", ["split2 pp2:zb_h1/2mb fp64", "split2 dp_shard2.zero3 bf16"])
+def test_kernels_may_be_frozen(plan, tmp_path):
+    job = image_jobs.job(tmp_path, plan)
+    train = replace(job.train, frozen=("embedding.*", "blocks.*.conv.kernel"))
+    found = verify(replace(job, train=train))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+class Plain(nn.Module):
+    """The same network as one writes it in torch."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        image = spec.image
+        layers, before = [], image.colors
+        for i, c in enumerate(image.channels):
+            groups = 1 if i == 0 or i + 1 in image.joins else image.groups
+            sizes = image.kernels[i], image.strides[i], image.paddings[i]
+            layers += [nn.Conv2d(before, c, *sizes, groups=groups), nn.ReLU()]
+            if i + 1 in image.norms:
+                layers.append(Within(image.groups, nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)))
+            if i + 1 in image.pools:
+                layers.append(nn.MaxPool2d(3, 2))
+            before = c
+        layers.append(nn.Flatten())
+        before = image.features
+        for _ in range(image.dense):
+            layers += [nn.Linear(before, spec.hidden), nn.ReLU()]
+            before = spec.hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(before, spec.vocab))
+
+
+class Within(nn.Module):
+    """A norm of each group by itself."""
+
+    def __init__(self, groups, inner):
+        super().__init__()
+        self.groups, self.inner = groups, inner
+
+    def forward(self, x):
+        return torch.cat([self.inner(part) for part in x.chunk(self.groups, 1)], 1)
+
+
+def test_the_judge_is_the_network_written_in_torch(tmp_path):
+    """Loss and every gradient, in float64; weights are laid out alike but for their dims."""
+    spec = ModelSpec.from_toml({**image_jobs.MODEL, "image": image_jobs.IMAGE, "dropout": 0.0})
+    plain = Plain(spec).double()
+    theirs = list(plain.parameters())
+    assert sum(p.numel() for p in theirs) == spec.parameters()
+    shapes = weight_shapes(spec)
+    weights = {n: p.detach().reshape(s) for (n, s), p in zip(shapes.items(), theirs, strict=True)}
+    source = image_jobs.job(tmp_path, "1mb")
+    data = open_dataset(source.data, source.train, vocab=7, seed=0, image=spec.image)
+    batch = microbatch(data.microbatch(0, range(8)), range(8))
+    batch.valid[3] = False
+    loss, gradients = loss_and_gradients(Reference(spec, weights, torch.float64), [batch])
+    logits = plain.layers(batch.ids.double())
+    ours = nn.functional.cross_entropy(logits[batch.valid[:, 0]], batch.targets[batch.valid])
+    ours.backward()
+    assert loss == pytest.approx(float(ours.detach()), rel=1e-12)
+    for (name, g), p in zip(gradients.items(), theirs, strict=True):
+        assert torch.allclose(g, p.grad.reshape(g.shape), rtol=1e-10, atol=1e-12), name
+
+
+@pytest.mark.parametrize("plan", ["split2 2mb bf16", "split4 2mb fp32", "2mb recompute:full fp32"])
+def test_the_program_does_not_drift(plan, tmp_path):
+    """Kept storages, FLOPs, sites, bytes, order, names and shapes are those declared."""
+    job = image_jobs.job(tmp_path, plan)
+    with local(job.plan.world_size, 20) as ranks:
+        for rows in ranks.run(look, job):
+            for name, kept, declared_kept, flops, declared_flops in rows:
+                assert kept == declared_kept, (name, kept, declared_kept)
+                assert flops == declared_flops, (name, flops, declared_flops)
+        for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
+            assert traffic and weights
+            assert sorted(c for c in first if c[1] in "FB") == sorted(calls)

@@ -1,0 +1,121 @@
+"""AlexNet as numbers and as a Program; the split of its channels in exact arithmetic, and its traffic."""
+
+from dataclasses import replace
+
+import pytest
+from executed import change_region, found_wrong, request
+from executed import difference as difference_from_one
+
+from partita.base.errors import UsageError
+from partita.parallel.execute import execute
+from partita.parallel.laid import Request, lay, problems
+from partita.parallel.read import flops
+from partita.simulate.predict import simulate
+from partita.spec.families import program
+from partita.spec.job import Job
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+
+ALEXNET = ModelSpec.from_preset("alexnet")
+SMALL = ModelSpec.from_toml(
+    {
+        "family": "alexnet", "hidden": 8, "vocab": 5, "dropout": 0.2,
+        "image": {
+            "size": 6, "colors": 2, "channels": [8, 8, 4, 4], "kernels": [3, 2, 2, 1], "strides": [1] * 4,
+            "paddings": [1, 0, 0, 0], "joins": [3], "norms": [1, 2], "pools": [2], "groups": 4, "dense": 1,
+        },
+    }
+)  # fmt: skip
+
+
+def laid(line):
+    return lay(replace(request(SMALL, line), seq_len=1))
+
+
+def test_alexnet_has_the_published_size():
+    """60,965,224 parameters with two groups, 62,378,344 with one (Caffe's), 724 M multiply-adds."""
+    assert ALEXNET.parameters() == 60_965_224
+    made = program(ALEXNET, 2)
+    assert made.parameters() == 60_965_224
+    assert ALEXNET.forward_flops_per_token(1) == 2 * 724_406_816
+    assert sum(flops(b, {})["F"] for b in made.blocks) == 2 * 2 * 724_406_816
+    alone = ModelSpec.from_toml({"preset": "alexnet", "image": {"groups": 1}})
+    assert alone.parameters() == 62_378_344
+    assert ModelSpec.from_toml(ALEXNET.to_toml()) == ALEXNET
+
+
+PLANS = (
+    "2mb", "split2", "split4", "split2 dp_replicate2", "split2 2mb recompute:full", "split2 dp_shard2.zero3",
+    "split4 2mb recompute:full recompute.collectives=keep", "pp2/2mb split2",
+    "pp2:zb_h1/2mb split2 dp_shard2.zero2",
+    "pp2:dualpipe/4mb split2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", PLANS)
+def test_a_split_equals_one_device_exactly(line):
+    whole = laid(line)
+    got = execute(whole)
+    assert difference(got) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == whole.traffic(rank)
+
+
+def difference(got):
+    return difference_from_one(SMALL, got, 2)
+
+
+def test_no_region_can_be_left_out():
+    whole = laid("split2 dp_replicate2 2mb")
+    blocks = [b for s in whole.stages for b in s.blocks]
+    sites = {
+        (b.name, op.name): (b.name, op)
+        for b in blocks
+        for op in (*b.ops(), *b.regions)
+        if op.is_region
+    }
+    assert {op.name for _, op in sites.values()} >= {
+        "conv.join:gather_from", "dense.join:gather_from", "head.project:reduce_from",
+    }  # fmt: skip
+    for site in sites.values():
+        silent = replace(site[1], events=())
+        assert found_wrong(SMALL, change_region(whole, site, (silent,))), site[1].name
+
+
+def test_traffic_is_what_the_paper_moves():
+    """Halves meet behind conv 2, before each fully connected layer, and at the classes; nowhere else."""
+    line, batch = "split2 fp32", 128
+    whole = lay(Request(Plan.parse(line), ALEXNET, 1, batch))
+    lines = {(t.site, t.op, t.phase): t.bytes for t in whole.traffic(0) if t.phase in "FB"}
+    conv2, conv5 = 13 * 13 * 256, 6 * 6 * 256
+    met = {"blocks.1.conv.join": conv2, "blocks.4.dense.join": conv5, "blocks.5.dense.join": 4096}
+    want = {}
+    for site, whole_size in met.items():
+        want[f"{site}:gather_from", "all_gather", "F"] = batch * whole_size // 2 * 4
+        want[f"{site}:gather_from", "reduce_scatter", "B"] = batch * whole_size * 4
+    want["head.project:reduce_from", "all_reduce", "F"] = batch * 1000 * 4
+    assert lines == want
+
+
+def test_a_plan_is_judged_and_refused_in_words():
+    job = Job.of("alexnet", "laptop", "split2 2mb", global_batch_size=8, seq_len=1)
+    found = simulate(job)
+    assert found.step_time_s and found.ledgers[0].peak_bytes > 60e6 * 16 / 2
+    wrong = problems(Request(Plan.parse("split4 cp2:ring fp8"), ALEXNET, 1))
+    assert {p.rule for p in wrong} >= {"groups", "axes", "fp8"}
+    llama = problems(Request(Plan.parse("split2"), ModelSpec.from_preset("tiny"), 8))
+    assert llama[0].nearest == "1mb" and "channels" in llama[0].message
+    long = Job.of("alexnet", "laptop", "split2", global_batch_size=8, seq_len=2)
+    assert "one label" in simulate(long).verdict
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"channels": [6, 8, 4, 4]}, {"joins": [5]}, {"size": 2}, {"kernels": [3]}, {"groups": 3},
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(changed):
+    table = SMALL.to_toml()
+    with pytest.raises(UsageError, match="image"):
+        ModelSpec.from_toml({**table, "image": {**table["image"], **changed}})
