@@ -12,7 +12,8 @@ ranks, `size` bytes that a rank hands in, alpha seconds a message, beta seconds 
 
 Published links (`Group`): a group has `inside` ranks on each of `nodes` nodes. A ring leaves a node over
 as many adapters as the group has ranks there, so its rate is min(inner, inside * outer): groups that run
-side by side share the node's adapters by construction. Latency: BASE for a call, HOP for each step inside
+side by side share the node's adapters by construction. Inside a node a ring of n ranks reaches n / (n + FILL)
+of the link, since it is filled and drained once a call. Latency: BASE for a call, HOP for each step inside
 a node, and for each step between nodes of a ring, or of a tree (2 log2 nodes) where that is sooner. An
 all_to_all sends the part for its own node over the inner link and the rest over each rank's adapter. One that
 moves rows to `top_k` experts may send a row once to each node, however many of its experts lie there, and
@@ -28,6 +29,7 @@ from math import ceil, log2
 
 BASE, HOP = 3.0, 0.3  # [empirical] in latencies of the link; nccl-tests on A100 (collectives.csv)
 TREE = 0.9  # [empirical] of a ring's rate
+FILL = 0.4  # [empirical] nccl-tests on A100: 197, 212, 222, 229 GB/s of bus at 2, 3, 4, 8 ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Group:
     def rate(self) -> float:
         """Bytes a second of a ring through the group, per rank."""
         if self.nodes == 1:
-            return self.inner.bytes_per_s
+            return self.inner.bytes_per_s * self.inside / (self.inside + FILL)
         out = self.inside * self.outer.bytes_per_s
         return min(self.inner.bytes_per_s, out) if self.inside > 1 else out
 

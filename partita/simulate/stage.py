@@ -5,7 +5,8 @@
 
 A collective inside a block is exposed, but for what its lane runs beside compute: rings of cp beside
 attention, ZeRO's beside everything; tp's beside weight gradients, or in pieces beside its matmuls,
-where the software does so. What is hidden still takes SLOW of itself from the compute beside it.
+where the software does so. What is hidden still takes SLOW of itself from the compute beside it. Lanes
+that run side by side share the links they cross (links.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import ARENAS, axis_name
 from partita.simulate.groups import group_of, place
+from partita.simulate.links import Lane, lengthened
 from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block
@@ -189,7 +191,7 @@ def _part_time(
     found = {n: sum(s for _, s in ks) for n, ks in each.items()}
     launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
-    by_lane: dict[tuple[str, str], Seconds] = defaultdict(lambda: defaultdict(float))
+    lanes: dict[str, dict[str, Lane]] = {"F": {}, "B": {}}
     exchanged = max((c.bytes for c in calls if _is_exchange(c)), default=0)
     for call in calls:
         if _is_exchange(call):  # as long as the more that a rank hands in and takes
@@ -197,21 +199,31 @@ def _part_time(
         s = factor * call.times * call_seconds(call, laid, machine)
         where = "F" if call.phase == "F" else "B"
         launches[where] += call.times if s else 0
-        lane = call.lane if call.lane != "tp" or _hides(call) else "alone"
-        by_lane[where, lane][axis_name(call.axes)] += s
-    for (where, lane), comm in by_lane.items():
-        beside = _beside(where, lane, each, machine.software)
-        for axis, s in _exposed(comm, beside).items():
-            seen[where][axis] += s
-    busy_f = found["F"] + sum(seen["F"].values())
-    busy_b = found["I"] + found["again"] + found["W"] + sum(seen["B"].values())
-    found["host F"] = max(launches["F"] * era.host_s - busy_f, 0.0)
-    found["host B"] = max(launches["B"] * era.host_s - busy_b, 0.0)
+        name = call.lane if call.lane != "tp" or _hides(call) else "alone"
+        lane = lanes[where].setdefault(name, Lane(_beside(where, name, each, era)))
+        lane.add(axis_name(call.axes), _link(call, laid, machine), s)
+    compute = {"F": found["F"], "B": found["I"] + found["again"] + found["W"]}
+    for where, own in lanes.items():
+        longer = lengthened(own, compute[where])
+        for name, lane in own.items():
+            comm = {axis: s * longer[name] for axis, s in lane.by_axis.items()}
+            for axis, s in _exposed(comm, lane.room).items():
+                seen[where][axis] += s
+    for where in ("F", "B"):
+        busy = compute[where] + sum(seen[where].values())
+        found[f"host {where}"] = max(launches[where] * era.host_s - busy, 0.0)
     return found, {where: dict(axes) for where, axes in seen.items()}
 
 
 def _is_exchange(call: Call) -> bool:
     return call.axes == ("ep",) and call.collective == "all_to_all"
+
+
+def _link(call: Call, laid: Laid, machine: Machine) -> str:
+    """The name of the link that holds a call up."""
+    if is_move(call):
+        return call.axes[0]
+    return machine.cluster.link_for(group_of(laid, call.axes)).name
 
 
 def _hides(call: Call) -> bool:
