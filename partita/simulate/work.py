@@ -1,10 +1,12 @@
 """The kernels of a laid block, read off its ops: what runs forward, and in each half of backward.
 
     linear      a matmul; linears side by side that read one tensor are one. Backward: one for the input
-                (I), one for the weight (W), which adds to the stored gradient
+                (I), one for the weight (W), which adds to the stored gradient. A convolution is one, its
+                windows as rows; it reads each element of its input once
     attention   fused (three reads): half of its square, causal; backward 2.5 times. Explicit: batched
                 matmuls over the whole square, and the probabilities pass through memory
-    elementwise neighbours (bias, map, mask) are one kernel: it reads what comes from outside, writes its end
+    elementwise neighbours (bias, map, mask, relu) are one kernel: it reads what comes from outside,
+                writes its end
     the rest    what it reads and writes passes through memory
 
 Nothing here knows a room, an axis or a model.
@@ -20,7 +22,8 @@ from partita.cost.kernels import Kernel
 from partita.parallel.read import BYTES, once, replayed, tensor_bytes
 from partita.spec.program import Block, Op, Sizes
 
-ELEMENTWISE = ("bias", "map", "mask")
+ELEMENTWISE = ("bias", "map", "mask", "relu")
+MATMULS = ("linear", "conv")
 FLASH_BACKWARD = 2.5  # five matmuls for two: the scores are made again
 WEIGHT_WELL = (
     0.87  # [empirical] weight gradients read both operands across (Korthikanti et al., table 4)
@@ -84,9 +87,9 @@ def _kernels(
 ) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
     """Forward, input half and weight half of ops that run as one."""
     first = group[0]
-    if first.is_region:
+    if first.is_region or first.kind == "join":  # a view
         return [], [], []
-    if first.kind == "linear":
+    if first.kind in MATMULS:
         return _linear(group, block, sizes, dtype)
     if first.kind == "attention":
         return _attention(first, block, sizes)
@@ -118,8 +121,9 @@ def _linear(
         n, trained = n + rows, trained + (0 if op.frozen else rows)
     count, m = count * each, -(-m // each)
     size, kind = BYTES[w.dtype], dtype or w.dtype
-    moved = float(size * count * (m * k + k * n + m * n))
-    grown = size * count * (m * k + k * trained + m * trained) + STATE_BYTES * count * k * trained
+    read = x.local(sizes) if first.kind == "conv" else count * m * k
+    moved = float(size * (read + count * (k * n + m * n)))
+    grown = size * (read + count * trained * (k + m)) + STATE_BYTES * count * k * trained
     return (
         [Kernel("matmul", moved, m, n, k, count, dtype=kind)],
         [Kernel("matmul", moved, m, k, n, count, dtype=kind)],

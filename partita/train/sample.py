@@ -71,7 +71,7 @@ def continue_text(
     data = open_job_data(job)
     if data.tokenizer is None:
         raise UsageError(
-            f"{job.data.source} is tokens without a tokenizer: nothing can be read or written as text"
+            f"{job.data.source} has no tokenizer: nothing can be read or written as text"
         )
     ids = list(data.tokenizer.encode(prompt))
     if not ids:

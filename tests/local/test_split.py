@@ -10,10 +10,12 @@ from torch import nn
 
 from partita.comm.local import local
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.train.build import microbatch
 from partita.train.data import open_dataset
 from partita.verify.parity import verify
+from partita.verify.shrink import shrink
 
 PLANS = (
     "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16",
@@ -33,6 +35,7 @@ def test_a_split_equals_one_device(plan, tmp_path):
         job = replace(job, train=replace(job.train, clip_grad_norm=0.0))
     found = verify(job)
     assert found.equal, str(found)
+    assert all(s.loss > 0.1 for t in found.trials for s in t.judge)
 
 
 @pytest.mark.parametrize("plan", ["split2 pp2:zb_h1/2mb fp64", "split2 dp_shard2.zero3 bf16"])
@@ -111,3 +114,10 @@ def test_the_program_does_not_drift(plan, tmp_path):
         for traffic, weights, first, calls in ranks.run(recorded_in_order, job):
             assert traffic and weights
             assert sorted(c for c in first if c[1] in "FB") == sorted(calls)
+
+
+def test_a_model_too_big_is_shrunk_with_its_groups():
+    job = Job.of("alexnet", "laptop", "split2 dp_shard8.zero1 2mb", global_batch_size=64, seq_len=1)
+    small, told = shrink(job)
+    assert told and small.model.image.groups == 2 and small.model.image.joins == (3,)
+    assert small.plan.mesh.split == 2 and small.model.parameters() < 100_000

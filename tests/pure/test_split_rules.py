@@ -11,6 +11,7 @@ from partita.parallel.execute import execute
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import flops
 from partita.simulate.predict import simulate
+from partita.simulate.work import block_work
 from partita.spec.families import program
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
@@ -101,6 +102,12 @@ def test_a_plan_is_judged_and_refused_in_words():
     job = Job.of("alexnet", "laptop", "split2 2mb", global_batch_size=8, seq_len=1)
     found = simulate(job)
     assert found.step_time_s and found.ledgers[0].peak_bytes > 60e6 * 16 / 2
+    blocks = [block_work(b, found.laid.sizes) for b in found.laid.program.blocks]
+    matmuls = [k for w in blocks for k in w.forward if k.kind == "matmul"]
+    assert (
+        sum(2 * k.m * k.n * k.k * k.count for k in matmuls) == 4 * 724_406_816
+    )  # half of 8 images
+    assert 0 < found.mfu < 1
     wrong = problems(Request(Plan.parse("split4 cp2:ring fp8"), ALEXNET, 1))
     assert {p.rule for p in wrong} >= {"groups", "axes", "fp8"}
     llama = problems(Request(Plan.parse("split2"), ModelSpec.from_preset("tiny"), 8))

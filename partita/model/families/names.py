@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from partita.base.errors import UsageError
 from partita.spec.hf_kinds import kind_of
 from partita.spec.model import ModelSpec
 
@@ -64,6 +65,8 @@ class Source:
 
 def names(spec: ModelSpec) -> tuple[Source, ...]:
     """Every tensor of the model and where it lies in a Hugging Face folder, in program order."""
+    if spec.family not in PREFIX:
+        raise UsageError(f"family {spec.family} has no Hugging Face layout", key="family")
     prefix, hidden, tables = PREFIX[spec.family], spec.hidden, (spec.vocab, spec.hidden)
     layer = _llama_layer if spec.family == "llama" else _gpt2_layer
     words = "embed_tokens" if spec.family == "llama" else "wte"
