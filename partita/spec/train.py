@@ -77,6 +77,7 @@ class TrainSpec:
     checkpoint_every: int = 0  # 0: only at the end
     keep_last: int = 2
     comm_timeout_s: float = 60.0
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     frozen: tuple[str, ...] = ()  # patterns of weights' names that are not trained
     trainable: tuple[str, ...] = ()  # patterns: no other weight is trained
 

@@ -27,6 +27,7 @@ from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
 from partita.train.resume import begin_save, load_run, pieces
+from partita.train.track import tracking
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Loop:
             metrics.truncate_after(done)
         self._saved = done
         start = time.perf_counter()
-        with _bar(context.rank == 0, job, done) as bar:
+        speaks = context.rank == 0
+        with _bar(speaks, job, done) as bar, tracking(job, self.folder, done, speaks) as track:
             for step in range(done, job.train.steps):
                 last = step + 1 == job.train.steps
                 self._drained = last or self._is_due(step + 1) or self._leaves
@@ -76,6 +78,7 @@ class Loop:
                 if context.rank == 0:
                     metrics.write(line)
                     bar.update(step + 1, self._facts(line))
+                    track.log(line)
                 if self._after(step + 1, last):
                     outcome.stopped_by = self.control.stop_signal
                     break
