@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.plain import Llama, loss_of
 from partita.spec.model import ModelSpec
@@ -27,9 +28,12 @@ def _autocast(bf16: bool):
     return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
 
 
-def plain(s: ModelSpec, seq_len: int, bf16: bool):
+def plain(s: ModelSpec, seq_len: int, bf16: bool, checkpointed: bool = False):
     """One rank, no parallelism."""
     model = Llama(s, seq_len, range(s.layers))
+    if checkpointed:
+        for i, layer in model.layers.items():
+            model.layers[i] = Checkpointed(layer)
     optimizer = _optimizer(model)
     ids, targets = inputs(s, seq_len)
 
@@ -41,6 +45,22 @@ def plain(s: ModelSpec, seq_len: int, bf16: bool):
         optimizer.step()
 
     return step
+
+
+class Checkpointed(torch.nn.Module):
+    """A layer under torch.utils.checkpoint."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return checkpoint(self.layer, *inputs, use_reentrant=False)
+
+
+def recomputed(s: ModelSpec, seq_len: int, bf16: bool):
+    """One rank, every layer checkpointed."""
+    return plain(s, seq_len, bf16, checkpointed=True)
 
 
 def one_thread(s: ModelSpec, seq_len: int, bf16: bool):

@@ -36,6 +36,7 @@ SIZES = {
 ROWS = (
     ("one rank", "1mb", peers.plain, 1),
     ("experts", "1mb", peers.plain, 1),
+    ("recompute", "1mb recompute:full", peers.recomputed, 1),
     ("dp", "dp2 1mb", peers.ddp, 2),
     ("zero1", "dp_shard2.zero1 1mb", peers.zero1, 2),
     ("zero3", "dp_shard2.zero3 1mb", peers.zero3, 2),

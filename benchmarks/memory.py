@@ -1,0 +1,114 @@
+"""`python -m benchmarks.memory [--size half]`: the peak of a training step, ours beside each peer.
+
+Ours and the peer run in processes of their own, two ranks of one thread. A thread samples what malloc has
+handed out (mallinfo2: arenas and mapped blocks) while three steps run; the figure is the highest sample over
+what was there before the model was built, on the rank that has more. Our shared-memory segment, which
+malloc does not see, is added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import peers
+from benchmarks.run import SIZES, job_of, ours
+from partita.base.text import table
+from partita.comm.processes import start_ranks
+from partita.comm.shm import ShmWorld
+from tests.local.measured_memory import in_use
+
+STEPS, EVERY_S = 3, 0.0005
+ROWS = (
+    ("dp", "dp2 1mb", peers.ddp),
+    ("zero1", "dp_shard2.zero1 1mb", peers.zero1),
+    ("zero3", "dp_shard2.zero3 1mb", peers.zero3),
+    ("tp", "tp2 1mb", peers.tensor),
+    ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b")),
+)
+
+
+class Peak:
+    """Samples malloc while it is entered."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.highest = in_use()
+        self.over = False
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.over:
+            self.highest = max(self.highest, in_use())
+            time.sleep(EVERY_S)
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        self.thread.join()
+
+    @property
+    def grown(self) -> int:
+        return self.highest - self.before
+
+
+def rank_of(rank: int, writer, folder: str, size: str, name: str, dtype: str, mine: bool) -> None:
+    """One rank of one subject: sends the bytes its steps took at most."""
+    torch.set_num_threads(1)
+    _, plan, make = next(r for r in ROWS if r[0] == name)
+    job, segment = job_of(size, name, f"{plan} {dtype}", folder), 0
+    if mine:
+        world = ShmWorld(rank, 2, Path(folder) / "world")
+        segment = sum(p.stat().st_size for p in Path("/dev/shm").glob("*world*")) // 2
+    else:
+        store = dist.FileStore(f"{folder}/store", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with Peak() as peak:
+        step = ours(job, world) if mine else make(job.model, SIZES[size][1], dtype == "bf16")
+        for _ in range(STEPS):
+            step()
+    writer.send(peak.grown + segment)
+
+
+def measured(size: str, name: str, dtype: str, mine: bool) -> int:
+    """Bytes of the rank that took more."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = start_ranks(2, rank_of, (folder, size, name, dtype, mine), ["torch"])
+        found = max(reader.recv() for _, reader in ranks)
+        for process, _ in ranks:
+            process.join(5)
+            process.kill()
+    return found
+
+
+def main() -> None:
+    """Runs the table and prints it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", default="half", choices=SIZES)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--rows", nargs="+", default=[r[0] for r in ROWS])
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    out = []
+    for name in asked.rows:
+        for dtype in asked.dtypes:
+            a, b = (measured(asked.size, name, dtype, mine) for mine in (True, False))
+            out.append({"row": name, "dtype": dtype, "ours_bytes": a, "peer_bytes": b})
+    rows = [
+        [x["row"], x["dtype"], f"{x['ours_bytes'] / 1e6:.0f}", f"{x['peer_bytes'] / 1e6:.0f}",
+         f"{x['ours_bytes'] / x['peer_bytes']:.2f}"]
+        for x in out
+    ]  # fmt: skip
+    header = ["row", "dtype", "ours MB", "peer MB", "ratio"]
+    print(json.dumps({"format": 1, "rows": out}) if asked.json else table(rows, header))
+
+
+if __name__ == "__main__":
+    main()
