@@ -34,7 +34,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(PYTEST) tests/house tests/pure -m "not slow"
+	$(PYTEST) tests/house tests/pure -m "not slow" -n 2 --dist worksteal
 
 # Thread ranks of one process share a core: two processes at a time. What starts processes runs alone.
 TWO := -n 2 --dist worksteal --session-timeout=590 --durations=10
