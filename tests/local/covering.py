@@ -21,7 +21,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
     ),
     "offload": ("", "offload:cpu", "offload:nvme"),
-    "model": ("llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2"),
+    "model": (
+        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2", "alexnet split2",
+    ),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 Row = dict[str, str]
@@ -29,12 +31,19 @@ Row = dict[str, str]
 
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
-    cut too, and no gradients are sharded, nor states offloaded, where stages update on their own."""
+    cut too, images are cut by no tp or cp, and no gradients are sharded, nor states offloaded, where stages
+    update on their own."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
+    images = row["model"].startswith("alexnet")
+    if images and (row["tensor"] or row["context"]):
+        return False
     world = (
-        fold * (2 if "dp_replicate2" in row["data"] else 1) * (2 if row["pipeline"] != "2mb" else 1)
+        (2 if images else 1)
+        * fold
+        * (2 if "dp_replicate2" in row["data"] else 1)
+        * (2 if row["pipeline"] != "2mb" else 1)
     )
     if world > MOST_RANKS:
         return False
@@ -62,7 +71,7 @@ def wanted() -> set[tuple[str, str, str, str]]:
 
 
 def _completed(part: Row, draw: random.Random) -> Row | None:
-    for _ in range(200):
+    for _ in range(1000):
         row = {n: part.get(n) or draw.choice(v) for n, v in FEATURES.items()} | part
         if legal(row):
             return row
@@ -92,6 +101,6 @@ def line(row: Row) -> str:
     words.append(row["offload"])
     return " ".join(
         [w for w in words if w]
-        + row["model"].split()[1:] * row["model"].startswith("moe")
+        + row["model"].split()[1:] * row["model"].startswith(("moe", "alexnet"))
         + ["fp64"]
     )

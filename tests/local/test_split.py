@@ -10,6 +10,7 @@ from torch import nn
 
 from partita.comm.local import local
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.parallel.regions import Region
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.train.build import microbatch
@@ -19,21 +20,14 @@ from partita.verify.shrink import shrink
 
 PLANS = (
     "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16",
-    "split2 pp2:zb_h1/4mb dp_shard2.zero3 fp64", "split2 dp_shard2.zero1 pp2:dualpipe/4mb fp64",
-    "pp2:interleaved_1f1bx2/4mb split2 recompute:full recompute.collectives=keep fp64",
     "split4 dp_shard2.zero2 2mb recompute:full recompute.every=2 fp64",
-    "split2 pp2:pipedream/4mb fp64",
     "recompute:selective split2 order:pp,dp_replicate,cp,dp_shard,tp pp2/2mb fp64",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_split_equals_one_device(plan, tmp_path):
-    drops = {"dropout": 0.0, "batch": 8} if "pipedream" in plan else {}
-    job = image_jobs.job(tmp_path, plan, **drops)
-    if "pipedream" in plan:
-        job = replace(job, train=replace(job.train, clip_grad_norm=0.0))
-    found = verify(job)
+    found = verify(image_jobs.job(tmp_path, plan))
     assert found.equal, str(found)
     assert all(s.loss > 0.1 for t in found.trials for s in t.judge)
 
@@ -44,6 +38,23 @@ def test_kernels_may_be_frozen(plan, tmp_path):
     train = replace(job.train, frozen=("embedding.*", "blocks.*.conv.kernel"))
     found = verify(replace(job, train=train))
     assert found.equal and found.traffic_equal, str(found)
+
+
+def test_a_gradient_that_no_one_adds_up_is_named(monkeypatch, tmp_path):
+    """Where groups meet each rank has a part of the gradient; one that keeps its own share of its own part
+    is found in backward, with the collective that is missing."""
+    whole = Region.backward
+
+    def alone(self, dx):
+        if "conv.join" not in self.site:
+            return whole(self, dx)
+        return dx.chunk(self.comm.size, 1)[self.comm.rank].clone()
+
+    monkeypatch.setattr(Region, "backward", alone)
+    found = verify(image_jobs.job(tmp_path, "split2 fp64"))
+    at = found.divergence
+    assert not found.equal and at is not None and at.phase == "backward"
+    assert at.module == "blocks.0" and at.expected == ("reduce_scatter", "split")
 
 
 class Plain(nn.Module):
