@@ -102,12 +102,12 @@ def initial_value(
 ) -> Tensor:
     """A new model's values of `box` of the weight `name` ('blocks.3.attention.wo') of `shape`.
 
-    Norm scales 1, biases 0, matrices normal with std 0.02; the outputs that are added to the
+    Norm scales 1, biases and LoRA's B 0, matrices normal with std 0.02; the outputs that are added to the
     residual stream (wo, down, fc2) with std 0.02 / sqrt(2 * layers). What a ReLU follows (kernels and
     linears of image models, [groups, outputs, inputs ...]) with std sqrt(2 / inputs) (He et al. 2015).
     """
     size = [b - a for a, b in box]
-    if name.endswith("_bias"):
+    if name.endswith(("_bias", "_lora_b")):
         return torch.zeros(size, dtype=dtype, device=device)
     if name.endswith("norm"):
         return torch.ones(size, dtype=dtype, device=device)

@@ -141,13 +141,14 @@ class Reference:
                 q, k, v, attn_mask=None if plain else mask, is_causal=plain
             )
         wo = self.weight(f"{name}.attention.wo").flatten(1)
-        y = self.linear(a.transpose(1, 2).flatten(2), wo)
+        a = a.transpose(1, 2).flatten(2)
+        y = self.adapted(f"{name}.attention.wo", a, self.linear(a, wo))
         return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
 
     def heads(self, name: str, h: Tensor) -> Tensor:
         """[batch, heads, seq, head_dim] of a projection [heads, head_dim, hidden]."""
         w = self.weight(name)
-        y = self.linear(h, w.flatten(0, 1))
+        y = self.adapted(name, h, self.linear(h, w.flatten(0, 1)))
         if f"{name}_bias" in self.weights:
             y = y + self.weight(f"{name}_bias").flatten()
         return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
@@ -163,11 +164,25 @@ class Reference:
         if self.spec.has_experts(int(name.rpartition(".")[2])):
             return moe(self, name, h)
         if self.spec.family == "llama":
-            gate, up = (self.linear(h, w) for w in self.weight(f"{name}.mlp.gate_up"))
-            return self.linear(silu(gate) * up, self.weight(f"{name}.mlp.down"))
-        h = self.linear(h, self.weight(f"{name}.mlp.fc1")) + self.weight(f"{name}.mlp.fc1_bias")
-        h = self.linear(gelu(h, approximate="tanh"), self.weight(f"{name}.mlp.fc2"))
+            gate, up = (self.dense(f"{name}.mlp.gate_up", h, i) for i in (0, 1))
+            return self.dense(f"{name}.mlp.down", silu(gate) * up)
+        h = self.dense(f"{name}.mlp.fc1", h) + self.weight(f"{name}.mlp.fc1_bias")
+        h = self.dense(f"{name}.mlp.fc2", gelu(h, approximate="tanh"))
         return h + self.weight(f"{name}.mlp.fc2_bias")
+
+    def dense(self, name: str, x: Tensor, part: int | None = None) -> Tensor:
+        """A matrix, or the `part` of a pair of them, with its adapter."""
+        w = self.weight(name)
+        return self.adapted(name, x, self.linear(x, w if part is None else w[part]), part)
+
+    def adapted(self, name: str, x: Tensor, y: Tensor, part: int | None = None) -> Tensor:
+        """y + (alpha / rank) B A x, where the linear has LoRA's A and B."""
+        if f"{name}_lora_a" not in self.weights:
+            return y
+        a, b = self.weight(f"{name}_lora_a"), self.weight(f"{name}_lora_b")
+        a, b = (a, b) if part is None else (a[part], b[part])
+        h = x @ a.flatten(1).t()
+        return torch.add(y, h @ b.flatten(0, -2).t(), alpha=self.spec.lora_scale)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm, or LayerNorm where the family has biases."""

@@ -8,6 +8,7 @@ the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -35,9 +36,11 @@ from partita.parallel.regions import Regions
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.embedding import Lookup
 from partita.parallel.tp.linear import IDENTITY, AddBias, Column, Row
+from partita.parallel.tp.lora import LowRank
 from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit, Weight
 from partita.spec.families.moe import capacity
+from partita.spec.lora import A, B
 from partita.spec.model import ModelSpec
 from partita.spec.program import Block
 from partita.spec.program import Tensor as Named
@@ -69,11 +72,26 @@ class Maker:
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
         biases = [b for n in names if (b := self.bias(n)) is not None]
-        return Column.of([self.weight(n) for n in names], self.regions.at(after), biases)
+        weights, low, rows = [self.weight(n) for n in names], [], 0
+        for name, w in zip(names, weights, strict=True):
+            low += [self.low_rank(name, rows)] if self.adapts(name) else []
+            rows += prod(w.shape[:-1])
+        return Column.of(weights, self.regions.at(after), biases, low)
 
     def row(self, name: str) -> Row:
         """A linear and the region behind it."""
-        return Row.of(self.weight(name), self.regions.at(name), self.bias(name))
+        low = self.low_rank(name) if self.adapts(name) else None
+        return Row.of(self.weight(name), self.regions.at(name), self.bias(name), low)
+
+    def adapts(self, name: str) -> bool:
+        """Whether a linear has LoRA's A and B beside it."""
+        return f"{name}{A}" in self.block.tensors
+
+    def low_rank(self, name: str, first: int = 0) -> LowRank:
+        """A linear's A and B; its rows begin at `first`."""
+        groups = 2 if self.block.tensors[f"{name}{A}"].dims[0].name == "pair" else 1
+        a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
+        return LowRank.of(a, b, groups, self.spec.lora_scale, first)
 
     def dropout(self, site: str, mask: str) -> Dropout | None:
         """The site whose mask is the tensor `mask` of the block; its box is this rank's part."""

@@ -36,15 +36,25 @@ from partita.spec.program import Op
 
 
 def linear(op: Op, at: Place, get: Get) -> Found:
-    """Needs its input for the weight's gradient."""
-    return {op.writes: contract(at.dims(op.writes), get(op.reads[0]), get(op.weights[0]))}
+    """Needs its input for the weight's gradient; LoRA's B A x is added."""
+    out, x = at.dims(op.writes), get(op.reads[0])
+    y = contract(out, x, get(op.weights[0]))
+    low = [contract(out, x, *map(get, op.weights[1:]))] if op.extra else []
+    return {op.writes: total(out, y, *low)}
 
 
 def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     """Two contractions; of frozen weights one."""
     x, w = op.reads[0], op.weights[0]
-    dx = {x: contract(at.dims(x), g, get(w))}
-    return dx if op.frozen else dx | {w: contract(at.dims(w), g, get(x))}
+    dx = contract(at.dims(x), g, get(w))
+    found: Found = {} if op.frozen else {w: contract(at.dims(w), g, get(x))}
+    if op.extra:
+        a, b = op.weights[1:]
+        dx = total(at.dims(x), dx, contract(at.dims(x), g, get(a), get(b)))
+        if op.saves:
+            found[a] = contract(at.dims(a), g, get(x), get(b))
+            found[b] = contract(at.dims(b), g, get(x), get(a))
+    return found | {x: dx}
 
 
 def bias(op: Op, at: Place, get: Get) -> Found:

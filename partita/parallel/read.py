@@ -128,7 +128,12 @@ def state_bytes(block: Block, sizes: Sizes, arena: str = "device") -> Counter[st
 
 def op_flops(op: Op, sizes: Sizes) -> int:
     """FLOPs of one op's forward on one rank (attention: the full square)."""
-    return op.flops_per_point * prod(d.local(sizes) for d in op.space) if op.space else 0
+    if not op.space:
+        return 0
+    points = (
+        prod(d.local(sizes) for d in space) for space in (op.space, *(s for s, _ in op.extra))
+    )
+    return op.flops_per_point * sum(points)
 
 
 def backward_factor(op: Op) -> float:
@@ -139,11 +144,17 @@ def backward_factor(op: Op) -> float:
     return 2.5 if op.kind == "attention" and len(op.reads) == 3 else 2.0
 
 
+def backward_flops(op: Op, sizes: Sizes) -> float:
+    """FLOPs of one op's backward on one rank."""
+    extra = sum((f - backward_factor(op)) * prod(d.local(sizes) for d in s) for s, f in op.extra)
+    return backward_factor(op) * op_flops(op, sizes) + op.flops_per_point * extra
+
+
 @once
 def flops(block: Block, sizes: Sizes) -> dict[str, float]:
     """FLOPs of one microbatch by phase: F, B, and replay, what recomputation adds to B."""
     return {
         "F": sum(op_flops(op, sizes) for op in block.ops()),
-        "B": sum(backward_factor(op) * op_flops(op, sizes) for op in block.ops()),
+        "B": sum(backward_flops(op, sizes) for op in block.ops()),
         "replay": sum(op_flops(op, sizes) for op in replayed(block)),
     }

@@ -22,7 +22,7 @@ from partita.base.errors import Problem
 from partita.spec.frozen import Frozen
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Event, Op, Program, Sizes, Tensor, rewrite
+from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor, rewrite
 
 ACROSS = ("tied", "pp/copy")  # two places on pp: the holders of a tied weight, of a stage's copies
 ARENAS = ("host", "disk")  # axes of copies: between the device and its host, the host and its disk
@@ -99,7 +99,14 @@ def cut(
 
 def cut_space(op: Op, dims: Iterable[str], axis: str) -> Op:
     """Cuts an op's iteration space: FLOPs are its local points."""
-    return replace(op, space=cut_tensor(Tensor("", op.space), dims, axis).dims) if op.space else op
+    if not op.space:
+        return op
+    names = tuple(dims)
+
+    def one(space: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        return cut_tensor(Tensor("", space), names, axis).dims
+
+    return replace(op, space=one(op.space), extra=tuple((one(s), f) for s, f in op.extra))
 
 
 def cut_everywhere(block: Block, dims: Iterable[str], axis: str) -> Block:

@@ -124,13 +124,25 @@ def _linear(
     read = x.local(sizes) if first.kind == "conv" else count * m * k
     moved = float(size * (read + count * (k * n + m * n)))
     grown = size * (read + count * trained * (k + m)) + STATE_BYTES * count * k * trained
-    return (
-        [Kernel("matmul", moved, m, n, k, count, dtype=kind)],
-        [Kernel("matmul", moved, m, k, n, count, dtype=kind)],
-        [Kernel("matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL)]
-        if trained
-        else [],
-    )
+    forward = [Kernel("matmul", moved, m, n, k, count, dtype=kind)]
+    back = [Kernel("matmul", moved, m, k, n, count, dtype=kind)]
+    weight = Kernel("matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL)
+    low = [(kernel, w) for op in group for kernel, w in _low_rank(op, block, sizes)]
+    forward += [kernel for kernel, _ in low]
+    back += [kernel for kernel, _ in low]
+    again = [kernel for kernel, times in low for _ in range(times)]
+    return forward, back, ([weight] if trained else []) + again
+
+
+def _low_rank(op: Op, block: Block, sizes: Sizes) -> Iterable[tuple[Kernel, int]]:
+    """LoRA's matmuls, each with how often one like it runs in the weight half."""
+    for (space, factor), name in zip(op.extra, op.weights[1:], strict=True):
+        w = block.tensors[name]
+        elements = w.local(sizes)
+        m = prod(d.local(sizes) for d in space) // elements
+        rank = next(d.local(sizes) for d in w.dims if d.name == "rank")
+        moved = float(BYTES[w.dtype] * (elements + m * (rank + elements // rank)))
+        yield Kernel("matmul", moved, m, rank, elements // rank, dtype=w.dtype), int(factor) - 1
 
 
 def _attention(

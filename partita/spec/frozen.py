@@ -59,10 +59,16 @@ def freeze(program: Program, rule: Frozen) -> Program:
 
 def _freeze(block: Block, held: frozenset[str]) -> Block:
     def one(op: Op) -> Op:
-        if not op.weights or not held.issuperset(op.weights):
+        if not held.intersection(op.weights):
             return op
-        saves = () if op.kind in KEEP_INPUT else op.saves
-        return replace(op, frozen=True, saves=saves)
+        none = held.issuperset(op.weights) and op.kind in KEEP_INPUT
+        extra = op.extra
+        if extra:  # h again and dA; dB
+            a, b = (name not in held for name in op.weights[1:])
+            extra = ((extra[0][0], 1.0 + a + b), (extra[1][0], 1.0 + b))
+        return replace(
+            op, frozen=op.weights[0] in held, saves=() if none else op.saves, extra=extra
+        )
 
     segments = tuple(replace(s, ops=tuple(map(one, s.ops))) for s in block.segments)
     tensors = {n: replace(t, frozen=n in held) for n, t in block.tensors.items()}

@@ -18,10 +18,12 @@ from partita.base.config import decode, encode, to_toml
 from partita.base.errors import Problem, UsageError
 from partita.spec.cluster import Cluster
 from partita.spec.frozen import Frozen
+from partita.spec.lora import A, B
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.train import DataSpec, TrainSpec
 
+ADAPTERS = Frozen(trainable=(f"*{A}", f"*{B}"))
 __all__ = ["DataSpec", "Job", "TrainSpec"]
 
 
@@ -69,8 +71,9 @@ class Job:
 
     @property
     def frozen(self) -> Frozen:
-        """Which weights are not trained."""
-        return Frozen(self.train.frozen, self.train.trainable)
+        """Which weights are not trained; with LoRA, unless patterns say otherwise, all but its own."""
+        stated = Frozen(self.train.frozen, self.train.trainable)
+        return ADAPTERS if self.model.lora_rank and not stated else stated
 
     @staticmethod
     def load(source: str | Path | Mapping[str, Any], *overrides: str) -> Job:

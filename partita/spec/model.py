@@ -25,6 +25,7 @@ from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
+from partita.spec.lora import DEFAULT, check_lora
 from partita.spec.model_check import LIMITS, check_experts, check_range, check_relations
 
 PRESETS = Path(__file__).parent / "presets" / "models"
@@ -91,6 +92,9 @@ class ModelSpec:
     z_loss: float = 0.0  # coefficient, of each token
     capacity_factor: float | None = None  # None: no token is dropped
     image: ImageSpec | None = None  # alexnet; hidden units and vocab classes, layers as it has them
+    lora_rank: int = 0  # 0: no adapters
+    lora_alpha: float = 0.0  # 0: lora_rank
+    lora_targets: tuple[str, ...] = ()  # linears of a layer by name; empty: wq, wv
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -109,11 +113,15 @@ class ModelSpec:
         }
         if self.experts:
             derived["expert_ffn_hidden"] = self.expert_ffn_hidden or derived["ffn_hidden"]
+        if self.lora_rank:
+            derived["lora_alpha"] = self.lora_alpha or float(self.lora_rank)
+            derived["lora_targets"] = self.lora_targets or DEFAULT
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         check_range(self, "kv_heads", "head_dim", "ffn_hidden")
         check_relations(self)
         check_experts(self)
+        check_lora(self)
 
     @property
     def has_biases(self) -> bool:
@@ -176,7 +184,29 @@ class ModelSpec:
             q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
             linears = q + 2 * kv + self.hidden + self.ffn_hidden + self.hidden
             found += self.layers * (linears + 2 * self.hidden) + self.hidden
-        return found
+        return found + self._adapters()
+
+    def _adapters(self) -> int:
+        """LoRA's: rank rows and columns for every target."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        widths = {
+            "wq": self.hidden + q,
+            "wo": self.hidden + q,
+            "wk": self.hidden + kv,
+            "wv": self.hidden + kv,
+        }
+        mlp = self.hidden + self.ffn_hidden
+        dense = self.layers - self.expert_layers
+        found = 0
+        for target in self.lora_targets:
+            times = 2 if target == "gate_up" else 1
+            found += self.layers * widths[target] if target in widths else dense * times * mlp
+        return self.lora_rank * found
+
+    @property
+    def lora_scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.lora_alpha / self.lora_rank
 
     def attention_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"

@@ -124,7 +124,12 @@ class Op:
     axes: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
     lane: str = "compute"
-    frozen: bool = False  # all its weights are: backward makes the gradient of what it reads alone
+    frozen: bool = (
+        False  # its (first) weight is: backward makes the gradient of what it reads alone
+    )
+    extra: tuple[
+        tuple[tuple[Dim, ...], float], ...
+    ] = ()  # LoRA: spaces more, backward over forward
 
     @property
     def segment(self) -> str:

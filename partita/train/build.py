@@ -36,6 +36,7 @@ from partita.parallel.units import Unit, make_units
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import product_coordinate
+from partita.spec.lora import is_adapter
 from partita.train.data import Dataset, open_dataset
 from partita.train.devices import device_of
 from partita.train.pipeline import data_parallel, make_evaluator, make_executor, make_flow
@@ -220,13 +221,15 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
     if job.init == "pretrained" and job.model_path is not None:
         from partita.model.families.read import read_slices
 
-        reader = read_slices(Path(job.model_path), job.model)
-        value = reader.read
+        read = read_slices(Path(job.model_path), job.model).read
     else:
+        read = None
 
-        def value(name: str, box: Any) -> Tensor:
-            shape = laid.layouts[name].shape
-            return initial_value(job.seed, name, shape, box, layers=job.model.layers)
+    def value(name: str, box: Any) -> Tensor:
+        if read is not None and not is_adapter(name):
+            return read(name, box)
+        shape = laid.layouts[name].shape
+        return initial_value(job.seed, name, shape, box, layers=job.model.layers)
 
     def fill(unit: Unit) -> None:
         for weight, *_ in unit.places:

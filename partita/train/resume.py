@@ -55,7 +55,7 @@ def header(job: Job, stated: Stated) -> Header:
     spec = job.model
     t = job.train
     optimizer = {"name": t.optimizer, "betas": list(t.betas), "eps": t.eps, "momentum": t.momentum}
-    if frozen := [n for n in stated.layouts if job.frozen.holds(n)]:
+    if frozen := sorted(n for n in stated.layouts if job.frozen.holds(n)):
         optimizer["frozen"] = frozen
     return Header(
         plan=str(job.plan),

@@ -79,8 +79,10 @@ class Eight:
 
 
 def product_of(precision: PrecisionPlan, weight: str) -> Product:
-    """How a weight is multiplied under a plan: plainly, or of fp8 inputs; tables stay as they are."""
-    eight = precision.dtype == "fp8" and not weight.endswith(".table")
+    """How a weight is multiplied under a plan: plainly, or of fp8 inputs; tables and LoRA's stay as they
+    are."""
+    plain = weight.endswith((".table", "_lora_a", "_lora_b"))
+    eight = precision.dtype == "fp8" and not plain
     return Eight(precision) if eight else PLAIN
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from partita.comm.protocol import Handle
 from partita.parallel.regions import IDENTITY, Region
+from partita.parallel.tp.lora import LowRank
 from partita.parallel.units import Matrix, Weight, matrices
 
 
@@ -31,16 +32,22 @@ class Column:
     matrices: tuple[Matrix, ...]
     biases: tuple[Weight, ...]
     region: Region
+    low: tuple[LowRank, ...] = ()
 
     @staticmethod
-    def of(weights: Sequence[Weight], region: Region, biases: Sequence[Weight] = ()) -> Column:
+    def of(
+        weights: Sequence[Weight],
+        region: Region,
+        biases: Sequence[Weight] = (),
+        low: Sequence[LowRank] = (),
+    ) -> Column:
         """Weights whose last dim is the input's; neighbours become one matmul."""
-        return Column(tuple(matrices(weights)), tuple(biases), region)
+        return Column(tuple(matrices(weights)), tuple(biases), region, tuple(low))
 
     @property
     def trains(self) -> bool:
         """Whether some matrix has a gradient: only then x is kept."""
-        return any(m.trains for m in self.matrices)
+        return any(m.trains for m in (*self.matrices, *self.low))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Moves x by the region and multiplies."""
@@ -50,11 +57,15 @@ class Column:
         """x [..., columns] by all matrices, biases added."""
         parts = [m.multiply(x) for m in self.matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        for low in self.low:
+            low.add(y, x)
         if self.biases:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
         return y
 
-    def accumulate(self, dy: Tensor, x: Tensor | None, whole: Handle | None) -> None:
+    def accumulate(
+        self, dy: Tensor, x: Tensor | None, whole: Handle | None, dhs: Sequence[tuple[Tensor, ...]]
+    ) -> None:
         """Adds the weight gradients of dy [..., rows] and x [..., columns], None where no matrix wants it;
         where x was moved by a gather, `whole` is that under way once more, or None: a W starts it itself."""
         dy = dy.reshape(-1, dy.shape[-1])
@@ -65,6 +76,8 @@ class Column:
             rows = [m.shape[0] for m in self.matrices]
             for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
                 m.accumulate(part, x)
+            for low, dh in zip(self.low, dhs, strict=True):
+                low.accumulate(dy, x, dh)
         if self.biases:
             total = dy.sum(0, dtype=self.biases[0].gradient.dtype)
             sizes = [prod(b.shape) for b in self.biases]
@@ -95,9 +108,10 @@ class _Column(torch.autograd.Function):
         dx = layer.matrices[0].back(parts[0])
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
             dx += m.back(part)
+        dhs = [low.back(dy, dx) for low in layer.low]
         under_way = layer.region.start_backward(dx)
         if x is not None or any(b.trains for b in layer.biases):
-            queue.add(layer.accumulate, dy, x, whole)
+            queue.add(layer.accumulate, dy, x, whole, dhs)
         return under_way.wait(), None
 
 
@@ -108,11 +122,26 @@ class Row:
     matrix: Matrix
     region: Region
     bias: Weight | None = None
+    low: LowRank | None = None
 
     @staticmethod
-    def of(weight: Weight, region: Region, bias: Weight | None = None) -> Row:
+    def of(
+        weight: Weight, region: Region, bias: Weight | None = None, low: LowRank | None = None
+    ) -> Row:
         """A weight whose first dim is the output's, the others folded into columns."""
-        return Row(weight.matrix(columns=len(weight.shape) - 1), region, bias)
+        return Row(weight.matrix(columns=len(weight.shape) - 1), region, bias, low)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the matrix, or what is beside it, has a gradient: only then x is kept."""
+        return self.matrix.trains or (self.low is not None and self.low.trains)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., columns] by the matrix, before the region."""
+        y = self.matrix.multiply(x)
+        if self.low is not None:
+            self.low.add(y, x)
+        return y
 
     def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
         """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so
@@ -122,19 +151,19 @@ class Row:
 
 
 class _Row(torch.autograd.Function):
-    """Keeps x, unless the matrix is frozen."""
+    """Keeps x, unless all is frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Row, replay: bool) -> Tensor:
         """Matmul, then region."""
-        ctx.save_for_backward(x if layer.matrix.trains else None)
+        ctx.save_for_backward(x if layer.trains else None)
         ctx.layer = layer
         if layer.region.is_known:
             return layer.region.forward(x)
         if replay:
             rows = layer.matrix.shape[0]
             return x.new_empty(layer.region.shape_after(torch.Size([*x.shape[:-1], rows])))
-        return layer.region.forward(layer.matrix.multiply(x))
+        return layer.region.forward(layer.multiply(x))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
@@ -143,8 +172,12 @@ class _Row(torch.autograd.Function):
         layer: Row = ctx.layer
         dy = layer.region.backward(dy)
         dx = layer.matrix.back(dy)
+        dh = () if layer.low is None else layer.low.back(dy, dx)
         if x is not None:
-            layer.matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+            dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            layer.matrix.accumulate(dy, x)
+            if layer.low is not None:
+                layer.matrix.queue.add(layer.low.accumulate, dy, x, dh)
         return dx, None, None
 
 

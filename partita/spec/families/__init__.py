@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from partita.spec.families.image import image_program
 from partita.spec.families.transformer import transformer_program
+from partita.spec.lora import adapt
 
 if TYPE_CHECKING:
     from partita.spec.model import ModelSpec
@@ -17,4 +18,4 @@ def program(spec: ModelSpec, batch: int = 1, seq_len: int = 0) -> Program:
     computes, before any room has cut it. seq_len 0 means the model's max_seq_len."""
     if spec.image is not None:
         return image_program(spec, batch)
-    return transformer_program(spec, batch, seq_len or spec.max_seq_len)
+    return adapt(transformer_program(spec, batch, seq_len or spec.max_seq_len), spec)

@@ -1,0 +1,73 @@
+"""LoRA's two matmuls beside a linear's own (spec/lora.py): y += s B A x, s = alpha / rank.
+
+    forward    h = x A.T,  y += s h B.T
+    backward   dh = s dy B,  dx += dh A      with the input half
+               h again,  dB += s dy.T h,  dA += dh.T x      with the weight half
+
+Sends nothing: a column-parallel linear moves x before both, a row-parallel one moves the sum of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from partita.parallel.units import Matrix, Weight
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A and B [rank, columns], [rows, rank] of each group (gate and up are two); their rows of y begin at
+    `first`."""
+
+    a: tuple[Matrix, ...]
+    b: tuple[Matrix, ...]
+    scale: float
+    first: int = 0
+
+    @staticmethod
+    def of(a: Weight, b: Weight, groups: int, scale: float, first: int = 0) -> LowRank:
+        """`a` [groups, rank, input dims] and `b` [groups, output dims, rank]; one group has no dim."""
+        rank = b.shape[-1]
+
+        def cut(w: Weight, rows: int) -> tuple[Matrix, ...]:
+            size = prod(w.shape) // groups
+            places = (w.first + i * size for i in range(groups))
+            return tuple(w.unit.matrix(w.name, at, (rows, size // rows)) for at in places)
+
+        return LowRank(cut(a, rank), cut(b, prod(b.shape) // (groups * rank)), scale, first)
+
+    @property
+    def trains(self) -> bool:
+        """Whether some part has a gradient."""
+        return any(m.trains for m in (*self.a, *self.b))
+
+    def _parts(self, y: Tensor) -> Iterator[tuple[Matrix, Matrix, Tensor]]:
+        at = self.first
+        for a, b in zip(self.a, self.b, strict=True):
+            yield a, b, y.narrow(-1, at, b.shape[0])
+            at += b.shape[0]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Adds to y [..., rows], in place."""
+        for a, b, part in self._parts(y):
+            part.add_(b.multiply(a.multiply(x)), alpha=self.scale)
+
+    def back(self, dy: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
+        """Adds to dx [..., columns], in place; returns each dh, for `accumulate`."""
+        found = []
+        for a, b, part in self._parts(dy):
+            dh = b.back(part) * self.scale
+            dx += a.back(dh)
+            found.append(dh)
+        return tuple(found)
+
+    def accumulate(self, dy: Tensor, x: Tensor, dhs: tuple[Tensor, ...]) -> None:
+        """Adds A's and B's gradients of dy [tokens, rows] and x [tokens, columns]."""
+        for (a, b, part), dh in zip(self._parts(dy), dhs, strict=True):
+            if b.trains:
+                b.accumulate(part * self.scale, a.multiply(x))
+            a.accumulate(dh.reshape(-1, dh.shape[-1]), x)

@@ -1,0 +1,89 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a linear y = W x becomes y = W x + (alpha / rank) B A x.
+
+A and B are weights of the linear's own op, so that the rules of room.py lay them as they lay W:
+
+                A                                B
+    column      [rank, in], whole on tp; its     [out, rank], cut as W's rows
+                gradient is partial over tp
+    row         [rank, in], cut as W's columns   [out, rank], whole on tp; its gradient is partial over tp
+
+No region is added: what a row-parallel linear sends is W x + B A x, one partial sum. gate and up have an A
+and a B each ([pair, ...]). Backward makes h = A x again, so that nothing more is kept than x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from partita.base.errors import UsageError
+from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
+
+if TYPE_CHECKING:
+    from partita.spec.model import ModelSpec
+
+SEGMENTS = ("attention", "mlp")
+TARGETS = {
+    "llama": ("wq", "wk", "wv", "wo", "gate_up", "down"),
+    "gpt2": ("wq", "wk", "wv", "wo", "fc1", "fc2"),
+}
+DEFAULT = ("wq", "wv")
+A, B = "_lora_a", "_lora_b"
+BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
+
+
+def check_lora(spec: ModelSpec) -> None:
+    """UsageError where rank, alpha or targets cannot be."""
+    if not spec.lora_rank:
+        if spec.lora_alpha or spec.lora_targets:
+            key = "lora_alpha" if spec.lora_alpha else "lora_targets"
+            raise UsageError("has no meaning without lora_rank", key=key)
+        return
+    if not 1 <= spec.lora_rank <= spec.hidden:
+        raise UsageError(f"{spec.lora_rank} is not within 1..{spec.hidden}", key="lora_rank")
+    if not spec.lora_alpha > 0:
+        raise UsageError(f"{spec.lora_alpha} is not larger than 0", key="lora_alpha")
+    known = TARGETS.get(spec.family, ())
+    if spec.layers == spec.expert_layers:
+        known = known[:4]  # no dense mlp
+    for target in spec.lora_targets:
+        if target not in known:
+            text = f"'{target}' is no linear that LoRA adapts here; accepted: {', '.join(known) or 'none'}"
+            raise UsageError(text, key="lora_targets")
+
+
+def adapt(program: Program, spec: ModelSpec) -> Program:
+    """The program with A and B beside every target's weight."""
+    if not spec.lora_rank:
+        return program
+    return program.map(lambda block: _adapt(block, spec))
+
+
+def _adapt(block: Block, spec: ModelSpec) -> Block:
+    rank = Dim("rank", spec.lora_rank)
+    new: dict[str, Tensor] = {}
+
+    def change(op: Op) -> Iterable[Op]:
+        last = op.weights[0].rpartition(".")[2] if op.weights else ""
+        if op.kind != "linear" or op.segment not in SEGMENTS or last not in spec.lora_targets:
+            return (op,)
+        w = block.tensors[op.weights[0]]
+        out = tuple(d for d in w.dims if d.name not in op.sums)
+        groups = tuple(d for d in out if d.name == "pair")
+        inputs = tuple(d for d in w.dims if d.name in op.sums)
+        free = tuple(d for d in op.space if d not in w.dims)
+        a = Tensor(f"{w.name}{A}", (*groups, rank, *inputs), "weight")
+        b = Tensor(f"{w.name}{B}", (*out, rank), "weight")
+        new.update({a.name: a, b.name: b})
+        extra = tuple(
+            ((*free, *t.dims), factor) for t, factor in zip((a, b), BACKWARD, strict=True)
+        )
+        return (replace(op, weights=(w.name, a.name, b.name), extra=extra),)
+
+    return rewrite(block, change, new)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight is an A or a B."""
+    return name.endswith((A, B))

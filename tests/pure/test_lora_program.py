@@ -1,0 +1,103 @@
+"""LoRA as weights of the Program: layouts that follow the base, no new region, exact plans, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from executed import GPT2, LLAMA, request, unequal
+
+from partita.base.errors import UsageError
+from partita.parallel.execute import execute
+from partita.parallel.laid import lay
+from partita.parallel.read import flops, gradient_axes
+from partita.parallel.room import Request
+from partita.spec.families import program
+from partita.spec.frozen import Frozen
+from partita.spec.job import ADAPTERS, Job
+from partita.spec.plan_text import parse
+
+ALL = ("wq", "wk", "wv", "wo", "gate_up", "down")
+LOW = replace(LLAMA, lora_rank=3, lora_targets=ALL)
+LOW_GPT2 = replace(GPT2, lora_rank=2, lora_targets=("wo", "fc1", "fc2"))
+CASES = [
+    (LOW, "tp4+sp", ADAPTERS), (LOW, "dp_shard2.zero3 tp2+sp 2mb recompute:full", ADAPTERS),
+    (LOW, "pp2:zb_h1/2mb dp_shard2.zero1 tp2", ADAPTERS), (LOW, "cp2:ulysses tp2 dp_shard2.zero2", ADAPTERS),
+    (LOW, "dp_shard2.zero2 tp2", Frozen(("*.wq", "*down_lora_b", "*wo_lora_a"))),
+    (LOW_GPT2, "pp2/2mb tp2+sp", ADAPTERS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "rule"), CASES, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_a_plan_equals_one_device(spec, line, rule) -> None:
+    whole = lay(replace(request(spec, line), frozen=rule))
+    got = execute(whole)
+    want = execute(lay(replace(request(spec, "fp32"), frozen=rule)))
+    for step in range(2):
+        for what in ("losses", "norms"):
+            assert set(getattr(got, what)[step].values()) == {getattr(want, what)[step][0]}, what
+        assert unequal(got.gradients[step], want.gradients[step]) == ""
+    assert unequal(got.weights, want.weights) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == whole.traffic(rank)
+
+
+def test_layouts_follow_the_base_and_no_region_is_added() -> None:
+    plain = lay(Request(parse("tp2+sp"), LLAMA, 4, 4))
+    whole = lay(Request(parse("tp2+sp"), LOW, 4, 4, frozen=ADAPTERS))
+    layer = whole.stages[0].blocks[1]
+    axes = {w.name: (w.axes(), gradient_axes(layer, w, whole.sizes)) for w in layer.weights()}
+    for name in ("attention.wq", "attention.wk", "mlp.gate_up"):
+        assert axes[f"{name}_lora_a"] == (set(), ("tp",)) and axes[f"{name}_lora_b"] == ({"tp"}, ())
+    for name in ("attention.wo", "mlp.down"):
+        assert axes[f"{name}_lora_a"] == ({"tp"}, ()) and axes[f"{name}_lora_b"] == (set(), ("tp",))
+
+    def moved(laid):
+        return [(op.name, op.axes) for op in laid.stages[0].blocks[1].ops() if op.is_region]
+
+    assert moved(plain) == moved(whole)
+    assert layer.kept == plain.stages[0].blocks[1].kept  # x is kept for A, and nothing for B
+
+
+def test_flops_and_parameters_are_those_of_the_formulas() -> None:
+    h, f, kv, r, tokens = 8, 4, 4, 3, 2 * 4
+    elements = r * ((h + h) + 2 * (h + kv) + (h + h) + 2 * (h + f) + (f + h))
+    assert LOW.parameters() - LLAMA.parameters() == 3 * elements
+    assert program(LOW).parameters() == LOW.parameters()
+    base, whole = (
+        program(LLAMA, 2, 4).blocks[1],
+        lay(Request(parse("1mb"), LOW, 4, 2, frozen=ADAPTERS)),
+    )
+    ours = flops(whole.stages[0].blocks[1], whole.sizes)
+    assert ours["F"] - flops(base, {})["F"] == 2 * tokens * elements
+    inputs = r * (h + 2 * h + h + 2 * h + f)  # A's: dx, h again, dA; B's: dh, dB
+    weights = sum(w.numel() for w in base.weights() if len(w.dims) > 1)
+    attention = flops(base, {})["B"] - 2 * 2 * tokens * weights
+    back = 2 * tokens * (weights + 3 * inputs + 2 * (elements - inputs))
+    assert ours["B"] == attention + back
+
+
+def test_a_job_trains_adapters_alone_unless_it_says_otherwise() -> None:
+    table = {"global_batch_size": 4, "seq_len": 4, "micro_batch_size": 1}
+    model = {"preset": "tiny", "lora_rank": 4}
+    job = Job.load({"model": model, "train": table})
+    assert job.model.lora_targets == ("wq", "wv") and job.model.lora_scale == 1.0
+    errors = [p for p in job.problems() if p.severity == "error"]
+    assert job.frozen == ADAPTERS and not errors and Job.load(job.to_table()) == job
+    both = Job.load({"model": model, "train": {**table, "frozen": ["embedding.*"]}})
+    assert not both.frozen.holds("blocks.0.mlp.down")
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"lora_targets": ["wq"]}, "lora_targets"), ({"lora_rank": 4, "lora_alpha": -1.0}, "lora_alpha"),
+        ({"lora_rank": 4, "lora_targets": ["q_proj"]}, "lora_targets"), ({"lora_rank": -1}, "lora_rank"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(fields, key) -> None:
+    with pytest.raises(UsageError) as caught:
+        replace(LLAMA, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    assert caught.value.key == key
