@@ -76,3 +76,8 @@ def format_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{_digits(seconds / size)} {unit}"
     return "0 s" if seconds == 0 else f"{seconds / 1e-9:.3g} ns"
+
+
+def sign_of(seconds: float) -> str:
+    """A difference: +3 ms, -2 s."""
+    return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))

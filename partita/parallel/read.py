@@ -27,7 +27,8 @@ def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Blo
 
     @wraps(reader)
     def read(block: Block, *args: P.args, **kwargs: P.kwargs) -> R:
-        plain = (tuple(a.items()) if isinstance(a, Mapping) else a for a in args)
+        given = (*args, *kwargs.items())
+        plain = (tuple(a.items()) if isinstance(a, Mapping) else a for a in given)
         key = (reader.__qualname__, *plain)
         if key not in block.known:
             block.known[key] = reader(block, *args, **kwargs)

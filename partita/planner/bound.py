@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import replace
+
+import numpy as np
 
 from partita.base.errors import PartitaError, PlanError, Problem
 from partita.cost.comm import Group, group_seconds
@@ -31,111 +31,30 @@ from partita.parallel.pp.rules import balanced, schedule_of
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
+from partita.planner.table import Cost, Probe, Rough, Table, pipeline_bound, probe_of
+from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
 from partita.simulate.memory import lent_bytes, transient_bytes
+from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
-from partita.simulate.stage import StageTime, Work, stage_time, works_of
+from partita.simulate.stage import PartTimes, StageTime, Work, send_seconds, stage_time, works_of
 from partita.simulate.step import step_time, update_bytes
 from partita.spec.families import program
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
+REHEARSED = 256  # schedules of whole steps that are remembered
 STATES = ("parameters", "gradients", "optimizer")
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Seconds of a microbatch by part, and bytes: kept activations, states by category."""
-
-    forward: float
-    input: float
-    weight: float
-    kept: int = 0
-    states: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-    @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.forward + self.input + self.weight
-
-    def __add__(self, other: Cost) -> Cost:
-        states = tuple(a + b for a, b in zip(self.states, other.states, strict=True))
-        return Cost(
-            self.forward + other.forward, self.input + other.input, self.weight + other.weight,
-            self.kept + other.kept, states,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-
-NOTHING = Cost(0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Table:
-    """The blocks of a model in order, each with its cost, and the FLOPs by which stages are balanced."""
-
-    blocks: tuple[Cost, ...]
-    flops: tuple[float, ...]
-    unit: float = 0.0  # of a layer's weights, in its largest flat unit: what ZeRO lends at once
-
-    @cached_property
-    def total(self) -> Cost:
-        """All blocks."""
-        return sum(self.blocks, NOTHING)
-
-    @cached_property
-    def _prefix(self) -> list[Cost]:
-        return list(accumulate(self.blocks, initial=NOTHING))
-
-    def stages(self, split: Sequence[int]) -> list[Cost]:
-        """The cost of each stage of a split of the layers."""
-        found, at = [], 1
-        for i, layers in enumerate(split):
-            low = 0 if i == 0 else at
-            at += layers
-            high = at + 1 if i == len(split) - 1 else at
-            a, b = self._prefix[low], self._prefix[high]
-            states = tuple(y - x for x, y in zip(a.states, b.states, strict=True))
-            found.append(
-                Cost(
-                    b.forward - a.forward, b.input - a.input, b.weight - a.weight,
-                    b.kept - a.kept, states,  # type: ignore[arg-type]
-                )
-            )  # fmt: skip
-        return found
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a schedule says of itself on a short step: who holds which stage, chunks held at once."""
-
-    held: tuple[tuple[int, ...], ...]  # stages of each rank
-    share: tuple[float, ...]  # of the microbatches, that each of a rank's copies runs
-    peaks: tuple[tuple[Counter[int], ...], ...]  # for each rank, chunks of each stage at its peaks
-    split: bool  # backward in halves
-
-
-def _cost(part_time: StageTime) -> Cost:
-    t = part_time
+def _cost(t: StageTime, late: bool = False) -> Cost:
+    """`late`: what backward waits for counts as weight work. What is seen of it depends on how long that is,
+    so that of large microbatches only the sum of both bounds that of small ones."""
     forward = t.forward_s + sum(t.comm_forward_s.values()) + t.host_forward_s
-    back = t.input_s + sum(t.comm_backward_s.values()) + t.host_backward_s
-    return Cost(forward, back, t.weight_s)
-
-
-def pipeline_bound(stages: Sequence[Cost], probe: Probe, m: int) -> float:
-    """No schedule with these stages on these ranks ends sooner."""
-    before_f = list(accumulate((s.forward for s in stages), initial=0.0))
-    back = [s.input if probe.split else s.input + s.weight for s in stages]
-    before_b = list(accumulate(back, initial=0.0))
-    worst = 0.0
-    for held, share in zip(probe.held, probe.share, strict=True):
-        work = halves = 0.0
-        for s in sorted(held, reverse=True):  # this stage and those behind it on the rank
-            work += m * share * stages[s].seconds
-            halves += m * share * (stages[s].forward + stages[s].input)
-            through = before_f[s] + (halves if probe.split else work) + before_b[s]
-            worst = max(worst, through, before_f[s] + work)
-    return worst
+    waits = sum(t.comm_backward_s.values()) + t.host_backward_s
+    back, weight = (0.0, waits) if late else (waits, 0.0)
+    return Cost(forward, t.input_s + back, t.weight_s + weight)
 
 
 class Bounds:
@@ -146,6 +65,10 @@ class Bounds:
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, Probe | Problem] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
+        self._stages: dict[tuple[int, int], list[Cost]] = {}
+        self._roughs: dict[object, Rough] = {}
+        self._numbers: dict[tuple[int, int], np.ndarray] = {}
+        self._steps: dict[object, Rehearsal] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self.request = request_of(space.job)
 
@@ -160,8 +83,51 @@ class Bounds:
             plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
             plan = plan.with_("pipeline", num_microbatches=1)
             asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
-            self._tables[key] = _read(asked, self.machine)
+            self._tables[key] = _read(asked, self.machine, tokens.micro == ENDLESS)
         return self._tables[key]
+
+    def endless(self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int]) -> Table | Problem:
+        """The blocks of so large a microbatch that a sample cannot cost less."""
+        return self.table(mesh, shape, Tokens(*mode, ENDLESS))
+
+    def rough(self, mesh: MeshChoice, table: Table, leaf: tuple[str, int]) -> list[float]:
+        """From an endless table, seconds of a step at least for each size of a microbatch."""
+        key = (mesh.pp, *leaf)
+        if key not in self._roughs:
+            self._roughs[key] = Rough(leaf[0], mesh.pp, leaf[1])
+        rough, samples = self._roughs[key], self.space.batch // mesh.dp
+        stages = self._arrays(table, rough.num_stages)
+        return rough(stages, np.array(self.space.micros(mesh)), samples).tolist()
+
+    def _arrays(self, table: Table, count: int) -> np.ndarray:
+        """[stage, 3]: F, I and W of a sample at least."""
+        key = (id(table), count)
+        if key not in self._numbers:
+            stages = self.stages(table, count)
+            rows = [(s.forward, s.input, s.weight) for s in stages]
+            self._numbers[key] = np.array(rows) * (SLACK / ENDLESS)
+        return self._numbers[key]
+
+    def step(self, mesh: MeshChoice, leaf: tuple[str, int], m: int, stages: int) -> Rehearsal:
+        """The schedule of the whole step, to be timed at any costs."""
+        key = (mesh.pp, *leaf, m)
+        if key not in self._steps:
+            if len(self._steps) >= REHEARSED:
+                self._steps.pop(next(iter(self._steps)))
+            alone = MeshChoice(mesh.pp, 1, 1, 1, False)
+            plan = self.space.plan(alone, Shape(), Tokens(), Leaf(*leaf, 1))
+
+            def make(count: int) -> Schedule:
+                return schedule_of(plan.with_("pipeline", num_microbatches=count))
+
+            self._steps[key] = Rehearsal(make, mesh.pp, m, stages)
+        return self._steps[key]
+
+    def played(
+        self, stages: Sequence[Cost], mesh: MeshChoice, leaf: tuple[str, int], m: int
+    ) -> float:
+        """The schedule's clock at the stages' costs."""
+        return self.step(mesh, leaf, m, len(stages)).least(costs_of(stages))
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
@@ -171,7 +137,7 @@ class Bounds:
             mesh = MeshChoice(mesh.pp, 1, 1, 1, False)
             plan = self.space.plan(mesh, Shape(), Tokens(), Leaf(schedule, virtual, 1))
             try:
-                self._probes[key] = _probe(
+                self._probes[key] = probe_of(
                     schedule_of(plan.with_("pipeline", num_microbatches=short))
                 )
             except PartitaError as wrong:
@@ -180,12 +146,14 @@ class Bounds:
 
     def stages(self, table: Table, count: int) -> list[Cost]:
         """Balanced stages."""
-        return table.stages(self.split(table, count))
+        key = (id(table), count)  # tables are kept
+        if key not in self._stages:
+            self._stages[key] = table.stages(self.split(table, count))
+        return self._stages[key]
 
     def split(self, table: Table, count: int) -> tuple[int, ...]:
         """The layers of balanced stages; only proportions count."""
-        layer = table.flops[1]
-        key = (tuple(round(f / layer, 9) for f in table.flops), count)
+        key = (table.proportions, count)
         if key not in self._splits:
             self._splits[key] = balanced(table.flops, count)
         return self._splits[key]
@@ -213,21 +181,70 @@ class Bounds:
         fold = dp_shard * mesh.cp * mesh.tp
         return max(dp_shard * mesh.cp, fold // (shape.ep * shape.etp))
 
-    def states(self, cost: Cost, zero: int, shards: int) -> tuple[float, float, float]:
+    def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
+        """ZeRO stages in force, with the most parts they cut states into."""
+        if mesh.dp == 1:
+            return [(0, 1)]
+        stages = {zero if shard > 1 else 0 for shard, zero in self.space.states(mesh, shape)}
+        return [(zero, self.shards(mesh, shape, mesh.dp)) for zero in sorted(stages)]
+
+    def states(self, whole: Sequence[float], zero: int, shards: int) -> tuple[float, float, float]:
         """Parameters, gradients and optimizer of a rank, at least."""
-        p, g, o = cost.states
+        p, g, o = whole
         return (
             p / shards if zero >= 3 else p,
             g / shards if zero >= 2 else g,
             o / shards if zero >= 1 else o,
         )
 
-    def even(self, mesh: MeshChoice, shape: Shape, table: Table) -> tuple[float, float]:
-        """Step time and memory where stages are all alike and states cut as far as may be."""
-        m_samples = table.total.seconds
-        shards = self.shards(mesh, shape, mesh.dp) if mesh.dp > 1 else 1
-        total = sum(self.states(table.total, 3, shards)) + table.total.kept
-        return m_samples / mesh.pp, total / mesh.pp
+    def least(self, mesh: MeshChoice, shape: Shape, table: Table, micro: int) -> float:
+        """Bytes of the fullest rank at least, where stages are all alike and hold one microbatch: from an
+        endless table."""
+        total, ways = table.total, self.ways(mesh, shape)
+        states = min(
+            sum(self.states(total.states, *way)) / mesh.pp + self.lent(table, way[0])
+            for way in ways
+        )
+        return states + total.kept * micro / ENDLESS / mesh.pp
+
+    def _group(self, stride: int, n: int) -> Group:
+        """`n` ranks, each `stride` behind the one before."""
+        key = (stride, n)
+        if key not in self._groups:
+            self._groups[key] = place(tuple(range(0, stride * n, stride)), self.machine)
+        return self._groups[key]
+
+    def reduced(
+        self,
+        stages: Sequence[Cost],
+        table: Table,
+        probe: Probe,
+        mesh: MeshChoice,
+        states: tuple[int, int],
+    ) -> float:
+        """Seconds at least that the step's reductions of gradients, and gathers of parameters, are seen:
+        the largest unit of each layer in one call, beyond a whole backward of the rank. `states`: dp_shard,
+        and the ZeRO stage in force."""
+        (shard, zero), era = states, self.machine.software
+        if self.space.model.experts or self.machine.class_ == "CPU":
+            return 0.0
+        cut, rest = (shard * mesh.cp, mesh.dp // shard) if zero else (1, mesh.dp * mesh.cp)
+        inner = self._group(mesh.tp, cut)
+        outer = self._group(mesh.tp * cut, rest) if zero else self._group(mesh.tp, rest)
+        layers, worst = self.split(table, len(stages)), 0.0
+        weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
+        gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
+        fewer = min(era.gradient_bytes / 4, 1.0)
+        for held in probe.held:
+            mine = fewer * sum(layers[s] for s in held)
+            found = group_seconds("all_reduce", outer, mine * gradients / cut)
+            if zero == 1:
+                found += group_seconds("reduce_scatter", inner, mine * gradients)
+            if zero in (1, 2):
+                found += group_seconds("all_gather", inner, mine * weights / cut)
+            room = sum(stages[s].input + stages[s].weight for s in held)
+            worst = max(worst, found - (room if era.overlaps_gradients else 0.0))
+        return worst
 
     def sharded(
         self, stages: Sequence[Cost], table: Table, mesh: MeshChoice, shard: int, zero: int
@@ -237,19 +254,22 @@ class Bounds:
         if zero < 2 or self.space.model.experts or self.machine.class_ == "CPU":
             return stages
         n = shard * mesh.cp
-        key = (mesh.tp, n)
-        if key not in self._groups:
-            self._groups[key] = place(tuple(range(0, mesh.tp * n, mesh.tp)), self.machine)
-        group = self._groups[key]
+        group = self._group(mesh.tp, n)
         weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
         gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
+        known: dict[int, tuple[float, float]] = {}
         found = []
         for cost, layers in zip(stages, self.split(table, len(stages)), strict=True):
-            gather = group_seconds("all_gather", group, layers * weights / n) if zero == 3 else 0.0
-            back = gather + group_seconds("reduce_scatter", group, layers * gradients)
-            forward = max(cost.forward, gather)
-            found.append(replace(cost, forward=forward, input=max(cost.input, back - cost.weight)))
-        return found
+            if layers not in known:
+                size = layers * weights / n
+                gather = group_seconds("all_gather", group, size) if zero == 3 else 0.0
+                scatter = group_seconds("reduce_scatter", group, layers * gradients)
+                known[layers] = gather, gather + scatter
+            forward, back = known[layers]
+            hidden = forward <= cost.forward and back <= cost.input + cost.weight
+            waits = max(cost.forward, forward), max(cost.input, back - cost.weight)
+            found.append(cost if hidden else Cost(*waits, cost.weight, cost.kept, cost.states))
+        return found if found != stages else stages
 
     def lent(self, table: Table, zero: int) -> float:
         """Bytes of whole units that come and go, at least: weights of two layers, two gradients."""
@@ -259,22 +279,24 @@ class Bounds:
         gradients = min(b.states[1] for b in table.blocks[1:-1])
         return table.unit * (gradients + (parameters if zero == 3 else 0.0))
 
-    def memory(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int) -> float:
-        """Bytes of the fullest rank, at least."""
+    def memory(
+        self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int, scale: float = 1.0
+    ) -> float:
+        """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
         worst = 0.0
         for held, peaks in zip(probe.held, probe.peaks, strict=True):
-            states = sum(sum(self.states(stages[s], zero, shards)) for s in held)
+            states = sum(sum(self.states(stages[s].states, zero, shards)) for s in held)
             most = max(
                 (sum(n * stages[s].kept for s, n in peak.items()) for peak in peaks), default=0
             )
-            worst = max(worst, states + most)
+            worst = max(worst, states + scale * most)
         return worst
 
     def update(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int) -> float:
         """Seconds of the optimizer, at least."""
         moved = 0.0
         for held in probe.held:
-            found = [self.states(stages[s], zero, shards) for s in held]
+            found = [self.states(stages[s].states, zero, shards) for s in held]
             moved = max(moved, sum(_moved(f) for f in found))
         return moved / self.machine.memory_rate
 
@@ -285,16 +307,22 @@ def _moved(states: tuple[float, float, float]) -> float:
     return update_bytes(sizes)
 
 
-def laid_bound(request: Request, machine: Machine, probe: Probe) -> tuple[float, float]:
-    """Step time and memory at least, from the laid plan's own stages. Raises PlanError."""
+def costs_of(stages: Sequence[Cost], send: float = 0.0) -> Costs:
+    """What the clock is told."""
+    return Costs(tuple(StageCosts(s.forward, s.input, s.weight) for s in stages), send)
+
+
+def laid_bound(
+    request: Request, machine: Machine, probe: Probe, step: Rehearsal
+) -> tuple[float, float]:
+    """Step time and memory at least, from the laid plan's own stages and messages. Raises PlanError."""
     laid = lay(request)
-    works = works_of(laid)
-    times = [stage_time(w, laid, machine) for w in works.stages]
-    stages = [_cost(t) for t in times]
-    m = request.plan.num_microbatches
+    works, known = works_of(laid), PartTimes()
+    times = [stage_time(w, laid, machine, known) for w in works.stages]
+    send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
     once = step_time(laid, works, times, machine)
-    seconds = pipeline_bound(stages, probe, m) + once.seconds
-    return seconds, _laid_memory(laid, probe)
+    seconds = step.least(costs_of([_cost(t) for t in times], send))
+    return seconds + once.seconds, _laid_memory(laid, probe)
 
 
 def _laid_memory(laid: Laid, probe: Probe) -> float:
@@ -319,7 +347,7 @@ def _laid_memory(laid: Laid, probe: Probe) -> float:
     return worst
 
 
-def _read(request: Request, machine: Machine) -> Table | Problem:
+def _read(request: Request, machine: Machine, late: bool) -> Table | Problem:
     """The table, from a model of as few layers as differ."""
     layers, period = request.model.layers, request.plan.recompute.every
     blocks = program(request.model, 1, request.seq_len).blocks[1:-1]
@@ -329,7 +357,7 @@ def _read(request: Request, machine: Machine) -> Table | Problem:
         laid = lay(replace(request, model=short))
     except PlanError as wrong:
         return wrong.problems[0]
-    costs, weight = _block_costs(laid, machine)
+    costs, weight = _block_costs(laid, machine, late)
     unit = _largest_unit(laid)
     if alike:
         costs = [costs[0], *(costs[1 + i % period] for i in range(layers)), costs[-1]]
@@ -349,7 +377,7 @@ def _largest_unit(laid: Laid) -> float:
     return min(shares)
 
 
-def _block_costs(laid: Laid, machine: Machine) -> tuple[list[Cost], list[float]]:
+def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], list[float]]:
     """The cost and the FLOPs of each block. States go by weights: units may join several blocks."""
     blocks, parts = laid.stages[0].blocks, works_of(laid).stages[0].parts
     total = sum((state_bytes(b, laid.sizes) for b in blocks), Counter[str]())
@@ -359,7 +387,7 @@ def _block_costs(laid: Laid, machine: Machine) -> tuple[list[Cost], list[float]]
         seen |= own.keys() & tied
         elements.append((sum(n for n, _ in own.values()), sum(n for n, f in own.values() if not f)))
     priced = {
-        key: _cost(stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine))
+        key: _cost(stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late)
         for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
     }
     costs = []
@@ -369,31 +397,3 @@ def _block_costs(laid: Laid, machine: Machine) -> tuple[list[Cost], list[float]]
         states = tuple(total[s] * share.get(s, t / trained) for s in STATES)
         costs.append(replace(priced[id(b)], kept=kept_bytes(b, laid.sizes), states=states))  # type: ignore[arg-type]
     return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]
-
-
-def _probe(schedule: Schedule) -> Probe:
-    held, share, peaks = [], [], []
-    kinds = {a.kind for a in schedule.actions()}
-    for rank, actions in enumerate(schedule.ranks):
-        mine = tuple(dict.fromkeys(a.stage for a in actions if a.kind == "F"))
-        count = Counter(a.stage for a in actions if a.kind == "F")
-        held.append(mine)
-        share.append(min(count.values()) / schedule.num_microbatches)
-        peaks.append(_peaks(actions))
-        assert rank < schedule.num_ranks
-    return Probe(tuple(held), tuple(share), tuple(peaks), "W" in kinds)
-
-
-def _peaks(actions: Sequence[object]) -> tuple[Counter[int], ...]:
-    """The chunks a rank holds where it holds most, and the most of each stage."""
-    now: Counter[int] = Counter()
-    found: list[Counter[int]] = []
-    most = 0
-    for stage, kind, _ in actions:  # type: ignore[misc]
-        if kind == "F":
-            now[stage] += 1
-            if now.total() > most:
-                most, found = now.total(), [Counter(now)]
-        elif kind in "BW":
-            now[stage] -= 1
-    return tuple(found)

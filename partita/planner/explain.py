@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from partita.base.units import format_bytes, format_seconds
+from partita.base.units import format_bytes, format_seconds, sign_of
 from partita.parallel.room import PRODUCT_ORDER
 from partita.planner.search import measures
 from partita.planner.space import divisors
@@ -110,11 +110,6 @@ def causes(p: Prediction) -> dict[str, float]:
     """Seconds of the step by cause: compute, bubble, optimizer, collectives by axis."""
     found = {k: p.time[f"{k}_s"] for k in ("compute", "bubble", "optimizer")}
     return found | {f"{axis} traffic": s for axis, s in p.time["exposed_comm_s"].items()}
-
-
-def sign_of(seconds: float) -> str:
-    """A difference: +3 ms, -2 s."""
-    return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))
 
 
 def reason(job: Job, best: Prediction, choice: str, plan: Plan) -> Reason:

@@ -11,15 +11,8 @@ from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
 from partita.simulate.predict import Prediction
 
 GOALS = ("time", "memory", "devices", "cost")
-HIDDEN = (
-    1.6,
-    1.5,
-    1.5,
-    1.25,
-    1.1,
-    1.05,
-    1.0,
-)  # [empirical] step over bound by level, for the order only
+# [empirical] step over bound by level, for the order only
+HIDDEN = (1.6, 1.55, 1.5, 1.4, 1.2, 1.01, 1.0, 1.0)
 INF = float("inf")
 KEEP = 50  # plans that are remembered
 
@@ -78,17 +71,32 @@ class Node:
     shape: Shape = field(default_factory=Shape)
     tokens: Tokens = field(default_factory=Tokens)
     leaf: Leaf = field(default_factory=Leaf)
+    once: float = 0.0  # of the seconds, those that follow the schedule
 
 
 class Queue:
-    """Nodes by their bound, and by what is hoped of them; taken in turns from one and the other."""
+    """Nodes by their bound, and by what is hoped of them, taken in turns from one and the other; and the best
+    plans seen: a node that is not better than the last of the `top` of them is left out."""
 
-    def __init__(self, goal: Goal, refused: Counter[str]) -> None:
-        self.goal, self.refused = goal, refused
+    def __init__(self, goal: Goal, refused: Counter[str], top: int = 1) -> None:
+        self.goal, self.refused, self.top = goal, refused, top
+        self.best: list[tuple[Key, Prediction]] = []
         self._bounds: list[tuple[Key, int, Node]] = []
         self._hopes: list[tuple[Key, int, Node]] = []
         self._done: set[int] = set()
         self._ties, self._turn = count(), 0
+
+    def keep(self, plan: Prediction, measured: tuple[float, float, int]) -> bool:
+        """Adds a plan that was simulated; whether it is the best."""
+        if not self.goal.admits(*measured) or any(p is plan for _, p in self.best):
+            return False
+        self.best.append((self.goal.key(*measured), plan))
+        self.best.sort(key=lambda x: x[0])
+        del self.best[max(KEEP, self.top) :]
+        return self.best[0][1] is plan
+
+    def _beaten(self, key: Key) -> bool:
+        return len(self.best) >= self.top and key >= self.best[self.top - 1][0]
 
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""
@@ -96,28 +104,31 @@ class Queue:
         if not self.goal.admits(s, num_bytes, world):
             self.refused["not under what is asked"] += node.leaves
             return
+        key = self.goal.key(s, num_bytes, world)
+        if self._beaten(key):
+            return
         n, more = next(self._ties), HIDDEN[node.level]
-        heapq.heappush(self._bounds, (self.goal.key(s, num_bytes, world), n, node))
+        heapq.heappush(self._bounds, (key, n, node))
         heapq.heappush(self._hopes, (self.goal.key(s * more, num_bytes * more, world), n, node))
+
+    @property
+    def roots(self) -> list[Node]:
+        """The nodes that are left."""
+        return [node for _, n, node in self._bounds if n not in self._done]
 
     def _clean(self, heap: list[tuple[Key, int, Node]]) -> None:
         while heap and heap[0][1] in self._done:
             heapq.heappop(heap)
 
     def __bool__(self) -> bool:
+        """Whether a node is left that may hold a better plan."""
         self._clean(self._bounds)
-        return bool(self._bounds)
-
-    @property
-    def least(self) -> Key:
-        """No plan that is left is better than this."""
-        self._clean(self._bounds)
-        return self._bounds[0][0]
+        return bool(self._bounds) and not self._beaten(self._bounds[0][0])
 
     def pop(self) -> Node:
         """The next node to look into."""
         self._turn += 1
-        heap = self._bounds if self._turn % 2 else self._hopes
+        heap = self._bounds if self._turn % 2 and self.best else self._hopes
         self._clean(heap)
         _, n, node = heapq.heappop(heap)
         self._done.add(n)

@@ -11,19 +11,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import machine_of
-from partita.planner.bound import Bounds, Probe, Table, laid_bound
-from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Key, Node, Queue
-from partita.planner.space import Leaf, Shape, Space, Tokens, Words
+from partita.planner.bound import ENDLESS, Bounds, laid_bound
+from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Node, Queue
+from partita.planner.space import Leaf, Space, Tokens, Words
+from partita.planner.table import Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
 USUAL = ("1f1b", "interleaved_1f1b", "zb_v")
-USUAL_S, MOST_USUAL, TRIED = 2.0, 2, 60
+TRIED, SEEN = 60, 2  # nodes of each level, and plans laid, before the search begins
 
 
 class Search:
@@ -44,18 +44,15 @@ class Search:
         """Searches for the best `top` plans within so many seconds; `first`: any that fits."""
         start, found = time.perf_counter(), Found()
         self._refused = found.rejected
-        queue = Queue(goal, self._refused)
-        best: list[tuple[Key, Prediction]] = []
-        roots = list(self._meshes(found))
-        for node in roots:
+        queue = Queue(goal, self._refused, top)
+        best = queue.best
+        for node in self._meshes(found):
             queue.push(node)
-        for plan in self._usual(roots, time.perf_counter() + min(budget_s / 4, USUAL_S)):
-            prediction = self.predict(plan)
-            if prediction.fits and goal.admits(*measures(prediction)):
-                best.append((goal.key(*measures(prediction)), prediction))
-                best.sort(key=lambda x: x[0])
+        for node in self._usual(queue.roots, start + budget_s / 4):
+            prediction = self.predict(self.plan(node))
+            if prediction.fits and queue.keep(prediction, measures(prediction)):
                 found.first_s = time.perf_counter() - start
-        while queue and not (len(best) >= top and queue.least >= best[top - 1][0]):
+        while queue:
             if time.perf_counter() - start > budget_s:
                 found.complete = False
                 break
@@ -68,46 +65,42 @@ class Search:
             if prediction is None:
                 continue
             found.simulated += 1
-            known = any(p is prediction for _, p in best)
-            if not known and goal.admits(*measures(prediction)):
-                best.append((goal.key(*measures(prediction)), prediction))
-                best.sort(key=lambda x: x[0])
-                if best[0][1] is prediction:
-                    found.first_s = time.perf_counter() - start
-                del best[max(KEEP, top) :]
+            if queue.keep(prediction, measures(prediction)):
+                found.first_s = time.perf_counter() - start
                 if first:
                     break
         found.plans = [p for _, p in best]
         found.seconds = time.perf_counter() - start
         return found
 
-    def _usual(self, roots: list[Node], until: float) -> list[Plan]:
-        """The most promising of plans as they are usually made (a ring, one sample a microbatch, ZeRO over
-        all replicas): they only give the search a best plan to begin with."""
-        wide = max((n.mesh.world for n in roots), default=0)
-        hopes: list[tuple[float, str, Node]] = []
+    def _usual(self, roots: list[Node], until: float) -> list[Node]:
+        """The most promising of plans as they are usually made (all devices, tp within a node and with sp, a
+        ring of two at most, few samples a microbatch): they give the search a best plan to begin with."""
+        wide, most = (
+            max((n.mesh.world for n in roots), default=0),
+            self.job.cluster.devices_per_node,
+        )
         counted, self._refused = self._refused, Counter()
-        for root in sorted(roots, key=lambda n: (n.mesh.cp, -n.mesh.tp, not n.mesh.sp, n.mesh.pp)):
-            mesh = root.mesh
-            if time.perf_counter() > until:
-                break
-            if mesh.world != wide or mesh.tp > self.job.cluster.devices_per_node:
-                continue
-            for mode in ("none", "full"):
-                node = replace(root, level=2, shape=Shape(), tokens=Tokens(mode))
-                if node.shape not in self.space.shapes(
-                    mesh
-                ) or node.tokens not in self.space.tokens(mesh):
-                    continue
-                for tabled in self._tabled(node):
-                    for scheduled in self._schedules(tabled, USUAL):
-                        states = self._states(scheduled)
-                        good = (x for x in states if x.leaf.zero in (1, 3))
-                        hopes += [(x.seconds, str(self.plan(x)), x) for x in good]
-        laid = (x for _, _, hope in sorted(hopes)[:TRIED] for x in self._laid(hope))
-        found = [self.plan(node) for node in islice(laid, MOST_USUAL)]
+        nodes: list[Node] = []
+        for root in sorted(roots, key=lambda n: n.seconds):
+            m = root.mesh
+            common = m.world == wide and m.tp <= most and m.cp <= 2 and (m.sp or m.tp == 1)
+            if common and time.perf_counter() < until:
+                shaped = [n for n in self._shapes(root) if n.shape.method == "ring"]
+                modes = [x for n in shaped for x in self._modes(n) if x.tokens.every == 1]
+                found = [x for n in modes for x in self._rough(n, USUAL)]
+                nodes += [n for n in found if n.tokens.micro <= 2]
+        steps = (
+            (self._scheduled, TRIED),
+            (self._states, TRIED),
+            (self._played, TRIED),
+            (self._laid, SEEN),
+        )
+        for step, most in steps:
+            nodes.sort(key=lambda n: n.seconds)
+            nodes = [x for n in nodes[:most] for x in step(n)]
         self._refused = counted
-        return found
+        return sorted(nodes, key=lambda n: n.seconds)[:1]
 
     def _refuse(self, why: Problem | str, leaves: int) -> None:
         self._refused[why if isinstance(why, str) else f"{why.room} {why.rule}"] += leaves
@@ -126,10 +119,11 @@ class Search:
         """What follows from a node: its parts, or itself with a better bound."""
         steps = (
             self._shapes,
-            self._tokens,
-            self._tabled,
-            self._schedules,
+            self._modes,
+            self._rough,
+            self._scheduled,
             self._states,
+            self._played,
             self._laid,
         )
         return steps[node.level](node)
@@ -141,105 +135,125 @@ class Search:
             if isinstance(seconds, Problem):
                 self._refuse(seconds, leaves)
             elif leaves:
-                yield replace(
-                    node, level=1, shape=shape, leaves=leaves, seconds=max(seconds, node.seconds)
-                )
+                seconds = max(seconds, node.seconds)
+                yield replace(node, level=1, shape=shape, leaves=leaves, seconds=seconds)
 
-    def _tokens(self, node: Node) -> Iterator[Node]:
+    def _modes(self, node: Node) -> Iterator[Node]:
         """Children that are not looked at yet: a table is laid only for what comes to its turn."""
-        below = self.space.below(node.mesh, node.shape)
-        for tokens in self.space.tokens(node.mesh):
-            yield replace(node, level=2, tokens=tokens, leaves=below)
+        modes = self.space.modes()
+        for mode in modes:
+            yield replace(node, level=2, tokens=Tokens(*mode, 0), leaves=node.leaves // len(modes))
 
-    def _tabled(self, node: Node) -> Iterator[Node]:
-        mesh, tokens, leaves = node.mesh, node.tokens, node.leaves
-        table = self.bounds.table(mesh, node.shape, tokens)
+    def _rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
+        """Schedules and sizes of microbatches, by what a sample costs at least."""
+        mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
+        table = self.bounds.endless(mesh, node.shape, mode)
         if isinstance(table, Problem):
-            self._refuse(table, leaves)
+            self._refuse(table, node.leaves)
             return
-        if tokens.mode != "none" and self._same(node, tokens, table):
-            self._refuse("recompute changes nothing", leaves)
+        if mode[0] != "none" and self._same(node, table):
+            self._refuse("recompute changes nothing", node.leaves)
             return
-        each, num_bytes = self.bounds.even(mesh, node.shape, table)
-        if num_bytes > self.limit:
-            self._refuse("memory", leaves)
+        micros, states = self.space.micros(mesh), len(self.space.states(mesh, node.shape))
+        if self.bounds.least(mesh, node.shape, table, min(micros, default=0)) > self.limit:
+            self._refuse("memory", node.leaves)
             return
-        seconds = max(node.seconds, each * (self.space.batch // mesh.dp // tokens.micro))
-        yield replace(node, level=3, seconds=seconds, num_bytes=num_bytes)
+        for leaf in self.space.schedules(mesh):
+            if only and leaf[0] not in only:
+                continue
+            found = self.bounds.rough(mesh, table, leaf)
+            for micro, seconds in zip(micros, found, strict=True):
+                seconds, tokens = max(seconds, node.seconds), Tokens(*mode, micro)
+                yield Node(3, seconds, 0.0, states, mesh, node.shape, tokens, Leaf(*leaf))
 
-    def _same(self, node: Node, tokens: Tokens, table: Table) -> bool:
+    def _same(self, node: Node, table: Table) -> bool:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""
         if not self.space.words.admit("recompute", "none"):
             return False
-        return self.bounds.table(node.mesh, node.shape, Tokens(micro=tokens.micro)) == table
+        return self.bounds.endless(node.mesh, node.shape, ("none", 1)) == table
 
-    def _parts(self, node: Node, name: str, virtual: int) -> tuple[Table, Probe] | Problem:
-        table = self.bounds.table(node.mesh, node.shape, node.tokens)
-        m = self.space.batch // node.mesh.dp // node.tokens.micro
-        probe = self.bounds.probe(node.mesh, name, virtual, m)
+    def _scheduled(self, node: Node) -> Iterator[Node]:
+        mesh, tokens, leaf = node.mesh, node.tokens, node.leaf
+        m, b = self._microbatches(node), self.bounds
+        probe = b.probe(mesh, leaf.schedule, leaf.virtual, m)
         if isinstance(probe, Problem):
-            return probe
-        assert isinstance(table, Table)
+            self._refuse(probe, node.leaves)
+            return
+        endless = b.endless(mesh, node.shape, (tokens.mode, tokens.every))
+        assert not isinstance(endless, Problem)
+        stages, scale = b.stages(endless, probe.num_stages), tokens.micro / ENDLESS
+        num_bytes = min(  # what a chunk keeps grows with its samples
+            b.memory(stages, probe, *way, scale=scale) + b.lent(endless, way[0])
+            for way in b.ways(mesh, node.shape)
+        )
+        if num_bytes > self.limit:
+            self._refuse("memory", node.leaves)
+            return
+        table = b.table(mesh, node.shape, tokens)
+        if isinstance(table, Problem):
+            self._refuse(table, node.leaves)
+            return
+        seconds = b.pipeline(b.stages(table, probe.num_stages), probe, m)
+        yield replace(node, level=4, seconds=max(seconds, node.seconds), num_bytes=num_bytes)
+
+    def _microbatches(self, node: Node) -> int:
+        return self.space.batch // node.mesh.dp // node.tokens.micro
+
+    def _parts(self, node: Node) -> tuple[Table, Probe]:
+        """Of a node whose table and schedule are there."""
+        leaf, m = node.leaf, self._microbatches(node)
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        probe = self.bounds.probe(node.mesh, leaf.schedule, leaf.virtual, m)
+        assert isinstance(table, Table) and isinstance(probe, Probe)
         return table, probe
 
-    def _schedules(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
-        leaves = len(self.space.states(node.mesh, node.shape))
-        m = self.space.batch // node.mesh.dp // node.tokens.micro
-        cut = self.bounds.shards(node.mesh, node.shape, node.mesh.dp)
-        least = (3, cut) if node.mesh.dp > 1 else (0, 1)  # states as small as they may be
-        for name, virtual in self.space.schedules(node.mesh):
-            if only and name not in only:
-                continue
-            parts = self._parts(node, name, virtual)
-            if isinstance(parts, Problem):
-                self._refuse(parts, leaves)
-                continue
-            stages = self.bounds.stages(parts[0], _stages(parts[1]))
-            if self.bounds.memory(stages, parts[1], *least) > self.limit:
-                self._refuse("memory", leaves)
-                continue
-            seconds = self.bounds.pipeline(stages, parts[1], m)
-            leaf = Leaf(name, virtual)
-            yield replace(
-                node, level=4, leaf=leaf, leaves=leaves, seconds=max(seconds, node.seconds)
-            )
-
     def _states(self, node: Node) -> Iterator[Node]:
-        parts = self._parts(node, node.leaf.schedule, node.leaf.virtual)
-        assert not isinstance(parts, Problem)
-        table, probe = parts
-        stages = self.bounds.stages(table, _stages(probe))
-        m = self.space.batch // node.mesh.dp // node.tokens.micro
+        table, probe = self._parts(node)
+        stages, b = self.bounds.stages(table, probe.num_stages), self.bounds
         for dp_shard, zero in self.space.states(node.mesh, node.shape):
             cut = zero if dp_shard > 1 else 0
-            shards = self.bounds.shards(node.mesh, node.shape, dp_shard)
-            num_bytes = self.bounds.memory(stages, probe, cut, shards)
-            num_bytes += self.bounds.lent(table, cut)
+            shards = b.shards(node.mesh, node.shape, dp_shard)
+            num_bytes = b.memory(stages, probe, cut, shards) + b.lent(table, cut)
             if num_bytes > self.limit:
                 self._refuse("memory", 1)
                 continue
-            slower = self.bounds.sharded(stages, table, node.mesh, dp_shard, cut)
-            seconds = max(node.seconds, self.bounds.pipeline(slower, probe, m))
-            seconds += self.bounds.update(stages, probe, cut, shards)
+            slower = b.sharded(stages, table, node.mesh, dp_shard, cut)
+            seconds = node.seconds
+            if slower is not stages:
+                seconds = max(seconds, b.pipeline(slower, probe, self._microbatches(node)))
+            once = b.update(stages, probe, cut, shards)
+            once += b.reduced(stages, table, probe, node.mesh, (dp_shard, cut))
             leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
             yield replace(
                 node,
                 level=5,
                 leaf=leaf,
                 leaves=1,
-                seconds=seconds,
-                num_bytes=max(num_bytes, node.num_bytes),
+                seconds=seconds + once,
+                once=once,
+                num_bytes=num_bytes,
             )
 
+    def _played(self, node: Node) -> Iterator[Node]:
+        """The schedule's clock at what the stages cost at least."""
+        (table, probe), leaf, b = self._parts(node), node.leaf, self.bounds
+        cut = leaf.zero if leaf.dp_shard > 1 else 0
+        stages = b.stages(table, probe.num_stages)
+        stages = b.sharded(stages, table, node.mesh, leaf.dp_shard, cut)
+        named = (leaf.schedule, leaf.virtual)
+        seconds = b.played(stages, node.mesh, named, self._microbatches(node)) + node.once
+        yield replace(node, level=6, seconds=max(seconds, node.seconds))
+
     def _laid(self, node: Node) -> Iterator[Node]:
-        parts = self._parts(node, node.leaf.schedule, node.leaf.virtual)
-        assert not isinstance(parts, Problem)
+        _, probe = self._parts(node)
+        named = (node.leaf.schedule, node.leaf.virtual)
+        step = self.bounds.step(node.mesh, named, self._microbatches(node), probe.num_stages)
         job = self.job.with_plan(self.plan(node))
         wrong = [p for p in job.problems() if p.severity == "error"]
         try:
             if wrong:
                 raise PlanError("", wrong)
-            seconds, num_bytes = laid_bound(request_of(job), self.machine, parts[1])
+            seconds, num_bytes = laid_bound(request_of(job), self.machine, probe, step)
         except PlanError as refused:
             self._refuse(refused.problems[0], 1)
             return
@@ -248,7 +262,7 @@ class Search:
             return
         yield replace(
             node,
-            level=6,
+            level=7,
             seconds=max(seconds, node.seconds),
             num_bytes=max(num_bytes, node.num_bytes),
         )
@@ -272,10 +286,6 @@ class Search:
         if line not in self.predictions:
             self.predictions[line] = simulate(self.job.with_plan(plan), self.machine)
         return self.predictions[line]
-
-
-def _stages(probe: Probe) -> int:
-    return 1 + max(s for held in probe.held for s in held)
 
 
 def measures(p: Prediction) -> tuple[float, int, int]:

@@ -154,7 +154,7 @@ class Space:
     def __init__(self, job: Job, words: Words, dtype: str) -> None:
         self.job, self.words, self.dtype = job, words, dtype
         self.batch, self.model = job.train.global_batch_size, job.model
-        self._tokens: dict[int, list[Tokens]] = {}
+        self._micros: dict[int, list[int]] = {}
         self._schedules: dict[int, list[tuple[str, int]]] = {}
         self._states: dict[tuple[int, ...], list[tuple[int, int]]] = {}
 
@@ -213,26 +213,24 @@ class Space:
 
     def tokens(self, mesh: MeshChoice) -> list[Tokens]:
         """Recomputation times microbatches."""
-        key = mesh.dp
-        if key not in self._tokens:
-            self._tokens[key] = self._all_tokens(mesh)
-        return self._tokens[key]
+        return [Tokens(*mode, micro) for mode in self.modes() for micro in self.micros(mesh)]
 
-    def _all_tokens(self, mesh: MeshChoice) -> list[Tokens]:
-        modes = [
-            ("none", 1),
-            ("selective", 1),
-            ("full", 1),
-            *(("full", k) for k in EVERY if k < self.model.layers),
-        ]
-        modes = [m for m in modes if self.words.admit("recompute", m[0])]
-        samples, stated = self.batch // mesh.dp, self.job.train.micro_batch_size
-        micros = [
-            b
-            for b in divisors(samples)
-            if stated in (None, b) and self.words.admit("num_microbatches", samples // b)
-        ]
-        return [Tokens(*m, b) for m in modes for b in micros]
+    def modes(self) -> list[tuple[str, int]]:
+        """What is recomputed, and of every how many blocks."""
+        every = [("full", k) for k in EVERY if k < self.model.layers]
+        modes = [("none", 1), ("selective", 1), ("full", 1), *every]
+        return [m for m in modes if self.words.admit("recompute", m[0])]
+
+    def micros(self, mesh: MeshChoice) -> list[int]:
+        """Samples of a microbatch."""
+        if mesh.dp not in self._micros:
+            samples, stated = self.batch // mesh.dp, self.job.train.micro_batch_size
+            self._micros[mesh.dp] = [
+                b
+                for b in divisors(samples)
+                if stated in (None, b) and self.words.admit("num_microbatches", samples // b)
+            ]
+        return self._micros[mesh.dp]
 
     def schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         """Names and stages a rank."""
@@ -281,7 +279,7 @@ class Space:
         """How many plans lie below."""
         if shape is None:
             return sum(self.leaves(mesh, s) for s in self.shapes(mesh))
-        return len(self.tokens(mesh)) * self.below(mesh, shape)
+        return len(self.modes()) * len(self.micros(mesh)) * self.below(mesh, shape)
 
     def below(self, mesh: MeshChoice, shape: Shape) -> int:
         """How many plans lie below each choice of tokens."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partita.base.errors import ScheduleError
-from partita.schedule.ir import Action, Schedule, makes, needs
+from partita.schedule.ir import Action, Schedule
+from partita.schedule.replay import Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +23,11 @@ class Turn:
 def turns(schedule: Schedule) -> list[Turn]:
     """All compute actions in an order that respects ranks and results: an action starts when its turn
     `before` has ended and those `far` have ended and sent. Raises ScheduleError at a deadlock."""
-    made: dict[Action, int] = {}
-    found: list[Turn] = []
-    at = [0] * len(schedule.ranks)
-    last = [-1] * len(schedule.ranks)
-    ready = list(range(len(at)))
-    waiting: dict[Action, list[int]] = {}
-    while ready:
-        rank = ready.pop()
-        while at[rank] < len(schedule.ranks[rank]):
-            action = schedule.ranks[rank][at[rank]]
-            wants = list(needs(action, schedule.num_stages))
-            missing = next((w for w in wants if w not in made), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            far = tuple(made[w] for w in wants if found[made[w]].rank != rank)
-            before, last[rank] = last[rank], len(found)
-            for result in makes(action):
-                made[result] = len(found)
-                ready += waiting.pop(result, ())
-            found.append(Turn(rank, action, before, far))
-            at[rank] += 1
-    if len(found) < sum(map(len, schedule.ranks)):
-        raise ScheduleError(f"{schedule.name}: deadlock")
+    replay, found = Replay(schedule), list[Turn]()
+    mine = [iter(actions) for actions in schedule.ranks]
+    last = [-1] * len(mine)
+    for rank, need in zip(replay.ranks, replay.needs, strict=True):
+        far = (need,) if need >= 0 else ()
+        found.append(Turn(rank, next(mine[rank]), last[rank], far))
+        last[rank] = len(found) - 1
     return found

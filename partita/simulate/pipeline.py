@@ -8,12 +8,14 @@ PERIOD rounds apart, and grows by what those took: exact for equal stages, withi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from partita.record.span import Span
-from partita.schedule.clock import Costs, clock, makespan, span
+from partita.schedule.clock import Costs, clock
 from partita.schedule.ir import Schedule
+from partita.schedule.replay import Replay, Times
 
 FULL = 6_000  # actions that are played one by one
 WARM = 2  # rounds before a schedule repeats itself
@@ -25,43 +27,66 @@ Make = Callable[[int], Schedule]
 @dataclass(frozen=True)
 class Played:
     """`seconds` first start to last end of the whole step; `own` the longest of each rank's own last end
-    minus first start; `spans` of what was played, which is the whole step where `whole`; `busy` seconds
-    of work of each rank in the whole step."""
+    minus first start; `busy` seconds of work of each rank in the whole step; `whole`: whether all of it
+    was played."""
 
     seconds: float
     own: float
-    spans: tuple[Span, ...]
-    whole: bool
     busy: tuple[float, ...]
+    whole: bool
+    schedule: Schedule
+    costs: Costs
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """What was played."""
+        return tuple(clock(self.schedule, self.costs))
+
+
+class Rehearsal:
+    """A step of `make(m)` schedules on `ranks` ranks, which is timed at any costs of its stages."""
+
+    def __init__(self, make: Make, ranks: int, num_microbatches: int, num_stages: int) -> None:
+        rounds, rest = divmod(num_microbatches, ranks)
+        self.more, lengths = 0, [num_microbatches]
+        if 2 * num_stages * num_microbatches > FULL and rounds > WARM + PERIOD:
+            self.more, short = rounds - WARM, WARM * ranks + rest
+            lengths = [short, short + PERIOD * ranks]
+        self.schedules = [make(m) for m in lengths]
+        self._replays = [Replay(schedule) for schedule in self.schedules]
+
+    def __call__(self, costs: Costs) -> Times:
+        """The times of the whole step."""
+        times = [replay(costs) for replay in self._replays]
+        return times[0] if len(times) == 1 else self._longer(*times)
+
+    def _longer(self, first: Times, second: Times) -> Times:
+        """The step from two short ones."""
+        work = _each(first.busy, second.busy)
+        each = max((second.makespan - first.makespan) / PERIOD, *work)
+        own = max((second.own - first.own) / PERIOD, *work)
+        busy = tuple(a + self.more * w for a, w in zip(first.busy, work, strict=True))
+        return Times(first.makespan + self.more * each, first.own + self.more * own, busy)
+
+    def least(self, costs: Costs) -> float:
+        """Seconds of the step at least, where costs are at least these: each short step ends no sooner, and
+        then follows at least the work of the busiest rank."""
+        times = [replay(costs) for replay in self._replays]
+        if len(times) == 1:
+            return times[0].makespan
+        work = max(_each(times[0].busy, times[1].busy))
+        return max(
+            times[0].makespan + self.more * work, times[1].makespan + (self.more - PERIOD) * work
+        )
+
+
+def _each(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """What a round adds to each rank's work."""
+    return [(b - a) / PERIOD for a, b in zip(first, second, strict=True)]
 
 
 def play(make: Make, ranks: int, num_microbatches: int, costs: Costs) -> Played:
     """Plays a step of `make(m)` schedules on `ranks` ranks."""
-    size = 2 * len(costs.stages) * num_microbatches
-    if size > FULL and num_microbatches // ranks > WARM + PERIOD:
-        return _extrapolated(make, ranks, num_microbatches, costs)
-    spans = clock(make(num_microbatches), costs)
-    return Played(makespan(spans), span(spans), tuple(spans), True, _busy(spans, ranks))
-
-
-def _extrapolated(make: Make, ranks: int, num_microbatches: int, costs: Costs) -> Played:
-    """The step from two short ones."""
-    short = WARM * ranks + num_microbatches % ranks
-    first = clock(make(short), costs)
-    second = clock(make(short + PERIOD * ranks), costs)
-    work = [
-        (b - a) / PERIOD for a, b in zip(_busy(first, ranks), _busy(second, ranks), strict=True)
-    ]
-    each = max((makespan(second) - makespan(first)) / PERIOD, *work)
-    own = max((span(second) - span(first)) / PERIOD, *work)
-    more = (num_microbatches - short) // ranks
-    busy = tuple(a + more * w for a, w in zip(_busy(first, ranks), work, strict=True))
-    seconds, own = makespan(first) + more * each, span(first) + more * own
-    return Played(seconds, own, tuple(second), False, busy)
-
-
-def _busy(spans: list[Span], ranks: int) -> tuple[float, ...]:
-    found = [0.0] * ranks
-    for s in spans:
-        found[s.rank] += s.duration_s
-    return tuple(found)
+    step = Rehearsal(make, ranks, num_microbatches, len(costs.stages))
+    times, whole = step(costs), not step.more
+    return Played(times.makespan, times.own, times.busy, whole, step.schedules[-1], costs)

@@ -43,7 +43,7 @@ class Prediction:
     device: str = ""
     laid: Laid | None = None
     schedule: Schedule | None = None
-    spans: tuple[Span, ...] = ()
+    played: Played | None = None
     ledgers: tuple[Ledger, ...] = ()  # one for each stage
     traffic: tuple[TrafficLine, ...] = ()
     step_time_s: float | None = None
@@ -62,6 +62,11 @@ class Prediction:
         from partita.simulate.answer import to_json
 
         return to_json(self)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The schedule as it was played."""
+        return self.played.spans if self.played is not None else ()
 
     @property
     def verdict(self) -> str:
@@ -177,7 +182,7 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     return Prediction(
         plan=str(job.plan), problems=found,
         fits=all(x.peak_bytes <= limit for x in ledgers) and _fits_beside(laid, cluster),
-        device=cluster.device, laid=laid, schedule=laid.schedule, spans=t.played.spans, ledgers=ledgers,
+        device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played, ledgers=ledgers,
         traffic=tuple(_traffic(laid, busiest)),
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
         bubble_fraction=1 - sum(t.played.busy) / (len(places) * step_s) if step_s else 0.0,

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from partita.base.errors import Problem, UsageError
-from partita.planner.bound import laid_bound
+from partita.planner.bound import ENDLESS, laid_bound
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
-from partita.planner.space import Leaf, Words
+from partita.planner.space import VIRTUAL, Leaf, Words
+from partita.planner.table import Rough, probe_of
+from partita.schedule.make import schedule
 from partita.simulate.predict import request_of, simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -70,26 +72,49 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         m, cut = job.plan.num_microbatches, leaf.zero if leaf.dp_shard > 1 else 0
         table, probe = b.table(mesh, shape, tokens), b.probe(mesh, name, virtual, m)
         assert not isinstance(table, Problem) and not isinstance(probe, Problem)
-        stages = b.stages(table, 1 + max(s for held in probe.held for s in held))
+        stages, named = b.stages(table, probe.num_stages), (name, virtual)
         shards = b.shards(mesh, shape, leaf.dp_shard)
-        each, even_bytes = b.even(mesh, shape, table)
-        laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe)
+        endless = b.endless(mesh, shape, (tokens.mode, tokens.every))
+        assert not isinstance(endless, Problem)
+        at = search.space.micros(mesh).index(tokens.micro)
+        step = b.step(mesh, named, m, probe.num_stages)
+        laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe, step)
         slower = b.sharded(stages, table, mesh, leaf.dp_shard, cut)
-        update = b.update(stages, probe, cut, shards)
+        once = b.update(stages, probe, cut, shards)
+        once += b.reduced(stages, table, probe, mesh, (leaf.dp_shard, cut))
         for low in (
             b.coarse(mesh),
             b.coarse(mesh, shape),
-            each * m,
-            b.pipeline(slower, probe, m) + update,
+            b.rough(mesh, endless, named)[at],
+            b.pipeline(slower, probe, m) + once,
+            b.played(slower, mesh, named, m) + once,
             laid_s,
         ):
             assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
+        if not search.machine.cluster.cores_shared:
+            assert laid_s == pytest.approx(seconds, rel=5e-3), job.plan
+        scaled = b.stages(endless, probe.num_stages)
+        way = (cut, shards)
         for low in (
-            even_bytes,
-            b.memory(stages, probe, cut, shards) + b.lent(table, cut),
+            b.least(mesh, shape, endless, tokens.micro),
+            b.memory(scaled, probe, *way, scale=tokens.micro / ENDLESS) + b.lent(endless, cut),
+            b.memory(stages, probe, *way) + b.lent(table, cut),
             laid_bytes,
         ):
             assert low <= num_bytes * (1 + 1e-9), job.plan
+
+
+def test_where_stages_lie_is_what_the_schedules_say():
+    for name, virtual in (
+        *((n, 1) for n in ("1f1b", "gpipe", "zb_h1", "zb_h2", "dualpipe")),
+        *((n, 2) for n in ("zb_v", "v_half", "v_min", "dualpipev")),
+        *((n, v) for n in VIRTUAL for v in (2, 3)),
+    ):
+        made = schedule(name, num_ranks=4, num_microbatches=16, virtual_stages=virtual)
+        rough, probe = Rough(name, 4, virtual), probe_of(made)
+        assert rough.split == probe.split and rough.num_stages == probe.num_stages, name
+        assert rough.held.tolist() == [sorted(held, reverse=True) for held in probe.held], name
+        assert all(rough.share == share for share in probe.share), name
 
 
 BRUTE = small(

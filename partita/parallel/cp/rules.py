@@ -93,7 +93,8 @@ def _nearest(job: Request) -> str:
     """The largest smaller ring, gather or Ulysses that this room allows; a hybrid's is a ring."""
     method = job.plan.context.method if job.plan.context.method != "hybrid" else "ring"
     alone = job.plan.with_("context", method=method, ulysses=1)
-    smaller = (alone.with_("mesh", cp=size) for size in range(job.plan.mesh.cp, 1, -1))
+    sizes = (n for n in range(job.plan.mesh.cp, 1, -1) if job.seq_len % n == 0)
+    smaller = (alone.with_("mesh", cp=size) for size in sizes)
     none = job.plan.with_("mesh", cp=1).with_("context", method="ring", ulysses=1)
     return str(next((p for p in smaller if _legal(replace(job, plan=p))), none))
 

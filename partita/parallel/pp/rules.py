@@ -191,22 +191,38 @@ def _even(costs: Sequence[float], stages: int) -> float:
     return max(cost(i, at[i], at[i + 1]) for i in range(stages))
 
 
+def _ends(
+    cost: Callable[[int, int, int], float], layers: int, stages: int, limit: float
+) -> list[int]:
+    """Where the layers of each stage end at the earliest, for those behind to hold the rest."""
+    ends = [layers] * stages
+    for stage in range(stages - 1, 0, -1):
+        a = b = ends[stage]
+        while a > 0 and cost(stage, a - 1, b) <= limit:
+            a -= 1
+        ends[stage - 1] = a
+    return ends
+
+
 def _cheapest(
     costs: Sequence[float], stages: int, join: Callable[[float, float], float], limit: float
 ) -> tuple[float, tuple[int, ...]]:
     """The split whose stages' costs, joined, are least, among those with no stage dearer than `limit`.
     Costs are not negative, so a stage's search ends where it gets too dear."""
     layers, cost = len(costs) - 2, _stage_cost(costs, stages)
+    ends = _ends(cost, layers, stages, limit * (1 + 1e-9))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(stages):
         new: dict[int, tuple[float, tuple[int, ...]]] = {}
         for a, (value, split) in best.items():
-            least = layers if stage == stages - 1 else a + 1
+            least = max(a + 1, ends[stage])
             for b in range(least, layers - (stages - 1 - stage) + 1):
                 c = cost(stage, a, b)
                 if c > limit:
                     break
                 joined = join(value, c)
+                if b in new and joined > new[b][0]:
+                    continue
                 if b not in new or (joined, (*split, b - a)) < new[b]:
                     new[b] = joined, (*split, b - a)
         best = new

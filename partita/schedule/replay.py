@@ -1,0 +1,99 @@
+"""A schedule's clock for many costs: what waits for what is worked out once, then replayed.
+
+The order in which results become ready does not depend on what actions cost, only on the lists of the ranks
+and on what each action needs of another rank: one result, of the stage before (F) or behind (B, I). So a
+replay is one pass over actions sorted that way:
+
+    end = max(end of the action before it on its rank, end of what it needs + send) + cost
+
+A longer action ends nothing sooner: from lower bounds of costs follows a lower bound of every time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from partita.base.errors import ScheduleError
+from partita.schedule.clock import Costs
+from partita.schedule.ir import Schedule
+
+ROWS = {"F": 0, "B": 1, "I": 2, "W": 3, "U": 4}  # of the table of costs
+RESULTS = {"F": 0, "B": 1, "I": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one replay: `makespan` over all ranks, `own` the longest of a rank's own last end minus own first
+    start, `busy` seconds of work of each rank."""
+
+    makespan: float
+    own: float
+    busy: tuple[float, ...]
+
+
+class Replay:
+    """The actions of a schedule in an order in which each finds what it needs."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.num_stages, self.num_ranks = schedule.num_stages, schedule.num_ranks
+        self.ranks: list[int] = []
+        self.costs: list[int] = []  # place in the table of costs
+        self.needs: list[int] = []  # place of the action that makes what is needed, or -1
+        self.first = [-1] * schedule.num_ranks  # place of each rank's first action
+        self._sort(schedule)
+        self._counts = [Counter[int]() for _ in range(schedule.num_ranks)]
+        for rank, cost in zip(self.ranks, self.costs, strict=True):
+            self._counts[rank][cost] += 1
+
+    def _sort(self, schedule: Schedule) -> None:
+        stages, every = schedule.num_stages, schedule.num_microbatches
+        made: dict[int, int] = {}
+        waiting: dict[int, list[int]] = {}
+        at, ready = [0] * schedule.num_ranks, list(range(schedule.num_ranks))
+        while ready:
+            rank = ready.pop()
+            actions = schedule.ranks[rank]
+            while at[rank] < len(actions):
+                stage, kind, microbatch = actions[at[rank]]
+                result, need = RESULTS.get(kind), -1
+                if result is not None:
+                    other = stage - 1 if kind == "F" else stage + 1
+                    far = 0 <= other < stages and schedule.rank_of(other, microbatch) != rank
+                    number = (result * stages + other) * every + microbatch
+                    if far and number not in made:
+                        waiting.setdefault(number, []).append(rank)
+                        break
+                    need = made[number] if far else -1
+                    own = (result * stages + stage) * every + microbatch
+                    made[own] = len(self.ranks)
+                    ready += waiting.pop(own, ())
+                if at[rank] == 0:
+                    self.first[rank] = len(self.ranks)
+                self.ranks.append(rank)
+                self.costs.append(ROWS[kind] * stages + stage)
+                self.needs.append(need)
+                at[rank] += 1
+        if len(self.ranks) < sum(map(len, schedule.ranks)):
+            raise ScheduleError(f"{schedule.name}: deadlock")
+
+    def __call__(self, costs: Costs) -> Times:
+        """The times of the schedule at these costs."""
+        table = [stage.of(kind) for kind in ROWS for stage in costs.stages]
+        free, send = [0.0] * self.num_ranks, costs.send
+        ends: list[float] = []
+        add = ends.append
+        for rank, cost, need in zip(self.ranks, self.costs, self.needs, strict=True):
+            now = free[rank]
+            if need >= 0 and ends[need] + send > now:
+                now = ends[need] + send
+            now += table[cost]
+            free[rank] = now
+            add(now)
+        starts = [ends[i] - table[self.costs[i]] for i in self.first]
+        own = max(end - start for start, end in zip(starts, free, strict=True))
+        return Times(max(free) - min(starts), own, self._busy(table))
+
+    def _busy(self, table: Sequence[float]) -> tuple[float, ...]:
+        return tuple(sum(n * table[c] for c, n in count.items()) for count in self._counts)
