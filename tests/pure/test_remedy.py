@@ -43,7 +43,7 @@ def test_each_remedy_fits_at_the_time_it_said(line, share):
     assert [plan for plan, _ in told] == [r.prediction.plan for r in found]
     for remedy, (plan, seconds) in zip(found, told, strict=True):
         applied = simulate(job.with_plan(plan))
-        assert applied.fits and format_seconds(applied.step_time_s) == seconds
+        assert applied.fits and format_seconds(applied.step_time_s or 0.0) == seconds
         assert applied.step_time_s == remedy.prediction.step_time_s
         assert max(x.peak_bytes for x in applied.ledgers) == remedy.peak_bytes
 
