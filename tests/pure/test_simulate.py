@@ -15,6 +15,7 @@ PLANS = (
     "", "dp_replicate4 2mb", "tp4", "tp4+sp bf16", "pp4:1f1b/8mb bf16",
     "pp2:gpipe/4mb tp2+sp bf16 recompute:full",
     "pp2:1f1b/4mb dp_replicate2 tp2 bf16 recompute:selective",
+    "dp_shard4.zero3 tp4+sp bf16 2mb", "dp_shard2.zero3 cp4:ring tp2+sp bf16",
 )  # fmt: skip
 
 
