@@ -5,8 +5,7 @@
 
 A collective inside a block is exposed, but for what its lane runs beside compute: rings of cp beside
 attention, ZeRO's beside everything; tp's beside weight gradients, or in pieces beside its matmuls,
-where the software does so. What is hidden still takes SLOW of itself from the compute beside it. Lanes
-that run side by side share the links they cross (links.py).
+where the software does so. What is seen of lanes side by side, on links that they share: links.py.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import ARENAS, axis_name
 from partita.simulate.groups import group_of, place
-from partita.simulate.links import Lane, lengthened
+from partita.simulate.links import Lane, seen_seconds
 from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block
 
-SLOW = 0.2  # [empirical] of a hidden collective's time is lost by the compute beside it
 HIDDEN_KINDS = ("copy_to", "gather_from", "scatter_to")
 Seconds = defaultdict[str, float]
 
@@ -204,11 +202,9 @@ def _part_time(
         lane.add(axis_name(call.axes), _link(call, laid, machine), s)
     compute = {"F": found["F"], "B": found["I"] + found["again"] + found["W"]}
     for where, own in lanes.items():
-        longer = lengthened(own, compute[where])
-        for name, lane in own.items():
-            comm = {axis: s * longer[name] for axis, s in lane.by_axis.items()}
-            for axis, s in _exposed(comm, lane.room).items():
-                seen[where][axis] += s
+        for name, s in seen_seconds(own, compute[where]).items():
+            for axis, share in own[name].by_axis.items():
+                seen[where][axis] += s * share / own[name].seconds
     for where in ("F", "B"):
         busy = compute[where] + sum(seen[where].values())
         found[f"host {where}"] = max(launches[where] * era.host_s - busy, 0.0)
@@ -248,13 +244,6 @@ def _beside(
     if lane == "cp":
         return total(parts, "attention")
     return total(parts) if lane == "dp" and era.overlaps_gradients else 0.0
-
-
-def _exposed(comm: Mapping[str, float], beside: float) -> dict[str, float]:
-    """What of a lane's collectives is seen beside so much compute, in proportion over the axes."""
-    total = sum(comm.values())
-    hidden = min(total, beside) * (1 - SLOW)
-    return {axis: s * (total - hidden) / total for axis, s in comm.items()} if total else {}
 
 
 def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:

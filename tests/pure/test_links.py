@@ -5,6 +5,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import partita as pt
 from partita.cost.comm import AlphaBeta, Group, group_seconds
@@ -14,7 +16,7 @@ from partita.schedule.order import turns
 from partita.simulate import stage
 from partita.simulate.groups import group_of
 from partita.simulate.jitter import crowd
-from partita.simulate.links import Lane, lengthened
+from partita.simulate.links import SLOW, Lane, seen_seconds
 from partita.simulate.predict import _costs, request_of, timed
 from partita.simulate.stage import works_of
 from validation.collectives import errors
@@ -27,29 +29,55 @@ def lane(room, **links):
     return one
 
 
-def test_lanes_on_other_links_do_not_meet():
+def test_what_is_waited_for_is_seen_and_what_is_hidden_is_not():
     own = {"tp": lane(0.0, nvlink=0.2), "dp": lane(1.0, network=0.5)}
-    assert lengthened(own, 1.0) == {"tp": 1.0, "dp": 1.0}
+    assert seen_seconds(own, 1.0) == pytest.approx({"tp": 0.2, "dp": SLOW * 0.5})
 
 
 def test_lanes_that_compute_waits_for_do_not_meet():
     own = {"tp": lane(0.0, nvlink=0.2), "ep": lane(0.0, nvlink=0.5)}
-    assert lengthened(own, 1.0) == {"tp": 1.0, "ep": 1.0}
+    assert seen_seconds(own, 1.0) == pytest.approx({"tp": 0.2, "ep": 0.5})
 
 
 def test_a_shared_link_is_halved_while_both_are_there():
     """compute 0.8 and tp 0.2 make a block of 1 s; dp is there half of the time, so half of tp meets it."""
     own = {"tp": lane(0.0, nvlink=0.2), "dp": lane(0.8, nvlink=0.5)}
-    found = lengthened(own, 0.8)
-    assert found["tp"] == pytest.approx(1.5)
-    assert found["dp"] == pytest.approx(1 + 0.1 / 0.5)
+    assert seen_seconds(own, 0.8) == pytest.approx({"tp": 0.3, "dp": SLOW * 0.5})
 
 
-def test_nobody_waits_longer_than_for_all_of_the_other():
+def test_a_full_link_carries_one_after_the_other():
+    """tp's 0.2 and dp's 50 on one link take 50.2 together; tp waits no longer than for itself once more."""
     own = {"tp": lane(0.0, nvlink=0.2), "dp": lane(0.1, nvlink=50.0)}
-    found = lengthened(own, 0.1)
-    assert found["tp"] == pytest.approx(2.0)
-    assert found["dp"] == pytest.approx(1 + 0.2 / 50)
+    found = seen_seconds(own, 0.1)
+    assert found["tp"] == pytest.approx(0.4)
+    assert 0.1 + sum(found.values()) == pytest.approx(50.2)
+
+
+def test_of_lanes_side_by_side_the_longest_is_seen():
+    """dp's 2.0 s bound the block; cp's 0.8 with the 0.5 of compute that is not attention lie within."""
+    own = {"tp": lane(0.0, a=0.1), "dp": lane(0.8, b=2.0), "cp": lane(0.3, c=0.8)}
+    assert 0.8 + sum(seen_seconds(own, 0.8).values()) == pytest.approx(2.0)
+    short = {**own, "dp": lane(0.8, b=0.1)}
+    assert 0.8 + sum(seen_seconds(short, 0.8).values()) == pytest.approx(1.3)
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 2)] * 2, st.integers(0, 1)), min_size=1, max_size=4),
+       st.floats(0.1, 2), st.floats(0.1, 1))  # fmt: skip
+def test_faster_is_never_slower(drawn, attention, rest):
+    """Whatever the lanes: less compute, or a faster link, and the block is no longer."""
+
+    def block(compute, attends, speed):
+        rooms = (0.0, attends, compute, compute)
+        lanes = {
+            f"lane {i}": lane(rooms[i], **{f"link {k}": s / speed, "other": t / speed})
+            for i, (s, t, k) in enumerate(drawn)
+        }
+        return compute + sum(seen_seconds(lanes, compute).values())
+
+    slow = block(attention + rest, attention, 1.0) * (1 + 1e-9)
+    assert block(attention + rest, attention, 2.0) <= slow
+    assert block(attention + rest / 2, attention, 1.0) <= slow
+    assert block((attention + rest) / 2, attention / 2, 1.0) <= slow
 
 
 def test_rows_that_go_once_to_a_node_are_fewer():
