@@ -7,6 +7,7 @@ import torch
 
 from partita.train import behind, checkpoint
 from partita.train.checkpoint import Piece, Ranks, Wanted
+from partita.train.resume import begin_save, pieces
 
 SHAPES = {"blocks.0.wq": (8, 6), "blocks.0.norm": (6,), "embedding.table": (11, 6)}
 ROLES = ("weight", "exp_avg")
@@ -151,3 +152,13 @@ def flip(path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def save_run(folder, step, job, model, update, data, ranks):
+    """A run's checkpoint, written before it returns; each rank calls it."""
+    saving = begin_save(folder, step, job, model, update, data, ranks)
+    writer = behind.Behind()
+    writer.start(saving, pieces(model, update, job))
+    if writer.in_flight:
+        writer.finish()
+    return saving.final

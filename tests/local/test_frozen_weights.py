@@ -9,6 +9,7 @@ import pytest
 import test_drift
 import torch
 import verify_jobs
+from saves import save_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.base.errors import UsageError
@@ -17,7 +18,7 @@ from partita.comm.single import SingleWorld
 from partita.parallel.read import flops, state_bytes
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run, save_run
+from partita.train.resume import load_run
 from partita.verify.parity import verify
 
 ATTENTION = {"frozen": ("blocks.*.attention.w[qk]*", "*.mlp.[df]*", "embedding.*")}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import verify_jobs
+from saves import save_run
 
 from partita.comm.local import local
 from partita.comm.recording import RecordingComm
@@ -13,7 +14,7 @@ from partita.parallel.regions import Region
 from partita.train import step as step_module
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run, save_run
+from partita.train.resume import load_run
 from partita.train.step import Update
 from partita.verify import runs
 from partita.verify.parity import verify

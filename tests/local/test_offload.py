@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import verify_jobs
+from saves import save_run
 
 from partita.base.errors import WriteError
 from partita.comm.local import local
@@ -20,7 +21,7 @@ from partita.simulate.predict import request_of
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.recorder import StepRecorder
-from partita.train.resume import load_run, save_run
+from partita.train.resume import load_run
 from partita.verify.parity import verify
 
 PLANS = [

@@ -4,6 +4,7 @@ import hf_models
 import pytest
 import torch
 import verify_jobs
+from saves import save_run
 
 from partita.base.errors import CheckpointError
 from partita.comm.local import local
@@ -15,7 +16,6 @@ from partita.spec.model import ModelSpec
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.export import export_checkpoint
-from partita.train.resume import save_run
 from partita.verify.runs import boxes
 
 

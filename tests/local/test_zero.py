@@ -7,13 +7,14 @@ from collections import Counter
 import pytest
 import torch
 import verify_jobs
+from saves import save_run
 
 from partita.comm.local import local
 from partita.parallel.dp import zero
 from partita.parallel.read import state_bytes
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run, save_run
+from partita.train.resume import load_run
 
 
 def gathered(world, job):
