@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from partita.comm.processes import is_alive
@@ -55,8 +56,7 @@ class Board:
         if self._map is None:
             return
         s = self.status
-        words = (s.axis, s.op, s.tensor, s.site, s.phase, s.file)
-        text = "\n".join(words).encode()[: SLOT - _HEAD.size]
+        text = _text(s.axis, s.op, s.tensor, s.site, s.phase, s.file)
         numbers = (self._pid, s.sequence, s.step, s.completed, s.at, s.line, len(text))
         start = self.rank * SLOT
         _HEAD.pack_into(self._map, start, *numbers)
@@ -95,3 +95,9 @@ class Board:
         """The table of all ranks."""
         found = [s for s in self.statuses() if s is not None]
         return describe(found, time.monotonic())
+
+
+@lru_cache(maxsize=4096)
+def _text(*words: str) -> bytes:
+    """A slot's words: the same calls come back in every step."""
+    return "\n".join(words).encode()[: SLOT - _HEAD.size]

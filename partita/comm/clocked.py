@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.blocking import Blocking
-from partita.comm.protocol import Comm, Handle, Key, ReduceOp, World
+from partita.comm.protocol import Comm, Done, Handle, Key, ReduceOp, World
 
 
 @dataclass
@@ -156,6 +156,19 @@ class ClockedComm(Blocking):
     ) -> Handle:
         """Under way."""
         return self._timed(x, self.inner.start_reduce_scatter(x, site=site, dim=dim, out=out))
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Under way."""
+        counts = {"send_counts": send_counts, "receive_counts": receive_counts}
+        return self._timed(x, self.inner.start_all_to_all(x, site=site, **counts))
+
+    def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
+        """As the inner Comm's."""
+        found = self.inner.counts(x, site=site)
+        self._timed(x, Done(x)).wait()
+        return found
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Under way; the receiver hears when it will be there."""

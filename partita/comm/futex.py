@@ -16,7 +16,12 @@ import time
 
 _SYS_FUTEX = 202  # x86_64
 _WAIT, _WAKE = 0, 1
-SPINS = 60  # about 15 us of looking before sleeping: ranks may outnumber cores
+SPINS = 60  # about 15 us of looking before sleeping, where ranks outnumber cores
+SPINS_OWN_CORE = 400  # about 100 us: less than it takes to be woken, and nobody else wants the core
+_NUMBER = ctypes.c_long(_SYS_FUTEX)
+_WAKE_ALL = (
+    ctypes.c_int(_WAKE), ctypes.c_int(1 << 30), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(0),
+)  # fmt: skip
 
 
 class _Timespec(ctypes.Structure):
@@ -31,18 +36,19 @@ def available() -> bool:
 class Words:
     """32-bit words of a mapped region, from byte `start` on."""
 
-    def __init__(self, region: mmap.mmap, count: int, start: int = 0) -> None:
+    def __init__(self, region: mmap.mmap, count: int, start: int = 0, spins: int = SPINS) -> None:
+        self._spins = spins
         self.view = memoryview(region)[start : start + 4 * count].cast("I")
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(region)) + start
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._syscall = self._libc.syscall
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._wakes = [
+            (_NUMBER, ctypes.c_void_p(self._address + 4 * i), *_WAKE_ALL) for i in range(count)
+        ]
 
     def set(self, index: int, value: int) -> None:
         """Stores and wakes whoever sleeps on the word."""
         self.view[index] = value & 0xFFFFFFFF
-        self._syscall(
-            _SYS_FUTEX, ctypes.c_void_p(self._address + 4 * index), _WAKE, 1 << 30, None, None, 0
-        )
+        self._syscall(*self._wakes[index])
 
     def reached(self, index: int, value: int) -> bool:
         """Whether the word has come to `value`, counting modulo 2^32."""
@@ -50,7 +56,7 @@ class Words:
 
     def wait(self, index: int, value: int, seconds: float) -> bool:
         """Waits until the word has come to `value`, for at most `seconds`."""
-        for spin in range(SPINS):
+        for spin in range(self._spins):
             if self.reached(index, value):
                 return True
             if spin % 8 == 7:

@@ -9,12 +9,14 @@ sends again, so that no order of non-blocking sends can deadlock. The receiver p
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import struct
 import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.futex import Words
-from partita.comm.protocol import Done, Handle, Key, Message
+from partita.comm.protocol import Done, Handle, Key, Message, message_of
 
 if TYPE_CHECKING:
     from partita.comm.shm_comm import ShmComm
@@ -42,23 +44,21 @@ class _Ring:
 
     def __init__(self, region: mmap.mmap, start: int) -> None:
         self.memory = memoryview(region)[start + mmap.PAGESIZE : start + ring_bytes()]
-        self.bytes = torch.frombuffer(region, dtype=torch.uint8)[
-            start + mmap.PAGESIZE : start + ring_bytes()
-        ]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(region)) + start + mmap.PAGESIZE
         self.at = 0  # this end's own count
 
-    def chunk(self, number: int) -> tuple[memoryview, Tensor]:
-        """Header and payload of a chunk."""
-        start = (number % CHUNKS) * (CHUNK + _HEAD_BYTES)
-        head = self.memory[start : start + _HEAD_BYTES]
-        return head, self.bytes[start + _HEAD_BYTES : start + _HEAD_BYTES + CHUNK]
+    @property
+    def head(self) -> int:
+        """Where the header of the chunk at hand begins; its payload is _HEAD_BYTES behind."""
+        return (self.at % CHUNKS) * (CHUNK + _HEAD_BYTES)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Outgoing:
-    """A message that is on its way: `sent` bytes are in the ring."""
+    """A message that is on its way: `sent` bytes of `total` are in the ring."""
 
-    data: Tensor  # bytes
+    data: Tensor  # contiguous
+    total: int
     digest: int
     kind: int
     sent: int = 0
@@ -81,17 +81,18 @@ class Mailbox:
                 if me in (a, b):
                     place = start + number * ring_bytes()
                     self._rings[a, b] = _Ring(region, place)
-                    self._words[a, b] = Words(region, 32, place)
+                    self._words[a, b] = Words(region, 32, place, comm.world.spins)
                 number += 1
         self._outgoing: dict[int, deque[_Outgoing]] = {r: deque() for r in range(n)}
         self._parked: dict[tuple[int, int, int], deque[Tensor]] = {}
-        self._partial: dict[int, tuple[Tensor, int]] = {}
+        self._partial: dict[int, Tensor] = {}
+        self._exchanges = 0
 
     def send(self, x: Tensor, to: int, key: Key, site: str) -> Handle:
         """Queues a copy and moves what fits."""
         self.comm.enter("send", x, site)
-        data = x.detach().contiguous().view(-1).view(torch.uint8)
-        message = _Outgoing(data, zlib.crc32(repr(key).encode()), _kind(x))
+        data = x.detach().contiguous()
+        message = _Outgoing(data, data.numel() * data.element_size(), _digest(key), _kind(x.dtype))
         self._outgoing[to].append(message)
         self._move(to)
         if not message.done:  # the ring is full: the caller may change its tensor
@@ -102,14 +103,14 @@ class Mailbox:
     def exchange(self, parts: Sequence[Tensor], counts: Sequence[int], site: str) -> Parts:
         """Sends every rank its part; `counts` are the rows that come from each.
 
-        No call number is in the key: messages of some ranks alone count there too. Messages of one pair
-        and key come in the order they were sent."""
-        me = self.comm.rank
+        All ranks of the group number their exchanges alike: several under way may be waited for in any
+        order."""
+        me, self._exchanges = self.comm.rank, (self._exchanges + 1) % 65536
         for r, part in enumerate(parts):
             if r != me:
-                self.send(part, r, Key("A", r, -1), site)
+                self.send(part, r, Key("A", r, self._exchanges), site)
         coming = [parts[me].new_empty((n, *parts[me].shape[1:])) for n in counts]
-        key = Key("A", me, -1)
+        key = Key("A", me, self._exchanges)
         handles = [self.receive(x, r, key, site) if r != me else None for r, x in enumerate(coming)]
         return Parts(parts[me], handles)
 
@@ -128,14 +129,15 @@ class Mailbox:
         queue = self._outgoing[to]
         while queue:
             message = queue[0]
-            total = message.data.numel()
+            total, start = message.total, message.data.data_ptr()
             while message.sent < total or (total == 0 and not message.done):
                 if not words.reached(16, ring.at - CHUNKS + 1):
                     return
-                head, payload = ring.chunk(ring.at)
-                n = min(CHUNK, total - message.sent)
-                payload[:n].copy_(message.data[message.sent : message.sent + n])
-                _HEAD.pack_into(head, 0, message.digest, message.kind, total, message.sent)
+                head, n = ring.head, min(CHUNK, total - message.sent)
+                ctypes.memmove(ring.address + head + _HEAD_BYTES, start + message.sent, n)
+                _HEAD.pack_into(
+                    ring.memory, head, message.digest, message.kind, total, message.sent
+                )
                 message.sent += n
                 message.done = message.sent >= total
                 ring.at += 1
@@ -145,12 +147,12 @@ class Mailbox:
 
     def receive(self, like: Tensor, source: int, key: Key, site: str) -> Handle:
         """Posts a receive; nothing moves until it is waited for."""
-        message = Message("receive", tuple(like.shape), str(like.dtype), site)
+        message = message_of("receive", like.shape, like.dtype, site)
         return _Receive(self, like, source, key, message)
 
     def take(self, like: Tensor, source: int, key: Key, note: tuple[Message, int]) -> Tensor:
         """The message with this key, waited for; others that come first are parked."""
-        want = (source, zlib.crc32(repr(key).encode()), _kind(like))
+        want = (source, _digest(key), _kind(like.dtype))
         size = like.numel() * like.element_size()
         ring, words = self._rings[source, self.comm.rank], self._words[source, self.comm.rank]
         while not self._parked.get(want):
@@ -158,26 +160,31 @@ class Mailbox:
                 self.comm.world.progress()
                 peer = self.comm.ranks[source]
                 self.comm.wait_word(words, 0, ring.at + 1, peer, note)
-            self._collect(source, ring, words)
+            self._collect(ring, words, want, like)
         data = self._parked[want].popleft()
         if not self._parked[want]:
             del self._parked[want]
-        if data.numel() != size:
+        if data.numel() * data.element_size() != size:
             raise CommError(
                 f"rank {self.comm.world.rank} expects {size} bytes at {note[0].site}, rank "
-                f"{self.comm.ranks[source]} sent {data.numel()}"
+                f"{self.comm.ranks[source]} sent {data.numel() * data.element_size()}"
             )
-        return data.view(like.dtype).view(like.shape)
+        return data if data.dtype == like.dtype else data.view(like.dtype).view(like.shape)
 
-    def _collect(self, source: int, ring: _Ring, words: Words) -> None:
-        """Takes one chunk out of the ring."""
-        head, payload = ring.chunk(ring.at)
-        digest, kind, total, offset = _HEAD.unpack_from(head, 0)
+    def _collect(self, ring: _Ring, words: Words, want: tuple[int, int, int], like: Tensor) -> None:
+        """Takes one chunk out of the ring: to a tensor like the one that is wanted, if it is that one; else
+        to bytes, which are parked."""
+        source, head = want[0], ring.head
+        digest, kind, total, offset = _HEAD.unpack_from(ring.memory, head)
         if offset == 0:
-            self._partial[source] = (torch.empty(total, dtype=torch.uint8), 0)
-        data, _ = self._partial[source]
-        n = min(CHUNK, total - offset)
-        data[offset : offset + n].copy_(payload[:n])
+            wanted = (source, digest, kind) == want and total == like.numel() * like.element_size()
+            self._partial[source] = (
+                torch.empty(like.shape, dtype=like.dtype)
+                if wanted
+                else torch.empty(total, dtype=torch.uint8)
+            )
+        data, n = self._partial[source], min(CHUNK, total - offset)
+        ctypes.memmove(data.data_ptr() + offset, ring.address + head + _HEAD_BYTES, n)
         ring.at += 1
         words.set(16, ring.at)
         if offset + n >= total:
@@ -185,7 +192,7 @@ class Mailbox:
             self._parked.setdefault((source, digest, kind), deque()).append(data)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Receive:
     """A posted receive."""
 
@@ -206,9 +213,16 @@ class _Receive:
         return self.value
 
 
-def _kind(x: Tensor) -> int:
+@lru_cache(maxsize=4096)
+def _digest(key: Key) -> int:
+    """32 bits of a message's key."""
+    return zlib.crc32(repr(key).encode())
+
+
+@lru_cache(maxsize=64)
+def _kind(dtype: torch.dtype) -> int:
     """A digest of the dtype."""
-    return zlib.crc32(str(x.dtype).encode())
+    return zlib.crc32(str(dtype).encode())
 
 
 class Parts:

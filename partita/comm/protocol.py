@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -211,8 +212,19 @@ class Message:
     @property
     def tensor(self) -> str:
         """'f32[4, 128]'."""
-        short = self.dtype.replace("torch.", "").replace("float", "f")
-        return f"{short}[{', '.join(map(str, self.shape))}]"
+        return _tensor_text(self.shape, self.dtype)
 
     def __str__(self) -> str:
         return f"{self.op:<14} {self.tensor}"
+
+
+@lru_cache(maxsize=4096)
+def message_of(op: str, shape: tuple[int, ...], dtype: object, site: str) -> Message:
+    """What a call is told as: the same calls come back in every step."""
+    return Message(op, tuple(shape), str(dtype), site)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_text(shape: tuple[int, ...], dtype: str) -> str:
+    short = dtype.replace("torch.", "").replace("float", "f")
+    return f"{short}[{', '.join(map(str, shape))}]"

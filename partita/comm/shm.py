@@ -13,7 +13,7 @@ from pathlib import Path
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
-from partita.comm.futex import Words, available
+from partita.comm.futex import SPINS, SPINS_OWN_CORE, Words, available
 from partita.comm.protocol import Comm, Where
 from partita.comm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
@@ -35,6 +35,7 @@ class ShmWorld:
     ) -> None:
         self.rank, self.size, self.where = rank, size, where or Where()
         self.timeout_s = timeout_s
+        self.spins = SPINS_OWN_CORE if size <= len(os.sched_getaffinity(0)) else SPINS
         fast = Path("/dev/shm")  # the run's own name keeps runs apart
         name = str(path).strip("/").replace("/", "-")
         self.path = fast / name if fast.is_dir() else path

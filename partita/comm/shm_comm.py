@@ -25,7 +25,7 @@ from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.futex import Words
 from partita.comm.mailbox import Mailbox, ring_bytes
-from partita.comm.protocol import Handle, Key, Message, ReduceOp
+from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
 
 if TYPE_CHECKING:
     from partita.comm.shm import ShmWorld
@@ -73,7 +73,7 @@ class ShmComm(Blocking):
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
         self.rank, self.size = ranks.index(world.rank), len(ranks)
         n = self.size
-        self._words = Words(region, 4 * n)  # written, two digests a rank, read
+        self._words = Words(region, 4 * n, spins=world.spins)  # written, two digests a rank, read
         self._bytes = torch.frombuffer(region, dtype=torch.uint8)
         self._meeting = 0  # chunks handed over so far
         self._sequence = 0
@@ -151,7 +151,7 @@ class ShmComm(Blocking):
 
     def enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
         """Notes the call on the board."""
-        message = Message(op, tuple(x.shape), str(x.dtype), site)
+        message = message_of(op, x.shape, x.dtype, site)
         number, self._sequence = self._sequence, self._sequence + 1
         frame = sys._getframe(2)
         while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:

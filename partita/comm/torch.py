@@ -26,7 +26,7 @@ from partita.comm.blocking import Blocking
 from partita.comm.board import Board
 from partita.comm.calls import RING, CallBook, CallPages
 from partita.comm.processes import on_loopback
-from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where
+from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.single import SingleComm
 from partita.comm.stores import file_store, last_words
 from partita.comm.table import Status, describe
@@ -229,7 +229,7 @@ class TorchComm(Blocking):
 
     def _enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
         """Notes a call; messages between two ranks have no number."""
-        message = Message(op, tuple(x.shape) if op != "all_to_all" else (), str(x.dtype), site)
+        message = message_of(op, x.shape if op != "all_to_all" else (), x.dtype, site)
         number = -1
         if op not in ("send", "receive"):
             number, self._sequence = self._sequence, self._sequence + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,16 +118,20 @@ def _activation(
 ) -> Callable[[int, Any, str], Tensor]:
     """Empty tensors shaped like a stage's input (F) or output (B), read off the laid program."""
 
-    def empty(stage: int, batch: Any, what: str) -> Tensor:
+    @cache
+    def shape_of(stage: int, what: str) -> tuple[int, ...]:
         blocks = laid.stages[stage].blocks
         t = (
             blocks[0].tensors[blocks[0].input]
             if what == "F"
             else blocks[-1].tensors[blocks[-1].output]
         )
-        shape = [d.local(laid.sizes) for d in t.dims]
+        return tuple(d.local(laid.sizes) for d in t.dims)
+
+    def empty(stage: int, batch: Any, what: str) -> Tensor:
+        shape = shape_of(stage, what)
         if batch is not None:
-            shape[0] = batch.ids.shape[0]
+            shape = (batch.ids.shape[0], *shape[1:])
         return torch.empty(shape, dtype=dtype, device=device)
 
     return empty
