@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partita.model.mlp import SwiGLU
-from partita.parallel.ep.dispatch import Combine, Dispatch, Exchange
+from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Exchange, Leave, Rows
 from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
@@ -89,12 +90,27 @@ class MoE:
         if self.shared is not None and started is not None:
             y = self.shared.finish(started, self.remakes, replay)
         gates, chosen = self.router(logits, records)
-        rows = self.exchange.plan(chosen)
+        chunks = self.exchange.plan(chosen)
         if records:
-            self.log.rows(chosen, rows.sent)
-        h = self.gate_up(Dispatch.apply(n, rows), rows.counts)  # type: ignore[arg-type]
+            self.log.rows(chosen, [n for rows in chunks for n in rows.sent])
+        routed = self.experts(n.flatten(0, 1), gates.flatten(0, 1), chunks).view(x.shape)
+        return x + (routed if y is None else routed + y)
+
+    def experts(self, x: Tensor, gates: Tensor, chunks: Sequence[Rows]) -> Tensor:
+        """What experts add to tokens [tokens, hidden] of gates [tokens, top_k]: all chunks leave at once, and
+        while one is computed on, others come and go."""
+        sizes = [rows.tokens for rows in chunks]
+        each = zip(x.split(sizes), chunks, strict=True)
+        coming = [Dispatch.apply(part, rows) for part, rows in each]
+        going = [self.compute(x, rows) for x, rows in zip(coming, chunks, strict=True)]  # type: ignore
+        weights = gates.split(sizes)
+        parts = [Combine.apply(*of) for of in zip(going, weights, chunks, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[return-value, arg-type]
+
+    def compute(self, coming: Tensor, rows: Rows) -> Tensor:
+        """The experts of one chunk, from its arrival until it leaves."""
+        h = self.gate_up(Arrive.apply(coming, rows), rows.counts)  # type: ignore[arg-type]
         a = SwiGLU.apply(h)
         with made_again(a, lambda: SwiGLU.apply(h), "experts.act" in self.remakes):  # type: ignore[arg-type]
             made = self.down(a, rows.counts)  # type: ignore[arg-type]
-        routed = Combine.apply(made, gates, rows)
-        return x + (routed if y is None else routed + y)  # type: ignore[operator, return-value]
+        return Leave.apply(made, rows)  # type: ignore[return-value]

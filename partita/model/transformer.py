@@ -139,6 +139,7 @@ class Maker:
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
             at("experts.down"), at("experts.back"), at("dispatch.tally"),
             None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
+            self.laid.request.plan.expert.chunks,
         )  # fmt: skip
         shared = None
         if spec.shared_experts:

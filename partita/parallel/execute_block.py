@@ -98,10 +98,11 @@ class World:
         return tuple(r for r, other in enumerate(self.at) if meets(other))
 
     def record(self, rank: int, op: Op, event: Event, site: str, phase: str, size: int) -> None:
-        """Notes an event of one rank: `times` collectives of `size` bytes."""
+        """Notes an event of one rank: `times` collectives of `size` bytes, each in `parts`."""
         key = rank, axis_name(op.axes), event.collective, site, phase
         entry = self.sent.setdefault(key, [0, 0])
-        entry[0], entry[1] = entry[0] + event.times, entry[1] + event.times * size
+        entry[0] += event.times * event.parts
+        entry[1] += event.times * size
 
     def traffic(self, rank: int) -> list[TrafficLine]:
         """What the rank sent since `sent` was last emptied, as Laid.traffic declares it."""
@@ -257,6 +258,8 @@ class BlockRun:
         t = self.block.tensors[event.of]
         if op.kind in ("ring", "exchange"):
             return elements(event, x, wants) * BYTES[t.dtype]
+        if op.kind == "counts":  # of every chunk; here rows go in one
+            return tensor_bytes(t, self.world.laid.sizes)
         if not any(d.of for d in t.dims):
             return x.values.size * BYTES[t.dtype]
         laid = self.world.laid

@@ -211,7 +211,7 @@ class Laid:
                 if times and not self._alone(call):
                     key = axis_name(call.axes), call.collective, site, phase
                     entry = found.setdefault(key, [0, 0])
-                    entry[0] += times
+                    entry[0] += times * call.parts
                     entry[1] += times * call.bytes
         return sorted(TrafficLine(rank, *key, *n) for key, n in found.items())
 

@@ -39,8 +39,8 @@ def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Blo
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One declared collective of a block: `bytes` of the tensor handed in, for one call. `half` is the
-    phase that B's calls have where a schedule splits it."""
+    """One declared collective of a block: `bytes` of the tensor handed in, for one call, or for `parts` of
+    them that add up to it. `half` is the phase that B's calls have where a schedule splits it."""
 
     axes: tuple[str, ...]
     collective: str
@@ -50,6 +50,7 @@ class Call:
     lane: str
     times: int = 1
     half: str = "I"
+    parts: int = 1
 
 
 def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
@@ -108,7 +109,9 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
         if e.phase == phase:
             size = tensor_bytes(block.tensors[e.of], sizes)
             half = "W" if e.weights else "I"
-            yield Call(op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half)
+            yield Call(
+                op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts
+            )
 
 
 @once

@@ -5,7 +5,8 @@
 
 A collective inside a block is exposed, but for what its lane runs beside compute: rings of cp beside
 attention, ZeRO's beside everything; tp's beside weight gradients, or in pieces beside its matmuls,
-where the software does so. What is seen of lanes side by side, on links that they share: links.py.
+where the software does so; of a dispatch in n chunks all but one chunk's beside the experts. What is seen of
+lanes side by side, on links that they share: links.py.
 """
 
 from __future__ import annotations
@@ -190,18 +191,27 @@ def _part_time(
     launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: dict[str, dict[str, Lane]] = {"F": {}, "B": {}}
+    chunks: Counter[str] = Counter()
     exchanged = max((c.bytes for c in calls if _is_exchange(c)), default=0)
     for call in calls:
         if _is_exchange(call):  # as long as the more that a rank hands in and takes
             call = replace(call, bytes=exchanged)
-        s = factor * call.times * call_seconds(call, laid, machine)
+        n = call.parts
+        one = replace(call, bytes=call.bytes // n) if n > 1 else call
+        s = factor * call.times * n * call_seconds(one, laid, machine)
         where = "F" if call.phase == "F" else "B"
-        launches[where] += call.times if s else 0
+        launches[where] += call.times * n if s else 0
         name = call.lane if call.lane != "tp" or _hides(call) else "alone"
         lane = lanes[where].setdefault(name, Lane(_beside(where, name, each, era)))
         lane.add(axis_name(call.axes), _link(call, laid, machine), s)
+        chunks[name] = max(chunks[name], n)
     compute = {"F": found["F"], "B": found["I"] + found["again"] + found["W"]}
     for where, own in lanes.items():
+        for name, lane in own.items():
+            if chunks[name] > 1:
+                inside = sum(kernel_seconds(k, machine) for k in w.experts[where == "B"])
+                room = min(factor * inside, lane.seconds * (1 - 1 / chunks[name]))
+                own[name] = replace(lane, room=room)
         for name, s in seen_seconds(own, compute[where]).items():
             for axis, share in own[name].by_axis.items():
                 seen[where][axis] += s * share / own[name].seconds

@@ -34,12 +34,14 @@ FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Kernels of one microbatch in a block. `again`: what recomputation runs in B before I."""
+    """Kernels of one microbatch in a block. `again`: what recomputation runs in B before I. `experts`: those
+    of them between dispatch and combine, forward and backward."""
 
     forward: tuple[Kernel, ...]
     input: tuple[Kernel, ...]
     weight: tuple[Kernel, ...]
     again: tuple[Kernel, ...]
+    experts: tuple[tuple[Kernel, ...], tuple[Kernel, ...]] = ((), ())
 
 
 @once
@@ -49,18 +51,23 @@ def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
     forward: list[Kernel] = []
     back: list[Kernel] = []
     weight: list[Kernel] = []
+    experts: tuple[list[Kernel], list[Kernel]] = ([], [])
     for group in groups:
         f, i, w = _kernels(group, block, sizes, matmul_dtype)
         forward += f
         back += i
         weight += w
+        if group[0].segment == "experts":
+            experts[0].extend(f)
+            experts[1].extend((*i, *w))
     names = {op.name for op in replayed(block)}
     again = [
         kernel
         for group in _groups([op for op in block.ops() if op.name in names])
         for kernel in _kernels(group, block, sizes, matmul_dtype)[0]
     ]
-    return BlockWork(tuple(forward), tuple(back), tuple(weight), tuple(again))
+    beside = (tuple(experts[0]), tuple(experts[1]))
+    return BlockWork(tuple(forward), tuple(back), tuple(weight), tuple(again), beside)
 
 
 def _groups(ops: Iterable[Op]) -> Iterable[list[Op]]:

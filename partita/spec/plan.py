@@ -89,6 +89,14 @@ class ContextPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """Into how many chunks of its tokens a rank's dispatch is cut: rows of one travel while another's are
+    computed on."""
+
+    chunks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RecomputePlan:
     """Which activations backward makes again."""
 
@@ -124,6 +132,7 @@ class Plan:
     pipeline: PipelinePlan = field(default_factory=PipelinePlan)
     data: DataPlan = field(default_factory=DataPlan)
     context: ContextPlan = field(default_factory=ContextPlan)
+    expert: ExpertPlan = field(default_factory=ExpertPlan)
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     precision: PrecisionPlan = field(default_factory=PrecisionPlan)
     offload: OffloadPlan = field(default_factory=OffloadPlan)

@@ -41,6 +41,7 @@ RANGES: dict[tuple[str, str], tuple[int, int]] = {
     ("data", "prefetch"): (0, 1_000),
     ("data", "bucket_bytes"): (1, 10**15),
     ("context", "ulysses"): (1, 1_000_000),
+    ("expert", "chunks"): (1, 64),
     ("recompute", "every"): (1, 1_000_000),
 }
 _V_NAMED = re.compile(r"v_([1-9]\d*)_([1-9]\d*)")

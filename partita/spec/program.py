@@ -104,6 +104,7 @@ class Event:
     gradient: bool = False
     times: int = 1
     weights: bool = False
+    parts: int = 1  # calls that add up to `of`, one after the other
 
 
 @dataclass(frozen=True, slots=True)

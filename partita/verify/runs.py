@@ -163,7 +163,10 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
             {(n, i - s * m): c for (n, i), c in counts.items() if i // m == s} for s in steps
         ]
         for r in ranks:
-            routings = [Routing(laid.mesh, laid.replicates_tokens, c) for c in of_step]
+            routings = [
+                Routing(laid.mesh, laid.replicates_tokens, c, job.plan.expert.chunks)
+                for c in of_step
+            ]
             r.declared = joined(t for each in routings for t in laid.traffic(r.rank, each))
 
 

@@ -22,7 +22,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "offload": ("", "offload:cpu", "offload:nvme"),
     "model": (
-        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2", "alexnet split2",
+        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2 expert.chunks=2",
+        "alexnet split2",
     ),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds

@@ -243,7 +243,7 @@ def test_gates_of_the_wrong_token(judged, monkeypatch):
     forward = dispatch.Combine.forward
 
     def rolled(ctx, made, gates, rows):
-        return forward(ctx, made, gates.roll(1, 1), rows)
+        return forward(ctx, made, gates.roll(1, 0), rows)
 
     monkeypatch.setattr(dispatch.Combine, "forward", staticmethod(rolled))
     at = judged("dp2 ep2")

@@ -24,7 +24,8 @@ from partita.parallel.read import replayed
 
 PLANS = [
     "fp32", "2mb", "dp4 ep4", "dp2 ep2", "dp_replicate2 dp2 ep2", "tp2+sp", "tp2+sp ep2", "tp4+sp ep2",
-    "tp2 etp2", "dp2 tp2 etp2", "dp2 tp2 ep2 etp2", "dp2 tp2+sp ep2", "dp2 tp2+sp ep4", "dp2 tp2+sp etp2",
+    "tp2 etp2", "dp2 tp2 etp2", "dp2 tp2 ep2 etp2", "dp2 tp2+sp ep2 expert.chunks=2", "dp2 tp2+sp ep4",
+    "dp2 tp2+sp etp2",
     "dp2 tp2+sp ep2 etp2", "tp4+sp ep2 etp2", "tp4+sp etp4", "pp2/2mb dp2 ep2", "pp2/2mb tp2+sp ep2",
     "cp2 ep2", "cp2:ulysses ep2", "cp2:all_gather tp2+sp ep4", "dp2 cp2 tp2+sp ep4",
     "dp2 ep2 order:dp_shard,tp,cp,dp_replicate,pp tp2+sp",

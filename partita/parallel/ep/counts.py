@@ -25,11 +25,19 @@ class Routing:
 
     mesh: Mesh
     replicated: bool  # tokens are, over tp = etp
-    counts: Mapping[tuple[str, int], Counts]
+    counts: Mapping[tuple[str, int], Counts]  # chunk by chunk, where there are several
+    chunks: int = 1
 
     def rows(self, block: str, microbatch: int, rank: int) -> dict[str, int]:
-        """Dim -> this rank's rows."""
-        return rows(self.mesh, self.counts[block, microbatch], rank, self.replicated)
+        """Dim -> this rank's rows, of all chunks."""
+        every, found = self.counts[block, microbatch], dict[str, int]()
+        for c in range(self.chunks):
+            part = {
+                r: n[c * (size := len(n) // self.chunks) : (c + 1) * size] for r, n in every.items()
+            }
+            for name, n in rows(self.mesh, part, rank, self.replicated).items():
+                found[name] = found.get(name, 0) + n
+        return found
 
 
 def rows(mesh: Mesh, counts: Counts, rank: int, replicated: bool) -> dict[str, int]:

@@ -8,16 +8,20 @@ experts: top_k * tokens * hidden elements leave a rank, no copies more. Numbers 
 (Comm.counts, the one host read). On etp > 1 peers gather each other's rows, padded to the most that one of
 them has, and add up what they made; where tokens are replicated over tp = etp they hold the same rows, and
 copy_to / reduce_from do it.
+
+Each way is two functions, leave and arrive, so that other work may run between them: the experts of another
+chunk of the tokens, or another microbatch. What travels is with the Rows; autograd sees an empty tensor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from partita.comm.protocol import Done, Handle
 from partita.parallel.ep.counts import experts_of
 from partita.parallel.regions import Region
 
@@ -35,21 +39,26 @@ class Exchange:
     back: Region  # experts.back:all_to_all, over ep
     tally: Region  # dispatch.tally:ahead, over what cuts seq
     capacity: int | None = None  # rows that an expert takes of a sequence
+    chunks: int = 1  # of a rank's tokens, that travel one after the other
 
-    def plan(self, chosen: Tensor) -> Rows:
-        """Who sends what: `chosen` [batch, seq, top_k] are the experts of each token.
+    def plan(self, chosen: Tensor) -> list[Rows]:
+        """Who sends what, chunk by chunk: `chosen` [batch, seq, top_k] are the experts of each token.
 
-        Communicates: counts over ep.etp, 8 bytes an expert; with a capacity the rows of each sequence and
-        expert over what cuts seq."""
+        Communicates: counts over ep.etp, 8 bytes an expert and chunk; with a capacity the rows of each
+        sequence and expert over what cuts seq."""
         flat = chosen.flatten()
         if self.capacity is not None:
             kept = self._admitted(chosen, self.capacity)
             flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
-        order = flat.sort(stable=True).indices
-        mine = torch.bincount(flat, minlength=self.experts)[: self.experts]
-        table = self.count.comm.counts(mine, site=self.count.site)
-        sent = table[self.count.comm.rank]
-        return Rows(self, order[: sum(sent)], chosen.numel(), table, sent)
+        parts = [p.flatten() for p in flat.view(-1, self.top_k).tensor_split(self.chunks)]
+        mine = [torch.bincount(p, minlength=self.experts)[: self.experts] for p in parts]
+        table = self.count.comm.counts(torch.cat(mine), site=self.count.site)
+        found = []
+        for i, part in enumerate(parts):
+            each = [row[i * self.experts : (i + 1) * self.experts] for row in table]
+            sent, order = each[self.count.comm.rank], part.sort(stable=True).indices
+            found.append(Rows(self, order[: sum(sent)], part.numel(), each, sent))
+        return found
 
     def _admitted(self, chosen: Tensor, capacity: int) -> Tensor:
         """bool [batch, seq, top_k]: rows of earlier positions first, up to the capacity."""
@@ -64,13 +73,20 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Rows:
-    """One microbatch's rows. `table[peer]` are the rows that a peer on ep.etp sends to each expert."""
+    """Rows of one microbatch, or a chunk of it. `table[peer]` are the rows that a peer on ep.etp sends to
+    each expert; `under_way` is what travels between the two functions of a direction."""
 
     exchange: Exchange
     order: Tensor
     slots: int  # token picks of this rank, sent or not
     table: list[list[int]]
     sent: list[int]
+    under_way: list[Handle] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank."""
+        return self.slots // self.exchange.top_k
 
     @property
     def _ep(self) -> int:
@@ -99,16 +115,22 @@ class Rows:
         peers = range(self._etp[0])
         return [sum(c) for c in zip(*(row for j in peers for row in self.arriving(j)), strict=True)]
 
-    def exchange_rows(self, x: Tensor, region: Region, back: bool) -> Tensor:
+    def start(self, x: Tensor, region: Region, back: bool) -> None:
         """all_to_all over ep: to the experts, or back."""
         if region.comm.size == 1:
-            return x
+            self.under_way.append(Done(x))
+            return
         ep, me = self._ep, self._etp[1]
         spans = [experts_of(self.exchange.experts, ep, i) for i in range(ep)]
         out = [sum(self.sent[a:b]) for a, b in spans]
         come = [sum(c) for c in self.arriving(me)]
         send, take = (come, out) if back else (out, come)
-        return region.comm.all_to_all(x, site=region.site, send_counts=send, receive_counts=take)
+        counts = {"send_counts": send, "receive_counts": take}
+        self.under_way.append(region.comm.start_all_to_all(x, site=region.site, **counts))
+
+    def arrived(self) -> Tensor:
+        """What was started, when it is there."""
+        return self.under_way.pop().wait()
 
     def regroup(self, x: Tensor, blocks: list[list[int]], back: bool, pad: int = 0) -> Tensor:
         """Rows that lie source by source, each by expert, put expert by expert; or `back`. A source has `pad`
@@ -154,19 +176,20 @@ class Rows:
         blocks = [[sum(c) for c in zip(*self.arriving(j), strict=True)] for j in peers]
         return blocks, max(sum(b) for b in blocks)
 
-    def to_experts(self, sent: Tensor, conjugate: bool = False) -> Tensor:
-        """Rows in `order` -> rows by expert, at their experts. `conjugate`: gradients, through `back`."""
-        region = self.exchange.back if conjugate else self.exchange.send
-        arrived = self.exchange_rows(sent, region, back=False)
-        mine = self.regroup(arrived, self.arriving(self._etp[1]), back=False)
+    def start_to_experts(self, sent: Tensor, conjugate: bool = False) -> None:
+        """Rows in `order` leave for their experts. `conjugate`: gradients, through `back`."""
+        self.start(sent, self.exchange.back if conjugate else self.exchange.send, back=False)
+
+    def at_experts(self, conjugate: bool = False) -> Tensor:
+        """They are there, by expert."""
+        mine = self.regroup(self.arrived(), self.arriving(self._etp[1]), back=False)
         return self.enter(mine, conjugate)
 
-    def to_tokens(self, made: Tensor, conjugate: bool = False) -> Tensor:
-        """Rows by expert -> rows in `order`, at their tokens. `conjugate`: gradients, through `send`."""
-        region = self.exchange.send if conjugate else self.exchange.back
+    def start_to_tokens(self, made: Tensor, conjugate: bool = False) -> None:
+        """Rows by expert leave for their tokens. `conjugate`: gradients, through `send`."""
         mine = self.exit(made, conjugate)
         leaving = self.regroup(mine, self.arriving(self._etp[1]), back=True)
-        return self.exchange_rows(leaving, region, back=True)
+        self.start(leaving, self.exchange.send if conjugate else self.exchange.back, back=True)
 
 
 def _by_expert(blocks: list[list[int]], pad: int) -> Tensor:
@@ -180,49 +203,85 @@ def _by_expert(blocks: list[list[int]], pad: int) -> Tensor:
     return torch.arange(int(ends[-1])) + (starts - (ends - sizes)).repeat_interleave(sizes)
 
 
+def _token(x: Tensor) -> Tensor:
+    """What stands for rows that travel, and for their gradient: nothing."""
+    return x.new_empty(0)
+
+
 class Dispatch(torch.autograd.Function):
-    """Tokens -> rows at their experts; keeps `order`."""
+    """Tokens [tokens, hidden] leave as rows for their experts; keeps `order`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Rows) -> Tensor:
-        """Sorts and sends."""
+        """Sorts and starts to send."""
         ctx.save_for_backward(rows.order)
-        ctx.rows, ctx.shape = rows, x.shape
-        tokens = x.reshape(-1, x.shape[-1])
-        return rows.to_experts(tokens[rows.order // rows.exchange.top_k])
+        ctx.rows = rows
+        rows.start_to_experts(x[rows.order // rows.exchange.top_k])
+        return _token(x)
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        """Adds up the gradients of a token, that have come back."""
+        (order,) = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        return _by_token(rows.arrived(), order, rows).sum(1), None
+
+
+class Arrive(torch.autograd.Function):
+    """Rows have come to their experts."""
+
+    @staticmethod
+    def forward(ctx, travelling: Tensor, rows: Rows) -> Tensor:
+        """Waits and puts them by expert."""
+        ctx.rows = rows
+        return rows.at_experts()
 
     @staticmethod
     def backward(ctx, drows: Tensor) -> tuple[Tensor, None]:
-        """Brings gradients back and adds up those of a token."""
-        (order,) = ctx.saved_tensors
-        rows: Rows = ctx.rows
-        d = rows.to_tokens(drows, conjugate=True)
-        return _by_token(d, order, rows).sum(1).view(ctx.shape), None
+        """Starts to bring gradients back."""
+        ctx.rows.start_to_tokens(drows, conjugate=True)
+        return _token(drows), None
+
+
+class Leave(torch.autograd.Function):
+    """What experts made leaves for the tokens."""
+
+    @staticmethod
+    def forward(ctx, made: Tensor, rows: Rows) -> Tensor:
+        """Starts to send."""
+        ctx.rows = rows
+        rows.start_to_tokens(made)
+        return _token(made)
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        """Gradients have come to the experts."""
+        return ctx.rows.at_experts(conjugate=True), None
 
 
 class Combine(torch.autograd.Function):
-    """Rows at their experts -> tokens: each one's rows, weighed by its gates; keeps rows, gates, order."""
+    """Rows have come back: each token's, weighed by its gates [tokens, top_k]; keeps rows, gates, order."""
 
     @staticmethod
-    def forward(ctx, made: Tensor, gates: Tensor, rows: Rows) -> Tensor:
-        """Brings rows back and adds them up in the gates' dtype."""
-        back = rows.to_tokens(made)
+    def forward(ctx, travelling: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+        """Adds rows up in the gates' dtype."""
+        back = rows.arrived()
         ctx.save_for_backward(back, gates, rows.order)
-        ctx.rows, ctx.shape = rows, (*gates.shape[:-1], back.shape[-1])
+        ctx.rows = rows
         weighed = back * gates.flatten()[rows.order].unsqueeze(-1)
-        return _by_token(weighed, rows.order, rows).sum(1).to(back.dtype).view(ctx.shape)
+        return _by_token(weighed, rows.order, rows).sum(1).to(back.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Sends each row its token's gradient, weighed."""
+        """Starts to send each row its token's gradient, weighed."""
         back, gates, order = ctx.saved_tensors
         rows: Rows = ctx.rows
-        drows = dy.reshape(-1, dy.shape[-1])[order // rows.exchange.top_k].to(gates.dtype)
+        drows = dy[order // rows.exchange.top_k].to(gates.dtype)
         dgates = gates.new_zeros(rows.slots)
         dgates[order] = (drows * back).sum(-1)
         weighed = drows * gates.flatten()[order].unsqueeze(-1)
-        made = rows.to_experts(weighed.to(back.dtype), conjugate=True)
-        return made, dgates.view(gates.shape), None
+        rows.start_to_experts(weighed.to(back.dtype), conjugate=True)
+        return _token(back), dgates.view(gates.shape), None
 
 
 def _by_token(x: Tensor, order: Tensor, rows: Rows) -> Tensor:

@@ -8,6 +8,9 @@ between dispatch and combine they are efsdp * ep * etp, and hold the rows that c
               where tokens are replicated over tp = etp: copy_to and reduce_from, as in tensor parallelism
     combine   all_to_all over ep   back
 
+With `expert.chunks=n` all of this happens for n parts of a rank's tokens, one after the other, so that the
+rows of one travel while another's are computed on.
+
 An expert's gradient is then partial over efsdp and dp_replicate, which is read off; never over ep. Shared
 experts are dense and belong to tp. Tensor-expert-data parallelism (TED, Singh et al. 2023) is etp > 1.
 """
@@ -28,9 +31,11 @@ def problems(job: Request) -> list[Problem]:
     mesh, m = job.plan.mesh, job.model
     asked = f"ep{mesh.ep} etp{mesh.etp}"
     if not m.experts:
-        if mesh.ep * mesh.etp == 1:
+        chunks = job.plan.expert.chunks
+        if mesh.ep * mesh.etp == 1 and chunks == 1:
             return []
-        nearest = str(job.plan.with_("mesh", ep=1, etp=1))
+        asked += f" expert.chunks={chunks}" if chunks > 1 else ""
+        nearest = str(job.plan.with_("mesh", ep=1, etp=1).with_("expert", chunks=1))
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
@@ -76,8 +81,28 @@ def problems(job: Request) -> list[Problem]:
 
 def lay(job: Request, program: Program) -> Program:
     """Cuts experts and inserts the exchange. After every room that cuts tokens."""
-    sizes = job.plan.sizes
-    return program.map(lambda b: _lay_block(b, sizes) if "sent" in b.tensors else b)
+    sizes, chunks = job.plan.sizes, job.plan.expert.chunks
+    return program.map(
+        lambda b: _chunked(_lay_block(b, sizes), chunks) if "sent" in b.tensors else b
+    )
+
+
+def _chunked(block: Block, chunks: int) -> Block:
+    """Rows go to their experts and back chunk by chunk of a rank's tokens; their numbers go at once."""
+    if chunks == 1:
+        return block
+    loads = block.tensors["loads"]
+    each = replace(loads, name="chunk_loads", dims=(Dim("chunks", chunks), *loads.dims))
+
+    def change(op: Op) -> Iterable[Op]:
+        if op.kind == "counts":
+            return (replace(op, events=tuple(replace(e, of=each.name) for e in op.events)),)
+        if op.is_region and op.name.partition(".")[0] in ("dispatch", "experts"):
+            parts = 1 if op.kind == "ahead" else chunks
+            return (replace(op, events=tuple(replace(e, parts=parts) for e in op.events)),)
+        return (op,)
+
+    return rewrite(block, change, {each.name: each})
 
 
 def _row_dim(name: str, slots: Dim, sizes: Sizes, etp: bool) -> Dim:
