@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 # Seconds a test of each folder may take; a mark on the test itself goes before.
 DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2e": 300}
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--window-size=1360,2600", "--disable-dev-shm-usage",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -47,3 +52,21 @@ def chromium(request) -> str:
             pytest.fail(message)
         pytest.skip(message)
     return found
+
+
+@pytest.fixture
+def browser(chromium: str, tmp_path: Path) -> Iterator:
+    """A headless Chromium that tells what it logged and asked for."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    try:
+        yield driver
+    finally:
+        driver.quit()

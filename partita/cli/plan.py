@@ -43,6 +43,7 @@ def plan(
             help="Smallest or biggest that fits: devices, seq_len, global_batch_size, layers."
         ),
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the plans as one page.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
     json: Json = False,
 ) -> None:
@@ -66,9 +67,22 @@ def plan(
     answer = ask(job, question)
     if save is not None and answer.plans and not solve:
         write_file(save, job.with_plan(answer.plans[0].plan).to_toml())
+    if html is not None and answer.plans:
+        write_file(html, _page(job, answer))
     _tell(answer, json)
     if not answer.plans:
         raise typer.Exit(1)
+
+
+def _page(job: Job, answer: Answer) -> str:
+    from partita.planner.answer import counts
+    from partita.plots.plans import plans_page
+
+    model, cluster = job.model.name, job.cluster.name
+    title = f"{model} on {cluster}" if model and cluster else job.name
+    return plans_page(
+        title, counts(answer.found), answer.plans, {answer.plans[0].plan: answer.texts}
+    )
 
 
 def _tell(answer: Answer, json: bool) -> None:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pages import click, largest
 from runs import write_run
 
 from partita.report.make import write_report
 from partita.report.summary import read_run
 
-selenium = pytest.importorskip("selenium")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1360,2600", "--disable-dev-shm-usage",
-)  # fmt: skip
-
-
-@pytest.fixture
-def browser(chromium: str, tmp_path: Path) -> Iterator:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-    try:
-        yield driver
-    finally:
-        driver.quit()
+pytest.importorskip("selenium")
 
 
 @pytest.mark.browser
@@ -66,15 +45,3 @@ def test_the_report_opens_and_a_click_opens_a_span(browser, tmp_path: Path) -> N
     assert browser.get_log("browser") == []
     assert browser.save_screenshot(str(folder / "report.png"))
     assert (folder / "report.png").stat().st_size > 20_000
-
-
-def largest(elements: list):
-    return max(elements, key=lambda e: e.rect["width"])
-
-
-def click(browser, element) -> None:
-    """As a person does: moves to the middle of the element and presses the button there."""
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-    ActionChains(browser).move_to_element(element).pause(0.3).click().perform()
