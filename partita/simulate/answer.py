@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from partita.cost.machine import device_class, table
+from partita.parallel.room import ARENAS
 from partita.simulate import goodput, jitter, packed
+from partita.simulate.groups import group_of
 from partita.simulate.held import held, holders, shown_bytes
 from partita.simulate.memory import arena_ledger
 
@@ -45,10 +47,24 @@ def to_json(p: Prediction) -> dict[str, Any]:
         "hfu": p.hfu,
         "bubble_fraction": p.bubble_fraction,
         "memory": _memory(p),
-        "traffic": [{k: v for k, v in asdict(t).items() if k != "rank"} for t in p.traffic],
+        "traffic": _traffic(p),
         "time": p.time,
         **_outlook(p),
     }
+
+
+def _traffic(p: Prediction) -> list[dict[str, Any]]:
+    """The lines, each with the outermost link that its ranks meet over (a copy: its arena)."""
+    assert p.job is not None and p.laid is not None
+    links: dict[str, str] = {}
+    for axis in {t.axis for t in p.traffic}:
+        axes = tuple(axis.split("."))
+        away = axis in ARENAS
+        links[axis] = axis if away else p.job.cluster.link_for(group_of(p.laid, axes)).name
+    return [
+        {k: v for k, v in asdict(t).items() if k != "rank"} | {"link": links[t.axis]}
+        for t in p.traffic
+    ]
 
 
 def _outlook(p: Prediction) -> dict[str, Any]:

@@ -96,6 +96,14 @@ def test_all_reduces_are_those_of_nccl_tests():
     assert sum(own) / len(own) < 0.09
 
 
+def test_traffic_names_its_link():
+    lines = pt.simulate(job("pp2:1f1b/4mb dp_replicate2 tp4+sp bf16")).to_json()["traffic"]
+    found = {(x["axis"], x["link"]) for x in lines}
+    assert ("tp", "nvlink") in found
+    assert ("dp_replicate", "rail") in found
+    assert ("pp", "spine") in found
+
+
 PLANS = (
     "pp2:1f1b/4mb dp_replicate2 tp4+sp bf16", "dp_shard4.zero3 tp4+sp bf16 2mb",
     "dp_shard2.zero1 cp4:hybrid2x2 tp2+sp bf16", "pp4:interleaved_1f1bx2/8mb tp2 dp_replicate2 bf16",
