@@ -90,7 +90,8 @@ class MoE:
         if self.shared is not None and started is not None:
             y = self.shared.finish(started, self.remakes, replay)
         gates, chosen = self.router(logits, records)
-        chunks = self.exchange.plan(chosen)
+        positions = None if batch.split is None else batch.split.tokens.positions
+        chunks = self.exchange.plan(chosen, positions)
         if records:
             self.log.rows(chosen, [n for rows in chunks for n in rows.sent])
         routed = self.experts(n.flatten(0, 1), gates.flatten(0, 1), chunks).view(x.shape)

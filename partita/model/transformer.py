@@ -137,7 +137,7 @@ class Maker:
         )  # fmt: skip
         exchange = Exchange(
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
-            at("experts.down"), at("experts.back"), at("dispatch.tally"),
+            at("experts.down"), at("experts.back"), at("router.choose"),
             None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
             self.laid.request.plan.expert.chunks,
         )  # fmt: skip

@@ -8,7 +8,7 @@ program whose events are wrong computes other numbers. Every event is recorded a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -239,8 +239,6 @@ class BlockRun:
             }
         if op.kind in VIEWS and not events:  # nobody to meet: the same rows in the other view
             parts = {r: self._viewed([parts[r]], y, r) for r in self.ranks}
-        if op.kind == "ahead" and not events:
-            parts = {r: replace(x, values=0 * x.values) for r, x in parts.items()}
         if op.kind == "counts":
             told = {r: groups[r] if events else (r,) for r in self.ranks}
             self.known = {r: {q: self.loads[q] for q in told[r]} for r in self.ranks}
@@ -288,9 +286,6 @@ class BlockRun:
         spans = self._spans(y, rank)
         if op.kind in VIEWS:
             return self._viewed(parts, y, rank)
-        if op.kind == "ahead":  # what those before it in the group have
-            before = parts[: self.world.group(rank, op.axes).index(rank)]
-            return replace(parts[0], values=sum((x.values for x in before), 0 * parts[0].values))
         return arrive(event, parts, spans, site)
 
     def _region_back(self, op: Op) -> None:

@@ -12,7 +12,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from partita.parallel.execute_algebra import Found, Get, Local, P, Place, contract, times, total
+from partita.parallel.execute_algebra import (
+    ExecuteError,
+    Found,
+    Get,
+    Local,
+    P,
+    Place,
+    contract,
+    times,
+    total,
+)
 from partita.spec.program import Block, Dim, Op, Tensor
 
 OUTSIDE = "slots"  # rows of the tokens that a rank holds; the other folds are rows of its experts
@@ -100,10 +110,15 @@ def count(op: Op, at: Place, get: Get) -> Found:
 
 def limit(op: Op, at: Place, get: Get) -> Found:
     """Picks of each sequence up to an expert's capacity, by position; -1 where a row is dropped."""
-    chosen, ahead = map(get, op.reads)
-    picked = _picked(chosen, at.size(op.reads[1], "choices"), "choices").values
-    taken = picked.sum(-2).cumsum(1) + ahead.values[:, None]
-    mine = np.take_along_axis(taken, chosen.values, -1)
+    chosen, every = map(get, op.reads)
+    if len(every.span("seq")) != at.size(op.reads[1], "seq"):
+        raise ExecuteError(f"{op.name} sees {every.span('seq')} of seq")
+    picked = _picked(every, at.size("loads", "choices"), "choices").values.sum(-2)
+    places = np.argsort(at.positions(every.span("seq")))  # by position
+    taken = np.empty_like(picked)
+    taken[:, places] = picked[:, places].cumsum(1)
+    here = chosen.span("seq")
+    mine = np.take_along_axis(taken[:, here.start : here.stop], chosen.values, -1)
     kept = np.where(mine <= at.tensors["capacity"].dims[0].size, chosen.values, -1)
     return {op.writes: replace(chosen, values=kept)}
 

@@ -228,7 +228,7 @@ def _one_hot(op: Op, at: Place, get: Get) -> Local:
 FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "gated": gated, "lookup": lookup,
     "mask": mask, "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
-    "count": moe.count, "load": moe.count, "tally": moe.count, "limit": moe.limit,
+    "count": moe.count, "load": moe.count, "limit": moe.limit,
     "balance": moe.balance, "z": moe.squares,
     "dispatch": moe.dispatch, "combine": moe.combine,
     "conv": image.conv, "relu": image.relu, "response": image.response, "pool": image.pool,

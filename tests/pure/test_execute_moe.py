@@ -54,10 +54,17 @@ CAPACITY = replace(MOE, capacity_factor=0.75)
 
 
 @pytest.mark.parametrize(
-    "line", ["tp4+sp ep2", "dp2 tp2+sp ep2 recompute:full", "dp2 tp2 ep2 etp2"]
+    "line",
+    [
+        "tp4+sp ep2",
+        "dp2 tp2+sp ep2 recompute:full",
+        "dp2 tp2 ep2 etp2",
+        "cp2:ring ep2",
+        "cp4:hybrid2x2 ep2 etp2",
+    ],
 )
 def test_rows_beyond_the_capacity_are_dropped_as_on_one_device(line) -> None:
-    """2 of the 4 rows that 4 positions may send to an expert; later positions wait for earlier ranks."""
+    """2 of the 4 rows that 4 positions may send to an expert; later positions wait for earlier ones."""
     whole = laid(CAPACITY, line)
     got = execute(whole)
     assert difference(CAPACITY, got, 2) == ""

@@ -37,18 +37,19 @@ class Exchange:
     receive: Region  # dispatch.receive, over etp: gather_rows or copy_to
     leave: Region  # experts.down, over etp: scatter_rows or reduce_from
     back: Region  # experts.back:all_to_all, over ep
-    tally: Region  # dispatch.tally:ahead, over what cuts seq
+    picks: Region  # router.choose:gather_picks, over what cuts seq
     capacity: int | None = None  # rows that an expert takes of a sequence
     chunks: int = 1  # of a rank's tokens, that travel one after the other
 
-    def plan(self, chosen: Tensor) -> list[Rows]:
-        """Who sends what, chunk by chunk: `chosen` [batch, seq, top_k] are the experts of each token.
+    def plan(self, chosen: Tensor, positions: Tensor | None = None) -> list[Rows]:
+        """Who sends what, chunk by chunk: `chosen` [batch, seq, top_k] are the experts of each token;
+        `positions` [batch or 1, whole seq] of the laid sequence's places, where they are not in order.
 
-        Communicates: counts over ep.etp, 8 bytes an expert and chunk; with a capacity the rows of each
-        sequence and expert over what cuts seq."""
+        Communicates: counts over ep.etp, 8 bytes an expert and chunk; with a capacity 8 bytes a token and
+        pick over what cuts seq."""
         flat = chosen.flatten()
         if self.capacity is not None:
-            kept = self._admitted(chosen, self.capacity)
+            kept = self._admitted(chosen, self.capacity, positions)
             flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
         parts = [p.flatten() for p in flat.view(-1, self.top_k).tensor_split(self.chunks)]
         mine = [torch.bincount(p, minlength=self.experts)[: self.experts] for p in parts]
@@ -60,15 +61,17 @@ class Exchange:
             found.append(Rows(self, order[: sum(sent)], part.numel(), each, sent))
         return found
 
-    def _admitted(self, chosen: Tensor, capacity: int) -> Tensor:
+    def _admitted(self, chosen: Tensor, capacity: int, positions: Tensor | None) -> Tensor:
         """bool [batch, seq, top_k]: rows of earlier positions first, up to the capacity."""
-        picked = one_hot(chosen, self.experts).sum(-2)
-        taken = picked.cumsum(1)
-        comm = self.tally.comm
-        if comm.size > 1:
-            every = comm.all_gather(taken[:, -1].unsqueeze(0).contiguous(), site=self.tally.site)
-            taken = taken + every[: comm.rank].sum(0).unsqueeze(1)
-        return taken.gather(-1, chosen) <= capacity
+        comm, mine = self.picks.comm, chosen.shape[1]
+        every = comm.all_gather(chosen, site=self.picks.site, dim=1) if comm.size > 1 else chosen
+        taken = one_hot(every, self.experts).sum(-2)
+        if positions is None:
+            taken = taken.cumsum(1)
+        else:
+            at = positions.argsort(-1).unsqueeze(-1).expand_as(taken)
+            taken = torch.empty_like(taken).scatter_(1, at, taken.gather(1, at).cumsum(1))
+        return taken.narrow(1, comm.rank * mine, mine).gather(-1, chosen) <= capacity
 
 
 @dataclass(frozen=True)

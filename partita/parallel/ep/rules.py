@@ -39,12 +39,6 @@ def problems(job: Request) -> list[Problem]:
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
-    if m.capacity_factor is not None and mesh.cp > 1:
-        text = f"a capacity factor with cp{mesh.cp} is not available in this version"
-        nearest = str(job.plan.with_("mesh", cp=1))
-        found.append(
-            error("ep", "capacity", text, asked=f"cp{mesh.cp}", limit="cp1", nearest=nearest)
-        )
     for rule, axis, size, what in (
         ("experts", "ep", m.experts, "experts"),
         ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
@@ -153,8 +147,9 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
     for gone in names:
         del new[gone]
     seq = next(d.cut for d in t["chosen"].dims if d.name == "seq") or ("cp",)
-    if "tally" in t:
-        new["ahead"] = replace(t["tally"], name="ahead")
+    if "admitted" in t:
+        whole = (replace(d, cut=()) if d.name == "seq" else d for d in t["chosen"].dims)
+        new["every"] = replace(t["chosen"], name="every", dims=tuple(whole))
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
     new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
     block = rewrite(block, lambda op: (replace(op, space=view(op.space)),))
@@ -174,11 +169,10 @@ class _Exchange:
     def __call__(self, op: Op) -> Iterable[Op]:
         """The op and its regions."""
         inside = self.names.get("inside", "inside")
-        if op.name == "dispatch.tally":
-            event = Event("F", "all_gather", "tally")
-            return (op, region(op.name, "ahead", self.seq, ("tally", "ahead"), event))
         if op.name == "dispatch.limit":
-            return (replace(op, reads=("chosen", "ahead")),)
+            event = Event("F", "all_gather", "chosen")
+            picks = region("router.choose", "gather_picks", self.seq, ("chosen", "every"), event)
+            return (picks, replace(op, reads=("chosen", "every")))
         if op.name == "dispatch.count":
             event = Event("F", "all_gather", "loads")
             peers = ("ep",) if self.replicated else ("ep", "etp")

@@ -78,12 +78,10 @@ def moe(spec: ModelSpec, w: Writer, x: str) -> str:
 
 
 def _limit(w: Writer) -> str:
-    """Of each sequence an expert takes its capacity; rows of later positions are dropped. What earlier
-    positions on other ranks chose stands between the two ops."""
+    """Of each sequence an expert takes its capacity; rows of later positions are dropped: what all positions
+    chose must be known, wherever the sequence is cut (the room of ep brings it)."""
     w.tensor("capacity", "capacity", "buffer")
-    tally = ("tally", "batch choices")
-    w.op("dispatch.tally", "tally", "chosen", tally, role="route")
-    return w.op("dispatch.limit", "limit", "chosen tally", ("admitted", PICKS), role="route")
+    return w.op("dispatch.limit", "limit", "chosen", ("admitted", PICKS), role="route")
 
 
 def _shared(spec: ModelSpec, w: Writer, x: str) -> str:
