@@ -67,13 +67,16 @@ def _answer(folder: Path, digests: bool, json: bool) -> None:
 def export(
     source: Folder,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="LoRA's matrices alone, in the format of peft.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Writes a folder that transformers loads."""
-    from partita.train.export import export_checkpoint
+    """Writes a folder that transformers loads, LoRA merged into its base; or that peft loads."""
+    from partita.train.export import export_adapter, export_checkpoint
 
     folder = _step_folder(source)
-    found: dict[str, Any] = export_checkpoint(folder, target)
+    found: dict[str, Any] = (export_adapter if adapter else export_checkpoint)(folder, target)
     if json:
         write_json(found)
     else:

@@ -30,8 +30,9 @@ __all__ = ["DataSpec", "Job", "TrainSpec"]
 @dataclass(frozen=True)
 class Job:
     """What every verb reads. `plan` is resolved: its num_microbatches is set. `model_path` is the
-    folder of the weights when `init` is pretrained; `file` where the job was read. `auto`: the plan is still
-    to be searched for (`partita.planner.solve.resolved`), `plan` is empty until then."""
+    folder of the weights when `init` is pretrained, `adapter_path` that of LoRA's; `file` where the job was
+    read. `auto`: the plan is still to be searched for (`partita.planner.solve.resolved`), `plan` is empty
+    until then."""
 
     model: ModelSpec
     cluster: Cluster
@@ -43,6 +44,7 @@ class Job:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init: Literal["random", "pretrained"] = "random"
     model_path: str | None = None
+    adapter_path: str | None = None
     file: str | None = field(default=None, compare=False)
     auto: bool = False
 
@@ -122,6 +124,8 @@ class Job:
         model = {"init": self.init, **self.model.to_toml()}
         if self.model_path is not None:
             model["path"] = self.model_path
+        if self.adapter_path is not None:
+            model["adapter"] = self.adapter_path
         return {
             "name": self.name,
             "seed": self.seed,

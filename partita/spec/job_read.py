@@ -14,6 +14,7 @@ from partita.base.errors import UsageError
 from partita.spec import plan_table, plan_text
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.lora import adapter_fields
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.train import DataSpec, TrainSpec
@@ -50,7 +51,7 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
     )
     stated = decode(_File, table, file=file)
     plan = _plan(stated.plan, fields, file)
-    model, init, path = _model(stated.model, file, folder)
+    model, init, path, adapter = _model(stated.model, file, folder)
     try:
         return Job(
             model=model,
@@ -64,6 +65,7 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
             device=stated.device,
             init=init,
             model_path=path,
+            adapter_path=adapter,
             file=file,
         )
     except UsageError as error:
@@ -124,9 +126,13 @@ def _changed(plan: Plan, word: str) -> Plan:
 
 def _model(
     stated: Mapping[str, Any], file: str | None, folder: Path
-) -> tuple[ModelSpec, Literal["random", "pretrained"], str | None]:
-    """The model, how its weights start, and the folder they lie in."""
-    table = {k: v for k, v in stated.items() if k != "init"}
+) -> tuple[ModelSpec, Literal["random", "pretrained"], str | None, str | None]:
+    """The model, how its weights start, the folder they lie in, and that of LoRA's."""
+    table = {k: v for k, v in stated.items() if k not in ("init", "adapter")}
+    adapter = None
+    if "adapter" in stated:
+        adapter = normpath(folder.absolute() / str(stated["adapter"]))
+        table = {**adapter_fields(Path(adapter)), **table}
     init = stated.get("init", "random")
     if init not in ("random", "pretrained"):
         raise _usage(file, "model.init", f"{init!r} is none of random, pretrained")
@@ -136,4 +142,4 @@ def _model(
         if init == "pretrained" and "path" in table
         else None
     )
-    return model, init, path
+    return model, init, path, adapter

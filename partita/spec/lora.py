@@ -13,9 +13,12 @@ and a B each ([pair, ...]). Backward makes h = A x again, so that nothing more i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from partita.base.errors import UsageError
 from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
@@ -23,6 +26,7 @@ from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
 if TYPE_CHECKING:
     from partita.spec.model import ModelSpec
 
+ADAPTER_CONFIG = "adapter_config.json"
 SEGMENTS = ("attention", "mlp")
 TARGETS = {
     "llama": ("wq", "wk", "wv", "wo", "gate_up", "down"),
@@ -82,6 +86,71 @@ def _adapt(block: Block, spec: ModelSpec) -> Block:
         return (replace(op, weights=(w.name, a.name, b.name), extra=extra),)
 
     return rewrite(block, change, new)
+
+
+PEFT = {  # the modules of transformers that a target is
+    "llama": {
+        "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",),
+    },
+    "gpt2": {"wo": ("attn.c_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)},
+}  # fmt: skip
+NEUTRAL = {  # fields of peft that must say that nothing else is there
+    "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none",
+    "lora_bias": False, "layers_to_transform": None, "layer_replication": None, "exclude_modules": None,
+    "lora_dropout": 0.0,
+}  # fmt: skip
+
+
+def peft_config(spec: ModelSpec, base: str) -> dict[str, Any]:
+    """adapter_config.json. Raises UsageError for targets that peft has not as modules of their own."""
+    modules: list[str] = []
+    for target in spec.lora_targets:
+        if target not in PEFT[spec.family]:
+            text = (
+                f"{target} is a part of c_attn, which peft adapts as one: the merged folder has it"
+            )
+            raise UsageError(text, key="lora_targets")
+        modules += PEFT[spec.family][target]
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.lora_rank,
+        "lora_alpha": spec.lora_alpha, "target_modules": modules, "fan_in_fan_out": spec.family == "gpt2",
+        "use_rslora": False, "inference_mode": True, "init_lora_weights": True, **NEUTRAL,
+    }  # fmt: skip
+
+
+def adapter_fields(folder: Path) -> dict[str, Any]:
+    """lora_rank, lora_alpha and lora_targets of an adapter_config.json. Raises UsageError, naming the field,
+    for what is not plain LoRA."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: no readable adapter: {error}", file=str(path)) from error
+    if config.get("peft_type") != "LORA":
+        raise _unlike(path, "peft_type", config.get("peft_type"), "LORA")
+    for key, only in NEUTRAL.items():
+        value = config.get(key, only)
+        if key != "lora_dropout" and value != only and (value or only):
+            raise _unlike(path, key, value, only)
+    modules, rank = config.get("target_modules"), config.get("r")
+    if not isinstance(modules, list) or not isinstance(rank, int):
+        raise _unlike(path, "target_modules", modules, "a list of modules, with r a whole number")
+    left, targets = set(modules), []
+    for family in PEFT.values():
+        for target, theirs in family.items():
+            if left.issuperset(theirs):
+                targets.append(target)
+                left -= set(theirs)
+    if left:
+        raise _unlike(path, "target_modules", sorted(left)[0], "linears of a layer, gate with up")
+    scale = sqrt(rank) if config.get("use_rslora") else 1.0
+    alpha = float(config.get("lora_alpha", rank)) * scale
+    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets}
+
+
+def _unlike(path: Path, key: str, value: object, only: object) -> UsageError:
+    return UsageError(f"{path}: {key} is {value!r}; read is {only!r}", file=str(path), key=key)
 
 
 def is_adapter(name: str) -> bool:

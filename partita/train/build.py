@@ -217,7 +217,8 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
 
 
 def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
-    """Fills a unit's master: by counter, or from the slices of a Hugging Face folder."""
+    """Fills a unit's master: by counter, or from the slices of a Hugging Face folder; LoRA's from one of
+    peft's."""
     if job.init == "pretrained" and job.model_path is not None:
         from partita.model.families.read import read_slices
 
@@ -225,7 +226,16 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
     else:
         read = None
 
+    low: dict[str, Tensor] = {}
+    if job.adapter_path is not None:
+        from partita.model.families.adapters import read_adapter
+
+        shapes = {n: x.shape for n, x in laid.layouts.items()}
+        low = read_adapter(Path(job.adapter_path), job.model, shapes)
+
     def value(name: str, box: Any) -> Tensor:
+        if is_adapter(name) and low:
+            return low[name][tuple(slice(a, b) for a, b in box)]
         if read is not None and not is_adapter(name):
             return read(name, box)
         shape = laid.layouts[name].shape

@@ -5,6 +5,8 @@ in memory at a time.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from partita.base.config import decode
 from partita.base.errors import DataError, UsageError
+from partita.model.families.adapters import TENSORS, merged, write_adapter
 from partita.model.families.export import export
+from partita.spec.lora import ADAPTER_CONFIG, A, B
 from partita.spec.model import ModelSpec
 from partita.train.build import open_job_data
-from partita.train.manifest import read_manifest
+from partita.train.manifest import Manifest, read_manifest
 from partita.train.pieces import Wanted, fill
 from partita.train.sample import job_of
 
@@ -26,35 +30,65 @@ EXPORTED = torch.float32  # masters are fp32, fp64 only under fp64
 
 def export_checkpoint(step_folder: Path, target: Path) -> dict[str, Any]:
     """Writes the model of a step folder, whatever plan wrote it, as a folder that transformers loads,
-    with the run's tokenizer.json where it has one.
+    with the run's tokenizer.json where it has one; LoRA merged into its base.
 
     Returns tensors, bytes, files and whether the tokenizer is there. Raises CheckpointError for a bad
     checkpoint, UsageError for a target that holds something, WriteError.
     """
-    manifest = read_manifest(step_folder)
-    stated = {k: v for k, v in manifest.header.model.items() if v is not None}
-    spec = decode(ModelSpec, stated, file=str(step_folder))
+    manifest, spec = _stated(step_folder)
+    stored = _reader(step_folder, manifest)
 
     @lru_cache(maxsize=1)  # gate and up lie in one tensor, and are asked for one after the other
     def get(name: str) -> Tensor:
-        shape = tuple(manifest.header.tensors.get(name, ()))
-        value = torch.empty(shape, dtype=EXPORTED)
-        fill(
-            step_folder,
-            manifest,
-            [Wanted(name, "weight", shape, tuple((0, n) for n in shape), value)],
-        )
-        return value
+        value = stored(name)
+        if f"{name}{A}" not in manifest.header.tensors:
+            return value
+        return merged(value, stored(f"{name}{A}"), stored(f"{name}{B}"), spec.lora_scale)
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step_folder, Path(folder))
-        done = export(target, spec, get, dtype=EXPORTED, tokenizer=tokenizer)
+        plain = replace(spec, lora_rank=0, lora_alpha=0.0, lora_targets=())
+        done = export(target, plain, get, dtype=EXPORTED, tokenizer=tokenizer)
     return {
         "tensors": done.tensors,
         "bytes": done.bytes,
         "files": list(done.files),
         "tokenizer": tokenizer is not None,
     }
+
+
+def export_adapter(step_folder: Path, target: Path) -> dict[str, Any]:
+    """Writes LoRA's A and B of a step folder in the format of peft; the base stays where it is.
+
+    Returns and raises as `export_checkpoint`."""
+    manifest, spec = _stated(step_folder)
+    if not spec.lora_rank:
+        raise UsageError(f"{step_folder} has no adapter: model.lora_rank is 0", key="lora_rank")
+    known = (step_folder.parent.parent / "job.toml").exists()
+    base = job_of(step_folder).model_path if known else None
+    done = write_adapter(target, spec, _reader(step_folder, manifest), base or "")
+    files = [TENSORS, ADAPTER_CONFIG]
+    size = sum(t.nbytes for t in done.values())
+    return {"tensors": len(done), "bytes": size, "files": files, "tokenizer": False}
+
+
+def _stated(step_folder: Path) -> tuple[Manifest, ModelSpec]:
+    manifest = read_manifest(step_folder)
+    stated = {k: v for k, v in manifest.header.model.items() if v is not None}
+    return manifest, decode(ModelSpec, stated, file=str(step_folder))
+
+
+def _reader(step_folder: Path, manifest: Manifest) -> Callable[[str], Tensor]:
+    """Whole weights by name."""
+
+    def stored(name: str) -> Tensor:
+        shape = tuple(manifest.header.tensors.get(name, ()))
+        value = torch.empty(shape, dtype=EXPORTED)
+        whole = tuple((0, n) for n in shape)
+        fill(step_folder, manifest, [Wanted(name, "weight", shape, whole, value)])
+        return value
+
+    return stored
 
 
 def _tokenizer(step_folder: Path, folder: Path) -> Path | None:

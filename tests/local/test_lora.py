@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
+import hf_models
 import pytest
 import test_drift
 import test_frozen_weights
+import test_pretrained
+import torch
 import verify_jobs
 
+from partita.base.errors import UsageError
 from partita.comm.local import local
+from partita.comm.single import SingleWorld
+from partita.model.reference import Reference, weight_shapes
+from partita.spec.lora import adapter_fields
+from partita.train.build import assemble
+from partita.train.export import export_adapter, export_checkpoint
 from partita.verify.parity import verify
+from partita.verify.runs import boxes
 
 TARGETS = {
     "llama": ("wq", "wk", "wv", "wo", "gate_up", "down"),
@@ -62,3 +74,74 @@ def test_any_plan_reads_a_checkpoint(tmp_path):
         there = one.with_plan("tp2+sp fp32")
         losses, _ = ranks.run(test_frozen_weights.trained, there, tmp_path / "tp", 3, saved)[0]
         assert losses[0] == pytest.approx(whole[2], rel=1e-5)
+
+
+def tuned(tmp_path, kind="llama", **more):
+    """A pretrained folder trained a little under tp and ZeRO; its job and its checkpoint."""
+    folder = hf_models.save_model(tmp_path / "model", kind, torch.float32)
+    targets = ["wo", "fc1", "fc2"] if kind == "gpt2" else list(TARGETS["llama"])
+    low = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets, **more}
+    made = test_pretrained.job(folder, tmp_path, "tp2+sp dp_shard2.zero3", **low)
+    with local(4, 20) as ranks:
+        _, saved = ranks.run(test_frozen_weights.trained, made, tmp_path / "run", 2)[0]
+    return folder, made, saved
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_merged_folder_has_the_adapted_model_s_logits(kind, tmp_path):
+    folder, made, saved = tuned(tmp_path, kind)
+    done = export_checkpoint(saved, tmp_path / "out")
+    assert done["bytes"] < 4 * made.model.parameters()  # no A, no B
+    again = made.with_plan("1mb")
+    alone = assemble(again, SingleWorld())
+    test_frozen_weights.load_run(saved, again, alone.model, alone.update, alone.fingerprint)
+    held = boxes(alone.model, lambda unit: unit.master)
+    weights = {n: held[n][0][1] for n in weight_shapes(made.model)}
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        ours = Reference(made.model, weights).logits(ids)
+        theirs = hf_models.load_model(tmp_path / "out", torch.float32)(ids).logits
+        before = hf_models.load_model(folder, torch.float32)(ids).logits
+    assert float((ours - theirs).abs().max() / ours.abs().max()) < 1e-5
+    assert float((before - theirs).abs().max() / ours.abs().max()) > 1e-4  # it has learnt
+
+
+def test_an_adapter_is_written_and_read_in_the_format_of_peft(tmp_path):
+    folder, made, saved = tuned(tmp_path)
+    export_adapter(saved, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6.0)
+    assert sorted(config["target_modules"]) == sorted(
+        f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+    assert adapter_fields(tmp_path / "adapter") == {
+        "lora_rank": 3, "lora_alpha": 6.0, "lora_targets": list(TARGETS["llama"]),
+    }  # fmt: skip
+    spec = {"adapter": str(tmp_path / "adapter")}
+    read = test_pretrained.job(folder, tmp_path, "tp2+sp", **spec)
+    assert read.model == made.model
+    with local(2, 20) as ranks:
+        found = ranks.run(lambda w: boxes(assemble(read, w).model, lambda unit: unit.master))
+        _, kept = ranks.run(test_frozen_weights.trained, read, tmp_path / "again", 0)[0]
+    assert {n for rank in found for n in rank} == set(weight_shapes(read.model))
+    export_adapter(kept, tmp_path / "second")
+    first, second = (
+        (tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("adapter", "second")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"use_dora": True}, "use_dora"), ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
+        ({"target_modules": ["gate_proj"]}, "target_modules"), ({"peft_type": "IA3"}, "peft_type"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_kind_is_refused(change, key, tmp_path):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert adapter_fields(tmp_path)["lora_targets"] == ["wq"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UsageError, match=key):
+        adapter_fields(tmp_path)
