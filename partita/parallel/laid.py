@@ -1,7 +1,7 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
     ORDER  split, dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, offload, precision; pp on the
-           result; dp.join
+           result; dp.join, offload.moves
 
 cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
 every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
@@ -20,26 +20,25 @@ from partita.parallel.dp import rules as dp
 from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
+from partita.parallel.laid_step import step_sums
 from partita.parallel.offload import rules as offload
 from partita.parallel.pp import rules as pp
 from partita.parallel.pp.rules import Stage
 from partita.parallel.precision import rules as precision
-from partita.parallel.read import Call, tensor_bytes, traffic
+from partita.parallel.read import Call, local_shape, tensor_bytes, traffic
 from partita.parallel.recompute import rules as recompute
-from partita.parallel.room import ARENAS, PRODUCT_ORDER, Request, axis_name, axis_size
+from partita.parallel.room import ARENAS, Request, axis_name, axis_size
 from partita.parallel.sp import rules as sp
 from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
-from partita.schedule.ir import Schedule
+from partita.schedule.ir import Action, Schedule
 from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, flat_unit, layout_of
-from partita.spec.mesh import EXPERT, FOLD, Mesh
-from partita.spec.plan import Plan
-from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, well_formed
+from partita.spec.mesh import Mesh
+from partita.spec.program import Block, Dim, Program, Tensor, well_formed
 
-ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
 ROOMS = (split, dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
 
@@ -220,22 +219,44 @@ class Laid:
     ) -> Iterator[tuple[Call, str, dict[str, int]]]:
         """Calls of a stage's blocks, and how often the rank is in each phase of them: microbatch by
         microbatch where a block's bytes depend on what its router chose."""
-        mine = [
-            a for a in self.schedule.ranks[self.mesh.coords(rank)["pp"]] if a.stage == stage.index
-        ]
+        place = self.mesh.coords(rank)["pp"]
+        mine = [a for a in self.schedule.ranks[place] if a.stage == stage.index]
         all_done = {**Counter(a.kind for a in mine)}
         all_done["step"] = all_done.get("U", 1)  # once a step, or at each update under way
         once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in stage.blocks}.values()}
         for name, block in zip(stage.names, stage.blocks, strict=True):
             if routing is None or (name, mine[0].microbatch) not in routing.counts:
-                yield from ((c, self.site(name, c.site), all_done) for c in once[id(block)])
+                yield from self._counted(once[id(block)], name, all_done, place, mine)
                 continue
             for i in sorted({a.microbatch for a in mine}):
-                done = {**Counter(a.kind for a in mine if a.microbatch == i)}
-                done["step"] = all_done["step"] if i == mine[0].microbatch else 0
-                rows = routing.rows(name, i, rank)
-                for call in traffic(block, self.sizes | rows):
-                    yield call, self.site(name, call.site), done
+                own = [a for a in mine if a.microbatch == i]
+                done = {
+                    **Counter(a.kind for a in own),
+                    "step": all_done["step"] * (own[0] is mine[0]),
+                }
+                calls = traffic(block, self.sizes | routing.rows(name, i, rank))
+                yield from self._counted(calls, name, done, place, own)
+
+    def _counted(
+        self,
+        calls: Iterable[Call],
+        block: str,
+        done: dict[str, int],
+        place: int,
+        mine: list[Action],
+    ) -> Iterator[tuple[Call, str, dict[str, int]]]:
+        """What is not in a step's first backward is left out there: the first of all holders of a unit on
+        the place, where microbatches go two ways."""
+        for call in calls:
+            site = self.site(block, call.site)
+            if not call.again:
+                yield call, site, done
+                continue
+            tied = site.rpartition(":")[0] in self.program.tied and self.schedule.direction
+            every = [a for a in self.schedule.ranks[place] if tied or a.stage == mine[0].stage]
+            first = next(a for a in every if a.kind in ("B", "W"))
+            less = {first.kind: done[first.kind] - 1} if first in mine else {}
+            yield call, site, {**done, **less}
 
     def stage_calls(self, index: int) -> list[tuple[Call, str]]:
         """Every call of a stage's blocks with its full site; F and B are of one microbatch."""
@@ -261,16 +282,20 @@ class Laid:
 
     def step_calls(self, place: int) -> list[Call]:
         """Calls of the step that belong to no block, of a rank at a place of pp."""
-        last = self.holds_loss(place)
+        last, tensors = self.holds_loss(place), self.program.tensors
         mine = [op for op in self.program.step if last or "pp" in op.axes]
         return [
-            Call(op.axes, e.collective, op.name, "step", self._step_bytes(e), op.lane)
+            Call(
+                op.axes,
+                e.collective,
+                op.name,
+                "step",
+                tensor_bytes(tensors[e.of], self.sizes),
+                op.lane,
+            )
             for op in mine
             for e in op.events
         ]
-
-    def _step_bytes(self, event: Event) -> int:
-        return tensor_bytes(self.program.tensors[event.of], self.sizes)
 
     def _alone(self, call: Call) -> bool:
         kv = self.request.model.kv_heads
@@ -317,75 +342,11 @@ def lay(request: Request) -> Laid:
         if key not in joined:  # stages of equal blocks are cut into the same units
             found_flats = dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads)
             blocks = dp.join(stage.blocks, found_flats, program.tied, plan.sizes)
+            blocks = offload.moves(blocks, program.tied if two_ways else (), plan)
             joined[key] = found_flats, blocks
         flats.append(joined[key][0])
         stages.append(replace(stage, blocks=joined[key][1]))
     return Laid(request, program, tuple(stages), tuple(flats))
-
-
-def step_sums(program: Program, plan: Plan, two_ways: bool = False) -> Program:
-    """What is summed once a step: the loss leaves its block as a partial sum, and is reduced after the
-    last microbatch over the product of the axes that cut the labels; so is the count of valid tokens,
-    before the first. Then the loss goes to every stage; the norm is summed over ranks that count different
-    elements of the gradient. A schedule that goes two ways leaves the loss at both ends: it is summed over
-    pp too."""
-    *body, head = program.blocks
-    sizes = plan.sizes
-    chain = [
-        op for op in head.ops() if op.kind == "reduce_from" and op.name == "loss.mean:reduce_from"
-    ]
-    axes = sorted((a for op in chain for a in op.axes), key=PRODUCT_ORDER.index)
-    drop = {id(op) for op in chain}
-    segments = tuple(
-        replace(s, ops=tuple(op for op in s.ops if id(op) not in drop)) for s in head.segments
-    )
-    output = next(op.writes for op in head.ops() if op.name == "loss.mean")
-    head = replace(head, segments=segments, output=output)
-    cut_labels = tuple(a for d in head.tensors["valid"].dims for a in d.cut if sizes[a] > 1)
-    norm_axes = _norm_axes(program.blocks, plan)
-    step: list[Op] = []
-    tensors = {"step.count": Tensor("step.count", (), "count")}
-    tensors |= {n: Tensor(n, (), "sum") for n in ("step.loss", "step.norm")}
-    if cut_labels:
-        step.append(_once("step.count", "reduce_from", cut_labels, "all_reduce"))
-    if two_ways:
-        axes = ["pp", *axes]
-    if axes:
-        step.append(_once("step.loss", "reduce_from", axes, "all_reduce"))
-    if sizes["pp"] > 1 and not two_ways:
-        step.append(_once("step.loss", "broadcast", ("pp",), "broadcast"))
-    if norm_axes:
-        step.append(_once("step.norm", "reduce_from", norm_axes, "all_reduce"))
-    layers = [b for b in body if "chosen" in b.tensors]
-    if layers:
-        chosen = layers[0].tensors["chosen"]
-        token_axes = {a for d in chosen.dims for a in d.cut} | {"pp"}
-        over = sorted((a for a in token_axes if sizes[a] > 1), key=PRODUCT_ORDER.index)
-        size = ROUTING_SUMS + len(layers) * layers[0].tensors["loads"].numel()
-        tensors["step.routing"] = Tensor("step.routing", (Dim("routing", size),), "sum")
-        if over:
-            step.append(_once("step.routing", "reduce_from", over, "all_reduce"))
-    return replace(program, blocks=(*body, head), step=tuple(step), tensors=tensors)
-
-
-def _norm_axes(blocks: Iterable[Block], plan: Plan) -> tuple[str, ...]:
-    """Axes over which elements lie apart, or are counted by one rank: experts and what ZeRO cuts lie on
-    the whole fold."""
-    cut = {a for b in blocks for w in b.weights() for a in w.axes()}
-    apart = dp.zero_stage(plan) or cut & (set(EXPERT) - {"pp", "dp_replicate"})
-    return tuple(a for a in ("pp", *(FOLD if apart else ("tp",)), "split") if plan.sizes[a] > 1)
-
-
-def _once(name: str, kind: str, axes: Iterable[str], collective: str) -> Op:
-    event = Event("step", collective, name)
-    return Op(
-        f"{name}:{kind}", kind, (name,), name, axes=tuple(axes), events=(event,), lane="compute"
-    )
-
-
-def local_shape(weight: Tensor, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape of a rank's part of a weight; a padded vocabulary counts its padding."""
-    return tuple(d.local(sizes) for d in weight.dims)
 
 
 __all__ = ["Call", "Dim", "Laid", "Request", "Stage", "Unit", "lay", "local_shape", "problems"]

@@ -40,7 +40,8 @@ def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Blo
 @dataclass(frozen=True, slots=True)
 class Call:
     """One declared collective of a block: `bytes` of the tensor handed in, for one call, or for `parts` of
-    them that add up to it. `half` is the phase that B's calls have where a schedule splits it."""
+    them that add up to it. `half` is the phase that B's calls have where a schedule splits it;
+    `again`: not in a step's first."""
 
     axes: tuple[str, ...]
     collective: str
@@ -51,11 +52,17 @@ class Call:
     times: int = 1
     half: str = "I"
     parts: int = 1
+    again: bool = False
 
 
 def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
     """Bytes on the rank that holds most."""
     return t.local(sizes) * BYTES[t.dtype]
+
+
+def local_shape(weight: Tensor, sizes: Sizes) -> tuple[int, ...]:
+    """The shape of a rank's part of a weight; a padded vocabulary counts its padding."""
+    return tuple(d.local(sizes) for d in weight.dims)
 
 
 def gradient_axes(block: Block, weight: Tensor, sizes: Sizes) -> tuple[str, ...]:
@@ -110,8 +117,8 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
             size = tensor_bytes(block.tensors[e.of], sizes)
             half = "W" if e.weights else "I"
             yield Call(
-                op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts
-            )
+                op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts, e.again
+            )  # fmt: skip
 
 
 @once

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,22 @@ Zeros = Callable[
 def plain(weight: str) -> Product:
     """Every weight by the matmul as it is."""
     return PLAIN
+
+
+class Away(Protocol):
+    """Gradients that lie elsewhere than on the device: what microbatches make goes there to be added up."""
+
+    def store(self, unit: Unit, into: Tensor, made: Tensor, adds: bool) -> None:
+        """Moves `made`, on the device, into a unit's `sums` or `gradient`: added to it, or in its place."""
+        ...
+
+    def fetch(self, unit: Unit, stored: Tensor) -> Tensor:
+        """A copy on the device of what is stored."""
+        ...
+
+    def settle(self) -> None:
+        """All that was stored is there."""
+        ...
 
 
 class Buffer:
@@ -118,7 +135,8 @@ class Unit:
     """One flat unit of a stage; `places` are (full weight name, first element, elements) of the whole.
 
     `working`, `master` and `gradient` are what is stored: flat, whole or this rank's `part` of the whole; the
-    last two lie beside each other, element by element. `values` and `gradients` are the whole unit.
+    last two lie beside each other, element by element; `gradient` is of `sums`, what microbatches add up in.
+    `values` and `gradients` are the whole unit.
     """
 
     spec: LaidUnit
@@ -128,6 +146,7 @@ class Unit:
     working: Tensor
     master: Tensor
     gradient: Tensor
+    sums: Tensor
     values: Buffer
     gradients: Buffer
     queue: WeightQueue = field(default_factory=WeightQueue)
@@ -188,8 +207,7 @@ def make_units(
         ways, mine = product_coordinate(laid.sizes, at, spec.shard)
         each = -(-first // ways)
         part = slice(mine * each, (mine + 1) * each)
-        zeros = partial(_zeros, elsewhere or {}, device)
-        tensors = _allocate(spec, each * ways, part, dtype, device, zeros, apart)
+        tensors = _allocate(spec, each * ways, part, dtype, device, elsewhere or {}, apart)
         found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
 
@@ -204,12 +222,13 @@ def _zeros(
 
 
 def _allocate(
-    spec: LaidUnit, size: int, part: slice, dtype: torch.dtype, device: torch.device | str, zeros: Zeros,
-    apart: bool,
-) -> tuple[Tensor, Tensor, Tensor, Buffer, Buffer]:  # fmt: skip
-    """What a rank stores of a unit of `size` elements: working, master, gradient."""
+    spec: LaidUnit, size: int, part: slice, dtype: torch.dtype, device: torch.device | str,
+    elsewhere: Mapping[str, Zeros], apart: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Buffer, Buffer]:  # fmt: skip
+    """What a rank stores of a unit of `size` elements: working, master, gradient, and its sums."""
     stage = spec.stage
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    zeros = partial(_zeros, elsewhere, device)
     each = part.stop - part.start
     working = zeros("parameters", each if stage == 3 else size, dtype)
     shard = working if stage == 3 else working[part]
@@ -219,12 +238,14 @@ def _allocate(
     if stage < 3:
         values.lend(working)
     if spec.frozen:
-        return working, master, torch.empty(0, dtype=wide, device=device), values, gradients
-    gradient = zeros("gradients", each if stage >= 2 else size, wide)
+        none = torch.empty(0, dtype=wide, device=device)
+        return working, master, none, none, values, gradients
+    sums = gradient = zeros("gradients", each if stage >= 2 else size, wide)
     if stage < 2:
-        gradients.lend(gradient)
+        if "gradients" not in elsewhere:
+            gradients.lend(gradient)
         gradient = gradient[part]
-    return working, master, gradient, values, gradients
+    return working, master, gradient, sums, values, gradients
 
 
 @dataclass(frozen=True)

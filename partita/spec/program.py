@@ -96,7 +96,7 @@ class Tensor:
 class Event:
     """One collective of a region. `of` is the tensor this rank hands in: bytes are read off at the
     end, when every room has cut it. `phase` is F, B or step (once a step). Where a schedule splits B,
-    it is of the input half I, or of the weight half W (`weights`)."""
+    it is of the input half I, or of the weight half W (`weights`). `again`: not in a step's first."""
 
     phase: str
     collective: str  # all_reduce | reduce_scatter | all_gather | all_to_all | broadcast | send
@@ -105,6 +105,7 @@ class Event:
     times: int = 1
     weights: bool = False
     parts: int = 1  # calls that add up to `of`, one after the other
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from partita.parallel.offload.arenas import Arenas
 from partita.parallel.offload.cpu import GRADIENT, MASTER, Away, Chunk, HostStream
-from partita.parallel.offload.nvme import DiskStream
+from partita.parallel.offload.nvme import DiskGradients, DiskStream
+from partita.parallel.units import Away as Gradients
 from partita.parallel.units import Unit
 from partita.train.optim import PartOptimizer, state_names
 
@@ -28,6 +29,8 @@ class AwayUpdate:
     slots: Mapping[str, Sequence[Slot]]
     optimizer: torch.optim.Optimizer
     parts: PartOptimizer
+    units: Sequence[Unit]
+    gradients: DiskGradients | None = None  # where they are read from, if from disk
 
     def run(self, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]) -> None:
         """One update: gradients times `factor`, masters and moments in place, working weights rounded.
@@ -49,6 +52,20 @@ class AwayUpdate:
             if "step" in state:
                 state["step"] += 1
 
+    def norms(self, counted: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """The 2-norms of gradients in a file, a chunk of each at a time."""
+        assert self.gradients is not None
+        found = []
+        for unit in self.units:
+            own = unit.gradient
+            begin, width = own.data_ptr(), own.element_size()
+            places = [((g.data_ptr() - begin) // width, g.numel()) for _, g in counted]
+            for first, part in self.gradients.chunks(unit, own):
+                for start, size in places:
+                    a, b = max(start - first, 0), min(start + size - first, part.numel())
+                    found += [torch.linalg.vector_norm(part[a:b])] if a < b else []
+        return found
+
 
 def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
     """The slot's elements of a chunk."""
@@ -61,17 +78,20 @@ def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
 
 def make_away(
     arenas: Arenas, slots: Mapping[str, Sequence[Slot]], units: Sequence[Unit],
-    optimizer: torch.optim.Optimizer, train: TrainSpec,
+    optimizer: torch.optim.Optimizer, train: TrainSpec, gradients: Gradients | None,
 ) -> AwayUpdate | None:  # fmt: skip
-    """Allocates moments beside the masters; None where the optimizer lies on the device."""
-    zeros = arenas.elsewhere().get("optimizer")
-    if zeros is None:
+    """Allocates moments beside the masters; None where the optimizer lies on the device. `gradients`: where
+    they lie, if elsewhere too."""
+    elsewhere = arenas.elsewhere()
+    if "optimizer" not in elsewhere:
         return None
+    zeros = elsewhere["optimizer"]
     aways = []
     for unit in units:
         size, dtype = unit.master.numel(), unit.master.dtype
         states = {n: zeros("optimizer", size, dtype) for n in state_names(train)}
-        aways.append(Away(unit, {MASTER: unit.master, **states}))
+        given = {GRADIENT: unit.gradient} if "gradients" in elsewhere else {}
+        aways.append(Away(unit, {MASTER: unit.master, **states}, given))
         for slot in slots[unit.name]:
             if slot.balances:
                 continue
@@ -80,4 +100,5 @@ def make_away(
             count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
             optimizer.state[slot.master] = own | count
     parts = PartOptimizer(train, aways[0].unit.master.dtype)
-    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts)
+    away = gradients if isinstance(gradients, DiskGradients) else None
+    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, units, away)

@@ -202,7 +202,8 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     for unit in units:
         fill(unit)
     blocks = build_blocks(job.model, laid, place, context, units)
-    reducer, parameters, data = data_parallel(laid, context, units)
+    trained = [unit for unit in units if not unit.spec.frozen]
+    reducer, parameters, data = data_parallel(laid, context, units, arenas.gradients(trained))
     parameters.refresh()
     executor = make_executor(laid, context, blocks, data, dtype)
     row = [block for stage in blocks.values() for block in stage]

@@ -16,7 +16,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import Stage, forward_of, lane
 from partita.parallel.pp.versions import Flow, Late, Versions, updates_behind, version_rule
-from partita.parallel.units import Unit
+from partita.parallel.units import Away, Unit
 from partita.train.stage import StageBlocks
 
 
@@ -35,7 +35,7 @@ def make_executor(
 
 
 def data_parallel(
-    laid: Laid, context: Context, units: Sequence[Unit]
+    laid: Laid, context: Context, units: Sequence[Unit], away: Away | None = None
 ) -> tuple[Reducer, Parameters, dict[int, DataParallel]]:
     """What a rank's units need of other ranks, as the regions of its blocks say; and for each of its
     stages what is done around its blocks."""
@@ -52,7 +52,7 @@ def data_parallel(
     two_ways = laid.schedule.direction is not None
     visits = [frozenset(s.names) for s in stages] if two_ways else []
     trained = [unit for unit in units if not unit.spec.frozen]
-    reducer = Reducer(trained, comms, context.where, units[0].queue, visits)
+    reducer = Reducer(trained, comms, context.where, units[0].queue, visits, away)
     parameters = Parameters(units, comms, context.where)
     prefetch = laid.request.plan.data.prefetch
     found = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from partita.parallel.ep.log import Routed, RouterLog
-from partita.parallel.laid import ROUTING_SUMS
+from partita.parallel.laid_step import ROUTING_SUMS
 
 if TYPE_CHECKING:
     from partita.train.step import Model

@@ -320,9 +320,12 @@ class Update:
     def gradient_norm(self) -> float:
         """The 2-norm over all parameters, each element counted once."""
         squares = torch.zeros(1, dtype=torch.float64)
-        gradients = [g for _, g in self.counted]
-        if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients)).to(torch.float64).cpu()
+        if self.away is not None and self.away.gradients is not None:
+            found = self.away.norms(self.counted)
+        else:
+            found = torch._foreach_norm([g for _, g in self.counted]) if self.counted else ()
+        if found:
+            norms = torch.stack(tuple(found)).to(torch.float64).cpu()
             squares[0] = (norms * norms).sum()
         if self.model.comms.norm is not None:
             squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
@@ -365,7 +368,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     update = Update(model, train, make_optimizer(named, train), slots, counted)
-    update.away = make_away(model.arenas, by_unit, trained, update.optimizer, train)
+    away, optimizer = model.reducer.away, update.optimizer
+    update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
         if model.flow.late is not None:

@@ -16,7 +16,7 @@ LEVELS = {
     "report": 10, "cli": 11,
 }  # fmt: skip
 PURE = ("rules.py", "balance.py", "counts.py", "__init__.py")  # of a room
-JOINS_ROOMS = ("laid.py", "execute")  # beginnings of names, pure
+JOINS_ROOMS = ("laid", "execute")  # beginnings of names, pure
 
 
 def files() -> list[Path]:

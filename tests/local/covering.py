@@ -20,7 +20,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
         "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
     ),
-    "offload": ("", "offload:cpu", "offload:nvme"),
+    "offload": ("", "offload:cpu offload.targets=optimizer", "offload:nvme"),
     "model": (
         "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2 expert.chunks=2",
         "alexnet split2",

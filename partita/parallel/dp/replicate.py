@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Where
 from partita.parallel.deferred import WeightQueue
-from partita.parallel.units import Unit
+from partita.parallel.units import Away, Unit
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Reducer:
     where: Where
     queue: WeightQueue = field(default_factory=WeightQueue)
     visits: Sequence[frozenset[str]] = ()
+    away: Away | None = None  # where gradients lie, if elsewhere than on the device
     _last: set[str] = field(default_factory=set)
     _waiting: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _fresh: set[str] = field(default_factory=set)
-    _under_way: list[tuple[Unit, Handle, bool]] = field(default_factory=list)
+    _under_way: list[tuple[Unit, Handle, bool, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._held: dict[str, list[Unit]] = {}
@@ -59,14 +61,18 @@ class Reducer:
     @property
     def reduces(self) -> bool:
         """Whether it must hear of blocks at all."""
-        return any(c.shard or c.reduce for c in self.comms.values())
+        return self.away is not None or any(c.shard or c.reduce for c in self.comms.values())
+
+    def comes_and_goes(self, unit: Unit) -> bool:
+        """Whether a unit's whole gradient is there only while a backward makes it."""
+        return self.away is not None or unit.spec.stage >= 2
 
     def begin(self) -> None:
         """A step begins: gradients are zero."""
         for unit in self.units:
             if unit.gradients.tensor is not None:
                 unit.gradients.tensor.zero_()
-        self._fresh = {u.name for u in self.units if u.spec.stage >= 2}
+        self._fresh = {u.name for u in self.units if self.comes_and_goes(u)}
 
     def arm(self, blocks: Sequence[str]) -> None:
         """The next backward, or W, of these blocks is the step's last: units are ready as their blocks
@@ -77,8 +83,8 @@ class Reducer:
         """A block's weight gradients are about to come: lends memory where only a shard is stored."""
         for unit in self._held.get(block, ()):
             if unit.gradients.tensor is None:
-                size, like = unit.gradients.size, unit.gradient
-                unit.gradients.lend(torch.zeros(size, dtype=like.dtype, device=like.device))
+                size, device = unit.gradients.size, unit.gradients.device
+                unit.gradients.lend(torch.zeros(size, dtype=unit.gradient.dtype, device=device))
 
     def block_done(self, block: str) -> bool:
         """A block's weight gradients are there; starts the units that have nothing to wait for. Whether
@@ -86,8 +92,9 @@ class Reducer:
         last = block in self._last
         self._last.discard(block)
         for unit in self._held.get(block, ()):
-            if unit.spec.stage >= 2 or last:
-                key = unit.name, self.where.microbatch if unit.spec.stage >= 2 else -1
+            passes = self.comes_and_goes(unit)
+            if passes or last:
+                key = unit.name, self.where.microbatch if passes else -1
                 waiting = self._waiting.setdefault(key, self._awaited(unit, block))
                 waiting.discard(block)
                 if not waiting:
@@ -97,31 +104,60 @@ class Reducer:
 
     def _awaited(self, unit: Unit, block: str) -> set[str]:
         """The blocks whose gradients a unit waits for: all; of a microbatch those it comes to."""
-        here = next((v for v in self.visits if block in v), None) if unit.spec.stage >= 2 else None
+        passes = self.comes_and_goes(unit)
+        here = next((v for v in self.visits if block in v), None) if passes else None
         return set(unit.spec.blocks) if here is None else set(unit.spec.blocks) & here
 
     def finish(self, late: Sequence[Unit] = ()) -> None:
         """Waits for all sums of the step. Gradients are then the step's, the same on every rank of the
         axes summed over; but of `late` units not yet summed between places of pp."""
         self._settle()
+        if self.away is not None:
+            for unit in self.units:
+                self._sum_away(unit, self.away)
+            self.away.settle()
+        else:
+            self._sum_here(late)
+        self._last.clear()
+
+    def _sum_here(self, late: Sequence[Unit]) -> None:
         for unit in self.units:
             comm = self.comms[unit.name].reduce
             if unit.spec.stage and comm is not None:
                 self._reduce(unit, comm, "reduce")
         self._settle()
         self.add_across([unit for unit in self.units if unit not in late])
-        self._last.clear()
 
     def add_across(self, units: Sequence[Unit]) -> None:
         """Sums units between the places of pp that hold them."""
         for unit in units:
             comm = self.comms[unit.name].across
             if comm is not None:
-                self._reduce(unit, comm, "tied" if comm.axis == "tied" else "copies")
+                self._reduce(unit, comm, _across(comm))
         self._settle()
+
+    def _sum_away(self, unit: Unit, away: Away) -> None:
+        """A unit that ranks sum once a step comes for that, and its part goes again."""
+        comms, stage = self.comms[unit.name], unit.spec.stage
+        if not (comms.reduce or comms.across or stage == 1):
+            return
+        with self.where.at("step"):
+            made = away.fetch(unit, unit.gradient if stage >= 2 else unit.sums)
+            if stage == 1:
+                assert comms.shard is not None
+                out = torch.empty(unit.gradient.shape, dtype=made.dtype, device=made.device)
+                site = f"{unit.name}:scatter"
+                made = comms.shard.start_reduce_scatter(made, site=site, out=out).wait()
+            for comm, kind in ((comms.reduce, "reduce"), (comms.across, _across(comms.across))):
+                if comm is not None:
+                    made = comm.start_all_reduce(made, site=f"{unit.name}:{kind}", out=made).wait()
+            away.store(unit, unit.gradient, made, adds=False)
 
     def _start(self, unit: Unit) -> None:
         comms = self.comms[unit.name]
+        if self.away is not None and unit.spec.stage < 2:
+            self._store(unit, unit.sums, unit.gradients.take(), self.away)
+            return
         if unit.spec.stage == 0:
             if comms.reduce is not None:
                 self._reduce(unit, comms.reduce, "reduce")
@@ -133,25 +169,39 @@ class Reducer:
             assert whole is not None
             with self.where.at("step"):
                 handle = comms.shard.start_reduce_scatter(whole, site=site, out=unit.gradient)
-            self._under_way.append((unit, handle, False))
+            self._under_way.append((unit, handle, False, "step"))
             return
         self._settle()
         whole, adds = unit.gradients.take(), unit.name not in self._fresh
-        out = torch.empty_like(unit.gradient) if adds else unit.gradient
-        self._fresh.discard(unit.name)
+        out = unit.gradient
+        if adds or self.away is not None:
+            out = torch.empty(out.shape, dtype=out.dtype, device=whole.device)
+        if self.away is None:
+            self._fresh.discard(unit.name)
         handle = comms.shard.start_reduce_scatter(whole, site=site, out=out)
-        self._under_way.append((unit, handle, adds))
+        self._under_way.append((unit, handle, adds, self.where.phase))
 
     def _reduce(self, unit: Unit, comm: Comm, kind: str) -> None:
         """Sums what is stored of the unit's gradient, in place."""
         gradient = unit.gradient
         with self.where.at("step"):
             handle = comm.start_all_reduce(gradient, site=f"{unit.name}:{kind}", out=gradient)
-        self._under_way.append((unit, handle, False))
+        self._under_way.append((unit, handle, False, "step"))
 
     def _settle(self) -> None:
-        for unit, handle, adds in self._under_way:
+        for unit, handle, adds, phase in self._under_way:
             found = handle.wait()
-            if adds:
+            if self.away is not None:
+                with self.where.at(phase):
+                    self._store(unit, unit.gradient, found, self.away)
+            elif adds:
                 unit.gradient.add_(found)
         self._under_way.clear()
+
+    def _store(self, unit: Unit, into: Tensor, made: Tensor, away: Away) -> None:
+        away.store(unit, into, made, adds=unit.name not in self._fresh)
+        self._fresh.discard(unit.name)
+
+
+def _across(comm: Comm | None) -> str:
+    return "tied" if comm is not None and comm.axis == "tied" else "copies"

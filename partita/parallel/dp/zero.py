@@ -194,7 +194,7 @@ class DataParallel:
         """Block `at` has made x."""
         follows = torch.is_grad_enabled()
         self.gatherer.forward_done(at, follows)
-        if follows and any(u.spec.stage >= 2 for u in self.gatherer.parameters.units):
+        if follows and any(map(self.reducer.comes_and_goes, self.gatherer.parameters.units)):
             x = Leave.apply(x, self, at)  # type: ignore[assignment]
         return x
 

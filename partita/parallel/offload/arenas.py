@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.comm.protocol import Where
-from partita.parallel.offload.cpu import Away, HostArena, HostStream, Link, Moves
-from partita.parallel.offload.nvme import DiskArena, DiskStream
+from partita.parallel.offload.cpu import Away, HostArena, HostGradients, HostStream, Link, Moves
+from partita.parallel.offload.nvme import DiskArena, DiskGradients, DiskStream
 from partita.parallel.offload.rules import arena_of
-from partita.parallel.units import Zeros
+from partita.parallel.units import Unit, Zeros
 from partita.spec.plan import Plan
 
 CATEGORIES = ("parameters", "gradients", "optimizer")
@@ -48,4 +48,12 @@ class Arenas:
         link = Link(aways, self.host, self.moves)
         if self.disk is None:
             return HostStream(aways, link)
-        return DiskStream(aways, self.disk.files["optimizer"], link, self.host)
+        return DiskStream(aways, self.disk, link, self.host)
+
+    def gradients(self, units: Sequence[Unit]) -> HostGradients | DiskGradients | None:
+        """Where the units' gradients go; None where they stay on the device."""
+        if "gradients" not in self.elsewhere() or not units:
+            return None
+        if self.disk is None:
+            return HostGradients(units, self.host, self.moves)
+        return DiskGradients(units, self.disk, self.host, self.moves)

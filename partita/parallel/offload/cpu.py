@@ -55,10 +55,12 @@ class HostArena:
 
 @dataclass(frozen=True)
 class Away:
-    """A unit whose optimizer lies elsewhere: `states` are flat as its shard, the master among them."""
+    """A unit whose optimizer lies elsewhere: `states` are flat as its shard, the master among them; `given`
+    too, the gradient where it lies there."""
 
     unit: Unit
     states: Mapping[str, Tensor]
+    given: Mapping[str, Tensor]
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """First and end element of each chunk."""
@@ -98,9 +100,11 @@ class Link:
         """Rounds a chunk of the master into the working weights."""
         unit.shard[first : first + master.numel()].copy_(master)
 
-    def note(self, unit: Unit, start_s: float) -> None:
+    def note(self, away: Away, start_s: float) -> None:
         """A whole unit has passed."""
-        self.moves.note("host", f"{unit.name}:offload", unit.gradient.nbytes, start_s)
+        unit = away.unit
+        if GRADIENT not in away.given:
+            self.moves.note("host", f"{unit.name}:offload", unit.gradient.nbytes, start_s)
         self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start_s)
 
 
@@ -117,7 +121,39 @@ class HostStream:
         for away in self.aways:
             start = time.perf_counter()
             for first, end in away.parts():
-                own = {name: t[first:end] for name, t in away.states.items()}
-                yield Chunk(away, first, {**own, GRADIENT: self.link.down(away.unit, first, end)})
+                own = {n: t[first:end] for n, t in {**away.states, **away.given}.items()}
+                if GRADIENT not in own:
+                    own[GRADIENT] = self.link.down(away.unit, first, end)
+                yield Chunk(away, first, own)
                 self.link.up(away.unit, first, own[MASTER])
-            self.link.note(away.unit, start)
+            self.link.note(away, start)
+
+
+class HostGradients:
+    """Gradients in host memory: a chunk comes down, and is added to what lies there."""
+
+    def __init__(self, units: Sequence[Unit], arena: HostArena, moves: Moves) -> None:
+        self.moves = moves
+        largest = max((min(u.sums.numel(), CHUNK) for u in units), default=0)
+        self._chunk = arena.zeros("buffers", largest, units[0].gradient.dtype)
+
+    def store(self, unit: Unit, into: Tensor, made: Tensor, adds: bool) -> None:
+        """Adds `made`, on the device, to `into`, or puts it in its place."""
+        start = time.perf_counter()
+        for first in range(0, made.numel(), CHUNK):
+            there, here = into[first : first + CHUNK], made[first : first + CHUNK]
+            if adds:
+                there.add_(self._chunk[: here.numel()].copy_(here))
+            else:
+                there.copy_(here)
+        self.moves.note("host", f"{unit.name}:offload", made.nbytes, start)
+
+    def fetch(self, unit: Unit, stored: Tensor) -> Tensor:
+        """A copy on the device."""
+        start = time.perf_counter()
+        found = stored.to(unit.gradients.device, copy=True)
+        self.moves.note("host", f"{unit.name}:reload", found.nbytes, start)
+        return found
+
+    def settle(self) -> None:
+        """Each store is over when it returns."""

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,10 +29,21 @@ from torch import Tensor
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.comm.protocol import Where
-from partita.parallel.offload.cpu import CHUNK, GRADIENT, MASTER, Away, Chunk, HostArena, Link
+from partita.parallel.offload.cpu import (
+    CHUNK,
+    GRADIENT,
+    MASTER,
+    Away,
+    Chunk,
+    HostArena,
+    Link,
+    Moves,
+)
+from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
 SETS = 3
+READERS = 4  # states of a chunk read, and written, at a time
 
 
 def whole_blocks(size: int) -> int:
@@ -87,25 +98,35 @@ class File:
         self._places.append((mapped.data_ptr(), room, offset))
         return mapped
 
-    def offset_of(self, part: Tensor) -> int:
-        """Where a part of one of its tensors begins."""
+    def holds(self, part: Tensor) -> bool:
+        """Whether a part of one of its tensors it is."""
+        return any(a <= part.data_ptr() < a + n for a, n, _ in self._places)
+
+    def read(self, part: Tensor, into: memoryview) -> None:
+        """Fills the beginning of a buffer with a part of one of its tensors, past the mapping."""
+        descriptor, offset, size = self._span(part)
+        done = 0
+        while done < size:
+            done += os.preadv(descriptor, [into[done:size]], offset + done)
+
+    def write(self, part: Tensor, data: memoryview) -> None:
+        """Writes the beginning of a buffer into a part of one of its tensors, past the mapping."""
+        descriptor, offset, size = self._span(part)
+        done = 0
+        while done < size:
+            done += os.pwritev(descriptor, [data[done:size]], offset + done)
+
+    def _span(self, part: Tensor) -> tuple[int, int, int]:
+        """(descriptor, offset, bytes) of a part: past the page cache where it is whole blocks, or the last
+        of its tensor, whose blocks belong to nobody else."""
         at = part.data_ptr()
-        return next(o + at - a for a, n, o in self._places if a <= at < a + n)
-
-    def read(self, offset: int, into: memoryview) -> None:
-        """Fills a buffer of whole blocks."""
-        done = 0
-        while done < len(into):
-            got = os.preadv(self._direct, [into[done:]], offset + done)
-            if not got:
-                raise OSError(f"the file of {self.folder} ends at {offset + done}")
-            done += got
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Writes a buffer of whole blocks."""
-        done = 0
-        while done < len(data):
-            done += os.pwritev(self._direct, [data[done:]], offset + done)
+        address, room, start = next(p for p in self._places if p[0] <= at < p[0] + p[1])
+        offset, size = start + at - address, part.nbytes
+        if offset % BLOCK:
+            return self._descriptor, offset, size
+        if at + whole_blocks(size) == address + room:
+            size = whole_blocks(size)
+        return (self._descriptor if size % BLOCK else self._direct), offset, size
 
 
 @dataclass
@@ -123,30 +144,41 @@ class DiskArena:
             self.files[category] = File(self.folder)
         return self.files[category].zeros(size, dtype)
 
+    def read(self, part: Tensor, into: memoryview) -> None:
+        """Fills the beginning of a buffer with a part of a mapped tensor."""
+        self._file_of(part).read(part, into)
+
+    def write(self, part: Tensor, data: memoryview) -> None:
+        """Writes the beginning of a buffer into a part of a mapped tensor."""
+        self._file_of(part).write(part, data)
+
+    def _file_of(self, part: Tensor) -> File:
+        return next(f for f in self.files.values() if f.holds(part))
+
     def sizes(self) -> dict[str, int]:
         """Bytes on disk by category, as the file system has them."""
         return {c: f.bytes_held for c, f in self.files.items()}
 
 
-class _Buffers:
-    """Host memory of one chunk of every state, beginning on blocks; and what is still being written."""
+class _Buffer:
+    """Host memory of one chunk, beginning on a block: a tensor and its bytes; and what is written from it."""
 
-    def __init__(self, away: Away, arena: HostArena) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.raw: dict[str, memoryview] = {}
-        self.writing: list[Future[None]] = []
-        for name, state in away.states.items():
-            size = whole_blocks(CHUNK * state.element_size())
-            room = arena.zeros("buffers", size + BLOCK, torch.uint8)
-            start = -room.data_ptr() % BLOCK
-            part = room[start : start + size]
-            self.tensors[name], self.raw[name] = part.view(state.dtype), part.numpy().data
+    def __init__(self, elements: int, dtype: torch.dtype, arena: HostArena) -> None:
+        size = whole_blocks(elements * dtype.itemsize)
+        room = arena.zeros("buffers", size + BLOCK, torch.uint8)
+        start = -room.data_ptr() % BLOCK
+        part = room[start : start + size]
+        self.tensor, self.raw = part.view(dtype), part.numpy().data
+        self.writing: Future[None] | None = None
 
     def settle(self) -> None:
         """Waits until it may be filled again."""
-        for future in self.writing:
-            future.result()
-        self.writing.clear()
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+
+Buffers = Mapping[str, _Buffer]  # by state
 
 
 @dataclass(frozen=True)
@@ -156,19 +188,35 @@ class _Part:
     away: Away
     first: int
     end: int
-    buffers: _Buffers
+    buffers: Buffers
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is in the buffers."""
+        return {n: b.tensor[: self.end - self.first] for n, b in self.buffers.items()}
+
+    def lies(self, name: str) -> Tensor:
+        """The mapped part of a state."""
+        every = {**self.away.states, **self.away.given}
+        return every[name][self.first : self.end]
 
 
 class DiskStream:
-    """As HostStream, of states that lie in files: each chunk is read, yielded, and written back."""
+    """As HostStream, of states in files: each chunk is read, yielded, and its states written back."""
 
-    def __init__(self, aways: Sequence[Away], file: File, link: Link, arena: HostArena) -> None:
-        self.file, self.link = file, link
-        sets = [_Buffers(aways[0], arena) for _ in range(SETS)] if aways else []
+    def __init__(
+        self, aways: Sequence[Away], disk: DiskArena, link: Link, arena: HostArena
+    ) -> None:
+        self.disk, self.link = disk, link
+        sets: list[Buffers] = []
+        if aways:
+            like = {**aways[0].states, **aways[0].given}
+            largest = max(min(a.unit.master.numel(), CHUNK) for a in aways)
+            sets = [
+                {n: _Buffer(largest, t.dtype, arena) for n, t in like.items()} for _ in range(SETS)
+            ]
         chunks = [(away, *part) for away in aways for part in away.parts()]
         self._parts = [_Part(*c, sets[i % SETS]) for i, c in enumerate(chunks)]
-        threads = len(aways[0].states) if aways else 1
-        self._reader, self._writer = ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
+        self._reader, self._writer = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over all states; when it is over, all is in the files."""
@@ -178,39 +226,89 @@ class DiskStream:
             for future in ahead:
                 future.result()
             ahead = self._read(parts[i + 1]) if i + 1 < len(parts) else []
-            unit, size = part.away.unit, part.end - part.first
-            own = {name: t[:size] for name, t in part.buffers.tensors.items()}
-            yield Chunk(
-                part.away, part.first, {**own, GRADIENT: self.link.down(unit, part.first, part.end)}
-            )
+            own, unit = part.tensors(), part.away.unit
+            if GRADIENT not in own:
+                own[GRADIENT] = self.link.down(unit, part.first, part.end)
+            yield Chunk(part.away, part.first, own)
             self.link.up(unit, part.first, own[MASTER])
-            self._write(part)
+            for name in part.away.states:
+                buffer = part.buffers[name]
+                buffer.writing = self._writer.submit(self.disk.write, part.lies(name), buffer.raw)
             if part.end == unit.master.numel():
                 self._note(part.away, start)
                 start = time.perf_counter()
         for part in parts[-SETS:]:
-            part.buffers.settle()
+            for buffer in part.buffers.values():
+                buffer.settle()
 
     def _read(self, part: _Part) -> list[Future[None]]:
-        part.buffers.settle()
+        for buffer in part.buffers.values():
+            buffer.settle()
         return [
-            self._reader.submit(self.file.read, *self._place(part, name))
-            for name in part.away.states
+            self._reader.submit(self.disk.read, part.lies(n), b.raw)
+            for n, b in part.buffers.items()
         ]
-
-    def _write(self, part: _Part) -> None:
-        part.buffers.writing = [
-            self._writer.submit(self.file.write, *self._place(part, name))
-            for name in part.away.states
-        ]
-
-    def _place(self, part: _Part, name: str) -> tuple[int, memoryview]:
-        """Where in the file, and the whole blocks of its buffer."""
-        state = part.away.states[name][part.first : part.end]
-        return self.file.offset_of(state), part.buffers.raw[name][: whole_blocks(state.nbytes)]
 
     def _note(self, away: Away, start_s: float) -> None:
+        note, name = self.link.moves.note, away.unit.name
         size = sum(t.nbytes for t in away.states.values())
-        for kind in ("read", "write"):
-            self.link.moves.note("disk", f"{away.unit.name}:{kind}", size, start_s)
-        self.link.note(away.unit, start_s)
+        note("disk", f"{name}:read", size, start_s)
+        note("disk", f"{name}:write", size, start_s)
+        for given in away.given.values():
+            note("disk", f"{name}:read", given.nbytes, start_s)
+        self.link.note(away, start_s)
+
+
+class DiskGradients:
+    """Gradients in a file: what a microbatch makes is added to it chunk by chunk, written behind."""
+
+    def __init__(
+        self, units: Sequence[Unit], disk: DiskArena, arena: HostArena, moves: Moves
+    ) -> None:
+        self.disk, self.moves = disk, moves
+        largest = max(min(u.sums.numel(), CHUNK) for u in units)
+        made = [_Buffer(largest, units[0].gradient.dtype, arena) for _ in range(SETS)]
+        self._buffers, self._added = made[1:], made[0].tensor
+        self._writer = ThreadPoolExecutor(1)
+
+    def store(self, unit: Unit, into: Tensor, made: Tensor, adds: bool) -> None:
+        """Adds `made`, on the device, to `into`, or puts it in its place."""
+        start = time.perf_counter()
+        for i, first in enumerate(range(0, made.numel(), CHUNK)):
+            there, here = into[first : first + CHUNK], made[first : first + CHUNK]
+            buffer = self._buffers[i % len(self._buffers)]
+            buffer.settle()
+            sums = buffer.tensor[: here.numel()]
+            if adds:
+                self.disk.read(there, buffer.raw)
+                sums.add_(self._added[: here.numel()].copy_(here))
+            else:
+                sums.copy_(here)
+            buffer.writing = self._writer.submit(self.disk.write, there, buffer.raw)
+        self.moves.note("host", f"{unit.name}:offload", made.nbytes, start)
+        for kind in ("read", "write") if adds else ("write",):
+            self.moves.note("disk", f"{unit.name}:{kind}", made.nbytes, start)
+
+    def fetch(self, unit: Unit, stored: Tensor) -> Tensor:
+        """A copy on the device."""
+        found = torch.empty(stored.shape, dtype=stored.dtype, device=unit.gradients.device)
+        start = time.perf_counter()
+        for first, part in self.chunks(unit, stored):
+            found[first : first + part.numel()].copy_(part)
+        self.moves.note("host", f"{unit.name}:reload", found.nbytes, start)
+        return found
+
+    def chunks(self, unit: Unit, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first element, values in host memory) of all that is stored."""
+        self.settle()
+        start, buffer = time.perf_counter(), self._buffers[0]
+        for first in range(0, stored.numel(), CHUNK):
+            there = stored[first : first + CHUNK]
+            self.disk.read(there, buffer.raw)
+            yield first, buffer.tensor[: there.numel()]
+        self.moves.note("disk", f"{unit.name}:read", stored.nbytes, start)
+
+    def settle(self) -> None:
+        """All that was stored is in the file."""
+        for buffer in self._buffers:
+            buffer.settle()

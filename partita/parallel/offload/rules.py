@@ -3,18 +3,21 @@ ZeRO-Infinity, Rajbhandari et al. 2021).
 
     offload:cpu    host memory             offload:nvme    files, read ahead and written behind
 
-    target      lies there                 sends, each a copy on axis `host` or `disk`
-    optimizer   moments and masters        step: the gradient's shard down, the working shard up; from disk
-                                           every state read, and written
+    target      lies there             sends, each a copy on axis `host` or `disk`
+    optimizer   moments and masters    step: the gradient's shard down, the working shard up; from disk every
+                                       state is read, and written
+    gradients   as stored, summed up   B: down, added to what lies there, and the device's is freed; step: up
+                                       and down again where ranks still sum it
 
 The update runs on the host: a parameter costs the link 4 bytes down and 2 up (bf16), not its states. Sites:
 '<unit>:offload' and ':reload' between device and host, ':read' and ':write' between host and disk; each is
-one move of a whole unit, however many chunks it is streamed in. What stays on the device is the working
-weights and the gradients; masters are then apart from working weights at fp32 too.
+one move of a whole unit, however many chunks it is streamed in. Working weights stay on the device; masters
+are apart from them at fp32 too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from partita.base.errors import Problem
@@ -23,8 +26,8 @@ from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program
 
 ARENA = {"cpu": "host", "nvme": "disk"}
-DEFAULT = ("optimizer",)
-BUILT = ("optimizer",)
+DEFAULT = BUILT = ("gradients", "optimizer")
+STATES = {"gradient": "gradients", "optimizer": "optimizer"}  # role of a unit's tensor -> target
 
 
 def targets(plan: Plan) -> tuple[str, ...]:
@@ -58,6 +61,13 @@ def problems(job: Request) -> list[Problem]:
         limit = f"offload.targets={','.join(BUILT)}"
         near = str(plan.with_("offload", targets=()))
         found.append(error("offload", "available", message, asked=asked, limit=limit, nearest=near))
+    if "gradients" in targets(plan) and "optimizer" not in targets(plan):
+        message = (
+            "gradients that lie elsewhere are updated there, by an optimizer that lies there too"
+        )
+        near = str(plan.with_("offload", targets=("gradients", "optimizer")))
+        limit = "offload.targets=gradients,optimizer"
+        found.append(error("offload", "optimizer", message, asked=asked, limit=limit, nearest=near))
     if plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
         message = (
             f"{plan.pipeline.schedule} keeps versions of the masters beside the working weights"
@@ -70,38 +80,93 @@ def problems(job: Request) -> list[Problem]:
 
 
 def lay(job: Request, program: Program) -> Program:
-    """Says where each unit's states lie, and adds the regions that move them."""
-    plan = job.plan
+    """Says where each unit's states lie."""
+    arenas = {role: arena_of(job.plan, target) for role, target in STATES.items()}
+
+    def lay_block(block: Block) -> Block:
+        placed = {
+            n: replace(t, arena=arenas[t.role])
+            for n, t in block.tensors.items()
+            if t.role in arenas
+        }
+        return replace(block, tensors={**block.tensors, **placed})
+
+    return program.map(lay_block) if targets(job.plan) else program
+
+
+def moves(blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan) -> tuple[Block, ...]:
+    """The blocks of a stage, finished by every other room, with the regions that move what lies elsewhere.
+    `tied`: weights whose gradient leaves from a second holder too, where microbatches go two ways."""
     if not targets(plan):
-        return program
-    return program.map(lambda block: _lay_block(block, plan))
+        return tuple(blocks)
+    done = {id(b): _moving(b, tied, plan) for b in blocks}
+    return tuple(done[id(b)] for b in blocks)
 
 
-def _lay_block(block: Block, plan: Plan) -> Block:
-    tensors, regions = dict(block.tensors), list(block.regions)
+def _moving(block: Block, tied: tuple[str, ...], plan: Plan) -> Block:
+    regions = list(block.regions)
     for name, t in block.tensors.items():
         if t.role == "optimizer":
-            arena = arena_of(plan, "optimizer")
-            tensors[name] = replace(t, arena=arena)
             unit = name.removesuffix(".optimizer")
-            regions += _update_moves(unit, arena) if arena != "device" else []
-    return replace(block, tensors=tensors, regions=tuple(regions))
+            events = [*_gradient_events(unit, block, plan), *_update_events(unit, plan)]
+            regions += _regions(unit, events)
+    for unit in tied:
+        if f"{unit}.whole_gradient" in block.tensors and f"{unit}.optimizer" not in block.tensors:
+            events = _gradient_events(unit, block, plan)
+            regions += _regions(unit, [e for e in events if e[1].phase == "B"])
+    return replace(block, regions=tuple(regions))
 
 
-def _update_moves(unit: str, arena: str) -> list[Op]:
-    """What an update on the host moves: the gradient's shard comes, the working one goes; and states that
-    lie on disk are read and written."""
-    found = []
+Move = tuple[str, Event]  # offload | reload | read | write
+
+
+def _gradient_events(unit: str, block: Block, plan: Plan) -> list[Move]:
+    """A gradient leaves when a microbatch has made it, whole or as the shard that B scatters, and is added
+    to what lies there. What is summed once a step comes for that and goes again. On disk the norm reads it
+    once more."""
+    arena = arena_of(plan, "gradients")
+    if arena == "device":
+        return []
+    mine = [op for op in block.regions if op.name.rpartition(":")[0] == unit]
+    scatters = any(op.kind == "scatter" and e.phase == "B" for op in mine for e in op.events)
+    whole, shard = f"{unit}.whole_gradient", f"{unit}.shard_gradient"
+    made = shard if scatters else whole
+    summed = any(e.phase == "step" and e.gradient for op in mine for e in op.events)
+    found = [("offload", Event("B", "copy", made, weights=True))]
+    if summed:
+        found += [("reload", _step(made)), ("offload", _step(shard))]
     if arena == "disk":
-        found.append(copy(unit, "read", "disk", f"{unit}.optimizer"))
-    found.append(copy(unit, "offload", "host", f"{unit}.shard_gradient"))
-    found.append(copy(unit, "reload", "host", f"{unit}.shard_parameter"))
-    if arena == "disk":
-        found.append(copy(unit, "write", "disk", f"{unit}.optimizer"))
+        found += [
+            ("read", Event("B", "copy", made, weights=True, again=True)),
+            ("write", Event("B", "copy", made, weights=True)),
+            ("read", _step(shard)),
+        ]
+        found += [("read", _step(made)), ("write", _step(shard))] if summed else []
     return found
 
 
-def copy(unit: str, kind: str, axis: str, tensor: str, phase: str = "step") -> Op:
-    """A move of a tensor between two arenas, on the host's lane."""
-    event = Event(phase, "copy", tensor)
-    return replace(region(unit, kind, (axis,), (tensor, tensor), event), lane="host")
+def _update_events(unit: str, plan: Plan) -> list[Move]:
+    """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
+    is read, and states are written."""
+    arena = arena_of(plan, "optimizer")
+    gradient = _step(f"{unit}.shard_gradient")
+    found = [("reload", _step(f"{unit}.shard_parameter"))]
+    come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}
+    found += come[arena_of(plan, "gradients")]
+    if arena == "disk":
+        found += [(kind, _step(f"{unit}.optimizer")) for kind in ("read", "write")]
+    return found
+
+
+def _step(tensor: str) -> Event:
+    return Event("step", "copy", tensor)
+
+
+def _regions(unit: str, found: Sequence[Move]) -> Iterator[Op]:
+    """One region a kind, on the host's lane."""
+    axes = {"offload": "host", "reload": "host", "read": "disk", "write": "disk"}
+    for kind, axis in axes.items():
+        events = tuple(e for k, e in found if k == kind)
+        if events:
+            move = (events[0].of, events[0].of)
+            yield replace(region(unit, kind, (axis,), move, *events), lane="host")
