@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.base.errors import PartitaError, PlanError
+from partita.parallel.room import Request
 from partita.spec.cluster import Cluster, Link
+from partita.spec.frozen import Frozen
 from partita.spec.hardware import find_hardware
+from partita.spec.job import ADAPTERS
 from partita.spec.model import Convention, ModelSpec
 from partita.spec.plan import Plan
 
 Row = Mapping[str, str]
 STEP_METRICS = ("step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
 GPT2_VOCAB = 50257
+LORA_RANK = 32  # Megatron-Bridge's default; adapters are below 1 % of the work
 DROPOUT = 0.1  # of GPT models before fused attention
 
 # group -> software era, by the beginning of its name; else by device
@@ -71,6 +75,11 @@ class Case:
     )
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
+
+    def request(self, plan: Plan) -> Request:
+        """What the rooms are asked for this case under a plan; with LoRA all but the adapters is frozen."""
+        frozen = ADAPTERS if self.model.lora_rank else Frozen()
+        return Request(plan, self.model, self.seq_len, self.micro_batch_size, frozen=frozen)
 
     @property
     def tokens(self) -> int:
@@ -151,6 +160,8 @@ def model(row: Row, seq: int) -> ModelSpec:
         kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", GPT2_VOCAB),
         max_seq_len=seq, name=name, dropout=DROPOUT if drops else 0.0,
         ffn_hidden=_ffn(row, experts.get("expert_ffn_hidden")), **experts,
+        lora_rank=LORA_RANK if "LoRA" in row["notes"] else 0,
+        qk_norm=name.startswith("Qwen3"),
         head_dim=next((d for start, d in HEAD_DIMS.items() if name.startswith(start)), 0),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.cost.machine import machine_of
-from partita.parallel.laid import Laid, Request, lay
+from partita.parallel.laid import Laid, lay
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import timed
@@ -99,7 +99,7 @@ def _predicted(row: Row) -> float:
 
 
 def _laid(found: Case, plan: Plan) -> Laid:
-    return lay(Request(plan, found.model, found.seq_len, found.micro_batch_size))
+    return lay(found.request(plan))
 
 
 def _layers(laid: Laid) -> list[Block]:

@@ -1,38 +1,18 @@
-"""What published runs compute that no plan says: frozen weights, and a vocabulary that all stages share."""
+"""What published runs compute that no plan says: a vocabulary that all stages share."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from partita.parallel.laid import Laid
 from partita.simulate.published import Case
-from partita.simulate.stage import Part, Work, Works, works_of
-from partita.simulate.work import BlockWork
+from partita.simulate.stage import Work, Works, works_of
 
 
 def case_works(found: Case, laid: Laid) -> Works:
     """The work of a case that was laid."""
     works = works_of(laid, found.matmul_dtype)
-    if found.frozen:
-        works = frozen(works)
     return spread(works) if found.spread else works
-
-
-def frozen(works: Works) -> Works:
-    """Only small adapters learn (LoRA): gradients pass through every weight and stay in none, and nothing is
-    reduced or updated. The adapters themselves are left out: below 1 % of the work."""
-    new: dict[int, BlockWork] = {}
-
-    def without(part: Part) -> Part:
-        work = new.setdefault(id(part.work), replace(part.work, weight=()))
-        return replace(part, work=work)
-
-    stages = [
-        replace(w, parts=tuple(map(without, w.parts)), states=Counter(parameters=0, gradients=0))
-        for w in works.stages
-    ]
-    return Works(tuple(stages), ((),) * len(works.once))
 
 
 def spread(works: Works) -> Works:

@@ -19,7 +19,7 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.cost.machine import machine_of
-from partita.parallel.laid import Laid, Request, lay
+from partita.parallel.laid import Laid, lay
 from partita.simulate.predict import timed
 from partita.simulate.published import (
     STEP_METRICS,
@@ -103,7 +103,7 @@ def _shortest(plan: Plan) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _laid(plan: Plan, found: Case) -> tuple[Laid, Works]:
-    laid = lay(Request(plan, found.model, found.seq_len, found.micro_batch_size))
+    laid = lay(found.request(plan))
     return laid, case_works(found, laid)
 
 
