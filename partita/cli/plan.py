@@ -32,7 +32,7 @@ def plan(
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Plans in the answer.")] = 5,
-    goal: Annotated[str, typer.Option(help="time, memory, devices.")] = "time",
+    goal: Annotated[str, typer.Option(help="time, memory, devices, cost.")] = "time",
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds the search may take.")] = 60.0,

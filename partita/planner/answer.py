@@ -35,13 +35,20 @@ def document(answer: Answer) -> dict[str, Any]:
 
 
 def ranked(plans: Sequence[Prediction]) -> str:
-    """One line a plan, best first."""
-    rows = []
+    """One line a plan, best first; with money where the cluster has prices."""
+    rows, prices = [], plans[0].job.cluster.prices if plans and plans[0].job else None
     for i, p in enumerate(plans):
         seconds, num_bytes, world = measures(p)
-        cells = (f"{p.mfu:.1%}", f"{p.bubble_fraction:.1%}", str(world))
+        cells = [f"{p.mfu:.1%}", f"{p.bubble_fraction:.1%}", str(world)]
+        if prices is not None:
+            each = world * seconds / p.tokens_per_step * 1e6
+            cells += [
+                f"{each * prices.money_per_s:.4g} {prices.currency}",
+                f"{each * prices.watts / 3.6e6:.4g} kWh",
+            ]
         rows.append([str(i + 1), p.plan, format_seconds(seconds), format_bytes(num_bytes), *cells])
-    return table(rows, header=HEADER)
+    header = (*HEADER, "a million tokens", "") if prices is not None else HEADER
+    return table(rows, header=header)
 
 
 def counts(found: Found) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partita.base.errors import UsageError
 from partita.planner.explain import binds, why
-from partita.planner.search import GOALS, KEEP, Found, Goal, Search, searcher
-from partita.planner.solve import Solved, nothing_fits, pareto, solve
+from partita.planner.search import KEEP, Found, Search, searcher
+from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 
@@ -45,16 +44,13 @@ def ask(job: Job, question: Question) -> Answer:
     if question.solve:
         solved = solve(job, question.solve, question.search, question.budget_s)
         return Answer(solved.found, tuple(solved.found.plans[: question.top]), (), solved)
-    if question.goal == "cost":
-        raise UsageError("--goal cost needs prices, and a cluster file has none yet", key="goal")
-    if question.goal not in GOALS:
-        raise UsageError(f"--goal {question.goal} is none of {', '.join(GOALS)}", key="goal")
+    goal = goal_of(job, question.goal)
     search = question.search(job)
     if question.pareto:
         first, _, second = question.pareto.partition(",")
         found = pareto(search, first, second, question.budget_s)
     else:
-        found = search.best(Goal(question.goal), question.top, question.budget_s)
+        found = search.best(goal, question.top, question.budget_s)
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
         return Answer(found, (), tuple(texts))

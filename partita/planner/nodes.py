@@ -21,20 +21,25 @@ Key = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Goal:
-    """What is best, and what must hold besides fitting: step_time_s, bytes, ranks below `under`."""
+    """What is best, and what must hold besides fitting: step_time_s, bytes, ranks, money of a step below
+    `under`. `price`: money of a device and a second."""
 
     name: str = "time"
-    under: tuple[float, float, float] = (INF, INF, INF)
+    under: tuple[float, float, float, float] = (INF, INF, INF, INF)
+    price: float = 0.0
 
     def key(self, seconds: float, num_bytes: float, world: int) -> Key:
         """Smaller is better."""
         if self.name == "memory":
             return (num_bytes, seconds)
+        if self.name == "cost":
+            return (world * seconds * self.price, seconds)
         return (world, seconds) if self.name == "devices" else (seconds, num_bytes)
 
     def admits(self, seconds: float, num_bytes: float, world: int) -> bool:
         """Whether a plan, or all below a bound, is under what is asked."""
-        return all(a < b for a, b in zip((seconds, num_bytes, world), self.under, strict=True))
+        measured = (seconds, num_bytes, world, world * seconds * self.price)
+        return all(a < b for a, b in zip(measured, self.under, strict=True))
 
 
 ANY = Goal()

@@ -8,12 +8,12 @@ stopped by its budget, the answer is a bound that was reached, and `proven` is f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from partita.base.errors import PlanError, UsageError
 from partita.base.units import format_bytes
-from partita.planner.search import Found, Goal, Search, measures, searcher
+from partita.planner.search import GOALS, Found, Goal, Search, measures, searcher
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -123,16 +123,32 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
     return Solved(field, low, unit, shown, proven, text)
 
 
+def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:
+    """The goal of that name, with the cluster's prices. Raises UsageError."""
+    if name not in GOALS:
+        raise UsageError(f"--goal {name} is none of {', '.join(GOALS)}", key="goal")
+    prices = job.cluster.prices
+    price = prices.money_per_s if prices is not None else 0.0
+    if name == "cost" and not price:
+        raise UsageError(
+            f"cost needs prices, and {job.cluster.name or 'the cluster'} has none: "
+            "a table [prices] with device_hour, or watts and kwh",
+            key="goal",
+        )
+    bounds = [*under, *[float("inf")] * (len(GOALS) - len(under))]
+    return Goal(name, (bounds[0], bounds[1], bounds[2], bounds[3]), price)
+
+
 def pareto(search: Search, first: str, second: str, budget_s: float, most: int = 8) -> Found:
     """Plans none of which is beaten in both goals, best in the first one first."""
-    places = {"time": 0, "memory": 1, "devices": 2}
     for name in (first, second):
-        if name not in places or first == second:
-            raise UsageError(f"--pareto {first},{second}: two of {', '.join(places)}", key="pareto")
-    under = [float("inf")] * 3
+        if name not in GOALS or first == second:
+            raise UsageError(f"--pareto {first},{second}: two of {', '.join(GOALS)}", key="pareto")
+        goal_of(search.job, name)
+    under = [float("inf")] * len(GOALS)
     front, whole = list[Prediction](), Found()
     for _ in range(most):
-        goal = Goal(first, (under[0], under[1], under[2]))
+        goal = goal_of(search.job, first, under)
         found = search.best(goal, budget_s=budget_s / most)
         if not front:
             whole = found
@@ -140,7 +156,9 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         if not found.plans:
             break
         front.append(found.plans[0])
-        under[places[second]] = measures(found.plans[0])[places[second]]
+        seconds, num_bytes, world = measures(found.plans[0])
+        measured = (seconds, num_bytes, world, world * seconds * goal.price)
+        under[GOALS.index(second)] = measured[GOALS.index(second)]
     else:
         whole.complete = False  # there may be more
     whole.plans = front

@@ -20,7 +20,7 @@ FITTED, UNFITTED = 0.15, 0.3
 _EMPTY = (
     "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
     "bubble_fraction", "memory", "traffic", "time", "jitter", "goodput",
-    "routing", "packed",
+    "routing", "packed", "cost",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def to_json(p: Prediction) -> dict[str, Any]:
         "memory": _memory(p),
         "traffic": _traffic(p),
         "time": p.time,
+        "cost": _cost(p),
         **_outlook(p),
     }
 
@@ -65,6 +66,23 @@ def _traffic(p: Prediction) -> list[dict[str, Any]]:
         {k: v for k, v in asdict(t).items() if k != "rank"} | {"link": links[t.axis]}
         for t in p.traffic
     ]
+
+
+def _cost(p: Prediction) -> dict[str, Any] | None:
+    """Money and energy of a step and of a token, where the cluster has prices."""
+    assert p.job is not None and p.laid is not None and p.step_time_s is not None
+    prices = p.job.cluster.prices
+    if prices is None:
+        return None
+    held = p.laid.mesh.world_size * p.step_time_s
+    money, energy = held * prices.money_per_s, held * prices.watts
+    return {
+        "currency": prices.currency,
+        "money_per_step": money,
+        "money_per_token": money / p.tokens_per_step,
+        "energy_per_step_j": energy,
+        "energy_per_token_j": energy / p.tokens_per_step,
+    }
 
 
 def _outlook(p: Prediction) -> dict[str, Any]:

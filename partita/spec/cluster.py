@@ -17,6 +17,7 @@ from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.base.units import format_bytes, format_rate
 from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows, host_link
+from partita.spec.prices import Prices
 from partita.spec.reliability import Jitter, Reliability
 
 PRESETS = Path(__file__).parent / "presets" / "clusters"
@@ -79,6 +80,7 @@ class Cluster:
     nodes: tuple[NodeGroup, ...] = ()
     reliability: Reliability | None = None
     jitter: Jitter | None = None
+    prices: Prices | None = None
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)

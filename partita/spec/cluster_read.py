@@ -11,6 +11,7 @@ from partita.base.config import decode, load_toml
 from partita.base.errors import UsageError
 from partita.spec.cluster import PRESETS, Cluster, Link, NodeGroup, split_preset
 from partita.spec.hardware import Hardware, find_hardware
+from partita.spec.prices import Prices
 from partita.spec.reliability import Jitter, Reliability
 
 
@@ -58,6 +59,7 @@ class _File:
     nodes: tuple[_Node, ...] = ()
     reliability: Reliability | None = None
     jitter: Jitter | None = None
+    prices: Prices | None = None
 
 
 def read_cluster(
@@ -174,6 +176,7 @@ def _resolve(stated: _File) -> Cluster:
         disk_folder=stated.disk_folder,
         nodes=nodes,
         reliability=stated.reliability,
+        prices=stated.prices,
         jitter=stated.jitter,
     )
 

@@ -122,19 +122,19 @@ BRUTE = small(
 )
 
 
-@pytest.mark.parametrize("goal", ["time", "memory", "devices"])
-def test_the_best_of_a_small_cluster_is_that_of_brute_force(goal):
-    search = BRUTE
+@pytest.mark.parametrize("name", ["time", "memory", "devices", "cost"])
+def test_the_best_of_a_small_cluster_is_that_of_brute_force(name):
+    search, goal = BRUTE, Goal(name, price=2e-4)
     every = leaves(search)
-    found = search.best(Goal(goal), top=3)
+    found = search.best(goal, top=3)
     keys = []
     for node in every:
         p = search.predict(search.plan(node))
         if p.fits:
-            keys.append(Goal(goal).key(*measures(p)))
+            keys.append(goal.key(*measures(p)))
     assert found.complete and found.considered == len(every)
-    best = [Goal(goal).key(*measures(p)) for p in found.plans[:3]]
-    if goal != "time":
+    best = [goal.key(*measures(p)) for p in found.plans[:3]]
+    if name != "time":
         best, keys = best[:1], sorted(keys)
     assert best[0] == min(keys)
     assert found.bounded + found.simulated + found.rejected.total() == len(every)

@@ -7,12 +7,15 @@ import pytest
 
 from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
+from partita.planner.answer import ranked
+from partita.planner.ask import Question, ask
 from partita.planner.explain import binds, causes, why
 from partita.planner.search import Search, measures, searcher
 from partita.planner.solve import nothing_fits, pareto, resolved, solve
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.prices import Prices
 
 WORDS = {"fix": ("2mb",), "forbid": ("v_half", "v_min", "gpipe", "cp")}
 
@@ -115,3 +118,39 @@ def test_the_verb_answers_in_the_contracts_shape(tmp_path, capsys):
     assert (
         told["bounded"] + told["simulated"] + sum(told["rejected"].values()) == told["considered"]
     )
+
+
+PRICES = Prices(device_hour=2.5, watts=1000.0, kwh=0.1)
+
+
+def test_the_cheapest_plan_pays_least_for_its_devices():
+    job = job_of(4, 80e9)
+    priced = replace(job, cluster=replace(job.cluster, prices=PRICES))
+    asked = Question("cost", top=3, forbid=(*WORDS["forbid"], "1mb"), fix=WORDS["fix"], budget_s=20)
+    answer = ask(priced, asked)
+    assert answer.found.complete and "a million tokens" in ranked(answer.plans)
+    per_step = []
+    for p in answer.plans:
+        told = p.to_json()["cost"]
+        seconds, _, world = measures(p)
+        per_step.append(told["money_per_step"])
+        assert told["money_per_step"] == pytest.approx(world * seconds * (2.5 / 3600 + 0.1 / 3600))
+        assert told["energy_per_token_j"] == pytest.approx(world * seconds * 1000 / (8 * 64))
+    assert per_step == sorted(per_step)
+    fastest = ask(priced, replace(asked, goal="time")).plans[0]
+    assert fastest.to_json()["cost"]["money_per_step"] >= per_step[0]
+    front = pareto(makes(priced), "cost", "time", 20).plans
+    assert [p.step_time_s for p in front] == sorted((p.step_time_s for p in front), reverse=True)
+    assert front[0].to_json()["cost"]["money_per_step"] == pytest.approx(per_step[0])
+    assert answer.plans[0].plan == front[0].plan
+    with pytest.raises(UsageError, match="prices"):
+        ask(job, asked)
+
+
+def test_a_cluster_file_has_prices():
+    table = {"preset": "4xh100", "prices": {"device_hour": 2.5, "watts": 1000.0, "kwh": 0.1}}
+    cluster = Cluster.load(table)
+    assert cluster.prices == PRICES and Cluster.load(cluster.to_toml()) == cluster
+    assert simulate(job_of(4, 80e9)).to_json()["cost"] is None
+    with pytest.raises(UsageError, match="below 0"):
+        Cluster.load({"preset": "4xh100", "prices": {"device_hour": -1.0}})
