@@ -124,15 +124,16 @@ def _saved_bytes(p: Prediction, place: int) -> int:
 def _memory(p: Prediction) -> dict[str, Any]:
     assert p.laid is not None
     peak = max(x.peak_bytes for x in p.ledgers)
+    alike: list[list[int]] = [[] for _ in p.ledgers]
+    for rank in range(p.laid.mesh.world_size):
+        alike[p.laid.mesh.coords(rank)["pp"]].append(rank)
     return {
         "peak_bytes": peak,
         "peak_interval_bytes": list(shown_bytes(peak, device_class(p.device) == "CPU")),
         "limit_bytes": p.limit_bytes,
         "per_rank": [
             {
-                "ranks": [
-                    r for r in range(p.laid.mesh.world_size) if p.laid.mesh.coords(r)["pp"] == i
-                ],
+                "ranks": alike[i],
                 **{
                     k: x.at_peak.get(k, 0)
                     for k in ("parameters", "gradients", "optimizer", "activations", "buffers")

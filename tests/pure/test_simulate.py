@@ -46,7 +46,9 @@ def test_more_bandwidth_never_slows(plan, what):
         "memory": replace(c, memory_bytes_per_s=2 * c.memory_bytes_per_s),
         "peak": replace(c, peak_flops=peaks),
     }[what]
-    assert simulate(replace(slow, cluster=fast)).step_time_s <= simulate(slow).step_time_s
+    rounding = 1 + 1e-12
+    faster, slower = simulate(replace(slow, cluster=fast)), simulate(slow)
+    assert faster.step_time_s <= slower.step_time_s * rounding
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -86,9 +88,9 @@ def test_sixteen_thousand_ranks_take_a_moment():
 
     one = pt.Job.of("llama3-405b", "16384xh100", "pp16:1f1b/16mb dp_replicate128 tp8+sp bf16",
                     global_batch_size=2048, seq_len=8192)  # fmt: skip
-    simulate(one)
+    simulate(one).to_json()
     start = time.process_time()
-    simulate(one)
+    simulate(one).to_json()
     assert time.process_time() - start < 0.2
 
 
