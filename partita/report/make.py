@@ -7,6 +7,7 @@ from pathlib import Path
 
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes, format_count, format_seconds
+from partita.plots.experts import experts_figure
 from partita.plots.loss import loss_figure
 from partita.plots.memory import memory_figure
 from partita.plots.page import Section, figure, html_table, page, tiles
@@ -27,9 +28,10 @@ def write_report(run: RunSummary, path: Path) -> Path:
 
 
 def report_page(run: RunSummary) -> str:
-    """The page: timeline, memory, traffic, loss, sample, plan and machine."""
+    """The page: timeline, memory, traffic, loss, experts where there are some, sample, plan and machine."""
     lead = f"<code>{escape(str(run.job.plan))}</code>{tiles(_facts(run))}"
-    sections = [_timeline(run), _memory(run), _traffic(run), _loss(run), _sample(run), _job(run)]
+    parts = _timeline, _memory, _traffic, _loss, _experts, _sample, _job
+    sections = [made for part in parts if (made := part(run)) is not None]
     return page(f"{run.job.name}: predicted beside measured", lead, sections)
 
 
@@ -111,6 +113,23 @@ def _loss(run: RunSummary) -> Section:
         return Section("Loss", _nothing("No step is done."), "loss")
     fig = loss_figure(run.metrics, run.facts.unigram_entropy)
     return Section("Loss", figure(fig, "loss-figure"), "loss")
+
+
+def _experts(run: RunSummary) -> Section | None:
+    """Rows of each expert over the run; drops and imbalance of its first step, worst and last."""
+    held = [m for m in run.metrics if m.get("expert_load")]
+    if not held:
+        return None
+    worst = max(held, key=lambda m: m["expert_imbalance"])
+    rows = []
+    for what, m in (("first", held[0]), ("most uneven", worst), ("last", held[-1])):
+        busiest = f"{m['expert_imbalance']:.2f}"
+        shares = f"{min(m['expert_load']):.1%} to {max(m['expert_load']):.1%}"
+        losses = [f"{m.get(name, 0.0):.4g}" for name in ("balance_loss", "z_loss")]
+        rows.append((what, m["step"], shares, busiest, m["dropped_rows"], *losses))
+    header = ("", "step", "shares", "busiest / even", "dropped rows", "balance loss", "z-loss")
+    body = figure(experts_figure(held), "experts-figure") + html_table(header, rows)
+    return Section("Experts: rows of each", body, "experts")
 
 
 def _sample(run: RunSummary) -> Section:

@@ -100,3 +100,20 @@ def test_the_verb_writes_the_page_and_one_document(tmp_path: Path, capsys) -> No
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == 1
     assert Path(found["report"]).read_text().startswith("<!doctype html>")
+
+
+def test_experts_have_their_rows_drops_and_imbalance_shown(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert "experts-figure" not in report_page(read_run(tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    for line in lines:
+        load = [0.1 + 0.02 * line["step"], 0.9 - 0.02 * line["step"]]
+        even = {"dropped_rows": 100 - line["step"], "expert_imbalance": 2 * max(load)}
+        line |= {"expert_load": load, "balance_loss": 0.01, "z_loss": 0.0, **even}
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    page = report_page(read_run(tmp_path))
+    assert "experts-figure" in page and "expert 1" in page
+    section = page[page.index('id="experts"') :]
+    assert "12.0% to 88.0%" in section and "1.76" in section and ">99<" in section  # its first step
+    assert "50.0% to 50.0%" in section and ">80<" in section
