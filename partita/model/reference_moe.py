@@ -3,7 +3,8 @@
 gate      softmax or sigmoid of x W.T in fp32 (fp64 under fp64); top_k of it, the lower expert on ties
 expert    SwiGLU of the rows sent to it; added up in fp32, weighed by their gates, then rounded
 capacity  of each sequence and expert ceil(factor * seq * top_k / experts) rows; later positions are dropped
-balance   of each sequence experts / (top_k * seq) * sum of counts * mean probability (DeepSeek-V3, eq. 17)
+balance   of each sequence experts / (top_k * seq) * sum of counts * mean probability (DeepSeek-V3, eq. 17);
+          over the batch: counts are the mean of a microbatch's sequences
 z         of each sequence the mean of logsumexp(logits)^2 (ST-MoE, eq. 5)
 """
 
@@ -101,7 +102,10 @@ def _losses(
     aux.counts[name] = picked.sum((0, 1))
     if spec.balance_loss:
         probability = scores / scores.sum(-1, keepdim=True) if spec.router == "sigmoid" else scores
-        share = picked.sum(1) * (spec.experts / (spec.top_k * seq))
+        rows = picked.sum(1)
+        if spec.balance_over == "batch":
+            rows = rows.sum(0, keepdim=True) / rows.shape[0]
+        share = rows * (spec.experts / (spec.top_k * seq))
         balance = (share * probability.mean(1)).sum()
         aux.balance += float(balance.detach())
         aux.loss = aux.loss + spec.balance_loss * balance

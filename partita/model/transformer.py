@@ -131,9 +131,11 @@ class Maker:
         """The experts of a layer, as the laid block has them."""
         spec, at = self.spec, self.regions.at
         bias = self.weight("router.balance_bias") if spec.router_bias else None
+        microbatches = self.laid.request.plan.num_microbatches
+        together = 1 if spec.balance_over == "sequence" else self.laid.samples // microbatches
         router = Router(
             spec, self.weight("router.gate").matrix(), bias, at("router.count"), self.laid.request.seq_len,
-            self.laid.samples, RouterLog(spec.experts, self.context.where),
+            self.laid.samples, RouterLog(spec.experts, self.context.where), together,
         )  # fmt: skip
         exchange = Exchange(
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),

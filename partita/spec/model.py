@@ -89,6 +89,9 @@ class ModelSpec:
     router_bias: bool = False  # balances the choice without a loss (DeepSeek-V3)
     router_bias_rate: float = 1e-3  # what the bias moves in an update
     balance_loss: float = 0.0  # coefficient, of each sequence
+    balance_over: Literal["sequence", "batch"] = (
+        "sequence"  # batch: of each microbatch, on all ranks
+    )
     z_loss: float = 0.0  # coefficient, of each token
     capacity_factor: float | None = None  # None: no token is dropped
     image: ImageSpec | None = None  # alexnet; hidden units and vocab classes, layers as it has them

@@ -83,7 +83,8 @@ def _check_image(spec: ModelSpec, image: ImageSpec) -> None:
 
 EXPERT_FIELDS = {
     "top_k": 0, "expert_ffn_hidden": 0, "shared_experts": 0, "dense_layers": 0, "router_bias": False,
-    "balance_loss": 0.0, "z_loss": 0.0, "capacity_factor": None, "router_groups": 1, "shared_gate": False,
+    "balance_loss": 0.0, "balance_over": "sequence", "z_loss": 0.0, "capacity_factor": None,
+    "router_groups": 1, "shared_gate": False,
 }  # fmt: skip
 
 

@@ -10,13 +10,16 @@ from saves import save_run
 from partita.comm.local import local
 from partita.comm.recording import RecordingComm
 from partita.parallel.ep import dispatch, router
+from partita.parallel.laid import problems
 from partita.parallel.regions import Region
+from partita.simulate.predict import request_of
 from partita.train import step as step_module
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.resume import load_run
 from partita.train.step import Update
 from partita.verify import runs
+from partita.verify.batches import open_data
 from partita.verify.parity import verify
 
 PLANS = (
@@ -94,6 +97,26 @@ def test_a_capacity_drops_the_same_rows_under_every_plan(plan, folder):
     found = verify(job(folder, f"{plan} fp64", packed=bool(packed), capacity_factor=0.75))
     assert found.equal and found.traffic_equal, str(found)
     assert found.trials[0].judge[0].auxiliary[2] > 0
+
+
+@pytest.mark.parametrize("plan", ["dp2 tp2+sp ep2 2mb", "dp_replicate2 cp2 ep2 2mb recompute:full"])
+def test_a_balance_loss_over_the_batch_is_of_a_microbatch_on_all_ranks(plan, folder):
+    """Only by name, with a warning: other microbatches are another loss."""
+    made = job(folder, f"{plan} fp64", balance_over="batch")
+    found = verify(made)
+    assert found.equal and found.traffic_equal, str(found)
+    assert [p.severity for p in problems(request_of(made)) if p.rule == "balance"] == ["warning"]
+
+
+def test_a_balance_loss_of_each_sequence_is_the_same_however_samples_fall(folder):
+    """That over the batch is not."""
+    ones = []
+    for over in ("batch", "sequence"):
+        for mb in ("1mb", "4mb"):
+            made = job(folder, f"{mb} fp64", batch=4, balance_over=over)
+            steps, _ = runs.run_judge(made, open_data(made, made))
+            ones.append(steps[0].auxiliary[0])
+    assert ones[0] != pytest.approx(ones[1], rel=1e-3) and ones[2] == pytest.approx(ones[3])
 
 
 @pytest.mark.slow
@@ -261,9 +284,9 @@ def test_gates_of_the_wrong_token(judged, monkeypatch):
 def test_a_balance_bias_that_drifts_on_one_rank(judged, monkeypatch):
     right = Update._balance
 
-    def misses(self):
+    def misses(self, master, rows):
         if self.model.context.rank == 0:
-            right(self)
+            right(self, master, rows)
 
     monkeypatch.setattr(Update, "_balance", misses)
     assert judged("dp2 ep2").phase in ("optimizer", "forward")

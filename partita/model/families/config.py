@@ -17,7 +17,7 @@ from partita.spec.model_hf import model_of
 # words, or not have at all.
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 # what training has and a model has not
-_OF_TRAINING = ("name", "balance_loss", "z_loss", "router_bias_rate")
+_OF_TRAINING = ("name", "balance_loss", "balance_over", "z_loss", "router_bias_rate")
 
 
 def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

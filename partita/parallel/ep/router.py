@@ -7,8 +7,8 @@
 Each auxiliary loss is an output of the block with a seed of its own, coefficient / samples of the step: the
 backward of the gates adds its gradient to the scores'. Balance (DeepSeek-V3, eq. 17) is of each sequence, so
 its counts are summed over the axes that cut seq (reduce_from, [batch, experts]) and never over dp; its
-gradient needs no more. z (ST-MoE, eq. 5) is of each token. Their values are partial sums until the step adds
-them up.
+gradient needs no more. By name it is of a microbatch (Switch): counts are summed over dp too. z (ST-MoE,
+eq. 5) is of each token. Their values are partial sums until the step adds them up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Router:
     """x [batch, seq share, hidden] -> gates [batch, seq, top_k] and the experts they are for.
 
     `gate` [experts, hidden]; `bias` [experts] collects, for its gradient, the rows of each expert. `counts`
-    is the region that sums rows over what cuts seq, `seq_len` the whole sequence, `samples` those of a step.
+    is the region that sums rows over what cuts seq, `seq_len` the whole sequence, `samples` those of a step,
+    `together` those whose rows are counted together: 1, or a microbatch's.
     """
 
     spec: ModelSpec
@@ -42,6 +43,7 @@ class Router:
     seq_len: int
     samples: int
     log: RouterLog
+    together: int = 1
 
     def logits(self, x: Tensor) -> Tensor:
         """[batch, seq, experts] in the wide dtype."""
@@ -97,8 +99,9 @@ class _Route(torch.autograd.Function):
             gates = gates / (gates.sum(-1, keepdim=True) + TINY)
         counts = logits.new_empty(0)
         if s.balance_loss:
-            rows = one_hot(chosen, s.experts).sum((1, 2)).to(scores.dtype)
-            counts = layer.counts.forward(rows)
+            rows = one_hot(chosen, s.experts).sum((1, 2))
+            rows = rows if s.balance_over == "sequence" else rows.sum(0, keepdim=True)
+            counts = layer.counts.forward(rows.to(scores.dtype))
         kept = logits if s.z_loss else logits.new_empty(0)
         ctx.save_for_backward(scores, chosen, counts, kept)
         ctx.layer = layer
@@ -161,7 +164,7 @@ def _ungate(s: ModelSpec, dgates: Tensor, scores: Tensor, chosen: Tensor) -> Ten
 def _share(layer: Router, counts: Tensor) -> Tensor:
     """experts / (top_k * seq) * rows of each expert: 1 where they are even. [batch, experts]"""
     s = layer.spec
-    return counts * (s.experts / (s.top_k * layer.seq_len))
+    return counts * (s.experts / (s.top_k * layer.seq_len * layer.together))
 
 
 def _balance_gradient(layer: Router, scores: Tensor, counts: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ def problems(job: Request) -> list[Problem]:
         text = f"{asked}: the model has no experts"
         return [error("ep", "dense", text, asked=asked, limit="ep1 etp1", nearest=nearest)]
     found = []
+    if m.balance_loss and m.balance_over == "batch":
+        text = (
+            f"balance_over = 'batch' balances each of {job.plan.num_microbatches} microbatches: another "
+            "number of them is another loss. balance_over = 'sequence' is the same under every plan"
+        )
+        asked_for = "model.balance_over=batch"
+        found.append(
+            Problem("ep", "balance", text, asked=asked_for, limit="sequence", severity="warning")
+        )
     for rule, axis, size, what in (
         ("experts", "ep", m.experts, "experts"),
         ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),

@@ -129,9 +129,9 @@ def _router(spec: ModelSpec, w: Writer, x: str) -> str:
             "router.count",
             "count",
             "chosen",
-            ("r_counts", "batch choices"),
+            ("r_counts", "batch choices" if spec.balance_over == "sequence" else "choices"),
             role="constant",
-            sums=("seq",),
+            sums=("seq",) if spec.balance_over == "sequence" else ("batch", "seq"),
         )
         w.op(
             "router.balance",
