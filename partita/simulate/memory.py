@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
+from partita.parallel.offload.rules import staging_bytes, targets
 from partita.parallel.pp.rules import versions_held
-from partita.parallel.read import kept_bytes, once, replayed, state_bytes, tensor_bytes
+from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
 from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
 from partita.schedule.ir import Schedule
@@ -42,9 +43,15 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
 
 
 def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
-    """What a rank at a place of pp holds on its host or disk for the whole run."""
+    """What a rank at a place of pp holds on its host or disk for the whole run, and what moves pass."""
     blocks = [b for s in laid.stages_of(place) for b in s.blocks]
     found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
+    states = [t for b in blocks for t in b.tensors.values() if t.role == "optimizer"]
+    if arena == "host" and states and targets(laid.request.plan):
+        largest = max(states, key=lambda t: t.local(laid.sizes))
+        words, width = largest.dims[0].size, BYTES[largest.dtype]
+        elements = largest.local(laid.sizes) // max(words, 1)
+        found["buffers"] += staging_bytes(laid.request.plan, words, elements, width)
     return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
 
 
@@ -75,16 +82,18 @@ def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
     all, where they stay for the step), and two gradients, one being filled and one on its way."""
     gathered, gradients, stay = [], [], 0
     for block in blocks:
-        here = 0
+        here, made = 0, dict[str, int]()
         for op in block.regions:
             phases = {e.phase for e in op.events}
             whole = tensor_bytes(block.tensors[op.writes], plan.sizes)
             if op.kind == "gather" and zero_stage(plan) == 3:
                 stay += whole if "step" in phases else 0
                 here += whole if "F" in phases else 0
-            elif op.kind == "scatter" and "B" in phases:
-                gradients.append(tensor_bytes(block.tensors[op.reads[0]], plan.sizes))
+            elif op.kind in ("scatter", "offload") and "B" in phases:
+                unit = op.name.rpartition(":")[0]
+                made[unit] = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], plan.sizes)
         gathered.append(here)
+        gradients += made.values()
     held = 1 + plan.data.prefetch
     at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
     return {"gathered parameters": stay + at_once, "whole gradients": sum(sorted(gradients)[-2:])}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from partita.comm.protocol import Where
 from partita.comm.recording import Recorder
+from partita.parallel.offload.rules import CHUNK
 from partita.parallel.units import Unit
 
-CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
 MASTER, GRADIENT = "master", "gradient"
 
 
@@ -88,7 +88,8 @@ class Link:
 
     def __init__(self, aways: Sequence[Away], arena: HostArena, moves: Moves) -> None:
         self.moves = moves
-        largest = max((min(a.unit.master.numel(), CHUNK) for a in aways), default=0)
+        comes = [a.unit.master.numel() for a in aways if GRADIENT not in a.given]
+        largest = min(max(comes, default=0), CHUNK)
         dtype = aways[0].unit.gradient.dtype if aways else torch.float32
         self._gradient = arena.zeros("buffers", largest, dtype)
 

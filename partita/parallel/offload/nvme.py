@@ -30,7 +30,6 @@ from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.comm.protocol import Where
 from partita.parallel.offload.cpu import (
-    CHUNK,
     GRADIENT,
     MASTER,
     Away,
@@ -39,10 +38,10 @@ from partita.parallel.offload.cpu import (
     Link,
     Moves,
 )
+from partita.parallel.offload.rules import CHUNK, SETS
 from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
-SETS = 3
 READERS = 4  # states of a chunk read, and written, at a time
 
 

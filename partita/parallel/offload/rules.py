@@ -27,6 +27,8 @@ from partita.spec.program import Block, Event, Op, Program
 
 ARENA = {"cpu": "host", "nvme": "disk"}
 DEFAULT = BUILT = ("gradients", "optimizer")
+CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
+SETS = 3  # of buffers between a file and what is computed: read ahead, in use, written behind
 STATES = {"gradient": "gradients", "optimizer": "optimizer"}  # role of a unit's tensor -> target
 
 
@@ -38,6 +40,15 @@ def targets(plan: Plan) -> tuple[str, ...]:
 def arena_of(plan: Plan, target: str) -> str:
     """Where a target lies: device, host or disk."""
     return ARENA[plan.offload.to] if target in targets(plan) else "device"
+
+
+def staging_bytes(plan: Plan, words: int, largest: int, width: int) -> int:
+    """Host memory that moves pass through, of a rank whose largest unit has `largest` elements of `width`
+    bytes and `words` states each: a chunk of a gradient, and SETS of all that lies on disk."""
+    gradients = "gradients" in targets(plan)
+    files = SETS * (words + 2 * gradients) + (not gradients)
+    buffers = files if plan.offload.to == "nvme" else 1
+    return buffers * min(largest, CHUNK) * width
 
 
 def problems(job: Request) -> list[Problem]:
