@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,9 @@ def plan(
             help="Smallest or biggest that fits: devices, seq_len, global_batch_size, layers."
         ),
     ] = None,
+    measure: Annotated[
+        int, typer.Option(min=0, help="Run so many of the best plans on this machine.")
+    ] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the plans as one page.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
     json: Json = False,
@@ -65,6 +69,8 @@ def plan(
     words_of = (tuple(fix or ()), tuple(forbid or ()))
     question = Question(goal, top, *words_of, budget, pareto or "", solve or "")
     answer = ask(job, question)
+    if measure and answer.plans:
+        answer = _measured(job, answer, measure)
     if save is not None and answer.plans and not solve:
         write_file(save, job.with_plan(answer.plans[0].plan).to_toml())
     if html is not None and answer.plans:
@@ -72,6 +78,17 @@ def plan(
     _tell(answer, json)
     if not answer.plans:
         raise typer.Exit(1)
+
+
+def _measured(job: Job, answer: Answer, count: int) -> Answer:
+    """The best plans run, and the fastest of them first; the others follow as they were."""
+    from partita.tune.measure import compared, measure
+
+    found = measure(job, answer.plans[:count])
+    note(compared(found))
+    ran = {m.prediction.plan: (m.step_time_s, m.peak_bytes) for m in found}
+    plans = (*(m.prediction for m in found), *answer.plans[count:])
+    return replace(answer, plans=plans, measured=ran)
 
 
 def _page(job: Job, answer: Answer) -> str:

@@ -15,10 +15,10 @@ HEADER = ("", "plan", "step", "memory", "MFU", "bubble", "devices")
 
 
 def document(answer: Answer) -> dict[str, Any]:
-    """The JSON of a search; the first plan has the reasons, the document where there is none."""
+    """The JSON of a search; the plan predicted best has the reasons, the document where there is none."""
     found, solved, texts = answer.found, answer.solved, list(answer.texts)
     told: dict[str, Any] = {
-        "plans": [{**p.to_json(), "why": texts * (i == 0)} for i, p in enumerate(answer.plans)],
+        "plans": [_plan(answer, p) for p in answer.plans],
         "considered": found.considered,
         "rejected": dict(found.rejected),
         "bounded": found.bounded,
@@ -32,6 +32,14 @@ def document(answer: Answer) -> dict[str, Any]:
     elif not answer.plans:
         told["why"] = texts
     return told
+
+
+def _plan(answer: Answer, p: Prediction) -> dict[str, Any]:
+    best = answer.found.plans and answer.found.plans[0] is p  # which the reasons are of
+    ran = answer.measured.get(p.plan)
+    told = p.to_json() | {"why": list(answer.texts) if best else []}
+    seen = {"step_time_s": ran[0], "peak_bytes": ran[1]} if ran is not None else None
+    return told | {"measured": seen}
 
 
 def ranked(plans: Sequence[Prediction]) -> str:

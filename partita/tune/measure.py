@@ -1,0 +1,103 @@
+"""Plans that were predicted, run for some steps on this machine: what they really take, and the best of them.
+
+Each plan trains the job's model on random tokens over local ranks, in a folder that is thrown away. A step's
+time is the median of those after WARM (the first steps warm up and are recorded); memory is the fullest
+rank's, from its allocator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from partita.base.errors import UsageError
+from partita.base.text import table
+from partita.base.units import format_bytes, format_seconds
+from partita.record.run import read_ranks
+from partita.simulate.predict import Prediction
+from partita.spec.job import Job
+from partita.spec.plan import Plan
+from partita.train.launch import Launcher, Stops
+from partita.train.rank import RunSpec
+from partita.train.start import prepare
+
+STEPS, WARM = 8, 3
+A_CORE = 4  # ranks, at most
+HEADER = ("", "plan", "predicted", "measured", "ratio", "memory predicted", "measured")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One plan: what `simulate` said, median seconds of a step, bytes of the fullest rank."""
+
+    prediction: Prediction
+    step_time_s: float
+    peak_bytes: int
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Of the fullest rank."""
+        return max(x.peak_bytes for x in self.prediction.ledgers)
+
+    @property
+    def ratio(self) -> float:
+        """Measured step over predicted."""
+        return self.step_time_s / (self.prediction.step_time_s or 1.0)
+
+
+def measure(job: Job, plans: Sequence[Prediction], steps: int = STEPS) -> list[Measured]:
+    """Runs each plan for so many steps; fastest first. Raises UsageError where this machine cannot start so
+    many ranks."""
+    most = A_CORE * (os.cpu_count() or 1)
+    for p in plans:
+        if Plan.parse(p.plan).world_size > most:
+            raise UsageError(
+                f"{p.plan} needs {Plan.parse(p.plan).world_size} ranks: this machine measures {most} at most",
+                key="measure",
+            )
+    with tempfile.TemporaryDirectory(prefix="partita-measure-") as scratch, Stops() as stops:
+        found = [_run(job, p, steps, Path(scratch), stops) for p in plans]
+    return sorted(found, key=lambda m: m.step_time_s)
+
+
+def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Stops) -> Measured:
+    tokens, plan = scratch / "tokens.npy", Plan.parse(prediction.plan)
+    if not tokens.exists():
+        train, dice = job.train, np.random.default_rng(0)
+        count = 4 * train.global_batch_size * train.seq_len + 1
+        np.save(tokens, dice.integers(0, job.model.vocab, count))
+    short = replace(
+        job.with_plan(plan),
+        name="measure",
+        auto=False,
+        data=replace(job.data, source=f"tokens:{tokens}", eval_fraction=0.0, eval_source=None),
+        train=replace(job.train, steps=steps, eval_every=0, checkpoint_every=0),
+    )
+    folder = scratch / plan.slug
+    (folder / "logs").mkdir(parents=True)
+    prepare(short, prediction, folder, allow_fallback=False)
+    Launcher(RunSpec(short, folder), stops).run()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    times = [json.loads(line)["step_time_s"] for line in lines]
+    peaks = [r.ledger.peak_bytes for r in read_ranks(folder) if r.ledger is not None]
+    return Measured(prediction, median(times[WARM:] or times), max(peaks, default=0))
+
+
+def compared(found: Sequence[Measured]) -> str:
+    """Predicted beside measured, one line a plan."""
+    rows = [
+        [
+            str(i + 1), m.prediction.plan, format_seconds(m.prediction.step_time_s or 0.0),
+            format_seconds(m.step_time_s), f"{m.ratio:.2f}", format_bytes(m.predicted_bytes),
+            format_bytes(m.peak_bytes),
+        ]
+        for i, m in enumerate(found)
+    ]  # fmt: skip
+    return table(rows, header=HEADER)
