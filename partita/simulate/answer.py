@@ -107,7 +107,7 @@ def _outlook(p: Prediction) -> dict[str, Any]:
         saved = max(_saved_bytes(p, place) for place in range(len(p.ledgers)))
         steps = (train.steps, train.checkpoint_every)
         world = p.laid.mesh.world_size
-        found["goodput"] = goodput.outlook(cluster.reliability, world, saved, step_s, steps)
+        found["goodput"] = goodput.outlook(cluster, world, saved, step_s, steps)
     return found
 
 

@@ -1,10 +1,11 @@
 """What of a long run's time is work: failures, checkpoints and restarts.
 
 Failures come without memory, `mtbf_s` apart on average for the whole job (a device's over the devices that
-run). Every `interval_s` of work a checkpoint takes `checkpoint_s`; a failure throws away what came after the
-last one and costs `restart_s`, in which it may fail again. With M, tau, delta, R for these (Daly 2006):
+run). Every `interval_s` of work the run stands still for `checkpoint_s`; the checkpoint is safe `behind_s`
+later, while the run goes on. A failure throws away what came after the last safe one and costs `restart_s`,
+in which it may fail again. With M, tau, delta, W, R for these (Daly 2006, where W is 0):
 
-    wall / work = M e^(R/M) (e^((tau+delta)/M) - 1) / tau        exact; goodput is its inverse
+    wall / work = M e^((R+W)/M) (e^((tau+delta)/M) - 1) / tau    exact; goodput is its inverse
     tau         = sqrt(2 delta M)                                Young 1974
                 = sqrt(2 delta M) (1 + sqrt(x)/3 + x/9) - delta  Daly's, x = delta/2M; M where delta >= 2M
 
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from math import exp, expm1, inf, sqrt
 from typing import Any
 
-from partita.spec.reliability import Reliability
+from partita.spec.cluster import Cluster
 
 FAILURES = 4000  # drawn for the simulated share
 RUNS = 200  # of the job's own length
@@ -27,11 +28,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Faults:
-    """M, delta and R of the module's formulas."""
+    """M, delta, R and W of the module's formulas."""
 
     mtbf_s: float
     checkpoint_s: float
     restart_s: float
+    behind_s: float = 0.0
+
+    def safe(self, up_s: float, interval_s: float) -> float:
+        """Seconds of work that a failure after so long leaves: whole intervals whose checkpoint is safe."""
+        return max((up_s - self.behind_s) // (interval_s + self.checkpoint_s), 0.0) * interval_s
 
 
 def young(f: Faults) -> float:
@@ -49,10 +55,10 @@ def daly(f: Faults) -> float:
 
 def goodput(f: Faults, interval_s: float) -> float:
     """Work over wall time, in closed form."""
-    exponent = (interval_s + f.checkpoint_s) / f.mtbf_s
-    if exponent > 700 or f.restart_s / f.mtbf_s > 700:
+    exponent, lost = (interval_s + f.checkpoint_s) / f.mtbf_s, (f.restart_s + f.behind_s) / f.mtbf_s
+    if exponent + lost > 700:
         return 0.0  # below what a float holds
-    return interval_s / (f.mtbf_s * exp(f.restart_s / f.mtbf_s) * expm1(exponent))
+    return interval_s / (f.mtbf_s * exp(lost) * expm1(exponent))
 
 
 def played(f: Faults, interval_s: float, failures: int = FAILURES, seed: int = SEED) -> float:
@@ -61,7 +67,7 @@ def played(f: Faults, interval_s: float, failures: int = FAILURES, seed: int = S
     work = wall = 0.0
     for _ in range(failures):
         up, down = _life(f, draw)
-        work += up // (interval_s + f.checkpoint_s) * interval_s
+        work += f.safe(up, interval_s)
         wall += up + down
     return work / wall
 
@@ -72,11 +78,11 @@ def wall_seconds(f: Faults, interval_s: float, work_s: float, draw: random.Rando
     left, wall = work_s, 0.0
     for _ in range(100 * FAILURES):
         whole, rest = divmod(left, interval_s)
-        needed = left + f.checkpoint_s * (whole + (rest > 0))
+        needed = left + f.checkpoint_s * (whole + (rest > 0)) + f.behind_s
         up, down = _life(f, draw)
         if up >= needed:
             return wall + needed
-        left -= up // (interval_s + f.checkpoint_s) * interval_s
+        left -= min(f.safe(up, interval_s), left)
         wall += up + down
     return inf
 
@@ -90,21 +96,26 @@ def _life(f: Faults, draw: random.Random) -> tuple[float, float]:
 
 
 def outlook(
-    r: Reliability, devices: int, saved_bytes: int, step_s: float, steps: tuple[int, int]
+    cluster: Cluster, devices: int, saved_bytes: int, step_s: float, steps: tuple[int, int]
 ) -> dict[str, Any]:
-    """The answer's `goodput`. `saved_bytes`: what the fullest rank writes. `steps`: of the run, and between
-    checkpoints (0: at Daly's interval)."""
-    f = Faults(r.device_mtbf_s / devices, saved_bytes / r.checkpoint_bytes_per_s, r.restart_s)
-    best = daly(f)
-    interval = steps[1] * step_s or max(best, step_s)
+    """The answer's `goodput` on a cluster that says how it fails. `saved_bytes`: what the fullest rank
+    writes. `steps`: of the run, and between checkpoints (0: at Daly's interval, the last one written)."""
+    r = cluster.reliability
+    assert r is not None
+    stands, behind = saved_bytes / r.checkpoint_bytes_per_s, 0.0
+    if r.write_behind:
+        stands, behind = saved_bytes / cluster.host_link, stands
+    f = Faults(r.device_mtbf_s / devices, stands, r.restart_s, behind)
+    best = max(daly(f), behind, step_s)
+    interval = steps[1] * step_s or best
     draw = random.Random(SEED)
     walls = sorted(wall_seconds(f, interval, steps[0] * step_s, draw) for _ in range(RUNS))
     return asdict(f) | {
         "interval_s": interval,
         "goodput": goodput(f, interval),
         "young_interval_s": young(f),
-        "daly_interval_s": best,
-        "daly_goodput": goodput(f, best) if best else 1.0,
+        "daly_interval_s": daly(f),
+        "best_goodput": goodput(f, best),
         "simulated": {
             "seed": SEED,
             "failures": FAILURES,

@@ -19,12 +19,14 @@ class Reliability:
     """Failures of devices, each alone and without memory (exponential), and what one costs.
 
     `device_mtbf_s`: mean seconds between failures of one device. `restart_s`: from a failure to the first
-    step again, reading the checkpoint included. `checkpoint_bytes_per_s`: what a rank writes, all at once.
+    step again, reading the checkpoint included. `checkpoint_bytes_per_s`: what a rank writes, all at once;
+    `write_behind`: while the run goes on, which stands still for the copy to the host alone.
     """
 
     device_mtbf_s: float
     restart_s: float = 0.0
     checkpoint_bytes_per_s: float = 1e9
+    write_behind: bool = True
 
     def __post_init__(self) -> None:
         _positive("device_mtbf_s", self.device_mtbf_s)

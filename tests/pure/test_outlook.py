@@ -19,6 +19,7 @@ from partita.spec.cluster import Cluster
 from partita.spec.reliability import Jitter, Reliability
 
 FAULTS = g.Faults(mtbf_s=10_000.0, checkpoint_s=60.0, restart_s=300.0)
+BEHIND = g.Faults(mtbf_s=10_000.0, checkpoint_s=5.0, restart_s=300.0, behind_s=55.0)
 CLUSTER = {
     "device": "h100",
     "devices": 64,
@@ -33,9 +34,19 @@ def job(plan="pp2:1f1b/8mb dp_replicate4 tp8+sp bf16", **train):
 
 
 @pytest.mark.parametrize("interval", [200.0, 1000.0, 5000.0])
-def test_drawn_failures_give_the_closed_form(interval):
-    drawn = g.played(FAULTS, interval, failures=40_000)
-    assert drawn == pytest.approx(g.goodput(FAULTS, interval), rel=0.015)
+@pytest.mark.parametrize("faults", [FAULTS, BEHIND])
+def test_drawn_failures_give_the_closed_form(faults, interval):
+    drawn = g.played(faults, interval, failures=40_000)
+    assert drawn == pytest.approx(g.goodput(faults, interval), rel=0.015)
+
+
+def test_what_is_written_behind_costs_less():
+    """The same bytes: a run that stands still for the copy alone does more work, though a failure takes
+    what was not yet safe."""
+    for interval in (200.0, 1000.0):
+        assert g.goodput(BEHIND, interval) > g.goodput(FAULTS, interval)
+    assert BEHIND.safe(1000.0, 300.0) == 900.0  # 945 s of up to 305 each
+    assert BEHIND.safe(969.0, 300.0) == 600.0  # the third is not yet safe
 
 
 def test_runs_of_a_job_take_the_closed_forms_time():
@@ -118,7 +129,8 @@ def test_simulate_answers_with_the_outlook():
     assert slow["step_time_s"]["p50"] <= slow["step_time_s"]["p90"] <= slow["step_time_s"]["p99"]
     assert slow["slowdown"] == pytest.approx(slow["step_time_s"]["mean"] / p.step_time_s)
     assert fail["mtbf_s"] == 1e8 / 64
-    assert fail["interval_s"] == fail["daly_interval_s"]
+    assert fail["interval_s"] == max(fail["daly_interval_s"], fail["behind_s"])
+    assert fail["goodput"] == fail["best_goodput"]
     assert fail["simulated"]["goodput"] == pytest.approx(fail["goodput"], rel=0.02)
     assert found == pt.simulate(job()).to_json()  # seeded
     stated = pt.simulate(job(checkpoint_every=50)).to_json()["goodput"]
