@@ -23,6 +23,7 @@ from partita.schedule.idle import Idle, idle
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
 from partita.schedule.steps import repeat
+from partita.schedule.synth.partition import partitioned
 from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 from partita.schedule.text import cells, read_program, read_schedule
 
@@ -38,6 +39,7 @@ class Drawing:
     problems: list[Problem] | None = None
     synthesis: Synthesis | None = None
     pair: Pair = "sequence"
+    split: tuple[int, ...] = ()  # layers of each stage, where they were cut too
 
     @property
     def runs(self) -> bool:
@@ -69,7 +71,7 @@ class Drawing:
                 "gap": made.gap,
                 "proven": made.proven,
                 "seconds": made.seconds,
-            }
+            } | ({"split": list(self.split)} if self.split else {})
         return out if self.problems is None else {**out, "problems": problem_rows(self.problems)}
 
     def text(self, width: int | None) -> str:
@@ -87,16 +89,19 @@ class Drawing:
                 else f"at most {made.gap:.2%} above the optimum"
             )
             verdict.append(f"  {how}; made in {made.seconds:.1f} s")
+        if self.split:
+            verdict.append(f"  layers of each stage: {','.join(map(str, self.split))}")
         return "\n".join([title, picture, *found, *verdict])
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How schedules are clocked: --costs, --pair and --steps."""
+    """How schedules are clocked: --costs, --pair and --steps; what auto cuts into stages: --layers."""
 
     costs: str
     pair: Pair
     steps: int
+    layers: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,9 @@ def draw(
     costs: Annotated[
         str, typer.Option(help="F,I,W[,SEND] of a rank's whole share, or FILE.json by stage.")
     ] = "1,1,1",
+    layers: Annotated[
+        str, typer.Option(help="FILE.json as of --costs, by layer: auto cuts them into stages.")
+    ] = "",
     pair: Annotated[Pair, typer.Option(help="How an overlapped pair is timed.")] = "sequence",
     limit: Annotated[
         float | None, typer.Option(help="Most activations a rank may hold, in whole shares.")
@@ -168,7 +176,9 @@ def draw(
 ) -> None:
     """Schedules as text, SVG or HTML, side by side."""
     bound = Bound(limit, limit_bytes)
-    how = Timing(costs, pair, _at_least_one("steps", steps))
+    how = Timing(costs, pair, _at_least_one("steps", steps), layers)
+    if layers and list(schedules or ()) != ["auto"]:
+        raise UsageError("--layers is cut for one schedule, auto", key="layers")
     drawings = [] if check_file is None else [_proved(check_file, how, bound)]
     for name in schedules or ():
         if name == "auto":
@@ -222,16 +232,21 @@ def _synthesised(ranks: int, microbatches: int, virtual: int, how: Timing, bound
     """auto, at the costs and within the bound asked for; bidirectional schedules take part, as they do
     by name."""
     hold_to_size(ranks * max(2, virtual), microbatches)
-    bound.hold_to_sizes(how.costs)
+    bound.hold_to_sizes(how.layers or how.costs)
+    costs, split = given_costs(how.layers or how.costs), ()
     task = Task(
-        ranks, microbatches, given_costs(how.costs), bound.limit, limit_in_bytes=bound.size is not None,
-        stages=max(2, virtual), copies=2,
+        ranks, microbatches, costs, bound.limit, limit_in_bytes=bound.size is not None,
+        stages=max(2, virtual), copies=1 if how.layers else 2,
     )  # fmt: skip
-    found = synthesise(task)
+    if how.layers:
+        cut = partitioned(task, costs.stages)
+        found, split = cut.synthesis, cut.split
+    else:
+        found = synthesise(task)
     made = found.schedule
     many = repeat(made, how.steps) if how.steps > 1 else made
     spans = clocks.clock(many, found.costs, how.pair)
-    return Drawing(many, spans, synthesis=found, pair=how.pair)
+    return Drawing(many, spans, synthesis=found, pair=how.pair, split=split)
 
 
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
@@ -279,7 +294,7 @@ def _costs_from_file(path: str) -> Costs:
 
     costs = decode(Costs, load_json(path), file=path)
     for i, stage in enumerate(costs.stages):
-        numbers = [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes]
+        numbers = [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes, stage.hidden]
         _hold_sane(numbers, f"{path}: stages[{i}]")
     _hold_sane([costs.send], f"{path}: send")
     return costs

@@ -26,6 +26,21 @@ def test_json_is_the_contracts(capsys):
     assert (document["format"], document["num_stages"], document["num_microbatches"]) == (1, 4, 8)
 
 
+def test_layers_are_cut_with_the_schedule(capsys, tmp_path):
+    """A head of three layers' work takes layers from its stage; --layers is auto's alone."""
+    path = tmp_path / "layers.json"
+    layers = [{"F": 1, "I": 1, "W": 1}] * 7 + [{"F": 3, "I": 3, "W": 3}]
+    path.write_text(json.dumps({"stages": layers, "send": 0}))
+    words = ["auto", "-p", "2", "-m", "4", "--layers", str(path)]
+    document = json.loads(ask(capsys, *words, "--json")[1])
+    split, stages = document["split"], document["num_stages"]
+    assert sum(split) == 8 and len(split) == stages and min(split) >= 1
+    assert document["makespan"] <= 4 * 3 * 5 + 5  # two halves of ten layers' work, and little idle
+    assert f"layers of each stage: {','.join(map(str, split))}" in ask(capsys, *words)[1]
+    code, _, err = ask(capsys, "1f1b", *words[1:])
+    assert code == 2 and "auto" in err
+
+
 def test_several_and_steps_and_costs(capsys, tmp_path):
     _, out, _ = ask(capsys, "gpipe", "1f1b", "-p", "2", "-m", "4", "--costs", "2,1,1,0.5", "--json")
     gpipe, other = json.loads(out)["schedules"]
