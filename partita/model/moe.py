@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Exchange, Le
 from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
+from partita.parallel.pp.pieces import Flow, Live, run
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -81,6 +82,10 @@ class MoE:
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """x and what the experts add; `replay`: only what backward needs is made."""
+        return run(self.flow(x, batch, training, replay))
+
+    def flow(self, x: Tensor, batch: Any, training: bool, replay: bool = False) -> Flow:
+        """The same, stopping when rows have left for their experts, and when they have left these."""
         records = training and not replay
         n = self.norm(x)
         with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
@@ -94,19 +99,27 @@ class MoE:
         chunks = self.exchange.plan(chosen, positions)
         if records:
             self.log.rows(chosen, [n for rows in chunks for n in rows.sent])
-        routed = self.experts(n.flatten(0, 1), gates.flatten(0, 1), chunks).view(x.shape)
-        return x + (routed if y is None else routed + y)
+        stays = (x,) if y is None else (x, y)
+        routed, *stay = yield from self.experts(n.flatten(0, 1), gates.flatten(0, 1), chunks, stays)
+        x, *shared = stay
+        return x + sum(shared, routed.view(x.shape))
 
-    def experts(self, x: Tensor, gates: Tensor, chunks: Sequence[Rows]) -> Tensor:
-        """What experts add to tokens [tokens, hidden] of gates [tokens, top_k]: all chunks leave at once, and
-        while one is computed on, others come and go."""
+    def experts(
+        self, x: Tensor, gates: Tensor, chunks: Sequence[Rows], stays: Live = ()
+    ) -> Generator[Live, Live, Live]:
+        """What experts add to tokens [tokens, hidden] of gates [tokens, top_k], and what `stays` meanwhile:
+        all chunks leave at once, and while one is computed on, others come and go."""
         sizes = [rows.tokens for rows in chunks]
         each = zip(x.split(sizes), chunks, strict=True)
-        coming = [Dispatch.apply(part, rows) for part, rows in each]
-        going = [self.compute(x, rows) for x, rows in zip(coming, chunks, strict=True)]  # type: ignore
+        travel = [Dispatch.apply(part, rows) for part, rows in each]
+        gates, *live = yield (gates, *travel, *stays)  # type: ignore[misc]
+        travel, stays = live[: len(chunks)], tuple(live[len(chunks) :])
+        travel = [self.compute(x, rows) for x, rows in zip(travel, chunks, strict=True)]  # type: ignore
+        gates, *live = yield (gates, *travel, *stays)
+        travel, stays = live[: len(chunks)], tuple(live[len(chunks) :])
         weights = gates.split(sizes)
-        parts = [Combine.apply(*of) for of in zip(going, weights, chunks, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[return-value, arg-type]
+        parts = [Combine.apply(*of) for of in zip(travel, weights, chunks, strict=True)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts), *stays)  # type: ignore
 
     def compute(self, coming: Tensor, rows: Rows) -> Tensor:
         """The experts of one chunk, from its arrival until it leaves."""

@@ -30,6 +30,7 @@ from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
+from partita.parallel.pp.pieces import Flow, run
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
 from partita.parallel.regions import Regions
@@ -294,10 +295,18 @@ class LayerBlock:
         )
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
-        """One layer; under full recomputation x is kept, and what its tape keeps."""
+        """One layer."""
+        return run(self.flow(x, batch))
+
+    def flow(self, x: Tensor, batch: Any) -> Flow:
+        """One layer, stopping where rows travel. Under full recomputation x is kept, and what its tape keeps,
+        and it does not stop."""
         if self.recomputes and torch.is_grad_enabled():
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
-        return self.run(x, batch)
+        x = self.attention(x, batch, batch.step, self.training)
+        if isinstance(self.mlp, MoE):
+            return (yield from self.mlp.flow(x, batch, self.training))
+        return self.mlp(x, batch, batch.step, self.training)
 
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""

@@ -25,17 +25,20 @@ Pair = Literal["sequence", "block"]
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """Seconds of one microbatch at one stage: F, I and W (B = I + W), U; and the bytes it keeps."""
+    """Seconds of one microbatch at one stage: F, I and W (B = I + W), U; and the bytes it keeps. `hidden`: by
+    how much a B is shorter that overlaps with the forward before it."""
 
     F: float = 1.0
     I: float = 1.0  # noqa: E741 (the field's name of the input-gradient half)
     W: float = 1.0
     U: float = 0.0
     activation_bytes: float = 0.0
+    hidden: float = 0.0
 
-    def of(self, kind: str) -> float:
-        """Seconds of one action of this kind."""
-        return self.I + self.W if kind == "B" else getattr(self, kind)
+    def of(self, kind: str, beside: bool = False) -> float:
+        """Seconds of one action of this kind; of a B `beside` a forward."""
+        whole = self.I + self.W if kind == "B" else getattr(self, kind)
+        return max(whole - self.hidden, 0.0) if beside else whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class Costs:
 
     stages: tuple[StageCosts, ...]
     send: float = 0.0
+
+    def seconds(self, action: Action, schedule: Schedule) -> float:
+        """Of one action of a schedule."""
+        return self.stages[action.stage].of(action.kind, action in schedule.beside)
 
     @staticmethod
     def equal(
@@ -103,7 +110,7 @@ class _Clock:
                 if number not in made:
                     near = self.schedule.rank_of(need.stage, need.microbatch) == rank
                     wants.append((number, 0.0 if near else self.costs.send))
-        seconds = sum(self.costs.stages[a.stage].of(a.kind) for a in actions)
+        seconds = sum(self.costs.seconds(a, self.schedule) for a in actions)
         return _Block(actions, wants, made, seconds)
 
     def run(self) -> list[list[float]]:
@@ -166,7 +173,7 @@ def clock(schedule: Schedule, costs: Costs | None = None, pair: Pair = "sequence
             at = start
             for action in block.actions:
                 stage, kind, microbatch = action
-                end = at + costs.stages[stage].of(kind)
+                end = at + costs.seconds(action, schedule)
                 spans.append(Span(rank, "compute", kind, str(action), at, end, stage, microbatch))
                 at = end
     _raise_deadlock(state)

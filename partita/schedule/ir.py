@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
 COMPUTE = ("F", "B", "I", "W", "U")
@@ -126,6 +126,16 @@ class Schedule:
     def is_bidirectional(self) -> bool:
         """Whether every stage has two copies, one for each direction of microbatches."""
         return self.direction is not None
+
+    @cached_property
+    def beside(self) -> frozenset[Action]:
+        """Backwards that run overlapped with the forward before them on their rank."""
+        return frozenset(
+            second
+            for actions in self.ranks
+            for first, second in pairwise(actions)
+            if first in self.paired and second.kind == "B"
+        )
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that lie on the rank, of all directions, each once."""

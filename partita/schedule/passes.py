@@ -5,6 +5,7 @@ What they add for weights and activations is in residence.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from partita.schedule.ir import Action, Schedule
@@ -61,6 +62,36 @@ def with_communication(schedule: Schedule, ahead: int = 1) -> tuple[tuple[Action
             program += sends_of(schedule, action)
         out.append(tuple(program))
     return tuple(out)
+
+
+def in_pairs(
+    actions: Sequence[Action], paired: frozenset[Action]
+) -> tuple[tuple[Action, ...], ...]:
+    """A rank's program, action by action; a paired one stands with the compute action behind it, as they
+    overlap: receives between them are posted before both, sends follow both.
+
+    >>> from partita.schedule.make import schedule
+    >>> s = schedule("dualpipe", num_ranks=2, num_microbatches=4)
+    >>> program = in_pairs(with_communication(s)[0], s.paired)
+    >>> [" ".join(map(str, group)) for group in program if len(group) == 2]
+    ['1F3 0B0']
+    """
+    found: list[tuple[Action, ...]] = []
+    waiting: list[Action] = []  # sends, since the first of a pair
+    first: Action | None = None
+    for action in actions:
+        if first is None and action not in paired:
+            found.append((action,))
+        elif first is None:
+            first = action
+        elif action.is_send:
+            waiting.append(action)
+        elif action.is_receive:
+            found.append((action,))
+        else:
+            found += [(first, action), *((a,) for a in waiting)]
+            first, waiting = None, []
+    return tuple(found)
 
 
 def fused(schedule: Schedule) -> Schedule:

@@ -20,6 +20,7 @@ from partita.schedule.clock import Costs
 from partita.schedule.ir import Schedule
 
 ROWS = {"F": 0, "B": 1, "I": 2, "W": 3, "U": 4}  # of the table of costs
+PAIRED_B = len(ROWS)  # a B beside the forward before it
 RESULTS = {"F": 0, "B": 1, "I": 1}
 
 
@@ -72,7 +73,8 @@ class Replay:
                 if at[rank] == 0:
                     self.first[rank] = len(self.ranks)
                 self.ranks.append(rank)
-                self.costs.append(ROWS[kind] * stages + stage)
+                row = PAIRED_B if actions[at[rank]] in schedule.beside else ROWS[kind]
+                self.costs.append(row * stages + stage)
                 self.needs.append(need)
                 at[rank] += 1
         if len(self.ranks) < sum(map(len, schedule.ranks)):
@@ -81,6 +83,7 @@ class Replay:
     def __call__(self, costs: Costs) -> Times:
         """The times of the schedule at these costs."""
         table = [stage.of(kind) for kind in ROWS for stage in costs.stages]
+        table += [stage.of("B", beside=True) for stage in costs.stages]
         free, send = [0.0] * self.num_ranks, costs.send
         ends: list[float] = []
         add = ends.append

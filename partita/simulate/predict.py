@@ -25,6 +25,7 @@ from partita.record.transfer import TrafficLine
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.imbalance import Load, straggler
+from partita.simulate.links import SLOW
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.pipeline import Played, play
 from partita.simulate.stage import PartTimes, StageTime, Works, send_seconds, stage_time, works_of
@@ -151,9 +152,10 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
     waits = send_s if machine.software.sends_block else 0.0
+    turns = plan.recompute.mode != "full"  # a layer that is run again runs as a whole
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(_costs(s, busy, waits) for s in stages), send_s - waits)
+        costs = Costs(tuple(_costs(s, busy, waits, turns) for s in stages), send_s - waits)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -207,7 +209,10 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
     busiest = max(range(schedule.num_ranks), key=lambda p: t.played.busy[p])
     compute = 0.0
     comm: dict[str, float] = {}
+    pairs = Counter(a.stage for a in schedule.ranks[busiest] if a in schedule.beside)
     for index, times in Counter(a.stage for a in schedule.ranks[busiest] if a.kind == "F").items():
+        if hidden := pairs[index] * t.costs.stages[index].hidden:
+            comm["ep"] = comm.get("ep", 0.0) - hidden
         stage = t.stages[index]  # its backward follows on the same rank
         waiting = stage.host_forward_s + stage.host_backward_s
         compute += times * ((stage.forward_s + stage.backward_s) * t.busy + waiting)
@@ -232,11 +237,15 @@ def _units(cluster: Cluster, world: int) -> int:
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
 
 
-def _costs(s: StageTime, busy: float, waits: float) -> StageCosts:
-    """`waits`: seconds that an action waits for its messages."""
+def _costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
+    """`waits`: seconds that an action waits for its messages; `turns`: rows of experts travel under compute
+    of the microbatch that is paired (pp/pieces.py)."""
     forward = s.forward_s * busy + sum(s.comm_forward_s.values()) + s.host_forward_s + waits
     rest = sum(s.comm_backward_s.values()) + s.host_backward_s + waits
-    return StageCosts(forward, s.input_s * busy + rest, s.weight_s * busy)
+    travel = s.comm_forward_s.get("ep", 0.0) + s.comm_backward_s.get("ep", 0.0)
+    compute = (s.forward_s + s.backward_s) * busy
+    hidden = (1 - SLOW) * min(travel, compute) if turns else 0.0
+    return StageCosts(forward, s.input_s * busy + rest, s.weight_s * busy, hidden=hidden)
 
 
 def _slow_down(played: Played, laid: Laid, cluster: Cluster) -> float:

@@ -30,8 +30,16 @@ def make_executor(
     return Executor(
         modules, laid.schedule, context.coords["pp"], _channels(laid, context), context.where,
         _activation(laid, dtype, context.device), reducer.queue,
-        lambda stage: reducer.arm(laid.stages[stage].names),
+        lambda stage: reducer.arm(laid.stages[stage].names), overlaps=overlaps(laid),
     )  # fmt: skip
+
+
+def overlaps(laid: Laid) -> bool:
+    """Whether a forward and a backward that the schedule pairs have something to run under each other: rows
+    that travel to experts."""
+    blocks = {id(b): b for s in laid.stages for b in s.blocks}.values()
+    travel = any(op.kind == "all_to_all" and op.events for b in blocks for op in b.ops())
+    return bool(laid.schedule.paired) and travel
 
 
 def data_parallel(

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from partita.model.transformer import LayerBlock
 from partita.parallel.dp.zero import DataParallel
+from partita.parallel.pp.pieces import Flow, run
 
 
 class StageBlocks:
@@ -20,8 +22,17 @@ class StageBlocks:
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The stage's output for one microbatch."""
+        return run(self.flow(x, batch))
+
+    def flow(self, x: Tensor | None, batch: Any) -> Flow:
+        """The same, stopping where rows travel."""
         for at, block in enumerate(self.blocks):
             x = self.data.before(at, x)
-            x = self.data.after(at, block(x, batch))
+            if isinstance(block, LayerBlock):
+                assert x is not None, "a layer has an input"
+                y = yield from block.flow(x, batch)
+            else:
+                y = block(x, batch)
+            x = self.data.after(at, y)
         assert x is not None, "a stage has at least one block"
         return x

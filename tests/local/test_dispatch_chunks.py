@@ -11,6 +11,7 @@ from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
 from partita.model.moe import MoE
 from partita.parallel.ep.dispatch import Exchange
+from partita.parallel.pp.pieces import run
 from partita.parallel.regions import IDENTITY, Region
 from partita.verify.parity import verify
 
@@ -32,29 +33,30 @@ def test_chunks_change_no_number(plan, tmp_path):
 
 
 @dataclass(frozen=True)
-class Slow:
-    """Experts that take `seconds` for all of a microbatch's rows, forward and backward alike."""
+class Experts:
+    """A linear of experts that takes `seconds` for all rows that two ranks send, forward and backward alike;
+    the one that narrows takes nothing."""
 
     seconds: float
     widens: bool
 
     def __call__(self, x, counts):
         share = self.seconds * x.shape[0] / (2 * TOKENS)
-        return _Slow.apply(
-            torch.cat((x, x), -1) if self.widens else x, share if self.widens else 0.0
-        )
+        return Asleep.apply(torch.cat((x, x), -1), share) if self.widens else x
 
 
-class _Slow(torch.autograd.Function):
+class Asleep(torch.autograd.Function):
+    """Takes a time, and as much backward."""
+
     @staticmethod
-    def forward(ctx, x, share):
-        ctx.share = share
-        time.sleep(share)
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
         return x.clone()
 
     @staticmethod
     def backward(ctx, dx):
-        time.sleep(ctx.share)
+        time.sleep(ctx.seconds)
         return dx, None
 
 
@@ -69,12 +71,12 @@ def layer(world, chunks, compute_s):
         for kind, c in (("counts", quick), ("send", comm), ("back", comm))
     )
     exchange = Exchange(2, 2, count, send, IDENTITY, IDENTITY, back, IDENTITY, None, chunks)
-    moe = MoE(None, None, exchange, Slow(compute_s, True), Slow(compute_s, False), None)
+    moe = MoE(None, None, exchange, Experts(compute_s, True), Experts(compute_s, False), None)
     x = torch.ones(TOKENS, HIDDEN, requires_grad=True)
     gates = torch.full((TOKENS, 2), 0.5, requires_grad=True)
     chosen = torch.tensor([0, 1]).expand(1, TOKENS, 2)
     start = time.perf_counter()
-    y = moe.experts(x, gates, exchange.plan(chosen))
+    (y,) = run(moe.experts(x, gates, exchange.plan(chosen)))
     middle = time.perf_counter()
     y.sum().backward()
     return middle - start, time.perf_counter() - middle

@@ -255,8 +255,8 @@ def test_etp_and_tp_gradients_mixed(judged, monkeypatch):
     """Experts' gradients are added up over tp, whose ranks hold other columns of them, not over efsdp."""
     right = runs.make_context
 
-    def mixed(laid, job, world, where, recorder=None):
-        context = right(laid, job, world, where, recorder)
+    def mixed(laid, job, world, where, recorder=None, device=None):
+        context = right(laid, job, world, where, recorder, device)
         wrong = world.make(laid.mesh.group(world.rank, "tp"), axis="efsdp", lane="dp")
         told = RecordingComm(wrong, context.recorder, where)
         return replace(context, comms={**context.comms, ("efsdp", "dp"): told})

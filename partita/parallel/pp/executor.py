@@ -10,21 +10,32 @@ One stage without a pipeline is the same list without messages.
     I  the same, but work on weights' gradients waits in the queue, with what it needs, until its
     W  runs that work, and frees it
     U  applies the stage's gradient (asynchronous schedules; see versions.py)
+
+A forward and a backward that the schedule pairs take turns piece by piece, where modules have pieces
+(pieces.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from partita.comm.protocol import Comm, Handle, Key, Where
 from partita.parallel.deferred import WeightQueue
+from partita.parallel.pp.pieces import Cuts, Flow, backward_in_pieces, forward_in_pieces
 from partita.schedule.ir import COMPUTE, Action, Schedule
-from partita.schedule.passes import with_communication
+from partita.schedule.passes import in_pairs, with_communication
+
+ACTIVITIES = {
+    "F": ("F", "forward"), "B": ("B", "backward"), "I": ("I", "backward"), "W": ("W", "backward"),
+    "U": ("step", "optimizer"),
+}  # fmt: skip
+DONE = object()
 
 MessageKey = tuple[str, int, int]  # F or B, the stage that consumes it, microbatch
 
@@ -35,6 +46,14 @@ class StageModule(Protocol):
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The stage's output; x is None on the first stage. The last stage returns its share of the
         step's loss, already divided by the step's valid tokens."""
+        ...
+
+
+class FlowingModule(StageModule, Protocol):
+    """A stage whose forward stops where rows travel."""
+
+    def flow(self, x: Tensor | None, batch: Any) -> Flow:
+        """The same forward as a generator."""
         ...
 
 
@@ -65,6 +84,7 @@ class _Held:
 
     x: Tensor | None
     y: Tensor
+    cuts: Cuts
 
 
 @dataclass
@@ -75,7 +95,8 @@ class Executor:
     receive into. `last_backward(stage)` is called before the stage's last B or W on this rank, so that
     its gradients may be reduced as they become ready. Communicates: sends of stage inputs and outputs on
     axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two. `update(stage)`
-    is U; `weights` puts versions in place; `seed` is what backward starts from.
+    is U; `weights` puts versions in place; `seed` is what backward starts from. `overlaps`: modules flow, and
+    pairs take turns.
     """
 
     modules: Mapping[int, StageModule]
@@ -90,6 +111,7 @@ class Executor:
     update: Callable[[int], None] | None = None
     weights: StageWeights | None = None
     seed: float = 1.0
+    overlaps: bool = False
     actions: Sequence[Action] = ()
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     _posted: dict[MessageKey, Handle] = field(default_factory=dict)
@@ -121,25 +143,46 @@ class Executor:
         `settle`: nothing stays under way."""
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
         actions = self.actions if actions is None else actions
-        where, handlers, last = self.where, self._handlers, _last_backwards(actions)
-        for i, action in enumerate(actions):
-            if i in last:
-                self.last_backward(action.stage)
-            where.stage, where.microbatch = action.stage, action.microbatch
-            if self.span is None or action.kind not in COMPUTE:
-                handlers[action.kind](action)
-            else:
-                with self.span(action):
-                    handlers[action.kind](action)
+        last = _last_backwards(actions)
+        for group in in_pairs(actions, self.schedule.paired if self.overlaps else frozenset()):
+            for action in group:
+                if action in last:
+                    self.last_backward(action.stage)
+            with ExitStack() as spans:
+                for action in group:
+                    if self.span is not None and action.kind in COMPUTE:
+                        spans.enter_context(self.span(action))
+                self._do(*group)
         if settle:
             for handle in self._sent.values():
                 handle.wait()
             self._sent.clear()
-        where.microbatch = -1
+        self.where.microbatch = -1
         return self._loss
 
+    def _do(self, action: Action, beside: Action | None = None) -> None:
+        if beside is None:
+            self._at(action)
+            self._handlers[action.kind](action)
+            return
+        turns = {beside: self._backward_pieces(beside), action: self._forward_pieces(action)}
+        while turns:
+            for one, pieces in tuple(turns.items()):
+                self._at(one)
+                if next(pieces, DONE) is DONE:
+                    del turns[one]
+
+    def _at(self, action: Action) -> None:
+        where = self.where
+        where.stage, where.microbatch = action.stage, action.microbatch
+        if action.kind in ACTIVITIES:
+            where.phase, where.activity = ACTIVITIES[action.kind]
+
     def _forward(self, action: Action) -> None:
-        self.where.phase, self.where.activity = "F", "forward"
+        for _ in self._forward_pieces(action):
+            pass
+
+    def _forward_pieces(self, action: Action) -> Iterator[None]:
         stage, _, microbatch = action
         x = None
         if stage > 0:
@@ -147,16 +190,23 @@ class Executor:
             x.requires_grad_(torch.is_grad_enabled())
         if self.weights is not None and torch.is_grad_enabled():
             self.weights.forward(microbatch)
-        y = self.modules[stage](x, self._batches[microbatch])
+        module, cuts, batch = self.modules[stage], Cuts(), self._batches[microbatch]
+        if self.overlaps and torch.is_grad_enabled():
+            y = yield from forward_in_pieces(cast(FlowingModule, module).flow(x, batch), cuts)
+        else:
+            y = module(x, batch)
         if stage == self.schedule.num_stages - 1:
             self._loss = self._loss + y.detach().to(torch.float64)  # where y lies: nobody waits
         else:
             self._ready["F", stage + 1, microbatch] = y.detach(), "F"
         if torch.is_grad_enabled():
-            self._held[stage, microbatch] = _Held(x, y)
+            self._held[stage, microbatch] = _Held(x, y, cuts)
 
     def _backward(self, action: Action) -> None:
-        self.where.phase, self.where.activity = action.kind, "backward"
+        for _ in self._backward_pieces(action):
+            pass
+
+    def _backward_pieces(self, action: Action) -> Iterator[None]:
         stage, kind, microbatch = action
         held = self._held.pop((stage, microbatch))
         if ("F", stage + 1, microbatch) in self._sent:  # its gradient is back: it has arrived
@@ -167,7 +217,7 @@ class Executor:
             self.weights.backward(microbatch)
         if last and self.seed != 1:
             gradient = torch.full_like(held.y, self.seed)
-        torch.autograd.backward(held.y, gradient)
+        yield from backward_in_pieces(held.y, gradient, held.cuts)
         if held.x is not None:
             assert held.x.grad is not None, "a stage's output does not depend on its input"
             self._ready["B", stage - 1, microbatch] = held.x.grad, kind
@@ -178,11 +228,9 @@ class Executor:
         self.queue.close()
 
     def _weight_half(self, action: Action) -> None:
-        self.where.phase, self.where.activity = "W", "backward"
         self.queue.run(action.stage, action.microbatch)
 
     def _update(self, action: Action) -> None:
-        self.where.phase, self.where.activity = "step", "optimizer"
         assert self.update is not None, "a schedule with U needs an update"
         self.update(action.stage)
 
@@ -209,13 +257,13 @@ class Executor:
         return self._ready.pop(key)[0]
 
 
-def _last_backwards(actions: Sequence[Action]) -> set[int]:
-    """Places in the list of each stage's last B or W, before its U or at all."""
-    last: dict[int, int] = {}
-    found: set[int] = set()
-    for i, action in enumerate(actions):
+def _last_backwards(actions: Sequence[Action]) -> set[Action]:
+    """Each stage's last B or W, before its U or at all."""
+    last: dict[int, Action] = {}
+    found: set[Action] = set()
+    for action in actions:
         if action.kind in ("B", "W"):
-            last[action.stage] = i
+            last[action.stage] = action
         elif action.kind == "U":
             found.add(last.pop(action.stage))
     return found | set(last.values())
