@@ -29,13 +29,18 @@ def train(
             "--allow-fallback", help="Resume from an older checkpoint if the newest is bad."
         ),
     ] = False,
+    no_preflight: Annotated[
+        bool, typer.Option("--no-preflight", help="Do not compare the ranks' versions at start.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Trains a job over its ranks."""
     loaded = load(job, overrides, plan)
     from partita.train.launch import train as run
 
-    metrics = run(loaded, force=force, fresh=fresh, allow_fallback=allow_fallback)
+    metrics = run(
+        loaded, force=force, fresh=fresh, allow_fallback=allow_fallback, preflight=not no_preflight
+    )
     if not metrics:  # one of torchrun's ranks: rank 0 speaks for all
         return
     if metrics.get("already_done"):

@@ -32,15 +32,20 @@ GRACE_S = 2.0  # for the others to say what they saw, once one has failed
 
 
 def train(
-    job: Job, *, force: bool = False, fresh: bool = False, allow_fallback: bool = False
+    job: Job,
+    *,
+    force: bool = False,
+    fresh: bool = False,
+    allow_fallback: bool = False,
+    preflight: bool = True,
 ) -> dict[str, Any]:
     """Trains the job under runs/<name>/ of the current folder; returns the last metrics line with
     "run" and "plan", and nothing on a torchrun rank other than 0.
 
     Starts plan.world_size local ranks, or is one rank under torchrun. Resumes from the newest
     complete checkpoint; a finished run returns at once, with "already_done". Raises PlanError (illegal,
-    or does not fit unless `force`), UsageError, DataError, CheckpointError, PeerError, NonFiniteError,
-    WriteError, BusyError, StoppedError.
+    or does not fit unless `force`), UsageError (also where ranks run different versions, unless `preflight`
+    is False), DataError, CheckpointError, PeerError, NonFiniteError, WriteError, BusyError, StoppedError.
     """
     computes_on_gpu(job)
     prediction = judged(job)
@@ -50,7 +55,7 @@ def train(
         raise fit_error(job, prediction)
     place = torchrun_rank()
     if place is not None:
-        return train_as_rank(job, prediction, place, fresh, allow_fallback)
+        return train_as_rank(job, prediction, place, fresh, allow_fallback, preflight)
     with Stops() as stops:
         folder = run_folder(job, fresh)
         with RunLock(folder) as lock:
@@ -61,7 +66,7 @@ def train(
             stops.check()
             if start.step >= job.train.steps:
                 return finished(job, folder, start.step)
-            spec = RunSpec(job, folder, start.checkpoint, notices)
+            spec = RunSpec(job, folder, start.checkpoint, notices, looks=preflight)
             metrics = Launcher(spec, stops).run()
             return with_text(job, folder, answer(job, folder, metrics))
 

@@ -30,6 +30,7 @@ from partita.train.devices import computes_on_gpu, device_of
 from partita.train.heap import keep_freed_memory
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
+from partita.train.preflight import preflight
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 SEGMENT = "segment"
@@ -51,6 +52,7 @@ class RunSpec:
     notices: Sequence[str] = ()
     scratch: Path = field(default_factory=new_scratch)
     store: Any = None
+    looks: bool = True  # at the ranks' versions, before anything is built
     takes_ctrl_c: bool = False  # a launcher takes it for its ranks; torchrun's take it themselves
 
     @property
@@ -137,6 +139,8 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     if rank == 0 and control.shared:
         spec.clean_after_joining()
     try:
+        if spec.looks:
+            preflight(world, spec.folder)
         built = assemble(job, world, where, device=device)
         loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()

@@ -92,10 +92,15 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     return Start(newest, step, tuple(notices))
 
 
+def checkpoint_bytes(job: Job, tensors: dict[str, tuple[int, ...]]) -> int:
+    """Of one checkpoint: every weight and its optimizer states."""
+    each = 8 if job.plan.precision.dtype == "fp64" else 4
+    return sum(map(prod, tensors.values())) * each * (1 + len(state_names(job.train)))
+
+
 def _check_room(job: Job, tensors: dict[str, tuple[int, ...]], folder: Path, step: int) -> None:
     """WriteError where the checkpoints that will stand side by side cannot fit the disk."""
-    each = 8 if job.plan.precision.dtype == "fp64" else 4
-    one = sum(map(prod, tensors.values())) * each * (1 + len(state_names(job.train)))
+    one = checkpoint_bytes(job, tensors)
     every, steps = job.train.checkpoint_every, job.train.steps
     saves = steps // every - step // every + bool(steps % every) if every else 1
     kept = len(list_checkpoints(folder))

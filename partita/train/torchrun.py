@@ -53,7 +53,12 @@ class _Told:
 
 
 def train_as_rank(
-    job: Job, prediction: Prediction, place: tuple[int, int, int], fresh: bool, allow_fallback: bool
+    job: Job,
+    prediction: Prediction,
+    place: tuple[int, int, int],
+    fresh: bool,
+    allow_fallback: bool,
+    preflight: bool = True,
 ) -> dict[str, Any]:
     """Runs this rank to its end; the answer of `train` on rank 0, an empty one on the others.
 
@@ -71,7 +76,7 @@ def train_as_rank(
     store = rendezvous()
     if rank > 0:
         told = _hear(store)
-        return {} if told.step >= job.train.steps else _run(rank, job, told, store)
+        return {} if told.step >= job.train.steps else _run(rank, job, told, store, preflight)
     try:
         folder = run_folder(job, fresh)
         lock = RunLock(folder)
@@ -96,7 +101,7 @@ def train_as_rank(
         store.set(KEY, json.dumps(vars(told)))
         if start.step >= job.train.steps:
             return finished(job, folder, start.step)
-        metrics = _run(rank, job, told, store, notices)
+        metrics = _run(rank, job, told, store, preflight, notices)
         return with_text(job, folder, answer(job, folder, metrics))
 
 
@@ -113,14 +118,14 @@ def _hear(store: Any) -> _Told:
 
 
 def _run(
-    rank: int, job: Job, told: _Told, store: Any, notices: tuple[str, ...] = ()
+    rank: int, job: Job, told: _Told, store: Any, looks: bool, notices: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     checkpoint = Path(told.checkpoint) if told.checkpoint else None
     shared = told.scratch is not None
     spec = RunSpec(
         job, Path(told.folder), checkpoint, notices, takes_ctrl_c=True,
         scratch=Path(told.scratch) if told.scratch else new_scratch(),
-        store=None if shared else store,
+        store=None if shared else store, looks=looks,
     )  # fmt: skip
     sink = _Sink()
     try:

@@ -187,7 +187,7 @@ def _timed(comm: Comm, backend: str, op: str, size: int) -> Call:
     the others' entry."""
     repetitions = max(3, min(10, (1 << 22) // size))
     x = torch.ones(size // 4)
-    run = getattr(_Calls(comm, x), op)
+    run = getattr(Calls(comm, x, "calibrate"), op)
     run(0)
     comm.barrier(site="calibrate:barrier")
     start = time.perf_counter()
@@ -198,29 +198,36 @@ def _timed(comm: Comm, backend: str, op: str, size: int) -> Call:
 
 
 @dataclass(frozen=True)
-class _Calls:
+class Calls:
     """One call of each collective, as layers make them; `send` goes there and back."""
 
     comm: Comm
     x: torch.Tensor
+    site: str
 
     def all_reduce(self, i: int) -> None:
-        self.comm.all_reduce(self.x, site="calibrate:all_reduce")
+        """Of the whole."""
+        self.comm.all_reduce(self.x, site=f"{self.site}:all_reduce")
 
     def all_gather(self, i: int) -> None:
-        self.comm.all_gather(self.x, site="calibrate:all_gather")
+        """Of a shard."""
+        self.comm.all_gather(self.x, site=f"{self.site}:all_gather")
 
     def reduce_scatter(self, i: int) -> None:
-        self.comm.reduce_scatter(self.x, site="calibrate:reduce_scatter")
+        """Of the whole."""
+        self.comm.reduce_scatter(self.x, site=f"{self.site}:reduce_scatter")
 
     def all_to_all(self, i: int) -> None:
-        self.comm.all_to_all(self.x, site="calibrate:all_to_all")
+        """Equal rows."""
+        self.comm.all_to_all(self.x, site=f"{self.site}:all_to_all")
 
     def broadcast(self, i: int) -> None:
-        self.comm.broadcast(self.x, site="calibrate:broadcast")
+        """Of rank 0's."""
+        self.comm.broadcast(self.x, site=f"{self.site}:broadcast")
 
     def send(self, i: int) -> None:
-        site, there, back = "calibrate:send", Key("F", 1, i), Key("B", 0, i)
+        """There and back."""
+        site, there, back = f"{self.site}:send", Key("F", 1, i), Key("B", 0, i)
         if self.comm.rank == 0:
             sent = self.comm.send(self.x, 1, key=there, site=site)
             self.comm.receive(self.x, 1, key=back, site=site).wait()

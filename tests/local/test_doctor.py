@@ -1,0 +1,138 @@
+"""The doctor names what differs, what is slow and what lacks, and nothing else."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partita.base.errors import UsageError
+from partita.comm.clocked import ClockedWorld, Link
+from partita.comm.local import local
+from partita.parallel.laid import lay
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
+from partita.train import preflight
+from partita.tune import doctor
+
+JOB = Job.load(
+    {
+        "name": "examined", "plan": "pp2/2mb tp2+sp", "model": {"preset": "tiny"},
+        "cluster": {"preset": "laptop", "links": [{"name": "ram", "devices": 4, "bytes_per_s": 1e6}]},
+        "train": {"global_batch_size": 2, "seq_len": 32},
+    }
+)  # fmt: skip
+NEEDS = doctor.Needs(1, 1)
+NAMES = {"versions", "clock", "disk", "memory", "compute", "link"}
+
+
+@pytest.fixture
+def examined(monkeypatch):
+    """examined(world, ...): the one diagnosis of four thread ranks; `world(w)` wraps each one's."""
+    monkeypatch.setattr(doctor, "LINK_BYTES", 1 << 16)
+    monkeypatch.setattr(doctor, "GROUP_BYTES", 1 << 16)
+
+    def run(world=lambda w: w, work=lambda rank: 1e9, needs=NEEDS, job=JOB):
+        laid = lay(request_of(job))
+
+        def rank(w):
+            return doctor.examine(job, laid, world(w), Path.cwd(), needs, lambda: work(w.rank))
+
+        with local(4, 30) as ranks:
+            found = ranks.run(rank)
+        assert all(x == found[0] for x in found)
+        return found[0]
+
+    return run
+
+
+def bad(found):
+    return [(c.name, c.rank) for c in found.checks if not c.ok]
+
+
+def evenly(w):
+    """Every transfer takes the time of one link, so that no other program is heard."""
+    return ClockedWorld(w, {"doctor": Link(5e-3, 1e9), "tp": Link(5e-3, 1e9)})
+
+
+def test_all_is_well_and_every_group_is_heard(examined):
+    found = examined(evenly)
+    assert found.ok and not bad(found), str(found)
+    names = [c.name for c in found.checks]
+    assert set(names) > NAMES
+    assert set(names) - NAMES >= {
+        "all_gather over tp",
+        "reduce_scatter over tp",
+        "all_reduce over tp",
+    }
+    assert names.count("link") == 8 and names.count("versions") == names.count("disk") == 4
+    row = next(c for c in found.checks if c.name == "all_gather over tp")
+    assert re.match(
+        r"ranks \d, \d: .*B/s through a rank's link; the cluster file says 1 MB/s", row.message
+    )
+    assert row.value > 0 and str(found).endswith("all is well")
+    document = found.to_json()
+    assert set(document) == {"ok", "checks"}
+    assert all(set(c) == {"name", "rank", "ok", "value", "message"} for c in document["checks"])
+
+
+def test_a_slow_link_and_a_slow_rank_are_named(examined):
+    def world(w):
+        rate = 5e5 if w.rank == 2 else 1e9  # what rank 2 sends
+        return ClockedWorld(w, {"doctor": Link(5e-3, rate), "tp": Link(5e-3, 1e9)})
+
+    found = examined(world, work=lambda rank: 1e9 / (3 if rank == 1 else 1))
+    assert bad(found) == [("compute", 1), ("link", 2), ("link", 2)], str(found)
+    told = [c.message for c in found.checks if not c.ok]
+    assert told[0] == "333 MFLOP/s, 0.33 of the median"
+    assert {m.split(":")[0] for m in told[1:]} == {"2 -> 1", "2 -> 3"}
+    assert "the median of ram" in told[1]
+    assert str(found).endswith(f"3 of {len(found.checks)} checks failed")
+
+
+def test_a_group_below_the_cluster_file_and_what_lacks_are_told(examined):
+    fast = replace(JOB.cluster, links=(replace(JOB.cluster.links[0], bytes_per_s=1e12),))
+    needs = doctor.Needs(10**15, 10**15)
+    found = examined(evenly, needs=needs, job=replace(JOB, cluster=fast))
+    names = {name for name, _ in bad(found)}
+    groups = {n for n in names if " over " in n}
+    assert names - groups == {"disk", "memory"} and "all_gather over tp" in groups
+    assert any("a checkpoint takes 1 PB" in c.message for c in found.checks)
+    assert any("the cluster file says 1 TB/s (ram)" in c.message for c in found.checks)
+
+
+def another(monkeypatch, rank, **versions):
+    """Facts of this rank say otherwise."""
+    facts = preflight.facts
+
+    def told(number, folder):
+        found = facts(number, folder)
+        if number != rank:
+            return found
+        return replace(found, versions=found.versions | versions, clock_s=found.clock_s + 5)
+
+    monkeypatch.setattr(preflight, "facts", told)
+
+
+def test_another_version_and_another_clock_are_named(examined, monkeypatch):
+    another(monkeypatch, 3, torch="2.12.1", code="0123")
+    found = examined(evenly)
+    assert bad(found) == [("versions", 3), ("clock", 3)], str(found)
+    told = next(c.message for c in found.checks if not c.ok)
+    assert "torch 2.12.1, rank 0 on " in told and "code 0123, rank 0 on " in told
+
+
+def test_train_begins_with_ranks_that_are_alike(monkeypatch, tmp_path):
+    start = time.process_time()
+    with local(3, 20) as ranks:
+        ranks.run(lambda world: preflight.preflight(world, tmp_path))
+    assert time.process_time() - start < 2
+    another(monkeypatch, 1, code="0123")
+    with (
+        pytest.raises(
+            UsageError, match=r"rank 1 on .* has code 0123, .*\(1 of 3 ranks differ\).*--no-pre"
+        ),
+        local(3, 20) as ranks,
+    ):
+        ranks.run(lambda world: preflight.preflight(world, tmp_path))
