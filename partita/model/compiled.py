@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
+from partita.model.attention import Attention
 from partita.model.mlp import MLP, SwiGLU
 from partita.model.transformer import LayerBlock
 from partita.parallel.sp.norm import Norm, _LayerNorm, _RMSNorm
@@ -129,9 +130,13 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     if block.recomputes or block.attention.remakes:
         raise ValueError("a layer that recomputes is not compiled: plan it with recompute:none")
     found, attention, mlp = copy(block), block.attention, block.mlp
+    if not isinstance(attention, Attention) or not isinstance(mlp, MLP):
+        raise ValueError("a layer with latent attention or experts is not compiled")
+    norms = attention.qk_norms
     found.attention = replace(
-        attention, norm=_norm(attention.norm), qkv=_column(attention.qkv), wo=_row(attention.wo)
-    )
+        attention, norm=_norm(attention.norm), qkv=_column(attention.qkv), wo=_row(attention.wo),
+        qk_norms=None if norms is None else (_norm(norms[0]), _norm(norms[1])),
+    )  # fmt: skip
     parts: dict[str, Any] = {"norm": _norm(mlp.norm), "up": _column(mlp.up), "down": _row(mlp.down)}
     kind = _GatedMLP if mlp.gated else MLP
     found.mlp = kind(**parts, gated=mlp.gated, drop_residual=mlp.drop_residual)

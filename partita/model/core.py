@@ -1,7 +1,7 @@
 """Attention proper on one rank's heads: q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq,
 head_dim] -> [batch, heads, seq, head_dim].
 
-    Flash            q, k, v, the output and its log-sum-exp are kept
+    Flash            q, k, v, the output and its log-sum-exp are kept; Narrow: values are narrower
     Explicit         probabilities and their dropout mask are kept
     SharedExplicit   the same where keys and values go round a ring or are gathered; its flash form is
                      parallel/cp/ring.py, and parallel/cp/ulysses.py goes around any
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
+from partita.parallel.cp.tile import attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.recompute.replay import Again
 
@@ -40,6 +41,7 @@ class Flash:
     """The kernel that keeps no probabilities (Dao et al. 2022)."""
 
     window: int = 0
+    scale: float | None = None  # of products; None: head_dim^-0.5
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -51,14 +53,39 @@ class Flash:
         if not plain:
             tokens = Tokens.first(s, batch.documents, q.device)
             mask = visible(tokens, tokens, self.window).unsqueeze(1)
+        if v.shape[-1] != q.shape[-1]:
+            return Narrow.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
         return scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=plain,
+            scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+
+
+class Narrow(torch.autograd.Function):
+    """Flash for values narrower than keys (latent attention), for which torch has no kernel on every
+    device; causal where there is no mask."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """One tile."""
+        out, lse = attend(q, k, v, seen, seen is None, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.seen, ctx.scale = seen, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Scores are made again."""
+        q, k, v, out, lse = ctx.saved_tensors
+        seen = ctx.seen
+        return *attend_back(g, (q, k, v), out, lse, seen, seen is None, ctx.scale), None, None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from partita.comm.seeds import dropout_box
 from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
-from partita.model.rope import rotate, tables
+from partita.model.rope import halves, rotate, tables
 from partita.parallel.precision.fp8 import Multiplied
 from partita.parallel.product import PLAIN, Product
 from partita.spec.families import program
@@ -116,13 +116,16 @@ class Reference:
         """Norm, q k v, positions, causal attention within documents, output projection."""
         s = self.spec
         h = self.norm(f"{name}.attention.norm", x)
-        q, k, v = (self.heads(f"{name}.attention.{w}", h) for w in ("wq", "wk", "wv"))
+        if s.latent is not None:
+            q, k, v = self.latent_heads(f"{name}.attention", h)
+        else:
+            q, k, v = (self.heads(f"{name}.attention.{w}", h) for w in ("wq", "wk", "wv"))
         if s.qk_norm:
             q, k = (
                 self.norm(f"{name}.attention.q_norm", q),
                 self.norm(f"{name}.attention.k_norm", k),
             )
-        if not s.has_positions:
+        if not s.has_positions and s.latent is None:
             cos, sin = (t.to(x.device) for t in tables(s, h.shape[1], self.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = s.heads // s.kv_heads
@@ -138,12 +141,29 @@ class Reference:
         else:
             plain = documents is None and not s.sliding_window
             a = scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else mask, is_causal=plain
+                q, k, v, attn_mask=None if plain else mask, is_causal=plain, scale=s.softmax_scale
             )
         wo = self.weight(f"{name}.attention.wo").flatten(1)
         a = a.transpose(1, 2).flatten(2)
         y = self.adapted(f"{name}.attention.wo", a, self.linear(a, wo))
         return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
+
+    def latent_heads(self, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [batch, heads, seq, dim] made of latents; the last part of q and k rotated."""
+        made, eps = self.spec.latent, self.spec.latent.norm_eps  # type: ignore[union-attr]
+        assert made is not None
+        x = h
+        if made.q:
+            x = self.norm(f"{name}.q_norm", self.linear(h, self.weight(f"{name}.q_a")), eps)
+        q = self.heads(f"{name}.wq", x)
+        latent = self.norm(f"{name}.kv_norm", self.linear(h, self.weight(f"{name}.kv_a")), eps)
+        k, v = self.heads(f"{name}.wk", latent), self.heads(f"{name}.wv", latent)
+        k_pe = self.linear(h, self.weight(f"{name}.k_pe")).unsqueeze(1)
+        cos, sin = (t.to(h.device) for t in tables(self.spec, h.shape[1], self.dtype))
+        q, q_pe = q.split([k.shape[-1], made.rope], -1)
+        q_pe, k_pe = rotate(halves(q_pe), cos, sin), rotate(halves(k_pe), cos, sin)
+        k_pe = k_pe.expand(-1, k.shape[1], -1, -1)
+        return torch.cat([q, q_pe], -1), torch.cat([k, k_pe], -1), v
 
     def heads(self, name: str, h: Tensor) -> Tensor:
         """[batch, heads, seq, head_dim] of a projection [heads, head_dim, hidden]."""
@@ -184,12 +204,13 @@ class Reference:
         h = x @ a.flatten(1).t()
         return torch.add(y, h @ b.flatten(0, -2).t(), alpha=self.spec.lora_scale)
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
+    def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
         """RMSNorm, or LayerNorm where the family has biases."""
         wide = x if x.dtype == torch.float64 else x.float()
         w = self.weight(name)
         if not self.spec.has_biases:
-            scale = (wide.square().mean(-1, keepdim=True) + self.spec.norm_eps).rsqrt()
+            eps = self.spec.norm_eps if eps is None else eps
+            scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
             return (wide * scale).to(x.dtype) * w
         centred = wide - wide.mean(-1, keepdim=True)
         scale = (centred.square().mean(-1, keepdim=True) + self.spec.norm_eps).rsqrt()

@@ -1,6 +1,6 @@
-"""Rotary positions (Su et al. 2021), halves rotated as in Llama; llama3's frequency scaling.
+"""Rotary positions (Su et al. 2021), halves rotated as in Llama; llama3's and YaRN's frequency scaling.
 
-    [a, b] at position p  ->  [a cos - b sin, b cos + a sin],  angle = p * theta^(-2 i / head_dim)
+    [a, b] at position p  ->  [a cos - b sin, b cos + a sin],  angle = p * theta^(-2 i / rope_dim)
 
 Positions are global: tables are made for the whole sequence, whatever cuts it. Applying them keeps nothing
 but the tables, since the backward is the rotation the other way.
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from partita.spec.model import ModelSpec
+    from partita.spec.model import ModelSpec, RopeScaling
 
 
 def frequencies(spec: ModelSpec) -> Tensor:
-    """[head_dim / 2] angles a position, fp64."""
-    steps = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    """[rope_dim / 2] angles a position, fp64."""
+    steps = torch.arange(0, spec.rope_dim, 2, dtype=torch.float64) / spec.rope_dim
     found = 1.0 / spec.rope_theta**steps
     scaling = spec.rope_scaling
     if scaling is None:
         return found
+    if scaling.kind == "yarn":
+        return _yarn(spec, scaling, found)
     length = 2 * math.pi / found
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor
@@ -35,10 +37,31 @@ def frequencies(spec: ModelSpec) -> Tensor:
     return torch.where((length <= low) & (length >= high), between, out)
 
 
+def _yarn(spec: ModelSpec, scaling: RopeScaling, plain: Tensor) -> Tensor:
+    """Frequencies that turn often stay, slow ones are divided by the factor, a ramp between (2309.00071,
+    eq. 23)."""
+
+    def dim(turns: float) -> float:
+        ratio = scaling.original_max_seq_len / (turns * 2 * math.pi)
+        return spec.rope_dim * math.log(ratio) / (2 * math.log(spec.rope_theta))
+
+    low = max(math.floor(dim(scaling.beta_fast)), 0)
+    high = min(math.ceil(dim(scaling.beta_slow)), spec.rope_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / width).clamp(0, 1)
+    return plain / scaling.factor * ramp + plain * (1 - ramp)
+
+
 def tables(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [seq, head_dim / 2] in `dtype`; angles are computed in fp64."""
+    """cos and sin, [seq, rope_dim / 2] in `dtype`; angles are computed in fp64."""
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies(spec))
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    size = 1.0 if spec.rope_scaling is None else spec.rope_scaling.rotation
+    return (angles.cos() * size).to(dtype), (angles.sin() * size).to(dtype)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Neighbours of the last dim, as DeepSeek's pairs lie, moved to its halves."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

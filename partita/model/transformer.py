@@ -19,6 +19,7 @@ from partita.model.attention import Attention
 from partita.model.core import Core, Explicit, Flash, SharedExplicit
 from partita.model.dropout import Dropout
 from partita.model.images import image_block
+from partita.model.latent import LatentAttention
 from partita.model.mlp import MLP
 from partita.model.moe import MoE, Shared
 from partita.model.rope import tables
@@ -42,7 +43,7 @@ from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit, Weight
 from partita.spec.families.moe import capacity
 from partita.spec.lora import A, B
-from partita.spec.model import ModelSpec
+from partita.spec.model import Latent, ModelSpec
 from partita.spec.program import Block
 from partita.spec.program import Tensor as Named
 
@@ -66,9 +67,9 @@ class Maker:
         """The bias beside a weight, where the block has one."""
         return self.weight(f"{name}_bias") if f"{name}_bias" in self.block.tensors else None
 
-    def norm(self, name: str) -> Norm:
+    def norm(self, name: str, eps: float | None = None) -> Norm:
         """A norm and its weights."""
-        return Norm(self.weight(name), self.bias(name), self.spec.norm_eps)
+        return Norm(self.weight(name), self.bias(name), self.spec.norm_eps if eps is None else eps)
 
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
@@ -110,19 +111,61 @@ class Maker:
         explicit probabilities, which backward makes `again` or not."""
         window = self.spec.sliding_window
         drop = self.dropout("attention.core", "p_mask")
+        scale = self.spec.softmax_scale if self.spec.latent else None
         moves = self.regions.of("ring") or self.regions.of("all_gather")
         found: Core
         if moves:
             travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
-            shared = SharedKeys(travel, (moves[0], moves[1]))
+            shared = SharedKeys(travel, (moves[0], moves[1]), scale)
             found = shared if drop is None else SharedExplicit(shared, drop, again)
         elif drop is None:
-            found = Flash(window)
+            found = Flash(window, scale)
         else:
             assert future is not None
             found = Explicit(drop, future, window, again)
         turns = self.regions.of("exchange")
         return Turned(found, turns) if turns else found  # type: ignore[arg-type]
+
+    def attention(
+        self, rope: tuple[Tensor, Tensor] | None, future: Tensor | None, remakes: frozenset[str]
+    ) -> Attention | LatentAttention:
+        """The attention segment of a layer."""
+        spec = self.spec
+        if spec.latent is not None:
+            assert rope is not None
+            return self._latent(spec.latent, rope, remakes)
+        norms = None
+        if spec.qk_norm:
+            norms = self.norm("attention.q_norm"), self.norm("attention.k_norm")
+        return Attention(
+            self.norm("attention.norm"),
+            self.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
+            self.row("attention.wo"),
+            self.local("q", "heads"),
+            self.local("k", "kv_heads"),
+            spec.head_dim,
+            rope,
+            self.places("q" if spec.has_positions else "qr"),
+            self.core(future, "attention.softmax" in remakes),
+            self.dropout("attention.residual", "ao_mask"),
+            remakes,
+            norms,
+        )
+
+    def _latent(
+        self, made: Latent, rope: tuple[Tensor, Tensor], remakes: frozenset[str]
+    ) -> LatentAttention:
+        names = ["attention.q_a"] * bool(made.q) + ["attention.kv_a", "attention.k_pe"]
+        q_norm = self.norm("attention.q_norm", made.norm_eps) if made.q else None
+        return LatentAttention(
+            made, self.local("q", "heads"), self.norm("attention.norm"),
+            Column.of([self.weight(n) for n in names], IDENTITY), q_norm,
+            self.column("attention.q_norm" if made.q else "attention.norm", "attention.wq"),
+            self.norm("attention.kv_norm", made.norm_eps),
+            self.column("attention.kv_norm", "attention.wk", "attention.wv"),
+            self.regions.at("attention.k_pe"), self.row("attention.wo"), rope, self.places("qr"),
+            self.core(None, False), remakes,
+        )  # fmt: skip
 
     def places(self, tensor: str) -> tuple[int, int]:
         """(first, end) of this rank's share of the laid sequence in a tensor."""
@@ -263,22 +306,7 @@ class LayerBlock:
         again = frozenset(op.name for op in replayed(make.block))
         self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
         remakes = frozenset() if self.recomputes else again
-        self.attention = Attention(
-            make.norm("attention.norm"),
-            make.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
-            make.row("attention.wo"),
-            make.local("q", "heads"),
-            make.local("k", "kv_heads"),
-            spec.head_dim,
-            rope,
-            make.places("q" if spec.has_positions else "qr"),
-            make.core(future, "attention.softmax" in remakes),
-            make.dropout("attention.residual", "ao_mask") if drops else None,
-            remakes,
-            (make.norm("attention.q_norm"), make.norm("attention.k_norm"))
-            if spec.qk_norm
-            else None,
-        )
+        self.attention = make.attention(rope, future, remakes)
         self.log: RouterLog | None = None  # of its router
         if "chosen" in make.block.tensors:
             moe = make.moe(remakes)

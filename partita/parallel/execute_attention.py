@@ -31,7 +31,7 @@ def _spread(x: Local, heads: range, group: int) -> Local:
     if not all(h // group in kv for h in heads):
         raise ExecuteError(f"query heads {heads} need other kv heads than {kv}")
     values = x.values[:, :, [h // group - kv.start for h in heads]]
-    return Local(("batch", "keys", "heads", "head_dim"), (*x.spans[:2], heads, x.spans[3]), values)
+    return Local(("batch", "keys", "heads", x.dims[3]), (*x.spans[:2], heads, x.spans[3]), values)
 
 
 def _collapse(g: Local, like: Local, group: int) -> Local:
@@ -83,7 +83,7 @@ class Heads:
 
     def values_back(self, weights: Local, g: Local, v: str) -> Found:
         """Gradient of v."""
-        dv = contract(("batch", "keys", "heads", "head_dim"), weights, g)
+        dv = contract(("batch", "keys", "heads", self.at.dims(v)[3]), weights, g)
         return {v: _collapse(dv, self.get(v), self.group)}
 
 

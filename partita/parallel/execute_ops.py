@@ -26,6 +26,7 @@ from partita.parallel.execute_algebra import (
     Values,
     contract,
     inverse,
+    meet,
     times,
     total,
 )
@@ -145,6 +146,29 @@ def gated_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     return {x: contract(at.dims(x), g, get(gate)), gate: contract(one.dims, g, get(x), one)}
 
 
+def append(op: Op, at: Place, get: Get) -> Found:
+    """Each head's own part, and behind it the part that all share."""
+    own, shared = map(get, op.reads)
+    spread = np.broadcast_to(
+        shared.values[:, :, None], (*own.values.shape[:3], shared.values.shape[2])
+    )
+    values = np.concatenate([own.values, spread], -1)
+    meet([own, shared])
+    return {op.writes: Local(at.dims(op.writes), (*own.spans[:3], range(values.shape[-1])), values)}
+
+
+def append_back(op: Op, at: Place, get: Get, g: Local) -> Found:
+    """Needs nothing; the shared part adds up over the heads that are here."""
+    own, shared = op.reads
+    width = at.size(own, at.dims(own)[-1])
+    first, rest = g.values[..., :width], g.values[..., width:].sum(2) % P
+    spans = (*g.spans[:3], range(width))
+    return {
+        own: Local(at.dims(own), spans, first),
+        shared: Local(at.dims(shared), (*g.spans[:2], range(rest.shape[-1])), rest),
+    }
+
+
 def _rows(table: Local, at: Place, seq: range) -> Local:
     """Rows of a position table at global positions."""
     dims, spans = ("seq", *table.dims[1:]), (seq, *table.spans[1:])
@@ -226,9 +250,9 @@ def _one_hot(op: Op, at: Place, get: Get) -> Local:
 
 
 FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
-    "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "gated": gated, "lookup": lookup,
-    "mask": mask, "attention": attention, "exp": exp, "reduce": summing, "scores": exp, "choose": moe.choose,
-    "count": moe.count, "load": moe.count, "limit": moe.limit,
+    "linear": linear, "bias": bias, "norm": norm, "map": elementwise, "gated": gated, "append": append,
+    "lookup": lookup, "mask": mask, "attention": attention, "exp": exp, "reduce": summing,
+    "scores": exp, "choose": moe.choose, "count": moe.count, "load": moe.count, "limit": moe.limit,
     "balance": moe.balance, "z": moe.squares,
     "dispatch": moe.dispatch, "combine": moe.combine,
     "conv": image.conv, "relu": image.relu, "response": image.response, "pool": image.pool,
@@ -236,6 +260,7 @@ FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
     "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back, "gated": gated_back,
+    "append": append_back,
     "lookup": lookup_back, "attention": attention_back, "exp": exp_back, "reduce": summing_back,
     "scores": exp_back, "choose": moe.choose_back, "balance": moe.balance_back, "z": moe.squares_back,
     "dispatch": moe.dispatch_back, "combine": moe.combine_back,

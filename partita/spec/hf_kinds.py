@@ -64,6 +64,15 @@ _QWEN_MOE = {
     "expert_ffn_hidden": "moe_intermediate_size",
     "normalise_top_k": "norm_topk_prob",
 }
+_DEEPSEEK = {
+    "experts": "n_routed_experts",
+    "top_k": "num_experts_per_tok",
+    "expert_ffn_hidden": "moe_intermediate_size",
+    "shared_experts": "n_shared_experts",
+    "dense_layers": "first_k_dense_replace",
+    "router_scale": "routed_scaling_factor",
+}
+_GROUPS = {"router_groups": "n_group", "router_top_groups": "topk_group"}
 _SILU: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0,),
@@ -76,6 +85,16 @@ _EVERY_LAYER: dict[str, tuple[Any, ...]] = {
 }
 _WINDOWS = frozenset({"sliding_window", "max_window_layers"})  # of a window that is not used
 _NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
+_LATENT: dict[str, tuple[Any, ...]] = {
+    **_NO_BIAS, "moe_layer_freq": (1,), "output_router_logits": (False,),
+}  # fmt: skip
+# read as one, or of another way to train; num_nextn_predict_layers are layers that generation may add
+_LATENT_WORDS = """
+kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim head_dim ep_size
+seq_aux aux_loss_alpha num_nextn_predict_layers num_mtp_layers n_group topk_group
+"""
+_LATENT_KEYS = frozenset(_LATENT_WORDS.split())
+_NO_HEAD_DIM = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
 _QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False}
 
 KINDS: dict[str, Kind] = {
@@ -111,6 +130,28 @@ KINDS: dict[str, Kind] = {
         _SILU | _NO_WINDOW | _EVERY_LAYER | _NO_BIAS, _QWEN | {"normalise_top_k": False},
         {"qk_norm": True}, _WINDOWS,
     ),
+    "deepseek_v2": Kind(
+        "DeepseekV2ForCausalLM", "llama", _NO_HEAD_DIM | _DEEPSEEK,
+        _SILU | _LATENT | {
+            "mlp_bias": (False,), "scoring_func": ("softmax",), "norm_topk_prob": (False,),
+            "topk_method": ("greedy", "group_limited_greedy"),
+        },
+        {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False, "experts": 64, "shared_experts": 2},
+        {"normalise_top_k": False}, _LATENT_KEYS,
+    ),
+    "deepseek_v3": Kind(
+        "DeepseekV3ForCausalLM", "llama",
+        _NO_HEAD_DIM | _DEEPSEEK | _GROUPS | {"normalise_top_k": "norm_topk_prob"},
+        _SILU | _LATENT | {
+            "rope_interleave": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
+        },
+        {
+            "max_seq_len": 4096, "norm_eps": 1e-6, "tied": False, "experts": 256, "top_k": 8,
+            "shared_experts": 1, "dense_layers": 3, "router_scale": 2.5, "router_groups": 8,
+            "router_top_groups": 4,
+        },
+        {"router": "sigmoid", "router_bias": True}, _LATENT_KEYS,
+    ),
     "gpt2": Kind(
         "GPT2LMHeadModel", "gpt2", _GPT2,
         {
@@ -123,10 +164,19 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
+_LENGTH = {"factor": "factor", "original_max_seq_len": "original_max_position_embeddings"}
+SCALINGS: dict[str, dict[str, str]] = {  # field of RopeScaling -> key
+    "llama3": _LENGTH | {n: n for n in ("low_freq_factor", "high_freq_factor")},
+    "yarn": _LENGTH | {n: n for n in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+}
+
+
 def kind_of(spec: ModelSpec) -> str:
     """The model_type that has what this model has, if any has."""
     if spec.family != "llama":
         return spec.family
+    if spec.latent is not None:
+        return "deepseek_v3" if spec.router == "sigmoid" else "deepseek_v2"
     if spec.experts:
         qwen = "qwen3_moe" if spec.qk_norm else "qwen2_moe"
         return qwen if spec.qk_norm or spec.shared_gate else "mixtral"

@@ -4,8 +4,9 @@
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
     alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
-A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), and experts in place of its
-mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
+A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), keys and values made of a
+latent (DeepSeek), and experts in place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what
+follows.
 
 FLOPs count matrix products only, two for each multiply-add, under one of three conventions:
 
@@ -26,31 +27,13 @@ from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
 from partita.spec.lora import DEFAULT, check_lora
-from partita.spec.model_check import LIMITS, check_experts, check_range, check_relations
+from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
+from partita.spec.model_parts import Latent, RopeScaling
+
+__all__ = ["Latent", "ModelSpec", "RopeScaling"]
 
 PRESETS = Path(__file__).parent / "presets" / "models"
 Convention = Literal["model_causal", "model_full", "hw"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3's scaling of RoPE's frequencies for sequences longer than it was trained with."""
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-
-    def __post_init__(self) -> None:
-        if min(self.factor, self.low_freq_factor, self.high_freq_factor) <= 0:
-            raise UsageError("factors of rope_scaling are larger than 0", key="factor")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise UsageError(
-                f"{self.low_freq_factor} must be less than high_freq_factor {self.high_freq_factor}",
-                key="low_freq_factor",
-            )
-        if not 1 <= self.original_max_seq_len <= LIMITS["max_seq_len"]:
-            raise UsageError(f"{self.original_max_seq_len} is absurd", key="original_max_seq_len")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +56,7 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None  # llama
     qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
     qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
+    latent: Latent | None = None  # llama: what keys and values are made of
     sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
     experts: int = 0  # 0: dense; llama
@@ -123,6 +107,7 @@ class ModelSpec:
             object.__setattr__(self, name, value)
         check_range(self, "kv_heads", "head_dim", "ffn_hidden")
         check_relations(self)
+        check_latent(self)
         check_experts(self)
         check_lora(self)
 
@@ -135,6 +120,24 @@ class ModelSpec:
     def has_positions(self) -> bool:
         """Whether positions are learned (max_seq_len rows), not rotated in."""
         return self.family == "gpt2"
+
+    @property
+    def v_dim(self) -> int:
+        """Numbers of a head's value."""
+        return self.latent.v if self.latent else self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head that RoPE turns."""
+        return self.latent.rope if self.latent else self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the product of a query and a key is multiplied by."""
+        scaling = self.rope_scaling
+        wide = scaling is not None and self.latent is not None and scaling.mscale_all_dim
+        grown = scaling.magnitude(scaling.mscale_all_dim) if scaling is not None and wide else 1.0
+        return self.head_dim**-0.5 * grown * grown
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts in place of its mlp."""
@@ -155,7 +158,13 @@ class ModelSpec:
     @property
     def _attention_weights(self) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.hidden * (2 * q + 2 * kv)
+        if self.latent is None:
+            return self.hidden * (2 * q + 2 * kv)
+        made = self.latent
+        queries = (self.hidden + q) * made.q if made.q else self.hidden * q
+        heads = self.heads * (self.head_dim - made.rope + made.v)
+        keys = self.hidden * (made.kv + made.rope) + made.kv * heads
+        return queries + keys + self.hidden * self.heads * made.v
 
     def _mlp_weights(self, width: int) -> int:
         return self.hidden * width * (3 if self.family == "llama" else 2)
@@ -179,6 +188,8 @@ class ModelSpec:
             found += self.expert_layers * self.experts
         if self.qk_norm:
             found += self.layers * 2 * self.head_dim
+        if self.latent:
+            found += self.layers * (self.latent.q + self.latent.kv)
         if self.qkv_bias:
             found += self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim
         if self.has_positions:
@@ -215,7 +226,7 @@ class ModelSpec:
         self, seq_len: int, convention: Convention = "model_causal"
     ) -> float:
         """FLOPs of the two products QK' and PV of one layer, a token, forward."""
-        per_key = 4.0 * self.heads * self.head_dim
+        per_key = 2.0 * self.heads * (self.head_dim + self.v_dim)
         if convention != "model_causal":
             return per_key * seq_len
         w = min(self.sliding_window or seq_len, seq_len)

@@ -60,7 +60,7 @@ def check_relations(spec: ModelSpec) -> None:
         raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
     elif spec.rope_scaling is not None:
         raise UsageError("family gpt2 has learned positions", key="rope_scaling")
-    for name in ("qkv_bias", "qk_norm"):
+    for name in ("qkv_bias", "qk_norm", "latent"):
         if getattr(spec, name) and spec.family != "llama":
             raise UsageError(f"family {spec.family} has no {name}", key=name)
 
@@ -79,6 +79,29 @@ def _check_image(spec: ModelSpec, image: ImageSpec) -> None:
     for name, holds, wanted in rules:
         if not holds:
             raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
+
+
+def check_latent(spec: ModelSpec) -> None:
+    """What keys and values are made of, and the parts of a head."""
+    made = spec.latent
+    if made is None:
+        return
+    rules = (
+        ("kv", 1 <= made.kv <= LIMITS["hidden"], "1 or more"),
+        ("q", 0 <= made.q <= LIMITS["hidden"], "0 or more"),
+        ("rope", made.rope % 2 == 0 and 0 < made.rope < spec.head_dim,
+         f"even, less than head_dim {spec.head_dim}, which counts what has no position too"),
+        ("v", 1 <= made.v <= spec.head_dim, f"1 to head_dim {spec.head_dim}"),
+    )  # fmt: skip
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"{getattr(made, name)}: {wanted}", key=f"latent.{name}")
+    if spec.kv_heads != spec.heads:
+        text = f"{spec.kv_heads} differs from heads {spec.heads}: a latent makes keys of every head"
+        raise UsageError(text, key="kv_heads")
+    for name in ("qkv_bias", "qk_norm", "lora_rank"):
+        if getattr(spec, name):
+            raise UsageError(f"a latent has no {name}", key=name)
 
 
 EXPERT_FIELDS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import KINDS
+from partita.spec.hf_kinds import KINDS, SCALINGS
 from partita.spec.model import ModelSpec
 
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
@@ -66,7 +66,7 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     silent = {n: v for n, v in kind.defaults.items() if kind.names.get(n) not in config}
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
-    table |= _layers(config, file) | _experts(config, table, file)
+    table |= _layers(config, file) | _experts(config, table, file) | _latent(config)
     try:
         return decode(ModelSpec, table)
     except UsageError as error:
@@ -84,6 +84,29 @@ def _layers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if dense != list(range(len(dense))):
         raise _refuse(file, "mlp_only_layers", dense, ([], [0], [0, 1], "..."))
     return {"dense_layers": len(dense)} if dense else {}
+
+
+def _latent(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What keys and values are made of, and DeepSeek-V2's groups, which its other method has not."""
+    if not str(config["model_type"]).startswith("deepseek"):
+        return {}
+    names = {
+        "kv": "kv_lora_rank",
+        "q": "q_lora_rank",
+        "rope": "qk_rope_head_dim",
+        "v": "v_head_dim",
+    }
+    published = {"kv": 512, "rope": 64, "v": 128} | ({} if "q_lora_rank" in config else {"q": 1536})
+    made = published | {n: config[k] for n, k in names.items() if config.get(k) is not None}
+    found: dict[str, Any] = {"latent": made}
+    if isinstance(made["rope"], int):
+        found["head_dim"] = config.get("qk_nope_head_dim", 128) + made["rope"]
+    if config.get("topk_method") == "group_limited_greedy":
+        found |= {
+            "router_groups": config.get("n_group"),
+            "router_top_groups": config.get("topk_group"),
+        }
+    return found
 
 
 def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -133,21 +156,20 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if theta is not None:
         table["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise _refuse(file, "rope_scaling.rope_type", kind, ("default", "llama3"))
+    known = ("default", "yarn" if str(config["model_type"]).startswith("deepseek") else "llama3")
+    if kind not in known:
+        raise _refuse(file, "rope_scaling.rope_type", kind, known)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse(
             file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
         )
-    if kind == "llama3":
-        names = {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_seq_len": "original_max_position_embeddings",
-        }
-        table["rope_scaling"] = {
-            ours: rope[theirs] for ours, theirs in names.items() if theirs in rope
+    for key, only in (("attention_factor", None), ("truncate", True)):
+        if rope.get(key) not in (None, only):
+            raise _refuse(file, f"rope_scaling.{key}", rope[key], (only,))
+    if kind != "default":
+        names = SCALINGS[kind]
+        table["rope_scaling"] = {"kind": kind} | {
+            ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None
         }
     return table
 

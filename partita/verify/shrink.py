@@ -7,6 +7,7 @@ changed  widths, layers to two or three a stage, vocabulary, sequence, samples, 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
@@ -65,12 +66,21 @@ def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:
     group = max(spec.heads // spec.kv_heads, 1)
     kv_heads = max(small_tp // 2, 1) if spec.kv_heads < tp else small_tp
     heads = max(kv_heads * min(group, 4), small_tp)
+    kv_heads = heads if spec.latent else kv_heads
     layers = 2 * pp + (1 if spec.layers % max(pp, 2) else 0)
     vocab = 96 + spec.vocab % 32 if spec.vocab > 512 else spec.vocab
     return replace(
         spec, layers=layers, hidden=8 * heads, heads=heads, kv_heads=kv_heads, head_dim=8,
-        ffn_hidden=12 * small_tp, vocab=vocab, **_experts(spec, small_tp),
+        ffn_hidden=12 * small_tp, vocab=vocab, **_latent(spec), **_experts(spec, small_tp),
     )  # fmt: skip
+
+
+def _latent(spec: ModelSpec) -> dict[str, Any]:
+    """Latents narrower than what is made of them; half of a head is rotated."""
+    if spec.latent is None:
+        return {}
+    q = 12 if spec.latent.q else 0
+    return {"latent": replace(spec.latent, kv=10, q=q, rope=4, v=6)}
 
 
 def _expert_axes(plan: Plan, fold: int, tp: int) -> dict[str, int]:

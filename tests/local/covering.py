@@ -22,7 +22,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "offload": ("", "offload:cpu offload.targets=optimizer", "offload:nvme"),
     "model": (
-        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe ep2", "moe ep2 etp2 expert.chunks=2",
+        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe mla ep2", "moe ep2 etp2 expert.chunks=2",
         "alexnet split2",
     ),
 }  # fmt: skip
@@ -102,6 +102,6 @@ def line(row: Row) -> str:
     words.append(row["offload"])
     return " ".join(
         [w for w in words if w]
-        + row["model"].split()[1:] * row["model"].startswith(("moe", "alexnet"))
+        + [w for w in row["model"].split() if w.startswith(("ep2", "etp2", "expert.", "split"))]
         + ["fp64"]
     )

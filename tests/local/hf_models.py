@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -21,6 +23,8 @@ from transformers import (
 )
 from transformers.loss import loss_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -30,6 +34,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 SEQ = 24
+BALANCE = "e_score_correction_bias"  # a buffer there; its gradient here are counts
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -69,7 +74,20 @@ ISLANDS: list[Island] = [
     (qwen2_moe.Qwen2MoeTopKRouter, "forward", QWEN_ROUTER),
     (qwen3_moe.Qwen3MoeTopKRouter, "forward", QWEN_ROUTER),
     (mixtral.MixtralTopKRouter, "forward", ((".float()", 1, ".double()"),)),
+    *llama_islands(deepseek_v3, "DeepseekV3"),
+    (deepseek_v3.DeepseekV3TopkRouter, "forward", (("torch.float32", 2, "torch.float64"),)),
+    (deepseek_v2.DeepseekV2RMSNorm, "forward", WIDE),
+    (deepseek_v2.DeepseekV2RotaryEmbedding, "forward", ((".float()", 1, ".double()"), *FLOAT)),
+    (deepseek_v2.DeepseekV2RotaryEmbedding, "compute_default_rope_parameters", FLOAT),
+    (deepseek_v2, "apply_rotary_emb", ((".float()", 2, ".double()"),)),
+    (deepseek_v2, "eager_attention_forward", WIDE),
+    (deepseek_v2.DeepseekV2TopkRouter, "forward", (("torch.float32", 3, "torch.float64"),)),
     (ROPE_INIT_FUNCTIONS, "llama3", FLOAT),
+    (
+        ROPE_INIT_FUNCTIONS,
+        "yarn",
+        (("dtype=torch.float)", 2, "dtype=torch.float64)"), ("torch.float32", 1, "torch.float64")),
+    ),
     (loss_utils.LOSS_MAPPING, "ForCausalLM", (("logits.float()", 1, "logits.double()"),)),
 ]
 
@@ -123,6 +141,23 @@ def moe_config(config=MixtralConfig, **changes):
     return llama_config(config, experts_implementation="eager", **own | changes)
 
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "beta_fast": 2.0, "mscale": 0.7,
+    "mscale_all_dim": 0.5, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def deepseek_config(config, **changes):
+    """Two of six experts, in groups; every width another."""
+    own = {
+        "num_key_value_heads": 4, "head_dim": 6, "kv_lora_rank": 10, "q_lora_rank": 14,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 5, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "moe_intermediate_size": 12,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "experts_implementation": "eager",
+    }  # fmt: skip
+    return llama_config(config, **own | changes)
+
+
 CONFIGS = {
     "llama": llama_config,
     "llama-tied": lambda: llama_config(tie_word_embeddings=True),
@@ -135,19 +170,27 @@ CONFIGS = {
         Qwen2MoeConfig, head_dim=8, num_experts=3, shared_expert_intermediate_size=24
     ),
     "qwen3-moe": lambda: moe_config(Qwen3MoeConfig, norm_topk_prob=True, mlp_only_layers=[0]),
+    "deepseek-v2": lambda: deepseek_config(
+        DeepseekV2Config, q_lora_rank=None, topk_method="group_limited_greedy"
+    ),
+    "deepseek-v3": lambda: deepseek_config(DeepseekV3Config, rope_parameters=YARN),
     "gpt2": gpt2_config,
     "gpt2-untied": lambda: gpt2_config(tie_word_embeddings=False),
 }
 
 
 def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **options) -> Path:
-    """A folder as transformers writes it, every weight random, norms and biases too."""
+    """A folder as transformers writes it, every weight random, norms and biases too: float32 numbers,
+    since transformers loads routers as such."""
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
             around = 1.0 if p.dim() == 1 and name.endswith("weight") else 0.0
-            p.copy_(around + 0.1 * torch.randn(p.shape, generator=generator, dtype=dtype))
+            p.copy_(around + 0.1 * torch.randn(p.shape, generator=generator))
+        for name, b in model.named_buffers():
+            if name.endswith(BALANCE):
+                b.copy_(0.1 * torch.randn(b.shape, generator=generator))
     model.save_pretrained(folder, **options)
     return folder
 
@@ -162,7 +205,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float64):
         output_loading_info=True,
     )
     assert not any(info.values()), info
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def by_file_name(parameters: dict[str, Any], mixtral: bool) -> dict[str, Any]:

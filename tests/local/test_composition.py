@@ -19,6 +19,8 @@ def job(folder, row):
         family, model = "llama", {**verify_jobs.EXPERTS, "layers": 5}
     if family == "qwen":
         family, model = "llama", dict(verify_jobs.QWEN)
+    if "mla" in words:
+        model |= {**verify_jobs.MLA, "router": "sigmoid", "router_groups": 2}
     if "etp2" in words:
         model["shared_gate"] = True
     if family == "gpt2":

@@ -174,3 +174,17 @@ def test_a_swapped_pair_of_batches_on_one_stage(judged, monkeypatch):
 
     monkeypatch.setattr(runs, "rank_batch", swapped)
     assert judged("pp2/2mb fp64").rank == 1
+
+
+@pytest.mark.parametrize("plan, op", [("tp2", "all_reduce"), ("tp2+sp", "reduce_scatter")])
+def test_the_latent_keys_positional_part_not_reduced_over_tp(plan, op, judged, monkeypatch):
+    start = Region.start_backward
+
+    def own_heads_only(self, dx):
+        if not self.site.endswith(("k_pe:copy_to", "k_pe:gather_from")):
+            return start(self, dx)
+        return Done(dx.chunk(self.comm.size, 1)[self.comm.rank] if "gather" in self.site else dx)
+
+    monkeypatch.setattr(Region, "start_backward", own_heads_only)
+    at = judged(f"{plan} fp64", **verify_jobs.MLA)
+    assert at.phase == "backward" and at.expected == (op, "tp") and "k_pe" in at.message

@@ -10,9 +10,12 @@ import numpy as np
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
 
-__all__ = ["EXPERTS", "QWEN", "SEQ", "SingleWorld", "job", "tokens"]
+__all__ = ["EXPERTS", "MLA", "QWEN", "SEQ", "SingleWorld", "job", "tokens"]
 
 SEQ = 8
+MLA: dict[str, Any] = {
+    "kv_heads": 4, "head_dim": 6, "latent": {"q": 7, "kv": 9, "rope": 4, "v": 5, "norm_eps": 1e-5},
+}  # fmt: skip
 QWEN = {"qkv_bias": True, "qk_norm": True}
 EXPERTS: dict[str, Any] = {
     "experts": 4, "top_k": 2, "expert_ffn_hidden": 12, "shared_experts": 1, "dense_layers": 1, "layers": 3,

@@ -12,7 +12,7 @@ from partita.parallel.execute import Outcome, execute
 from partita.parallel.execute_algebra import ExecuteError
 from partita.parallel.laid import Laid, Request, lay
 from partita.record.transfer import TrafficLine
-from partita.spec.model import ModelSpec
+from partita.spec.model import Latent, ModelSpec
 from partita.spec.plan_text import parse
 from partita.spec.program import Block, Op
 
@@ -28,6 +28,8 @@ def model(family: str = "llama", **changes: object) -> ModelSpec:
 
 LLAMA = model(kv_heads=2)
 TIED = model(tied=True)
+MLA = model(head_dim=6, latent=Latent(q=3, kv=5, rope=2, v=3))
+MLA_PLAIN = model(head_dim=6, latent=Latent(kv=5, rope=2, v=3))
 QWEN = model(kv_heads=2, qkv_bias=True, qk_norm=True)
 GPT2 = model("gpt2")
 DROPS = model("gpt2", dropout=0.1, tied=False)

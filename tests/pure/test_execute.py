@@ -7,7 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from executed import DROPS, GPT2, LLAMA, QWEN, TIED, difference, laid, model, request
+from executed import (
+    DROPS,
+    GPT2,
+    LLAMA,
+    MLA,
+    MLA_PLAIN,
+    QWEN,
+    TIED,
+    difference,
+    laid,
+    model,
+    request,
+)
 
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.execute import Execution, execute
@@ -26,9 +38,23 @@ ZERO = [
     "pp2/2mb dp_shard2.zero3 data.reshard_after_forward=false", "dp_shard2.zero3 tp2+sp 2mb",
     "dp_shard4.zero2 data.bucket_bytes=300",
 ]  # fmt: skip
-MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "drops": DROPS, "qwen": QWEN}
+MODELS = {
+    "llama": LLAMA,
+    "tied": TIED,
+    "gpt2": GPT2,
+    "drops": DROPS,
+    "qwen": QWEN,
+    "mla": MLA,
+    "mla plain": MLA_PLAIN,
+}
 FULL = " recompute:full"
 CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
+LATENT = (
+    "tp2", "tp4+sp", "cp2:ring tp2+sp", "cp2:ulysses tp2", "cp4:hybrid2x2", "dp_shard2.zero3 tp2+sp 2mb",
+    "pp2:zb_h1/4mb tp2+sp", "tp2+sp recompute:full recompute.collectives=keep",
+    "pp2/2mb tp2 recompute:selective recompute.modules=core,norm,act",
+)  # fmt: skip
+CASES += [("mla", p) for p in LATENT] + [("mla plain", p) for p in LATENT[:3]]
 CASES += [
     ("qwen", p)
     for p in ("tp4", "tp4+sp", "cp4:hybrid2x2", "cp2:ulysses tp2+sp", "dp_shard2.zero3 2mb")

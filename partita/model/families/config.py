@@ -9,7 +9,7 @@ import torch
 
 from partita.base.config import encode
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import KINDS, kind_of
+from partita.spec.hf_kinds import KINDS, SCALINGS, kind_of
 from partita.spec.model import ModelSpec
 from partita.spec.model_hf import model_of
 
@@ -43,6 +43,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
         config["mlp_only_layers"] = list(range(spec.dense_layers))
     if spec.shared_gate:
         config["shared_expert_intermediate_size"] = spec.shared_experts * spec.expert_ffn_hidden
+    config |= _latent(spec)
     _check(spec, config, name)
     return config
 
@@ -51,13 +52,25 @@ def _rope(spec: ModelSpec) -> dict[str, Any] | None:
     scaling = spec.rope_scaling
     if scaling is None:
         return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_seq_len,
-    }
+    names = SCALINGS[scaling.kind].items()
+    return {"rope_type": scaling.kind} | {theirs: getattr(scaling, ours) for ours, theirs in names}
+
+
+def _latent(spec: ModelSpec) -> dict[str, Any]:
+    """Parts of a head, and DeepSeek-V2's groups."""
+    made = spec.latent
+    if made is None:
+        return {}
+    found: dict[str, Any] = {
+        "kv_lora_rank": made.kv, "q_lora_rank": made.q or None, "qk_rope_head_dim": made.rope,
+        "qk_nope_head_dim": spec.head_dim - made.rope, "v_head_dim": made.v,
+        "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    if spec.router == "softmax":
+        method = "greedy" if spec.router_groups == 1 else "group_limited_greedy"
+        groups = {"n_group": spec.router_groups, "topk_group": spec.router_top_groups}
+        found |= {"topk_method": method, **groups}
+    return found
 
 
 def _check(spec: ModelSpec, config: dict[str, Any], kind: str) -> None:

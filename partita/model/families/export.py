@@ -118,8 +118,9 @@ def _join(sources: list[Source], get: Callable[[str], Tensor]) -> Tensor:
     for source in sorted(sources, key=lambda s: s.offset):
         value = get(source.name).detach()
         value = value[source.part]
-        parts.append(value.reshape(source.num_rows, -1))
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        heads = source.dims[0] if source.step else 1
+        parts.append(value.reshape(heads, source.num_rows // heads, -1))
+    whole = torch.cat(parts, 1).flatten(0, 1)
     whole = whole.t() if sources[0].transposed else whole
     # A copy: safetensors refuses tensors that share memory, and get may hand out views of one buffer.
     return whole.reshape(sources[0].file_shape).clone()

@@ -10,6 +10,10 @@ mixtral         router.gate [experts, hidden]           block_sparse_moe.gate
                 experts.down [experts, hidden, ffn]     block_sparse_moe.experts.E.w2 [hidden, ffn]
 qwen moe        experts.gate_up                         mlp.experts.E.gate_proj, up_proj; mlp.gate
                 shared.gate_up, shared.gate [1, hidden] mlp.shared_expert.*_proj, mlp.shared_expert_gate
+deepseek        attention.q_a, wq [heads, head_dim, q]  self_attn.q_a_proj, q_b_proj (without q: q_proj)
+                attention.kv_a [kv, hidden], k_pe       self_attn.kv_a_proj_with_mqa [kv + rope, hidden]
+                attention.wk, wv [heads, ..., kv]       self_attn.kv_b_proj [heads * (nope + v), kv]
+                router.balance_bias [experts]           mlp.gate.e_score_correction_bias
 gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
                 mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
 """
@@ -36,7 +40,8 @@ class Source:
 
     `dims` are the logical sizes that it holds. The first `rows` of them fold into its rows, the others
     into its columns; rows = len(dims) makes a vector. A `transposed` matrix lies with its columns
-    first. Ours starts at row `offset` of `total` where several share one file tensor.
+    first. Ours starts at row `offset` of `total` where several share one file tensor; with `step` each
+    index of the first dim begins so many rows behind the one before, and others lie between.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Source:
     offset: int = 0
     total: int = 0
     part: tuple[int, ...] = ()
+    step: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -88,26 +94,69 @@ def names(spec: ModelSpec) -> tuple[Source, ...]:
 def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
     ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
     attention = f"{theirs}self_attn."
-    q = (spec.heads, spec.head_dim, spec.hidden)
-    kv = (spec.kv_heads, spec.head_dim, spec.hidden)
+    heads = _heads if spec.latent is None else _latent
     found = [
         Source(f"{ours}attention.norm", f"{theirs}input_layernorm.weight", (spec.hidden,), 1),
-        Source(f"{ours}attention.wq", f"{attention}q_proj.weight", q, 2),
-        Source(f"{ours}attention.wk", f"{attention}k_proj.weight", kv, 2),
-        Source(f"{ours}attention.wv", f"{attention}v_proj.weight", kv, 2),
-        Source(f"{ours}attention.wo", f"{attention}o_proj.weight", (spec.hidden, *q[:2]), 1),
+        *heads(spec, f"{ours}attention.", attention),
         Source(f"{ours}mlp.norm", f"{theirs}post_attention_layernorm.weight", (spec.hidden,), 1),
     ]
-    if spec.qkv_bias:
-        for n, dims in (("q", q[:2]), ("k", kv[:2]), ("v", kv[:2])):
-            found.append(Source(f"{ours}attention.w{n}_bias", f"{attention}{n}_proj.bias", dims, 2))
-    if spec.qk_norm:
-        for n in ("q_norm", "k_norm"):
-            found.append(Source(f"{ours}attention.{n}", f"{attention}{n}.weight", kv[1:2], 1))
     if spec.has_experts(i):
         return found + _experts(spec, ours, theirs)
     names = (f"{theirs}mlp.{n}_proj" for n in ("gate", "up", "down"))
     return found + _swiglu(spec, f"{ours}mlp", tuple(names), spec.ffn_hidden)
+
+
+def _latent(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    """kv_a and k_pe share one file tensor; in another each head's keys and values follow each other."""
+    made, hidden = spec.latent, spec.hidden
+    assert made is not None
+    nope, both = spec.head_dim - made.rope, spec.head_dim - made.rope + made.v
+    down, up = f"{theirs}kv_a_proj_with_mqa.weight", f"{theirs}kv_b_proj.weight"
+    rows, all_rows = made.kv + made.rope, spec.heads * both
+    q = Source(f"{ours}wq", f"{theirs}q_proj.weight", (spec.heads, spec.head_dim, hidden), 2)
+    queries = [q]
+    if made.q:
+        queries = [
+            Source(f"{ours}q_a", f"{theirs}q_a_proj.weight", (made.q, hidden), 1),
+            Source(f"{ours}q_norm", f"{theirs}q_a_layernorm.weight", (made.q,), 1),
+            Source(q.name, f"{theirs}q_b_proj.weight", (spec.heads, spec.head_dim, made.q), 2),
+        ]
+    wo = (hidden, spec.heads, made.v)
+    return [
+        *queries,
+        Source(f"{ours}kv_a", down, (made.kv, hidden), 1, total=rows),
+        Source(f"{ours}k_pe", down, (made.rope, hidden), 1, offset=made.kv, total=rows),
+        Source(f"{ours}kv_norm", f"{theirs}kv_a_layernorm.weight", (made.kv,), 1),
+        Source(f"{ours}wk", up, (spec.heads, nope, made.kv), 2, total=all_rows, step=both),
+        Source(
+            f"{ours}wv",
+            up,
+            (spec.heads, made.v, made.kv),
+            2,
+            offset=nope,
+            total=all_rows,
+            step=both,
+        ),
+        Source(f"{ours}wo", f"{theirs}o_proj.weight", wo, 1),
+    ]
+
+
+def _heads(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    q = (spec.heads, spec.head_dim, spec.hidden)
+    kv = (spec.kv_heads, spec.head_dim, spec.hidden)
+    found = [
+        Source(f"{ours}wq", f"{theirs}q_proj.weight", q, 2),
+        Source(f"{ours}wk", f"{theirs}k_proj.weight", kv, 2),
+        Source(f"{ours}wv", f"{theirs}v_proj.weight", kv, 2),
+        Source(f"{ours}wo", f"{theirs}o_proj.weight", (spec.hidden, *q[:2]), 1),
+    ]
+    if spec.qkv_bias:
+        for n, dims in (("q", q[:2]), ("k", kv[:2]), ("v", kv[:2])):
+            found.append(Source(f"{ours}w{n}_bias", f"{theirs}{n}_proj.bias", dims, 2))
+    if spec.qk_norm:
+        for n in ("q_norm", "k_norm"):
+            found.append(Source(f"{ours}{n}", f"{theirs}{n}.weight", kv[1:2], 1))
+    return found
 
 
 def _swiglu(
@@ -127,12 +176,16 @@ def _experts(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
     theirs += "block_sparse_moe." if mixtral else "mlp."
     parts = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     found = [Source(f"{ours}router.gate", f"{theirs}gate.weight", gate_dims, 1)]
+    if spec.router_bias:
+        bias = f"{theirs}gate.e_score_correction_bias"
+        found.append(Source(f"{ours}router.balance_bias", bias, gate_dims[:1], 1))
     for e in range(spec.experts):
         names = (f"{theirs}experts.{e}.{w}" for w in parts)
         found += _swiglu(spec, f"{ours}experts", tuple(names), spec.expert_ffn_hidden, (e,))
     if spec.shared_experts:
-        names, width = (f"{theirs}shared_expert.{w}" for w in parts), spec.shared_experts
-        found += _swiglu(spec, f"{ours}shared", tuple(names), width * spec.expert_ffn_hidden)
+        shared = f"{theirs}shared_expert{'s' if spec.latent else ''}."
+        names, width = (shared + w for w in parts), spec.shared_experts * spec.expert_ffn_hidden
+        found += _swiglu(spec, f"{ours}shared", tuple(names), width)
     if spec.shared_gate:
         gate = f"{theirs}shared_expert_gate.weight"
         found.append(Source(f"{ours}shared.gate", gate, (1, spec.hidden), 1))

@@ -50,7 +50,10 @@ class Reader:
 
     def _read(self, source: Source, box: Box) -> Tensor:
         k = source.rows
-        first, rows = _fold(box[:k], source.dims[:k])
+        sizes = source.dims[:k]
+        if source.step:
+            sizes = (sizes[0], source.step)
+        first, rows = _fold(box[:k], sizes)
         run = slice(source.offset + first, source.offset + first + int(rows[-1]) + 1)
         spans: tuple[slice, ...] = (run,)
         columns = None

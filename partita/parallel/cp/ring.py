@@ -26,10 +26,11 @@ from partita.parallel.regions import Region
 @dataclass(frozen=True)
 class SharedKeys:
     """A core (model/core.py) for the shares of a ring or gather; `regions` move k and v. q [batch, heads,
-    share, head_dim], k and v [batch, kv_heads, share, head_dim]."""
+    share, head_dim], k and v [batch, kv_heads, share, head_dim]; `scale` as tile.py has it."""
 
     travel: Travel
     regions: tuple[Region, Region]
+    scale: float | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -39,14 +40,15 @@ class SharedKeys:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, split: Split) -> tuple[Tensor, Tensor]:
         """(output, lse) of this rank's queries."""
-        mine, merged = self.travel.rank, Merged(q)
+        mine, merged = self.travel.rank, Merged(q, v.shape[-1])
         for owner, share in self.travel.shares(self.regions, _laid(k, v), "F"):
             own, theirs = (t.transpose(1, 2) for t in share)
             for tile in split.tiles(mine, owner):
                 seen = split.seen(tile, mine, owner)
                 at = tile.rows, slice(None), tile.k
                 part = q[tile.rows, :, tile.q]
-                merged.add(tile, *attend(part, own[at], theirs[at], seen, tile.kind == CAUSAL))
+                causal = tile.kind == CAUSAL
+                merged.add(tile, *attend(part, own[at], theirs[at], seen, causal, self.scale))
             del share, own, theirs  # no third share while the next one comes
         return merged.out, merged.lse
 
@@ -67,7 +69,7 @@ class SharedKeys:
                 rows, keys = (tile.rows, slice(None), tile.q), (tile.rows, slice(None), tile.k)
                 found = attend_back(
                     g[rows], (q[rows], own[keys], theirs[keys]), out[rows], lse[rows], seen,
-                    tile.kind == CAUSAL,
+                    tile.kind == CAUSAL, self.scale,
                 )  # fmt: skip
                 for whole, at, part in zip((dq, dk, dv), (rows, keys, keys), found, strict=True):
                     whole[at] += part

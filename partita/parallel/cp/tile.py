@@ -5,7 +5,10 @@ A tile gives its rows' output and the log of their sum of exponentials (lse). Tw
     lse = log(e^lse_a + e^lse_b)        out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
 
 in fp32 (fp64 under fp64). Backward of a tile needs the rows' final output and lse alone, so tiles' gradients
-add up. Shapes: q, out [batch, heads, queries, head_dim]; k, v [batch, kv_heads, keys, head_dim].
+add up. Shapes: q, out [batch, heads, queries, head_dim]; k, v [batch, kv_heads, keys, head_dim]; out and v
+may be narrower (latent attention): the kernel is then given v with zeros to the width of k.
+
+`scale` is what products are multiplied by, head_dim^-0.5 where None.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from partita.parallel.cp.split import Tile
 
@@ -27,32 +31,50 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(output, lse) of one tile; lse is -inf where a query sees none of the keys. `seen` bool [batch or 1,
     1, queries, keys], or all; `causal`: the upper half is hidden."""
     if q.device.type != "cpu":
-        return plain(q, k, v, seen, causal)
-    out, lse = _FLASH(q, k, v, 0.0, causal, attn_mask=_added(seen, q))
+        return plain(q, k, v, seen, causal, scale)
+    padded = _padded(v, q.shape[-1])
+    out, lse = _FLASH(q, k, padded, 0.0, causal, attn_mask=_added(seen, q), scale=scale)
+    if padded is not v:  # as narrow as it is laid, and as the kernel lays its output
+        out = out.transpose(1, 2)[..., : v.shape[-1]].contiguous().transpose(1, 2)
     if seen is not None:  # the kernel says 0 for such a row
         lse = lse.masked_fill(~seen.any(-1).expand(lse.shape), -torch.inf)
     return out, lse
 
 
 def attend_back(
-    g: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, seen: Tensor | None, causal: bool
+    g: Tensor,
+    qkv: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    causal: bool,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one tile, from its rows' final output and lse."""
     if g.device.type != "cpu":
-        return plain_back(g, qkv, out, lse, seen, causal)
-    return _FLASH_BACK(g, *qkv, out, lse, 0.0, causal, attn_mask=_added(seen, g))
+        return plain_back(g, qkv, out, lse, seen, causal, scale)
+    q, k, v = qkv
+    g, wide_v, out = (_padded(t, q.shape[-1]) for t in (g, v, out))
+    mask = _added(seen, g)
+    dq, dk, dv = _FLASH_BACK(g, q, k, wide_v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return dq, dk, dv[..., : v.shape[-1]]
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """x with zeros behind its last dim; itself where it is as wide."""
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """attend without a kernel: scores are made whole, in the wide dtype."""
-    scores = _scores(q, k, seen, causal)
+    scores = _scores(q, k, seen, causal, scale)
     lse = scores.logsumexp(-1)
     probs = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
     out = torch.einsum("bkgqs,bksd->bkgqd", probs, v.to(probs.dtype))
@@ -60,16 +82,22 @@ def plain(
 
 
 def plain_back(
-    g: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, seen: Tensor | None, causal: bool
+    g: Tensor,
+    qkv: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    causal: bool,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attend_back without a kernel."""
     q, k, v = qkv
     kv = k.shape[1]
-    probs = (_scores(q, k, seen, causal) - lse.unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
+    probs = (_scores(q, k, seen, causal, scale) - lse.unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
     wide_q, wide_g, wide_out = (t.to(probs.dtype).unflatten(1, (kv, -1)) for t in (q, g, out))
     wide_k, wide_v = k.to(probs.dtype), v.to(probs.dtype)
     slope = torch.einsum("bkgqd,bksd->bkgqs", wide_g, wide_v)
-    slope = probs * (slope - (wide_g * wide_out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    slope = probs * (slope - (wide_g * wide_out).sum(-1, keepdim=True)) * _scale(q, scale)
     dq = torch.einsum("bkgqs,bksd->bkgqd", slope, wide_k).flatten(1, 2)
     dk = torch.einsum("bkgqs,bkgqd->bksd", slope, wide_q)
     return dq, dk, torch.einsum("bkgqs,bkgqd->bksd", probs, wide_g)
@@ -82,11 +110,15 @@ def _added(seen: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     """[batch, kv_heads, group, queries, keys], hidden ones -inf."""
     dtype = wide(q.dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, k.to(dtype)) * q.shape[-1] ** -0.5
+    scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, k.to(dtype)) * _scale(q, scale)
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
     elif seen is not None:
@@ -95,10 +127,10 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
 
 
 class Merged:
-    """Tiles of this rank's queries added up; `out` and `lse` when all are in."""
+    """Tiles of this rank's queries added up; `out`, as wide as values, and `lse` when all are in."""
 
-    def __init__(self, q: Tensor) -> None:
-        b, heads, s, dim = q.shape
+    def __init__(self, q: Tensor, dim: int) -> None:
+        b, heads, s, _ = q.shape
         self._dtype = q.dtype
         self._sum = q.new_zeros(b, s, heads, dim, dtype=wide(q.dtype)).transpose(1, 2)
         self.lse = q.new_full((b, heads, s), -torch.inf, dtype=wide(q.dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partita.spec.families.latent import latent_heads, latent_sizes
 from partita.spec.families.loss import loss
 from partita.spec.families.moe import expert_sizes, moe
 from partita.spec.families.writer import Writer
@@ -58,6 +59,7 @@ class Family:
                 "vocab": s.vocab,
                 "positions": s.max_seq_len,
                 "pair": 2,
+                **(latent_sizes(s) if s.latent else {}),
             },
         )
 
@@ -88,6 +90,9 @@ class Family:
     def attention(self, w: Writer, x: str) -> str:
         """Projections, positions, attention and the output projection. The three projections' weights
         lie side by side, so that one matmul can serve them; their biases follow."""
+        if self.spec.latent is not None:
+            a = self.flash(w, *latent_heads(self.spec, w, x))
+            return w.linear("attention.wo", a, ("ao", X), "hidden heads v_dim", "heads v_dim")
         biased = self.biased or self.spec.qkv_bias
         mm = ".mm" if biased else ""
         kv_weight = "kv_heads head_dim hidden"
@@ -110,16 +115,19 @@ class Family:
         )
 
     def flash(self, w: Writer, q: str, k: str, v: str) -> str:
-        """FLOPs are those of the full square: 4 a point (model_full)."""
+        """FLOPs are those of the full square: 4 a point (model_full), 2 where values are narrower."""
         w.tensor("lse", "batch seq heads", "stat")
+        out, grid, flops = Q, GRID, 4
+        if self.spec.latent is not None:
+            out, grid, flops = "batch seq heads v_dim", "batch heads seq keys qk_v", 2
         return w.op(
             "attention.core",
             "attention",
             f"{q} {k} {v}",
-            ("a", Q),
+            ("a", out),
             whole=((k, "seq"), (v, "seq")),
-            space=GRID,
-            flops_per_point=4,
+            space=grid,
+            flops_per_point=flops,
             saves=f"{q} {k} {v} a lse",
             cheap=True,
         )
