@@ -18,7 +18,7 @@ from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
 from partita.spec.hardware import find_hardware
 from partita.spec.job import ADAPTERS
-from partita.spec.model import Convention, ModelSpec
+from partita.spec.model import Convention, Latent, ModelSpec
 from partita.spec.plan import Plan
 
 Row = Mapping[str, str]
@@ -48,8 +48,12 @@ DEVICES = {
 # what public configurations say and the table has no column for
 FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
 SPREAD = ("vocab-1", "vocab-2", "interlaced")  # methods that cut the vocabulary over the stages
-HEAD_DIMS = {"Qwen3": 128, "GPT OSS": 64}
-MLA = "DeepSeek|Kimi|Moonlight"
+HEAD_DIMS = {
+    "Qwen3": 128, "GPT OSS": 64, "DeepSeek": 192, "Kimi": 192, "Moonlight": 192,
+}  # fmt: skip
+# of models with latent attention, by public configurations: numbers a query is made of (0: of the token),
+# leading layers without experts, shared experts; all have 512 numbers of keys and values, 64 rotated
+LATENT = {"DeepSeek": (1536, 3, 1), "Kimi": (1536, 1, 1), "Moonlight": (0, 1, 2)}
 NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
 RACK = 64  # devices of an NVLink rack that runs use
 
@@ -141,8 +145,6 @@ def case(row: Row) -> Case:
 def model(row: Row, seq: int) -> ModelSpec:
     """The model of a row, in one of the families."""
     mlp, name = row["mlp"], row["model_name"]
-    if re.match(MLA, name):
-        raise UnpredictableError("architecture outside the families: latent attention")
     if mlp not in ("gelu", "relu2", "swiglu"):
         raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
     from partita.cost.machine import software_of
@@ -153,6 +155,10 @@ def model(row: Row, seq: int) -> ModelSpec:
         counts = {"experts": number(row, "experts"), "top_k": number(row, "topk")}
         experts = {**counts, "expert_ffn_hidden": ffn}
     family = "gpt2" if mlp == "gelu" else "llama"
+    made = next((v for start, v in LATENT.items() if name.startswith(start)), None)
+    if made is not None:
+        experts |= {"dense_layers": made[1], "shared_experts": made[2]}
+        experts["latent"] = Latent(kv=512, rope=64, v=128, q=made[0])
     drops = family == "gpt2" and not software_of(software(row)).flash
     heads = number(row, "heads")
     return ModelSpec(

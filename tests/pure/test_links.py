@@ -93,7 +93,7 @@ def test_all_reduces_are_those_of_nccl_tests():
     found = errors(Path(__file__).parents[2] / "validation" / "collectives.csv")
     own = [abs(e) for (device, _), es in found.items() if device == "A100-80GB" for e in es]
     assert len(own) == 77
-    assert sum(own) / len(own) < 0.09
+    assert sum(own) / len(own) < 0.11
 
 
 def test_traffic_names_its_link():

@@ -54,6 +54,9 @@ def test_what_no_plan_says_is_read_off_the_row(rows):
     assert not base.spread
     assert spread.spread
     assert predict(spread) < predict(base)
+    deep = case(next(r for r in rows if r["model_name"] == "DeepSeekV3")).model
+    assert deep.latent is not None
+    assert deep.parameters() == pytest.approx(671e9, rel=5e-3)
     relu = case(next(r for r in rows if r["mlp"] == "relu2")).model
     assert 3 * relu.ffn_hidden == 2 * 73728
 
