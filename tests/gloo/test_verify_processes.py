@@ -51,6 +51,17 @@ def test_a_schedule_equals_one_device_on_processes(plan, backend, tmp_path):
     assert found.equal, str(found)
 
 
+@pytest.mark.parametrize(
+    "backend", [pytest.param("shm"), pytest.param("gloo", marks=pytest.mark.slow)]
+)
+def test_rows_of_pairs_and_chunks_travel_between_processes(backend, tmp_path):
+    """Several exchanges of a group under way at once, waited for in the order of their pieces."""
+    plan = "dp_shard2.zero1 ep2 pp2:dualpipev/4mb expert.chunks=2 fp64"
+    experts = verify_jobs.EXPERTS | {"layers": 5}
+    found = verify(verify_jobs.job(tmp_path, plan, batch=16, **experts), backend=backend)
+    assert found.equal, str(found)
+
+
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
 def test_context_parallelism_equals_one_device_on_processes(backend, tmp_path):
     """Exchanges inside a ring, documents packed."""
