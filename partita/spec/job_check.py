@@ -105,7 +105,7 @@ def _clip(job: Job) -> Iterator[Problem]:
             f"train.clip_grad_norm is {limit:g}",
             asked=f"train.clip_grad_norm={limit:g}",
             limit="train.clip_grad_norm=0",
-            nearest=str(job.plan.with_("pipeline", schedule="1f1b")),
+            nearest=str(job.plan.with_("pipeline", schedule="1f1b", vertical_sync=False)),
         )
 
 

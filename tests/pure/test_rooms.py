@@ -66,6 +66,8 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "pp3 pipeline.split=1,0,2", ["pp"], "pp3"),
         (LLAMA, "pp2:zb_h2/2mb", ["pp"], "pp2"),
         (LLAMA, "pp2:forward/2mb", ["pp"], "pp2"),
+        (LLAMA, "pp2/2mb pipeline.vertical_sync=true", ["pp"], "pp2"),
+        (LLAMA, "dp_shard2.zero0 expert.chunks=2", ["ep"], "dp_shard2.zero0"),
         (LLAMA, "pp2:interleaved_1f1bx2/3mb", ["pp"], "pp2"),
         (LLAMA, "pp2:zb_v/4mb", ["pp"], "pp2:1f1b/4mb"),
         (LLAMA, 'pp2:"file:missing.csv"/2mb', ["pp"], "pp2"),

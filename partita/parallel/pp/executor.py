@@ -148,10 +148,12 @@ class Executor:
             for action in group:
                 if action in last:
                     self.last_backward(action.stage)
+            if self.span is None or group[0].kind not in COMPUTE:
+                self._do(*group)
+                continue
             with ExitStack() as spans:
                 for action in group:
-                    if self.span is not None and action.kind in COMPUTE:
-                        spans.enter_context(self.span(action))
+                    spans.enter_context(self.span(action))
                 self._do(*group)
         if settle:
             for handle in self._sent.values():
