@@ -71,6 +71,7 @@ class Bounds:
         self._steps: dict[object, Rehearsal] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self.request = request_of(space.job)
+        self.limit_bytes: float = space.job.cluster.memory_limit_bytes
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -197,17 +198,7 @@ class Bounds:
             o / shards if zero >= 1 else o,
         )
 
-    def least(self, mesh: MeshChoice, shape: Shape, table: Table, micro: int) -> float:
-        """Bytes of the fullest rank at least, where stages are all alike and hold one microbatch: from an
-        endless table."""
-        total, ways = table.total, self.ways(mesh, shape)
-        states = min(
-            sum(self.states(total.states, *way)) / mesh.pp + self.lent(table, way[0])
-            for way in ways
-        )
-        return states + total.kept * micro / ENDLESS / mesh.pp
-
-    def _group(self, stride: int, n: int) -> Group:
+    def group(self, stride: int, n: int) -> Group:
         """`n` ranks, each `stride` behind the one before."""
         key = (stride, n)
         if key not in self._groups:
@@ -229,8 +220,8 @@ class Bounds:
         if self.space.model.experts or self.machine.class_ == "CPU":
             return 0.0
         cut, rest = (shard * mesh.cp, mesh.dp // shard) if zero else (1, mesh.dp * mesh.cp)
-        inner = self._group(mesh.tp, cut)
-        outer = self._group(mesh.tp * cut, rest) if zero else self._group(mesh.tp, rest)
+        inner = self.group(mesh.tp, cut)
+        outer = self.group(mesh.tp * cut, rest) if zero else self.group(mesh.tp, rest)
         layers, worst = self.split(table, len(stages)), 0.0
         weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
         gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
@@ -254,7 +245,7 @@ class Bounds:
         if zero < 2 or self.space.model.experts or self.machine.class_ == "CPU":
             return stages
         n = shard * mesh.cp
-        group = self._group(mesh.tp, n)
+        group = self.group(mesh.tp, n)
         weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
         gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
         known: dict[int, tuple[float, float]] = {}

@@ -103,6 +103,13 @@ class Queue:
     def _beaten(self, key: Key) -> bool:
         return len(self.best) >= self.top and key >= self.best[self.top - 1][0]
 
+    @property
+    def cut(self) -> float:
+        """Seconds of a step from which on no plan is better, where time is the goal."""
+        if self.goal.name != "time" or len(self.best) < self.top:
+            return INF
+        return self.best[self.top - 1][0][0] * (1 + 1e-12)  # equal times go by memory
+
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""
         s, num_bytes, world = node.seconds, node.num_bytes, node.mesh.world

@@ -15,6 +15,7 @@ from dataclasses import replace
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import machine_of
 from partita.planner.bound import ENDLESS, Bounds, laid_bound
+from partita.planner.floor import floor
 from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Node, Queue
 from partita.planner.space import Leaf, Space, Tokens, Words
 from partita.planner.table import Probe, Table
@@ -34,8 +35,8 @@ class Search:
         self.space = Space(job, words, dtype)
         self.machine = machine_of(job.cluster)
         self.bounds = Bounds(self.space, self.machine)
-        self.limit = job.cluster.memory_limit_bytes
         self._refused: Counter[str] = Counter()
+        self._cut = float("inf")  # a plan that takes longer is not looked for
         self.predictions: dict[str, Prediction] = {}
 
     def best(
@@ -44,7 +45,7 @@ class Search:
         """Searches for the best `top` plans within so many seconds; `first`: any that fits."""
         start, found = time.perf_counter(), Found()
         self._refused = found.rejected
-        queue = Queue(goal, self._refused, top)
+        queue, self._cut = Queue(goal, self._refused, top), float("inf")
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
@@ -56,6 +57,7 @@ class Search:
             if time.perf_counter() - start > budget_s:
                 found.complete = False
                 break
+            self._cut = queue.cut
             node = queue.pop()
             if node.level < len(HIDDEN) - 1:
                 for child in self._expand(node):
@@ -155,16 +157,22 @@ class Search:
             self._refuse("recompute changes nothing", node.leaves)
             return
         micros, states = self.space.micros(mesh), len(self.space.states(mesh, node.shape))
-        if self.bounds.least(mesh, node.shape, table, min(micros, default=0)) > self.limit:
+        least = floor(self.bounds, mesh, node.shape, table)
+        if least is None:
             self._refuse("memory", node.leaves)
+            return
+        rows = (least.seconds, least.once)
+        if min(least.seconds) >= self._cut:
             return
         for leaf in self.space.schedules(mesh):
             if only and leaf[0] not in only:
                 continue
             found = self.bounds.rough(mesh, table, leaf)
-            for micro, seconds in zip(micros, found, strict=True):
-                seconds, tokens = max(seconds, node.seconds), Tokens(*mode, micro)
-                yield Node(3, seconds, 0.0, states, mesh, node.shape, tokens, Leaf(*leaf))
+            for micro, low, seconds, once in zip(micros, found, *rows, strict=True):
+                seconds = max(low + once, seconds, node.seconds)
+                if seconds < self._cut:
+                    tokens = Tokens(*mode, micro)
+                    yield Node(3, seconds, 0.0, states, mesh, node.shape, tokens, Leaf(*leaf), once)
 
     def _same(self, node: Node, table: Table) -> bool:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""
@@ -186,14 +194,14 @@ class Search:
             b.memory(stages, probe, *way, scale=scale) + b.lent(endless, way[0])
             for way in b.ways(mesh, node.shape)
         )
-        if num_bytes > self.limit:
+        if num_bytes > self.bounds.limit_bytes:
             self._refuse("memory", node.leaves)
             return
         table = b.table(mesh, node.shape, tokens)
         if isinstance(table, Problem):
             self._refuse(table, node.leaves)
             return
-        seconds = b.pipeline(b.stages(table, probe.num_stages), probe, m)
+        seconds = b.pipeline(b.stages(table, probe.num_stages), probe, m) + node.once
         yield replace(node, level=4, seconds=max(seconds, node.seconds), num_bytes=num_bytes)
 
     def _microbatches(self, node: Node) -> int:
@@ -214,13 +222,11 @@ class Search:
             cut = zero if dp_shard > 1 else 0
             shards = b.shards(node.mesh, node.shape, dp_shard)
             num_bytes = b.memory(stages, probe, cut, shards) + b.lent(table, cut)
-            if num_bytes > self.limit:
+            if num_bytes > self.bounds.limit_bytes:
                 self._refuse("memory", 1)
                 continue
             slower = b.sharded(stages, table, node.mesh, dp_shard, cut)
-            seconds = node.seconds
-            if slower is not stages:
-                seconds = max(seconds, b.pipeline(slower, probe, self._microbatches(node)))
+            seconds = b.pipeline(slower, probe, self._microbatches(node))
             once = b.update(stages, probe, cut, shards)
             once += b.reduced(stages, table, probe, node.mesh, (dp_shard, cut))
             leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
@@ -229,7 +235,7 @@ class Search:
                 level=5,
                 leaf=leaf,
                 leaves=1,
-                seconds=seconds + once,
+                seconds=max(node.seconds, seconds + once),
                 once=once,
                 num_bytes=num_bytes,
             )
@@ -257,7 +263,7 @@ class Search:
         except PlanError as refused:
             self._refuse(refused.problems[0], 1)
             return
-        if num_bytes > self.limit:
+        if num_bytes > self.bounds.limit_bytes:
             self._refuse("memory", 1)
             return
         yield replace(
@@ -274,7 +280,7 @@ class Search:
     def _simulate(self, node: Node) -> Prediction | None:
         plan = self.plan(node)
         prediction = self.predict(plan)
-        if prediction.step_time_s is None or measures(prediction)[1] > self.limit:
+        if prediction.step_time_s is None or measures(prediction)[1] > self.bounds.limit_bytes:
             wrong = [p for p in prediction.problems if p.severity == "error"]
             self._refuse(wrong[0] if wrong else "memory", 1)
             return None

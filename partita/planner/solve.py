@@ -168,7 +168,7 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
 def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers."""
     search = makes(job)
-    search.limit = 1 << 62
+    search.bounds.limit_bytes = 1 << 62
     least = search.best(Goal("memory"), budget_s=budget_s)
     lines = []
     if least.plans:

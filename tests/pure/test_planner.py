@@ -7,6 +7,7 @@ import pytest
 
 from partita.base.errors import Problem, UsageError
 from partita.planner.bound import ENDLESS, laid_bound
+from partita.planner.floor import floor
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import VIRTUAL, Leaf, Words
 from partita.planner.table import Rough, probe_of
@@ -65,7 +66,7 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         node = Node(4, 0.0, 0.0, 1, mesh, shape, tokens, leaf)
         job = search.job.with_plan(search.plan(node))
         prediction = simulate(job)
-        if prediction.step_time_s is None or job.plan.num_microbatches > 32:
+        if not prediction.fits or job.plan.num_microbatches > 32:
             continue
         seen += 1
         seconds, num_bytes, _ = measures(prediction)
@@ -77,6 +78,8 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         endless = b.endless(mesh, shape, (tokens.mode, tokens.every))
         assert not isinstance(endless, Problem)
         at = search.space.micros(mesh).index(tokens.micro)
+        least = floor(b, mesh, shape, endless)
+        assert least is not None, job.plan
         step = b.step(mesh, named, m, probe.num_stages)
         laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe, step)
         slower = b.sharded(stages, table, mesh, leaf.dp_shard, cut)
@@ -85,7 +88,8 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         for low in (
             b.coarse(mesh),
             b.coarse(mesh, shape),
-            b.rough(mesh, endless, named)[at],
+            b.rough(mesh, endless, named)[at] + least.once[at],
+            least.seconds[at],
             b.pipeline(slower, probe, m) + once,
             b.played(slower, mesh, named, m) + once,
             laid_s,
@@ -96,7 +100,6 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         scaled = b.stages(endless, probe.num_stages)
         way = (cut, shards)
         for low in (
-            b.least(mesh, shape, endless, tokens.micro),
             b.memory(scaled, probe, *way, scale=tokens.micro / ENDLESS) + b.lent(endless, cut),
             b.memory(stages, probe, *way) + b.lent(table, cut),
             laid_bytes,
