@@ -58,7 +58,7 @@ def page(found: Validation) -> str:
         says = "" if goal is None else "met" if g["mape"] <= goal else "missed"
         over = _over(g)
         if says == "missed" or over or (goal is None and g["group"] in CAUSES):
-            missed.append(g["group"])
+            missed.append((g["group"], g["n"]))
         shown = [_percent(g[k]) for k in ("mape", "median", "max", "baseline_mape")]
         shown += [_percent(over), _percent(g["left_out_mape"]), _percent(goal)]
         row = [g["group"], g["metric"], str(g["n"]), *shown, says]
@@ -104,9 +104,13 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _causes(groups: list[str]) -> str:
-    own = dict.fromkeys(groups)
-    return "\n".join(f"* {g}: {CAUSES.get(g, 'cause not found yet')}" for g in own) or "None."
+def _causes(groups: list[tuple[str, int]]) -> str:
+    lines = []
+    for group, n in dict.fromkeys(groups):
+        alone = "one row: a baseline fitted to it is 0 by construction"
+        unknown = alone if n == 1 else "cause not found yet"
+        lines.append(f"* {group}: {CAUSES.get(group, unknown)}")
+    return "\n".join(dict.fromkeys(lines)) or "None."
 
 
 def _skipped(found: Validation) -> str:
