@@ -51,6 +51,8 @@ class Load:
     def parse(text: str, experts: int) -> Load:
         """'balanced', 'zipf:1.2', or 'counts:FILE', a JSON list of rows by expert. Raises UsageError."""
         kind, _, rest = text.partition(":")
+        if not experts:
+            raise UsageError(f"'{text}': the model has no experts to route to", key="routing")
         if text == "balanced":
             return Load.balanced(experts)
         try:

@@ -80,5 +80,7 @@ def test_loads_are_read_and_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
             Load.parse(text, 3)
+    with pytest.raises(UsageError, match="has no experts"):
+        Load.parse("balanced", 0)
     with pytest.raises(UsageError, match="not all 0"):
         Load.counts([0, 0])
