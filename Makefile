@@ -40,18 +40,20 @@ check: $(STAMP)
 TWO := -n 2 --dist worksteal --session-timeout=590 --durations=10
 ALONE := --session-timeout=590 --durations=10
 TIMED := tests/local/test_clocked.py
+BROWSER := tests/local/test_report_browser.py tests/local/test_plan_browser.py
 
 test: $(STAMP)
 	$(PYTEST) tests/pure tests/local tests/e2e -m "not slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
-	$(PYTEST) tests/house tests/gloo $(TIMED) tests/local/test_report_browser.py -m "not slow and not gpu" $(ALONE)
+	$(PYTEST) tests/house tests/gloo $(TIMED) $(BROWSER) -m "not slow and not gpu" $(ALONE)
 
 test-slow: $(STAMP)
 	$(PYTEST) tests/e2e tests/pure tests/local -m "slow and not gpu and not browser" $(TWO) --ignore=$(TIMED)
-	$(PYTEST) tests/house tests/gloo $(TIMED) tests/local/test_report_browser.py -m "(slow or browser) and not gpu" $(ALONE) $(SLOW)
+	$(PYTEST) tests/house tests/gloo $(TIMED) $(BROWSER) -m "(slow or browser) and not gpu" $(ALONE) $(SLOW)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.predictions
 
 docs: $(STAMP)
 	$(BIN)/partita draw gpipe 1f1b -p 4 -m 8 --costs 1,1,1 --svg docs/schedules.svg > /dev/null
