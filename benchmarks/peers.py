@@ -63,6 +63,31 @@ def recomputed(s: ModelSpec, seq_len: int, bf16: bool):
     return plain(s, seq_len, bf16, checkpointed=True)
 
 
+def hugging_face_experts(s: ModelSpec, seq_len: int, bf16: bool):
+    """Transformers' Qwen2-MoE of the same sizes, one rank."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=s.vocab, hidden_size=s.hidden, num_hidden_layers=s.layers, num_experts=s.experts,
+        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, num_experts_per_tok=s.top_k,
+        moe_intermediate_size=s.expert_ffn_hidden, norm_topk_prob=True, use_cache=False,
+        shared_expert_intermediate_size=s.shared_experts * s.expert_ffn_hidden,
+        max_position_embeddings=seq_len, tie_word_embeddings=False, decoder_sparse_step=1,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config)
+    optimizer = _optimizer(model)
+    ids, targets = inputs(s, seq_len)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(bf16):
+            loss = loss_of(model(ids).logits, targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def one_thread(s: ModelSpec, seq_len: int, bf16: bool):
     """The whole batch on rank 0, while the other rank waits."""
     return plain(s, seq_len, bf16) if dist.get_rank() == 0 else lambda: None

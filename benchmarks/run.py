@@ -36,6 +36,7 @@ SIZES = {
 ROWS = (
     ("one rank", "1mb", peers.plain, 1),
     ("experts", "1mb", peers.plain, 1),
+    ("experts hf", "1mb", peers.hugging_face_experts, 1),
     ("recompute", "1mb recompute:full", peers.recomputed, 1),
     ("dp", "dp2 1mb", peers.ddp, 2),
     ("zero1", "dp_shard2.zero1 1mb", peers.zero1, 2),
@@ -59,8 +60,9 @@ EXPERTS = {"experts": 8, "top_k": 2, "shared_experts": 1}  # each a fourth as wi
 def job_of(size: str, row: str, plan: str, folder: str) -> Job:
     """The benchmark's model under a plan; with experts in the row named after them."""
     model, seq_len = SIZES[size]
-    if row == "experts":
+    if row.startswith("experts"):
         model = {**model, **EXPERTS, "expert_ffn_hidden": model["ffn_hidden"] // 4}
+        model |= {"qkv_bias": True, "shared_gate": True} if row == "experts hf" else {}
     path = Path(folder) / f"{size}.npy"
     if not path.exists():
         np.save(path, np.random.default_rng(0).integers(0, model["vocab"], 20_000))
