@@ -35,11 +35,10 @@ from partita.planner.table import Cost, Probe, Rough, Table, pipeline_bound, pro
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
-from partita.simulate.memory import lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
-from partita.simulate.stage import PartTimes, StageTime, Work, send_seconds, stage_time, works_of
-from partita.simulate.step import step_time, update_bytes
+from partita.simulate.stage import StageTime, Work, stage_time, works_of
+from partita.simulate.step import update_bytes
 from partita.spec.families import program
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
@@ -48,9 +47,10 @@ REHEARSED = 256  # schedules of whole steps that are remembered
 STATES = ("parameters", "gradients", "optimizer")
 
 
-def _cost(t: StageTime, late: bool = False) -> Cost:
-    """`late`: what backward waits for counts as weight work. What is seen of it depends on how long that is,
-    so that of large microbatches only the sum of both bounds that of small ones."""
+def cost_of(t: StageTime, late: bool = False) -> Cost:
+    """The cost of a stage or block. `late`: what backward waits for counts as weight work: what is seen of
+    it depends on how long that is, so that of large microbatches only the sum of both bounds that of small
+    ones."""
     forward = t.forward_s + sum(t.comm_forward_s.values()) + t.host_forward_s
     waits = sum(t.comm_backward_s.values()) + t.host_backward_s
     back, weight = (0.0, waits) if late else (waits, 0.0)
@@ -77,15 +77,30 @@ class Bounds:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
         key = (mesh.tp, mesh.sp, mesh.cp, shape, tokens)
         if key not in self._tables:
-            shard = next(
-                d for d in range(1, 10**7) if d * mesh.cp * mesh.tp % (shape.ep * shape.etp) == 0
-            )
-            alone = MeshChoice(1, shard, mesh.cp, mesh.tp, mesh.sp)
-            plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
-            plan = plan.with_("pipeline", num_microbatches=1)
-            asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
-            self._tables[key] = _read(asked, self.machine, tokens.micro == ENDLESS)
+            make = self._mixed if tokens.every > 1 else self.laid_table
+            self._tables[key] = make(mesh, shape, tokens)
         return self._tables[key]
+
+    def laid_table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
+        """The table of a laid model."""
+        fold = mesh.cp * mesh.tp
+        shard = next(d for d in range(1, 10**7) if d * fold % (shape.ep * shape.etp) == 0)
+        alone = MeshChoice(1, shard, mesh.cp, mesh.tp, mesh.sp)
+        plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
+        plan = plan.with_("pipeline", num_microbatches=1)
+        asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
+        return _read(asked, self.machine, tokens.micro == ENDLESS)
+
+    def _mixed(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
+        """Every k-th layer, from the first one on, of the table that recomputes all; the others of that which
+        recomputes none."""
+        kept, made = (self.table(mesh, shape, Tokens(m, 1, tokens.micro)) for m in ("none", "full"))
+        if isinstance(kept, Problem) or isinstance(made, Problem):
+            return kept if isinstance(kept, Problem) else made
+        last = len(made.blocks) - 1
+        of = [made if i % tokens.every == 1 or i in (0, last) else kept for i in range(last + 1)]
+        blocks = tuple(t.blocks[i] for i, t in enumerate(of))
+        return Table(blocks, tuple(t.flops[i] for i, t in enumerate(of)), made.unit)
 
     def endless(self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int]) -> Table | Problem:
         """The blocks of so large a microbatch that a sample cannot cost less."""
@@ -303,41 +318,6 @@ def costs_of(stages: Sequence[Cost], send: float = 0.0) -> Costs:
     return Costs(tuple(StageCosts(s.forward, s.input, s.weight) for s in stages), send)
 
 
-def laid_bound(
-    request: Request, machine: Machine, probe: Probe, step: Rehearsal
-) -> tuple[float, float]:
-    """Step time and memory at least, from the laid plan's own stages and messages. Raises PlanError."""
-    laid = lay(request)
-    works, known = works_of(laid), PartTimes()
-    times = [stage_time(w, laid, machine, known) for w in works.stages]
-    send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
-    once = step_time(laid, works, times, machine)
-    seconds = step.least(costs_of([_cost(t) for t in times], send))
-    return seconds + once.seconds, _laid_memory(laid, probe)
-
-
-def _laid_memory(laid: Laid, probe: Probe) -> float:
-    known: dict[int, tuple[int, int, int]] = {}
-    for s in laid.stages:
-        for b in s.blocks:
-            if id(b) not in known:
-                own = state_bytes(b, laid.sizes)
-                known[id(b)] = (
-                    sum(own.values()),
-                    kept_bytes(b, laid.sizes),
-                    transient_bytes(b, laid.sizes),
-                )
-    rows = [[known[id(b)] for b in s.blocks] for s in laid.stages]
-    kept = [sum(r[1] for r in row) for row in rows]
-    worst = 0.0
-    for held, peaks in zip(probe.held, probe.peaks, strict=True):
-        mine = [r for s in held for r in rows[s]]
-        most = max((sum(n * kept[s] for s, n in peak.items()) for peak in peaks), default=0)
-        lent = max(lent_bytes(laid.stages[s].blocks, laid.request.plan) for s in held)
-        worst = max(worst, sum(r[0] for r in mine) + max(r[2] for r in mine) + most + lent)
-    return worst
-
-
 def _read(request: Request, machine: Machine, late: bool) -> Table | Problem:
     """The table, from a model of as few layers as differ."""
     layers, period = request.model.layers, request.plan.recompute.every
@@ -378,7 +358,9 @@ def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], 
         seen |= own.keys() & tied
         elements.append((sum(n for n, _ in own.values()), sum(n for n, f in own.values() if not f)))
     priced = {
-        key: _cost(stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late)
+        key: cost_of(
+            stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late
+        )
         for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
     }
     costs = []

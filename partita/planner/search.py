@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import machine_of
-from partita.planner.bound import ENDLESS, Bounds, laid_bound
+from partita.planner.bound import ENDLESS, Bounds
+from partita.planner.exact import laid_bound
 from partita.planner.floor import floor
 from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Node, Queue
 from partita.planner.space import Leaf, Space, Tokens, Words

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from partita.base.errors import Problem, UsageError
-from partita.planner.bound import ENDLESS, laid_bound
+from partita.planner.bound import ENDLESS
+from partita.planner.exact import laid_bound
 from partita.planner.floor import floor
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
-from partita.planner.space import VIRTUAL, Leaf, Words
-from partita.planner.table import Rough, probe_of
+from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
+from partita.planner.table import Rough, Table, probe_of
 from partita.schedule.make import schedule
 from partita.simulate.predict import request_of, simulate
 from partita.spec.cluster import Cluster
@@ -105,6 +106,19 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
             laid_bytes,
         ):
             assert low <= num_bytes * (1 + 1e-9), job.plan
+
+
+def test_a_table_of_every_third_block_is_what_is_laid():
+    search = small(4, 1e9, layers=7)
+    mesh, b = MeshChoice(1, 2, 1, 2, True), search.bounds
+    for every in (2, 3):
+        tokens = Tokens("full", every, 2)
+        mixed, laid = b.table(mesh, Shape(), tokens), b.laid_table(mesh, Shape(), tokens)
+        assert isinstance(mixed, Table) and isinstance(laid, Table)
+        assert mixed.flops == laid.flops and mixed.unit == pytest.approx(laid.unit)
+        for ours, theirs in zip(mixed.blocks, laid.blocks, strict=True):
+            assert (ours.seconds, ours.kept) == pytest.approx((theirs.seconds, theirs.kept))
+            assert ours.states == pytest.approx(theirs.states)
 
 
 def test_where_stages_lie_is_what_the_schedules_say():

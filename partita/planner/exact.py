@@ -1,0 +1,51 @@
+"""The last bound: of the laid plan itself, on its own stages, messages and schedule. On devices of their
+own it is the step time and the memory that `simulate` says.
+"""
+
+from __future__ import annotations
+
+from partita.cost.machine import Machine
+from partita.parallel.laid import Laid, lay
+from partita.parallel.read import kept_bytes, state_bytes
+from partita.parallel.room import Request
+from partita.planner.bound import cost_of, costs_of
+from partita.planner.table import Probe
+from partita.simulate.memory import lent_bytes, transient_bytes
+from partita.simulate.pipeline import Rehearsal
+from partita.simulate.stage import PartTimes, send_seconds, stage_time, works_of
+from partita.simulate.step import step_time
+
+
+def laid_bound(
+    request: Request, machine: Machine, probe: Probe, step: Rehearsal
+) -> tuple[float, float]:
+    """Step time and memory at least, from the laid plan's own stages and messages. Raises PlanError."""
+    laid = lay(request)
+    works, known = works_of(laid), PartTimes()
+    times = [stage_time(w, laid, machine, known) for w in works.stages]
+    send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
+    once = step_time(laid, works, times, machine)
+    seconds = step.least(costs_of([cost_of(t) for t in times], send))
+    return seconds + once.seconds, _laid_memory(laid, probe)
+
+
+def _laid_memory(laid: Laid, probe: Probe) -> float:
+    known: dict[int, tuple[int, int, int]] = {}
+    for s in laid.stages:
+        for b in s.blocks:
+            if id(b) not in known:
+                own = state_bytes(b, laid.sizes)
+                known[id(b)] = (
+                    sum(own.values()),
+                    kept_bytes(b, laid.sizes),
+                    transient_bytes(b, laid.sizes),
+                )
+    rows = [[known[id(b)] for b in s.blocks] for s in laid.stages]
+    kept = [sum(r[1] for r in row) for row in rows]
+    worst = 0.0
+    for held, peaks in zip(probe.held, probe.peaks, strict=True):
+        mine = [r for s in held for r in rows[s]]
+        most = max((sum(n * kept[s] for s, n in peak.items()) for peak in peaks), default=0)
+        lent = max(lent_bytes(laid.stages[s].blocks, laid.request.plan) for s in held)
+        worst = max(worst, sum(r[0] for r in mine) + max(r[2] for r in mine) + most + lent)
+    return worst
