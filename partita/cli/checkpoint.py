@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -87,15 +87,35 @@ def export(
 
 def convert(
     source: Folder,
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new run folder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
     plan: PlanLine = None,
+    to: Annotated[
+        Literal["partita", "dcp"],
+        typer.Option(help="A run folder, or a torch.distributed.checkpoint to hand on."),
+    ] = "partita",
     json: Json = False,
 ) -> None:
-    """Writes the checkpoint as the ranks of another plan would have: --plan "pp2 tp2"."""
-    from partita.train.convert import convert_checkpoint
+    """Writes the checkpoint as the ranks of another plan would have (--plan "pp2 tp2"), or to or from
+    torch's distributed checkpoint: --to dcp, or a SOURCE that is one."""
+    from partita.train.dcp import export_dcp, import_dcp, is_dcp
 
-    if plan is None:
-        raise UsageError('convert needs the plan to write for: --plan "pp2 tp2"', key="--plan")
-    folder = convert_checkpoint(_step_folder(source), target, Plan.parse(plan))
-    note(f"converted {_step_folder(source)} to {folder}")
+    wanted = Plan.parse(plan) if plan is not None else None
+    if is_dcp(source):
+        folder = import_dcp(source, target, wanted)
+    elif to == "dcp":
+        if wanted is not None:
+            raise UsageError("--to dcp writes whole tensors, which no plan cuts", key="--plan")
+        count = export_dcp(_step_folder(source), target)
+        document = {"tensors": count, "target": str(target)}
+        write_json(document) if json else write_text(f"wrote {count} tensors to {target}")
+        return
+    elif wanted is None:
+        raise UsageError(
+            'convert needs the plan to write for, --plan "pp2 tp2", or --to dcp', key="--plan"
+        )
+    else:
+        from partita.train.convert import convert_checkpoint
+
+        folder = convert_checkpoint(_step_folder(source), target, wanted)
+    note(f"converted {source} to {folder}")
     _answer(folder, False, json)

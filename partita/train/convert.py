@@ -6,8 +6,9 @@ cluster to find its own file. One rank's file is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,37 +17,52 @@ import torch
 from partita.base.errors import UsageError
 from partita.parallel.laid import lay
 from partita.parallel.room import Request
+from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.train.checkpoint import save_alone
-from partita.train.manifest import Manifest, read_manifest
+from partita.train.manifest import Box, Header, Manifest, read_manifest
 from partita.train.pieces import TORCH_DTYPES, Piece, Wanted, fill
 from partita.train.resume import stated_model, verify_run
 from partita.train.sample import job_of
 from partita.train.tokenizer import write_whole
+
+Cut = Callable[[str, Box], Iterator[Piece]]  # a box of a weight, in each of its roles
 
 
 def convert_checkpoint(step_folder: Path, target: Path, plan: Plan) -> Path:
     """Writes target/checkpoints/step-N for `plan`, and target/job.toml with it; returns the new step
     folder. Raises CheckpointError (the source is damaged), PlanError, UsageError (the target holds
     something), WriteError."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} holds something already: name a new folder", file=str(target))
+    require_new(target)
     verify_run(step_folder)
     manifest = read_manifest(step_folder)
-    job = job_of(step_folder)
-    plan = replace(job, plan=plan).plan  # with its microbatches
-    model = stated_model(step_folder, manifest)
-    laid = lay(Request(plan, model, job.train.seq_len, frozen=job.frozen))
     dtypes = {(p.name, p.role): p.dtype for p in manifest.pieces}
+    cut = partial(_cut, step_folder, manifest, dtypes)
+    return write_as(plan, job_of(step_folder), target, (manifest.step, manifest.header), cut)
+
+
+def require_new(target: Path) -> None:
+    """Raises UsageError where the target holds something."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} holds something already: name a new folder", file=str(target))
+
+
+def write_as(plan: Plan, job: Job, target: Path, saved: tuple[int, Header], cut: Cut) -> Path:
+    """Writes a run folder with the checkpoint `saved` (its step and header) as the ranks of `plan` would;
+    returns the step folder."""
+    step, header = saved
+    plan = replace(job, plan=plan).plan  # with its microbatches
+    model = stated_model(target, header)
+    laid = lay(Request(plan, model, job.train.seq_len, frozen=job.frozen))
 
     def pieces(rank: int) -> Iterator[Piece]:
         for name, layout in laid.layouts.items():
             for piece in layout.pieces(laid.mesh, rank):
                 if piece.primary:
-                    yield from _cut(step_folder, manifest, name, piece.box, dtypes)
+                    yield from cut(name, piece.box)
 
-    header = msgspec.structs.replace(manifest.header, plan=str(plan))
-    made = save_alone(target / "checkpoints", manifest.step, plan.world_size, pieces, header)
+    told = msgspec.structs.replace(header, plan=str(plan))
+    made = save_alone(target / "checkpoints", step, plan.world_size, pieces, told)
     write_whole(target / "job.toml", replace(job, plan=plan).to_toml().encode())
     return made
 
@@ -54,9 +70,9 @@ def convert_checkpoint(step_folder: Path, target: Path, plan: Plan) -> Path:
 def _cut(
     step_folder: Path,
     manifest: Manifest,
-    name: str,
-    box: tuple[tuple[int, int], ...],
     dtypes: dict[tuple[str, str], str],
+    name: str,
+    box: Box,
 ) -> Iterator[Piece]:
     """One box of a tensor in each of its roles."""
     shape = manifest.header.tensors[name]

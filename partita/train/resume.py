@@ -26,7 +26,6 @@ from partita.train.checkpoint import Inspection, Ranks, Saving, inspect, load, v
 from partita.train.manifest import (
     MANIFEST,
     Header,
-    Manifest,
     first_difference,
     foreign_tensors,
     read_manifest,
@@ -131,17 +130,17 @@ def begin_save(
     return Saving(folder, step, header(job, stated), ranks, job.train.keep_last)
 
 
-def stated_model(checkpoint: Path, manifest: Manifest) -> ModelSpec:
-    """The model a manifest states. Raises CheckpointError where that is none, or its tensors are not
+def stated_model(checkpoint: Path, header: Header) -> ModelSpec:
+    """The model a checkpoint states. Raises CheckpointError where that is none, or its tensors are not
     the ones that are held."""
     path = str(checkpoint / MANIFEST)
-    stated = {k: v for k, v in manifest.header.model.items() if v is not None}
+    stated = {k: v for k, v in header.model.items() if v is not None}
     try:
         model = decode(ModelSpec, stated)
     except UsageError as error:
         text = f"{path}: the model it states is none: {error.message}"
         raise CheckpointError(text, file=path, key=error.key) from None
-    held = manifest.header.tensors
+    held = header.tensors
     few = replace(model, layers=min(model.layers, len(held) + 1))  # a layer has a tensor at least
     layouts = lay(Request(Plan(), few, seq_len=1)).layouts
     wrong = foreign_tensors(held, {n: x.shape for n, x in layouts.items()})
@@ -153,7 +152,7 @@ def stated_model(checkpoint: Path, manifest: Manifest) -> ModelSpec:
 def verify_run(checkpoint: Path) -> None:
     """Raises CheckpointError at the first thing that is wrong with a step folder, its digests, and the
     model it states."""
-    stated_model(checkpoint, verify(checkpoint))
+    stated_model(checkpoint, verify(checkpoint).header)
 
 
 def inspect_run(checkpoint: Path, digests: bool) -> Inspection:
@@ -162,7 +161,7 @@ def inspect_run(checkpoint: Path, digests: bool) -> Inspection:
     if found.problems:
         return found
     try:
-        stated_model(checkpoint, read_manifest(checkpoint))
+        stated_model(checkpoint, read_manifest(checkpoint).header)
     except CheckpointError as error:
         return replace(found, complete=False, problems=(error.message,))
     return found

@@ -15,6 +15,9 @@ from pathlib import Path
 import faults
 import msgspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
 from strikes import Strike, struck
 
 from partita.cli.main import run as command
@@ -26,6 +29,7 @@ METRICS = {
     "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "peak_memory_bytes",
     "wall_time_s",
 }  # fmt: skip
+ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -217,6 +221,79 @@ def test_a_checkpoint_is_converted_to_another_plan(run: Path, capfd) -> None:
         assert command(["checkpoint", "convert", "runs/small", place, *words, "--json"]) == code
         assert json.loads(capfd.readouterr().out)["error"]["message"]
     assert not Path("third").exists()
+
+
+@ALONE
+def test_through_torchs_own_checkpoint_and_back(run: Path, capfd) -> None:
+    assert command(["checkpoint", "convert", "runs/small", "dcp", "--to", "dcp", "--json"]) == 0
+    names = json.loads(capfd.readouterr().out)["tensors"]
+    assert sorted(p.name for p in Path("dcp").iterdir()) == [".metadata", "__0_0.distcp"]
+    state = {
+        "head.table": torch.zeros(256, 16),
+        "optimizer.exp_avg.head.table": torch.zeros(256, 16),
+    }
+    dcp.load(state, checkpoint_id="dcp", no_dist=True)  # any torch program
+    held = {(p.name, p.role, p.box): p.digest for p in checkpoint.verify(run).pieces}
+    halves = [state["head.table"][:128], state["head.table"][128:]]
+    for half, box in zip(halves, [((0, 128), (0, 16)), ((128, 256), (0, 16))], strict=True):
+        raw = half.contiguous().view(-1).view(torch.uint8).numpy()
+        assert xxhash.xxh3_128_hexdigest(raw) == held["head.table", "weight", box]
+
+    assert command(["checkpoint", "convert", "dcp", "back", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["step"], found["plan"], found["problems"]) == (
+        4,
+        checkpoint.verify(run).header.plan,
+        [],
+    )
+    again = checkpoint.verify(Path("back/checkpoints/step-00000004"))
+    assert {(p.name, p.role, p.box): p.digest for p in again.pieces} == held
+    assert names == 3 * len(again.header.tensors)
+    shutil.rmtree(run)
+    shutil.copytree("back/checkpoints/step-00000004", run)
+    assert faults.train() == 0  # goes on from it, as from what was saved
+    assert command(["checkpoint", "convert", "dcp", "other", "--plan", "pp2/2mb"]) == 0
+
+
+class Evil:
+    """A pickle that makes a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch was-here",)
+
+
+@ALONE
+def test_a_bad_dcp_is_refused_by_tensor_and_calls_nothing(run: Path, capfd) -> None:
+    def refused_as(text: str) -> None:
+        assert command(["checkpoint", "convert", "bad", "new", "--json"]) == 66
+        out, err = capfd.readouterr()
+        message = json.loads(out)["error"]["message"]
+        assert text in message and "Traceback" not in err, (message, err)
+        assert not Path("new").exists() and not Path("was-here").exists()
+
+    assert command(["checkpoint", "convert", "runs/small", "dcp", "--to", "dcp"]) == 0
+    capfd.readouterr()
+    shutil.copytree("dcp", "bad")
+    Path("bad/.metadata").write_bytes(pickle.dumps(Evil()))
+    refused_as("it asks for posix.system, which no DCP consists of")
+    Path("bad/.metadata").write_bytes(Path("dcp/.metadata").read_bytes()[:-50])
+    refused_as("no metadata of a DCP")
+    shutil.copy("dcp/.metadata", "bad/.metadata")
+    raw = Path("dcp/__0_0.distcp").read_bytes()
+    Path("bad/__0_0.distcp").write_bytes(raw[: len(raw) // 2])
+    refused_as("cannot be read")
+    Path("bad/__0_0.distcp").unlink()
+    refused_as("cannot be read")
+    shutil.rmtree("bad")
+    dcp.save({"a": torch.zeros(3)}, checkpoint_id="bad", no_dist=True)
+    refused_as("holds no partita.header")
+    whole = dcp.FileSystemReader("dcp").read_metadata().state_dict_metadata
+    state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in whole.items()}
+    dcp.load(state, checkpoint_id="dcp", no_dist=True)
+    state["head.table"] = state["head.table"][:100].clone()
+    shutil.rmtree("bad")
+    dcp.save(state, checkpoint_id="bad", no_dist=True)
+    refused_as("head.table has shape [100, 16]; the model it states has [256, 16]")
 
 
 def test_a_finished_run_says_so(run: Path, capfd) -> None:
