@@ -13,6 +13,7 @@ from partita.parallel.ep import dispatch, router
 from partita.parallel.laid import problems
 from partita.parallel.regions import Region
 from partita.simulate.predict import request_of
+from partita.spec.model import ModelSpec
 from partita.train import step as step_module
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
@@ -126,6 +127,14 @@ def test_a_published_plan_is_shrunk_with_its_experts(folder):
         big = {"hidden": 512, "heads": 16, "expert_ffn_hidden": 2048, "experts": 16, "layers": 5}
         found = verify(job(folder, plan, batch=16, **big))
         assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
+
+
+@pytest.mark.slow
+def test_deepseek_v3_at_its_plan_is_shrunk_and_verified(folder):
+    """Pipeline stages, experts and ZeRO 1, no tensor parallelism; latent attention, groups of experts."""
+    made = job(folder, "pp16:dualpipe/32mb dp_shard128.zero1 ep64 fp64", batch=4096)
+    found = verify(replace(made, model=ModelSpec.from_preset("deepseek-v3")))
+    assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
 
 
 def trained(world, jobs):
