@@ -45,7 +45,7 @@ USAGE = {
     "plan=1000000000000mb": ("plan", "within 1.."),
     "name=../up": ("name", "names a folder"),
     "seed=-1": ("seed", "0 <= seed"),
-    "device=cuda": ("device", "accepted: auto, cpu"),
+    "device=cuda": ("device", "sees no GPU on this host; accepted here: auto, cpu"),
     "data.source=nowhere.txt": ("data.source", "no such file; accepted: python-stdlib"),
     "data.source=.": ("data.source", "is a folder"),
     "data.source=hf:nowhere": ("data.source", "no such data set in"),
