@@ -8,6 +8,7 @@ device, at the cost of the shard.
     counter word    0           1            2         3
     values          block low   block high   0         0          key = xxh3(seed, "value", name)
     dropout         block low   block high   sample    step       key = xxh3(seed, "dropout", site)
+    rounding        block low   block high   0         step       key = xxh3(seed, "round", name)
 
 A word has 32 bits: uniforms lie on multiples of 2**-32, normals within +-6.4.
 """
@@ -115,6 +116,20 @@ def initial_value(
     if name.endswith(BEFORE_RELU):
         std = sqrt(2 / prod(shape[2:]))
     return normal_box(seed, name, shape, box, std=std, dtype=dtype, device=device)
+
+
+def rounded_box(
+    values: Tensor, seed: int, step: int, name: str, shape: Sequence[int], box: Box
+) -> Tensor:
+    """fp32 `values` of `box` of the weight `name` of `shape`, each rounded to one of its two neighbours in
+    bf16, fp32 still: up with the probability of its place between them, so that the mean is kept (Gupta et
+    al. 2015, arXiv 1502.02551). A pure function of seed, step, name and element."""
+    flat, key = values.reshape(-1).clone(), key_of(seed, "round", name)
+    bits = flat.view(torch.int32)
+    for first, words in _box_words(key, shape, box, values.device, step=step):
+        part = bits[first : first + words.numel()]
+        part.add_((words.reshape(-1) >> 16).to(torch.int32))  # the 16 bits below bf16's last
+    return bits.bitwise_and_(-(1 << 16)).view(torch.float32).view(values.shape)
 
 
 def dropout_mask(

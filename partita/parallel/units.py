@@ -8,7 +8,8 @@ ZeRO cuts a unit over some ranks: each stores its part of the masters (stage 1),
 of the working weights too (3). What modules use is always the whole unit: a Buffer, which is lent
 memory for a while where only a part is stored.
 
-A frozen unit is parameters alone: its master is what modules multiply by, and its gradient is empty.
+Under stochastic rounding the bf16 working weights are the masters. A frozen unit is parameters alone: its
+master is what modules multiply by, and its gradient is empty.
 
 A Weight is a view of its unit: its value shaped as laid, its gradient beside it. Neighbours in one unit
 can be multiplied as one matrix, since they lie side by side.
@@ -197,6 +198,7 @@ def make_units(
     `elsewhere`: who allocates the categories that do not lie on the device."""
     queue = queue or WeightQueue()
     at = laid.mesh.coords(rank)
+    alone = laid.request.plan.precision.rounding == "stochastic"  # no masters
     found = []
     for spec in laid.units(at["pp"]):
         shapes = tuple(local_shape(t, laid.sizes) for _, t, _ in spec.weights)
@@ -207,7 +209,7 @@ def make_units(
         ways, mine = product_coordinate(laid.sizes, at, spec.shard)
         each = -(-first // ways)
         part = slice(mine * each, (mine + 1) * each)
-        tensors = _allocate(spec, each * ways, part, dtype, device, elsewhere or {}, apart)
+        tensors = _allocate(spec, each * ways, part, dtype, device, elsewhere or {}, apart, alone)
         found.append(Unit(spec, tuple(places), shapes, part, *tensors, queue, product_of))
     return found
 
@@ -223,7 +225,7 @@ def _zeros(
 
 def _allocate(
     spec: LaidUnit, size: int, part: slice, dtype: torch.dtype, device: torch.device | str,
-    elsewhere: Mapping[str, Zeros], apart: bool,
+    elsewhere: Mapping[str, Zeros], apart: bool, alone: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Buffer, Buffer]:  # fmt: skip
     """What a rank stores of a unit of `size` elements: working, master, gradient, and its sums."""
     stage = spec.stage
@@ -232,7 +234,7 @@ def _allocate(
     each = part.stop - part.start
     working = zeros("parameters", each if stage == 3 else size, dtype)
     shard = working if stage == 3 else working[part]
-    one = spec.frozen or (dtype == wide and not apart)
+    one = spec.frozen or alone or (dtype == wide and not apart)
     master = shard if one else zeros("optimizer", each, wide)
     values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
     if stage < 3:

@@ -114,6 +114,9 @@ class PrecisionPlan:
     fp8_format: str = "hybrid"  # hybrid (gradients e5m2) | e4m3
     fp8_granularity: str = "tensor"  # what shares a scale: tensor | row | block (of 128)
     fp8_scaling: str = "current"  # current | delayed | static
+    rounding: str = (
+        "nearest"  # of updated weights: nearest, from masters | stochastic, without them
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("precision", "fp8_format"): ("hybrid", "e4m3"),
     ("precision", "fp8_granularity"): ("tensor", "row", "block"),
     ("precision", "fp8_scaling"): ("current", "delayed", "static"),
+    ("precision", "rounding"): ("nearest", "stochastic"),
     ("offload", "to"): ("none", "cpu", "nvme"),
 }
 TARGETS = ("parameters", "gradients", "optimizer", "activations")

@@ -313,7 +313,8 @@ def load(folder: Path, wanted: Iterable[Wanted]) -> Manifest:
 
     Each rank calls it for its own boxes and reads only the pieces that meet them; nothing is
     communicated. Every piece read has its digest verified. fp32 and fp64 convert into each other
-    (a plan of another precision); any other dtype must be equal. Raises CheckpointError.
+    (a plan of another precision), and so do weights without masters, of bf16 and fp16; any other dtype
+    must be equal. Raises CheckpointError.
     """
     manifest = read_manifest(folder)
     fill(folder, manifest, list(wanted))

@@ -49,7 +49,7 @@ DTYPES = {  # torch's, safetensors' name
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CONVERTIBLE = {"F32", "F64"}  # masters and optimizer states under plans of other precision
-WORKING = CONVERTIBLE | {"BF16", "F16"}  # frozen weights are stored as they compute
+WORKING = CONVERTIBLE | {"BF16", "F16"}  # weights without masters are stored as they compute
 PICKLES = (b"\x80", b"PK\x03\x04")  # a bare pickle, torch's zip
 
 
@@ -164,7 +164,6 @@ def fill(folder: Path, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
     for entry in manifest.pieces:
         by_tensor[entry.name, entry.role].append(entry)
     use: defaultdict[str, dict[str, tuple[Entry, list[Wanted]]]] = defaultdict(dict)
-    frozen = manifest.header.frozen()
     for want in wanted:
         _check_wanted(folder, manifest, want)
         found = 0
@@ -184,7 +183,7 @@ def fill(folder: Path, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
             for entry, wants in use[file].values():
                 piece = _read(folder / file, source, entry)
                 for want in wants:
-                    _copy(folder / file, piece, entry, want, entry.name in frozen)
+                    _copy(folder / file, piece, entry, want)
 
 
 def file_problems(folder: Path, manifest: Manifest, *, digests: bool) -> Iterator[CheckpointError]:
@@ -308,9 +307,10 @@ def _intersection(a: Box, b: Box) -> Box | None:
     return None if any(x >= y for x, y in both) else both
 
 
-def _copy(path: Path, piece: Tensor, entry: Entry, want: Wanted, frozen: bool) -> None:
+def _copy(path: Path, piece: Tensor, entry: Entry, want: Wanted) -> None:
     have, need = entry.dtype, DTYPES[want.tensor.dtype]
-    if have != need and not {have, need} <= (WORKING if frozen else CONVERTIBLE):
+    convertible = WORKING if want.role == "weight" else CONVERTIBLE
+    if have != need and not {have, need} <= convertible:
         raise _bad(path, f"{entry.key} is {have}, the run keeps {need}", entry.name)
     common = _intersection(entry.box, want.box)
     if common is None:

@@ -101,9 +101,11 @@ def _states(update: Update, job: Job) -> dict[str, dict[str, Tensor]]:
     """Optimizer states by slot and role; zeros before the first step."""
     found: dict[str, dict[str, Tensor]] = {}
     for slot in update.slots:
+        wide = slot.gradient.dtype
         held = {r: state_tensor(update.optimizer, slot.master, r) for r in state_names(job.train)}
         found[slot.name] = {
-            r: torch.zeros_like(slot.master) if x is None else x for r, x in held.items()
+            r: torch.zeros_like(slot.master, dtype=wide) if x is None else x
+            for r, x in held.items()
         }
     return found
 

@@ -33,6 +33,7 @@ from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
+from partita.train.stochastic import StochasticUpdate
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ class Update:
     updates: int = 0
     lr: float = field(default=0.0)
     away: AwayUpdate | None = None  # of states that lie elsewhere than on the device
+    rounded: StochasticUpdate | None = None  # of weights without masters
 
     def step(self) -> float:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
@@ -294,6 +296,9 @@ class Update:
         self.lr = learning_rate(self.train, update)
         if self.away is not None:
             self.away.run(self.lr, factor, self._balance)
+            return
+        if self.rounded is not None:
+            self.rounded.run(update, self.lr, factor, self._balance)
             return
         if factor != 1:
             torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
@@ -370,6 +375,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     update = Update(model, train, make_optimizer(named, train), slots, counted)
     away, optimizer = model.reducer.away, update.optimizer
     update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away)
+    if model.laid.request.plan.precision.rounding == "stochastic":
+        update.rounded = StochasticUpdate(model.laid, model.context, slots, optimizer, train)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
         if model.flow.late is not None:

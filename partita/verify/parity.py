@@ -33,6 +33,7 @@ from partita.verify.runs import (
     optimizers,
     run_judge,
     run_rank,
+    weights_after,
     with_own_updates,
 )
 from partita.verify.shrink import shrink
@@ -134,6 +135,12 @@ def _collective(at: Divergence) -> dict[str, str] | None:
     return None if at.expected is None else {"op": at.expected[0], "axis": at.expected[1]}
 
 
+def _at(plan: Plan, dtype: str) -> Plan:
+    """The plan at a precision; what fp64 has no place for set aside."""
+    rounding = "nearest" if dtype == "fp64" else plan.precision.rounding
+    return plan.with_("precision", dtype=dtype, rounding=rounding)
+
+
 def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
     return {
         "reference": [getattr(s, name) for s in trial.judge],
@@ -159,7 +166,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     trials: list[Trial] = []
     for dtype in dict.fromkeys(("fp64", own)):
         for train in optimizers(small.train, is_delayed(small)):
-            at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
+            at = replace(small, plan=_at(small.plan, dtype), train=train)
             trials.append(_trial(at, data, backend))
             if not trials[-1].equal:
                 break
@@ -185,9 +192,13 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 
 def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     delayed = is_delayed(job)
-    judge = run_delayed(job, data) if delayed else run_judge(job, data)[0]
     ranks = run_ranks(job, data, backend)
-    if job.plan.precision.dtype != "fp64" and not delayed:
+    if delayed:
+        judge = run_delayed(job, data)
+    elif job.plan.precision.dtype == "fp64":
+        judge = run_judge(job, data)[0]
+    else:
+        judge = run_judge(job, data, starts=weights_after(job, ranks))[0]
         judge = with_own_updates(job, judge, ranks)
     return Trial(job, judge, ranks, differences(judge, ranks, job, delayed))
 
@@ -210,7 +221,9 @@ def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
     if is_delayed(trial.job):
         judge.start(whole_batch(data, trial.job, step))
     else:
-        _, judge = run_judge(trial.job, data, step)
+        low = trial.job.plan.precision.dtype != "fp64"
+        starts = weights_after(trial.job, trial.ranks) if low else ()
+        _, judge = run_judge(trial.job, data, step, starts)
     ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", step)
     laid = lay(request_of(trial.job))
     for watched, seen in zip(ranks, trial.ranks, strict=True):

@@ -8,7 +8,7 @@ tensors, so that every owner of every element is held against the judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Where, World
-from partita.comm.seeds import initial_value, normal_box
+from partita.comm.seeds import initial_value, normal_box, rounded_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.ep.counts import Routing
 from partita.parallel.laid import Laid, lay
@@ -39,6 +39,7 @@ from partita.verify.watch import Watch, share_of, watch_blocks
 
 STEPS = 2
 Boxes = dict[str, list[tuple[Box, Tensor]]]
+Weights = dict[str, Tensor]
 
 
 @dataclass
@@ -90,13 +91,15 @@ def start_value(
 
 
 def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight as both runs start from it. Frozen ones have no masters: they are what the compute dtype
-    holds of them."""
+    """Every weight as both runs start from it. Frozen ones have no masters, nor has any where updates are
+    rounded at random: they are what the compute dtype holds of them."""
     weights = {
         n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
         for n, s in weight_shapes(job.model).items()
     }
     compute = DTYPES[job.plan.precision.dtype]
+    if job.plan.precision.rounding == "stochastic":
+        return {n: w.to(compute).to(dtype) for n, w in weights.items()}
     return weights | {n: w.to(compute).to(dtype) for n, w in weights.items() if job.frozen.holds(n)}
 
 
@@ -188,8 +191,11 @@ def boxes(
     return found
 
 
-def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen], Watch]:
-    """The same steps on one device."""
+def run_judge(
+    job: Job, data: Dataset, watched: int = -1, starts: Sequence[Weights] = ()
+) -> tuple[list[StepSeen], Watch]:
+    """The same steps on one device. `starts[i]`: the weights that step i + 1 starts from, in place of those
+    it has made itself."""
     dtype = DTYPES[job.plan.precision.dtype]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     optimizer = JudgeUpdate.of(job, wide)
@@ -198,6 +204,8 @@ def run_judge(job: Job, data: Dataset, watched: int = -1) -> tuple[list[StepSeen
     watch = Watch()
     found = []
     for step in range(STEPS):
+        if step and starts:
+            optimizer.restart(starts[step - 1])
         batches = whole_batch(data, job, step)
         judge = Reference(job.model, weights, dtype, job.seed, product=product_of(job))
         judge.step = step
@@ -247,6 +255,11 @@ class JudgeUpdate:
         named = [(n, weights[n], decays_weight(n)) for n in trained if n not in biases]
         return JudgeUpdate(job, weights, biases, frozen, make_optimizer(named, job.train))
 
+    def restart(self, weights: Weights) -> None:
+        """Goes on from these weights."""
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
+
     def norm(self, gradients: dict[str, Tensor]) -> float:
         """The 2-norm of all gradients; where a bias has its own stand rows."""
         squares = [g.double().square().sum() for n, g in gradients.items() if n not in self.biases]
@@ -266,19 +279,41 @@ class JudgeUpdate:
         for n in self.biases:
             rows = gradients[n]
             self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
+        if self.job.plan.precision.rounding == "stochastic":
+            for n in self.weights.keys() - self.frozen:
+                w, shape = self.weights[n], tuple(self.weights[n].shape)
+                whole = tuple((0, k) for k in shape)
+                w.copy_(rounded_box(w, self.job.seed, step + 1, n, shape, whole))
+
+
+def weights_after(job: Job, ranks: Sequence[RankSeen]) -> list[Weights]:
+    """Every weight of the plan after each step but the last, put together from its ranks' boxes."""
+    shapes = weight_shapes(job.model)
+    return [
+        _joined(shapes, [seen.steps[step].weights for seen in ranks]) for step in range(STEPS - 1)
+    ]
+
+
+def _joined(shapes: Mapping[str, Sequence[int]], parts: Sequence[Boxes]) -> Weights:
+    whole = {n: torch.zeros(tuple(shape)) for n, shape in shapes.items()}
+    for held in reversed(parts):
+        for name, boxes in held.items():
+            for box, values in boxes:
+                whole[name][tuple(slice(a, b) for a, b in box)] = values.float()
+    return whole
 
 
 def with_own_updates(job: Job, judge: list[StepSeen], ranks: Sequence[RankSeen]) -> list[StepSeen]:
-    """The judge's steps with the weights that its optimizer makes of the plan's own gradients: at low
-    precision a rounding of a tiny gradient turns a whole step of AdamW, and hides a wrong update."""
+    """The judge's steps with the weights that its optimizer makes of the plan's own weights and gradients:
+    at low precision a rounding of a tiny gradient turns a whole step of AdamW, and hides a wrong update."""
     update, found = JudgeUpdate.of(job, torch.float32), []
+    starts = weights_after(job, ranks)
     for step, want in enumerate(judge):
-        own = {n: torch.zeros_like(w) for n, w in update.weights.items() if n not in update.frozen}
-        for seen in reversed(ranks):
-            for name, boxes in seen.steps[step].gradients.items():
-                for box, values in boxes:
-                    own[name][tuple(slice(a, b) for a, b in box)] = values
+        shapes = {n: w.shape for n, w in update.weights.items() if n not in update.frozen}
+        own = _joined(shapes, [seen.steps[step].gradients for seen in ranks])
         norm = ranks[0].steps[step].norm
+        if step:
+            update.restart(starts[step - 1])
         if math.isfinite(norm):
             update.step(own, norm, step)
         found.append(replace(want, weights={n: w.clone() for n, w in update.weights.items()}))

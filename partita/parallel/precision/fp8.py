@@ -63,6 +63,8 @@ class Eight:
         return rounded(weight, "e4m3", largest)
 
     def _round(self, x: Tensor, role: str, dim: int) -> Tensor:
+        if not x.numel():  # rows of an expert that nobody chose
+            return x
         gradient = role.startswith("dy") and self.plan.fp8_format == "hybrid"
         largest = maximum(x, self.plan.fp8_granularity, dim)
         if self.plan.fp8_scaling != "current":

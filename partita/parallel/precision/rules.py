@@ -7,7 +7,9 @@
     fp8    bf16, matmuls of fp8 inputs (fp8.py)    fp32        fp32      fp32
     fp64   fp64 everywhere (for proofs)
 
-bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32.
+bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. With
+`precision.rounding=stochastic` (bf16, fp8) it is 14: the weights are their own masters, and an update is made
+in fp32 and rounded up or down at random (train/stochastic.py).
 """
 
 from __future__ import annotations
@@ -16,12 +18,51 @@ from dataclasses import replace
 
 from partita.base.errors import Problem
 from partita.parallel.room import Request, error
+from partita.spec.plan import ASYNCHRONOUS
 from partita.spec.program import Block, Dim, Program, Tensor
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
 
 
 def problems(job: Request) -> list[Problem]:
+    """Scales that cannot look back, and weights that cannot be their own masters."""
+    return [*_scales(job), *_rounding(job)]
+
+
+def _rounding(job: Request) -> list[Problem]:
+    """Weights that are their own masters are bf16, on the device, and of one version."""
+    plan, found = job.plan, []
+    if plan.precision.rounding == "nearest":
+        return found
+    nearest = str(plan.with_("precision", rounding="nearest"))
+    asked, dtype = "precision.rounding=stochastic", plan.precision.dtype
+    rules = (
+        (
+            dtype not in ("bf16", "fp8"),
+            f"is of bf16 weights, the plan's are {dtype}",
+            "bf16 or fp8",
+        ),
+        (
+            plan.mesh.pp > 1 and plan.pipeline.schedule in ASYNCHRONOUS,
+            "is not available in this version where a pipeline keeps versions of the masters",
+            "a schedule that flushes",
+        ),
+        (
+            plan.offload.to != "none",
+            "is not available in this version with offload",
+            "offload:none",
+        ),
+    )
+    for wrong, what, limit in rules:
+        if wrong:
+            message = f"stochastic rounding {what}"
+            found.append(
+                error("precision", "rounding", message, asked=asked, limit=limit, nearest=nearest)
+            )
+    return found
+
+
+def _scales(job: Request) -> list[Problem]:
     """A scale that looks back needs one number a tensor: the rows of a microbatch are other rows in the
     next."""
     p = job.plan.precision
@@ -47,10 +88,11 @@ def dtypes(dtype: str) -> dict[str, str]:
 
 
 def lay(job: Request, program: Program) -> Program:
-    """Fills every tensor's dtype in; low precision adds a master word to the optimizer's, and so does an
-    optimizer that lies elsewhere than the working weights."""
+    """Fills every tensor's dtype in; low precision adds a master word to the optimizer's (not where it
+    rounds at random), and so does an optimizer that lies elsewhere than the working weights."""
     table = dtypes(job.plan.precision.dtype)
-    narrow = job.plan.precision.dtype not in ("fp64", "fp32")
+    p = job.plan.precision
+    narrow = p.dtype not in ("fp64", "fp32") and p.rounding == "nearest"
 
     def words(t: Tensor) -> Tensor:
         if t.role != "optimizer":

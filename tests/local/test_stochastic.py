@@ -1,0 +1,99 @@
+"""Stochastic rounding: the mean is kept, no plan changes a bit, states and checkpoints have no masters."""
+
+from __future__ import annotations
+
+import pytest
+import test_frozen_weights
+import torch
+import verify_jobs
+
+from partita.comm.local import local
+from partita.comm.seeds import rounded_box
+from partita.parallel.laid import problems
+from partita.simulate.predict import request_of
+from partita.verify import runs
+from partita.verify.parity import verify
+
+RANDOM = "precision.rounding=stochastic"
+
+
+def test_each_value_goes_to_a_neighbour_and_the_mean_is_kept():
+    torch.manual_seed(0)
+    for value in (1.0 + 2.0**-9, -3.0 - 2.0**-10, 1e-30, 0.0, 1.5):
+        x = torch.full((40_000,), value)
+        got = rounded_box(x, 3, 7, "w", (40_000,), ((0, 40_000),))
+        assert torch.equal(got, got.bfloat16().float())
+        step = torch.finfo(torch.bfloat16).eps * abs(value)
+        assert float((got - x).abs().max()) <= step
+        assert abs(float(got.double().mean()) - value) <= 0.02 * step
+    assert torch.equal(got, x)  # what bf16 holds stays
+
+
+def test_a_box_has_the_bits_of_the_whole():
+    x = torch.randn(12, 10, generator=torch.Generator().manual_seed(1))
+    whole = rounded_box(x, 3, 5, "w", (12, 10), ((0, 12), (0, 10)))
+    part = rounded_box(x[3:9, 4:].contiguous(), 3, 5, "w", (12, 10), ((3, 9), (4, 10)))
+    assert torch.equal(whole[3:9, 4:], part)
+    for other in ((4, 5, "w"), (3, 6, "w"), (3, 5, "v")):
+        assert not torch.equal(whole, rounded_box(x, *other, (12, 10), ((0, 12), (0, 10))))
+
+
+@pytest.mark.parametrize(
+    ("plan", "model"),
+    [
+        (f"tp2+sp dp_shard2.zero3 bf16 {RANDOM}", {}),
+        (f"pp2/4mb dp_shard2.zero1 tp2 fp8 {RANDOM}", {"tied": True}),
+        (f"dp_shard2.zero2 tp2+sp ep2 2mb bf16 {RANDOM}", verify_jobs.EXPERTS),
+    ],
+)
+def test_a_plan_equals_one_device(plan, model, tmp_path):
+    found = verify(verify_jobs.job(tmp_path, plan, **model))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+def test_other_bits_are_seen(tmp_path, monkeypatch):
+    """A plan that rounds by its rank, as torch's generators would."""
+    real = rounded_box
+
+    def wrong(values, seed, step, name, shape, box):
+        return real(values, seed + box[0][0], step, name, shape, box)
+
+    monkeypatch.setattr("partita.train.stochastic.rounded_box", wrong)
+    found = verify(verify_jobs.job(tmp_path, f"tp2 bf16 {RANDOM}"))
+    assert not found.equal and found.divergence.phase == "optimizer"
+    assert runs.rounded_box is real
+
+
+def test_stored_bytes_are_the_declared(tmp_path):
+    with local(2, 20) as ranks:
+        job = verify_jobs.job(tmp_path, f"dp_shard2.zero1 bf16 {RANDOM}", tied=True)
+        for held, declared in ranks.run(test_frozen_weights.stored, job):
+            assert held["parameters"] == declared["parameters"]
+            assert held["gradients"] == declared["gradients"]
+            assert 0 <= declared["optimizer"] - held["optimizer"] <= 8 * 2 * 2
+
+
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit_under_another_plan(tmp_path):
+    one = verify_jobs.job(tmp_path, "dp_shard2.zero3 fp64 1mb", tied=True)
+    one = one.with_plan(f"dp_shard2.zero1 4mb bf16 {RANDOM}")
+    with local(2, 20) as ranks:
+        whole, _ = ranks.run(test_frozen_weights.trained, one, tmp_path / "whole", 3)[0]
+        _, saved = ranks.run(test_frozen_weights.trained, one, tmp_path / "part", 2)[0]
+        again, _ = ranks.run(test_frozen_weights.trained, one, tmp_path / "again", 3, saved)[0]
+        assert again[0] == whole[2]
+        other = one.with_plan(f"dp_shard2.zero3 4mb bf16 {RANDOM}")
+        again, _ = ranks.run(test_frozen_weights.trained, other, tmp_path / "other", 3, saved)[0]
+        assert again[0] == pytest.approx(whole[2], rel=1e-6)
+        wide, _ = ranks.run(
+            test_frozen_weights.trained, one.with_plan("tp2 4mb fp32"), tmp_path / "wide", 3, saved
+        )[0]
+        assert wide[0][0] == pytest.approx(whole[2][0], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "line", ["tp2 fp32", "tp2 fp16", "pp2:pipedream/4mb bf16", "bf16 offload:cpu"]
+)
+def test_what_cannot_be_is_refused(line, tmp_path):
+    job = verify_jobs.job(tmp_path, f"{line} {RANDOM}")
+    (found,) = [p for p in problems(request_of(job)) if p.rule == "rounding"]
+    assert "rounding=stochastic" in found.asked and RANDOM not in found.nearest
