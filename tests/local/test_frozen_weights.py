@@ -24,6 +24,7 @@ from partita.verify.parity import verify
 ATTENTION = {"frozen": ("blocks.*.attention.w[qk]*", "*.mlp.[df]*", "embedding.*")}
 FIRST = {"frozen": ("embedding.*", "blocks.[012].*")}
 EXPERTS = {"frozen": ("*experts*", "*.norm")}
+LATENT = {"frozen": ("*q_a", "*kv_a*", "*attention.wk", "*mlp*")}
 ROUTER = {"trainable": ("*router*", "*.wq", "head.*")}
 CASES = [
     ("tp2+sp dp_shard2.zero3 2mb fp64", "llama", ATTENTION),
@@ -32,12 +33,14 @@ CASES = [
     ("pp2:dualpipev/4mb dp_replicate2 bf16 offload:cpu", "llama", FIRST),
     ("dp_shard2.zero2 tp2+sp ep2 etp2 2mb fp64", "moe", EXPERTS),
     ("dp_shard2.zero3 tp2+sp ep2 2mb bf16", "moe", ROUTER),
+    ("dp_shard2.zero3 tp2+sp 2mb fp64", "latent", LATENT),
 ]  # fmt: skip
 
 
 def job(folder, plan, family="llama", rule=ATTENTION, **changes):
-    experts = {**verify_jobs.EXPERTS, "layers": 5} if family == "moe" else {}
-    made = verify_jobs.job(folder, plan, "llama" if family == "moe" else family, **experts)
+    fields = {"moe": {**verify_jobs.EXPERTS, "layers": 5}, "latent": test_drift.LATENT}
+    more = fields.get(family, {})
+    made = verify_jobs.job(folder, plan, "llama" if more else family, **more)
     return replace(made, train=replace(made.train, **rule, **changes))
 
 
