@@ -17,10 +17,12 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from partita.parallel.offload.rules import CHUNK, SETS
 from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
+AHEAD = SETS - 2  # chunks that are being read
 READERS = 4  # states of a chunk read, and written, at a time
 
 
@@ -159,7 +162,7 @@ class DiskArena:
         return {c: f.bytes_held for c, f in self.files.items()}
 
 
-class _Buffer:
+class Buffer:
     """Host memory of one chunk, beginning on a block: a tensor and its bytes; and what is written from it."""
 
     def __init__(self, elements: int, dtype: torch.dtype, arena: HostArena) -> None:
@@ -177,7 +180,7 @@ class _Buffer:
             self.writing = None
 
 
-Buffers = Mapping[str, _Buffer]  # by state
+Buffers = Mapping[str, Buffer]  # by state
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class DiskStream:
             like = {**aways[0].states, **aways[0].given}
             largest = max(min(a.unit.master.numel(), CHUNK) for a in aways)
             sets = [
-                {n: _Buffer(largest, t.dtype, arena) for n, t in like.items()} for _ in range(SETS)
+                {n: Buffer(largest, t.dtype, arena) for n, t in like.items()} for _ in range(SETS)
             ]
         chunks = [(away, *part) for away in aways for part in away.parts()]
         self._parts = [_Part(*c, sets[i % SETS]) for i, c in enumerate(chunks)]
@@ -220,11 +223,12 @@ class DiskStream:
     def chunks(self) -> Iterator[Chunk]:
         """One pass over all states; when it is over, all is in the files."""
         start, parts = time.perf_counter(), self._parts
-        ahead = self._read(parts[0]) if parts else []
-        for i, part in enumerate(parts):
-            for future in ahead:
+        coming = iter(parts)
+        ahead = deque(map(self._read, islice(coming, AHEAD)))
+        for part in parts:
+            for future in ahead.popleft():
                 future.result()
-            ahead = self._read(parts[i + 1]) if i + 1 < len(parts) else []
+            ahead.extend(map(self._read, islice(coming, 1)))
             own, unit = part.tensors(), part.away.unit
             if GRADIENT not in own:
                 own[GRADIENT] = self.link.down(unit, part.first, part.end)
@@ -266,7 +270,7 @@ class DiskGradients:
     ) -> None:
         self.disk, self.moves = disk, moves
         largest = max(min(u.sums.numel(), CHUNK) for u in units)
-        made = [_Buffer(largest, units[0].gradient.dtype, arena) for _ in range(SETS)]
+        made = [Buffer(largest, units[0].gradient.dtype, arena) for _ in range(SETS)]
         self._buffers, self._added = made[1:], made[0].tensor
         self._writer = ThreadPoolExecutor(1)
 

@@ -1,0 +1,149 @@
+"""`python -m benchmarks.offload [--layers 12] [--rounds 7] [--folder DIR] [--json]`: the update from files.
+
+Three things in turn, in one process, the order turned round each time:
+
+    adamw    torch's fused AdamW over one flat fp32 tensor of as many elements, in memory
+    disk     as many bytes read and written by threads past the page cache (O_DIRECT), and nothing else
+    update   the update of `offload:nvme`: gradients, masters and moments read, updated, written
+
+The share is max(adamw, disk) / update of one turn, and the median of the turns': 1 is an update that costs no
+more than the slower of the two alone. Goal: 0.7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from partita.comm.protocol import Where
+from partita.comm.recording import Recorder
+from partita.comm.single import SingleWorld
+from partita.parallel.offload.cpu import HostArena
+from partita.parallel.offload.nvme import Buffer, File
+from partita.spec.job import Job
+from partita.train.build import Built, assemble
+
+GOAL = 0.7
+BLOCK_ELEMENTS = 1 << 20  # of the raw reads and writes: 4 MiB
+THREADS = 4
+
+
+def build(folder: Path, layers: int) -> Built:
+    """A rank whose states lie in `folder`: 3.1 M parameters a layer."""
+    np.save(folder / "tokens.npy", np.arange(4096) % 256)
+    job = Job.load(
+        {
+            "name": "offload",
+            "plan": "1mb bf16 offload:nvme",
+            "model": {
+                "family": "llama", "layers": layers, "hidden": 512, "heads": 8, "ffn_hidden": 1344,
+                "vocab": 256, "max_seq_len": 64,
+            },
+            "cluster": {"preset": "laptop", "memory_bytes": 10**11},
+            "data": {"source": f"tokens:{folder / 'tokens.npy'}"},
+            "train": {"steps": 2, "global_batch_size": 1, "seq_len": 64},
+        }
+    )  # fmt: skip
+    job = replace(job, cluster=replace(job.cluster, disk_folder=str(folder)))
+    return assemble(job, SingleWorld(), recorder=Recorder(active=False))
+
+
+def adamw(elements: int) -> Callable[[], object]:
+    """torch's update of so many elements in memory."""
+    param = torch.zeros(elements)
+    param.grad = torch.full_like(param, 1e-3)
+    optimizer = torch.optim.AdamW([param], lr=1e-3, fused=True)
+    optimizer.step()
+    return optimizer.step
+
+
+def disk(folder: Path, elements: int) -> Callable[[], object]:
+    """Reads 16 and writes 12 bytes an element, a thread a block."""
+    file, arena = File(folder), HostArena(Where())
+    states = [file.zeros(elements, torch.float32) for _ in range(4)]
+    for state in states:  # blocks that nobody has written would be read without the disk
+        state.fill_(1.0)
+    room = [Buffer(BLOCK_ELEMENTS, torch.float32, arena) for _ in range(2 * THREADS)]
+    readers, writers = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(THREADS)
+    starts = range(0, elements, BLOCK_ELEMENTS)
+    reads = [s[i : i + BLOCK_ELEMENTS] for i in starts for s in states]
+    writes = [s[i : i + BLOCK_ELEMENTS] for i in starts for s in states[1:]]
+
+    def read(which: int) -> None:
+        for part in reads[which::THREADS]:
+            file.read(part, room[which].raw)
+
+    def write(which: int) -> None:
+        for part in writes[which::THREADS]:
+            file.write(part, room[THREADS + which].raw)
+
+    def both() -> None:
+        work = [readers.submit(read, i) for i in range(THREADS)]
+        work += [writers.submit(write, i) for i in range(THREADS)]
+        for future in work:
+            future.result()
+
+    return both
+
+
+def measure(folder: Path, layers: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each, the share, its least and its most."""
+    built = build(folder, layers)
+    away = built.update.away
+    assert away is not None
+    elements = sum(u.master.numel() for u in built.model.units)
+    for unit in built.model.units:
+        unit.gradient.fill_(1e-3)
+    works: dict[str, Callable[[], object]] = {
+        "adamw": adamw(elements),
+        "disk": disk(folder, elements),
+        "update": lambda: away.run(1e-3, 1.0, lambda master, rows: None),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):  # the first warms up
+        for name in list(works)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            works[name]()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    found = {name: statistics.median(ts) for name, ts in times.items()}
+    turns = zip(*times.values(), strict=True)
+    shares = sorted(max(alone, raw) / update for alone, raw, update in turns)
+    found |= {"least": shares[0], "share": statistics.median(shares), "most": shares[-1]}
+    return {"elements": elements, **found, "disk_bytes_per_s": 28 * elements / found["disk"]}
+
+
+def main() -> None:
+    """Reads the command line and prints the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offload")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", default=None)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        found = measure(Path(folder), asked.layers, asked.rounds)
+    if asked.json:
+        print(json.dumps({"format": 1, "goal": GOAL, **found}))
+        return
+    print(
+        f"{found['elements'] / 1e6:.1f}M elements; adamw {found['adamw']:.3f} s, disk {found['disk']:.3f} s"
+    )
+    print(f"({found['disk_bytes_per_s'] / 1e9:.2f} GB/s), update {found['update']:.3f} s")
+    spread = f"{found['least']:.2f}-{found['most']:.2f}"
+    print(f"share of the slower alone {found['share']:.2f} ({spread}), goal {GOAL}")
+
+
+if __name__ == "__main__":
+    main()
