@@ -11,8 +11,8 @@ At low precision the judge starts each step from the plan's own weights: left to
 update, a step of lr whichever way a rounding turns a tiny gradient, put a bf16 gradient of the second step
 off by 0.13 of its largest element (with experts 0.28, fp8 0.85); started alike, by 0.02 (0.02, 0.2), as in
 the first. So what casts and orders of sums can do is known better in every step; not for fp8, nor with
-experts, where a rounding sends a token elsewhere (a tensor's bound is 0.2 there below fp32), nor under
-delayed updates.
+experts, where a rounding sends a token elsewhere, nor with images, where it turns a ReLU or another pixel is
+the largest of its window (a tensor's bound is 0.2 there below fp32), nor under delayed updates.
 A gradient has come through n roundings of relative size u (bf16 2^-9, fp16 2^-12, fp32 2^-24), 12 a
 layer where matmuls are low and all else is fp32, four times as many where all is; they add up like a random
 walk to s = u sqrt(n). The largest element may be off by 7 s, the tensor's 2-norm by 4 s, and its *scale*, the
@@ -97,9 +97,10 @@ def differences(
     dtype = job.plan.precision.dtype
     bound, low = BOUNDS[dtype], dtype != "fp64"
     bound = DELAYED.get(dtype, bound) if delayed else bound
-    # a rounding may send a token to another expert
-    first = 0.0 if job.model.experts or delayed else walk(dtype, job.model.layers)
-    if job.model.experts and dtype not in ("fp64", "fp32"):
+    # a rounding may send a token to another expert, a ReLU or a maximum the other way
+    chooses = job.model.experts > 0 or job.model.image is not None
+    first = 0.0 if chooses or delayed else walk(dtype, job.model.layers)
+    if chooses and dtype not in ("fp64", "fp32"):
         bound = replace(bound, tensor=max(bound.tensor, ROUTED))
     found: list[Difference] = []
     for seen in ranks:
