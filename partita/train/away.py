@@ -15,10 +15,10 @@ from partita.parallel.offload.nvme import DiskGradients, DiskStream
 from partita.parallel.units import Away as Gradients
 from partita.parallel.units import Unit
 from partita.train.optim import PartOptimizer, state_names
+from partita.train.slots import Slot
 
 if TYPE_CHECKING:
     from partita.spec.job import TrainSpec
-    from partita.train.step import Slot
 
 
 @dataclass(frozen=True)

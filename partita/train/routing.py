@@ -13,10 +13,6 @@ from partita.parallel.laid_step import ROUTING_SUMS
 if TYPE_CHECKING:
     from partita.train.step import Model
 
-BALANCE_BIAS = (
-    ".router.balance_bias"  # end of its name: moved by the rows of its experts, not by an optimizer
-)
-
 
 def logs(model: Model) -> Iterator[tuple[str, RouterLog]]:
     """(block, log) of every layer with experts on this rank."""

@@ -10,7 +10,7 @@ update  clip by the global norm, AdamW or SGD on masters, working weights rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
-from partita.train.routing import BALANCE_BIAS, begin_routing, sum_routing
+from partita.train.routing import begin_routing, sum_routing
+from partita.train.slots import BALANCE_BIAS, Slot, slots_of
 from partita.train.stochastic import StochasticUpdate
 
 
@@ -209,25 +210,6 @@ class Model:
         return value
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of the optimizer: of a unit's weights a run that all decay, or all do not, as far as
-    this rank stores it. `start`: where it lies in what is stored of the `unit`. `weights`: full names."""
-
-    name: str
-    start: int
-    master: Tensor
-    gradient: Tensor
-    decays: bool
-    weights: tuple[str, ...]
-    unit: str
-
-    @property
-    def balances(self) -> bool:
-        """Whether it is a router's bias, which no optimizer moves."""
-        return self.name.endswith(BALANCE_BIAS)
-
-
 @dataclass
 class Update:
     """The optimizer of this rank's units. `step` clips, updates and rounds working weights."""
@@ -337,24 +319,6 @@ class Update:
         return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
 
 
-def slots_of(unit: Any) -> Iterator[Slot]:
-    """The unit's weights, joined as long as they are updated alike; of each run what this rank updates."""
-    runs: list[list[tuple[str, int, int]]] = []
-    for place in unit.places:
-        if not runs or _kind(runs[-1][-1][0]) != _kind(place[0]):
-            runs.append([])
-        runs[-1].append(place)
-    for run in runs:
-        first, end = run[0][1] - unit.part.start, run[-1][1] + run[-1][2] - unit.part.start
-        first, end = max(first, 0), min(end, unit.master.numel())
-        if first < end:
-            names = tuple(name for name, *_ in run)
-            part, decays = slice(first, end), decays_weight(names[0])
-            yield Slot(
-                names[0], first, unit.master[part], unit.gradient[part], decays, names, unit.name
-            )
-
-
 def make_update(model: Model, train: TrainSpec) -> Update:
     """The optimizer over the masters of this rank's units, and what it counts in the norm."""
     trained = [unit for unit in model.units if not unit.spec.frozen]
@@ -382,13 +346,3 @@ def make_update(model: Model, train: TrainSpec) -> Update:
         if model.flow.late is not None:
             model.flow.late.join = update.join
     return update
-
-
-def _kind(name: str) -> tuple[bool, bool]:
-    return decays_weight(name), name.endswith(BALANCE_BIAS)
-
-
-def decays_weight(name: str) -> bool:
-    """Decay acts on matrices and tables; not on biases and norms."""
-    last = name.rpartition(".")[2]
-    return not last.endswith("_bias") and last != "norm"

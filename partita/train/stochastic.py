@@ -21,10 +21,10 @@ from partita.comm.context import Context
 from partita.comm.seeds import rounded_box
 from partita.parallel.laid import Laid
 from partita.train.optim import PartOptimizer, state_names
+from partita.train.slots import Slot
 
 if TYPE_CHECKING:
     from partita.spec.job import TrainSpec
-    from partita.train.step import Slot
 
 
 @dataclass

@@ -32,8 +32,9 @@ from partita.spec.train import TrainSpec
 from partita.train.build import DTYPES, Built, make_context, make_model
 from partita.train.data import Dataset
 from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
-from partita.train.routing import BALANCE_BIAS, logs
-from partita.train.step import Model, decays_weight, make_update
+from partita.train.routing import logs
+from partita.train.slots import BALANCE_BIAS, decays_weight
+from partita.train.step import Model, make_update
 from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.watch import Watch, share_of, watch_blocks
 
