@@ -174,7 +174,7 @@ def test_a_row_that_sees_nothing_first_is_merged():
     q, k, v, _ = inputs()
     nothing = torch.zeros(1, 1, SEQ, SEQ, dtype=torch.bool)
     whole = split_of(2).tiles(0, 0)[0].__class__(slice(None), slice(0, SEQ), slice(0, SEQ), PART)
-    merged = Merged(q)
+    merged = Merged(q, v.shape[-1])
     merged.add(whole, *attend(q, k, v, nothing, False))
     merged.add(whole, *attend(q, k, v, None, True))
     want, lse = attend(q, k, v, None, True)

@@ -13,7 +13,7 @@ from partita.model.dropout import Dropout
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.regions import Region
 from partita.parallel.units import Unit
-from partita.train import step as train_step
+from partita.train import slots
 from partita.train.step import Update
 from partita.verify import runs
 from partita.verify.parity import verify
@@ -99,7 +99,7 @@ def test_the_last_position_of_a_table_is_the_one_before(judged, monkeypatch):
 
 
 def test_decay_of_norms_is_the_optimizers_fault(judged, monkeypatch):
-    monkeypatch.setattr(train_step, "decays_weight", lambda name: True)
+    monkeypatch.setattr(slots, "decays_weight", lambda name: True)
     at = judged("2mb fp64")
     assert at.phase == "optimizer" and at.module.endswith("norm")
 
