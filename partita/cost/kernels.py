@@ -8,7 +8,8 @@ A matmul [m, k] @ [k, n] is cut into tiles of its output; each compute unit make
 
 over the tile that is fastest, split along k where tiles are few. RAMP is what filling and draining a
 tile costs, in elements of k. A kernel never takes less than moving its bytes does, and `launch_s` more.
-Without counted units (CPU, systolic arrays) a matmul is its FLOPs over the rate.
+Without counted units (CPU, systolic arrays) a matmul is its FLOPs over the rate, or over what products of
+its size were measured to reach (seconds between two measured sizes lie on a line).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from partita.cost.machine import Machine
+from partita.cost.machine import Curve, Machine
 
 # (rows, columns, how well: smaller tiles read their operands more often)
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.92), (128, 64, 0.72), (64, 64, 0.5))
@@ -45,22 +46,24 @@ class Kernel:
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
     """Seconds on the device, launch included."""
     key = (machine.units, machine.rate(kernel.dtype), machine.attention_rate, machine.memory_rate)
-    return machine.constants.launch_s + _seconds(kernel, *key)
+    return machine.constants.launch_s + _seconds(kernel, *key, machine.reached(kernel.dtype))
 
 
 @lru_cache(maxsize=200_000)
-def _seconds(k: Kernel, units: int, rate: float, attention: float, memory: float) -> float:
+def _seconds(
+    k: Kernel, units: int, rate: float, attention: float, memory: float, reached: Curve
+) -> float:
     moving = k.bytes / memory
     if k.kind == "memory":
         return moving
     if k.kind == "attention":
         return max(k.flops / (attention * k.k / (k.k + LONG)) if k.flops else 0.0, moving)
-    return max(_matmul(k, units, rate), moving)
+    return max(_matmul(k, units, rate, reached), moving)
 
 
-def _matmul(k: Kernel, units: int, rate: float) -> float:
+def _matmul(k: Kernel, units: int, rate: float, reached: Curve) -> float:
     if not units:
-        return 2.0 * k.m * k.n * k.k * k.count / rate / k.well
+        return _on_curve(2.0 * k.m * k.n * k.k, rate, reached) * k.count / k.well
     best = float("inf")
     for tm, tn, well in TILES:
         tiles = ceil(k.m / tm) * ceil(k.n / tn) * k.count
@@ -70,3 +73,17 @@ def _matmul(k: Kernel, units: int, rate: float) -> float:
             depth = k.k / split + RAMP * (1 if split == 1 else 2)
             best = min(best, waves * one * depth)
     return best
+
+
+def _on_curve(flops: float, rate: float, reached: Curve) -> float:
+    """Seconds of a matmul: those of the smallest and the largest that were measured reach beyond them."""
+    if not reached:
+        return flops / rate
+    if flops <= reached[0][0]:
+        return flops / reached[0][1]
+    if flops >= reached[-1][0]:
+        return flops / reached[-1][1]
+    at = next(i for i, (size, _) in enumerate(reached) if size >= flops)
+    (low, slow), (high, fast) = reached[at - 1], reached[at]
+    first, last = low / slow, high / fast
+    return first + (last - first) * (flops - low) / (high - low)

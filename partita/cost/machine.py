@@ -14,13 +14,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from partita.base.errors import UsageError
 from partita.spec.cluster import Cluster
 
+Curve = tuple[tuple[float, float], ...]
 FILE = Path(__file__).parent / "constants.toml"
 
 # compute units of a device (SMs, CUs); 0: no tiles to count, a measured CPU or a systolic array
@@ -109,6 +111,18 @@ class Machine:
             return self.cluster.peak_flops["fp4"] * c.matmul_fp4
         low = dtype in ("fp8", "fp4")
         return self.cluster.peak("fp8" if low else dtype) * (c.matmul_fp8 if low else c.matmul)
+
+    def reached(self, dtype: str) -> Curve:
+        """What measured matmuls of a dtype reach: (FLOPs, FLOP/s) by size; empty where none was measured."""
+        return self._reached.get(dtype, ())
+
+    @cached_property
+    def _reached(self) -> dict[str, Curve]:
+        measured = self.cluster.matmul_flops_per_s or {}
+        return {
+            dtype: tuple(sorted((2.0 * prod(map(int, s.split("x"))), r) for s, r in rates.items()))
+            for dtype, rates in measured.items()
+        }
 
     @property
     def attention_rate(self) -> float:

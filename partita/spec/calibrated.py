@@ -71,5 +71,6 @@ def adopt(base: Cluster, measured: Cluster) -> Cluster:
         peak_flops=measured.peak_flops,
         memory_bytes_per_s=measured.memory_bytes_per_s,
         cores_shared=measured.cores_shared,
+        matmul_flops_per_s=measured.matmul_flops_per_s,
         links=links if base.devices > 1 and links else base.links,
     )

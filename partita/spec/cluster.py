@@ -60,7 +60,8 @@ class NodeGroup:
 @dataclass(frozen=True)
 class Cluster:
     """Devices and links. Where `nodes` differ, memory and rates are those of the weakest device, which
-    is what a plan that treats ranks alike must fit. Raises UsageError for what cannot be."""
+    is what a plan that treats ranks alike must fit. `matmul_flops_per_s`: what products of a stated size
+    reach, by dtype, where they were measured. Raises UsageError for what cannot be."""
 
     name: str
     devices: int
@@ -81,6 +82,7 @@ class Cluster:
     reliability: Reliability | None = None
     jitter: Jitter | None = None
     prices: Prices | None = None
+    matmul_flops_per_s: Mapping[str, Mapping[str, float]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)
@@ -97,6 +99,7 @@ class Cluster:
         ):
             if (value := getattr(self, name)) is not None:
                 _within(name, value, 1, 1e18)
+        _check_matmuls(self.matmul_flops_per_s or {})
         sizes = [link.devices for link in self.links]
         if sizes != sorted(sizes):
             raise UsageError(f"inner tiers come first, these join {sizes} devices", key="links")
@@ -233,6 +236,17 @@ def _check_rates(memory_bytes: int, memory_bytes_per_s: float, peaks: Mapping[st
         if name not in DTYPES:
             raise UsageError(f"no precision '{name}'{did_you_mean(name, DTYPES)}", key="peak_flops")
         _within(f"peak_flops.{name}", peak, 1, 1e21)
+
+
+def _check_matmuls(measured: Mapping[str, Mapping[str, float]]) -> None:
+    for dtype, rates in measured.items():
+        for size, rate in rates.items():
+            if not re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}x[1-9]\d{0,8}", size):
+                text = (
+                    f"'{size}' is no size of a product: rows x inner x columns, e.g. '256x192x512'"
+                )
+                raise UsageError(text, key=f"matmul_flops_per_s.{dtype}")
+            _within(f"matmul_flops_per_s.{dtype}.{size}", rate, 1, 1e21)
 
 
 def _known() -> list[str]:

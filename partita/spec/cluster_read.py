@@ -60,6 +60,7 @@ class _File:
     reliability: Reliability | None = None
     jitter: Jitter | None = None
     prices: Prices | None = None
+    matmul_flops_per_s: dict[str, dict[str, float]] | None = None
 
 
 def read_cluster(
@@ -178,6 +179,7 @@ def _resolve(stated: _File) -> Cluster:
         reliability=stated.reliability,
         prices=stated.prices,
         jitter=stated.jitter,
+        matmul_flops_per_s=stated.matmul_flops_per_s,
     )
 
 

@@ -1,7 +1,8 @@
 """`partita calibrate`: measures this machine in half a minute, and says so as a Cluster.
 
-    peak_flops           what a rank sustains on matrix products of a model's sizes, by precision, while
-                         as many ranks compute as there are units for them
+    matmul_flops_per_s   what a rank sustains on matrix products of a model's sizes, by precision and size,
+                         while as many ranks compute as there are units for them
+    peak_flops           the most of them
     memory_bytes_per_s   read and written by an element-wise operation too big for the caches
     links                alpha and beta of the fastest backend, fitted over all collectives (Hockney 1994)
     cores_shared         how many ranks' worth of work the machine does at a time, when all are busy
@@ -194,7 +195,7 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
     calls = slowest_calls(found)
     backends = list(dict.fromkeys(c.backend for c in calls))
     fits = {b: fit([c for c in calls if c.backend == b]) for b in backends}
-    peaks = {dtype: sustained(rates) for dtype, rates in matmul.items()}
+    peaks = {dtype: max(rates.values()) for dtype, rates in matmul.items()}
     peaks["fp64"] = peaks["fp32"] / 2
     used = backends[0] if backends else ""
     cluster = replace(
@@ -203,6 +204,7 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
         peak_flops=peaks,
         memory_bytes_per_s=fmean(memory),
         cores_shared=compute_units(busy),
+        matmul_flops_per_s=matmul,
         links=_links(base, used, fits),
     )
     rate = fmean(optimizer)
@@ -214,12 +216,6 @@ def _links(base: Cluster, used: str, fits: Mapping[str, AlphaBeta]) -> tuple[Lin
         return base.links
     link, name = fits[used], {"shm": "shared memory"}.get(used, used)
     return (Link(name, base.devices, link.bytes_per_s, link.latency_s),)
-
-
-def sustained(rates: Mapping[str, float]) -> float:
-    """FLOP/s over all sizes, each done once: total FLOPs over total time."""
-    flops = {f"{r}x{i}x{c}": 2.0 * r * i * c for r, i, c in MATMUL_SIZES}
-    return sum(flops[s] for s in rates) / sum(flops[s] / rate for s, rate in rates.items())
 
 
 def compute_units(busy: Mapping[int, float]) -> int:

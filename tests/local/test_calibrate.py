@@ -77,6 +77,7 @@ def test_the_cluster_keeps_the_limits_and_takes_the_rates(tmp_path) -> None:
     )
     assert made.cores_shared == 2
     assert made.peak_flops == pytest.approx({"fp32": 40e9, "bf16": 80e9, "fp64": 20e9})
+    assert made.matmul_flops_per_s == found.matmul
     assert made.links[0].name == "shared memory"
     assert made.links[0].bytes_per_s == pytest.approx(3e9)
     path = tmp_path / "cluster.toml"
