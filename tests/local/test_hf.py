@@ -21,6 +21,9 @@ from partita.spec.model import ModelSpec
 from partita.train.step import Microbatch
 
 KINDS = list(hf_models.CONFIGS)
+STOCK = {
+    "qwen3-moe": 3e-6
+}  # its fp32 islands, norms of heads among them, leave 1.2e-6 in one expert
 
 
 def whole(shape):
@@ -101,7 +104,9 @@ def test_the_judge_equals_transformers_in_float64(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_judge_equals_stock_transformers(kind, tmp_path):
     folder = hf_models.save_model(tmp_path / "model", kind)
-    assert compare(folder, tmp_path, 3e-6) > 1e-10, "the islands are gone: drop the helper"
+    assert compare(folder, tmp_path, STOCK.get(kind, 1e-6)) > 1e-10, (
+        "the islands are gone: drop the helper"
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama3-rope", "gpt2"])
