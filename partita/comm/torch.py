@@ -102,8 +102,9 @@ class TorchWorld:
         self.sends = [w for w in self.sends if w is not work]
 
     def close(self, drain: bool = True) -> None:
-        """Leaves the process group, once what was sent has gone out. After a failure it is left to the
-        end of the process: gloo would wait for the lost peer."""
+        """Leaves the process groups, once what was sent has gone out. The last hold on a group ends its
+        threads: one that lets go of a tensor while Python ends aborts the process. After a failure
+        they are left to the end of the process: gloo would wait for the lost peer."""
         if not drain:
             return
         for work in self.sends:
@@ -113,6 +114,8 @@ class TorchWorld:
         self.book.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        for comm in self._comms:
+            comm.group = None
 
 
 @dataclass
