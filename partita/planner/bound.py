@@ -17,19 +17,16 @@ tables are cached by (tp, sp, cp, method, ep, etp, recompute, micro_batch_size);
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partita.base.errors import PartitaError, PlanError, Problem
+from partita.base.errors import PartitaError, Problem
 from partita.cost.comm import Group, group_seconds
 from partita.cost.machine import Machine
-from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import balanced, schedule_of
-from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
-from partita.parallel.room import Request
+from partita.planner.reading import STATES, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import Cost, Probe, Rough, Table, pipeline_bound, probe_of
 from partita.schedule.clock import Costs, StageCosts
@@ -37,24 +34,36 @@ from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
-from partita.simulate.stage import StageTime, Work, stage_time, works_of
 from partita.simulate.step import update_bytes
-from partita.spec.families import program
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
 REHEARSED = 256  # schedules of whole steps that are remembered
-STATES = ("parameters", "gradients", "optimizer")
 
 
-def cost_of(t: StageTime, late: bool = False) -> Cost:
-    """The cost of a stage or block. `late`: what backward waits for counts as weight work: what is seen of
-    it depends on how long that is, so that of large microbatches only the sum of both bounds that of small
-    ones."""
-    forward = t.forward_s + sum(t.comm_forward_s.values()) + t.host_forward_s
-    waits = sum(t.comm_backward_s.values()) + t.host_backward_s
-    back, weight = (0.0, waits) if late else (waits, 0.0)
-    return Cost(forward, t.input_s + back, t.weight_s + weight)
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Into how many parts ZeRO cuts the states of experts, and at most those of the rest."""
+
+    rest: int
+    experts: int
+
+    def states(self, cost: Cost, zero: int) -> tuple[float, ...]:
+        """Parameters, gradients and optimizer of a rank, at least."""
+        cut = (zero >= 3, zero >= 2, zero >= 1)
+        return tuple(
+            rest / (self.rest if c else 1) + experts / (self.experts if c else 1)
+            for rest, experts, c in zip(cost.states, cost.experts, cut, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards."""
+
+    inner: Group
+    cut: int
+    outer: Group
 
 
 class Bounds:
@@ -89,7 +98,7 @@ class Bounds:
         plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
         plan = plan.with_("pipeline", num_microbatches=1)
         asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
-        return _read(asked, self.machine, tokens.micro == ENDLESS)
+        return read_table(asked, self.machine, tokens.micro == ENDLESS)
 
     def _mixed(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """Every k-th layer, from the first one on, of the table that recomputes all; the others of that which
@@ -100,7 +109,7 @@ class Bounds:
         last = len(made.blocks) - 1
         of = [made if i % tokens.every == 1 or i in (0, last) else kept for i in range(last + 1)]
         blocks = tuple(t.blocks[i] for i, t in enumerate(of))
-        return Table(blocks, tuple(t.flops[i] for i, t in enumerate(of)), made.unit)
+        return Table(blocks, tuple(t.flops[i] for i, t in enumerate(of)))
 
     def endless(self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int]) -> Table | Problem:
         """The blocks of so large a microbatch that a sample cannot cost less."""
@@ -192,26 +201,16 @@ class Bounds:
         """The schedule's bound with these stages."""
         return pipeline_bound(stages, probe, m)
 
-    def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> int:
-        """Into how many parts ZeRO cuts states, at most."""
-        fold = dp_shard * mesh.cp * mesh.tp
-        return max(dp_shard * mesh.cp, fold // (shape.ep * shape.etp))
+    def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
+        """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
+        cut = dp_shard * mesh.cp
+        return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1))
 
-    def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
+    def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
         """ZeRO stages in force, with the most parts they cut states into."""
-        if mesh.dp == 1:
-            return [(0, 1)]
+        shards = self.shards(mesh, shape, mesh.dp)
         stages = {zero if shard > 1 else 0 for shard, zero in self.space.states(mesh, shape)}
-        return [(zero, self.shards(mesh, shape, mesh.dp)) for zero in sorted(stages)]
-
-    def states(self, whole: Sequence[float], zero: int, shards: int) -> tuple[float, float, float]:
-        """Parameters, gradients and optimizer of a rank, at least."""
-        p, g, o = whole
-        return (
-            p / shards if zero >= 3 else p,
-            g / shards if zero >= 2 else g,
-            o / shards if zero >= 1 else o,
-        )
+        return [(zero, shards) for zero in sorted(stages)]
 
     def group(self, stride: int, n: int) -> Group:
         """`n` ranks, each `stride` behind the one before."""
@@ -220,153 +219,108 @@ class Bounds:
             self._groups[key] = place(tuple(range(0, stride * n, stride)), self.machine)
         return self._groups[key]
 
+    def meetings(
+        self, mesh: MeshChoice, shape: Shape, shard: int, zero: int
+    ) -> tuple[Meeting, ...]:
+        """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force."""
+        fold, replicas = shape.ep * shape.etp, mesh.dp // shard
+        rows = [(mesh.tp, shard * mesh.cp)]
+        if self.space.model.experts:
+            rows.append((fold, shard * mesh.cp * mesh.tp // fold))
+        found = []
+        for stride, ranks in rows:
+            cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
+            wide = shard * mesh.cp * mesh.tp if zero else stride
+            found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
+        return tuple(found)
+
     def reduced(
-        self,
-        stages: Sequence[Cost],
-        table: Table,
-        probe: Probe,
-        mesh: MeshChoice,
-        states: tuple[int, int],
+        self, stages: Sequence[Cost], probe: Probe, meetings: Sequence[Meeting], zero: int
     ) -> float:
-        """Seconds at least that the step's reductions of gradients, and gathers of parameters, are seen:
-        the largest unit of each layer in one call, beyond a whole backward of the rank. `states`: dp_shard,
-        and the ZeRO stage in force."""
-        (shard, zero), era = states, self.machine.software
-        if self.space.model.experts or self.machine.class_ == "CPU":
+        """Seconds at least that the step's reductions of gradients, and gathers of parameters, are seen: the
+        largest units of a rank's layers in one call, beyond a whole backward of the rank."""
+        if self.machine.class_ == "CPU":
             return 0.0
-        cut, rest = (shard * mesh.cp, mesh.dp // shard) if zero else (1, mesh.dp * mesh.cp)
-        inner = self.group(mesh.tp, cut)
-        outer = self.group(mesh.tp * cut, rest) if zero else self.group(mesh.tp, rest)
-        layers, worst = self.split(table, len(stages)), 0.0
-        weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
-        gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
-        fewer = min(era.gradient_bytes / 4, 1.0)
+        worst = 0.0
         for held in probe.held:
-            mine = fewer * sum(layers[s] for s in held)
-            found = group_seconds("all_reduce", outer, mine * gradients / cut)
-            if zero == 1:
-                found += group_seconds("reduce_scatter", inner, mine * gradients)
-            if zero in (1, 2):
-                found += group_seconds("all_gather", inner, mine * weights / cut)
+            units = [sum(x) for x in zip(*(stages[s].units for s in held), strict=True)]
+            found = self.once_s(units, meetings, zero)
             room = sum(stages[s].input + stages[s].weight for s in held)
-            worst = max(worst, found - (room if era.overlaps_gradients else 0.0))
+            worst = max(worst, found - (room if self.machine.software.overlaps_gradients else 0.0))
         return worst
 
-    def sharded(
-        self, stages: Sequence[Cost], table: Table, mesh: MeshChoice, shard: int, zero: int
-    ) -> Sequence[Cost]:
-        """The stages with ZeRO's collectives of each microbatch, which hide under compute at best: the
-        largest unit of each layer gathered (F, B) and its gradient scattered (B) over dp_shard and cp."""
-        if zero < 2 or self.space.model.experts or self.machine.class_ == "CPU":
-            return stages
-        n = shard * mesh.cp
-        group = self.group(mesh.tp, n)
-        weights = table.unit * min(b.states[0] for b in table.blocks[1:-1])
-        gradients = table.unit * min(b.states[1] for b in table.blocks[1:-1])
-        known: dict[int, tuple[float, float]] = {}
-        found = []
-        for cost, layers in zip(stages, self.split(table, len(stages)), strict=True):
-            if layers not in known:
-                size = layers * weights / n
-                gather = group_seconds("all_gather", group, size) if zero == 3 else 0.0
-                scatter = group_seconds("reduce_scatter", group, layers * gradients)
-                known[layers] = gather, gather + scatter
-            forward, back = known[layers]
-            hidden = forward <= cost.forward and back <= cost.input + cost.weight
-            waits = max(cost.forward, forward), max(cost.input, back - cost.weight)
-            found.append(cost if hidden else Cost(*waits, cost.weight, cost.kept, cost.states))
-        return found if found != stages else stages
+    def once_s(self, units: Sequence[float], meetings: Sequence[Meeting], zero: int) -> float:
+        """Seconds of a step's collectives on units of a rank, each kind in one call."""
+        fewer, total = min(self.machine.software.gradient_bytes / 4, 1.0), 0.0
+        for i, at in enumerate(meetings):
+            weights, gradients = units[2 * i], fewer * units[2 * i + 1]
+            total += group_seconds("all_reduce", at.outer, gradients / at.cut)
+            if zero == 1:
+                total += group_seconds("reduce_scatter", at.inner, gradients)
+            if zero in (1, 2):
+                total += group_seconds("all_gather", at.inner, weights / at.cut)
+        return total
 
-    def lent(self, table: Table, zero: int) -> float:
-        """Bytes of whole units that come and go, at least: weights of two layers, two gradients."""
-        if zero < 2 or len(table.blocks) < 4 or self.space.model.experts:
+    def each_s(
+        self, units: Sequence[float], meetings: Sequence[Meeting], zero: int
+    ) -> tuple[float, float]:
+        """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward."""
+        forward = backward = 0.0
+        for i, at in enumerate(meetings):
+            gather = (
+                group_seconds("all_gather", at.inner, units[2 * i] / at.cut) if zero == 3 else 0.0
+            )
+            scatter = (
+                group_seconds("reduce_scatter", at.inner, units[2 * i + 1]) if zero > 1 else 0.0
+            )
+            forward, backward = forward + gather, backward + gather + scatter
+        return forward, backward
+
+    def sharded(
+        self, stages: Sequence[Cost], meetings: Sequence[Meeting], zero: int
+    ) -> Sequence[Cost]:
+        """The stages with ZeRO's collectives of each microbatch, which hide under compute at best."""
+        if zero < 2 or self.machine.class_ == "CPU":
+            return stages
+        known: dict[tuple[float, ...], tuple[float, float]] = {}
+        found = []
+        for cost in stages:
+            if cost.units not in known:
+                known[cost.units] = self.each_s(cost.units, meetings, zero)
+            forward, back = known[cost.units]
+            waits = max(cost.forward, forward), max(cost.input, back - cost.weight)
+            found.append(replace(cost, forward=waits[0], input=waits[1]))
+        return found
+
+    def lent(self, table: Table, zero: int, shards: Shards) -> float:
+        """Bytes of whole units that come and go, at least: the weights of a layer, the gradients of one."""
+        if zero < 2 or len(table.blocks) < 4:
             return 0.0
-        parameters = min(b.states[0] for b in table.blocks[1:-1])
-        gradients = min(b.states[1] for b in table.blocks[1:-1])
-        return table.unit * (gradients + (parameters if zero == 3 else 0.0))
+        at = [0, 1] if zero == 3 else [1]
+        at += [i + 2 for i in at] if shards.experts > 1 else []
+        return min(sum(b.units[i] for i in at) for b, _ in table.layers)
 
     def memory(
-        self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int, scale: float = 1.0
+        self, stages: Sequence[Cost], probe: Probe, zero: int, shards: Shards, scale: float = 1.0
     ) -> float:
         """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
-        worst = 0.0
+        worst, states = 0.0, [sum(shards.states(s, zero)) for s in stages]
         for held, peaks in zip(probe.held, probe.peaks, strict=True):
-            states = sum(sum(self.states(stages[s].states, zero, shards)) for s in held)
             most = max(
                 (sum(n * stages[s].kept for s, n in peak.items()) for peak in peaks), default=0
             )
-            worst = max(worst, states + scale * most)
+            worst = max(worst, sum(states[s] for s in held) + scale * most)
         return worst
 
-    def update(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: int) -> float:
+    def update(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least."""
-        moved = 0.0
-        for held in probe.held:
-            found = [self.states(stages[s].states, zero, shards) for s in held]
-            moved = max(moved, sum(_moved(f) for f in found))
-        return moved / self.machine.memory_rate
-
-
-def _moved(states: tuple[float, float, float]) -> float:
-    """Bytes that the update moves."""
-    sizes = {name: int(size) for name, size in zip(STATES, states, strict=True)}
-    return update_bytes(sizes)
+        moved = [
+            update_bytes(dict(zip(STATES, shards.states(s, zero), strict=True))) for s in stages
+        ]
+        most = max(sum(moved[s] for s in held) for held in probe.held)
+        return most / self.machine.memory_rate
 
 
 def costs_of(stages: Sequence[Cost], send: float = 0.0) -> Costs:
     """What the clock is told."""
     return Costs(tuple(StageCosts(s.forward, s.input, s.weight) for s in stages), send)
-
-
-def _read(request: Request, machine: Machine, late: bool) -> Table | Problem:
-    """The table, from a model of as few layers as differ."""
-    layers, period = request.model.layers, request.plan.recompute.every
-    blocks = program(request.model, 1, request.seq_len).blocks[1:-1]
-    alike = len({id(b) for b in blocks}) == 1 and layers > period
-    short = replace(request.model, layers=period) if alike else request.model
-    try:
-        laid = lay(replace(request, model=short))
-    except PlanError as wrong:
-        return wrong.problems[0]
-    costs, weight = _block_costs(laid, machine, late)
-    unit = _largest_unit(laid)
-    if alike:
-        costs = [costs[0], *(costs[1 + i % period] for i in range(layers)), costs[-1]]
-        weight = [weight[0], *(weight[1 + i % period] for i in range(layers)), weight[-1]]
-    return Table(tuple(costs), tuple(weight), unit)
-
-
-def _largest_unit(laid: Laid) -> float:
-    """The least part of a layer's weights, and of those that are trained, that is one unit."""
-    shares, layers = [1.0], laid.stages[0].blocks[1:-1]
-    for layer in {id(b): b for b in layers}.values():
-        every = Counter[tuple[bool, tuple[str, ...]]]()
-        for w in layer.weights():
-            every[w.frozen, gradient_axes(layer, w, laid.sizes)] += w.local(laid.sizes)
-        trained = [n for (frozen, _), n in every.items() if not frozen]
-        shares += [max(g) / sum(g) for g in (list(every.values()), trained) if g]
-    return min(shares)
-
-
-def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], list[float]]:
-    """The cost and the FLOPs of each block. States go by weights: units may join several blocks."""
-    blocks, parts = laid.stages[0].blocks, works_of(laid).stages[0].parts
-    total = sum((state_bytes(b, laid.sizes) for b in blocks), Counter[str]())
-    tied, seen, elements = set(laid.program.tied), set[str](), list[tuple[int, int]]()
-    for b in blocks:
-        own = {w.name: (w.local(laid.sizes), w.frozen) for w in b.weights() if w.name not in seen}
-        seen |= own.keys() & tied
-        elements.append((sum(n for n, _ in own.values()), sum(n for n, f in own.values() if not f)))
-    priced = {
-        key: cost_of(
-            stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late
-        )
-        for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
-    }
-    costs = []
-    whole, trained = (max(sum(n), 1) for n in zip(*elements, strict=True))
-    for b, (n, t) in zip(blocks, elements, strict=True):  # frozen: parameters alone
-        share = {"parameters": n / whole}
-        states = tuple(total[s] * share.get(s, t / trained) for s in STATES)
-        costs.append(replace(priced[id(b)], kept=kept_bytes(b, laid.sizes), states=states))  # type: ignore[arg-type]
-    return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]

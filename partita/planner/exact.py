@@ -8,7 +8,8 @@ from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.parallel.room import Request
-from partita.planner.bound import cost_of, costs_of
+from partita.planner.bound import costs_of
+from partita.planner.reading import cost_of
 from partita.planner.table import Probe
 from partita.simulate.memory import lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partita.cost.comm import group_seconds
 from partita.planner.bound import ENDLESS, SLACK, Bounds
 from partita.planner.space import MeshChoice, Shape
 from partita.planner.table import Table
 
-ROOM = 2.0  # a sample's backward takes at most so many times what it does in an endless microbatch
+ROOM, SPARSE_ROOM = (
+    2.0,
+    16.0,
+)  # a sample's backward takes at most so many times what it does endlessly
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class _Way:
-    """A way to cut states: seconds of a layer's collectives in a microbatch, forward and backward, and of
-    all of a rank's once a step."""
+    """A way to cut states: seconds of each kind of layer's collectives in a microbatch, forward and backward,
+    and of all of a rank's once a step."""
 
-    forward: float
-    backward: float
+    each: tuple[tuple[float, float], ...]
     once: float
 
 
@@ -46,12 +47,12 @@ def floor(b: Bounds, mesh: MeshChoice, shape: Shape, table: Table) -> Floor | No
     fit = {
         zero
         for zero, shards in b.ways(mesh, shape)
-        if sum(b.states(total.states, zero, shards)) / mesh.pp + b.lent(table, zero) + kept
+        if sum(shards.states(total, zero)) / mesh.pp + b.lent(table, zero, shards) + kept
         <= b.limit_bytes
     }
     if not fit:
         return None
-    if b.space.model.experts or b.machine.class_ == "CPU":
+    if b.machine.class_ == "CPU":
         return Floor((0.0,) * len(micros), (0.0,) * len(micros))
     found = [_way(b, mesh, shape, table, zero) for zero in sorted(fit)]
     rows = [_at(b, mesh, table, found, micro) for micro in micros]
@@ -59,25 +60,25 @@ def floor(b: Bounds, mesh: MeshChoice, shape: Shape, table: Table) -> Floor | No
 
 
 def _way(b: Bounds, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
-    """The cheapest group for each collective."""
-    layers = table.blocks[1:-1]
-    weights = table.unit * min(x.states[0] for x in layers)
-    gradients = table.unit * min(x.states[1] for x in layers)
-    mine = min(b.machine.software.gradient_bytes / 4, 1.0) * len(layers) / mesh.pp
-    shards = [s for s, z in b.space.states(mesh, shape) if (z if s > 1 else 0) == zero]
-    forward, backward, once = [], [], []
-    for shard in shards:
-        cut, rest = (shard * mesh.cp, mesh.dp // shard) if zero else (1, mesh.dp * mesh.cp)
-        inner, outer = b.group(mesh.tp, cut), b.group(mesh.tp * cut, rest)
-        gather = group_seconds("all_gather", inner, weights / cut) if zero == 3 else 0.0
-        scatter = group_seconds("reduce_scatter", inner, gradients) if zero >= 2 else 0.0
-        step = group_seconds("all_reduce", outer, mine * gradients / cut)
-        step += group_seconds("reduce_scatter", inner, mine * gradients) if zero == 1 else 0.0
-        step += group_seconds("all_gather", inner, mine * weights / cut) if zero in (1, 2) else 0.0
-        forward.append(gather)
-        backward.append(gather + scatter)
-        once.append(step)
-    return _Way(min(forward), min(backward), min(once))
+    """The cheapest groups for each collective."""
+    states = b.space.states(mesh, shape)
+    shards = [s for s, z in states if (z if s > 1 else 0) == zero]
+    mine = [sum(n * u[i] for u, n in _units(table)) / mesh.pp for i in range(4)]
+    ways = [b.meetings(mesh, shape, s, zero) for s in shards]
+    once = min(b.once_s(mine, at, zero) for at in ways)
+    if zero < 2:
+        return _Way(((0.0, 0.0),) * len(table.layers), once)
+    rows = [[b.each_s(u, at, zero) for u, _ in _units(table)] for at in ways]
+    return _Way(
+        tuple(
+            (min(x[0] for x in kind), min(x[1] for x in kind)) for kind in zip(*rows, strict=True)
+        ),
+        once,
+    )
+
+
+def _units(table: Table) -> list[tuple[tuple[float, ...], int]]:
+    return [(layer.units, n) for layer, n in table.layers]
 
 
 def _at(
@@ -85,18 +86,19 @@ def _at(
 ) -> tuple[float, float]:
     """Seconds of a step with microbatches of this size, and those that follow the schedule."""
     scale = micro * SLACK / ENDLESS
-    layers = table.blocks[1:-1]
-    forward = scale * min(x.forward for x in layers)
-    backward = scale * min(x.input + x.weight for x in layers)
+    costs = [(scale * x.forward, scale * (x.input + x.weight), n) for x, n in table.layers]
     ends = scale * (table.blocks[0].seconds + table.blocks[-1].seconds)
-    room = (
-        ROOM * scale / SLACK * (table.total.input + table.total.weight) / mesh.pp + ROOM * backward
-    )
+    most = SPARSE_ROOM if b.space.model.experts else ROOM
+    total = scale / SLACK * (table.total.input + table.total.weight) / mesh.pp
+    room = most * (total + max(back for _, back, _ in costs))
     room = room if b.machine.software.overlaps_gradients else 0.0
     times = b.space.batch // mesh.dp // micro / mesh.pp
     seconds, once = [], []
     for way in ways:
-        each = max(forward, way.forward) + max(backward, way.backward)
+        layers = sum(
+            n * (max(f, way_f) + max(back, way_b))
+            for (f, back, n), (way_f, way_b) in zip(costs, way.each, strict=True)
+        )
         once.append(max(way.once - room, 0.0))
-        seconds.append(times * (len(layers) * each + ends) + once[-1])
+        seconds.append(times * (layers + ends) + once[-1])
     return min(seconds), min(once)

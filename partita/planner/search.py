@@ -192,7 +192,7 @@ class Search:
         assert not isinstance(endless, Problem)
         stages, scale = b.stages(endless, probe.num_stages), tokens.micro / ENDLESS
         num_bytes = min(  # what a chunk keeps grows with its samples
-            b.memory(stages, probe, *way, scale=scale) + b.lent(endless, way[0])
+            b.memory(stages, probe, *way, scale=scale) + b.lent(endless, *way)
             for way in b.ways(mesh, node.shape)
         )
         if num_bytes > self.bounds.limit_bytes:
@@ -218,18 +218,17 @@ class Search:
 
     def _states(self, node: Node) -> Iterator[Node]:
         table, probe = self._parts(node)
-        stages, b = self.bounds.stages(table, probe.num_stages), self.bounds
-        for dp_shard, zero in self.space.states(node.mesh, node.shape):
+        stages, b, m = self.bounds.stages(table, probe.num_stages), self.bounds, node.mesh
+        for dp_shard, zero in self.space.states(m, node.shape):
             cut = zero if dp_shard > 1 else 0
-            shards = b.shards(node.mesh, node.shape, dp_shard)
-            num_bytes = b.memory(stages, probe, cut, shards) + b.lent(table, cut)
+            shards = b.shards(m, node.shape, dp_shard)
+            num_bytes = b.memory(stages, probe, cut, shards) + b.lent(table, cut, shards)
             if num_bytes > self.bounds.limit_bytes:
                 self._refuse("memory", 1)
                 continue
-            slower = b.sharded(stages, table, node.mesh, dp_shard, cut)
-            seconds = b.pipeline(slower, probe, self._microbatches(node))
-            once = b.update(stages, probe, cut, shards)
-            once += b.reduced(stages, table, probe, node.mesh, (dp_shard, cut))
+            at = b.meetings(m, node.shape, dp_shard, cut)
+            seconds = b.pipeline(b.sharded(stages, at, cut), probe, self._microbatches(node))
+            once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
             leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
             yield replace(
                 node,
@@ -245,8 +244,8 @@ class Search:
         """The schedule's clock at what the stages cost at least."""
         (table, probe), leaf, b = self._parts(node), node.leaf, self.bounds
         cut = leaf.zero if leaf.dp_shard > 1 else 0
-        stages = b.stages(table, probe.num_stages)
-        stages = b.sharded(stages, table, node.mesh, leaf.dp_shard, cut)
+        at = b.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
+        stages = b.sharded(b.stages(table, probe.num_stages), at, cut)
         named = (leaf.schedule, leaf.virtual)
         seconds = b.played(stages, node.mesh, named, self._microbatches(node)) + node.once
         yield replace(node, level=6, seconds=max(seconds, node.seconds))

@@ -15,31 +15,37 @@ import numpy as np
 from partita.schedule.ir import Schedule
 from partita.spec.plan import has_fixed_stages
 
+Three = tuple[float, ...]  # parameters, gradients, optimizer
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of a microbatch by part, and bytes: kept activations, states by category."""
+    """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
+    rest; of each layer's largest unit parameters and gradients, of the rest and of experts."""
 
     forward: float
     input: float
     weight: float
-    kept: int = 0
-    states: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    kept: float = 0.0
+    states: Three = (0.0, 0.0, 0.0)
+    experts: Three = (0.0, 0.0, 0.0)
+    units: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def seconds(self) -> float:
         """All of it."""
         return self.forward + self.input + self.weight
 
-    def __add__(self, other: Cost) -> Cost:
-        states = tuple(a + b for a, b in zip(self.states, other.states, strict=True))
-        return Cost(
-            self.forward + other.forward, self.input + other.input, self.weight + other.weight,
-            self.kept + other.kept, states,  # type: ignore[arg-type]
-        )  # fmt: skip
+    @property
+    def row(self) -> tuple[float, ...]:
+        """All numbers in one row."""
+        parts = (self.forward, self.input, self.weight, self.kept)
+        return (*parts, *self.states, *self.experts, *self.units)
 
-
-NOTHING = Cost(0.0, 0.0, 0.0)
+    @staticmethod
+    def of_row(row: Sequence[float]) -> Cost:
+        """From a row, or a sum of rows."""
+        return Cost(*row[:4], tuple(row[4:7]), tuple(row[7:10]), tuple(row[10:]))
 
 
 class Proportions:
@@ -61,7 +67,6 @@ class Table:
 
     blocks: tuple[Cost, ...]
     flops: tuple[float, ...]
-    unit: float = 0.0  # of a layer's weights, in its largest flat unit: what ZeRO lends at once
 
     @cached_property
     def proportions(self) -> Proportions:
@@ -71,28 +76,28 @@ class Table:
     @cached_property
     def total(self) -> Cost:
         """All blocks."""
-        return sum(self.blocks, NOTHING)
+        return Cost.of_row(self._prefix[-1].tolist())
 
     @cached_property
-    def _prefix(self) -> list[Cost]:
-        return list(accumulate(self.blocks, initial=NOTHING))
+    def layers(self) -> list[tuple[Cost, int]]:
+        """Each kind of layer, and how many there are."""
+        kinds = {id(b): b for b in self.blocks[1:-1]}
+        count = Counter(map(id, self.blocks[1:-1]))
+        return [(b, count[key]) for key, b in kinds.items()]
+
+    @cached_property
+    def _prefix(self) -> np.ndarray:
+        """[blocks + 1, numbers]: sums of the rows before each block."""
+        rows = {id(b): b.row for b in self.blocks}
+        every = np.array([rows[id(b)] for b in self.blocks])
+        return np.concatenate([np.zeros((1, every.shape[1])), np.cumsum(every, 0)])
 
     def stages(self, split: Sequence[int]) -> list[Cost]:
         """The cost of each stage of a split of the layers."""
-        found, at = [], 1
-        for i, layers in enumerate(split):
-            low = 0 if i == 0 else at
-            at += layers
-            high = at + 1 if i == len(split) - 1 else at
-            a, b = self._prefix[low], self._prefix[high]
-            states = tuple(y - x for x, y in zip(a.states, b.states, strict=True))
-            found.append(
-                Cost(
-                    b.forward - a.forward, b.input - a.input, b.weight - a.weight,
-                    b.kept - a.kept, states,  # type: ignore[arg-type]
-                )
-            )  # fmt: skip
-        return found
+        ends = np.cumsum((1, *split))
+        ends[0], ends[-1] = 0, len(self.blocks)
+        rows = self._prefix[ends[1:]] - self._prefix[ends[:-1]]
+        return [Cost.of_row(row) for row in rows.tolist()]
 
 
 @dataclass(frozen=True)

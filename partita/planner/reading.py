@@ -1,0 +1,116 @@
+"""Tables of blocks, read off a laid model of as few layers as differ.
+
+Units: of each layer the largest flat unit of its experts and of all else, which ZeRO cuts and gathers over
+different ranks (parallel/dp/rules.py). Weights that are tied, and the embedding's, count as states alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from partita.base.errors import PlanError, Problem
+from partita.cost.machine import Machine
+from partita.parallel.laid import Laid, lay
+from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
+from partita.parallel.room import Request
+from partita.planner.table import Cost, Table
+from partita.simulate.stage import StageTime, Work, stage_time, works_of
+from partita.spec.families import program
+from partita.spec.program import Block, Tensor
+
+STATES = ("parameters", "gradients", "optimizer")
+
+
+def cost_of(t: StageTime, late: bool = False) -> Cost:
+    """The cost of a stage or block. `late`: what backward waits for counts as weight work: what is seen of
+    it depends on how long that is, so that of large microbatches only the sum of both bounds that of small
+    ones."""
+    forward = t.forward_s + sum(t.comm_forward_s.values()) + t.host_forward_s
+    waits = sum(t.comm_backward_s.values()) + t.host_backward_s
+    back, weight = (0.0, waits) if late else (waits, 0.0)
+    return Cost(forward, t.input_s + back, t.weight_s + weight)
+
+
+def read_table(request: Request, machine: Machine, late: bool) -> Table | Problem:
+    """The table of a model under a plan without a pipeline, or why it cannot be laid."""
+    short, at = _shortest(request)
+    try:
+        laid = lay(short)
+    except PlanError as wrong:
+        return wrong.problems[0]
+    costs, weight = _block_costs(laid, machine, late)
+    order = [0, *(1 + i for i in at), len(costs) - 1]
+    return Table(tuple(costs[i] for i in order), tuple(weight[i] for i in order))
+
+
+def _shortest(request: Request) -> tuple[Request, Sequence[int]]:
+    """The request for a model with each kind of layer once (of every k-th recomputed, k of them), and which
+    of its layers each of the whole model's is."""
+    model, period = request.model, request.plan.recompute.every
+    kinds = len({id(b) for b in program(model, 1, request.seq_len).blocks[1:-1]})
+    if kinds == 1 and model.layers > period:
+        short = replace(model, layers=period, dense_layers=min(model.dense_layers, period))
+        return replace(request, model=short), [i % period for i in range(model.layers)]
+    if kinds == 2 and model.layers > 2 and model.dense_layers and period == 1:
+        at = [int(i >= model.dense_layers) for i in range(model.layers)]
+        return replace(request, model=replace(model, layers=2, dense_layers=1)), at
+    return request, range(model.layers)
+
+
+def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], list[float]]:
+    """The cost and the FLOPs of each block. States go by weights: units may join several blocks."""
+    blocks, parts = laid.stages[0].blocks, works_of(laid).stages[0].parts
+    total = sum((state_bytes(b, laid.sizes) for b in blocks), Counter[str]())
+    tied, seen = set(laid.program.tied), set[str]()
+    held: list[list[Tensor]] = []
+    for b in blocks:
+        held.append([w for w in b.weights() if w.name not in seen])
+        seen |= {w.name for w in held[-1]} & tied
+    whole = [sum(w.local(laid.sizes) for w in ws) for ws in held]
+    trained = [sum(w.local(laid.sizes) for w in ws if not w.frozen) for ws in held]
+    each = [
+        total[s] / max(sum(n), 1) for s, n in zip(STATES, (whole, trained, trained), strict=True)
+    ]
+    priced = {
+        key: cost_of(
+            stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late
+        )
+        for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
+    }
+    costs = []
+    for i, (b, ws) in enumerate(zip(blocks, held, strict=True)):
+        experts = [w for w in ws if _of_experts(w)]
+        rest = [w for w in ws if not _of_experts(w)]
+        alone = [] if i == 0 else [w for w in rest if w.name not in tied]
+        known = {
+            "kept": kept_bytes(b, laid.sizes),
+            "states": _states(rest, each, laid), "experts": _states(experts, each, laid),
+            "units": (*_largest(b, alone, each, laid), *_largest(b, experts, each, laid)),
+        }  # fmt: skip
+        costs.append(replace(priced[id(b)], **known))
+    return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]
+
+
+def _of_experts(weight: Tensor) -> bool:
+    return any(d.name == "experts" for d in weight.dims)
+
+
+def _states(weights: Sequence[Tensor], each: Sequence[float], laid: Laid) -> tuple[float, ...]:
+    """Bytes by state; frozen weights have parameters alone."""
+    whole = sum(w.local(laid.sizes) for w in weights)
+    trained = sum(w.local(laid.sizes) for w in weights if not w.frozen)
+    return each[0] * whole, each[1] * trained, each[2] * trained
+
+
+def _largest(
+    block: Block, weights: Sequence[Tensor], each: Sequence[float], laid: Laid
+) -> tuple[float, float]:
+    """Bytes of the parameters, and of the gradients, of the largest unit that has them."""
+    every, trained = Counter[object](), Counter[object]()
+    for w in weights:
+        key = w.frozen, gradient_axes(block, w, laid.sizes)
+        every[key] += w.local(laid.sizes)
+        trained[key] += 0 if w.frozen else w.local(laid.sizes)
+    return each[0] * max(every.values(), default=0), each[1] * max(trained.values(), default=0)
