@@ -126,14 +126,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_coefficient(norm: Tensor, limit: float) -> Tensor | None:
-    """What gradients are multiplied by, a scalar tensor; None where `limit` is 0 (no clipping).
-
-    min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s formula; stays on the device.
-    """
-    if not limit:
-        return None
-    return (limit / (norm + CLIP_EPSILON)).clamp(max=1.0)
+def clip_coefficient(norm: float, limit: float) -> float:
+    """What gradients of this norm are multiplied by: min(1, limit / (norm + 1e-6)), as
+    torch.nn.utils.clip_grad_norm_ does; 1 where `limit` is 0 (no clipping)."""
+    return min(1.0, limit / (norm + CLIP_EPSILON)) if limit else 1.0
 
 
 def _can_fuse(params: Sequence[Tensor]) -> bool:

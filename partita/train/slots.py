@@ -55,6 +55,5 @@ def _kind(name: str) -> tuple[bool, bool]:
 
 
 def decays_weight(name: str) -> bool:
-    """Decay acts on matrices and tables; not on biases and norms."""
-    last = name.rpartition(".")[2]
-    return not last.endswith("_bias") and last != "norm"
+    """Decay acts on matrices and tables; not on biases and norms, those of heads and latents among them."""
+    return not name.endswith(("_bias", "norm"))

@@ -31,7 +31,12 @@ from partita.parallel.pp.versions import Flow
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
-from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
+from partita.train.optim import (
+    clip_coefficient,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from partita.train.routing import begin_routing, sum_routing
 from partita.train.slots import BALANCE_BIAS, Slot, slots_of
 from partita.train.stochastic import StochasticUpdate
@@ -246,9 +251,7 @@ class Update:
         if self.model.flow is not None:
             self.updates += 1
             return norm
-        limit = self.train.clip_grad_norm
-        if limit and limit < norm + CLIP_EPSILON:
-            factor *= limit / (norm + CLIP_EPSILON)
+        factor *= clip_coefficient(norm, self.train.clip_grad_norm)
         self.updates += 1
         self._apply(self.updates, self.slots, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
@@ -284,8 +287,7 @@ class Update:
             return
         if factor != 1:
             torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        set_learning_rate(self.optimizer, self.lr)
         for slot in self.slots:
             slot.master.grad = None
         for slot in slots:

@@ -23,7 +23,8 @@ from partita.spec.job import Job
 from partita.train.build import DTYPES
 from partita.train.data import Dataset
 from partita.verify.batches import whole_batch
-from partita.verify.runs import STEPS, JudgeUpdate, StepSeen, product_of
+from partita.verify.judge import JudgeUpdate
+from partita.verify.runs import STEPS, StepSeen, product_of
 
 Weights = dict[str, Tensor]
 

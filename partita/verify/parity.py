@@ -25,12 +25,12 @@ from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
 from partita.verify.delayed import is_delayed, run_delayed
+from partita.verify.judge import optimizers
 from partita.verify.processes import run_processes
 from partita.verify.runs import (
     RankSeen,
     StepSeen,
     declare,
-    optimizers,
     run_judge,
     run_rank,
     weights_after,

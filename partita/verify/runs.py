@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Where, World
-from partita.comm.seeds import initial_value, normal_box, rounded_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.ep.counts import Routing
 from partita.parallel.laid import Laid, lay
@@ -28,14 +27,12 @@ from partita.record.transfer import TrafficLine, joined, summarise
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import Box
-from partita.spec.train import TrainSpec
 from partita.train.build import DTYPES, Built, make_context, make_model
 from partita.train.data import Dataset
-from partita.train.optim import CLIP_EPSILON, learning_rate, make_optimizer
 from partita.train.routing import logs
-from partita.train.slots import BALANCE_BIAS, decays_weight
 from partita.train.step import Model, make_update
 from partita.verify.batches import rank_batch, whole_batch
+from partita.verify.judge import JudgeUpdate, start_value
 from partita.verify.watch import Watch, share_of, watch_blocks
 
 STEPS = 2
@@ -66,42 +63,6 @@ class RankSeen:
     routed: dict[tuple[str, int], tuple[int, ...]] = field(
         default_factory=dict
     )  # of the first step
-
-
-def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
-    """SGD with momentum at a large rate, then AdamW; decay and clipping active in both. Delayed updates have
-    no norm to clip by, and are several a step, at smaller rates: AdamW turns a rounding into a whole step."""
-    active = {
-        "weight_decay": 0.1,
-        "clip_grad_norm": 0.0 if delayed else 0.5,
-        "warmup_steps": 0,
-        "lr_schedule": "constant",
-    }
-    rate, small = (0.05, 1e-3) if delayed else (0.5, 1e-2)
-    sgd = replace(train, optimizer="sgd", lr=rate, momentum=0.9, **active)  # type: ignore[arg-type]
-    adamw = replace(train, optimizer="adamw", lr=small, **active)  # type: ignore[arg-type]
-    return [sgd, adamw]
-
-
-def start_value(
-    job: Job, name: str, shape: tuple[int, ...], box: Box, dtype: torch.dtype
-) -> Tensor:
-    """The perturbed initial value of a box."""
-    value = initial_value(job.seed, name, shape, box, layers=job.model.layers, dtype=dtype)
-    return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
-
-
-def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight as both runs start from it. Frozen ones have no masters, nor has any where updates are
-    rounded at random: they are what the compute dtype holds of them."""
-    weights = {
-        n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
-        for n, s in weight_shapes(job.model).items()
-    }
-    compute = DTYPES[job.plan.precision.dtype]
-    if job.plan.precision.rounding == "stochastic":
-        return {n: w.to(compute).to(dtype) for n, w in weights.items()}
-    return weights | {n: w.to(compute).to(dtype) for n, w in weights.items() if job.frozen.holds(n)}
 
 
 def run_rank(
@@ -234,57 +195,6 @@ def product_of(job: Job) -> Product:
     precision = job.plan.precision
     eight = precision.dtype == "fp8"
     return Eight(replace(precision, fp8_scaling="current")) if eight else PLAIN
-
-
-@dataclass(frozen=True)
-class JudgeUpdate:
-    """The judge's optimizer, one tensor a weight; an expert's balance bias moves by its rows instead."""
-
-    job: Job
-    weights: dict[str, Tensor]
-    biases: list[str]
-    frozen: frozenset[str]
-    optimizer: torch.optim.Optimizer
-
-    @staticmethod
-    def of(job: Job, dtype: torch.dtype) -> JudgeUpdate:
-        """Over every weight that is trained."""
-        weights = start_weights(job, dtype)
-        frozen = frozenset(n for n in weights if job.frozen.holds(n))
-        trained = [n for n in weights if n not in frozen]
-        biases = [n for n in trained if n.endswith(BALANCE_BIAS)]
-        named = [(n, weights[n], decays_weight(n)) for n in trained if n not in biases]
-        return JudgeUpdate(job, weights, biases, frozen, make_optimizer(named, job.train))
-
-    def restart(self, weights: Weights) -> None:
-        """Goes on from these weights."""
-        for name, value in weights.items():
-            self.weights[name].copy_(value)
-
-    def norm(self, gradients: dict[str, Tensor]) -> float:
-        """The 2-norm of all gradients; where a bias has its own stand rows."""
-        squares = [g.double().square().sum() for n, g in gradients.items() if n not in self.biases]
-        return float(torch.stack(squares).sum().sqrt())
-
-    def step(self, gradients: dict[str, Tensor], norm: float, step: int) -> None:
-        """Clips the gradients by their norm, in place, and updates the weights."""
-        limit = self.job.train.clip_grad_norm
-        if limit and limit < norm + CLIP_EPSILON:
-            for g in (g for n, g in gradients.items() if n not in self.biases):
-                g.mul_(limit / (norm + CLIP_EPSILON))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.job.train, step + 1)
-        for n, w in self.weights.items():
-            w.grad = gradients.get(n)
-        self.optimizer.step()
-        for n in self.biases:
-            rows = gradients[n]
-            self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
-        if self.job.plan.precision.rounding == "stochastic":
-            for n in self.weights.keys() - self.frozen:
-                w, shape = self.weights[n], tuple(self.weights[n].shape)
-                whole = tuple((0, k) for k in shape)
-                w.copy_(rounded_box(w, self.job.seed, step + 1, n, shape, whole))
 
 
 def weights_after(job: Job, ranks: Sequence[RankSeen]) -> list[Weights]:

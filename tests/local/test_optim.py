@@ -1,13 +1,15 @@
 """Flat buffers step as torch.optim steps the tensors they hold."""
 
-import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import verify_jobs
 
 from partita.base.errors import UsageError
-from partita.train import optim
+from partita.model.reference import weight_shapes
+from partita.train import optim, slots
+from partita.verify.judge import vectors
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,23 @@ def test_the_clip_coefficient_is_torchs():
     for scale in (0.01, 1.0, 100.0):
         p = torch.nn.Parameter(torch.zeros(50, dtype=torch.float64))
         p.grad = gradients(1, [(50,)], torch.float64)[0] * scale
-        mine = p.grad * optim.clip_coefficient(p.grad.norm(), 1.0)
+        mine = p.grad * optim.clip_coefficient(float(p.grad.norm()), 1.0)
         torch.nn.utils.clip_grad_norm_([p], 1.0)
         torch.testing.assert_close(mine, p.grad, rtol=1e-15, atol=0)
-    assert optim.clip_coefficient(torch.tensor(5.0), 0) is None
-    assert math.isnan(optim.clip_coefficient(torch.tensor(math.nan), 1.0))
+    assert optim.clip_coefficient(5.0, 0) == 1
+
+
+def test_what_has_one_dim_does_not_decay(tmp_path):
+    """By name here, by the kind of its op in the judge."""
+    for family, fields in (
+        ("gpt2", {}),
+        ("llama", verify_jobs.QWEN),
+        ("llama", verify_jobs.MLA | verify_jobs.EXPERTS),
+    ):
+        model = verify_jobs.job(tmp_path, "1mb", family, **fields).model
+        names = [n for n in weight_shapes(model) if not n.endswith(slots.BALANCE_BIAS)]
+        assert {n for n in names if not slots.decays_weight(n)} == vectors(model)
+    assert not slots.decays_weight("blocks.0.attention.q_norm")
 
 
 def test_unknown_words_are_named():

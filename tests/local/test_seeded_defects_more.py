@@ -14,6 +14,7 @@ from partita.parallel.dp.replicate import Reducer
 from partita.parallel.regions import Region
 from partita.parallel.units import Unit
 from partita.train import slots
+from partita.train import step as step_module
 from partita.train.step import Update
 from partita.verify import runs
 from partita.verify.parity import verify
@@ -102,6 +103,23 @@ def test_decay_of_norms_is_the_optimizers_fault(judged, monkeypatch):
     monkeypatch.setattr(slots, "decays_weight", lambda name: True)
     at = judged("2mb fp64")
     assert at.phase == "optimizer" and at.module.endswith("norm")
+
+
+def test_the_rate_of_the_update_before_or_averages_swapped_are_the_optimizers_fault(
+    judged, monkeypatch
+):
+    """Faults in the very lines that make the optimizer: the judge has its own."""
+    rate, adamw = step_module.learning_rate, torch.optim.AdamW
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "learning_rate", lambda train, update: rate(train, update - 1))
+        at = judged("dp2 fp64")
+        assert at.phase == "optimizer" and "update 1" in at.message
+
+    def swapped(groups, betas, **more):
+        return adamw(groups, betas=betas[::-1] if more.get("fused") else betas, **more)
+
+    monkeypatch.setattr(torch.optim, "AdamW", swapped)
+    assert judged("dp2 fp64").phase == "optimizer"
 
 
 def test_momentum_forgotten_between_steps(judged, monkeypatch):

@@ -11,7 +11,7 @@ from partita.comm.local import local
 from partita.comm.seeds import rounded_box
 from partita.parallel.laid import problems
 from partita.simulate.predict import request_of
-from partita.verify import runs
+from partita.verify import judge
 from partita.verify.parity import verify
 
 RANDOM = "precision.rounding=stochastic"
@@ -61,7 +61,7 @@ def test_other_bits_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("partita.train.stochastic.rounded_box", wrong)
     found = verify(verify_jobs.job(tmp_path, f"tp2 bf16 {RANDOM}"))
     assert not found.equal and found.divergence.phase == "optimizer"
-    assert runs.rounded_box is real
+    assert judge.rounded_box is real
 
 
 def test_stored_bytes_are_the_declared(tmp_path):

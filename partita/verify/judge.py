@@ -1,0 +1,143 @@
+"""The judge's updates, which share no line with those they judge: torch.optim's plain loops, one tensor a
+weight; the rate, the clip and which weights decay as docs/data.md and the job file promise them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import cos, pi
+
+import torch
+from torch import Tensor
+
+from partita.comm.seeds import initial_value, normal_box, rounded_box
+from partita.model.reference import weight_shapes
+from partita.spec.families import program
+from partita.spec.job import Job
+from partita.spec.layout import Box
+from partita.spec.model import ModelSpec
+from partita.spec.train import TrainSpec
+from partita.train.build import DTYPES
+
+WITHOUT_DECAY = ("norm", "bias")  # ops whose weights are vectors in other models' files
+MOVED_BY_ROWS = ".router.balance_bias"
+
+
+def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
+    """SGD with momentum at a large rate, while it warms up; AdamW, while it falls. Decay and clipping are
+    active in both. Delayed updates have no norm to clip by, and are several a step, at smaller rates: AdamW
+    turns a rounding into a whole step."""
+    active = replace(train, weight_decay=0.1, clip_grad_norm=0.0 if delayed else 0.5, steps=4)
+    rate, small = (0.05, 1e-3) if delayed else (0.5, 1e-2)
+    sgd = replace(
+        active, optimizer="sgd", lr=rate, momentum=0.9, warmup_steps=2, lr_schedule="constant"
+    )
+    adamw = replace(
+        active, optimizer="adamw", lr=small, warmup_steps=1, lr_schedule="cosine", min_lr=small / 10
+    )
+    return [sgd, adamw]
+
+
+def rate_of(train: TrainSpec, update: int) -> float:
+    """lr * min(1, s / warmup_steps) of update s, from 1; then cosine from lr to min_lr at `steps`."""
+    if update <= train.warmup_steps:
+        return train.lr * update / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    done = (update - train.warmup_steps) / (train.steps - train.warmup_steps)
+    return train.min_lr + (train.lr - train.min_lr) * (1 + cos(pi * min(done, 1))) / 2
+
+
+def vectors(model: ModelSpec) -> frozenset[str]:
+    """Full names of the scales and biases: what has one dim, however it is cut here."""
+    made = program(model)
+    return frozenset(
+        made.full_name(i, w)
+        for i, block in enumerate(made.blocks)
+        for op in block.ops()
+        if op.kind in WITHOUT_DECAY
+        for w in op.weights
+    )
+
+
+def start_value(
+    job: Job, name: str, shape: tuple[int, ...], box: Box, dtype: torch.dtype
+) -> Tensor:
+    """The perturbed initial value of a box."""
+    value = initial_value(job.seed, name, shape, box, layers=job.model.layers, dtype=dtype)
+    return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
+
+
+def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight as both runs start from it. Frozen ones have no masters, nor has any where updates are
+    rounded at random: they are what the compute dtype holds of them."""
+    weights = {
+        n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
+        for n, s in weight_shapes(job.model).items()
+    }
+    compute = DTYPES[job.plan.precision.dtype]
+    if job.plan.precision.rounding == "stochastic":
+        return {n: w.to(compute).to(dtype) for n, w in weights.items()}
+    return weights | {n: w.to(compute).to(dtype) for n, w in weights.items() if job.frozen.holds(n)}
+
+
+@dataclass(frozen=True)
+class JudgeUpdate:
+    """The judge's optimizer; an expert's balance bias moves by its rows instead."""
+
+    job: Job
+    weights: dict[str, Tensor]
+    biases: list[str]
+    frozen: frozenset[str]
+    optimizer: torch.optim.Optimizer
+
+    @staticmethod
+    def of(job: Job, dtype: torch.dtype) -> JudgeUpdate:
+        """Over every weight that is trained."""
+        weights, train = start_weights(job, dtype), job.train
+        frozen = frozenset(n for n in weights if job.frozen.holds(n))
+        biases = [n for n in weights if n not in frozen and n.endswith(MOVED_BY_ROWS)]
+        moved, flat = (
+            [n for n in weights if n not in frozen and n not in biases],
+            vectors(job.model),
+        )
+        groups = [
+            {"params": [weights[n] for n in moved if n not in flat], "weight_decay": train.weight_decay},
+            {"params": [weights[n] for n in moved if n in flat], "weight_decay": 0.0},
+        ]  # fmt: skip
+        groups, plain = [g for g in groups if g["params"]], {"lr": 0.0, "foreach": False}
+        if train.optimizer == "sgd":
+            made: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=train.momentum, **plain)
+        else:
+            made = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, **plain)
+        return JudgeUpdate(job, weights, biases, frozen, made)
+
+    def restart(self, weights: dict[str, Tensor]) -> None:
+        """Goes on from these weights."""
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
+
+    def norm(self, gradients: dict[str, Tensor]) -> float:
+        """The 2-norm of all gradients; where a bias has its own stand rows."""
+        squares = [g.double().square().sum() for n, g in gradients.items() if n not in self.biases]
+        return float(torch.stack(squares).sum().sqrt())
+
+    def step(self, gradients: dict[str, Tensor], norm: float, step: int) -> None:
+        """Clips the gradients by their norm, in place, and updates the weights; steps count from 0."""
+        limit = self.job.train.clip_grad_norm
+        if limit:
+            for g in (g for n, g in gradients.items() if n not in self.biases):
+                g.mul_(min(1.0, limit / (norm + 1e-6)))  # torch.nn.utils.clip_grad_norm_'s
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_of(self.job.train, step + 1)
+        for n, w in self.weights.items():
+            w.grad = gradients.get(n)
+        self.optimizer.step()
+        for n in self.biases:
+            rows = gradients[n]
+            self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
+        if self.job.plan.precision.rounding == "stochastic":
+            for n in self.weights.keys() - self.frozen:
+                w, shape = self.weights[n], tuple(self.weights[n].shape)
+                whole = tuple((0, k) for k in shape)
+                w.copy_(rounded_box(w, self.job.seed, step + 1, n, shape, whole))
