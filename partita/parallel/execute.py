@@ -95,6 +95,7 @@ class Execution:
         self.states.reduce()
         ranks = range(len(self.world.at))
         squares = {r: self.states.square(r, self.laid.norm_axes) for r in ranks}
+        self._once("step.known", squares)
         norms = self._once("step.norm", squares)
         self.outcome.norms.append(norms)
         self.outcome.gradients.append(self.states.update(norms))
@@ -122,7 +123,9 @@ class Execution:
         """A number of the step through its regions, in order."""
         for op in self.laid.program.step:
             for e in op.events if op.name.partition(":")[0] == name else ():
-                members = [r for r in range(len(self.world.at)) if r in values or "pp" in op.axes]
+                every = range(len(self.world.at))
+                members = [r for r in every if r in values or "pp" in op.axes]
+                members = [r for r in members if op in self.laid.step_ops(self.world.at[r]["pp"])]
                 for r in members:
                     size = tensor_bytes(self.laid.program.tensors[e.of], self.laid.sizes)
                     self.world.record(r, op, e, op.name, "step", size)

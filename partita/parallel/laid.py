@@ -37,7 +37,7 @@ from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, flat_unit, layout_of
 from partita.spec.mesh import Mesh
-from partita.spec.program import Block, Dim, Program, Tensor, well_formed
+from partita.spec.program import Block, Dim, Op, Program, Tensor, well_formed
 
 ROOMS = (split, dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
@@ -104,6 +104,13 @@ class Laid:
     def stages_of(self, place: int) -> list[Stage]:
         """The stages that lie on a place of pp, in the order of their index."""
         return [self.stages[i] for i in self.schedule.stages_of(place)]
+
+    @property
+    def sums_loss_over_stages(self) -> bool:
+        """Whether all stages take part in the sum of the loss."""
+        return any(
+            op.name == "step.loss:reduce_from" and "pp" in op.axes for op in self.program.step
+        )
 
     def holds_loss(self, place: int) -> bool:
         """Whether a place of pp runs the last stage."""
@@ -282,8 +289,7 @@ class Laid:
 
     def step_calls(self, place: int) -> list[Call]:
         """Calls of the step that belong to no block, of a rank at a place of pp."""
-        last, tensors = self.holds_loss(place), self.program.tensors
-        mine = [op for op in self.program.step if last or "pp" in op.axes]
+        tensors = self.program.tensors
         return [
             Call(
                 op.axes,
@@ -293,9 +299,15 @@ class Laid:
                 tensor_bytes(tensors[e.of], self.sizes),
                 op.lane,
             )
-            for op in mine
+            for op in self.step_ops(place)
             for e in op.events
         ]
+
+    def step_ops(self, place: int) -> list[Op]:
+        """The step's sums that a place of pp takes part in; the last one has nobody to hand on to."""
+        last, end = self.holds_loss(place), place == self.sizes["pp"] - 1
+        found = [op for op in self.program.step if last or "pp" in op.axes]
+        return [op for op in found if not (end and op.kind == "hand_on")]
 
     def _alone(self, call: Call) -> bool:
         kv = self.request.model.kv_heads

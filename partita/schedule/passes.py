@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from partita.schedule.ir import Action, Schedule
 
@@ -92,6 +93,18 @@ def in_pairs(
             found += [(first, action), *((a,) for a in waiting)]
             first, waiting = None, []
     return tuple(found)
+
+
+def warm_up(
+    actions: Sequence[Action], paired: frozenset[Action] = frozenset()
+) -> tuple[Action, ...]:
+    """A rank's program before its first backward, or pair with one: what may be run again with other weights.
+
+    >>> from partita.schedule.make import schedule
+    >>> print(*warm_up(with_communication(schedule("1f1b", num_ranks=2, num_microbatches=2))[0]))
+    0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0RECV_B1
+    """
+    return tuple(takewhile(lambda a: a.kind not in ("B", "I") and a not in paired, actions))
 
 
 def fused(schedule: Schedule) -> Schedule:

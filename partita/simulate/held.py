@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from partita.parallel.laid import Laid
+from partita.parallel.precision.rules import words_to_undo
 from partita.record.ledger import CATEGORIES, Ledger
 from partita.record.span import Span
 from partita.schedule.clock import held_over_time
@@ -73,14 +74,18 @@ def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
     at = {c: ledger.at_peak.get(c, 0) for c in CATEGORIES}
     request, stages = laid.request, laid.stages_of(place)
     masters = 0
-    if request.plan.precision.dtype not in ("fp32", "fp64"):
-        masters = at["optimizer"] // (request.state_words + 1)
+    words, narrow = request.state_words, request.plan.precision.dtype not in ("fp32", "fp64")
+    undo = words_to_undo(request)
+    saved = at["optimizer"] * undo // max(words + narrow + undo, 1)
+    if narrow:
+        masters = (at["optimizer"] - saved) // (words + 1)
     worst = max((b for s in stages for b in s.blocks), key=lambda b: transient_bytes(b, laid.sizes))
     lent = max((lent_parts(s.blocks, request.plan) for s in stages), key=lambda x: sum(x.values()))
     scratch = at["buffers"] - sum(lent.values())
     found = {
         "parameters": at["parameters"], "gradients": at["gradients"],
-        "moments": at["optimizer"] - masters, "masters": masters, "activations": at["activations"],
+        "moments": at["optimizer"] - masters - saved, "masters": masters, "to undo an update": saved,
+        "activations": at["activations"],
         **lent, f"inside {worst.name}": scratch,
     }  # fmt: skip
     return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda x: -x[1]))

@@ -163,8 +163,9 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         # the slow-down depends on how many ranks are busy, and they on it
         busy = _slow_down(played, laid, machine.cluster)
         costs, played = at(busy)
-    overlaps = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
-    pipeline_s = played.own if overlaps else played.seconds
+    published = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
+    after = published or plan.pipeline.post_validation
+    pipeline_s = played.own if after else played.seconds
     step = step_time(laid, works, stages, machine, busy)
     return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid
+from partita.parallel.laid_step import LATE
 from partita.parallel.read import Call
 from partita.parallel.room import axis_name
 from partita.simulate.moves import is_move, update_away
@@ -37,14 +38,14 @@ class StepTime:
 def step_time(
     laid: Laid, works: Works, stages: Sequence[StageTime], machine: Machine, busy: float = 1.0
 ) -> StepTime:
-    """That of the dearest rank."""
+    """That of the dearest rank. Sums that the next step waits for lie under its warm-up."""
     comm: dict[str, float] = {}
     update = 0.0
     for place, once in enumerate(works.once):
         mine = [s.index for s in laid.stages_of(place)]
         blocks = sum(works.stages[i].blocks for i in mine)
         backward_s = sum(stages[i].backward_s for i in mine) * busy
-        between = tuple(c for c in once if not is_move(c))
+        between = tuple(c for c in once if not is_move(c) and c.lane != LATE)
         found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine)
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, machine)

@@ -54,6 +54,7 @@ class PipelinePlan:
     vertical_sync: bool = (
         False  # of pipedream: every stage uses the version that the first one used
     )
+    post_validation: bool = False  # stages update before the step's norm is known, and undo
 
     def __post_init__(self) -> None:
         if has_fixed_stages(self.schedule):
@@ -61,7 +62,8 @@ class PipelinePlan:
 
     def _key(self) -> tuple[object, ...]:
         m = self.num_microbatches or 1
-        return self.schedule, self.virtual_stages, m, self.split, self.vertical_sync
+        same = self.schedule, self.virtual_stages, m, self.split, self.vertical_sync
+        return *same, self.post_validation
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PipelinePlan) and self._key() == other._key()

@@ -65,9 +65,8 @@ class Built:
         """This rank's microbatches of a step (from 0). An asynchronous pipeline that does not drain
         after it is given the next step's too."""
         stays = self.model.flow is not None and not drains
-        return StepBatch(
-            step, self._microbatches(step), self._microbatches(step + 1) if stays else ()
-        )
+        following = self._microbatches(step + 1) if stays else ()
+        return StepBatch(step, self._microbatches(step), following, drains)
 
     def _microbatches(self, step: int) -> list[Microbatch]:
         found = [(s, self.data.microbatch(step, s)) for s in self.samples()]

@@ -27,6 +27,7 @@ from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
 from partita.train.resume import begin_save, load_run, pieces
+from partita.train.step import StepBatch
 from partita.train.track import tracking
 
 
@@ -54,6 +55,7 @@ class Loop:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
         self.behind = Behind()
         self._drained, self._leaves = True, False
+        self._open: tuple[dict[str, Any], StepBatch] | None = None  # a step whose loss is not known
 
     def run(self) -> Outcome:
         """Trains from the checkpoint to the last step, or to an agreed stop."""
@@ -70,15 +72,16 @@ class Loop:
             for step in range(done, job.train.steps):
                 last = step + 1 == job.train.steps
                 self._drained = last or self._is_due(step + 1) or self._leaves
-                line = self._one(step, start)
+                lines = self._one(step, start)
                 if self._evaluates(step + 1):
                     with self.recorder.span("eval", "evaluation"):
-                        line |= self.evaluate()
-                outcome.metrics = line
-                if context.rank == 0:
-                    metrics.write(line)
-                    bar.update(step + 1, self._facts(line))
-                    track.log(line)
+                        lines[-1] |= self.evaluate()
+                for line in lines:
+                    outcome.metrics = line
+                    if context.rank == 0:
+                        metrics.write(line)
+                        bar.update(line["step"], self._facts(line))
+                        track.log(line)
                 if self._after(step + 1, last):
                     outcome.stopped_by = self.control.stop_signal
                     break
@@ -118,8 +121,9 @@ class Loop:
             raise
 
     def _is_due(self, step: int) -> bool:
-        """Whether an evaluation or a checkpoint follows a step: an asynchronous pipeline drains in it."""
-        flows = self.built.model.flow is not None
+        """Whether an evaluation or a checkpoint follows a step: an asynchronous pipeline drains in it, an
+        update is proven before it ends."""
+        flows = self.built.model.flow is not None or self.built.model.guess is not None
         saves = _every(self.job.train.checkpoint_every, step)
         return not flows or saves or self._evaluates(step)
 
@@ -138,7 +142,8 @@ class Loop:
             control.ask_stop(max(signals))
         return any(signals)
 
-    def _one(self, step: int, start: float) -> dict[str, Any]:
+    def _one(self, step: int, start: float) -> list[dict[str, Any]]:
+        """Runs a step; the lines that are whole by then: its own, or that of the step before."""
         built, job, where = self.built, self.job, self.built.context.where
         begin = time.perf_counter()
         where.step, where.phase = step + 1, "step"
@@ -148,21 +153,20 @@ class Loop:
                 batch = built.batch(step, self._drained)
             try:
                 loss = built.model.forward_backward(batch)
+                done = self._closed()
                 with self.recorder.span("U", "optimizer"):
                     norm = built.update.step()
             except NonFiniteError as error:
-                found = explained(error, built.model, batch, built.exchange)
+                bad = batch if self._open is None else self._open[1]
+                found = explained(error, built.model, bad, built.exchange)
                 self._advance(wait=True)  # all ranks end here: what is in flight is worth the wait
                 raise found from None
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
-        logging.info("step %d loss %.6f grad_norm %.6f", step + 1, loss, norm)
-        return {
+        line = {
             "step": step + 1,
-            "loss": loss,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "lr": built.update.lr,
+            **self._seen(step, loss, norm, built.update.lr),
             "tokens": (step + 1) * tokens,
             "tokens_per_s": tokens / (end - begin),
             "step_time_s": end - begin,
@@ -171,6 +175,26 @@ class Loop:
             **self._more(),
             **self._routing(),
         }
+        if batch.drains or built.model.guess is None:
+            return [*done, line]
+        self._open = line, batch
+        return done
+
+    def _seen(self, step: int, loss: float, norm: float, lr: float) -> dict[str, Any]:
+        if not math.isnan(loss):
+            logging.info("step %d loss %.6f grad_norm %.6f", step + 1, loss, norm)
+        return {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None, "lr": lr}
+
+    def _closed(self) -> list[dict[str, Any]]:
+        """The line of the step before, where its loss and norm are known only now."""
+        if self._open is None:
+            return []
+        (line, _), self._open = self._open, None
+        guess = self.built.model.guess
+        assert guess is not None and guess.found is not None
+        found = guess.found
+        seen = self._seen(found.step, found.loss, found.norm, found.lr)
+        return [{**line, **seen, **self._more(), **self._routing()}]
 
     def _more(self) -> dict[str, float]:
         """Of fp16 the loss scale, of an asynchronous schedule this rank's largest staleness so far."""

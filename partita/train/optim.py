@@ -126,6 +126,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def norm_of(squares: Tensor) -> float:
+    """The 2-norm that a sum of squares gives; nan where it is not finite in the end."""
+    return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
+
+
 def clip_coefficient(norm: float, limit: float) -> float:
     """What gradients of this norm are multiplied by: min(1, limit / (norm + 1e-6)), as
     torch.nn.utils.clip_grad_norm_ does; 1 where `limit` is 0 (no clipping)."""

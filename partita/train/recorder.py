@@ -143,6 +143,8 @@ class StepRecorder:
             seen.claim("optimizer", [unit.master])
             seen.claim("gradients", [unit.gradient])
             seen.claim("parameters", [unit.working])
+        if self.built.model.guess is not None:
+            seen.claim("optimizer", self.built.model.guess.saved.tensors())
         for states in update.optimizer.state.values():
             seen.claim("optimizer", [s for s in states.values() if isinstance(s, torch.Tensor)])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from partita.comm.protocol import Done, Handle
 from partita.parallel.ep.log import Routed, RouterLog
 from partita.parallel.laid_step import ROUTING_SUMS
 
@@ -33,9 +35,14 @@ def sum_routing(model: Model, end: int | None = None) -> Routed:
     """The step's, the same on every rank; `end`: of the microbatches before that number.
 
     Communicates: all_reduce of 8 bytes a layer and expert, and 3 sums, over what cuts tokens and layers."""
+    return start_routing(model, end)()
+
+
+def start_routing(model: Model, end: int | None = None) -> Callable[[], Routed]:
+    """The same under way; called, it waits for the sum."""
     spec = model.laid.request.model
     if not spec.experts:
-        return Routed()
+        return Routed
     model.context.where.phase = "step"
     layers, experts, first = spec.expert_layers, spec.experts, spec.dense_layers
     sums = torch.zeros(ROUTING_SUMS + layers * experts, dtype=torch.float64)
@@ -46,9 +53,15 @@ def sum_routing(model: Model, end: int | None = None) -> Routed:
             [seen.balance.double().cpu(), seen.z.double().cpu(), torch.tensor(float(seen.dropped))]
         )
         sums[at : at + experts] = seen.counts.double()
-    if model.comms.routing is not None:
-        sums = model.comms.routing.all_reduce(sums, site="step.routing:reduce_from")
-    samples = model.laid.samples
+    if model.comms.routing is None:
+        return partial(_routed, model, Done(sums))
+    site = "step.routing:reduce_from"
+    return partial(_routed, model, model.comms.routing.start_all_reduce(sums, site=site))
+
+
+def _routed(model: Model, handle: Handle) -> Routed:
+    sums, spec = handle.wait(), model.laid.request.model
+    layers, experts, samples = spec.expert_layers, spec.experts, model.laid.samples
     balance, z, dropped = sums[:ROUTING_SUMS].tolist()
     counts = sums[ROUTING_SUMS:].view(layers, experts).long().tolist()
     return Routed(balance / samples, z / samples, round(dropped), tuple(map(tuple, counts)))

@@ -31,10 +31,12 @@ from partita.parallel.pp.versions import Flow
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
+from partita.train.guess import Guess
 from partita.train.optim import (
     clip_coefficient,
     learning_rate,
     make_optimizer,
+    norm_of,
     set_learning_rate,
 )
 from partita.train.routing import begin_routing, sum_routing
@@ -71,11 +73,13 @@ class Microbatch:
 @dataclass(frozen=True)
 class StepBatch:
     """What a rank computes on in one step (counted from 0): its part of every microbatch. `following`
-    are the next step's, for an asynchronous pipeline that stays full; without them it drains."""
+    are the next step's, for an asynchronous pipeline that stays full; without them it drains. Without
+    `drains` an update that was made before it was known to be right is left so (guess.py)."""
 
     step: int
     microbatches: Sequence[Microbatch]
     following: Sequence[Microbatch] = ()
+    drains: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class StepComms:
     broadcast: Comm | None
     norm: Comm | None
     routing: Comm | None = None
+    known: Comm | None = None
 
 
 def step_comms(laid: Laid, context: Context) -> StepComms:
@@ -98,6 +103,7 @@ def step_comms(laid: Laid, context: Context) -> StepComms:
         found.get("step.loss:broadcast"),
         found.get("step.norm:reduce_from"),
         found.get("step.routing:reduce_from"),
+        found.get("step.known:hand_on"),
     )
 
 
@@ -119,6 +125,7 @@ class Model:
     scaler: LossScaler | None = None  # under fp16
     routed: Routed = field(default_factory=Routed)  # the step's, where experts are
     flow: Flow | None = None  # under an asynchronous schedule
+    guess: Guess | None = None  # where updates are made before the norm is known
     arenas: Arenas = field(kw_only=True)  # what lies elsewhere than on the device
 
     @property
@@ -136,8 +143,11 @@ class Model:
 
         Gradients are left in the units, reduced, times the scaler's S under fp16. Raises NonFiniteError,
         before any update and on every rank, when the loss is not a number; train/finite.py then finds
-        where it began.
+        where it began. Where updates are made before they are known to be right, and the batch does not
+        drain: not a number, yet (`guess.found` has it later).
         """
+        if self.guess is not None:
+            return self.guess.forward_backward(batch)
         self.begin(batch)
         if self.flow is not None:
             end = self.flow.first + len(batch.microbatches)
@@ -152,10 +162,10 @@ class Model:
     def evaluate(self, batch: StepBatch) -> float:
         """The token mean of the loss over one microbatch of every rank, forward only, dropout off."""
         assert self.forward_only is not None
-        if self.flow is not None and self.flow.steps:
+        if self.under_way:
             raise UsageError(
-                "the asynchronous pipeline is full: evaluate after a step that drains it (data.batch(step), "
-                "without drains=False)"
+                "the last step is not over (its microbatches, or the proof of its update): evaluate after "
+                "one that drains (data.batch(step), without drains=False)"
             )
         for block in self.blocks:
             block.training = False
@@ -167,6 +177,12 @@ class Model:
         finally:
             for block in self.blocks:
                 block.training = True
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the last step was begun by a batch that does not drain."""
+        full = self.flow is not None and self.flow.steps > 0
+        return full or (self.guess is not None and self.guess.waits)
 
     def take_known(self) -> int:
         """Held-out images that this rank was the first to know, since it was asked last."""
@@ -181,11 +197,15 @@ class Model:
         where = self.context.where
         where.step, where.phase, where.activity = batch.step + 1, "step", "count"
         self.reducer.begin()
+        self.begin_forwards()
+        self.count(batch)
+
+    def begin_forwards(self) -> None:
+        """Tells blocks the loss scale; nothing has been routed yet."""
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for block in self.blocks:
             block.loss_scale = scale
         begin_routing(self, scale)
-        self.count(batch)
 
     def count(self, batch: StepBatch) -> None:
         """Tells the head the valid tokens of the whole step: the loss is a mean over them."""
@@ -197,12 +217,12 @@ class Model:
             self.blocks[-1].total_valid = max(total, 1)
 
     def finish_loss(self, loss: Tensor, step: int) -> float:
-        """Sums the loss over ranks and hands it to every stage. Where microbatches go two ways, all
-        ranks take part in the sum, those without a loss with zero."""
+        """Sums the loss over ranks and hands it to every stage. Where microbatches go two ways, or updates
+        are made before the norm is known, all ranks take part in the sum, those without a loss with zero."""
         where = self.context.where
         where.phase, where.activity, loss = "step", "loss", loss.cpu()
-        two_ways = self.laid.schedule.direction is not None
-        if self.comms.loss is not None and (self.holds_loss or two_ways):
+        takes_part = self.holds_loss or self.laid.sums_loss_over_stages
+        if self.comms.loss is not None and takes_part:
             loss = self.comms.loss.all_reduce(loss.reshape(1), site="step.loss:reduce_from")
         if self.comms.broadcast is not None:
             root = self.laid.stages[-1].places[0]
@@ -239,7 +259,12 @@ class Update:
         """
         where = self.model.context.where
         where.phase, where.activity = "step", "optimizer"
-        norm, factor, scaler = self.gradient_norm(), 1.0, self.model.scaler
+        guess = self.model.guess
+        return self.finish(self.gradient_norm()) if guess is None else guess.step()
+
+    def finish(self, norm: float) -> float:
+        """The update, as the norm of the (scaled) gradients says; returns that of the gradients."""
+        where, factor, scaler = self.model.context.where, 1.0, self.model.scaler
         if scaler is not None:
             factor = 1 / scaler.scale
             norm *= factor
@@ -256,6 +281,10 @@ class Update:
         self._apply(self.updates, self.slots, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
         return norm
+
+    def clips(self, norm: float) -> bool:
+        """Whether gradients of this norm are clipped."""
+        return clip_coefficient(norm, self.train.clip_grad_norm) < 1
 
     def advance(self) -> None:
         """U: this rank's stage applies what its last microbatches left, at the rate of the step."""
@@ -308,6 +337,13 @@ class Update:
 
     def gradient_norm(self) -> float:
         """The 2-norm over all parameters, each element counted once."""
+        squares = self.squares()
+        if self.model.comms.norm is not None:
+            squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
+        return norm_of(squares)
+
+    def squares(self) -> Tensor:
+        """The sum of squares of what this rank counts, fp64 [1]."""
         squares = torch.zeros(1, dtype=torch.float64)
         if self.away is not None and self.away.gradients is not None:
             found = self.away.norms(self.counted)
@@ -316,9 +352,7 @@ class Update:
         if found:
             norms = torch.stack(tuple(found)).to(torch.float64).cpu()
             squares[0] = (norms * norms).sum()
-        if self.model.comms.norm is not None:
-            squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
-        return math.sqrt(float(squares)) if float(squares) >= 0 else math.nan
+        return squares
 
 
 def make_update(model: Model, train: TrainSpec) -> Update:
@@ -343,6 +377,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away)
     if model.laid.request.plan.precision.rounding == "stochastic":
         update.rounded = StochasticUpdate(model.laid, model.context, slots, optimizer, train)
+    if model.laid.request.plan.pipeline.post_validation:
+        model.guess = Guess(model, update)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()
         if model.flow.late is not None:

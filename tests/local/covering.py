@@ -13,8 +13,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "tensor": ("", "tp2", "tp2+sp"),
     "context": ("", "cp2:ring", "cp2:ulysses", "cp4:hybrid2x2", "cp2:all_gather"),
     "pipeline": (
-        "2mb", "pp2:1f1b/4mb", "pp2:gpipe/2mb", "pp2:interleaved_1f1bx2/4mb", "pp2:zb_h1/4mb",
-        "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb", "pp2:pipedream/4mb",
+        "2mb", "pp2:1f1b/4mb", "pp2:gpipe/2mb pipeline.post_validation=true", "pp2:interleaved_1f1bx2/4mb",
+        "pp2:zb_h1/4mb", "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb", "pp2:pipedream/4mb",
     ),
     "recompute": (
         "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
@@ -33,7 +33,7 @@ Row = dict[str, str]
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
     cut too, images are cut by no tp or cp, and no gradients are sharded, nor states offloaded, where stages
-    update on their own."""
+    update on their own; nor states offloaded where an update may be undone."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
@@ -51,6 +51,8 @@ def legal(row: Row) -> bool:
     need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
     shards = any(z in row["data"] for z in ("zero2", "zero3"))
     if "pipedream" in row["pipeline"] and (shards or row["offload"]):
+        return False
+    if "post_validation" in row["pipeline"] and row["offload"]:
         return False
     return not (fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]))
 

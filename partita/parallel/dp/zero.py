@@ -84,6 +84,13 @@ class Parameters:
                 del self._users[unit.name], self._whole[unit.name]
                 unit.values.take()
 
+    def forget(self) -> None:
+        """What was gathered is not right any more, and has no user."""
+        for unit in self.units:
+            if unit.name in self._users:
+                del self._users[unit.name], self._whole[unit.name]
+                unit.values.take()
+
     def has(self, unit: Unit) -> bool:
         """Whether anybody uses it."""
         return unit.name in self._users

@@ -25,11 +25,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from partita.base.errors import NonFiniteError
 from partita.comm.protocol import Comm, Handle, Key, Where
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.pp.pieces import Cuts, Flow, backward_in_pieces, forward_in_pieces
 from partita.schedule.ir import COMPUTE, Action, Schedule
-from partita.schedule.passes import in_pairs, with_communication
+from partita.schedule.passes import in_pairs, warm_up, with_communication
 
 ACTIVITIES = {
     "F": ("F", "forward"), "B": ("B", "backward"), "I": ("I", "backward"), "W": ("W", "backward"),
@@ -113,6 +114,9 @@ class Executor:
     seed: float = 1.0
     overlaps: bool = False
     actions: Sequence[Action] = ()
+    _early: tuple[MessageKey, ...] = ()  # messages to this rank that senders' warm-ups hold
+    _taken: dict[MessageKey, Tensor] | None = None  # received, while forwards may be run again
+    _dropped: list[Handle] = field(default_factory=list)  # sends of what is run again
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     _posted: dict[MessageKey, Handle] = field(default_factory=dict)
     _ready: dict[MessageKey, tuple[Tensor, str]] = field(
@@ -121,7 +125,14 @@ class Executor:
     _sent: dict[MessageKey, Handle] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.actions = self.actions or with_communication(self.schedule)[self.place]
+        every = with_communication(self.schedule)
+        self.actions = self.actions or every[self.place]
+        self._early = tuple(
+            a.key
+            for actions in every
+            for a in warm_up(actions, self.schedule.paired)
+            if a.is_send and self.schedule.rank_of(a.peer_stage, a.microbatch) == self.place
+        )
         self._handlers: Mapping[str, Callable[[Action], None]] = {
             "F": self._forward,
             "B": self._backward,
@@ -136,13 +147,34 @@ class Executor:
 
     def run(
         self, batches: Sequence[Any] | Mapping[int, Any], actions: Sequence[Action] | None = None,
-        settle: bool = True,
+        settle: bool = True, confirm: Callable[[], bool] | None = None,
     ) -> Tensor:  # fmt: skip
         """One step's microbatches; returns this rank's share of the loss (zero but on the last
         stage). Gradients are added into the units' buffers. `actions`: others than the step's;
-        `settle`: nothing stays under way."""
+        `settle`: nothing stays under way. `confirm` is asked before the first backward, on all ranks alike,
+        whether the weights were right: else the forwards before it are run again."""
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
         actions = self.actions if actions is None else actions
+        if confirm is not None:
+            first = warm_up(actions, self.schedule.paired)
+            self._taken = {}
+            self._play(first)
+            try:
+                right = confirm()
+            except NonFiniteError:
+                self._discard(self._taken)
+                raise
+            if not right:
+                self._discard(self._taken)
+                self._play(first)
+            self._taken, actions = None, actions[len(first) :]
+        self._play(actions)
+        if settle:
+            self._settle()
+        self.where.microbatch = -1
+        return self._loss
+
+    def _play(self, actions: Sequence[Action]) -> None:
         last = _last_backwards(actions)
         for group in in_pairs(actions, self.schedule.paired if self.overlaps else frozenset()):
             for action in group:
@@ -155,12 +187,30 @@ class Executor:
                 for action in group:
                     spans.enter_context(self.span(action))
                 self._do(*group)
-        if settle:
-            for handle in self._sent.values():
-                handle.wait()
-            self._sent.clear()
-        self.where.microbatch = -1
-        return self._loss
+
+    def _settle(self) -> None:
+        """Waits until all that was sent has arrived."""
+        for handle in (*self._dropped, *self._sent.values()):
+            handle.wait()
+        self._dropped.clear()
+        self._sent.clear()
+
+    def _discard(self, taken: Mapping[MessageKey, Tensor]) -> None:
+        """Forgets the forwards so far. What others have sent in their own warm-ups comes again: it is taken
+        in and dropped. What they sent later was right and comes no more: it stays, and so does a receive
+        of what they have not sent yet."""
+        self._loss = torch.zeros((), dtype=torch.float64)
+        self._held.clear()
+        self._ready.clear()
+        self._dropped += self._sent.values()
+        self._sent.clear()
+        for key in self._early:
+            if key not in taken:
+                self._post(Action(key[1], f"RECV_{key[0]}", key[2]))
+                self._posted.pop(key).wait()
+        for key, x in taken.items():
+            if key not in self._early:
+                self._ready[key] = x.detach(), key[0]
 
     def _do(self, action: Action, beside: Action | None = None) -> None:
         if beside is None:
@@ -245,6 +295,8 @@ class Executor:
 
     def _post(self, action: Action) -> None:
         key = action.key
+        if key in self._posted or key in self._ready:  # from before the forwards were run again
+            return
         channel = self.channels[key[:2]]
         source = self.schedule.rank_of(action.peer_stage, action.microbatch)
         like = self.activation(action.stage, self._batches[action.microbatch], action.what)
@@ -254,9 +306,12 @@ class Executor:
     def _take(self, kind: str, stage: int, microbatch: int) -> Tensor:
         """The tensor this stage consumes: received, or made by a stage on this rank."""
         key = (kind, stage, microbatch)
-        if key in self._posted:
-            return self._posted.pop(key).wait()
-        return self._ready.pop(key)[0]
+        if key not in self._posted:
+            return self._ready.pop(key)[0]
+        x = self._posted.pop(key).wait()
+        if self._taken is not None:
+            self._taken[key] = x
+        return x
 
 
 def _last_backwards(actions: Sequence[Action]) -> set[Action]:

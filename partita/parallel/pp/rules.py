@@ -83,6 +83,7 @@ def problems(job: Request) -> list[Problem]:
         return found
     made = schedule_of(plan)
     found = [*_needs_flush(job)] if made.is_asynchronous else []
+    found += _cannot_undo(job, made)
     stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
         message = f"{layers} layers cannot fill {stages} stages"
@@ -123,6 +124,31 @@ def _needs_flush(job: Request) -> Iterator[Problem]:
     ):  # fmt: skip
         if wrong:
             yield error("pp", rule, message, asked=asked, limit=limit, nearest=nearest)
+
+
+def _cannot_undo(job: Request, made: Schedule) -> Iterator[Problem]:
+    """Where an update before the norm is known makes no sense, or cannot be undone."""
+    plan = job.plan
+    if not plan.pipeline.post_validation:
+        return
+    nearest = str(plan.with_("pipeline", post_validation=False))
+    asked, lacks = "pipeline.post_validation=true", "is not available in this version "
+    for wrong, message, limit in (
+        (plan.mesh.pp == 1, "saves the wait of one stage for the others' gradient norm: without a pipeline "
+         "there is none", "pp > 1"),
+        (made.is_asynchronous, f"is of a step that ends with one update: {made.name} updates stage by stage "
+         "and has no norm to wait for", "a schedule that flushes"),
+        (plan.offload.to != "none", f"{lacks}where states lie elsewhere: the copies that undo an update are "
+         "the device's", "offload:none"),
+        (plan.precision.rounding == "stochastic", f"{lacks}with weights that are rounded at random",
+         "precision.rounding=nearest"),
+        (plan.precision.dtype == "fp8" and plan.precision.fp8_scaling != "current",
+         f"runs forwards again where it was wrong: fp8's {plan.precision.fp8_scaling} scales would look back "
+         "at the wrong ones", "precision.fp8_scaling=current"),
+    ):  # fmt: skip
+        if wrong:
+            text = f"{asked} {message}"
+            yield error("pp", "post_validation", text, asked=asked, limit=limit, nearest=nearest)
 
 
 def _schedule_problems(plan: Plan) -> list[Problem]:

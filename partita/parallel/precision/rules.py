@@ -87,9 +87,17 @@ def dtypes(dtype: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def words_to_undo(job: Request) -> int:
+    """Words of each parameter that are kept twice where an update may be undone: master, states and, under
+    a loss scale, which the update takes out of it, the gradient."""
+    after = job.plan.pipeline.post_validation
+    return (job.state_words + 1 + (job.plan.precision.dtype == "fp16")) if after else 0
+
+
 def lay(job: Request, program: Program) -> Program:
     """Fills every tensor's dtype in; low precision adds a master word to the optimizer's (not where it
-    rounds at random), and so does an optimizer that lies elsewhere than the working weights."""
+    rounds at random), and so does an optimizer that lies elsewhere than the working weights; then what
+    `words_to_undo` says."""
     table = dtypes(job.plan.precision.dtype)
     p = job.plan.precision
     narrow = p.dtype not in ("fp64", "fp32") and p.rounding == "nearest"
@@ -98,7 +106,7 @@ def lay(job: Request, program: Program) -> Program:
         if t.role != "optimizer":
             return replace(t, dtype=table[t.role])
         masters = narrow or t.arena != "device"
-        count = Dim("words", job.state_words + masters)
+        count = Dim("words", job.state_words + masters + words_to_undo(job))
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 
     def one(block: Block) -> Block:

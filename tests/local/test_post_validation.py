@@ -1,0 +1,158 @@
+"""Updates before the norm is known, undone where it was wrong: bit for bit the steps that wait for it."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.base.errors import NonFiniteError, PlanError
+from partita.comm.local import local
+from partita.parallel.laid import lay
+from partita.record.transfer import summarise
+from partita.simulate.predict import request_of, simulate
+from partita.spec.job import Job
+from partita.train.build import assemble
+from partita.train.step import StepBatch
+from partita.verify.parity import verify
+
+AFTER = "pipeline.post_validation=true"
+STEPS = 4
+
+
+def job(folder, plan, clip=1.0, **model):
+    made = verify_jobs.job(folder, plan, **model)
+    return replace(made, train=replace(made.train, clip_grad_norm=clip, steps=STEPS, lr=1e-2))
+
+
+def train(world, job, spoil=lambda model, step: None):
+    """(losses, norms, weights, loss scale, whether each guess held, transfers of each step)."""
+    built = assemble(job, world)
+    model, update, losses, norms, held, sent = built.model, built.update, [], [], [], []
+    for step in range(job.train.steps):
+        last = step + 1 == job.train.steps
+        built.context.recorder.take()
+        loss = model.forward_backward(built.batch(step, last))
+        if model.guess is not None and step:
+            found = model.guess.found
+            assert found is not None and found.step == step - 1
+            losses.append(found.loss)
+            norms.append(found.norm)
+            held.append(found.held)
+        spoil(model, step)
+        norm = update.step()
+        sent.append(summarise(built.context.recorder.take()))
+        if model.guess is None or last:
+            losses.append(loss)
+            norms.append(norm)
+    losses.append(model.evaluate(StepBatch(0, built.batch(0).microbatches[:1])))
+    weights = [u.master.clone() for u in model.units]
+    states = [x.clone() for s in update.optimizer.state.values() for x in s.values()]
+    scale = 0.0 if model.scaler is None else model.scaler.scale
+    return losses, norms, [*weights, *states], (update.updates, update.lr, scale), held, sent
+
+
+def both(made, spoil=lambda model, step: None):
+    waits = replace(made, plan=made.plan.with_("pipeline", post_validation=False))
+    with local(made.plan.world_size, 30) as ranks:
+        return ranks.run(train, made, spoil), ranks.run(train, waits, spoil)
+
+
+def assert_same(found, want):
+    for a, b in zip(found, want, strict=True):
+        assert a[0] == b[0] and str(a[1]) == str(b[1]) and a[3] == b[3]
+        assert len(a[2]) == len(b[2])
+        assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+
+
+PLANS = ("pp4:zb_h2/8mb fp64", "pp2:zb_v/4mb dp_shard2.zero1 bf16")
+MORE = (
+    "pp2:1f1b/4mb fp64", "pp2:dualpipe/4mb dp_replicate2 fp64",
+    "pp2:zb_h1/4mb tp2+sp fp64", "pp4:1f1b/4mb dp_shard2.zero1", "pp2:interleaved_1f1bx2/4mb tp2",
+    "pp2:zb_h1/4mb dp_shard2.zero3 data.reshard_after_forward=false", "pp2:gpipe/4mb dp_shard2.zero2",
+    "pp2:v_half/4mb", "pp4:zb_h2/8mb recompute:full",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
+def test_it_equals_steps_that_wait(plan, tmp_path):
+    """Without a clip every guess holds; with one between the norms of steps some are undone."""
+    made = job(tmp_path, f"{plan} {AFTER}", clip=0.0)
+    found, want = both(made)
+    assert_same(found, want)
+    assert all(rank[4] == [True] * (STEPS - 1) for rank in found)
+    for rank, seen in enumerate(found):
+        assert seen[5][1] == lay(request_of(made)).traffic(rank)
+    limit = sorted(want[0][1][:-1])[1] * (1 - 1e-9)
+    found, want = both(replace(made, train=replace(made.train, clip_grad_norm=limit)))
+    assert_same(found, want)
+    assert set(found[0][4]) == {True, False} or found[0][4].count(False) >= 2
+
+
+def infinite(rank, at, model, step):
+    if model.context.rank == rank and step == at:
+        next(u for u in model.units if u.gradient.numel()).gradient[0] = torch.inf
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_inf_anywhere_skips_the_update_of_all(rank, tmp_path):
+    made = job(tmp_path, f"pp2:zb_h2/4mb fp16 {AFTER}", clip=0.0)
+    found, want = both(made, partial(infinite, rank, 1))
+    assert_same(found, want)
+    assert found[0][4] == [True, False, True] and found[0][1][1] == math.inf
+
+
+def test_an_inf_without_a_scale_ends_the_run_before_the_update(tmp_path):
+    def run(world, made):
+        built = assemble(made, world)
+        before = [u.master.clone() for u in built.model.units]
+        built.model.forward_backward(built.batch(0, drains=False))
+        infinite(1, 0, built.model, 0)
+        built.update.step()
+        with pytest.raises(NonFiniteError, match="norm of step 1 is inf"):
+            built.model.forward_backward(built.batch(1, drains=False))
+        after = [u.master for u in built.model.units]
+        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    with local(2, 20) as ranks:
+        assert ranks.run(run, job(tmp_path, f"pp2:zb_h1/4mb {AFTER}")) == [True, True]
+
+
+def test_the_wait_is_gone_from_the_prediction():
+    """zb_h2's flush is longer than its span: what waits pays it in every step; what does not pays memory."""
+    line, sizes = "pp4:zb_h2/16mb tp2+sp bf16", {"global_batch_size": 16, "seq_len": 4096}
+    made, waits = (
+        Job.of("llama3-8b", "8xh100", plan, **sizes) for plan in (f"{line} {AFTER}", line)
+    )
+    after, before = simulate(made), simulate(waits)
+    assert after.step_time_s is not None and before.step_time_s is not None
+    for a, b in zip(
+        after.ledgers, before.ledgers, strict=True
+    ):  # fp32 master and two moments, twice
+        assert a.at_peak["optimizer"] == 2 * b.at_peak["optimizer"]
+    assert after.played is not None and after.timed is not None
+    assert after.timed.pipeline_s == after.played.own < after.played.seconds
+    assert after.step_time_s < before.step_time_s
+
+
+def test_verify_proves_it(tmp_path):
+    found = verify(job(tmp_path, f"pp2:zb_h1/4mb dp_shard2.zero1 fp64 {AFTER}"))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ("2mb", "without a pipeline there is none"),
+        ("pp2:pipedream/2mb", "no norm to wait for"),
+        ("pp2:zb_h1/2mb offload:cpu", "where states lie elsewhere"),
+        ("pp2:zb_h1/2mb bf16 precision.rounding=stochastic", "rounded at random"),
+        ("pp2:zb_h1/2mb fp8 precision.fp8_scaling=delayed", "look back"),
+    ],
+)
+def test_it_is_refused_where_it_makes_no_sense(plan, why, tmp_path):
+    with pytest.raises(PlanError) as error:
+        lay(request_of(job(tmp_path, f"{plan} {AFTER}", clip=0.0)))
+    assert why in str(error.value)
