@@ -124,9 +124,8 @@ def _words_to_complete(environment: os._Environ[str]) -> list[str]:
 def _what_to_type(error: Exception, arguments: Sequence[str]) -> str:
     message = error.format_message() if isinstance(error, CommandLineError) else str(error)
     verb = next((word for word in arguments if word in available()), None)
-    return (
-        f"{message.rstrip('.')}; `partita {f'{verb} ' if verb else ''}--help` shows what it takes"
-    )
+    told = message.rstrip(".") or "a verb is missing"
+    return f"{told}; `partita {f'{verb} ' if verb else ''}--help` shows what it takes"
 
 
 def _os_error(error: OSError) -> PartitaError:

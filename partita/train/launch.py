@@ -29,6 +29,7 @@ from partita.train.start import answer, finished, prepare, run_folder, with_text
 from partita.train.torchrun import train_as_rank
 
 GRACE_S = 2.0  # for the others to say what they saw, once one has failed
+TOGETHER_S = 0.2  # signals closer than that are one: `timeout` sends its own to the launcher and to its group
 
 
 def train(
@@ -72,16 +73,21 @@ def train(
 
 
 class Stops:
-    """SIGTERM and Ctrl-C, counted. The first one asks the ranks when there is a `control`; without
-    one, and at the second, the launcher is left with StoppedError."""
+    """SIGTERM and Ctrl-C, counted; several at once count as one. The first one asks the ranks when there is
+    a `control`; without one, and at the second, the launcher is left with StoppedError."""
 
     def __init__(self) -> None:
         self.count = self.number = 0
         self.control: Control | None = None
         self.held = False  # only counted, while ranks are ended
+        self._last_s = -TOGETHER_S
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if now - self._last_s < TOGETHER_S:
+            return
+        self._last_s = now
         self.count, self.number = self.count + 1, number
         if self.control is not None:
             self.control.ask_stop(number)

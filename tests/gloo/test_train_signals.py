@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from partita.comm.processes import is_alive
-from partita.train import checkpoint
+from partita.train import checkpoint, launch
 from partita.train.lock import LOCK
 
 pytestmark = pytest.mark.timeout(90)
@@ -44,14 +44,14 @@ def wait_for_steps(count: int) -> None:
         time.sleep(0.05)
 
 
-def when_done(count: int, *numbers: int) -> threading.Thread:
+def when_done(count: int, *numbers: int, gap_s: float = 0.0) -> threading.Thread:
     """Sends these signals to this process once so many steps are done."""
 
     def send() -> None:
         wait_for_steps(count)
         for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(0.02)
+            time.sleep(gap_s)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -60,7 +60,8 @@ def when_done(count: int, *numbers: int) -> threading.Thread:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_one_signal_saves_and_leaves(number, code, scratch, capfd):
-    asked = when_done(3, number)
+    """Twice at once is one: `timeout` signals the launcher, then the launcher's group."""
+    asked = when_done(3, number, number)
     assert faults.train(LONG) == code
     asked.join()
     done = steps_done()
@@ -71,8 +72,9 @@ def test_one_signal_saves_and_leaves(number, code, scratch, capfd):
     assert not (faults.RUN / "failure.json").exists() and not faults.left_behind(scratch)
 
 
-def test_a_second_signal_stops_at_once(scratch, capfd):
-    asked = when_done(3, signal.SIGTERM, signal.SIGTERM)
+def test_a_second_signal_stops_at_once(scratch, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "TOGETHER_S", 0)
+    asked = when_done(3, signal.SIGTERM, signal.SIGTERM, gap_s=0.02)
     assert faults.train(LONG) == 143
     asked.join()
     last = capfd.readouterr().err.strip().splitlines()[-1]
