@@ -2,7 +2,7 @@
 
 python -m benchmarks.predictions [--steps 8] [--page docs/predictions.md] [--svg docs/predictions.svg]
 
-Calibration measures matrix products, memory and collectives alone; no plan of this list is in it. The chosen
+Calibration measures pieces of layers, memory and collectives alone; no plan of this list is in it. The chosen
 plan of a group is the one predicted fastest; its regret is what it takes over the fastest measured one.
 """
 
@@ -101,7 +101,7 @@ def page(found: Sequence[tuple[str, Measured]], cores: int, note: str = "") -> s
     lines = [
         "# Predicted, then run",
         "",
-        "Written by `python -m benchmarks.predictions`: the machine is calibrated (matrix products, memory",
+        "Written by `python -m benchmarks.predictions`: the machine is calibrated (pieces of layers, memory",
         "and collectives alone), each plan is predicted, then run for a few steps over local ranks.",
         "",
         f"* {len(found)} plans on {cores} compute units, 1 to {max(world(m) for _, m in found)} ranks",

@@ -10,6 +10,8 @@ over the tile that is fastest, split along k where tiles are few. RAMP is what f
 tile costs, in elements of k. A kernel never takes less than moving its bytes does, and `launch_s` more.
 Without counted units (CPU, systolic arrays) a matmul is its FLOPs over the rate, or over what products of
 its size were measured to reach (seconds between two measured sizes lie on a line).
+
+A machine that was measured knows the pieces of layers, host and all: a kernel then takes what its pieces do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import lru_cache
 from math import ceil
 
 from partita.cost.machine import Curve, Machine
+from partita.cost.pieces import on_curve
 
 # (rows, columns, how well: smaller tiles read their operands more often)
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.92), (128, 64, 0.72), (64, 64, 0.5))
@@ -30,7 +33,8 @@ LONG = 384  # [empirical] keys at which fused attention reaches half of what lon
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One launch: matmul (m, n, k, `count` of them), attention (`flops`), or memory. `bytes` is what it
-    must move; dtype that of its operands."""
+    must move; dtype that of its operands. `pieces` are what it is of a layer's software: names, and sizes
+    of each of the `count`."""
 
     kind: str  # matmul | attention | memory
     bytes: float = 0.0
@@ -41,12 +45,28 @@ class Kernel:
     flops: float = 0.0
     dtype: str = "bf16"
     well: float = 1.0  # of what such a matmul reaches elsewhere
+    pieces: tuple[tuple[str, float], ...] = ()
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
     """Seconds on the device, launch included."""
+    if (measured := _measured(kernel, machine)) is not None:
+        return measured
     key = (machine.units, machine.rate(kernel.dtype), machine.attention_rate, machine.memory_rate)
     return machine.constants.launch_s + _seconds(kernel, *key, machine.reached(kernel.dtype))
+
+
+def _measured(kernel: Kernel, machine: Machine) -> float | None:
+    """Seconds of its pieces, where all of them were measured."""
+    if not kernel.pieces or machine.cluster.piece_seconds is None:
+        return None
+    total = 0.0
+    for name, size in kernel.pieces:
+        seconds = machine.piece(name, kernel.dtype, kernel.k)
+        if seconds is None:
+            return None
+        total += on_curve(size, seconds)
+    return kernel.count * total
 
 
 @lru_cache(maxsize=200_000)

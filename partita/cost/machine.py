@@ -6,7 +6,8 @@
                 what it overlaps is a fact its authors state
 
 All constants stand in constants.toml; `partita validate` prints them. A machine that was measured
-(`partita calibrate`) has no constants: its rates are what programs reach.
+(`partita calibrate`) has no constants: its rates are what programs reach, and pieces of layers take what was
+measured of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.errors import UsageError
+from partita.cost.pieces import ATTENTION, Seconds, curve, nearest
 from partita.spec.cluster import Cluster
 
 Curve = tuple[tuple[float, float], ...]
@@ -78,6 +80,7 @@ class Software:
     sends_block: bool = False  # a stage waits for its messages, in and out
     scatters_sends: bool = False  # tp ranks with equal tensors send a share each
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
+    overlaps_rings: bool = True  # cp's messages beside attention
     gradient_bytes: int = 4  # an element of a reduced gradient
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
 
@@ -124,6 +127,45 @@ class Machine:
             for dtype, rates in measured.items()
         }
 
+    def piece(self, name: str, dtype: str, keys: int = 0) -> Seconds | None:
+        """Measured seconds of a piece of a layer by size, attention's of that many `keys`; None where it was
+        not measured."""
+        if name.startswith(ATTENTION):
+            by_keys = self._attention.get((name, dtype))
+            return nearest(max(keys, 1), by_keys) if by_keys else None
+        return self._pieces.get((name, dtype))
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, str], Seconds]:
+        measured = self.cluster.piece_seconds or {}
+        return {
+            (name, dtype): curve(by_size)
+            for dtype, by_name in measured.items()
+            for name, by_size in by_name.items()
+        }
+
+    @cached_property
+    def _attention(self) -> dict[tuple[str, str], dict[int, Seconds]]:
+        found: dict[tuple[str, str], dict[int, Seconds]] = {}
+        for (name, dtype), seconds in self._pieces.items():
+            head, _, keys = name.partition(" ")
+            if keys:
+                found.setdefault((head, dtype), {})[int(keys)] = seconds
+        return found
+
+    def collective(self, name: str, ranks: int) -> Seconds | None:
+        """Measured seconds of a collective by bytes handed in, over the number of ranks that is nearest."""
+        by_ranks = self._collectives.get(name)
+        return nearest(ranks, by_ranks) if by_ranks else None
+
+    @cached_property
+    def _collectives(self) -> dict[str, dict[int, Seconds]]:
+        measured = self.cluster.collective_seconds or {}
+        return {
+            name: {int(n): curve(by_size) for n, by_size in by_ranks.items()}
+            for name, by_ranks in measured.items()
+        }
+
     @property
     def attention_rate(self) -> float:
         """FLOP/s of fused attention in 16 bits; it never runs in fewer."""
@@ -168,5 +210,9 @@ def machine_of(
     class_ = device_class(cluster.device)
     era = software_of(software, stated)
     if class_ == "CPU":
-        era = replace(era, host_s=0.0, overlaps_backward=False, overlaps_forward=False)
+        # its cores copy what they send: nothing travels under compute
+        era = replace(
+            era, host_s=0.0, overlaps_backward=False, overlaps_forward=False, overlaps_gradients=False,
+            overlaps_rings=False,
+        )  # fmt: skip
     return Machine(cluster, class_, constants_of(class_, stated), era)

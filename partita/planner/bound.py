@@ -34,7 +34,7 @@ from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
-from partita.simulate.step import update_bytes
+from partita.simulate.step import update_bytes, update_seconds
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
@@ -318,7 +318,7 @@ class Bounds:
             update_bytes(dict(zip(STATES, shards.states(s, zero), strict=True))) for s in stages
         ]
         most = max(sum(moved[s] for s in held) for held in probe.held)
-        return most / self.machine.memory_rate
+        return update_seconds(most, self.machine)
 
 
 def costs_of(stages: Sequence[Cost], send: float = 0.0) -> Costs:

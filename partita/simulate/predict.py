@@ -3,7 +3,7 @@
 Every number is read off the laid program that the runtime executes: kernels (work.py), collectives and
 stages (stage.py), the schedule's clock (pipeline.py), what runs once a step (step.py), bytes (memory.py).
 Ranks of a node that share compute units run slower by (busy ranks / units) when more are busy than
-there are units.
+there are units, in what they compute and in what they copy to each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from partita.simulate.imbalance import Load, straggler
 from partita.simulate.links import SLOW
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.pipeline import Played, play
-from partita.simulate.stage import PartTimes, StageTime, Works, send_seconds, stage_time, works_of
+from partita.simulate.stage import (
+    PartTimes,
+    StageTime,
+    Works,
+    send_seconds,
+    stage_time,
+    with_actions,
+    works_of,
+)  # fmt: skip
 from partita.simulate.step import StepTime, step_time
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -145,7 +153,8 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     """Everything that takes time in a step of so many microbatches."""
     plan, works = laid.request.plan, works or works_of(laid)
     known: PartTimes = {}
-    stages = tuple(stage_time(w, laid, machine, known) for w in works.stages)
+    alone = (stage_time(w, laid, machine, known) for w in works.stages)
+    stages = tuple(with_actions(s, machine) for s in alone)
     send_s = send_seconds(laid, works.stages, machine)
 
     def make(m: int) -> Schedule:
@@ -219,7 +228,7 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
         compute += times * ((stage.forward_s + stage.backward_s) * t.busy + waiting)
         for part in (stage.comm_forward_s, stage.comm_backward_s):
             for axis, s in part.items():
-                comm[axis] = comm.get(axis, 0.0) + times * s
+                comm[axis] = comm.get(axis, 0.0) + times * s * t.busy
     bubble = t.pipeline_s - compute - sum(comm.values())
     for axis, s in t.step.comm_s.items():
         comm[axis] = comm.get(axis, 0.0) + s
@@ -241,8 +250,8 @@ def _units(cluster: Cluster, world: int) -> int:
 def _costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
     """`waits`: seconds that an action waits for its messages; `turns`: rows of experts travel under compute
     of the microbatch that is paired (pp/pieces.py)."""
-    forward = s.forward_s * busy + sum(s.comm_forward_s.values()) + s.host_forward_s + waits
-    rest = sum(s.comm_backward_s.values()) + s.host_backward_s + waits
+    forward = (s.forward_s + sum(s.comm_forward_s.values())) * busy + s.host_forward_s + waits
+    rest = sum(s.comm_backward_s.values()) * busy + s.host_backward_s + waits
     travel = s.comm_forward_s.get("ep", 0.0) + s.comm_backward_s.get("ep", 0.0)
     compute = (s.forward_s + s.backward_s) * busy
     hidden = (1 - SLOW) * min(travel, compute) if turns else 0.0

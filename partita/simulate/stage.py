@@ -15,9 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from partita.cost.comm import group_seconds, seconds
+from partita.cost.comm import Group, group_seconds, seconds
 from partita.cost.kernels import kernel_seconds
 from partita.cost.machine import Machine, Software
+from partita.cost.pieces import on_curve
 from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import ARENAS, axis_name
@@ -105,6 +106,15 @@ def works_of(laid: Laid, matmul_dtype: str = "") -> Works:
         mine = [c for b in blocks for c in known[id(b)][1] if c.phase == "step"]
         once.append((*mine, *laid.step_calls(at)))
     return Works(stages, tuple(once))
+
+
+def with_actions(stage: StageTime, machine: Machine) -> StageTime:
+    """The stage's times with what the executor takes for an F and a B, where it was measured."""
+    measured = machine.piece("action", "fp32")
+    if measured is None:
+        return stage
+    half = on_curve(1, measured) / 2
+    return replace(stage, forward_s=stage.forward_s + half, input_s=stage.input_s + half)
 
 
 Known = dict[int, tuple[BlockWork, tuple[Call, ...]]]
@@ -252,7 +262,7 @@ def _beside(
         halves = ("W", "I") if era.overlaps_forward else ("W",)
         return total(halves, "matmul") if era.overlaps_backward else 0.0
     if lane == "cp":
-        return total(parts, "attention")
+        return total(parts, "attention") if era.overlaps_rings else 0.0
     return total(parts) if lane == "dp" and era.overlaps_gradients else 0.0
 
 
@@ -265,11 +275,21 @@ def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
         return 0.0
     group = place(ranks, machine)
     if machine.class_ == "CPU":
-        link = group.outer if group.nodes > 1 else group.inner
-        return seconds(call.collective, len(ranks), call.bytes, link)
+        return _measured_seconds(call.collective, len(ranks), call.bytes, group, machine)
     once = machine.software.sends_rows_once and _is_exchange(call)
     top_k = laid.request.model.top_k if once else 1
     return group_seconds(call.collective, group, call.bytes, top_k)
+
+
+def _measured_seconds(
+    collective: str, ranks: int, size: float, group: Group, machine: Machine
+) -> float:
+    """Of CPU ranks: as measured by size, or by the link's alpha and beta. Ranks that shared cores while they
+    were measured took turns: seconds are those of ranks with a core each."""
+    measured = machine.collective(collective, ranks)
+    if measured is not None:
+        return on_curve(size, measured) / max(1.0, ranks / (machine.cluster.cores_shared or ranks))
+    return seconds(collective, ranks, size, group.outer if group.nodes > 1 else group.inner)
 
 
 def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> float:
@@ -289,7 +309,7 @@ def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> float:
     group = place(tuple(sorted(ranks)), machine)
     tp, size = laid.sizes["tp"], call.bytes
     if machine.class_ == "CPU":
-        return seconds("send", 2, size, group.inner)
+        return _measured_seconds("send", 2, size, group, machine)
     whole = not laid.request.plan.mesh.sp
     if not (machine.software.scatters_sends and tp > 1 and whole and group.nodes > 1):
         return group_seconds("send", group, size)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from partita.cost.machine import Machine
+from partita.cost.pieces import on_curve
 from partita.parallel.laid import Laid
 from partita.parallel.laid_step import LATE
 from partita.parallel.read import Call
@@ -49,12 +50,13 @@ def step_time(
         found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine)
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, machine)
-        own = sum(update_bytes(works.stages[i].states) for i in mine) / machine.memory_rate
+        moved = sum(update_bytes(works.stages[i].states) for i in mine)
+        own = update_seconds(moved, machine)
         update = max(update, own + beyond.pop("optimizer", 0.0))
         found |= beyond
         if sum(found.values()) > sum(comm.values()):
             comm = found
-    return StepTime(comm, update * busy)
+    return StepTime({axis: s * busy for axis, s in comm.items()}, update * busy)
 
 
 def _reduction(
@@ -78,6 +80,12 @@ def _scaled(call: Call, machine: Machine) -> Call:
     if call.lane != "dp" or machine.software.gradient_bytes == 4:
         return call
     return replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
+
+
+def update_seconds(moved: float, machine: Machine) -> float:
+    """Seconds of an update that moves so many bytes, on the device: as measured, or by the memory's rate."""
+    measured = machine.piece("update", "fp32")
+    return on_curve(moved, measured) if measured else moved / machine.memory_rate
 
 
 def update_bytes(states: Mapping[str, int]) -> float:

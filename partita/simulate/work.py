@@ -9,7 +9,8 @@
                 writes its end
     the rest    what it reads and writes passes through memory
 
-Nothing here knows a room, an axis or a model.
+Nothing here knows a room, an axis or a model. Each kernel also says which pieces of layers it is (PIECES),
+for a machine whose pieces were measured: the host around many kernels is most of a small layer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from math import prod
 
 from partita.cost.kernels import Kernel
+from partita.cost.pieces import ATTENTION, BACK, WEIGHT
 from partita.parallel.read import BYTES, once, replayed, tensor_bytes
 from partita.spec.program import Block, Op, Sizes
 
@@ -30,6 +32,12 @@ WEIGHT_WELL = (
 )
 STATE_BYTES = 8  # a weight's gradient is read and written as it grows
 FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, backward
+# elementwise ops by the last part of their names; an act of (gate, up) is a gate
+PIECES = {
+    "rope_q": "rotate", "rope_k": "rotate", "act": "gelu", "residual": "add", "add_position": "add",
+    "dropout": "",
+}  # fmt: skip
+Pieces = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,14 @@ def _linear(
     read = x.local(sizes) if first.kind == "conv" else count * m * k
     moved = float(size * (read + count * (k * n + m * n)))
     grown = size * (read + count * trained * (k + m)) + STATE_BYTES * count * k * trained
-    forward = [Kernel("matmul", moved, m, n, k, count, dtype=kind)]
-    back = [Kernel("matmul", moved, m, k, n, count, dtype=kind)]
-    weight = Kernel("matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL)
+    runs = [("linear", 2.0 * m * n * k), ("linear" + BACK, 2.0 * m * n * k)]
+    runs += [("linear" + WEIGHT, 2.0 * m * trained * k)]
+    one, other, last = ((run,) if first.kind == "linear" else () for run in runs)
+    forward = [Kernel("matmul", moved, m, n, k, count, dtype=kind, pieces=one)]
+    back = [Kernel("matmul", moved, m, k, n, count, dtype=kind, pieces=other)]
+    weight = Kernel(
+        "matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL, pieces=last
+    )
     low = [(kernel, w) for op in group for kernel, w in _low_rank(op, block, sizes)]
     forward += [kernel for kernel, _ in low]
     back += [kernel for kernel, _ in low]
@@ -158,16 +171,19 @@ def _attention(
     local = {d.name: d.local(sizes) for d in op.space}
     points = prod(local.values())
     moved = _bytes((*op.reads, op.writes), block, sizes)
+    dtype = block.tensors[op.reads[0]].dtype
     if len(op.reads) == 3:
         flops, keys = points * op.flops_per_point / 2, local["keys"]
-        fused = Kernel("attention", moved, k=keys, flops=flops)
-        back = Kernel("attention", 2.5 * moved, k=keys, flops=FLASH_BACKWARD * flops)
+        handed = float(sum(block.tensors[n].local(sizes) for n in op.reads))
+        there, back_ = _both((ATTENTION, points), ("split", handed))
+        fused = Kernel("attention", moved, k=keys, flops=flops, dtype=dtype, pieces=there)
+        flops *= FLASH_BACKWARD
+        back = Kernel("attention", 2.5 * moved, k=keys, flops=flops, dtype=dtype, pieces=back_)
         return [fused], [back], []
     count = local["batch"] * local["heads"]
     m, n, k = local["seq"], local["keys"], local["head_dim"]
     if "keys" in op.sums:
         n, k = k, n
-    dtype = block.tensors[op.reads[0]].dtype
     product = Kernel("matmul", moved, m, n, k, count, dtype=dtype)
     back = [
         Kernel("matmul", moved, m, k, n, count, dtype=dtype),
@@ -193,16 +209,73 @@ def _elementwise(
     moved = _bytes({*outside, *needed, end}, block, sizes)
     trained = (op.writes for op in group if op.kind == "bias" and not op.frozen)
     biases = _bytes(trained, block, sizes)
-    back = [Kernel("memory", moved)]
-    half = [Kernel("memory", biases)] if biases else []
-    return [Kernel("memory", moved)], back, half
+    there, back = _both(*_pieces(group, block, sizes))
+    dtype = block.tensors[end].dtype
+    half = [Kernel("memory", biases, dtype=dtype, pieces=(("bias", 0.0),))] if biases else []
+    return (
+        [Kernel("memory", moved, dtype=dtype, pieces=there)],
+        [Kernel("memory", moved, dtype=dtype, pieces=back)],
+        half,
+    )
+
+
+def _both(*pieces: tuple[str, float]) -> tuple[Pieces, Pieces]:
+    """Pieces forward, and backward."""
+    return pieces, tuple((name + BACK, size) for name, size in pieces)
+
+
+def _pieces(group: Sequence[Op], block: Block, sizes: Sizes) -> list[tuple[str, float]]:
+    """What elementwise ops are of a layer's software; empty where one was not measured. Biases of linears
+    side by side are added as one."""
+    found: list[tuple[str, float]] = []
+    for op in group:
+        own = _piece(op, block, sizes)
+        if not own:
+            return []
+        if found and found[-1][0] == own[0][0] == "bias":
+            own = [("bias", found.pop()[1] + own[0][1])]
+        found += own
+    return found
+
+
+def _piece(op: Op, block: Block, sizes: Sizes) -> list[tuple[str, float]]:
+    """What an elementwise op is of a layer's software; empty where nothing like it is measured. A mask is
+    drawn by what reads it."""
+    size = float(block.tensors[op.writes].local(sizes))
+    if op.kind == "mask":
+        return [("drop", 0.0)]
+    name = "bias" if op.kind == "bias" else PIECES.get(op.name.rpartition(".")[2])
+    if name is None or op.kind == "relu":
+        return []
+    read = [block.tensors[r] for r in op.reads]
+    if name == "gelu" and any(d.name == "pair" for d in read[0].dims):
+        name = "gate"
+    drops = [("drop", size)] if any(t.role == "mask" for t in read) else []
+    return [(name, size)] * bool(name) + drops
 
 
 def _passes(op: Op, block: Block, sizes: Sizes) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
     out = _bytes((op.writes,), block, sizes)
+    there, back = _both(*_passing(op, block, sizes))
+    of = block.tensors[op.writes if op.kind == "lookup" or not op.reads else op.reads[0]].dtype
     if op.kind in FULL_PASSES:
-        forward, back = FULL_PASSES[op.kind]
-        return [Kernel("memory", forward * out)], [Kernel("memory", back * out)], []
+        f, b = FULL_PASSES[op.kind]
+        forward = Kernel("memory", f * out, dtype=of, pieces=there)
+        return [forward], [Kernel("memory", b * out, dtype=of, pieces=back)], []
     moved = _bytes((*op.reads, op.writes), block, sizes)
-    back = [Kernel("memory", moved)] if op.saves else []
-    return [Kernel("memory", moved)], back, []
+    forward = Kernel("memory", moved, dtype=of, pieces=there)
+    return [forward], [Kernel("memory", moved, dtype=of, pieces=back)] if op.saves else [], []
+
+
+def _passing(op: Op, block: Block, sizes: Sizes) -> list[tuple[str, float]]:
+    """What an op that passes through memory is of a layer's software: the loss is that of its exponentials, a
+    router that of its choice."""
+    size = float(block.tensors[op.writes].local(sizes))
+    if op.kind == "norm":
+        return [("layer_norm" if len(op.weights) > 1 else "norm", size)]
+    if op.segment == "loss":
+        return [("loss", size if op.kind == "exp" else 0.0)]
+    known = {"lookup": "lookup", "choose": "route", "dispatch": "dispatch", "combine": "combine"}
+    if op.kind in known:
+        return [(known[op.kind], size)]
+    return [("route", 0.0)] if op.segment in ("router", "dispatch") else []

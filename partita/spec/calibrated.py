@@ -72,5 +72,7 @@ def adopt(base: Cluster, measured: Cluster) -> Cluster:
         memory_bytes_per_s=measured.memory_bytes_per_s,
         cores_shared=measured.cores_shared,
         matmul_flops_per_s=measured.matmul_flops_per_s,
+        piece_seconds=measured.piece_seconds,
+        collective_seconds=measured.collective_seconds,
         links=links if base.devices > 1 and links else base.links,
     )

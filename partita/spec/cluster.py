@@ -60,8 +60,9 @@ class NodeGroup:
 @dataclass(frozen=True)
 class Cluster:
     """Devices and links. Where `nodes` differ, memory and rates are those of the weakest device, which
-    is what a plan that treats ranks alike must fit. `matmul_flops_per_s`: what products of a stated size
-    reach, by dtype, where they were measured. Raises UsageError for what cannot be."""
+    is what a plan that treats ranks alike must fit. Where they were measured: `matmul_flops_per_s`, what
+    products of a stated size reach, by dtype; `piece_seconds` of pieces of layers by dtype, name and size;
+    `collective_seconds` by name, ranks and bytes handed in. Raises UsageError for what cannot be."""
 
     name: str
     devices: int
@@ -83,6 +84,12 @@ class Cluster:
     jitter: Jitter | None = None
     prices: Prices | None = None
     matmul_flops_per_s: Mapping[str, Mapping[str, float]] | None = field(default=None, hash=False)
+    piece_seconds: Mapping[str, Mapping[str, Mapping[str, float]]] | None = field(
+        default=None, hash=False
+    )
+    collective_seconds: Mapping[str, Mapping[str, Mapping[str, float]]] | None = field(
+        default=None, hash=False
+    )
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)
@@ -100,6 +107,8 @@ class Cluster:
             if (value := getattr(self, name)) is not None:
                 _within(name, value, 1, 1e18)
         _check_matmuls(self.matmul_flops_per_s or {})
+        _check_seconds("piece_seconds", self.piece_seconds or {})
+        _check_seconds("collective_seconds", self.collective_seconds or {})
         sizes = [link.devices for link in self.links]
         if sizes != sorted(sizes):
             raise UsageError(f"inner tiers come first, these join {sizes} devices", key="links")
@@ -247,6 +256,17 @@ def _check_matmuls(measured: Mapping[str, Mapping[str, float]]) -> None:
                 )
                 raise UsageError(text, key=f"matmul_flops_per_s.{dtype}")
             _within(f"matmul_flops_per_s.{dtype}.{size}", rate, 1, 1e21)
+
+
+def _check_seconds(field: str, measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    for outer, by_name in measured.items():
+        for name, by_size in by_name.items():
+            if not by_size:
+                raise UsageError("no size was measured", key=f"{field}.{outer}.{name}")
+            for size, seconds in by_size.items():
+                if not re.fullmatch(r"[1-9]\d{0,17}", size):
+                    raise UsageError(f"'{size}' is no size", key=f"{field}.{outer}.{name}")
+                _within(f"{field}.{outer}.{name}.{size}", seconds, 0, 3600)
 
 
 def _known() -> list[str]:

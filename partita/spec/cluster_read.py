@@ -61,6 +61,8 @@ class _File:
     jitter: Jitter | None = None
     prices: Prices | None = None
     matmul_flops_per_s: dict[str, dict[str, float]] | None = None
+    piece_seconds: dict[str, dict[str, dict[str, float]]] | None = None
+    collective_seconds: dict[str, dict[str, dict[str, float]]] | None = None
 
 
 def read_cluster(
@@ -180,6 +182,8 @@ def _resolve(stated: _File) -> Cluster:
         prices=stated.prices,
         jitter=stated.jitter,
         matmul_flops_per_s=stated.matmul_flops_per_s,
+        piece_seconds=stated.piece_seconds,
+        collective_seconds=stated.collective_seconds,
     )
 
 

@@ -3,6 +3,8 @@
     matmul_flops_per_s   what a rank sustains on matrix products of a model's sizes, by precision and size,
                          while as many ranks compute as there are units for them
     peak_flops           the most of them
+    piece_seconds        norms, rotations, linears, ... of layers, forward and backward, by precision and size
+    collective_seconds   collectives of the fastest backend, by ranks and size
     memory_bytes_per_s   read and written by an element-wise operation too big for the caches
     links                alpha and beta of the fastest backend, fitted over all collectives (Hockney 1994)
     cores_shared         how many ranks' worth of work the machine does at a time, when all are busy
@@ -30,6 +32,7 @@ from partita.base.units import format_bytes, format_rate, format_seconds
 from partita.comm.processes import start_ranks
 from partita.cost.comm import AlphaBeta, steps_and_bytes
 from partita.spec.cluster import Cluster, Link
+from partita.tune.pieces import Made
 from partita.tune.probes import COLLECTIVES, MATMUL_SIZES, Call, Found, Setup, phase_names, probe
 
 TIMEOUT_S = 120.0
@@ -205,10 +208,30 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
         memory_bytes_per_s=fmean(memory),
         cores_shared=compute_units(busy),
         matmul_flops_per_s=matmul,
+        piece_seconds=_pieces([f.pieces for f in found if f.pieces]) or None,
+        collective_seconds=_by_size([c for c in calls if c.backend == used]) or None,
         links=_links(base, used, fits),
     )
     rate = fmean(optimizer)
     return Calibration(cluster, has_bf16, matmul, busy, rate, fits, tuple(calls))
+
+
+def _pieces(found: Sequence[Mapping[str, Made]]) -> dict[str, Made]:
+    """Each piece as the rank that was disturbed least saw it."""
+    return {
+        dtype: {
+            name: {size: min(f[dtype][name][size] for f in found) for size in by_size}
+            for name, by_size in by_name.items()
+        }
+        for dtype, by_name in (found[0].items() if found else ())
+    }
+
+
+def _by_size(calls: Sequence[Call]) -> dict[str, dict[str, dict[str, float]]]:
+    made: dict[str, dict[str, dict[str, float]]] = {}
+    for c in calls:
+        made.setdefault(c.op, {}).setdefault(str(c.ranks), {})[str(c.bytes)] = c.seconds
+    return made
 
 
 def _links(base: Cluster, used: str, fits: Mapping[str, AlphaBeta]) -> tuple[Link, ...]:

@@ -1,4 +1,4 @@
-"""What one rank measures of its machine: matrix products, memory, the optimizer, collectives.
+"""What one rank measures of its machine: products, memory, the optimizer, pieces of layers, collectives.
 
 Ranks go through the same phases behind a barrier, so that it is known how many are busy at a time. Nothing
 here knows a model or runs a training step. The median of the repetitions counts: other programs only ever
@@ -7,7 +7,6 @@ make a machine slower, and the median forgets a few of their moments.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ from typing import Any
 import torch
 
 from partita.comm.protocol import Comm, Key, Where, World
+from partita.train.heap import keep_freed_memory
+from partita.tune.pieces import Made, measure_pieces
+from partita.tune.timing import median_seconds
 
 # rows, inner, columns: a microbatch's tokens against the weights of small and middling blocks
 MATMUL_SIZES = (
@@ -56,6 +58,7 @@ class Found:
     memory_bytes_per_s: float = 0.0
     optimizer_bytes_per_s: float = 0.0
     calls: list[Call] = field(default_factory=list)
+    pieces: dict[str, Made] = field(default_factory=dict)  # dtype -> piece -> size -> seconds
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def probe(rank: int, connection: Connection, setup: Setup, barrier: Any) -> None
     Ends with an exception where a peer is lost: `barrier` breaks for all.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ranks that train
     found = Found(rank)
     for name, phase in _phases(found, setup):
         barrier.wait()
@@ -99,20 +103,10 @@ def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None
     for dtype in DTYPES:
         yield f"matmul {dtype}", lambda d=dtype: _matmuls(found, setup, d)
     yield "memory and optimizer", lambda: _memory(found, setup)
+    for dtype in DTYPES:
+        yield f"pieces of layers {dtype}", lambda d=dtype: _pieces(found, setup, d)
     for backend in setup.backends:
         yield f"collectives over {backend}", lambda b=backend: _collectives(found, setup, b)
-
-
-def median_seconds(call: Callable[[], object], at_least_s: float, repetitions: int = 3) -> float:
-    """Median time of a call, repeated for `at_least_s` and at least `repetitions` times."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + at_least_s
-    while len(times) < repetitions or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float) -> float:
@@ -156,6 +150,11 @@ def _memory(found: Found, setup: Setup) -> None:
     optimizer = torch.optim.AdamW([weight], fused=True)
     seconds = median_seconds(optimizer.step, 2 * setup.seconds_each)
     found.optimizer_bytes_per_s = ADAMW_BYTES * OPTIMIZER_ELEMENTS / seconds
+
+
+def _pieces(found: Found, setup: Setup, dtype: str) -> None:
+    if found.rank < setup.units:
+        found.pieces[dtype] = measure_pieces(dtype, setup.seconds_each / 20)
 
 
 def make_world(backend: str, rank: int, num_ranks: int, scratch: Path) -> World:

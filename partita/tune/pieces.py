@@ -1,0 +1,290 @@
+"""What pieces of layers take on this machine, forward and backward, by size: modules that train, each alone.
+
+    linear, norm, layer_norm, rotate, split, attention, gate, gelu, bias, add, drop, lookup, loss
+    route, dispatch, combine      of a layer with experts
+    update                        zeroed gradients, their norm, the clip and the optimizer, by bytes moved
+    action                        an F and a B of the executor, of a stage that does nothing
+
+Modules come out of one-layer models of a few sizes, so that a piece is what a model runs, its host's work
+included. Several of a piece run forward, then backward in the reverse order, as layers do: what backward
+reads has been kept for a while. Medians count. No model, loss or step is ever run as a whole.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.comm.protocol import Where
+from partita.comm.single import SingleWorld
+from partita.model.attention import Attention
+from partita.model.moe import MoE
+from partita.model.rope import Rotate
+from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Leave
+from partita.parallel.laid import lay
+from partita.parallel.pp.executor import Executor
+from partita.parallel.read import state_bytes
+from partita.parallel.tp.linear import AddBias, Column, Row
+from partita.parallel.units import Unit
+from partita.schedule.make import schedule as make_schedule
+from partita.simulate.predict import request_of
+from partita.simulate.step import update_bytes
+from partita.spec.job import Job
+from partita.train.build import make_context, make_model, microbatch
+from partita.train.data import Batch
+from partita.train.step import Model, make_update
+from partita.tune.timing import median_seconds
+
+# samples, positions, hidden, vocabulary: a microbatch of small and middling blocks
+SHAPES = ((1, 16, 32, 64), (2, 128, 128, 512), (4, 128, 256, 2048), (2, 512, 384, 4096))
+HEAD = 32
+ACTIONS = 16  # microbatches
+TOGETHER = 6  # of a piece in a row
+Made = dict[str, dict[str, float]]  # piece -> size -> seconds
+# what a piece of inputs takes in so many seconds, forward and backward
+Both = Callable[[Callable[..., Any], Sequence[Tensor], float], tuple[float, float]]
+
+
+def measure_pieces(dtype: str, seconds_each: float) -> Made:
+    """Every piece of every shape in a dtype."""
+    made: Made = {}
+    for shape in SHAPES:
+        dense(Bench(dtype, shape, seconds_each, made))
+        plain(Bench(dtype, shape, seconds_each, made, {"family": "gpt2", "dropout": 0.1}))
+        sparse = {"experts": 4, "top_k": 2, "expert_ffn_hidden": shape[2]}
+        experts(Bench(dtype, shape, seconds_each, made, sparse))
+    _action(made, seconds_each)
+    return made
+
+
+@dataclass
+class Bench:
+    """A model of one layer, and where its pieces' times go. `both` and `one` find out what a piece, and a
+    call without a backward, take."""
+
+    dtype: str
+    shape: tuple[int, int, int, int]
+    seconds_each: float
+    made: Made
+    more: Mapping[str, Any] = field(default_factory=dict)
+    both: Both = field(default_factory=lambda: both_ways)
+    one: Callable[[Callable[[], object], float], float] = median_seconds
+
+    def __post_init__(self) -> None:
+        samples, seq, hidden, vocab = self.shape
+        heads = max(hidden // HEAD, 1)
+        kv_heads = heads if self.more.get("family") == "gpt2" else max(heads // 2, 1)
+        model = {
+            "family": "llama", "layers": 1, "hidden": hidden, "heads": heads, "kv_heads": kv_heads,
+            "ffn_hidden": 11 * hidden // 4, "vocab": vocab, "max_seq_len": seq, **self.more,
+        }  # fmt: skip
+        plan = f"1mb {self.dtype}".replace(" fp32", "")
+        table = {
+            "name": "pieces", "plan": plan, "model": model, "cluster": {"preset": "laptop"},
+            "train": {"global_batch_size": samples, "seq_len": seq},
+        }  # fmt: skip
+        self.job = Job.load(table)
+        laid = lay(request_of(self.job))
+        context = make_context(laid, self.job, SingleWorld(), Where())
+        self.model: Model = make_model(self.job, laid, context, _fill)
+        self.embedding, self.layer, self.head = self.model.blocks
+        self.wide = torch.float32 if self.dtype == "fp32" else torch.bfloat16
+        ids = torch.arange(samples * seq).view(samples, seq) % vocab
+        valid = torch.ones(samples, seq, dtype=torch.bool)
+        self.batch = microbatch(Batch(ids, ids, valid, None), range(samples))
+
+    def ones(self, *shape: int) -> Tensor:
+        """A tensor of the dtype whose elements differ."""
+        return torch.linspace(-1, 1, prod(shape)).sin_().view(shape).to(self.wide)
+
+    def time(self, name: str, size: float, piece: Callable[..., Any], *inputs: Tensor) -> None:
+        """Seconds of one forward and one backward of a piece of inputs that want gradients."""
+        there, back = self.both(piece, inputs, self.seconds_each)
+        self.keep(name, size, there)
+        self.keep(f"{name}.back", size, back)
+
+    def keep(self, name: str, size: float, seconds: float) -> None:
+        """One more point of a curve."""
+        self.made.setdefault(name, {})[str(int(size))] = seconds
+
+
+def _fill(unit: Unit) -> None:
+    """Weights that differ, so that a router does not choose one expert alone."""
+    generator = torch.Generator().manual_seed(0)
+    unit.master.copy_(torch.rand(unit.master.shape, generator=generator) * 0.2 - 0.1)
+
+
+def both_ways(
+    piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float
+) -> tuple[float, float]:
+    """Median seconds of a piece's forward and of its backward, the engine's start left out."""
+    made = _run(piece, inputs, at_least_s)
+    empty = _run(lambda *x: x[0].view_as(x[0]), inputs[:1], at_least_s / 4)
+    return made[0], max(made[1] - empty[1], 0.0)
+
+
+def _run(
+    piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float
+) -> tuple[float, float]:
+    sets = [[x.clone().requires_grad_() for x in inputs] for _ in range(TOGETHER)]
+    there, back = [], []
+    end = time.perf_counter() + at_least_s
+    seed: Tensor | None = None
+    while len(there) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        made = [piece(*one) for one in sets]
+        middle = time.perf_counter()
+        if seed is None:
+            seed = torch.ones_like(made[0])
+            middle = start  # the first round warms up
+        begin = time.perf_counter()
+        for y, one in zip(reversed(made), reversed(sets), strict=True):
+            torch.autograd.grad(y, one, seed)
+        if middle > start:
+            there.append((middle - start) / TOGETHER)
+            back.append((time.perf_counter() - begin) / TOGETHER)
+    return statistics.median(there), statistics.median(back)
+
+
+def dense(b: Bench) -> None:
+    """The pieces of a Llama's layer, its embedding, head and update."""
+    samples, seq, hidden, _ = b.shape
+    attention, mlp, rows = b.layer.attention, b.layer.mlp, samples * seq
+    x = b.ones(samples, seq, hidden)
+    b.time("norm", x.numel(), attention.norm, x)
+    b.time("add", x.numel(), lambda x: (z := x.view_as(x)) + z.view_as(z), x)
+    for linear in (attention.wo, mlp.up, mlp.down):
+        _linear(b, linear)
+    h = b.ones(samples, seq, mlp.up.matrices[0].shape[0])
+    b.time("gate", h.numel() // 2, mlp.activate, h)
+    _attention(b, attention)
+    b.time("lookup", x.numel(), lambda x: b.embedding(x, b.batch), torch.empty(0))
+    logits = b.ones(samples, seq, b.head.loss.rows)
+    valid = b.batch.valid
+    b.time("loss", logits.numel(), lambda y: b.head.loss(y, b.batch.ids, valid, rows), logits)
+    _update(b)
+
+
+def _linear(b: Bench, linear: Column | Row) -> None:
+    """Forward, the gradient of the input, and of the weight."""
+    matrix = linear.matrices[0] if isinstance(linear, Column) else linear.matrix
+    (samples, seq, _, _), (out, inside) = b.shape, matrix.shape
+    x, dy = b.ones(samples, seq, inside), b.ones(samples * seq, out)
+    flops = 2 * samples * seq * inside * out
+    there, back = b.both(linear, [x], b.seconds_each)
+    weight = b.one(lambda: matrix.accumulate(dy, x.flatten(0, 1)), b.seconds_each)
+    b.keep("linear", flops, there)
+    b.keep("linear.back", flops, max(back - weight, 0.0))
+    b.keep("linear.weight", flops, weight)
+
+
+def _attention(b: Bench, a: Attention) -> None:
+    """Positions, the core by its keys, and what lies between the linears and it."""
+    samples, seq, _, _ = b.shape
+    q = b.ones(samples, seq, a.heads, HEAD)
+    k = b.ones(samples, seq, a.kv_heads, HEAD)
+    if a.rope is not None:
+        cos, sin = (t.unsqueeze(1) for t in a.rope)
+        b.time("rotate", q.numel(), lambda q: Rotate.apply(q, cos, sin), q)
+    heads = [t.transpose(1, 2) for t in (q, k, k)]
+    points = q.numel() * seq
+    b.time(f"attention {seq}", points, lambda q, k, v: a.core(q, k, v, b.batch, 0, True), *heads)
+    seconds = b.made.pop(f"attention {seq}.back")
+    b.made.setdefault(f"attention.back {seq}", {}).update(seconds)
+    sizes = [n * HEAD for n in (a.heads, a.kv_heads, a.kv_heads)]
+
+    def split(x: Tensor) -> Tensor:
+        q, k, v = (t.view(samples, seq, -1, HEAD).transpose(1, 2) for t in x.split(sizes, -1))
+        y: Tensor = _Free.apply(q, k, v.contiguous())  # type: ignore[assignment]
+        return y.transpose(1, 2).reshape(samples, seq, -1)
+
+    qkv = b.ones(samples, seq, sum(sizes))
+    b.time("split", qkv.numel(), split, qkv)
+
+
+class _Free(torch.autograd.Function):
+    """Attention that does nothing: q on, and gradients of the right shapes back."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, laid as the kernel lays its output."""
+        ctx.save_for_backward(k, v)
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """g, and what was kept for it."""
+        return g, *ctx.saved_tensors
+
+
+def plain(b: Bench) -> None:
+    """What a GPT-2's layer has that a Llama's has not."""
+    samples, seq, hidden, _ = b.shape
+    x, wide = b.ones(samples, seq, hidden), b.ones(samples, seq, 11 * hidden // 4)
+    b.time("layer_norm", x.numel(), b.layer.attention.norm, x)
+    b.time("gelu", wide.numel(), b.layer.mlp.activate, wide)
+    b.time("bias", x.numel(), lambda x: AddBias.apply(x, b.layer.mlp.down.bias), x)
+    b.time("drop", x.numel(), lambda x: b.layer.mlp.drop_residual(x, 0, b.batch), x)
+
+
+def experts(b: Bench) -> None:
+    """The choice, and rows to experts and back, of a rank alone."""
+    moe: MoE = b.layer.mlp
+    samples, seq, hidden, _ = b.shape
+    x = b.ones(samples * seq, hidden)
+    logits = torch.rand(
+        samples, seq, moe.exchange.experts, generator=torch.Generator().manual_seed(0)
+    )
+    _, chosen = moe.router(logits, False)
+    gates = torch.ones(samples * seq, moe.exchange.top_k)
+    rows = moe.exchange.plan(chosen)[0]
+
+    def route(x: Tensor) -> Tensor:
+        made, chosen = moe.router(x, True)
+        chunks = moe.exchange.plan(chosen)
+        moe.log.rows(chosen, [n for rows in chunks for n in rows.sent])
+        return made
+
+    def there(x: Tensor) -> Tensor:
+        return Arrive.apply(Dispatch.apply(x, rows), rows)  # type: ignore[return-value]
+
+    def back(y: Tensor, gates: Tensor) -> Tensor:
+        return Combine.apply(Leave.apply(y, rows), gates, rows)  # type: ignore[return-value]
+
+    b.time("route", gates.numel(), route, logits)
+    b.time("dispatch", x.numel() * moe.exchange.top_k, there, x)
+    b.time("combine", x.numel(), back, x.repeat_interleave(moe.exchange.top_k, 0), gates)
+
+
+def _update(b: Bench) -> None:
+    """By the bytes that the simulator says an update moves."""
+    laid, update = b.model.laid, make_update(b.model, b.job.train)
+    blocks = [block for s in laid.stages for block in s.blocks]
+    states = sum((state_bytes(block, laid.sizes) for block in blocks), start=Counter[str]())
+
+    def run() -> None:
+        b.model.reducer.begin()
+        update.model.units[0].gradient[:1].fill_(2.0)  # so that it is clipped
+        update.step()
+
+    b.keep("update", update_bytes(states), b.one(run, 2 * b.seconds_each))
+
+
+def _action(made: Made, seconds_each: float) -> None:
+    """What the executor takes for an F and a B."""
+    anchor = torch.zeros((), requires_grad=True)
+    schedule = make_schedule("1f1b", num_ranks=1, num_microbatches=ACTIONS)
+    executor = Executor(
+        {0: lambda x, batch: anchor.view_as(anchor)}, schedule, 0, {}, Where(),
+        lambda stage, batch, what: anchor,
+    )  # fmt: skip
+    seconds = median_seconds(lambda: executor.run([None] * ACTIONS), seconds_each)
+    made["action"] = {"1": seconds / ACTIONS}
