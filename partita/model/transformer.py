@@ -302,7 +302,7 @@ class LayerBlock:
         self.training, self.loss_scale = True, 1.0
         spec = make.spec
         gated = spec.family == "llama"
-        drops = spec.dropout > 0
+        self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
         again = frozenset(op.name for op in replayed(make.block))
         self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
         remakes = frozenset() if self.recomputes else again
@@ -318,7 +318,7 @@ class LayerBlock:
             make.column("mlp.norm", up),
             make.row(down),
             gated,
-            make.dropout("mlp.residual", "mo_mask") if drops else None,
+            make.dropout("mlp.residual", "mo_mask") if spec.dropout > 0 else None,
             remakes,
         )
 

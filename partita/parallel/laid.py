@@ -33,6 +33,8 @@ from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
 from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Action, Schedule
+from partita.schedule.passes import with_communication
+from partita.schedule.residence import with_offload
 from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, flat_unit, layout_of
@@ -100,6 +102,19 @@ class Laid:
     def schedule(self) -> Schedule:
         """Who computes which stage of which microbatch, in which order."""
         return pp.schedule_of(self.request.plan)
+
+    @cached_property
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        """What each place of pp runs: the schedule with its messages, and what leaves between F and B."""
+        program = with_communication(self.schedule)
+        kept = offload.arena_of(self.request.plan, "activations") != "device"
+        return with_offload(program) if kept else program
+
+    @cached_property
+    def leaving(self) -> frozenset[tuple[int, int]]:
+        """(stage, microbatch) of which nothing stays on the device between F and B."""
+        every = (a for actions in self.actions for a in actions)
+        return frozenset((a.stage, a.microbatch) for a in every if a.kind == "OFFLOAD")
 
     def stages_of(self, place: int) -> list[Stage]:
         """The stages that lie on a place of pp, in the order of their index."""
@@ -256,6 +271,10 @@ class Laid:
         the place, where microbatches go two ways."""
         for call in calls:
             site = self.site(block, call.site)
+            if call.apart:
+                gone = (a.kind for a in mine if (a.stage, a.microbatch) in self.leaving)
+                yield call, site, Counter(gone)
+                continue
             if not call.again:
                 yield call, site, done
                 continue

@@ -41,7 +41,7 @@ def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Blo
 class Call:
     """One declared collective of a block: `bytes` of the tensor handed in, for one call, or for `parts` of
     them that add up to it. `half` is the phase that B's calls have where a schedule splits it;
-    `again`: not in a step's first."""
+    `again`: not in a step's first; `apart`: only of microbatches that leave between F and B."""
 
     axes: tuple[str, ...]
     collective: str
@@ -53,6 +53,7 @@ class Call:
     half: str = "I"
     parts: int = 1
     again: bool = False
+    apart: bool = False
 
 
 def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
@@ -114,10 +115,11 @@ def traffic(block: Block, sizes: Sizes) -> list[Call]:
 def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Iterator[Call]:
     for e in op.events:
         if e.phase == phase:
-            size = tensor_bytes(block.tensors[e.of], sizes)
+            size = sum(tensor_bytes(block.tensors[t], sizes) for t in (e.of, *e.beside))
             half = "W" if e.weights else "I"
             yield Call(
-                op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts, e.again
+                op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts, e.again,
+                e.apart,
             )  # fmt: skip
 
 

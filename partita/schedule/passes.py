@@ -69,7 +69,8 @@ def in_pairs(
     actions: Sequence[Action], paired: frozenset[Action]
 ) -> tuple[tuple[Action, ...], ...]:
     """A rank's program, action by action; a paired one stands with the compute action behind it, as they
-    overlap: receives between them are posted before both, sends follow both.
+    overlap: receives between them are posted before both, and so does what comes back; sends follow both, and
+    so does what leaves.
 
     >>> from partita.schedule.make import schedule
     >>> s = schedule("dualpipe", num_ranks=2, num_microbatches=4)
@@ -78,16 +79,16 @@ def in_pairs(
     ['1F3 0B0']
     """
     found: list[tuple[Action, ...]] = []
-    waiting: list[Action] = []  # sends, since the first of a pair
+    waiting: list[Action] = []  # what follows both, since the first of a pair
     first: Action | None = None
     for action in actions:
         if first is None and action not in paired:
             found.append((action,))
         elif first is None:
             first = action
-        elif action.is_send:
+        elif action.is_send or action.kind == "OFFLOAD":
             waiting.append(action)
-        elif action.is_receive:
+        elif action.is_receive or action.kind == "RELOAD":
             found.append((action,))
         else:
             found += [(first, action), *((a,) for a in waiting)]

@@ -10,7 +10,7 @@ allocator cannot give back. `shown_bytes` is the interval that this makes of a p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from partita.parallel.laid import Laid
@@ -19,6 +19,7 @@ from partita.record.ledger import CATEGORIES, Ledger
 from partita.record.span import Span
 from partita.schedule.clock import held_over_time
 from partita.schedule.ir import Schedule
+from partita.simulate.away import leaves, levels
 from partita.simulate.memory import lent_parts, stage_kept, transient_bytes
 
 MODEL = 0.05  # of the peak, either way: measured ledgers (tests/local/test_measured_memory.py)
@@ -47,12 +48,9 @@ class Held:
 def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledger: Ledger) -> Held:
     """The curve of a place, on the spans that were played."""
     own = [s for s in spans if s.rank == place]
-    kept = [0.0] * len(laid.stages)
-    for s in laid.stages_of(place):
-        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
-    level: dict[float, int] = {}
-    for time, size in held_over_time(schedule, own, kept)[place]:
-        level[time] = int(size)
+    level = (
+        _leaving(laid, place, schedule, own) if leaves(laid) else _kept(laid, place, schedule, own)
+    )
     runs = {s.end_s: 0 for s in own} | {s.start_s: ledger.at_peak["buffers"] for s in own}
     times = sorted({0.0, *level, *runs})
     activations, buffers = [], []
@@ -67,6 +65,24 @@ def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledg
     return Held(
         tuple(times), tuple(activations), tuple(buffers), stays, times[top], during
     )  # fmt: skip
+
+
+def _kept(laid: Laid, place: int, schedule: Schedule, own: Sequence[Span]) -> dict[float, int]:
+    """Time -> bytes kept from then on."""
+    kept = [0.0] * len(laid.stages)
+    for s in laid.stages_of(place):
+        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
+    return {time: int(size) for time, size in held_over_time(schedule, own, kept)[place]}
+
+
+def _leaving(laid: Laid, place: int, schedule: Schedule, own: Sequence[Span]) -> dict[float, int]:
+    """The same where it leaves between forward and backward."""
+    found: dict[float, int] = {}
+    at = {str(s.action): s for s in levels(laid, place, schedule)}
+    for span in sorted(own, key=lambda s: s.start_s):
+        if span.name in at:
+            found[span.start_s], found[span.end_s] = at[span.name].during, at[span.name].after
+    return found
 
 
 def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:

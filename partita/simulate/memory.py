@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
-from partita.parallel.offload.rules import staging_bytes, targets
+from partita.parallel.offload.rules import arena_of, staging_bytes
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
 from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
 from partita.schedule.ir import Schedule
+from partita.simulate import away
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Sizes
 
@@ -35,7 +36,8 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     for s in stages:
         kept[s.index] = float(sum(stage_kept(s.blocks, sizes)))
     costs = Costs(tuple(StageCosts(activation_bytes=k) for k in kept))
-    categories["activations"] = int(peak_activation_bytes(schedule, costs)[place])
+    kept_most = int(peak_activation_bytes(schedule, costs)[place])
+    categories["activations"] = away.peak(laid, place, schedule) if away.leaves(laid) else kept_most
     categories["buffers"] = max(transient_bytes(b, sizes) for s in stages for b in s.blocks)
     categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
     rank = laid.mesh.rank_of({"pp": place})
@@ -47,7 +49,9 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     blocks = [b for s in laid.stages_of(place) for b in s.blocks]
     found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
     states = [t for b in blocks for t in b.tensors.values() if t.role == "optimizer"]
-    if arena == "host" and states and targets(laid.request.plan):
+    if arena_of(laid.request.plan, "activations") == arena:
+        found["activations"] = away.away_peak(laid, place, laid.schedule)
+    if arena == "host" and any(t.arena != "device" for t in states):
         largest = max(states, key=lambda t: t.local(laid.sizes))
         words, width = largest.dims[0].size, BYTES[largest.dtype]
         elements = largest.local(laid.sizes) // max(words, 1)

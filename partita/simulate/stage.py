@@ -128,11 +128,14 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
     states: Counter[str] = Counter()
     away: Counter[str] = Counter()
     parts = []
+    gone = sum(at == stage for at, _ in laid.leaving)
+    apart = 2 * gone >= laid.request.plan.num_microbatches  # what most microbatches do, counts
     for key, times in Counter(id(b) for b in blocks).items():
         if key not in known:
             known[key] = _read(one[key], laid, matmul_dtype)
         work, calls = known[key]
-        running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
+        running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",) and not c.apart)
+        running += apart * tuple(c for c in calls if c.apart)
         sparse = "sent" in one[key].tensors
         parts.append(Part(times, work, running, _unplayed(one[key], running), sparse))
         for category, size in state_bytes(one[key], laid.sizes).items():
@@ -157,7 +160,7 @@ def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
     return tuple(c for c in calls if c.phase == "F" and c.site not in again)
 
 
-PartTimes = dict[int, tuple[dict[str, float], dict[str, dict[str, float]]]]
+PartTimes = dict[tuple[int, int], tuple[dict[str, float], dict[str, dict[str, float]]]]
 
 
 def stage_time(
@@ -169,7 +172,7 @@ def stage_time(
     total: Seconds = defaultdict(float)
     comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     for part in work.parts:
-        key = id(part.work)
+        key = id(part.work), len(part.calls)  # what leaves between F and B is of some stages only
         if key not in known:
             known[key] = _part_time(part, laid, machine)
         seconds, seen = known[key]

@@ -96,7 +96,9 @@ class Tensor:
 class Event:
     """One collective of a region. `of` is the tensor this rank hands in: bytes are read off at the
     end, when every room has cut it. `phase` is F, B or step (once a step). Where a schedule splits B,
-    it is of the input half I, or of the weight half W (`weights`). `again`: not in a step's first."""
+    it is of the input half I, or of the weight half W (`weights`). `again`: not in a step's first.
+    `beside`: tensors that go in the same call. `apart`: only of a microbatch that leaves between its F and
+    its B."""
 
     phase: str
     collective: str  # all_reduce | reduce_scatter | all_gather | all_to_all | broadcast | send
@@ -106,6 +108,8 @@ class Event:
     weights: bool = False
     parts: int = 1  # calls that add up to `of`, one after the other
     again: bool = False
+    beside: tuple[str, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Allocations(TorchDispatchMode):
         """Measures what runs inside; the peak starts anew."""
         self._mapped = mapped_files()
         self._note_peak(fresh=True)
-        with self, saved_tensors_hooks(self._kept, lambda t: t):
+        with self, saved_tensors_hooks(self.kept, lambda t: t):
             yield
         self._born.clear()
 
@@ -141,6 +141,8 @@ class Allocations(TorchDispatchMode):
                 return
             gone = weakref.ref(storage, lambda _, key=key: self._freed(key))
             arena = self.held if self.where.arena == "device" else self.host
+            if arena is self.host and category == "buffers" and self.where.phase == "F":
+                category = "activations"  # what F has put there waits for B
             self._live[key] = (size, category, arena, gone)
             if category == "buffers" and self.where.phase == "F" and arena is self.held:
                 self._born.add(key)
@@ -174,7 +176,7 @@ class Allocations(TorchDispatchMode):
             arena[before] -= size
             arena[category] += size
 
-    def _kept(self, t: Tensor) -> Tensor:
+    def kept(self, t: Tensor) -> Tensor:
         """Autograd saves a tensor; what a replay saves in backward is gone when that is over."""
         if self.where.phase == "F" and t.device.type == self.device:
             self._enter(t, "buffers")

@@ -204,7 +204,8 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     trained = [unit for unit in units if not unit.spec.frozen]
     reducer, parameters, data = data_parallel(laid, context, units, arenas.gradients(trained))
     parameters.refresh()
-    executor = make_executor(laid, context, blocks, data, dtype)
+    kept = arenas.activations({s.index: s.names for s in laid.stages_of(place)})
+    executor = make_executor(laid, context, blocks, data, dtype, kept)
     row = [block for stage in blocks.values() for block in stage]
     model = Model(
         laid, context, place, row, units, executor, reducer, parameters, step_comms(laid, context),

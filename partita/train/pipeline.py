@@ -13,6 +13,7 @@ from partita.comm.context import Context
 from partita.parallel.dp.replicate import Reducer, UnitComms
 from partita.parallel.dp.zero import DataParallel, Gatherer, Needs, Parameters
 from partita.parallel.laid import Laid
+from partita.parallel.offload.activations import Activations, StageKept
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import Stage, forward_of, lane
 from partita.parallel.pp.versions import Flow, Late, Versions, updates_behind, version_rule
@@ -22,16 +23,26 @@ from partita.train.stage import StageBlocks
 
 def make_executor(
     laid: Laid, context: Context, blocks: Mapping[int, list[Any]], data: Mapping[int, DataParallel],
-    dtype: torch.dtype,
+    dtype: torch.dtype, kept: Activations | None = None,
 ) -> Executor:  # fmt: skip
-    """The executor of a step. `blocks` are this rank's stages by index, built."""
-    modules = {i: StageBlocks(b, data[i]) for i, b in blocks.items()}
+    """The executor of a step. `blocks` are this rank's stages by index, built; `kept`: where what they keep
+    lies until backward."""
+    place = context.coords["pp"]
+    modules = {i: StageBlocks(b, data[i], _kept(kept, b, data[i])) for i, b in blocks.items()}
     reducer = next(iter(data.values())).reducer
     return Executor(
-        modules, laid.schedule, context.coords["pp"], _channels(laid, context), context.where,
+        modules, laid.schedule, place, _channels(laid, context), context.where,
         _activation(laid, dtype, context.device), reducer.queue,
         lambda stage: reducer.arm(laid.stages[stage].names), overlaps=overlaps(laid),
+        actions=laid.actions[place], kept=kept,
     )  # fmt: skip
+
+
+def _kept(kept: Activations | None, blocks: Sequence[Any], data: DataParallel) -> StageKept | None:
+    if kept is None:
+        return None
+    tables = [t for block in blocks for t in getattr(block, "tables", ())]
+    return StageKept(kept, len(blocks), data.gatherer.parameters.units, tables)
 
 
 def overlaps(laid: Laid) -> bool:

@@ -151,11 +151,16 @@ class StepRecorder:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         executor = self.built.model.executor
+        kept = executor.kept
         before, executor.span = executor.span, self.action
+        if kept is not None:
+            kept.watcher = self.allocations.kept
         try:
             yield
         finally:
             executor.span = before
+            if kept is not None:
+                kept.watcher = None
 
     @contextmanager
     def _timed(self, step: int) -> Iterator[None]:

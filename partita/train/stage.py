@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from partita.model.transformer import LayerBlock
 from partita.parallel.dp.zero import DataParallel
+from partita.parallel.offload.activations import StageKept
 from partita.parallel.pp.pieces import Flow, run
 
 
 class StageBlocks:
     """Runs the stage's blocks one after the other; tells data parallelism before and after each.
 
-    The first stage hands its first block the batch alone; every block sees (x, batch)."""
+    The first stage hands its first block the batch alone; every block sees (x, batch). `kept`: where what
+    they keep leaves until backward."""
 
-    def __init__(self, blocks: Sequence[Any], data: DataParallel) -> None:
-        self.blocks, self.data = tuple(blocks), data
+    def __init__(
+        self, blocks: Sequence[Any], data: DataParallel, kept: StageKept | None = None
+    ) -> None:
+        self.blocks, self.data, self.kept = tuple(blocks), data, kept
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The stage's output for one microbatch."""
@@ -27,12 +32,17 @@ class StageBlocks:
     def flow(self, x: Tensor | None, batch: Any) -> Flow:
         """The same, stopping where rows travel."""
         for at, block in enumerate(self.blocks):
-            x = self.data.before(at, x)
-            if isinstance(block, LayerBlock):
-                assert x is not None, "a layer has an input"
-                y = yield from block.flow(x, batch)
-            else:
-                y = block(x, batch)
-            x = self.data.after(at, y)
+            flow = _flow(block, self.data.before(at, x), batch)
+            if self.kept is not None and torch.is_grad_enabled():
+                flow = self.kept.run(at, flow, batch)
+            x = self.data.after(at, (yield from flow))
         assert x is not None, "a stage has at least one block"
         return x
+
+
+def _flow(block: Any, x: Tensor | None, batch: Any) -> Flow:
+    """A block's forward; layers stop where rows travel."""
+    if isinstance(block, LayerBlock):
+        assert x is not None, "a layer has an input"
+        return (yield from block.flow(x, batch))
+    return block(x, batch)  # in one piece

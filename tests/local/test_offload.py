@@ -26,6 +26,7 @@ from partita.train.resume import load_run
 from partita.verify.parity import verify
 
 SLOW = pytest.mark.slow
+KEPT = "offload.targets=activations"
 PLANS = [
     ("2mb offload:cpu offload.targets=optimizer", {}),
     ("dp_shard2.zero3 tp2 2mb bf16 offload:nvme", {"tied": True}),
@@ -34,6 +35,12 @@ PLANS = [
     pytest.param(
         "dp_replicate2 dp_shard2.zero2 ep2 2mb offload:cpu", verify_jobs.EXPERTS, marks=SLOW
     ),
+    (f"pp2:zb_h1/4mb tp2+sp bf16 offload:cpu {KEPT}", {"tied": True}),
+    pytest.param(
+        "pp2:dualpipe/4mb dp_shard2.zero2 ep2 expert.chunks=2 recompute:selective "
+        f"recompute.modules=norm,act offload:cpu {KEPT},gradients,optimizer", verify_jobs.EXPERTS, marks=SLOW,
+    ),
+    pytest.param(f"cp2:ring pp2:gpipe/2mb dp_shard2.zero3 fp8 offload:cpu {KEPT}", {}, marks=SLOW),
 ]  # fmt: skip
 
 
@@ -143,6 +150,25 @@ def test_a_model_three_times_the_limit_trains(tmp_path, monkeypatch):
     for category in ("gradients", "optimizer"):
         assert record.disk_ledger.at_peak[category] == pytest.approx(disk[category], rel=0.03)
         assert found.get(category, 0) < 1000
+
+
+def test_kept_tensors_away_change_no_bit_and_free_what_is_declared(tmp_path):
+    """What is measured falls by what is predicted, and lies on the host."""
+    size = {"hidden": 64, "ffn_hidden": 192, "seq": 32}
+    here = verify_jobs.job(tmp_path, "2mb bf16", **size)
+    away = here.with_plan(f"2mb bf16 offload:cpu {KEPT}")
+    gc.collect()
+    stays, record = trained(SingleWorld(), here, tmp_path / "here", 2)
+    gone, other = trained(SingleWorld(), away, tmp_path / "away", 2)
+    for key, value in tensors(stays).items():
+        assert value.equal(tensors(gone)[key]), key
+    held = [simulate(j).ledgers[0].at_peak["activations"] for j in (here, away)]
+    seen = [r.ledger.at_peak["activations"] for r in (record, other)]
+    assert seen == pytest.approx(held, rel=0.1) and 2 * seen[1] < seen[0]
+    predicted = simulate(away)
+    assert predicted.laid is not None and other.host_ledger is not None
+    want = arena_ledger(predicted.laid, 0, "host").at_peak["activations"]
+    assert other.host_ledger.at_peak["activations"] == want
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path):

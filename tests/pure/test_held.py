@@ -12,6 +12,9 @@ from partita.simulate.held import held, holders, shown_bytes
 PLANS = (
     "bf16 4mb", "pp4:1f1b/8mb bf16", "pp4:gpipe/4mb tp2+sp recompute:full", "pp2:zb_h1/8mb bf16",
     "pp2:interleaved_1f1bx2/4mb bf16", "pp2:dualpipev/8mb bf16", "pp2:dualpipe/8mb bf16",
+    "pp4:1f1b/8mb bf16 offload:cpu offload.targets=activations",
+    "pp2:zb_h1/8mb tp2 bf16 recompute:full offload:cpu offload.targets=activations",
+    "pp2:dualpipe/8mb bf16 offload:cpu offload.targets=activations,optimizer",
     "dp_shard4.zero3 2mb bf16", "dp_shard2.zero1 2mb bf16 offload:cpu",
     "pp2:1f1b/4mb dp_shard4.zero2 bf16 recompute:selective",
 )  # fmt: skip

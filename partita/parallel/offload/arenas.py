@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.comm.protocol import Where
+from partita.parallel.offload.activations import Activations, HostShelf
 from partita.parallel.offload.cpu import Away, HostArena, HostGradients, HostStream, Link, Moves
 from partita.parallel.offload.nvme import DiskArena, DiskGradients, DiskStream
 from partita.parallel.offload.rules import arena_of
@@ -49,6 +50,12 @@ class Arenas:
         if self.disk is None:
             return HostStream(aways, link)
         return DiskStream(aways, self.disk, link, self.host)
+
+    def activations(self, names: Mapping[int, Sequence[str]]) -> Activations | None:
+        """Where blocks, by stage, put what they keep; None where it stays on the device."""
+        if arena_of(self.plan, "activations") == "device":
+            return None
+        return Activations(HostShelf(self.host.where), self.moves, names)
 
     def gradients(self, units: Sequence[Unit]) -> HostGradients | DiskGradients | None:
         """Where the units' gradients go; None where they stay on the device."""

@@ -8,11 +8,15 @@ ZeRO-Infinity, Rajbhandari et al. 2021).
                                        state is read, and written
     gradients   as stored, summed up   B: down, added to what lies there, and the device's is freed; step: up
                                        and down again where ranks still sum it
+    activations what a block keeps     F: down, when the block has run; B: up, a block ahead of its backward.
+                                       A stage's last block waits for its B, unless other work comes between:
+                                       then it goes at the schedule's OFFLOAD, and comes at its RELOAD
 
 The update runs on the host: a parameter costs the link 4 bytes down and 2 up (bf16), not its states. Sites:
 '<unit>:offload' and ':reload' between device and host, ':read' and ':write' between host and disk; each is
-one move of a whole unit, however many chunks it is streamed in. Working weights stay on the device; masters
-are apart from them at fp32 too.
+one move of a whole unit, however many chunks it is streamed in; '<block>.kept:offload' ... of all that a
+block keeps for one microbatch. Ids, targets and images stay: they are data's. Working weights stay on the
+device; masters are apart from them at fp32 too.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program
 
 ARENA = {"cpu": "host", "nvme": "disk"}
-DEFAULT = BUILT = ("gradients", "optimizer")
+DEFAULT = ("gradients", "optimizer")
+BUILT = (*DEFAULT, "activations")
+DATA = ("index", "label", "data")  # roles of what a block keeps and did not make
 CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
 SETS = 3  # of buffers between a file and what is computed: read ahead, in use, written behind
 STATES = {"gradient": "gradients", "optimizer": "optimizer"}  # role of a unit's tensor -> target
@@ -66,10 +72,11 @@ def problems(job: Request) -> list[Problem]:
                 error("offload", "arena", message, asked=named, limit=limit, nearest=nearest)
             )
         return found
-    later = [t for t in targets(plan) if t not in BUILT]
+    built = BUILT if to == "cpu" else DEFAULT
+    later = [t for t in targets(plan) if t not in built]
     if later:
-        message = f"offload of {' and '.join(later)} is not available in this version"
-        limit = f"offload.targets={','.join(BUILT)}"
+        message = f"{asked} of {' and '.join(later)} is not available in this version"
+        limit = f"offload.targets={','.join(built)}"
         near = str(plan.with_("offload", targets=()))
         found.append(error("offload", "available", message, asked=asked, limit=limit, nearest=near))
     if "gradients" in targets(plan) and "optimizer" not in targets(plan):
@@ -110,12 +117,15 @@ def moves(blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan) -> tuple[B
     `tied`: weights whose gradient leaves from a second holder too, where microbatches go two ways."""
     if not targets(plan):
         return tuple(blocks)
-    done = {id(b): _moving(b, tied, plan) for b in blocks}
-    return tuple(done[id(b)] for b in blocks)
+    last = len(blocks) - 1
+    keys = [(id(b), at == last) for at, b in enumerate(blocks)]
+    every = dict(zip(keys, blocks, strict=True))
+    done = {key: _moving(b, tied, plan, last=key[1]) for key, b in every.items()}
+    return tuple(done[key] for key in keys)
 
 
-def _moving(block: Block, tied: tuple[str, ...], plan: Plan) -> Block:
-    regions = list(block.regions)
+def _moving(block: Block, tied: tuple[str, ...], plan: Plan, last: bool) -> Block:
+    regions = [*block.regions, *_regions("kept", _kept_events(block, plan, last))]
     for name, t in block.tensors.items():
         if t.role == "optimizer":
             unit = name.removesuffix(".optimizer")
@@ -129,6 +139,17 @@ def _moving(block: Block, tied: tuple[str, ...], plan: Plan) -> Block:
 
 
 Move = tuple[str, Event]  # offload | reload | read | write
+
+
+def _kept_events(block: Block, plan: Plan, last: bool) -> list[Move]:
+    """What a block keeps goes in F and comes in B; not its output, which the next block keeps, nor data."""
+    arena = arena_of(plan, "activations")
+    names = sorted(n for n in block.kept if block.tensors[n].role not in DATA and n != block.output)
+    if arena == "device" or not names:
+        return []
+    goes, comes = (Event(p, "copy", names[0], beside=tuple(names[1:]), apart=last) for p in "FB")
+    found = [("offload", goes), ("reload", comes)]
+    return found + ([("write", goes), ("read", comes)] if arena == "disk" else [])
 
 
 def _gradient_events(unit: str, block: Block, plan: Plan) -> list[Move]:
@@ -160,6 +181,8 @@ def _update_events(unit: str, plan: Plan) -> list[Move]:
     """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
     is read, and states are written."""
     arena = arena_of(plan, "optimizer")
+    if arena == "device":
+        return []
     gradient = _step(f"{unit}.shard_gradient")
     found = [("reload", _step(f"{unit}.shard_parameter"))]
     come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}

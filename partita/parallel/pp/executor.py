@@ -10,6 +10,7 @@ One stage without a pipeline is the same list without messages.
     I  the same, but work on weights' gradients waits in the queue, with what it needs, until its
     W  runs that work, and frees it
     U  applies the stage's gradient (asynchronous schedules; see versions.py)
+    OFFLOAD, RELOAD  what F kept goes, and is there again (offload/activations.py)
 
 A forward and a backward that the schedule pairs take turns piece by piece, where modules have pieces
 (pieces.py).
@@ -70,6 +71,22 @@ class StageWeights(Protocol):
         ...
 
 
+class StageKept(Protocol):
+    """What F keeps for B may lie elsewhere meanwhile; `where` says of which stage and microbatch."""
+
+    def last_leaves(self) -> None:
+        """What is still there goes."""
+        ...
+
+    def last_comes(self) -> None:
+        """What backward begins with is there again."""
+        ...
+
+    def forget(self) -> None:
+        """Its forwards are run again, from inputs that may be away."""
+        ...
+
+
 @dataclass(frozen=True)
 class Channel:
     """Messages of one direction to one stage: a Comm over the places of pp, on a lane of its own, and
@@ -97,7 +114,7 @@ class Executor:
     its gradients may be reduced as they become ready. Communicates: sends of stage inputs and outputs on
     axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two. `update(stage)`
     is U; `weights` puts versions in place; `seed` is what backward starts from. `overlaps`: modules flow, and
-    pairs take turns.
+    pairs take turns. `kept`: what leaves between F and B.
     """
 
     modules: Mapping[int, StageModule]
@@ -117,6 +134,7 @@ class Executor:
     _early: tuple[MessageKey, ...] = ()  # messages to this rank that senders' warm-ups hold
     _taken: dict[MessageKey, Tensor] | None = None  # received, while forwards may be run again
     _dropped: list[Handle] = field(default_factory=list)  # sends of what is run again
+    kept: StageKept | None = None
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     _posted: dict[MessageKey, Handle] = field(default_factory=dict)
     _ready: dict[MessageKey, tuple[Tensor, str]] = field(
@@ -143,6 +161,8 @@ class Executor:
             "SEND_B": self._send,
             "RECV_F": self._post,
             "RECV_B": self._post,
+            "OFFLOAD": self._offload,
+            "RELOAD": self._reload,
         }
 
     def run(
@@ -155,6 +175,7 @@ class Executor:
         whether the weights were right: else the forwards before it are run again."""
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
         actions = self.actions if actions is None else actions
+        self._halves = {(a.stage, a.microbatch) for a in actions if a.kind == "I"}
         if confirm is not None:
             first = warm_up(actions, self.schedule.paired)
             self._taken = {}
@@ -200,6 +221,8 @@ class Executor:
         in and dropped. What they sent later was right and comes no more: it stays, and so does a receive
         of what they have not sent yet."""
         self._loss = torch.zeros((), dtype=torch.float64)
+        if self.kept is not None:
+            self.kept.forget()
         self._held.clear()
         self._ready.clear()
         self._dropped += self._sent.values()
@@ -285,6 +308,16 @@ class Executor:
     def _update(self, action: Action) -> None:
         assert self.update is not None, "a schedule with U needs an update"
         self.update(action.stage)
+
+    def _offload(self, action: Action) -> None:
+        assert self.kept is not None, "a schedule with OFFLOAD needs a place to go"
+        with self.where.at("F"):
+            self.kept.last_leaves()
+
+    def _reload(self, action: Action) -> None:
+        assert self.kept is not None, "a schedule with RELOAD needs a place to come from"
+        with self.where.at("I" if (action.stage, action.microbatch) in self._halves else "B"):
+            self.kept.last_comes()
 
     def _send(self, action: Action) -> None:
         key = action.key
