@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +53,7 @@ class TorchWorld:
     ) -> None:
         self.rank, self.size, self.where = rank, size, where or Where()
         self.timeout = timedelta(seconds=timeout_s)
-        self.sends: list[Any] = []
+        self.sends: OrderedDict[int, Any] = OrderedDict()  # under way, by id, oldest first
         if store is None:
             on_loopback()
             store = file_store(Path(str(path)), size)
@@ -99,7 +100,13 @@ class TorchWorld:
 
     def waited(self, work: Any) -> None:
         """A send that was waited for: gloo would wait for it a second time until the timeout."""
-        self.sends = [w for w in self.sends if w is not work]
+        self.sends.pop(id(work), None)
+
+    def started(self, work: Any) -> None:
+        """A send is under way; old ones that have gone out are let go of."""
+        while self.sends and next(iter(self.sends.values())).is_completed():
+            self.sends.popitem(last=False)
+        self.sends[id(work)] = work
 
     def close(self, drain: bool = True) -> None:
         """Leaves the process groups, once what was sent has gone out. The last hold on a group ends its
@@ -107,7 +114,7 @@ class TorchWorld:
         they are left to the end of the process: gloo would wait for the lost peer."""
         if not drain:
             return
-        for work in self.sends:
+        for work in self.sends.values():
             with contextlib.suppress(RuntimeError):  # a peer that is gone wants nothing more
                 work.wait()
         self.sends.clear()
@@ -341,7 +348,7 @@ class TorchComm(Blocking):
         source = x.detach().contiguous()
         tag = _tag(key)
         work = self.run(lambda: dist.isend(source, self.ranks[to], self.group, tag), *note)
-        self.world.sends = [w for w in self.world.sends if not w.is_completed()] + [work]
+        self.world.started(work)
         return _Work(self, work, lambda: source, note, keeps=source)
 
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Protocol, cast
 
 import torch
@@ -37,8 +38,10 @@ ACTIVITIES = {
     "F": ("F", "forward"), "B": ("B", "backward"), "I": ("I", "backward"), "W": ("W", "backward"),
     "U": ("step", "optimizer"),
 }  # fmt: skip
+BACKWARD = ("B", "I")
 DONE = object()
 
+Group = tuple[tuple[Action, ...], tuple[int, ...]]  # an action or a pair, stages it is the last of
 MessageKey = tuple[str, int, int]  # F or B, the stage that consumes it, microbatch
 
 
@@ -131,6 +134,7 @@ class Executor:
     seed: float = 1.0
     overlaps: bool = False
     actions: Sequence[Action] = ()
+    _read: tuple[Sequence[Action], Sequence[Group]] = ((), ())  # the last list, in groups
     _early: tuple[MessageKey, ...] = ()  # messages to this rank that senders' warm-ups hold
     _taken: dict[MessageKey, Tensor] | None = None  # received, while forwards may be run again
     _dropped: list[Handle] = field(default_factory=list)  # sends of what is run again
@@ -148,7 +152,7 @@ class Executor:
         self._early = tuple(
             a.key
             for actions in every
-            for a in warm_up(actions, self.schedule.paired)
+            for a in warm_up(actions, self.schedule.paired if self.overlaps else frozenset())
             if a.is_send and self.schedule.rank_of(a.peer_stage, a.microbatch) == self.place
         )
         self._handlers: Mapping[str, Callable[[Action], None]] = {
@@ -176,31 +180,47 @@ class Executor:
         self._batches, self._loss = batches, torch.zeros((), dtype=torch.float64)
         actions = self.actions if actions is None else actions
         self._halves = {(a.stage, a.microbatch) for a in actions if a.kind == "I"}
+        groups = self._groups(actions)
         if confirm is not None:
-            first = warm_up(actions, self.schedule.paired)
-            self._taken = {}
-            self._play(first)
-            try:
-                right = confirm()
-            except NonFiniteError:
-                self._discard(self._taken)
-                raise
-            if not right:
-                self._discard(self._taken)
-                self._play(first)
-            self._taken, actions = None, actions[len(first) :]
-        self._play(actions)
+            groups = self._play_warm_up(groups, confirm)
+        self._play(groups)
         if settle:
             self._settle()
         self.where.microbatch = -1
         return self._loss
 
-    def _play(self, actions: Sequence[Action]) -> None:
-        last = _last_backwards(actions)
-        for group in in_pairs(actions, self.schedule.paired if self.overlaps else frozenset()):
-            for action in group:
-                if action in last:
-                    self.last_backward(action.stage)
+    def _groups(self, actions: Sequence[Action]) -> Sequence[Group]:
+        """Actions alone or in pairs, each with the stages whose last backward it is; read once for a list
+        that comes again."""
+        if self._read[0] is not actions:
+            last = _last_backwards(actions)
+            pairs = in_pairs(actions, self.schedule.paired if self.overlaps else frozenset())
+            found = [(g, tuple(a.stage for a in g if a in last)) for g in pairs]
+            self._read = actions, found
+        return self._read[1]
+
+    def _play_warm_up(
+        self, groups: Sequence[Group], confirm: Callable[[], bool]
+    ) -> Sequence[Group]:
+        """Runs what stands before the first backward, again where that was wrong; what is left."""
+        first = list(takewhile(lambda g: not any(a.kind in BACKWARD for a in g[0]), groups))
+        self._taken = {}
+        self._play(first)
+        try:
+            right = confirm()
+        except NonFiniteError:
+            self._discard(self._taken)
+            raise
+        if not right:
+            self._discard(self._taken)
+            self._play(first)
+        self._taken = None
+        return groups[len(first) :]
+
+    def _play(self, groups: Sequence[Group]) -> None:
+        for group, last in groups:
+            for stage in last:
+                self.last_backward(stage)
             if self.span is None or group[0].kind not in COMPUTE:
                 self._do(*group)
                 continue
