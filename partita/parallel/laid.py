@@ -108,7 +108,7 @@ class Laid:
         """What each place of pp runs: the schedule with its messages, and what leaves between F and B."""
         program = with_communication(self.schedule)
         kept = offload.arena_of(self.request.plan, "activations") != "device"
-        return with_offload(program) if kept else program
+        return with_offload(program) if kept and not self.schedule.is_asynchronous else program
 
     @cached_property
     def leaving(self) -> frozenset[tuple[int, int]]:

@@ -130,6 +130,18 @@ def kept_bytes(block: Block, sizes: Sizes) -> int:
 
 
 @once
+def leaving_bytes(block: Block, sizes: Sizes) -> int:
+    """What of a block's kept bytes leaves for one microbatch."""
+    return sum(
+        tensor_bytes(block.tensors[t], sizes)
+        for op in block.regions
+        for e in op.events
+        if op.kind == "offload" and e.phase == "F"
+        for t in (e.of, *e.beside)
+    )
+
+
+@once
 def state_bytes(block: Block, sizes: Sizes, arena: str = "device") -> Counter[str]:
     """Bytes by ledger category of what lives in an arena for the whole run."""
     found: Counter[str] = Counter()

@@ -58,6 +58,26 @@ class Away(Protocol):
         ...
 
 
+class Shards(Protocol):
+    """Working shards of stage 3 that lie elsewhere than on the device."""
+
+    def expect(self, units: Sequence[Unit]) -> None:
+        """They will be gathered soon."""
+        ...
+
+    def bring(self, unit: Unit) -> Tensor:
+        """A copy of a unit's shard on the device."""
+        ...
+
+    def changed(self, unit: Unit) -> None:
+        """A unit's shard is another now."""
+        ...
+
+    def sent(self, unit: Unit, start_s: float) -> None:
+        """It came from the device, since `start_s`."""
+        ...
+
+
 class Buffer:
     """A flat tensor and shaped views of it, which follow it to other memory; without memory the views
     are empty, so that using a weight which is not there is an error."""
@@ -230,6 +250,9 @@ def _allocate(
     """What a rank stores of a unit of `size` elements: working, master, gradient, and its sums."""
     stage = spec.stage
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if stage < 3:
+        elsewhere = {c: zeros for c, zeros in elsewhere.items() if c != "parameters"}
+    apart = apart or "parameters" in elsewhere
     zeros = partial(_zeros, elsewhere, device)
     each = part.stop - part.start
     working = zeros("parameters", each if stage == 3 else size, dtype)

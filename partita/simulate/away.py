@@ -6,15 +6,15 @@ microbatch under way there stay its data, and, where its backward is next, what 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partita.parallel.laid import Laid
 from partita.parallel.offload.rules import arena_of
-from partita.parallel.read import kept_bytes, tensor_bytes
+from partita.parallel.read import kept_bytes, leaving_bytes
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.residence import with_offload
-from partita.spec.program import Block, Sizes
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,6 @@ def leaves(laid: Laid) -> bool:
     return arena_of(laid.request.plan, "activations") != "device"
 
 
-def leaving_bytes(block: Block, sizes: Sizes) -> int:
-    """What of a block's kept bytes leaves for one microbatch."""
-    return sum(
-        tensor_bytes(block.tensors[t], sizes)
-        for op in block.regions
-        for e in op.events
-        if op.kind == "offload" and e.phase == "F"
-        for t in (e.of, *e.beside)
-    )
-
-
 def levels(laid: Laid, place: int, schedule: Schedule) -> list[Level]:
     """Of a place's compute actions that run forward or backward, in order."""
     sizes = laid.sizes
@@ -53,7 +42,9 @@ def levels(laid: Laid, place: int, schedule: Schedule) -> list[Level]:
     }
     here = away = 0
     found: list[Level] = []
-    for action in with_offload(schedule.ranks)[place]:
+    for action in (schedule.ranks if schedule.is_asynchronous else with_offload(schedule.ranks))[
+        place
+    ]:
         blocks, kind = parts[action.stage], action.kind
         last = blocks[-1][1]
         during = 0
@@ -110,3 +101,16 @@ def peak(laid: Laid, place: int, schedule: Schedule) -> int:
 def away_peak(laid: Laid, place: int, schedule: Schedule) -> int:
     """The most that is away at once."""
     return max(level.away for level in levels(laid, place, schedule))
+
+
+def slots(laid: Laid, place: int) -> list[int]:
+    """Bytes of each piece that may be away at once: a stage's blocks, for as many microbatches as it has
+    under way. A file has room for all from the start."""
+    most = Counter[int]()
+    under_way = Counter[int]()
+    for stage, kind, _ in laid.schedule.ranks[place]:
+        under_way[stage] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
+        most[stage] = max(most[stage], under_way[stage])
+    stages = laid.stages_of(place)
+    found = [leaving_bytes(b, laid.sizes) for s in stages for b in s.blocks * most[s.index]]
+    return [size for size in found if size]

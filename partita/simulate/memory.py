@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
-from partita.parallel.offload.rules import arena_of, staging_bytes
+from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes, targets
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
@@ -50,12 +50,18 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
     states = [t for b in blocks for t in b.tensors.values() if t.role == "optimizer"]
     if arena_of(laid.request.plan, "activations") == arena:
-        found["activations"] = away.away_peak(laid, place, laid.schedule)
-    if arena == "host" and any(t.arena != "device" for t in states):
+        sizes = away.slots(laid, place)
+        peak = away.away_peak(laid, place, laid.schedule)
+        found["activations"] = sum(sizes) if arena == "disk" else peak
+    if arena_of(laid.request.plan, "activations") == "disk" and arena == "host":
+        found["buffers"] += KEPT_BUFFERS * max(away.slots(laid, place), default=0)
+    if arena == "host" and states and {"optimizer", "parameters"} & set(targets(laid.request.plan)):
         largest = max(states, key=lambda t: t.local(laid.sizes))
         words, width = largest.dims[0].size, BYTES[largest.dtype]
         elements = largest.local(laid.sizes) // max(words, 1)
-        found["buffers"] += staging_bytes(laid.request.plan, words, elements, width)
+        working = [t for b in blocks for t in b.tensors.values() if t.role == "parameter"]
+        bytes_ = max((BYTES[t.dtype] for t in working if t.arena == "disk"), default=0)
+        found["buffers"] += staging_bytes(laid.request.plan, words, elements, width, bytes_)
     return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
 
 
@@ -93,6 +99,10 @@ def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
             if op.kind == "gather" and zero_stage(plan) == 3:
                 stay += whole if "step" in phases else 0
                 here += whole if "F" in phases else 0
+                if (
+                    arena_of(plan, "parameters") != "device"
+                ):  # beside it, the shard that is gathered
+                    here += tensor_bytes(block.tensors[op.reads[0]], plan.sizes)
             elif op.kind in ("scatter", "offload") and "B" in phases:
                 unit = op.name.rpartition(":")[0]
                 made[unit] = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], plan.sizes)

@@ -57,14 +57,15 @@ def update_away(
 ) -> dict[str, float]:
     """Seconds of an update on the host by cause: 'optimizer', what passes through host memory; then what
     the slower of link and disk takes beyond that, by its axis. `away`: bytes of states elsewhere; `once`:
-    the step's calls."""
-    if not away.get("optimizer"):
-        return {}
+    the step's calls. Where the device updates, its copies alone."""
     found: dict[str, float] = defaultdict(float)
     down = 0
     for call in filter(is_move, once):
         found[call.axes[0]] += call.times * move_seconds(call, machine)
         down += call.bytes if call.axes == ("host",) else 0
-    compute = (STATE_PASSES * away["optimizer"] + 2 * down) / host_memory_rate(machine)
+    if not found:
+        return {}
+    passes = STATE_PASSES * away["optimizer"] + 2 * down if away.get("optimizer") else 0
+    compute = passes / host_memory_rate(machine)
     axis = max(found, key=lambda a: found[a])
     return {"optimizer": compute, axis: max(found[axis] - compute, 0.0)}

@@ -91,7 +91,8 @@ def make_away(
         size, dtype = unit.master.numel(), unit.master.dtype
         states = {n: zeros("optimizer", size, dtype) for n in state_names(train)}
         given = {GRADIENT: unit.gradient} if "gradients" in elsewhere else {}
-        aways.append(Away(unit, {MASTER: unit.master, **states}, given))
+        working = "parameters" in elsewhere and unit.spec.stage == 3
+        aways.append(Away(unit, {MASTER: unit.master, **states}, given, working))
         for slot in slots[unit.name]:
             if slot.balances:
                 continue

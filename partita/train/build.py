@@ -33,6 +33,7 @@ from partita.parallel.offload.cpu import Moves
 from partita.parallel.precision.fp8 import product_of
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
+from partita.simulate.away import slots
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import product_coordinate
@@ -202,9 +203,12 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
         fill(unit)
     blocks = build_blocks(job.model, laid, place, context, units)
     trained = [unit for unit in units if not unit.spec.frozen]
-    reducer, parameters, data = data_parallel(laid, context, units, arenas.gradients(trained))
+    reducer, parameters, data = data_parallel(
+        laid, context, units, arenas.gradients(trained), arenas.shards(units)
+    )
     parameters.refresh()
-    kept = arenas.activations({s.index: s.names for s in laid.stages_of(place)})
+    names = {s.index: s.names for s in laid.stages_of(place)}
+    kept = arenas.activations(names, slots(laid, place))
     executor = make_executor(laid, context, blocks, data, dtype, kept)
     row = [block for stage in blocks.values() for block in stage]
     model = Model(

@@ -17,7 +17,7 @@ from partita.parallel.offload.activations import Activations, StageKept
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import Stage, forward_of, lane
 from partita.parallel.pp.versions import Flow, Late, Versions, updates_behind, version_rule
-from partita.parallel.units import Away, Unit
+from partita.parallel.units import Away, Shards, Unit
 from partita.train.stage import StageBlocks
 
 
@@ -54,7 +54,11 @@ def overlaps(laid: Laid) -> bool:
 
 
 def data_parallel(
-    laid: Laid, context: Context, units: Sequence[Unit], away: Away | None = None
+    laid: Laid,
+    context: Context,
+    units: Sequence[Unit],
+    away: Away | None = None,
+    shards: Shards | None = None,
 ) -> tuple[Reducer, Parameters, dict[int, DataParallel]]:
     """What a rank's units need of other ranks, as the regions of its blocks say; and for each of its
     stages what is done around its blocks."""
@@ -72,7 +76,7 @@ def data_parallel(
     visits = [frozenset(s.names) for s in stages] if two_ways else []
     trained = [unit for unit in units if not unit.spec.frozen]
     reducer = Reducer(trained, comms, context.where, units[0].queue, visits, away)
-    parameters = Parameters(units, comms, context.where)
+    parameters = Parameters(units, comms, context.where, shards)
     prefetch = laid.request.plan.data.prefetch
     found = {}
     for stage in stages:

@@ -20,7 +20,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
         "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
     ),
-    "offload": ("", "offload:cpu offload.targets=optimizer", "offload:nvme"),
+    "offload": (
+        "", "offload:cpu offload.targets=activations,optimizer",
+        "offload:nvme offload.targets=activations,gradients,optimizer",
+    ),
     "model": (
         "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe mla ep2", "moe ep2 etp2 expert.chunks=2",
         "alexnet split2",
@@ -99,9 +102,10 @@ def rows() -> list[Row]:
 
 
 def line(row: Row) -> str:
-    """The plan in one line, fp64."""
+    """The plan in one line, fp64. What lies elsewhere takes the shards of stage 3 along."""
     words = [row["data"], row["tensor"], row["context"], row["pipeline"], row["recompute"]]
-    words.append(row["offload"])
+    shards = bool(row["offload"]) and "zero3" in row["data"]
+    words.append(row["offload"] + shards * ",parameters")
     return " ".join(
         [w for w in words if w]
         + [w for w in row["model"].split() if w.startswith(("ep2", "etp2", "expert.", "split"))]

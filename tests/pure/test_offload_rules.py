@@ -110,7 +110,8 @@ def test_a_streamed_update_takes_the_slowest_of_host_link_and_disk() -> None:
     "line, rule",
     [
         ("offload.targets=optimizer", "arena"),
-        ("offload:cpu offload.targets=parameters", "available"),
+        ("offload:cpu offload.targets=parameters", "shards"),
+        ("dp_shard2.zero3 fp8 offload:nvme offload.targets=parameters", "fp8"),
         ("offload:cpu offload.targets=gradients", "optimizer"),
         ("offload:nvme pp2:pipedream/8mb", "versions"),
     ],

@@ -9,11 +9,14 @@ at the first use, and keeps them until the last backward (FSDP's SHARD_GRAD_OP).
 working weights whole: after the update each rank rounds its shard and gathers the others'. What is
 gathered has the compute dtype: bf16 weights travel as bf16, their gradients are summed in fp32.
 
+A shard that lies elsewhere is brought for its gather, and asked for a block ahead of that.
+
 Sends all_gather of a unit's shard over the axes that cut it, site '<unit>:gather'.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from partita.comm.protocol import Handle, Where
 from partita.parallel.dp.replicate import Reducer, UnitComms
-from partita.parallel.units import Unit
+from partita.parallel.units import Shards, Unit
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Parameters:
     units: Sequence[Unit]
     comms: Mapping[str, UnitComms]
     where: Where
+    away: Shards | None = None  # where the shards of stage 3 lie, if elsewhere than on the device
     _users: dict[str, int] = field(default_factory=dict)
     _whole: dict[str, Tensor] = field(default_factory=dict)
 
@@ -51,8 +55,13 @@ class Parameters:
         started: list[Handle] = []
         with self.where.at("step"):
             for unit in self.units if units is None else units:
+                start = time.perf_counter()
                 if not rounded:
                     unit.round_working()
+                if self.away is not None and unit.spec.stage == 3:
+                    self.away.changed(unit)
+                    if not (rounded or unit.spec.frozen):
+                        self.away.sent(unit, start)
                 if unit.spec.stage in (1, 2):
                     started.append(self._gather(unit, unit.working))
         for handle in started:
@@ -98,7 +107,14 @@ class Parameters:
     def _gather(self, unit: Unit, out: Tensor) -> Handle:
         comm = self.comms[unit.name].shard
         assert comm is not None
-        return comm.start_all_gather(unit.shard, site=f"{unit.name}:gather", out=out)
+        away = self.away if unit.spec.stage == 3 else None
+        shard = unit.shard if away is None else away.bring(unit)
+        return comm.start_all_gather(shard, site=f"{unit.name}:gather", out=out)
+
+    def expect(self, units: Sequence[Unit]) -> None:
+        """They will be brought soon."""
+        if self.away is not None:
+            self.away.expect(units)
 
 
 @dataclass
@@ -117,6 +133,7 @@ class Gatherer:
             with self.parameters.where.at("step"):
                 missing = [u for u in self.needs[i].once if not self.parameters.has(u)]
                 self._start("step", i, missing)
+        self._expect(at + 1 + self.prefetch, "F")
         self._arrive("F", at)
         self._arrive("step", at)
 
@@ -130,6 +147,7 @@ class Gatherer:
         """Block `at`'s backward is about to run."""
         for i in range(at, max(at - 1 - self.prefetch, -1), -1):
             self._start("B", i, self.needs[i].backward)
+        self._expect(at - 1 - self.prefetch, "B")
         self._arrive("B", at)
 
     def backward_done(self, at: int) -> None:
@@ -143,6 +161,12 @@ class Gatherer:
     def _start(self, phase: str, at: int, units: Sequence[Unit]) -> None:
         if units and (phase, at) not in self._under_way:
             self._under_way[phase, at] = self.parameters.bring(units)
+
+    def _expect(self, at: int, phase: str) -> None:
+        """Block `at` is the next whose weights will be brought."""
+        if 0 <= at < len(self.needs):
+            needs = self.needs[at]
+            self.parameters.expect(needs.forward if phase == "F" else needs.backward)
 
     def _arrive(self, phase: str, at: int) -> None:
         self.parameters.arrive(self._under_way.pop((phase, at), ()))

@@ -17,62 +17,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from partita.comm.protocol import Where
 from partita.parallel.offload.cpu import Moves
+from partita.parallel.offload.shelves import Shelf
 from partita.parallel.units import Unit
 
 Live = tuple[Tensor, ...]
 Flow = Generator[Live, Live, Tensor]  # a forward that stops where rows travel
 BlockKey = tuple[int, int, int]  # stage, microbatch, place of the block in the stage
-
-
-class Shelf(Protocol):
-    """Memory that bytes are put on and taken from again."""
-
-    axes: tuple[str, ...]  # what a copy crosses on the way down
-
-    def put(self, bytes_: Sequence[Tensor]) -> Any:
-        """Takes copies of flat bytes, whose memory may be freed when it returns; a ticket for them."""
-        ...
-
-    def expect(self, ticket: Any) -> None:
-        """They will be asked for soon."""
-        ...
-
-    def take(self, ticket: Any, into: Sequence[Tensor]) -> None:
-        """Copies them back, in the order they were put; the ticket is spent."""
-        ...
-
-
-@dataclass
-class HostShelf:
-    """The host's memory; pinned where the device is an accelerator, so that nobody waits for a copy."""
-
-    where: Where
-    axes: tuple[str, ...] = ("host",)
-
-    def put(self, bytes_: Sequence[Tensor]) -> list[Tensor]:
-        """Copies, ordered on the current stream."""
-        with self.where.on("host"):
-            made = [torch.empty(b.shape, dtype=b.dtype, pin_memory=b.is_cuda) for b in bytes_]
-        for there, here in zip(made, bytes_, strict=True):
-            there.copy_(here, non_blocking=True)
-        return made
-
-    def expect(self, ticket: list[Tensor]) -> None:
-        """Memory is at hand."""
-
-    def take(self, ticket: list[Tensor], into: Sequence[Tensor]) -> None:
-        """Copies back, ordered on the current stream."""
-        for here, there in zip(into, ticket, strict=True):
-            here.copy_(there, non_blocking=True)
-        ticket.clear()
 
 
 @dataclass

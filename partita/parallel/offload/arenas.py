@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.comm.protocol import Where
-from partita.parallel.offload.activations import Activations, HostShelf
+from partita.parallel.offload.activations import Activations
 from partita.parallel.offload.cpu import Away, HostArena, HostGradients, HostStream, Link, Moves
 from partita.parallel.offload.nvme import DiskArena, DiskGradients, DiskStream
 from partita.parallel.offload.rules import arena_of
+from partita.parallel.offload.shards import DiskShards, HostShards
+from partita.parallel.offload.shelves import DiskShelf, HostShelf, Shelf
 from partita.parallel.units import Unit, Zeros
 from partita.spec.plan import Plan
 
@@ -51,11 +53,26 @@ class Arenas:
             return HostStream(aways, link)
         return DiskStream(aways, self.disk, link, self.host)
 
-    def activations(self, names: Mapping[int, Sequence[str]]) -> Activations | None:
-        """Where blocks, by stage, put what they keep; None where it stays on the device."""
+    def shards(self, units: Sequence[Unit]) -> HostShards | DiskShards | None:
+        """Where the units' working shards lie; None where they are on the device."""
+        own = [unit for unit in units if unit.spec.stage == 3]
+        if "parameters" not in self.elsewhere() or not own:
+            return None
+        if self.disk is None:
+            return HostShards(self.moves)
+        return DiskShards(own, self.disk, self.host, self.moves)
+
+    def activations(
+        self, names: Mapping[int, Sequence[str]], sizes: Sequence[int]
+    ) -> Activations | None:
+        """Where blocks, by stage, put what they keep; None where it stays on the device. `sizes`: of what
+        may be away at once, piece by piece."""
         if arena_of(self.plan, "activations") == "device":
             return None
-        return Activations(HostShelf(self.host.where), self.moves, names)
+        shelf: Shelf = HostShelf(self.host.where)
+        if self.disk is not None:
+            shelf = DiskShelf(self.disk, self.host, sizes)
+        return Activations(shelf, self.moves, names)
 
     def gradients(self, units: Sequence[Unit]) -> HostGradients | DiskGradients | None:
         """Where the units' gradients go; None where they stay on the device."""

@@ -56,11 +56,12 @@ class HostArena:
 @dataclass(frozen=True)
 class Away:
     """A unit whose optimizer lies elsewhere: `states` are flat as its shard, the master among them; `given`
-    too, the gradient where it lies there."""
+    too, the gradient where it lies there. `working`: so does the working shard."""
 
     unit: Unit
     states: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
+    working: bool = False
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """First and end element of each chunk."""
@@ -106,7 +107,8 @@ class Link:
         unit = away.unit
         if GRADIENT not in away.given:
             self.moves.note("host", f"{unit.name}:offload", unit.gradient.nbytes, start_s)
-        self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start_s)
+        if not away.working:
+            self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start_s)
 
 
 @dataclass(frozen=True)

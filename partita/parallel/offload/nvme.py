@@ -44,6 +44,7 @@ from partita.parallel.offload.rules import CHUNK, SETS
 from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
+WORKING = "working"  # a chunk of the working shard, where it lies on disk
 AHEAD = SETS - 2  # chunks that are being read
 READERS = 4  # states of a chunk read, and written, at a time
 
@@ -194,11 +195,12 @@ class _Part:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is in the buffers."""
-        return {n: b.tensor[: self.end - self.first] for n, b in self.buffers.items()}
+        size, names = self.end - self.first, (*self.away.states, *self.away.given)
+        return {n: self.buffers[n].tensor[:size] for n in names}
 
     def lies(self, name: str) -> Tensor:
         """The mapped part of a state."""
-        every = {**self.away.states, **self.away.given}
+        every = {**self.away.states, **self.away.given, WORKING: self.away.unit.shard}
         return every[name][self.first : self.end]
 
 
@@ -212,6 +214,8 @@ class DiskStream:
         sets: list[Buffers] = []
         if aways:
             like = {**aways[0].states, **aways[0].given}
+            if any(a.working for a in aways):
+                like[WORKING] = aways[0].unit.working
             largest = max(min(a.unit.master.numel(), CHUNK) for a in aways)
             sets = [
                 {n: Buffer(largest, t.dtype, arena) for n, t in like.items()} for _ in range(SETS)
@@ -233,8 +237,13 @@ class DiskStream:
             if GRADIENT not in own:
                 own[GRADIENT] = self.link.down(unit, part.first, part.end)
             yield Chunk(part.away, part.first, own)
-            self.link.up(unit, part.first, own[MASTER])
-            for name in part.away.states:
+            written = list(part.away.states)
+            if part.away.working:
+                written.append(WORKING)
+                part.buffers[WORKING].tensor[: part.end - part.first].copy_(own[MASTER])
+            else:
+                self.link.up(unit, part.first, own[MASTER])
+            for name in written:
                 buffer = part.buffers[name]
                 buffer.writing = self._writer.submit(self.disk.write, part.lies(name), buffer.raw)
             if part.end == unit.master.numel():
@@ -248,8 +257,8 @@ class DiskStream:
         for buffer in part.buffers.values():
             buffer.settle()
         return [
-            self._reader.submit(self.disk.read, part.lies(n), b.raw)
-            for n, b in part.buffers.items()
+            self._reader.submit(self.disk.read, part.lies(n), part.buffers[n].raw)
+            for n in part.tensors()
         ]
 
     def _note(self, away: Away, start_s: float) -> None:
@@ -257,6 +266,8 @@ class DiskStream:
         size = sum(t.nbytes for t in away.states.values())
         note("disk", f"{name}:read", size, start_s)
         note("disk", f"{name}:write", size, start_s)
+        if away.working:
+            note("disk", f"{name}:write", away.unit.shard.nbytes, start_s)
         for given in away.given.values():
             note("disk", f"{name}:read", given.nbytes, start_s)
         self.link.note(away, start_s)

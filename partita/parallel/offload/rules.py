@@ -8,6 +8,7 @@ ZeRO-Infinity, Rajbhandari et al. 2021).
                                        state is read, and written
     gradients   as stored, summed up   B: down, added to what lies there, and the device's is freed; step: up
                                        and down again where ranks still sum it
+    parameters  shards of stage 3      before each gather: up; step: down (nothing, where the update is there)
     activations what a block keeps     F: down, when the block has run; B: up, a block ahead of its backward.
                                        A stage's last block waits for its B, unless other work comes between:
                                        then it goes at the schedule's OFFLOAD, and comes at its RELOAD
@@ -31,11 +32,13 @@ from partita.spec.program import Block, Event, Op, Program
 
 ARENA = {"cpu": "host", "nvme": "disk"}
 DEFAULT = ("gradients", "optimizer")
-BUILT = (*DEFAULT, "activations")
 DATA = ("index", "label", "data")  # roles of what a block keeps and did not make
 CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
+KEPT_BUFFERS = 4  # of what a block keeps: filled, written; read ahead, copied from
 SETS = 3  # of buffers between a file and what is computed: read ahead, in use, written behind
-STATES = {"gradient": "gradients", "optimizer": "optimizer"}  # role of a unit's tensor -> target
+STATES = {  # role of a unit's tensor -> target
+    "parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer",
+}  # fmt: skip
 
 
 def targets(plan: Plan) -> tuple[str, ...]:
@@ -48,13 +51,17 @@ def arena_of(plan: Plan, target: str) -> str:
     return ARENA[plan.offload.to] if target in targets(plan) else "device"
 
 
-def staging_bytes(plan: Plan, words: int, largest: int, width: int) -> int:
+def staging_bytes(plan: Plan, words: int, largest: int, width: int, working: int = 0) -> int:
     """Host memory that moves pass through, of a rank whose largest unit has `largest` elements of `width`
-    bytes and `words` states each: a chunk of a gradient, and SETS of all that lies on disk."""
+    bytes and `words` states each: a chunk of a gradient, and SETS of all that lies on disk, `working` bytes
+    an element of weights among it, and of the shards that are read ahead."""
+    if "optimizer" not in targets(plan):
+        return SETS * largest * working if plan.offload.to == "nvme" else 0
     gradients = "gradients" in targets(plan)
     files = SETS * (words + 2 * gradients) + (not gradients)
     buffers = files if plan.offload.to == "nvme" else 1
-    return buffers * min(largest, CHUNK) * width
+    chunks = min(largest, CHUNK) * (buffers * width + (plan.offload.to == "nvme") * SETS * working)
+    return chunks + (plan.offload.to == "nvme") * SETS * largest * working
 
 
 def problems(job: Request) -> list[Problem]:
@@ -72,13 +79,7 @@ def problems(job: Request) -> list[Problem]:
                 error("offload", "arena", message, asked=named, limit=limit, nearest=nearest)
             )
         return found
-    built = BUILT if to == "cpu" else DEFAULT
-    later = [t for t in targets(plan) if t not in built]
-    if later:
-        message = f"{asked} of {' and '.join(later)} is not available in this version"
-        limit = f"offload.targets={','.join(built)}"
-        near = str(plan.with_("offload", targets=()))
-        found.append(error("offload", "available", message, asked=asked, limit=limit, nearest=near))
+    found += _shards(job, asked)
     if "gradients" in targets(plan) and "optimizer" not in targets(plan):
         message = (
             "gradients that lie elsewhere are updated there, by an optimizer that lies there too"
@@ -86,7 +87,8 @@ def problems(job: Request) -> list[Problem]:
         near = str(plan.with_("offload", targets=("gradients", "optimizer")))
         limit = "offload.targets=gradients,optimizer"
         found.append(error("offload", "optimizer", message, asked=asked, limit=limit, nearest=near))
-    if plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
+    states = set(targets(plan)) - {"activations"}
+    if states and plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
         message = (
             f"{plan.pipeline.schedule} keeps versions of the masters beside the working weights"
         )
@@ -94,6 +96,30 @@ def problems(job: Request) -> list[Problem]:
         found.append(
             error("offload", "versions", message, asked=asked, limit=limit, nearest=nearest)
         )
+    return found
+
+
+def _shards(job: Request, asked: str) -> list[Problem]:
+    """What keeps parameters from lying elsewhere: they are streamed as the shards of stage 3."""
+    plan, found = job.plan, []
+    if "parameters" not in targets(plan):
+        return found
+    others = tuple(t for t in targets(plan) if t != "parameters")
+    near = str(
+        plan.with_("offload", targets=others)
+        if others
+        else plan.with_("offload", to="none", targets=())
+    )
+    if plan.mesh.dp_shard == 1 or plan.data.zero_stage != 3:
+        message = (
+            "parameters that lie elsewhere come as shards, block by block: stage 3 gathers them"
+        )
+        limit = "dp_shard2 or more, with zero3"
+        found.append(error("offload", "shards", message, asked=asked, limit=limit, nearest=near))
+    if plan.precision.dtype == "fp8" and plan.offload.to == "nvme":
+        message = "fp8 weights carry scales that follow every update: their shards stay in memory"
+        limit = "offload:cpu, or another precision"
+        found.append(error("offload", "fp8", message, asked=asked, limit=limit, nearest=near))
     return found
 
 
@@ -105,7 +131,7 @@ def lay(job: Request, program: Program) -> Program:
         placed = {
             n: replace(t, arena=arenas[t.role])
             for n, t in block.tensors.items()
-            if t.role in arenas
+            if t.role in arenas and (t.role != "parameter" or t.axes())
         }
         return replace(block, tensors={**block.tensors, **placed})
 
@@ -125,17 +151,22 @@ def moves(blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan) -> tuple[B
 
 
 def _moving(block: Block, tied: tuple[str, ...], plan: Plan, last: bool) -> Block:
-    regions = [*block.regions, *_regions("kept", _kept_events(block, plan, last))]
+    found: dict[str, list[Move]] = {"kept": _kept_events(block, plan, last)}
+    for op in block.regions:
+        if op.kind == "gather" and arena_of(plan, "parameters") != "device":
+            found.setdefault(op.name.rpartition(":")[0], []).extend(_shard_events(op, plan))
     for name, t in block.tensors.items():
         if t.role == "optimizer":
             unit = name.removesuffix(".optimizer")
-            events = [*_gradient_events(unit, block, plan), *_update_events(unit, plan)]
-            regions += _regions(unit, events)
+            away = unit in found  # its shard, too
+            events = [*_gradient_events(unit, block, plan), *_update_events(unit, plan, away)]
+            found.setdefault(unit, []).extend(events)
     for unit in tied:
         if f"{unit}.whole_gradient" in block.tensors and f"{unit}.optimizer" not in block.tensors:
             events = _gradient_events(unit, block, plan)
-            regions += _regions(unit, [e for e in events if e[1].phase == "B"])
-    return replace(block, regions=tuple(regions))
+            found.setdefault(unit, []).extend(e for e in events if e[1].phase == "B")
+    regions = (op for unit, events in found.items() for op in _regions(unit, events))
+    return replace(block, regions=(*block.regions, *regions))
 
 
 Move = tuple[str, Event]  # offload | reload | read | write
@@ -177,14 +208,22 @@ def _gradient_events(unit: str, block: Block, plan: Plan) -> list[Move]:
     return found
 
 
-def _update_events(unit: str, plan: Plan) -> list[Move]:
+def _shard_events(gather: Op, plan: Plan) -> list[Move]:
+    """A shard that lies elsewhere comes for each gather of it."""
+    comes = [Event(e.phase, "copy", e.of) for e in gather.events]
+    kinds = ("reload", "read") if arena_of(plan, "parameters") == "disk" else ("reload",)
+    return [(kind, event) for event in comes for kind in kinds]
+
+
+def _update_events(unit: str, plan: Plan, shard_is_away: bool) -> list[Move]:
     """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
-    is read, and states are written."""
+    is read, and states are written. One on the device sends a working shard that lies elsewhere."""
     arena = arena_of(plan, "optimizer")
+    gradient, shard = _step(f"{unit}.shard_gradient"), _step(f"{unit}.shard_parameter")
+    found = [("write", shard)] if shard_is_away and plan.offload.to == "nvme" else []
     if arena == "device":
-        return []
-    gradient = _step(f"{unit}.shard_gradient")
-    found = [("reload", _step(f"{unit}.shard_parameter"))]
+        return found + ([("offload", shard)] if shard_is_away else [])
+    found += [] if shard_is_away else [("reload", shard)]
     come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}
     found += come[arena_of(plan, "gradients")]
     if arena == "disk":

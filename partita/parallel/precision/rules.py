@@ -96,21 +96,22 @@ def words_to_undo(job: Request) -> int:
 
 def lay(job: Request, program: Program) -> Program:
     """Fills every tensor's dtype in; low precision adds a master word to the optimizer's (not where it
-    rounds at random), and so does an optimizer that lies elsewhere than the working weights; then what
+    rounds at random), and so does states or working weights that lie elsewhere; then what
     `words_to_undo` says."""
     table = dtypes(job.plan.precision.dtype)
     p = job.plan.precision
     narrow = p.dtype not in ("fp64", "fp32") and p.rounding == "nearest"
 
-    def words(t: Tensor) -> Tensor:
+    def words(block: Block, t: Tensor) -> Tensor:
         if t.role != "optimizer":
             return replace(t, dtype=table[t.role])
-        masters = narrow or t.arena != "device"
+        working = block.tensors[f"{t.name.removesuffix('.optimizer')}.parameter"]
+        masters = narrow or {t.arena, working.arena} != {"device"}
         count = Dim("words", job.state_words + masters + words_to_undo(job))
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 
     def one(block: Block) -> Block:
-        return replace(block, tensors={n: words(t) for n, t in block.tensors.items()})
+        return replace(block, tensors={n: words(block, t) for n, t in block.tensors.items()})
 
     step = {n: replace(t, dtype=table[t.role]) for n, t in program.tensors.items()}
     return replace(program.map(one), tensors=step)
