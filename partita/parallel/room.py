@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 from partita.base.errors import Problem
@@ -76,16 +77,22 @@ def axis_size(axis: str, sizes: Sizes, kv_heads: int = 0) -> int:
 
 def cut_tensor(t: Tensor, dims: Iterable[str], axis: str) -> Tensor:
     """Cuts nest as they come; heads belong to tp, so its cut is the outermost there."""
-    names = set(dims)
+    cuts = _cut_dims(t.dims, frozenset(dims), axis)
+    return t if cuts == t.dims else replace(t, dims=cuts)
 
-    def one(d: Tensor | object) -> object:
-        hit = d.name in names or names & set(d.of)  # type: ignore[attr-defined]
-        if not hit or axis in d.cut:  # type: ignore[attr-defined]
-            return d
-        heads = axis == "tp" and d.name in ("heads", "kv_heads")  # type: ignore[attr-defined]
-        return replace(d, cut=(axis, *d.cut) if heads else (*d.cut, axis))  # type: ignore
 
-    return replace(t, dims=tuple(map(one, t.dims)))  # type: ignore[arg-type]
+def _cut_dims(dims: tuple[Dim, ...], names: frozenset[str], axis: str) -> tuple[Dim, ...]:
+    return tuple(
+        _cut_dim(d, axis) if d.name in names or not names.isdisjoint(d.of) else d for d in dims
+    )
+
+
+@lru_cache(maxsize=65_536)
+def _cut_dim(d: Dim, axis: str) -> Dim:
+    if axis in d.cut:
+        return d
+    heads = axis == "tp" and d.name in ("heads", "kv_heads")
+    return replace(d, cut=(axis, *d.cut) if heads else (*d.cut, axis))
 
 
 def cut(
@@ -101,12 +108,12 @@ def cut_space(op: Op, dims: Iterable[str], axis: str) -> Op:
     """Cuts an op's iteration space: FLOPs are its local points."""
     if not op.space:
         return op
-    names = tuple(dims)
-
-    def one(space: tuple[Dim, ...]) -> tuple[Dim, ...]:
-        return cut_tensor(Tensor("", space), names, axis).dims
-
-    return replace(op, space=one(op.space), extra=tuple((one(s), f) for s, f in op.extra))
+    names = frozenset(dims)
+    space = _cut_dims(op.space, names, axis)
+    if space == op.space and not op.extra:
+        return op
+    extra = tuple((_cut_dims(s, names, axis), f) for s, f in op.extra)
+    return replace(op, space=space, extra=extra)
 
 
 def cut_everywhere(block: Block, dims: Iterable[str], axis: str) -> Block:

@@ -28,7 +28,7 @@ from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.planner.reading import STATES, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
-from partita.planner.table import Cost, Probe, Rough, Table, pipeline_bound, probe_of
+from partita.planner.table import EXPERTS, KEPT, REST, TIMES, UNITS, Probe, Rough, Table, probe_of
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
@@ -48,12 +48,11 @@ class Shards:
     rest: int
     experts: int
 
-    def states(self, cost: Cost, zero: int) -> tuple[float, ...]:
-        """Parameters, gradients and optimizer of a rank, at least."""
-        cut = (zero >= 3, zero >= 2, zero >= 1)
-        return tuple(
-            rest / (self.rest if c else 1) + experts / (self.experts if c else 1)
-            for rest, experts, c in zip(cost.states, cost.experts, cut, strict=True)
+    def states(self, rows: np.ndarray, zero: int) -> np.ndarray:
+        """[..., 3]: parameters, gradients and optimizer of a rank at least, of [..., numbers]."""
+        cut = np.array((zero >= 3, zero >= 2, zero >= 1))
+        return rows[..., REST] / np.where(cut, self.rest, 1) + rows[..., EXPERTS] / np.where(
+            cut, self.experts, 1
         )
 
 
@@ -74,9 +73,9 @@ class Bounds:
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, Probe | Problem] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
-        self._stages: dict[tuple[int, int], list[Cost]] = {}
+        self._stages: dict[tuple[int, int], np.ndarray] = {}
         self._roughs: dict[object, Rough] = {}
-        self._numbers: dict[tuple[int, int], np.ndarray] = {}
+        self._meetings: dict[object, tuple[Meeting, ...]] = {}
         self._steps: dict[object, Rehearsal] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self.request = request_of(space.job)
@@ -115,23 +114,26 @@ class Bounds:
         """The blocks of so large a microbatch that a sample cannot cost less."""
         return self.table(mesh, shape, Tokens(*mode, ENDLESS))
 
-    def rough(self, mesh: MeshChoice, table: Table, leaf: tuple[str, int]) -> list[float]:
+    def rough(
+        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int], micros: np.ndarray
+    ) -> np.ndarray:
         """From an endless table, seconds of a step at least for each size of a microbatch."""
+        rough = self.lies(mesh, leaf)
+        stages = self.stages(table, rough.num_stages)[:, TIMES] * (SLACK / ENDLESS)
+        return rough(stages, micros, self.space.batch // mesh.dp)
+
+    def lies(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Rough:
+        """Where a schedule's stages lie."""
         key = (mesh.pp, *leaf)
         if key not in self._roughs:
             self._roughs[key] = Rough(leaf[0], mesh.pp, leaf[1])
-        rough, samples = self._roughs[key], self.space.batch // mesh.dp
-        stages = self._arrays(table, rough.num_stages)
-        return rough(stages, np.array(self.space.micros(mesh)), samples).tolist()
+        return self._roughs[key]
 
-    def _arrays(self, table: Table, count: int) -> np.ndarray:
-        """[stage, 3]: F, I and W of a sample at least."""
-        key = (id(table), count)
-        if key not in self._numbers:
-            stages = self.stages(table, count)
-            rows = [(s.forward, s.input, s.weight) for s in stages]
-            self._numbers[key] = np.array(rows) * (SLACK / ENDLESS)
-        return self._numbers[key]
+    def pipeline(
+        self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int
+    ) -> float:
+        """The schedule's bound with stages of these costs, for so many microbatches."""
+        return float(self.lies(mesh, leaf)(stages[:, TIMES], np.ones(1), m)[0])
 
     def step(self, mesh: MeshChoice, leaf: tuple[str, int], m: int, stages: int) -> Rehearsal:
         """The schedule of the whole step, to be timed at any costs."""
@@ -148,11 +150,9 @@ class Bounds:
             self._steps[key] = Rehearsal(make, mesh.pp, m, stages)
         return self._steps[key]
 
-    def played(
-        self, stages: Sequence[Cost], mesh: MeshChoice, leaf: tuple[str, int], m: int
-    ) -> float:
+    def played(self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int) -> float:
         """The schedule's clock at the stages' costs."""
-        return self.step(mesh, leaf, m, len(stages)).least(costs_of(stages))
+        return self.step(mesh, leaf, m, len(stages)).least(costs_of(stages[:, TIMES].tolist()))
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
@@ -169,8 +169,8 @@ class Bounds:
                 self._probes[key] = Problem("pp", "schedule", wrong.message)
         return self._probes[key]
 
-    def stages(self, table: Table, count: int) -> list[Cost]:
-        """Balanced stages."""
+    def stages(self, table: Table, count: int) -> np.ndarray:
+        """[stage, numbers] of balanced stages."""
         key = (id(table), count)  # tables are kept
         if key not in self._stages:
             self._stages[key] = table.stages(self.split(table, count))
@@ -194,12 +194,8 @@ class Bounds:
         table = self.table(mesh, shape, Tokens(micro=ENDLESS))
         if isinstance(table, Problem):
             return table
-        each = table.total.seconds / ENDLESS * SLACK
+        each = float(table.total[TIMES].sum()) / ENDLESS * SLACK
         return each * self.space.batch / (mesh.dp * mesh.pp)
-
-    def pipeline(self, stages: Sequence[Cost], probe: Probe, m: int) -> float:
-        """The schedule's bound with these stages."""
-        return pipeline_bound(stages, probe, m)
 
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
@@ -224,30 +220,37 @@ class Bounds:
     ) -> tuple[Meeting, ...]:
         """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force."""
         fold, replicas = shape.ep * shape.etp, mesh.dp // shard
-        rows = [(mesh.tp, shard * mesh.cp)]
-        if self.space.model.experts:
-            rows.append((fold, shard * mesh.cp * mesh.tp // fold))
-        found = []
-        for stride, ranks in rows:
-            cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
-            wide = shard * mesh.cp * mesh.tp if zero else stride
-            found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
-        return tuple(found)
+        key = (mesh.tp, mesh.cp, fold, shard, replicas, bool(zero))
+        if key not in self._meetings:
+            rows = [(mesh.tp, shard * mesh.cp)]
+            if self.space.model.experts:
+                rows.append((fold, shard * mesh.cp * mesh.tp // fold))
+            found = []
+            for stride, ranks in rows:
+                cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
+                wide = shard * mesh.cp * mesh.tp if zero else stride
+                found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
+            self._meetings[key] = tuple(found)
+        return self._meetings[key]
 
     def reduced(
-        self, stages: Sequence[Cost], probe: Probe, meetings: Sequence[Meeting], zero: int
+        self, stages: np.ndarray, probe: Probe, meetings: Sequence[Meeting], zero: int
     ) -> float:
         """Seconds at least that the step's reductions of gradients, and gathers of parameters, are seen: the
         largest units of a rank's layers in one call, beyond a whole backward of the rank."""
         if self.machine.class_ == "CPU":
             return 0.0
-        worst = 0.0
-        for held in probe.held:
-            units = [sum(x) for x in zip(*(stages[s].units for s in held), strict=True)]
-            found = self.once_s(units, meetings, zero)
-            room = sum(stages[s].input + stages[s].weight for s in held)
-            worst = max(worst, found - (room if self.machine.software.overlaps_gradients else 0.0))
-        return worst
+        ranks = stages[probe.held].sum(1)
+        room = (
+            ranks[:, 1] + ranks[:, 2]
+            if self.machine.software.overlaps_gradients
+            else 0.0 * ranks[:, 0]
+        )
+        units: dict[tuple[float, ...], float] = {}
+        for row, hidden in zip(ranks[:, UNITS].tolist(), room.tolist(), strict=True):
+            units[tuple(row)] = min(hidden, units.get(tuple(row), hidden))
+        seen = (self.once_s(row, meetings, zero) - hidden for row, hidden in units.items())
+        return max(0.0, *seen)
 
     def once_s(self, units: Sequence[float], meetings: Sequence[Meeting], zero: int) -> float:
         """Seconds of a step's collectives on units of a rank, each kind in one call."""
@@ -267,60 +270,48 @@ class Bounds:
         """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward."""
         forward = backward = 0.0
         for i, at in enumerate(meetings):
-            gather = (
-                group_seconds("all_gather", at.inner, units[2 * i] / at.cut) if zero == 3 else 0.0
-            )
-            scatter = (
-                group_seconds("reduce_scatter", at.inner, units[2 * i + 1]) if zero > 1 else 0.0
-            )
+            weights, gradients = units[2 * i] / at.cut, units[2 * i + 1]
+            gather = group_seconds("all_gather", at.inner, weights) if zero == 3 else 0.0
+            scatter = group_seconds("reduce_scatter", at.inner, gradients) if zero > 1 else 0.0
             forward, backward = forward + gather, backward + gather + scatter
         return forward, backward
 
-    def sharded(
-        self, stages: Sequence[Cost], meetings: Sequence[Meeting], zero: int
-    ) -> Sequence[Cost]:
+    def sharded(self, stages: np.ndarray, meetings: Sequence[Meeting], zero: int) -> np.ndarray:
         """The stages with ZeRO's collectives of each microbatch, which hide under compute at best."""
         if zero < 2 or self.machine.class_ == "CPU":
             return stages
-        known: dict[tuple[float, ...], tuple[float, float]] = {}
-        found = []
-        for cost in stages:
-            if cost.units not in known:
-                known[cost.units] = self.each_s(cost.units, meetings, zero)
-            forward, back = known[cost.units]
-            waits = max(cost.forward, forward), max(cost.input, back - cost.weight)
-            found.append(replace(cost, forward=waits[0], input=waits[1]))
+        units = [tuple(row) for row in stages[:, UNITS].tolist()]
+        known = {row: self.each_s(row, meetings, zero) for row in set(units)}
+        found, (forward, back) = stages.copy(), np.array([known[row] for row in units]).T
+        found[:, 0] = np.maximum(stages[:, 0], forward)
+        found[:, 1] = np.maximum(stages[:, 1], back - stages[:, 2])
         return found
 
-    def lent(self, table: Table, zero: int, shards: Shards) -> float:
-        """Bytes of whole units that come and go, at least: the weights of a layer, the gradients of one."""
-        if zero < 2 or len(table.blocks) < 4:
-            return 0.0
-        at = [0, 1] if zero == 3 else [1]
+    def beside(
+        self, table: Table, zero: int, shards: Shards, scale: np.ndarray | float = 1.0
+    ) -> np.ndarray:
+        """Bytes that come and go, at least, of a rank with a layer: what lives inside an op, `scale` of that
+        of the table; whole units, the weights of a layer and the gradients of one."""
+        at = [0, 1] if zero == 3 else [1] if zero == 2 else []
         at += [i + 2 for i in at] if shards.experts > 1 else []
-        return min(sum(b.units[i] for i in at) for b, _ in table.layers)
+        at = at if len(table.blocks) > 3 else []
+        rows = [scale * b.inside + sum(b.units[i] for i in at) for b, _ in table.layers]
+        return np.array(rows).min(0)
 
     def memory(
-        self, stages: Sequence[Cost], probe: Probe, zero: int, shards: Shards, scale: float = 1.0
+        self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards, scale: float = 1.0
     ) -> float:
         """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
-        worst, states = 0.0, [sum(shards.states(s, zero)) for s in stages]
-        for held, peaks in zip(probe.held, probe.peaks, strict=True):
-            most = max(
-                (sum(n * stages[s].kept for s, n in peak.items()) for peak in peaks), default=0
-            )
-            worst = max(worst, sum(states[s] for s in held) + scale * most)
-        return worst
+        states = shards.states(stages, zero).sum(1)[probe.held].sum(1)
+        return float((states + scale * (probe.chunks @ stages[:, KEPT])).max())
 
-    def update(self, stages: Sequence[Cost], probe: Probe, zero: int, shards: Shards) -> float:
+    def update(self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least."""
-        moved = [
-            update_bytes(dict(zip(STATES, shards.states(s, zero), strict=True))) for s in stages
-        ]
-        most = max(sum(moved[s] for s in held) for held in probe.held)
-        return update_seconds(most, self.machine)
+        ranks = shards.states(stages, zero)[probe.held].sum(1)
+        moved = update_bytes(dict(zip(STATES, ranks.T, strict=True)))  # type: ignore[arg-type]
+        return update_seconds(float(np.max(moved)), self.machine)
 
 
-def costs_of(stages: Sequence[Cost], send: float = 0.0) -> Costs:
-    """What the clock is told."""
-    return Costs(tuple(StageCosts(s.forward, s.input, s.weight) for s in stages), send)
+def costs_of(stages: Sequence[Sequence[float]], send: float = 0.0) -> Costs:
+    """What the clock is told of stages that take so long: F, I and W."""
+    return Costs(tuple(StageCosts(*stage) for stage in stages), send)

@@ -4,13 +4,15 @@ own it is the step time and the memory that `simulate` says.
 
 from __future__ import annotations
 
+import numpy as np
+
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.bound import costs_of
 from partita.planner.reading import cost_of
-from partita.planner.table import Probe
+from partita.planner.table import TIMES, Probe
 from partita.simulate.memory import lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.stage import PartTimes, send_seconds, stage_time, works_of
@@ -26,7 +28,7 @@ def laid_bound(
     times = [stage_time(w, laid, machine, known) for w in works.stages]
     send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
     once = step_time(laid, works, times, machine)
-    seconds = step.least(costs_of([cost_of(t) for t in times], send))
+    seconds = step.least(costs_of([cost_of(t).row[TIMES] for t in times], send))
     return seconds + once.seconds, _laid_memory(laid, probe)
 
 
@@ -41,12 +43,9 @@ def _laid_memory(laid: Laid, probe: Probe) -> float:
                     kept_bytes(b, laid.sizes),
                     transient_bytes(b, laid.sizes),
                 )
-    rows = [[known[id(b)] for b in s.blocks] for s in laid.stages]
-    kept = [sum(r[1] for r in row) for row in rows]
-    worst = 0.0
-    for held, peaks in zip(probe.held, probe.peaks, strict=True):
-        mine = [r for s in held for r in rows[s]]
-        most = max((sum(n * kept[s] for s, n in peak.items()) for peak in peaks), default=0)
-        lent = max(lent_bytes(laid.stages[s].blocks, laid.request.plan) for s in held)
-        worst = max(worst, sum(r[0] for r in mine) + max(r[2] for r in mine) + most + lent)
-    return worst
+    rows = np.array([np.sum([known[id(b)] for b in s.blocks], 0) for s in laid.stages])
+    inside = [max(known[id(b)][2] for b in s.blocks) for s in laid.stages]
+    lent = [lent_bytes(s.blocks, laid.request.plan) for s in laid.stages]
+    most, states = probe.chunks @ rows[:, 1], rows[probe.held, 0].sum(1)
+    beside = np.array(inside)[probe.held].max(1) + np.array(lent)[probe.held].max(1)
+    return float((states + most + beside).max())

@@ -10,11 +10,13 @@ Stages are taken as all alike, from an endless table; of each group of ranks the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from partita.planner.bound import ENDLESS, SLACK, Bounds
 from partita.planner.space import MeshChoice, Shape
-from partita.planner.table import Table
+from partita.planner.table import KEPT, Table
 
 ROOM, SPARSE_ROOM = (
     2.0,
@@ -24,11 +26,11 @@ ROOM, SPARSE_ROOM = (
 
 @dataclass(frozen=True)
 class Floor:
-    """For each size of a microbatch: seconds of a step at least, and of those what follows the schedule;
-    None where memory allows no way."""
+    """For each size of a microbatch: seconds of a step at least, infinite where memory allows no way; and of
+    those what follows the schedule."""
 
-    seconds: tuple[float, ...]
-    once: tuple[float, ...]
+    seconds: np.ndarray
+    once: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -40,65 +42,70 @@ class _Way:
     once: float
 
 
-def floor(b: Bounds, mesh: MeshChoice, shape: Shape, table: Table) -> Floor | None:
-    """The least over all ways that fit with the smallest microbatch."""
-    micros, total = b.space.micros(mesh), table.total
-    kept = total.kept * min(micros, default=0) / ENDLESS / mesh.pp
-    fit = {
-        zero
-        for zero, shards in b.ways(mesh, shape)
-        if sum(shards.states(total, zero)) / mesh.pp + b.lent(table, zero, shards) + kept
-        <= b.limit_bytes
-    }
-    if not fit:
-        return None
-    if b.machine.class_ == "CPU":
-        return Floor((0.0,) * len(micros), (0.0,) * len(micros))
-    found = [_way(b, mesh, shape, table, zero) for zero in sorted(fit)]
-    rows = [_at(b, mesh, table, found, micro) for micro in micros]
-    return Floor(tuple(r[0] for r in rows), tuple(r[1] for r in rows))
+class Floors:
+    """The floors of a space; ways are kept by mesh and experts."""
 
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds, self.space = bounds, bounds.space
+        self._ways: dict[object, _Way] = {}
 
-def _way(b: Bounds, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
-    """The cheapest groups for each collective."""
-    states = b.space.states(mesh, shape)
-    shards = [s for s, z in states if (z if s > 1 else 0) == zero]
-    mine = [sum(n * u[i] for u, n in _units(table)) / mesh.pp for i in range(4)]
-    ways = [b.meetings(mesh, shape, s, zero) for s in shards]
-    once = min(b.once_s(mine, at, zero) for at in ways)
-    if zero < 2:
-        return _Way(((0.0, 0.0),) * len(table.layers), once)
-    rows = [[b.each_s(u, at, zero) for u, _ in _units(table)] for at in ways]
-    return _Way(
-        tuple(
-            (min(x[0] for x in kind), min(x[1] for x in kind)) for kind in zip(*rows, strict=True)
-        ),
-        once,
-    )
+    def __call__(self, mesh: MeshChoice, shape: Shape, table: Table, cp: int = 1) -> Floor:
+        """The least over all ways that fit. `cp`: into how many parts ranks cut the tokens of the table."""
+        b, total = self.bounds, table.total
+        micros = np.array(self.space.micros(mesh))
+        samples = micros / (ENDLESS * cp)
+        kept = samples * total[KEPT] / mesh.pp
+        seconds, once = np.full(len(micros), np.inf), np.full(len(micros), np.inf)
+        for zero, shards in b.ways(mesh, shape):
+            states = shards.states(total, zero).sum() / mesh.pp
+            beside = b.beside(table, zero, shards, samples)
+            fits = states + kept + beside <= b.limit_bytes
+            if not fits.any():
+                continue
+            way = self._way(mesh, shape, table, zero)
+            found = self._seconds(mesh, table, way, samples)
+            for least, new in zip((seconds, once), found, strict=True):
+                np.minimum(least, new, out=least, where=fits)
+        return Floor(seconds, once)
 
+    def _way(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
+        """The cheapest groups for each collective."""
+        if self.bounds.machine.class_ == "CPU":
+            return _Way(((0.0, 0.0),) * len(table.layers), 0.0)
+        kinds = tuple(layer.units for layer, _ in table.layers)
+        key = (replace(mesh, sp=False), shape.ep, shape.etp, zero, kinds)
+        if key not in self._ways:
+            self._ways[key] = self._cheapest(mesh, shape, table, zero)
+        return self._ways[key]
 
-def _units(table: Table) -> list[tuple[tuple[float, ...], int]]:
-    return [(layer.units, n) for layer, n in table.layers]
+    def _cheapest(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
+        b, states = self.bounds, self.space.states(mesh, shape)
+        mine = [sum(n * layer.units[i] for layer, n in table.layers) / mesh.pp for i in range(4)]
+        shards = {s for s, z in states if (z if s > 1 else 0) == zero}
+        ways = [b.meetings(mesh, shape, s, zero) for s in shards]
+        once = min(b.once_s(mine, at, zero) for at in ways)
+        if zero < 2:
+            return _Way(((0.0, 0.0),) * len(table.layers), once)
+        each = []
+        for layer, _ in table.layers:
+            found = [b.each_s(layer.units, at, zero) for at in ways]
+            each.append((min(f for f, _ in found), min(back for _, back in found)))
+        return _Way(tuple(each), once)
 
-
-def _at(
-    b: Bounds, mesh: MeshChoice, table: Table, ways: list[_Way], micro: int
-) -> tuple[float, float]:
-    """Seconds of a step with microbatches of this size, and those that follow the schedule."""
-    scale = micro * SLACK / ENDLESS
-    costs = [(scale * x.forward, scale * (x.input + x.weight), n) for x, n in table.layers]
-    ends = scale * (table.blocks[0].seconds + table.blocks[-1].seconds)
-    most = SPARSE_ROOM if b.space.model.experts else ROOM
-    total = scale / SLACK * (table.total.input + table.total.weight) / mesh.pp
-    room = most * (total + max(back for _, back, _ in costs))
-    room = room if b.machine.software.overlaps_gradients else 0.0
-    times = b.space.batch // mesh.dp // micro / mesh.pp
-    seconds, once = [], []
-    for way in ways:
-        layers = sum(
-            n * (max(f, way_f) + max(back, way_b))
-            for (f, back, n), (way_f, way_b) in zip(costs, way.each, strict=True)
-        )
-        once.append(max(way.once - room, 0.0))
-        seconds.append(times * (layers + ends) + once[-1])
-    return min(seconds), min(once)
+    def _seconds(
+        self, mesh: MeshChoice, table: Table, way: _Way, samples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a step with microbatches of each size, and those that follow the schedule."""
+        scale, longest = samples * SLACK, 0.0
+        layers = scale * (table.blocks[0].seconds + table.blocks[-1].seconds)
+        for (layer, n), (forward, backward) in zip(table.layers, way.each, strict=True):
+            back = layer.input + layer.weight
+            longest = max(longest, back)
+            layers += n * np.maximum(scale * layer.forward, forward)
+            layers += n * np.maximum(scale * back, backward)
+        most = SPARSE_ROOM if self.space.model.experts else ROOM
+        hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
+        overlaps = self.bounds.machine.software.overlaps_gradients
+        once = np.maximum(way.once - (hidden if overlaps else 0.0), 0.0)
+        times = self.space.batch // mesh.dp / np.array(self.space.micros(mesh)) / mesh.pp
+        return times * layers + once, once

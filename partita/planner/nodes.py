@@ -77,6 +77,7 @@ class Node:
     tokens: Tokens = field(default_factory=Tokens)
     leaf: Leaf = field(default_factory=Leaf)
     once: float = 0.0  # of the seconds, those that follow the schedule
+    rest: tuple[tuple[float, float, int], ...] = ()  # other microbatches: seconds, once, samples
 
 
 class Queue:
@@ -96,7 +97,7 @@ class Queue:
         if not self.goal.admits(*measured) or any(p is plan for _, p in self.best):
             return False
         self.best.append((self.goal.key(*measured), plan))
-        self.best.sort(key=lambda x: x[0])
+        self.best.sort(key=lambda x: (x[0], len(x[1].plan), x[1].plan))  # of equals the simplest
         del self.best[max(KEEP, self.top) :]
         return self.best[0][1] is plan
 

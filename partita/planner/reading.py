@@ -16,6 +16,7 @@ from partita.parallel.laid import Laid, lay
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Cost, Table
+from partita.simulate.memory import transient_bytes
 from partita.simulate.stage import StageTime, Work, stage_time, works_of
 from partita.spec.families import program
 from partita.spec.program import Block, Tensor
@@ -85,7 +86,7 @@ def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], 
         rest = [w for w in ws if not _of_experts(w)]
         alone = [] if i == 0 else [w for w in rest if w.name not in tied]
         known = {
-            "kept": kept_bytes(b, laid.sizes),
+            "kept": kept_bytes(b, laid.sizes), "inside": transient_bytes(b, laid.sizes),
             "states": _states(rest, each, laid), "experts": _states(experts, each, laid),
             "units": (*_largest(b, alone, each, laid), *_largest(b, experts, each, laid)),
         }  # fmt: skip

@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import machine_of
 from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_bound
-from partita.planner.floor import floor
-from partita.planner.nodes import ANY, GOALS, HIDDEN, KEEP, Found, Goal, Node, Queue
-from partita.planner.space import Leaf, Space, Tokens, Words
+from partita.planner.floor import Floors
+from partita.planner.nodes import ANY, GOALS, HIDDEN, INF, KEEP, Found, Goal, Node, Queue
+from partita.planner.space import Leaf, Shape, Space, Tokens, Words
 from partita.planner.table import Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
@@ -36,6 +38,7 @@ class Search:
         self.space = Space(job, words, dtype)
         self.machine = machine_of(job.cluster)
         self.bounds = Bounds(self.space, self.machine)
+        self.floors = Floors(self.bounds)
         self._refused: Counter[str] = Counter()
         self._cut = float("inf")  # a plan that takes longer is not looked for
         self.predictions: dict[str, Prediction] = {}
@@ -78,30 +81,27 @@ class Search:
 
     def _usual(self, roots: list[Node], until: float) -> list[Node]:
         """The most promising of plans as they are usually made (all devices, tp within a node and with sp, a
-        ring of two at most, few samples a microbatch): they give the search a best plan to begin with."""
-        wide, most = (
-            max((n.mesh.world for n in roots), default=0),
-            self.job.cluster.devices_per_node,
-        )
+        ring of two at most): they give the search a best plan to begin with."""
+        wide = max((n.mesh.world for n in roots), default=0)
+        most = self.job.cluster.devices_per_node
         counted, self._refused = self._refused, Counter()
         nodes: list[Node] = []
         for root in sorted(roots, key=lambda n: n.seconds):
             m = root.mesh
             common = m.world == wide and m.tp <= most and m.cp <= 2 and (m.sp or m.tp == 1)
             if common and time.perf_counter() < until:
-                shaped = [n for n in self._shapes(root) if n.shape.method == "ring"]
-                modes = [x for n in shaped for x in self._modes(n) if x.tokens.every == 1]
-                found = [x for n in modes for x in self._rough(n, USUAL)]
-                nodes += [n for n in found if n.tokens.micro <= 2]
+                nodes += [n for n in self._folds(root) if n.tokens.every == 1]
         steps = (
-            (self._scheduled, TRIED),
-            (self._states, TRIED),
-            (self._played, TRIED),
-            (self._laid, SEEN),
+            lambda n: (x for x in self._methods(n) if x.shape.method == "ring"),
+            lambda n: self._rough(n, USUAL),
+            lambda n: (x for x in self._scheduled(n) if x.level == 4),
+            self._states,
+            self._played,
+            self._laid,
         )
-        for step, most in steps:
+        for step, most in zip(steps, (*(TRIED,) * 5, SEEN), strict=True):
             nodes.sort(key=lambda n: n.seconds)
-            nodes = [x for n in nodes[:most] for x in step(n)]
+            nodes = [x for n in nodes[:most] if time.perf_counter() < until for x in step(n)]
         self._refused = counted
         return sorted(nodes, key=lambda n: n.seconds)[:1]
 
@@ -121,8 +121,8 @@ class Search:
     def _expand(self, node: Node) -> Iterator[Node]:
         """What follows from a node: its parts, or itself with a better bound."""
         steps = (
-            self._shapes,
-            self._modes,
+            self._folds,
+            self._methods,
             self._rough,
             self._scheduled,
             self._states,
@@ -131,24 +131,40 @@ class Search:
         )
         return steps[node.level](node)
 
-    def _shapes(self, node: Node) -> Iterator[Node]:
-        for shape in self.space.shapes(node.mesh):
-            leaves = self.space.leaves(node.mesh, shape)
-            seconds = self.bounds.coarse(node.mesh, shape)
-            if isinstance(seconds, Problem):
-                self._refuse(seconds, leaves)
-            elif leaves:
-                seconds = max(seconds, node.seconds)
-                yield replace(node, level=1, shape=shape, leaves=leaves, seconds=seconds)
+    def _folds(self, node: Node) -> Iterator[Node]:
+        """Where experts lie and what is recomputed, as if a sequence were cut for nothing."""
+        mesh, modes = node.mesh, self.space.modes()
+        alone = replace(mesh, cp=1)
+        for shape in (Shape(ep=ep, etp=etp) for ep, etp in self.space.folds(mesh)):
+            methods = len(self.space.methods(mesh)) * len(self.space.micros(mesh))
+            leaves = methods * self.space.below(mesh, shape)
+            least = self.bounds.coarse(alone, shape)
+            if not leaves:
+                continue
+            if isinstance(least, Problem):
+                self._refuse(least, leaves * len(modes))
+                continue
+            if least / mesh.cp >= self._cut:
+                continue
+            for mode in modes:
+                table = self.bounds.endless(alone, shape, mode)
+                assert isinstance(table, Table)
+                seconds = self.floors(mesh, shape, table, mesh.cp).seconds.min()
+                if seconds == INF:
+                    self._refuse("memory", leaves)
+                    continue
+                seconds, tokens = max(float(seconds), node.seconds), Tokens(*mode, 0)
+                yield Node(1, seconds, 0.0, leaves, mesh, shape, tokens)
 
-    def _modes(self, node: Node) -> Iterator[Node]:
+    def _methods(self, node: Node) -> Iterator[Node]:
         """Children that are not looked at yet: a table is laid only for what comes to its turn."""
-        modes = self.space.modes()
-        for mode in modes:
-            yield replace(node, level=2, tokens=Tokens(*mode, 0), leaves=node.leaves // len(modes))
+        methods = self.space.methods(node.mesh)
+        for method, ulysses in methods:
+            shape = replace(node.shape, method=method, ulysses=ulysses)
+            yield replace(node, level=2, shape=shape, leaves=node.leaves // len(methods))
 
     def _rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
-        """Schedules and sizes of microbatches, by what a sample costs at least."""
+        """Schedules, each with its sizes of microbatches, by what a sample costs at least."""
         mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
         table = self.bounds.endless(mesh, node.shape, mode)
         if isinstance(table, Problem):
@@ -158,22 +174,39 @@ class Search:
             self._refuse("recompute changes nothing", node.leaves)
             return
         micros, states = self.space.micros(mesh), len(self.space.states(mesh, node.shape))
-        least = floor(self.bounds, mesh, node.shape, table)
-        if least is None:
-            self._refuse("memory", node.leaves)
+        least, schedules = self.floors(mesh, node.shape, table), self.space.schedules(mesh)
+        full = np.isinf(least.seconds)
+        self._refuse("memory", int(full.sum()) * states * len(schedules))
+        if least.seconds.min(initial=INF) >= self._cut:
             return
-        rows = (least.seconds, least.once)
-        if min(least.seconds) >= self._cut:
-            return
-        for leaf in self.space.schedules(mesh):
+        sizes, bound = np.array(micros), np.maximum(least.seconds, node.seconds)
+        for leaf in schedules:
             if only and leaf[0] not in only:
                 continue
-            found = self.bounds.rough(mesh, table, leaf)
-            for micro, low, seconds, once in zip(micros, found, *rows, strict=True):
-                seconds = max(low + once, seconds, node.seconds)
-                if seconds < self._cut:
-                    tokens = Tokens(*mode, micro)
-                    yield Node(3, seconds, 0.0, states, mesh, node.shape, tokens, Leaf(*leaf), once)
+            seconds = np.maximum(self.bounds.rough(mesh, table, leaf, sizes) + least.once, bound)
+            good = (seconds < self._cut).nonzero()[0]
+            if not len(good):
+                continue
+            rows = zip(*(x[good].tolist() for x in (seconds, least.once, sizes)), strict=True)
+            yield from self._next(node, Leaf(*leaf), tuple(sorted(rows)), states)
+
+    def _next(
+        self, node: Node, leaf: Leaf, rest: tuple[tuple[float, float, int], ...], states: int
+    ) -> Iterator[Node]:
+        """A node of the most promising of some sizes of microbatches, which keeps the others."""
+        if rest and rest[0][0] < INF:
+            (seconds, once, micro), *others = rest
+            tokens = replace(node.tokens, micro=micro)
+            yield replace(
+                node,
+                level=3,
+                seconds=seconds,
+                leaves=states * len(rest),
+                tokens=tokens,
+                leaf=leaf,
+                once=once,
+                rest=tuple(others),
+            )
 
     def _same(self, node: Node, table: Table) -> bool:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""
@@ -182,58 +215,63 @@ class Search:
         return self.bounds.endless(node.mesh, node.shape, ("none", 1)) == table
 
     def _scheduled(self, node: Node) -> Iterator[Node]:
-        mesh, tokens, leaf = node.mesh, node.tokens, node.leaf
-        m, b = self._microbatches(node), self.bounds
-        probe = b.probe(mesh, leaf.schedule, leaf.virtual, m)
+        """A schedule with one size of microbatch; then the others."""
+        mesh, tokens, b, m = node.mesh, node.tokens, self.bounds, self._microbatches(node)
+        states = node.leaves // (1 + len(node.rest))
+        yield from self._next(node, node.leaf, node.rest, states)
+        named = (node.leaf.schedule, node.leaf.virtual)
+        probe, count = b.probe(mesh, *named, m), b.lies(mesh, named).num_stages
         if isinstance(probe, Problem):
-            self._refuse(probe, node.leaves)
+            self._refuse(probe, states)
             return
         endless = b.endless(mesh, node.shape, (tokens.mode, tokens.every))
-        assert not isinstance(endless, Problem)
-        stages, scale = b.stages(endless, probe.num_stages), tokens.micro / ENDLESS
+        assert isinstance(endless, Table)
+        stages, scale = b.stages(endless, count), tokens.micro / ENDLESS
         num_bytes = min(  # what a chunk keeps grows with its samples
-            b.memory(stages, probe, *way, scale=scale) + b.lent(endless, *way)
+            b.memory(stages, probe, *way, scale=scale) + b.beside(endless, *way, scale)
             for way in b.ways(mesh, node.shape)
         )
         if num_bytes > self.bounds.limit_bytes:
-            self._refuse("memory", node.leaves)
+            self._refuse("memory", states)
             return
         table = b.table(mesh, node.shape, tokens)
         if isinstance(table, Problem):
-            self._refuse(table, node.leaves)
+            self._refuse(table, states)
             return
-        seconds = b.pipeline(b.stages(table, probe.num_stages), probe, m) + node.once
-        yield replace(node, level=4, seconds=max(seconds, node.seconds), num_bytes=num_bytes)
+        seconds = b.pipeline(b.stages(table, count), mesh, named, m) + node.once
+        seconds = max(seconds, node.seconds)
+        yield replace(node, level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=())
 
     def _microbatches(self, node: Node) -> int:
         return self.space.batch // node.mesh.dp // node.tokens.micro
 
-    def _parts(self, node: Node) -> tuple[Table, Probe]:
+    def _parts(self, node: Node) -> tuple[Table, np.ndarray, Probe]:
         """Of a node whose table and schedule are there."""
         leaf, m = node.leaf, self._microbatches(node)
         table = self.bounds.table(node.mesh, node.shape, node.tokens)
         probe = self.bounds.probe(node.mesh, leaf.schedule, leaf.virtual, m)
         assert isinstance(table, Table) and isinstance(probe, Probe)
-        return table, probe
+        return table, self.bounds.stages(table, probe.chunks.shape[1]), probe
 
     def _states(self, node: Node) -> Iterator[Node]:
-        table, probe = self._parts(node)
-        stages, b, m = self.bounds.stages(table, probe.num_stages), self.bounds, node.mesh
+        """How states are cut."""
+        (table, stages, probe), b, m = self._parts(node), self.bounds, node.mesh
+        named = (node.leaf.schedule, node.leaf.virtual)
         for dp_shard, zero in self.space.states(m, node.shape):
             cut = zero if dp_shard > 1 else 0
             shards = b.shards(m, node.shape, dp_shard)
-            num_bytes = b.memory(stages, probe, cut, shards) + b.lent(table, cut, shards)
+            num_bytes = b.memory(stages, probe, cut, shards) + b.beside(table, cut, shards)
             if num_bytes > self.bounds.limit_bytes:
                 self._refuse("memory", 1)
                 continue
             at = b.meetings(m, node.shape, dp_shard, cut)
-            seconds = b.pipeline(b.sharded(stages, at, cut), probe, self._microbatches(node))
+            slower = b.sharded(stages, at, cut)
+            seconds = b.pipeline(slower, m, named, self._microbatches(node))
             once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
-            leaf = replace(node.leaf, dp_shard=dp_shard, zero=zero)
             yield replace(
                 node,
                 level=5,
-                leaf=leaf,
+                leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero),
                 leaves=1,
                 seconds=max(node.seconds, seconds + once),
                 once=once,
@@ -242,18 +280,17 @@ class Search:
 
     def _played(self, node: Node) -> Iterator[Node]:
         """The schedule's clock at what the stages cost at least."""
-        (table, probe), leaf, b = self._parts(node), node.leaf, self.bounds
+        (_, stages, _), leaf, b = self._parts(node), node.leaf, self.bounds
         cut = leaf.zero if leaf.dp_shard > 1 else 0
         at = b.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
-        stages = b.sharded(b.stages(table, probe.num_stages), at, cut)
-        named = (leaf.schedule, leaf.virtual)
-        seconds = b.played(stages, node.mesh, named, self._microbatches(node)) + node.once
+        named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
+        seconds = b.played(b.sharded(stages, at, cut), node.mesh, named, m) + node.once
         yield replace(node, level=6, seconds=max(seconds, node.seconds))
 
     def _laid(self, node: Node) -> Iterator[Node]:
-        _, probe = self._parts(node)
+        _, stages, probe = self._parts(node)
         named = (node.leaf.schedule, node.leaf.virtual)
-        step = self.bounds.step(node.mesh, named, self._microbatches(node), probe.num_stages)
+        step = self.bounds.step(node.mesh, named, self._microbatches(node), len(stages))
         job = self.job.with_plan(self.plan(node))
         wrong = [p for p in job.problems() if p.severity == "error"]
         try:

@@ -2,9 +2,10 @@
 
     world     divisors of the cluster, and whole nodes times powers of two
     mesh      pp, dp, cp, tp, sp                 pp * dp * cp * tp = world; dp divides the batch
-    shape     cp's method, ep, etp
-    tokens    recompute, micro_batch_size        all divisors of a replica's samples
-    leaf      schedule x virtual stages, dp = dp_replicate x dp_shard, ZeRO stage
+    fold      ep, etp; recompute
+    method    cp's
+    schedule  x virtual stages, micro_batch_size all divisors of a replica's samples
+    states    dp = dp_replicate x dp_shard, ZeRO stage
 
 Sizes are all divisors, not powers of two. The order of axes is the default, the split of the layers the
 balanced one, precision what the user fixes. What a leaf may not be is said by `problems` alone.
@@ -190,14 +191,18 @@ class Space:
 
     def shapes(self, mesh: MeshChoice) -> list[Shape]:
         """cp's methods times the foldings of experts."""
-        methods: list[tuple[str, int]] = [("ring", 1)]
-        if mesh.cp > 1:
-            methods += [("all_gather", 1), ("ulysses", 1)]
-            methods += [("hybrid", u) for u in divisors(mesh.cp)[1:-1]]
-        methods = [m for m in methods if mesh.cp == 1 or self.words.admit("method", m[0])]
-        return [Shape(*m, *e) for m in methods for e in self._experts(mesh)]
+        return [Shape(*m, *e) for m in self.methods(mesh) for e in self.folds(mesh)]
 
-    def _experts(self, mesh: MeshChoice) -> list[tuple[int, int]]:
+    def methods(self, mesh: MeshChoice) -> list[tuple[str, int]]:
+        """How attention sees a cut sequence: a method, and the ranks of ulysses it states."""
+        if mesh.cp == 1:
+            return [("ring", 1)]
+        found = [("ring", 1), ("all_gather", 1), ("ulysses", 1)]
+        found += [("hybrid", u) for u in divisors(mesh.cp)[1:-1]]
+        return [m for m in found if self.words.admit("method", m[0])]
+
+    def folds(self, mesh: MeshChoice) -> list[tuple[int, int]]:
+        """ep and etp."""
         if not self.model.experts:
             ok = self.words.admit("ep", 1) and self.words.admit("etp", 1)
             return [(1, 1)] if ok else []
@@ -205,7 +210,7 @@ class Space:
         return [
             (ep, etp)
             for ep in divisors(self.model.experts)
-            for etp in {1, mesh.tp}
+            for etp in sorted({1, mesh.tp})
             if fold % (ep * etp) == 0
             and self.words.admit("ep", ep)
             and self.words.admit("etp", etp)

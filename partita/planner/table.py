@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 
-from partita.schedule.ir import Schedule
+from partita.schedule.ir import Action, Schedule
 from partita.spec.plan import has_fixed_stages
 
 Three = tuple[float, ...]  # parameters, gradients, optimizer
@@ -21,7 +20,8 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
-    rest; of each layer's largest unit parameters and gradients, of the rest and of experts."""
+    rest; of each layer's largest unit parameters and gradients, of the rest and of experts; and what lives
+    `inside` one op of a block, which does not add up."""
 
     forward: float
     input: float
@@ -30,6 +30,7 @@ class Cost:
     states: Three = (0.0, 0.0, 0.0)
     experts: Three = (0.0, 0.0, 0.0)
     units: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    inside: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -38,14 +39,13 @@ class Cost:
 
     @property
     def row(self) -> tuple[float, ...]:
-        """All numbers in one row."""
+        """What adds up in one row, as the columns below name it."""
         parts = (self.forward, self.input, self.weight, self.kept)
         return (*parts, *self.states, *self.experts, *self.units)
 
-    @staticmethod
-    def of_row(row: Sequence[float]) -> Cost:
-        """From a row, or a sum of rows."""
-        return Cost(*row[:4], tuple(row[4:7]), tuple(row[7:10]), tuple(row[10:]))
+
+# columns of a row, or of rows of stages
+TIMES, KEPT, REST, EXPERTS, UNITS = slice(0, 3), 3, slice(4, 7), slice(7, 10), slice(10, 14)
 
 
 class Proportions:
@@ -74,9 +74,9 @@ class Table:
         return Proportions(tuple(round(f / self.flops[1], 9) for f in self.flops))
 
     @cached_property
-    def total(self) -> Cost:
-        """All blocks."""
-        return Cost.of_row(self._prefix[-1].tolist())
+    def total(self) -> np.ndarray:
+        """[numbers] of all blocks."""
+        return self._prefix[-1]
 
     @cached_property
     def layers(self) -> list[tuple[Cost, int]]:
@@ -92,50 +92,30 @@ class Table:
         every = np.array([rows[id(b)] for b in self.blocks])
         return np.concatenate([np.zeros((1, every.shape[1])), np.cumsum(every, 0)])
 
-    def stages(self, split: Sequence[int]) -> list[Cost]:
-        """The cost of each stage of a split of the layers."""
+    def stages(self, split: Sequence[int]) -> np.ndarray:
+        """[stage, numbers] of a split of the layers."""
         ends = np.cumsum((1, *split))
         ends[0], ends[-1] = 0, len(self.blocks)
-        rows = self._prefix[ends[1:]] - self._prefix[ends[:-1]]
-        return [Cost.of_row(row) for row in rows.tolist()]
+        return self._prefix[ends[1:]] - self._prefix[ends[:-1]]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a schedule says of itself on a short step: who holds which stage, chunks held at once."""
+    """What a schedule says of itself on a short step: `held` [rank, stage of its own] who holds which stage;
+    `share` of the microbatches, that each of a rank's copies runs; `chunks` [rank, stage] at once where a
+    rank holds most; whether backward is in halves."""
 
-    held: tuple[tuple[int, ...], ...]  # stages of each rank
-    share: tuple[float, ...]  # of the microbatches, that each of a rank's copies runs
-    peaks: tuple[tuple[Counter[int], ...], ...]  # for each rank, chunks of each stage at its peaks
-    split: bool  # backward in halves
-
-    @cached_property
-    def num_stages(self) -> int:
-        """Stages of the schedule."""
-        return 1 + max(s for held in self.held for s in held)
-
-
-def pipeline_bound(stages: Sequence[Cost], probe: Probe, m: int) -> float:
-    """No schedule with these stages on these ranks ends sooner."""
-    before_f = list(accumulate((s.forward for s in stages), initial=0.0))
-    back = [s.input if probe.split else s.input + s.weight for s in stages]
-    before_b = list(accumulate(back, initial=0.0))
-    worst = 0.0
-    for held, share in zip(probe.held, probe.share, strict=True):
-        work = halves = 0.0
-        for s in sorted(held, reverse=True):  # this stage and those behind it on the rank
-            work += m * share * stages[s].seconds
-            halves += m * share * (stages[s].forward + stages[s].input)
-            through = before_f[s] + (halves if probe.split else work) + before_b[s]
-            worst = max(worst, through, before_f[s] + work)
-    return worst
+    held: np.ndarray
+    share: tuple[float, ...]
+    chunks: np.ndarray
+    split: bool
 
 
 HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
 
 
 class Rough:
-    """`pipeline_bound` of a schedule for many microbatch sizes at once, where costs grow with the samples:
+    """No schedule of this kind ends sooner, for many microbatch sizes at once:
 
         step >= max over ranks and stages of  micro * (head + tail) + samples * work
 
@@ -172,28 +152,25 @@ class Rough:
 
 def probe_of(schedule: Schedule) -> Probe:
     """Reads a schedule."""
-    held, share, peaks = [], [], []
+    held, share, chunks = [], [], []
     kinds = {a.kind for a in schedule.actions()}
-    for rank, actions in enumerate(schedule.ranks):
-        mine = tuple(dict.fromkeys(a.stage for a in actions if a.kind == "F"))
+    for actions in schedule.ranks:
         count = Counter(a.stage for a in actions if a.kind == "F")
-        held.append(mine)
+        held.append(sorted(count, reverse=True))
         share.append(min(count.values()) / schedule.num_microbatches)
-        peaks.append(_peaks(actions))
-        assert rank < schedule.num_ranks
-    return Probe(tuple(held), tuple(share), tuple(peaks), "W" in kinds)
+        most = _most(actions)
+        chunks.append([most[s] for s in range(schedule.num_stages)])
+    return Probe(np.array(held), tuple(share), np.array(chunks), "W" in kinds)
 
 
-def _peaks(actions: Sequence[object]) -> tuple[Counter[int], ...]:
-    """The chunks a rank holds where it holds most, and the most of each stage."""
-    now: Counter[int] = Counter()
-    found: list[Counter[int]] = []
-    most = 0
-    for stage, kind, _ in actions:  # type: ignore[misc]
+def _most(actions: Sequence[Action]) -> Counter[int]:
+    """The chunks of each stage that a rank holds where it holds most."""
+    now, found, most = Counter[int](), Counter[int](), 0
+    for stage, kind, _ in actions:
         if kind == "F":
             now[stage] += 1
             if now.total() > most:
-                most, found = now.total(), [Counter(now)]
+                most, found = now.total(), Counter(now)
         elif kind in "BW":
             now[stage] -= 1
-    return tuple(found)
+    return found

@@ -3,12 +3,12 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from partita.base.errors import Problem, UsageError
 from partita.planner.bound import ENDLESS
 from partita.planner.exact import laid_bound
-from partita.planner.floor import floor
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
 from partita.planner.table import Rough, Table, probe_of
@@ -74,14 +74,18 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         m, cut = job.plan.num_microbatches, leaf.zero if leaf.dp_shard > 1 else 0
         table, probe = b.table(mesh, shape, tokens), b.probe(mesh, name, virtual, m)
         assert not isinstance(table, Problem) and not isinstance(probe, Problem)
-        stages, named = b.stages(table, probe.num_stages), (name, virtual)
+        count_, named = probe.chunks.shape[1], (name, virtual)
+        stages = b.stages(table, count_)
         shards = b.shards(mesh, shape, leaf.dp_shard)
         endless = b.endless(mesh, shape, (tokens.mode, tokens.every))
         assert not isinstance(endless, Problem)
-        at = search.space.micros(mesh).index(tokens.micro)
-        least = floor(b, mesh, shape, endless)
-        assert least is not None, job.plan
-        step = b.step(mesh, named, m, probe.num_stages)
+        micros = search.space.micros(mesh)
+        at = micros.index(tokens.micro)
+        least = search.floors(mesh, shape, endless)
+        fold = Shape(ep=shape.ep, etp=shape.etp)
+        whole = b.endless(replace(mesh, cp=1), fold, (tokens.mode, tokens.every))
+        assert isinstance(whole, Table)
+        step = b.step(mesh, named, m, count_)
         laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe, step)
         at_once = b.meetings(mesh, shape, leaf.dp_shard, cut)
         slower = b.sharded(stages, at_once, cut)
@@ -90,20 +94,22 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
         for low in (
             b.coarse(mesh),
             b.coarse(mesh, shape),
-            b.rough(mesh, endless, named)[at] + least.once[at],
+            search.floors(mesh, fold, whole, mesh.cp).seconds[at],
+            b.rough(mesh, endless, named, np.array(micros))[at] + least.once[at],
             least.seconds[at],
-            b.pipeline(slower, probe, m) + once,
+            b.pipeline(slower, mesh, named, m) + once,
             b.played(slower, mesh, named, m) + once,
             laid_s,
         ):
             assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
         if not search.machine.cluster.cores_shared:
             assert laid_s == pytest.approx(seconds, rel=5e-3), job.plan
-        scaled = b.stages(endless, probe.num_stages)
+        scaled = b.stages(endless, count_)
         way = (cut, shards)
         for low in (
-            b.memory(scaled, probe, *way, scale=tokens.micro / ENDLESS) + b.lent(endless, *way),
-            b.memory(stages, probe, *way) + b.lent(table, *way),
+            b.memory(scaled, probe, *way, scale=tokens.micro / ENDLESS)
+            + b.beside(endless, *way, tokens.micro / ENDLESS),
+            b.memory(stages, probe, *way) + b.beside(table, *way),
             laid_bytes,
         ):
             assert low <= num_bytes * (1 + 1e-9), job.plan
@@ -130,8 +136,8 @@ def test_where_stages_lie_is_what_the_schedules_say():
     ):
         made = schedule(name, num_ranks=4, num_microbatches=16, virtual_stages=virtual)
         rough, probe = Rough(name, 4, virtual), probe_of(made)
-        assert rough.split == probe.split and rough.num_stages == probe.num_stages, name
-        assert rough.held.tolist() == [sorted(held, reverse=True) for held in probe.held], name
+        assert rough.split == probe.split and rough.num_stages == probe.chunks.shape[1], name
+        assert rough.held.tolist() == probe.held.tolist(), name
         assert all(rough.share == share for share in probe.share), name
 
 

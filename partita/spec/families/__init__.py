@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from partita.spec.families.image import image_program
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from partita.spec.program import Program
 
 
+@lru_cache(maxsize=64)
 def program(spec: ModelSpec, batch: int = 1, seq_len: int = 0) -> Program:
     """What one microbatch of `batch` samples (all data-parallel ranks together) of `seq_len` tokens
-    computes, before any room has cut it. seq_len 0 means the model's max_seq_len."""
+    computes, before any room has cut it; one value for equal questions. seq_len 0 means the model's
+    max_seq_len."""
     if spec.image is not None:
         return image_program(spec, batch)
     return adapt(transformer_program(spec, batch, seq_len or spec.max_seq_len), spec)
