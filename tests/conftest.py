@@ -1,10 +1,12 @@
 """What all tests share: a deadline for each test, tolerances by dtype and number of terms, a browser."""
 
+import gc
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401 (what it registers must be there before objects are frozen)
 import pytest
 
 # Seconds a test of each folder may take; a mark on the test itself goes before.
@@ -28,6 +30,12 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(here).parts[0] if here in item.path.parents else ""
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(DEADLINES.get(folder, 60)))
+
+
+def pytest_collection_finish():
+    """What torch, pytest and all modules hold stays: no collection walks it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -326,6 +327,8 @@ class LocalRanks:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """function(world, *args) on every rank; the results by rank. The first failing rank's error is
         raised, with a note of what the others said."""
+        # What torch.optim loads at its first use parses source: CPython 3.11 does so in one thread only
+        import_module("torch._dynamo")
         meeting = Meeting(self.size, self.timeout_s)
         results: list[Any] = [None] * self.size
         errors: list[tuple[float, int, BaseException]] = []

@@ -37,7 +37,7 @@ from partita.schedule.passes import with_communication
 from partita.schedule.residence import with_offload
 from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
-from partita.spec.layout import Layout, flat_unit, layout_of
+from partita.spec.layout import Layout, Piece, flat_unit, layout_of
 from partita.spec.mesh import Mesh
 from partita.spec.program import Block, Dim, Op, Program, Tensor, well_formed
 
@@ -174,6 +174,16 @@ class Laid:
                 for name, _, layout in unit.weights:
                     found.setdefault(name, layout)
         return found
+
+    def pieces(self, name: str, rank: int) -> list[Piece]:
+        """What a rank stores of a weight in its unit's buffer."""
+        if (name, rank) not in self._pieces:
+            self._pieces[name, rank] = self.layouts[name].pieces(self.mesh, rank)
+        return self._pieces[name, rank]
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, int], list[Piece]]:
+        return {}
 
     def units(self, place: int) -> list[Unit]:
         """The flat units that a rank at a place of pp stores, each once."""

@@ -10,6 +10,7 @@ nothing here computes a shape or chooses a collective.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -50,6 +51,9 @@ DTYPES = {
 }  # fmt: skip
 EVAL_SEQUENCES = 128
 CACHE = Path("~/.cache/partita").expanduser()
+# np.load parses a header as source, which CPython 3.11 cannot do in two threads at once ("AST constructor
+# recursion depth mismatch")
+_OPENING = threading.Lock()
 
 
 @dataclass
@@ -248,7 +252,7 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
 
     def fill(unit: Unit) -> None:
         for weight, *_ in unit.places:
-            for piece in laid.layouts[weight].pieces(laid.mesh, context.rank):
+            for piece in laid.pieces(weight, context.rank):
                 part = unit.master[piece.start : piece.start + piece.numel()]
                 part.copy_(value(weight, piece.box).reshape(-1))
 
@@ -276,15 +280,12 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
 
 
 def open_job_data(job: Job) -> Dataset:
-    """The job's data, with the tokenizer's cache shared by all ranks of the host."""
-    return open_dataset(
-        job.data,
-        job.train,
-        vocab=job.model.vocab,
-        seed=job.seed,
-        cache=CACHE,
-        image=job.model.image,
-    )
+    """The job's data, with the tokenizer's cache shared by all ranks of the host; one thread at a time."""
+    spec = job.model
+    with _OPENING:
+        return open_dataset(
+            job.data, job.train, vocab=spec.vocab, seed=job.seed, cache=CACHE, image=spec.image
+        )
 
 
 def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Built]:

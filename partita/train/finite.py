@@ -92,9 +92,8 @@ def _named(lead: str, places: Sequence[Place], end: str) -> NonFiniteError:
 
 def stored(model: Model, unit: Unit) -> Iterator[tuple[str, slice]]:
     """Each weight's pieces in what this rank stores of a unit."""
-    laid = model.laid
     for name, *_ in unit.places:
-        for piece in laid.layouts[name].pieces(laid.mesh, model.context.rank):
+        for piece in model.laid.pieces(name, model.context.rank):
             yield name, slice(piece.start, piece.start + piece.numel())
 
 

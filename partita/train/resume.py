@@ -79,7 +79,7 @@ def boxes(
     have one role.
 
     `states[slot name][role]` is flat as the slot is."""
-    mesh, rank = model.laid.mesh, model.context.rank
+    rank = model.context.rank
     held = [
         (slot.weights, slot.start, {"weight": slot.master, **states[slot.name]})
         for slot in update.slots
@@ -88,7 +88,7 @@ def boxes(
     held += [(tuple(n for n, *_ in u.places), 0, {"weight": u.master}) for u in frozen]
     for weights, first, flat in held:
         for weight in weights:
-            for piece in model.laid.layouts[weight].pieces(mesh, rank):
+            for piece in model.laid.pieces(weight, rank):
                 if primary and not piece.primary:
                     continue
                 shape = tuple(b - a for a, b in piece.box)

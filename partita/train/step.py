@@ -360,15 +360,15 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     trained = [unit for unit in model.units if not unit.spec.frozen]
     by_unit = {unit.name: list(slots_of(unit)) for unit in trained}
     slots = [slot for found in by_unit.values() for slot in found]
-    mesh, coords = model.laid.mesh, model.context.coords
-    plane = mesh.rank_of(
-        {a: coords[a] for a in model.laid.norm_axes}
+    laid, coords = model.laid, model.context.coords
+    plane = laid.mesh.rank_of(
+        {a: coords[a] for a in laid.norm_axes}
     )  # of replicas the first counts
     counted = [
         (weight, unit.gradient[piece.start : piece.start + piece.numel()])
         for unit in trained
         for weight, *_ in unit.places
-        for piece in model.laid.layouts[weight].pieces(mesh, plane)
+        for piece in laid.pieces(weight, plane)
         if piece.primary and not weight.endswith(BALANCE_BIAS)
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]

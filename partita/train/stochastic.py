@@ -67,10 +67,10 @@ class StochasticUpdate:
 
     def _round(self, slot: Slot, wide: Tensor, update: int) -> None:
         """Box by box of each weight, where the layouts say it lies; padding stays as it is."""
-        mesh, rank, seed = self.laid.mesh, self.context.rank, self.context.seed
+        rank, seed = self.context.rank, self.context.seed
         for weight in slot.weights:
             layout = self.laid.layouts[weight]
-            for piece in layout.pieces(mesh, rank):
+            for piece in self.laid.pieces(weight, rank):
                 first = piece.start - slot.start
                 part = slice(first, first + piece.numel())
                 near = rounded_box(wide[part], seed, update, weight, layout.shape, piece.box)

@@ -23,7 +23,7 @@ from partita.spec.job import Job
 from partita.train.build import DTYPES
 from partita.train.data import Dataset
 from partita.verify.batches import whole_batch
-from partita.verify.judge import JudgeUpdate
+from partita.verify.judge import JudgeUpdate, wide_dtype
 from partita.verify.runs import STEPS, StepSeen, product_of
 
 Weights = dict[str, Tensor]
@@ -37,7 +37,7 @@ def is_delayed(job: Job) -> bool:
 def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
     """STEPS steps without a drain between."""
     laid, dtype = lay(request_of(job)), DTYPES[job.plan.precision.dtype]
-    update = JudgeUpdate.of(job, torch.float64 if dtype == torch.float64 else torch.float32)
+    update = JudgeUpdate.of(job, wide_dtype(job))
     weights, history = update.weights, [_copy(update.weights)]
     m, samples = job.plan.num_microbatches, job.train.global_batch_size
     size = m if laid.schedule.versions == "previous" else 1

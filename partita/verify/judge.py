@@ -5,6 +5,7 @@ weight; the rate, the clip and which weights decay as docs/data.md and the job f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import cos, pi
 
 import torch
@@ -14,7 +15,6 @@ from partita.comm.seeds import initial_value, normal_box, rounded_box
 from partita.model.reference import weight_shapes
 from partita.spec.families import program
 from partita.spec.job import Job
-from partita.spec.layout import Box
 from partita.spec.model import ModelSpec
 from partita.spec.train import TrainSpec
 from partita.train.build import DTYPES
@@ -60,21 +60,30 @@ def vectors(model: ModelSpec) -> frozenset[str]:
     )
 
 
-def start_value(
-    job: Job, name: str, shape: tuple[int, ...], box: Box, dtype: torch.dtype
-) -> Tensor:
-    """The perturbed initial value of a box."""
-    value = initial_value(job.seed, name, shape, box, layers=job.model.layers, dtype=dtype)
-    return value + normal_box(job.seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
+def wide_dtype(job: Job) -> torch.dtype:
+    """Of masters, gradients and the judge's weights."""
+    return torch.float64 if job.plan.precision.dtype == "fp64" else torch.float32
+
+
+def drawn_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight as it is drawn and perturbed: shared, never to be written to."""
+    return _drawn(job.model, job.seed, dtype)
+
+
+@lru_cache(maxsize=4)  # a plan's ranks, its judge and its trials start alike
+def _drawn(model: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {}
+    for name, shape in weight_shapes(model).items():
+        box = tuple((0, k) for k in shape)
+        value = initial_value(seed, name, shape, box, layers=model.layers, dtype=dtype)
+        found[name] = value + normal_box(seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
+    return found
 
 
 def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every weight as both runs start from it. Frozen ones have no masters, nor has any where updates are
     rounded at random: they are what the compute dtype holds of them."""
-    weights = {
-        n: start_value(job, n, s, tuple((0, k) for k in s), dtype)
-        for n, s in weight_shapes(job.model).items()
-    }
+    weights = {n: w.clone() for n, w in drawn_weights(job, dtype).items()}
     compute = DTYPES[job.plan.precision.dtype]
     if job.plan.precision.rounding == "stochastic":
         return {n: w.to(compute).to(dtype) for n, w in weights.items()}

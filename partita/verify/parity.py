@@ -14,7 +14,7 @@ from typing import Any
 from partita.base.errors import PlanError
 from partita.base.text import table
 from partita.comm.local import local
-from partita.parallel.laid import lay
+from partita.parallel.laid import Laid, lay
 from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
@@ -25,7 +25,7 @@ from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import Difference, differences
 from partita.verify.delayed import is_delayed, run_delayed
-from partita.verify.judge import optimizers
+from partita.verify.judge import drawn_weights, optimizers, wide_dtype
 from partita.verify.processes import run_processes
 from partita.verify.runs import (
     RankSeen,
@@ -48,6 +48,7 @@ class Trial:
     judge: list[StepSeen]
     ranks: list[RankSeen]
     found: list[Difference]
+    delayed: bool  # held to delayed updates
 
     @property
     def equal(self) -> bool:
@@ -82,7 +83,7 @@ class Verification:
             "plan": self.plan,
             "shrunk": self.shrunk,
             "equal": self.equal,
-            "reference": "delayed" if is_delayed(self.trials[0].job) else "single",
+            "reference": "delayed" if self.trials[0].delayed else "single",
             "precision": self.precision,
             "loss": _series(main, "loss", "loss"),
             "grad_norm": _series(main, "norm", "grad_norm"),
@@ -191,8 +192,9 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 
 
 def _trial(job: Job, data: Dataset, backend: str) -> Trial:
-    delayed = is_delayed(job)
-    ranks = run_ranks(job, data, backend)
+    laid = lay(request_of(job))
+    delayed = laid.schedule.is_asynchronous
+    ranks = run_ranks(job, data, backend, laid)
     if delayed:
         judge = run_delayed(job, data)
     elif job.plan.precision.dtype == "fp64":
@@ -200,14 +202,17 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     else:
         judge = run_judge(job, data, starts=weights_after(job, ranks))[0]
         judge = with_own_updates(job, judge, ranks)
-    return Trial(job, judge, ranks, differences(judge, ranks, job, delayed))
+    return Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
 
 
-def run_ranks(job: Job, data: Dataset, backend: str, watched: int = -1) -> list[RankSeen]:
-    """What every rank saw."""
+def run_ranks(
+    job: Job, data: Dataset, backend: str, laid: Laid, watched: int = -1
+) -> list[RankSeen]:
+    """What every rank saw; `laid` is the job's."""
     if backend == "local":
+        drawn_weights(job, wide_dtype(job))  # by one thread, for all
         with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
-            found = ranks.run(run_rank, job, data, watched)
+            found = ranks.run(run_rank, job, data, watched, None, laid)
     else:
         found = run_processes(job, data, backend)
     declare(job, found)
@@ -218,14 +223,14 @@ def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
     """Runs the failing trial again on thread ranks, its first bad step watched."""
     step = min((d.step for d in trial.found if d.bad), default=0)
     judge = Watch()  # modules of delayed updates are not watched: their numbers are compared
-    if is_delayed(trial.job):
+    if trial.delayed:
         judge.start(whole_batch(data, trial.job, step))
     else:
         low = trial.job.plan.precision.dtype != "fp64"
         starts = weights_after(trial.job, trial.ranks) if low else ()
         _, judge = run_judge(trial.job, data, step, starts)
-    ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", step)
     laid = lay(request_of(trial.job))
+    ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", laid, step)
     for watched, seen in zip(ranks, trial.ranks, strict=True):
         watched.recorded = seen.recorded
     return first_divergence(trial.job, laid, judge, ranks, trial.found)

@@ -32,7 +32,7 @@ from partita.train.data import Dataset
 from partita.train.routing import logs
 from partita.train.step import Model, make_update
 from partita.verify.batches import rank_batch, whole_batch
-from partita.verify.judge import JudgeUpdate, start_value
+from partita.verify.judge import JudgeUpdate, drawn_weights, wide_dtype
 from partita.verify.watch import Watch, share_of, watch_blocks
 
 STEPS = 2
@@ -66,20 +66,21 @@ class RankSeen:
 
 
 def run_rank(
-    world: World, job: Job, data: Dataset, watched: int = -1, device: torch.device | None = None
-) -> RankSeen:
+    world: World, job: Job, data: Dataset, watched: int = -1, device: torch.device | None = None,
+    laid: Laid | None = None,
+) -> RankSeen:  # fmt: skip
     """STEPS steps of the plan on one rank, on the CPU or `device`; of step `watched` every segment is
-    seen."""
-    laid = lay(request_of(job))
+    seen. `laid` is the job's, where somebody has laid it."""
+    laid = laid or lay(request_of(job))
     where = getattr(world, "where", None) or Where()
     context = make_context(laid, job, world, where, device=device)
 
     def fill(unit: Unit) -> None:
+        drawn = drawn_weights(job, unit.gradient.dtype)
         for weight, *_ in unit.places:
-            layout = laid.layouts[weight]
-            for piece in layout.pieces(laid.mesh, context.rank):
+            for piece in laid.pieces(weight, context.rank):
                 part = unit.master[piece.start : piece.start + piece.numel()]
-                value = start_value(job, weight, layout.shape, piece.box, unit.gradient.dtype)
+                value = drawn[weight][tuple(slice(a, b) for a, b in piece.box)]
                 part.copy_(value.reshape(-1))
 
     model = make_model(job, laid, context, fill)
@@ -145,8 +146,7 @@ def boxes(
         if trained and unit.spec.frozen:
             continue
         for weight, *_ in unit.places:
-            layout = model.laid.layouts[weight]
-            for piece in layout.pieces(model.laid.mesh, model.context.rank):
+            for piece in model.laid.pieces(weight, model.context.rank):
                 shape = [b - a for a, b in piece.box]
                 part = flat(unit)[piece.start : piece.start + piece.numel()]
                 found.setdefault(weight, []).append((piece.box, part.div(scale).view(shape).cpu()))
@@ -159,8 +159,7 @@ def run_judge(
     """The same steps on one device. `starts[i]`: the weights that step i + 1 starts from, in place of those
     it has made itself."""
     dtype = DTYPES[job.plan.precision.dtype]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    optimizer = JudgeUpdate.of(job, wide)
+    optimizer = JudgeUpdate.of(job, wide_dtype(job))
     weights = optimizer.weights
     scaler = LossScaler() if dtype == torch.float16 else None
     watch = Watch()

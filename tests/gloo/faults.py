@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from partita.base.config import to_toml
 from partita.cli.main import run as command
+from partita.comm.processes import is_alive
 from partita.train import checkpoint
 
-TIMEOUT_S = 3
+TIMEOUT_S = 40  # far beyond what anything takes: what is seen sooner is not seen by it
+SHORT_S = 4  # where it must pass
+SLACK_S = 12  # for a busy machine
 JOB: dict[str, Any] = {
     "name": "small",
     "plan": "tp2",
@@ -63,6 +69,14 @@ def left_behind(scratch: Path) -> set[Path]:
     names = str(scratch).strip("/").replace("/", "-")
     found = set(shared.glob(f"{names}*")) if shared.is_dir() else set()
     return found | set(scratch.glob("partita-*"))
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    """Whether they end by themselves, soon."""
+    deadline = time.monotonic() + SLACK_S
+    while any(is_alive(p.pid) for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(is_alive(p.pid) for p in processes)
 
 
 def failure() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,6 @@ def test_it_measures_and_remembers(tmp_path: Path, capsys, monkeypatch: pytest.M
     assert {(c["op"], c["ranks"]) for c in calls} == {(o, n) for o in COLLECTIVES for n in (2, 4)}
     assert all(c["seconds"] > 0 and math.isfinite(c["seconds"]) for c in calls)
 
-    start = time.perf_counter()
+    monkeypatch.setattr("partita.tune.calibrate.calibrate", None)  # nothing is measured again
     assert command(["calibrate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
-    assert time.perf_counter() - start < 2

@@ -16,7 +16,9 @@ import torch
 import worlds
 
 KINDS = ["shm", "gloo", "hosts"]
-TIMEOUT_S = 3
+SHORT_S = 4  # where it must pass
+LONG_S = 60  # where what is seen is seen without it
+SLACK_S = 12  # for a busy machine
 SEEN_BETWEEN_HOSTS = (
     "op",
 )  # gloo takes the others for each other until the step is over: the last test
@@ -37,7 +39,7 @@ def befallen(world, how: str) -> tuple[float, str]:
             os.kill(os.getpid(), signal.SIGSTOP)
         if how == "exits 0":
             os._exit(0)
-        time.sleep(TIMEOUT_S + 3)  # stuck in data loading
+        time.sleep(SHORT_S + SLACK_S)  # stuck in data loading; who has enough does not wait for it
     try:
         comm.all_reduce(torch.ones(8), site=SITE)
     except Exception as error:
@@ -54,15 +56,17 @@ SLOW = [(how, kind) for how in HOWS for kind in KINDS if (how, kind) not in FAST
     ("how", "kind"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)]
 )
 def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
-    found = worlds.run(kind, 3, tmp_path, befallen, how, timeout_s=TIMEOUT_S, enough=2)
+    gone = how in ("killed", "exits 0")
+    told = gone and kind != "hosts"  # by the system
+    patience = LONG_S if told else SHORT_S
+    found = worlds.run(kind, 3, tmp_path, befallen, how, timeout_s=patience, enough=2)
     here = [what for r, (kind_of, what) in enumerate(found) if r != 1 and kind_of == "ok"]
     assert len(here) == 2, found
     # The second to fail may only see that the first has left.
     took, text = min(here, key=lambda x: ("rank 1 " not in x[1].splitlines()[0], x[0]))
     first, *table = text.splitlines()
-    gone = how in ("killed", "exits 0")
-    assert took < (5 if gone else TIMEOUT_S + 2)
-    dies = "rank 1 has died" if gone and kind != "hosts" else "rank 1 did not come"
+    assert took < (0 if told else SHORT_S) + SLACK_S
+    dies = "rank 1 has died" if told else "rank 1 did not come"
     assert first.startswith(dies), text
     for word in ("tp all_reduce #2", "group (0, 1, 2)", SITE, "phase B", "step 7"):
         assert word in first, text
@@ -81,7 +85,7 @@ def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
     ],
 )
 def test_unlike_calls_name_both_sides(how, kind, tmp_path):
-    found = worlds.run(kind, 3, tmp_path, contract.disagreement, how, timeout_s=TIMEOUT_S)
+    found = worlds.run(kind, 3, tmp_path, contract.disagreement, how, timeout_s=SHORT_S)
     texts = [what for kind_of, what in found if kind_of == "ok" and what]
     assert texts, found
     told = [t for t in texts if "ranks disagree" in t.splitlines()[0]]
@@ -106,5 +110,5 @@ def silent_mismatch(world) -> str:
 
 
 def test_between_hosts_calls_are_compared_after_the_step(tmp_path):
-    found = worlds.run("hosts", 2, tmp_path, silent_mismatch, timeout_s=TIMEOUT_S)
+    found = worlds.run("hosts", 2, tmp_path, silent_mismatch, timeout_s=SHORT_S)
     assert all("ranks disagree: the dp ranks (0, 1)" in what for _, what in found), found

@@ -15,7 +15,6 @@ import faults
 import psutil
 import pytest
 
-from partita.comm.processes import is_alive
 from partita.train import checkpoint
 
 pytestmark = pytest.mark.timeout(180)
@@ -64,7 +63,7 @@ def ranks_of(agent: subprocess.Popen[str], count: int = 2) -> list[psutil.Proces
     while time.monotonic() < deadline and agent.poll() is None:
         if path.exists() and path.read_text().count("\n") >= 3:
             break
-        time.sleep(0.1)
+        time.sleep(0.02)
     found = [p for p in psutil.Process(agent.pid).children() if "partita" in p.cmdline()]
     assert len(found) == count
     return sorted(found, key=lambda p: int(p.environ()["RANK"]))
@@ -86,12 +85,12 @@ def test_it_is_the_same_run(agents) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_told_and_a_restart_goes_on(agents, scratch: Path) -> None:
-    agent = start(agents, *ONE_HOST, "--max-restarts", "1", *JOB, "train.steps=40")
+    agent = start(agents, *ONE_HOST, "--max-restarts", "1", *JOB, "train.steps=150")
     ranks_of(agent)[1].kill()
     _, err = agent.communicate(timeout=150)
     assert agent.returncode == 0, err
     assert "rank 1 has died" in err
-    assert [x[0] for x in faults.metrics()] == list(range(1, 41))
+    assert [x[0] for x in faults.metrics()] == list(range(1, 151))
     assert not (faults.RUN / "failure.json").exists()
     assert not faults.left_behind(scratch)
 
@@ -126,10 +125,7 @@ def test_a_killed_agent_leaves_no_orphans(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, LONG)
     family = ranks_of(agent)
     agent.kill()
-    killed = time.monotonic()
-    while any(is_alive(p.pid) for p in family) and time.monotonic() - killed < 6:
-        time.sleep(0.05)
-    assert time.monotonic() - killed < 5
+    assert faults.are_gone(family)
 
 
 def free_port() -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,37 @@ from saves import is_step
 from partita.train import checkpoint
 
 CALLS = "write,fsync,rename"
+AT = 300  # strace kills a process at this call of its own
 SAVE = """
-    import sys
+    import os, shutil, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     import saves as t
 
     t.behind.threading.Thread = t.Inline  # strace counts calls by thread
-    for step in map(int, sys.argv[3:]):
-        t.alone(Path(sys.argv[2]), step, keep_last=1)
+    root, call, at = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    t.alone(root / "0", 10, keep_last=1)
+
+    def waste():  # one call, elsewhere
+        file = os.open(root / "waste", os.O_CREAT | os.O_WRONLY)
+        if call == "rename":
+            os.rename(root / "waste", root / "waste")
+        else:
+            os.write(file, b".") if call == "write" else os.fsync(file)
+        os.close(file)
+
+    number, status = 0, -1
+    while call and status != 0:
+        number += 1
+        shutil.copytree(root / "0", root / str(number))
+        child = os.fork()
+        if child == 0:
+            for _ in range(at - number):
+                waste()
+            t.alone(root / str(number), 20, keep_last=1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -9)
 """
 pytestmark = [
     pytest.mark.slow,
@@ -33,12 +55,18 @@ pytestmark = [
 ]
 
 
-def save(folder: Path, steps: Sequence[int], *options: str) -> int:
-    """Saves these steps in a process under strace; its exit code, negative for a signal."""
-    code = textwrap.dedent(SAVE)
-    words = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), *map(str, steps)]
-    traced = ["strace", "-f", "-qq", "-y", *options, *words]
-    return subprocess.run(traced, capture_output=True, timeout=120).returncode
+def saved(folder: Path, call: str, *options: str) -> None:
+    """Saves step 10 in a process under strace; then, where a call is named, step 20 in children of which
+    number n is killed at its n-th such call, until one is not."""
+    folder.mkdir()
+    words = [str(Path(__file__).parent), str(folder), call, str(AT)]
+    code = [sys.executable, "-c", textwrap.dedent(SAVE), *words]
+    alone = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # no calls but the save's
+    ran = subprocess.run(
+        ["strace", "-f", "-qq", "-y", *options, *code],
+        capture_output=True, text=True, timeout=280, env=alone,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
 
 
 def calls(trace: Path, folder: Path) -> list[tuple[str, str]]:
@@ -51,12 +79,10 @@ def calls(trace: Path, folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def test_a_save_is_flushed_before_it_is_renamed_and_killed_anywhere_leaves_one(
-    tmp_path: Path,
-) -> None:
+def test_a_save_is_flushed_before_it_is_renamed(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    assert save(tmp_path / "whole", [10], "-o", str(trace), "-e", f"trace={CALLS}") == 0
-    seen = calls(trace, tmp_path / "whole")
+    saved(tmp_path / "whole", "", "-o", str(trace), "-e", f"trace={CALLS}")
+    seen = calls(trace, tmp_path / "whole" / "0")
     (commit,) = [i for i, (call, _) in enumerate(seen) if call == "rename"]
     temporary = seen[commit][1]
     for name in ("rank-0.safetensors", "manifest.json"):
@@ -64,25 +90,18 @@ def test_a_save_is_flushed_before_it_is_renamed_and_killed_anywhere_leaves_one(
         assert [seen[i][0] for i in inside][-1] == "fsync" and inside[-1] < commit
         assert [seen[i][0] for i in inside].count("fsync") == 1
     assert seen[commit - 1] == ("fsync", temporary) and seen[commit + 1] == ("fsync", "")
-    shutil.copytree(tmp_path / "whole", tmp_path / "first")
 
-    outcomes = []
-    for call in CALLS.split(","):
-        number = 0
-        while True:
-            number += 1
-            folder = tmp_path / f"{call}-{number}"
-            shutil.copytree(tmp_path / "first", folder)
-            inject = f"inject={call}:signal=KILL:when={number}"
-            killed = save(folder, [20], "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
-            newest = checkpoint.newest_complete(folder)
-            assert newest is not None
-            step = int(newest.name.removeprefix("step-"))
-            assert step in (10, 20) and is_step(newest, step)
-            if killed == 0:
-                break
-            outcomes.append((call, step))
-            shutil.rmtree(folder)
-        assert number > 2, f"{call} was never struck"
-    assert {step for _, step in outcomes} == {10, 20}
-    assert {call for call, _ in outcomes} == set(CALLS.split(","))
+
+@pytest.mark.parametrize("call", CALLS.split(","))
+def test_a_save_killed_at_any_call_leaves_one(call: str, tmp_path: Path) -> None:
+    inject = f"inject={call}:signal=KILL:when={AT}"
+    saved(tmp_path / "runs", call, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
+    steps = []
+    for number in range(1, len(os.listdir(tmp_path / "runs")) - 1):  # beside "0" and the waste
+        newest = checkpoint.newest_complete(tmp_path / "runs" / str(number))
+        assert newest is not None
+        steps.append(int(newest.name.removeprefix("step-")))
+        assert steps[-1] in (10, 20) and is_step(newest, steps[-1])
+    *killed, whole = steps
+    assert whole == 20 and killed == sorted(killed)
+    assert len(killed) > 1 and set(killed) == ({10} if call == "write" else {10, 20}), killed

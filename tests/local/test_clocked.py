@@ -10,6 +10,7 @@ from partita.comm.local import local
 from partita.schedule.clock import Costs, clock, makespan
 from partita.schedule.make import schedule
 
+pytestmark = pytest.mark.timed
 SLOT_S = 0.02
 EVERY = (
     ("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import verify_jobs
+from comm_contract import best_of
 
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
@@ -94,6 +95,7 @@ def expected(chunks, compute_s):
     return link
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("chunks", "compute_s"),
     [(4, 0.04), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 0.1), (4, 0.2)))],
@@ -105,11 +107,10 @@ def test_what_is_exposed_is_what_is_not_computed_beside(chunks, compute_s):
     transfer = 2 * LEG_S
     hidden = {(1, 0.1): 0.0, (4, 0.2): transfer * 3 / 4, (4, 0.04): 0.04}[chunks, compute_s]
     assert want - compute_s == pytest.approx(transfer - hidden)
-    best = [1e9, 1e9]
-    for _ in range(6):  # of a machine that others use
+
+    def both_ways():
         with local(2, 20) as ranks:
             found = ranks.run(layer, chunks, compute_s)
-        best = [min(b, max(f[i] for f in found)) for i, b in enumerate(best)]
-        if all(b <= 1.05 * want for b in best):
-            break
-    assert best == pytest.approx([want, want], rel=0.1)
+        return [max(f[i] for f in found) for i in range(2)]
+
+    best_of(both_ways, want, 1.1 * want)

@@ -152,7 +152,8 @@ def test_a_model_three_times_the_limit_trains(tmp_path, monkeypatch):
     gc.collect()
     _, record = trained(SingleWorld(), job, tmp_path, 3)
     assert record.ledger is not None and record.host_ledger is not None
-    assert record.ledger.peak_bytes + record.host_ledger.peak_bytes <= state // 3
+    others = record.ledger.at_peak.get("untagged", 0)  # what other tests of this process keep
+    assert record.ledger.peak_bytes - others + record.host_ledger.peak_bytes <= state // 3
     device, disk = predicted.ledgers[0].at_peak, arena_ledger(predicted.laid, 0, "disk").at_peak
     found = record.ledger.at_peak
     assert found["parameters"] == pytest.approx(device["parameters"], rel=0.03)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from comm_contract import best_of
 from test_dispatch_chunks import HIDDEN, TOKENS, Asleep, Experts
 
 from partita.comm.clocked import ClockedWorld, Link
@@ -68,6 +69,7 @@ def spans(world, piece_s, leg_s, overlaps):
     return found
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("piece_s", "leg_s"), [(0.03, 0.02), pytest.param(0.01, 0.03, marks=pytest.mark.slow)]
 )
@@ -75,16 +77,13 @@ def test_a_pair_hides_what_travels(piece_s, leg_s):
     """Four pieces of compute and four legs: alone one after the other, in a pair the longer of both, so that
     exposed = max(0, transfer - compute), within 10 %."""
     compute, transfer = 4 * piece_s, 4 * leg_s
-    for overlaps, want in ((True, max(compute, transfer)), (False, compute + transfer)):
-        best = 1e9
-        for _ in range(6 if overlaps else 1):  # of a machine that others use
-            with local(2, 20) as ranks:
-                found = ranks.run(partial(spans, piece_s=piece_s, leg_s=leg_s, overlaps=overlaps))
-            seen = [f["0F1"] if overlaps else f["0F1"] + f["0B0"] for f in found]
-            best = min(best, max(seen))
-            if best <= 1.05 * want:
-                break
-        assert best >= 0.99 * want
-        assert not overlaps or best <= 1.1 * want
-    alone = found[0]["0F0"]
-    assert alone >= 0.99 * (compute + transfer) / 2
+
+    def run_with(overlaps):
+        with local(2, 20) as ranks:
+            return ranks.run(partial(spans, piece_s=piece_s, leg_s=leg_s, overlaps=overlaps))
+
+    want = max(compute, transfer)
+    best_of(lambda: [max(f["0F1"] for f in run_with(True))], want, 1.1 * want)
+    for found in run_with(False):
+        assert found["0F1"] + found["0B0"] >= 0.99 * (compute + transfer)
+        assert found["0F0"] >= 0.99 * (compute + transfer) / 2

@@ -138,7 +138,7 @@ def test_no_fault_of_a_tracker_reaches_the_run(fault, tmp_path, library, monkeyp
     with caplog.at_level(logging.WARNING):
         lines = [{"step": s, "loss": 1.0} for s in range(20)]
         run(tmp_path, library("wandb", FAULTS[fault]), "tensorboard", lines=lines)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # not the 30 that it hangs
     (told,) = caplog.messages
     assert "\n" not in told
     assert told.startswith("wandb ") and ("training goes on" in told or "it is left" in told)
