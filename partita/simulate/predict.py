@@ -168,14 +168,13 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
-    for _ in range(3 if machine.cluster.cores_shared else 0):
-        # the slow-down depends on how many ranks are busy, and they on it
+    if machine.cluster.cores_shared:
         busy = _slow_down(played, laid, machine.cluster)
         costs, played = at(busy)
     published = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
     after = published or plan.pipeline.post_validation
     pipeline_s = played.own if after else played.seconds
-    step = step_time(laid, works, stages, machine, busy)
+    step = step_time(laid, works, stages, machine, _ranks_a_unit(laid, machine.cluster))
     return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits)
 
 
@@ -259,13 +258,22 @@ def _costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
 
 
 def _slow_down(played: Played, laid: Laid, cluster: Cluster) -> float:
-    """Busy ranks over compute units, at least 1: the mean over the step of those that compute."""
+    """How much longer the schedule takes where ranks share units than where each has one: whenever more
+    compute than there are units, they take turns; a unit that nobody wants stays idle."""
+    each = _ranks_a_unit(laid, cluster, 0.0) / len(played.busy)
+    changes = sorted((at, way) for s in played.spans for at, way in ((s.start_s, 1), (s.end_s, -1)))
+    longer, count, last = 0.0, 0, 0.0
+    for at, way in changes:
+        longer += max(count * each - 1.0, 0.0) * (at - last)
+        count, last = count + way, at
+    return 1.0 + longer / last if last else 1.0
+
+
+def _ranks_a_unit(laid: Laid, cluster: Cluster, least: float = 1.0) -> float:
+    """Ranks of a node over its compute units, where they share them, at least `least`."""
     if not cluster.cores_shared:
         return 1.0
-    alike = laid.mesh.world_size // len(played.busy)
-    work = sum(played.busy) / played.seconds if played.seconds else 1.0
-    on_node = min(cluster.devices_per_node, laid.mesh.world_size) / laid.mesh.world_size
-    return max(1.0, work * alike * on_node / cluster.cores_shared)
+    return max(least, min(cluster.devices_per_node, laid.mesh.world_size) / cluster.cores_shared)
 
 
 def _replay_flops(laid: Laid) -> float:

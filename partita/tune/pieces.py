@@ -47,7 +47,8 @@ from partita.tune.timing import median_seconds
 SHAPES = ((1, 16, 32, 64), (2, 128, 128, 512), (4, 128, 256, 2048), (2, 512, 384, 4096))
 HEAD = 32
 ACTIONS = 16  # microbatches
-TOGETHER = 6  # of a piece in a row
+TOGETHER = (2, 16)  # of a piece in a row, at least and at most
+BYTES = 24_000_000  # that they read: more than a core's caches, as a model's layers do
 Made = dict[str, dict[str, float]]  # piece -> size -> seconds
 # what a piece of inputs takes in so many seconds, forward and backward
 Both = Callable[[Callable[..., Any], Sequence[Tensor], float], tuple[float, float]]
@@ -134,7 +135,8 @@ def both_ways(
 def _run(
     piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float
 ) -> tuple[float, float]:
-    sets = [[x.clone().requires_grad_() for x in inputs] for _ in range(TOGETHER)]
+    count = _count(piece, inputs, at_least_s)
+    sets = [[x.clone().requires_grad_() for x in inputs] for _ in range(count)]
     there, back = [], []
     end = time.perf_counter() + at_least_s
     seed: Tensor | None = None
@@ -149,9 +151,20 @@ def _run(
         for y, one in zip(reversed(made), reversed(sets), strict=True):
             torch.autograd.grad(y, one, seed)
         if middle > start:
-            there.append((middle - start) / TOGETHER)
-            back.append((time.perf_counter() - begin) / TOGETHER)
+            there.append((middle - start) / count)
+            back.append((time.perf_counter() - begin) / count)
     return statistics.median(there), statistics.median(back)
+
+
+def _count(piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float) -> int:
+    """How many run in a row: fewer where one takes long."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    piece(*leaves)
+    start = time.perf_counter()
+    piece(*leaves)
+    quick = int(2 * at_least_s / (time.perf_counter() - start))
+    few, many = TOGETHER
+    return max(few, min(many, quick, BYTES // max(sum(x.nbytes for x in inputs), 1)))
 
 
 def dense(b: Bench) -> None:
