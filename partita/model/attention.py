@@ -39,8 +39,10 @@ class Attention:
     remakes: frozenset[str] = frozenset()
     qk_norms: tuple[Norm, Norm] | None = None
 
-    def __call__(self, x: Tensor, batch: Any, step: int, training: bool) -> Tensor:
-        """x + attention(norm(x))."""
+    def __call__(
+        self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
+    ) -> Tensor:
+        """x + attention(norm(x)); `replay`: only what backward needs is made (see Row)."""
         h = self.norm(x)
         with made_again(h, lambda: self.norm(x), "attention.norm" in self.remakes):
             qkv = self.qkv(h)
@@ -58,7 +60,8 @@ class Attention:
             q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
             v = v.contiguous()  # a view would keep the unrotated q and k alive
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = self.wo(self._core(q, k, v, batch, step, training).transpose(1, 2).reshape(b, s, -1))
+        a = self._core(q, k, v, batch, step, training).transpose(1, 2).reshape(b, s, -1)
+        y = self.wo(a, replay)
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch)
         return x + y

@@ -139,7 +139,7 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     )  # fmt: skip
     parts: dict[str, Any] = {"norm": _norm(mlp.norm), "up": _column(mlp.up), "down": _row(mlp.down)}
     kind = _GatedMLP if mlp.gated else MLP
-    found.mlp = kind(**parts, gated=mlp.gated, drop_residual=mlp.drop_residual)
+    found.mlp = kind(**parts, gated=mlp.gated, drop_residual=mlp.drop_residual, gelu=mlp.gelu)
     return torch.compile(found.run, fullgraph=True, dynamic=False, **options)
 
 

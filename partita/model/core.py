@@ -1,7 +1,7 @@
 """Attention proper on one rank's heads: q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq,
 head_dim] -> [batch, heads, seq, head_dim].
 
-    Flash            q, k, v, the output and its log-sum-exp are kept; Narrow: values are narrower
+    Flash            q, k, v, the output and its log-sum-exp are kept; Tiled: by the kernel of one tile
     Explicit         probabilities and their dropout mask are kept
     SharedExplicit   the same where keys and values go round a ring or are gathered; its flash form is
                      parallel/cp/ring.py, and parallel/cp/ulysses.py goes around any
@@ -12,6 +12,7 @@ a window. Grouped-query heads are not copied.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
+from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
 from partita.parallel.cp.tile import attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
@@ -42,50 +44,61 @@ class Flash:
 
     window: int = 0
     scale: float | None = None  # of products; None: head_dim^-0.5
+    slopes: Tensor | None = None  # of these heads, where scores fall off with distance
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
         """Causal without a mask where nothing else hides a key."""
         s = q.shape[-2]
-        plain = batch.documents is None and not 0 < self.window < s
-        mask = None
-        if not plain:
+        plain = batch.documents is None and not 0 < self.window < s and self.slopes is None
+
+        def mask() -> Tensor:
             tokens = Tokens.first(s, batch.documents, q.device)
-            mask = visible(tokens, tokens, self.window).unsqueeze(1)
-        if v.shape[-1] != q.shape[-1]:
-            return Narrow.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
+            if self.slopes is not None:
+                return biased(self.slopes, tokens, tokens, self.window)
+            return visible(tokens, tokens, self.window).unsqueeze(1)
+
+        if v.shape[-1] != q.shape[-1] or self.slopes is not None:
+            return Tiled.apply(q, k, v, None if plain else mask, self.scale)  # type: ignore[return-value]
         return scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=None if plain else mask(),
             is_causal=plain,
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
 
-class Narrow(torch.autograd.Function):
-    """Flash for values narrower than keys (latent attention), for which torch has no kernel on every
-    device; causal where there is no mask."""
+class Tiled(torch.autograd.Function):
+    """Flash for what torch has no kernel on every device: values narrower than keys (latent attention),
+    scores that something is added to (ALiBi). Causal where there is no mask; backward makes it
+    again."""
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Callable[[], Tensor] | None,
+        scale: float | None,
     ) -> Tensor:
         """One tile."""
-        out, lse = attend(q, k, v, seen, seen is None, scale)
+        out, lse = attend(q, k, v, mask and mask(), mask is None, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.seen, ctx.scale = seen, scale
+        ctx.mask, ctx.scale = mask, scale
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         """Scores are made again."""
         q, k, v, out, lse = ctx.saved_tensors
-        seen = ctx.seen
-        return *attend_back(g, (q, k, v), out, lse, seen, seen is None, ctx.scale), None, None
+        mask = ctx.mask
+        seen = mask and mask()
+        return *attend_back(g, (q, k, v), out, lse, seen, mask is None, ctx.scale), None, None
 
 
 @dataclass(frozen=True)

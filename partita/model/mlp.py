@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,13 +25,22 @@ class MLP:
     gated: bool
     drop_residual: Dropout | None = None
     remakes: frozenset[str] = frozenset()  # ops that backward runs again
+    gelu: Literal["tanh", "erf"] = "tanh"
 
     def __call__(
-        self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
+        self,
+        x: Tensor,
+        batch: Any,
+        step: int,
+        training: bool,
+        replay: bool = False,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
-        n = self.norm(x)
-        with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
+        """x + mlp(norm(x)), or x + mlp(norm(read)) beside attention, which read the same; `replay`: only
+        what backward needs is made (see Row)."""
+        of = x if read is None else read
+        n = self.norm(of)
+        with made_again(n, lambda: self.norm(of), "mlp.norm" in self.remakes):
             h = self.up(n)
         a = self.activate(h)
         with made_again(a, lambda: self.activate(h), "mlp.act" in self.remakes):
@@ -42,7 +51,9 @@ class MLP:
 
     def activate(self, h: Tensor) -> Tensor:
         """SwiGLU of (gate, up), or GELU."""
-        return SwiGLU.apply(h) if self.gated else gelu(h, approximate="tanh")  # type: ignore[return-value]
+        if self.gated:
+            return SwiGLU.apply(h)  # type: ignore[return-value]
+        return gelu(h, approximate="tanh" if self.gelu == "tanh" else "none")
 
 
 class SwiGLU(torch.autograd.Function):

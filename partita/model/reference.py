@@ -1,4 +1,4 @@
-"""The judge: Llama (with experts or without) and GPT-2 in plain PyTorch, on one device, not parallel.
+"""The judge: Llama (with experts or without), GPT-2, GPT-NeoX and BLOOM in plain PyTorch, on one device.
 
 Weights are a dict of logical tensors by full name ('blocks.3.attention.wq' [heads, head_dim, hidden]; see
 docs/map.md). Under bf16 it makes the casts that every plan makes, and no others:
@@ -22,6 +22,7 @@ from partita.comm.seeds import dropout_box
 from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
 from partita.model.rope import halves, rotate, tables
+from partita.parallel.cp.alibi import slopes
 from partita.parallel.precision.fp8 import Multiplied
 from partita.parallel.product import PLAIN, Product
 from partita.spec.families import program
@@ -79,17 +80,20 @@ class Reference:
         """[batch, seq, hidden] before the head."""
         s, self.auxiliary = self.spec, Auxiliary()
         x = self.weight("embedding.table")[ids.clamp(min=0)]
+        if s.embedding_norm:
+            x = self.norm("embedding.norm", x)
         if s.has_positions:
             x = x + self.weight("embedding.position")[: ids.shape[1]]
         x = self.drop("embedding.dropout", x, samples)
         self.see("embedding", x)
         for i in range(s.layers):
-            name = f"blocks.{i}"
+            name, read = f"blocks.{i}", x
             x = x + self.drop(
                 f"{name}.attention.residual", self.attention(name, x, documents, samples), samples
             )
             self.see(f"{name}.attention", x)
-            x = x + self.drop(f"{name}.mlp.residual", self.mlp(name, x), samples)
+            read = read if s.parallel_residual else x
+            x = x + self.drop(f"{name}.mlp.residual", self.mlp(name, read), samples)
             self.see(f"{name}.mlp", x)
         return x
 
@@ -125,7 +129,7 @@ class Reference:
                 self.norm(f"{name}.attention.q_norm", q),
                 self.norm(f"{name}.attention.k_norm", k),
             )
-        if not s.has_positions and s.latent is None:
+        if s.rotates and s.latent is None:
             cos, sin = (t.to(x.device) for t in tables(s, h.shape[1], self.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = s.heads // s.kv_heads
@@ -139,7 +143,8 @@ class Reference:
             scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
             a = self.drop(f"{name}.attention.core", scores.softmax(-1), samples) @ v
         else:
-            plain = documents is None and not s.sliding_window
+            plain = documents is None and not s.sliding_window and not s.alibi
+            mask = self.falling(mask) if s.alibi else mask
             a = scaled_dot_product_attention(
                 q, k, v, attn_mask=None if plain else mask, is_causal=plain, scale=s.softmax_scale
             )
@@ -147,6 +152,13 @@ class Reference:
         a = a.transpose(1, 2).flatten(2)
         y = self.adapted(f"{name}.attention.wo", a, self.linear(a, wo))
         return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
+
+    def falling(self, mask: Tensor) -> Tensor:
+        """What ALiBi adds to scores, -inf where `mask` hides a key."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        at = torch.arange(mask.shape[-1], device=mask.device, dtype=dtype)
+        slope = slopes(self.spec.heads).to(mask.device, dtype).view(-1, 1, 1)
+        return (slope * (at - at.unsqueeze(-1))).masked_fill(~mask, -torch.inf)
 
     def latent_heads(self, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [batch, heads, seq, dim] made of latents; the last part of q and k rotated."""
@@ -179,7 +191,7 @@ class Reference:
         return x @ weight.t() if plain else Multiplied.apply(x, weight, self.product)  # type: ignore
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        """Norm, then experts, SwiGLU, or GELU (tanh) with biases."""
+        """Norm, then experts, SwiGLU, or GELU with biases."""
         h = self.norm(f"{name}.mlp.norm", x)
         if self.spec.has_experts(int(name.rpartition(".")[2])):
             return moe(self, name, h)
@@ -187,7 +199,8 @@ class Reference:
             gate, up = (self.dense(f"{name}.mlp.gate_up", h, i) for i in (0, 1))
             return self.dense(f"{name}.mlp.down", silu(gate) * up)
         h = self.dense(f"{name}.mlp.fc1", h) + self.weight(f"{name}.mlp.fc1_bias")
-        h = self.dense(f"{name}.mlp.fc2", gelu(h, approximate="tanh"))
+        exact = self.spec.gelu == "erf"
+        h = self.dense(f"{name}.mlp.fc2", gelu(h, approximate="none" if exact else "tanh"))
         return h + self.weight(f"{name}.mlp.fc2_bias")
 
     def dense(self, name: str, x: Tensor, part: int | None = None) -> Tensor:

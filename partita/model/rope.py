@@ -2,6 +2,7 @@
 
     [a, b] at position p  ->  [a cos - b sin, b cos + a sin],  angle = p * theta^(-2 i / rope_dim)
 
+Of a head that is wider than rope_dim the first rope_dim numbers are turned (GPT-NeoX).
 Positions are global: tables are made for the whole sequence, whatever cuts it. Applying them keeps nothing
 but the tables, since the backward is the rotation the other way.
 """
@@ -65,9 +66,9 @@ def halves(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., head_dim] rotated by tables that broadcast to [..., head_dim / 2], in x's dtype."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """x [..., head_dim] rotated by tables that broadcast to [..., rope_dim / 2], in x's dtype."""
+    a, b, rest = x.split([width := cos.shape[-1], width, x.shape[-1] - 2 * width], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 class Rotate(torch.autograd.Function):
@@ -87,6 +88,9 @@ class Rotate(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     """rotate, one way or the other, bit for bit, in four kernels instead of seven."""
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([_rotate(x[..., :turned], cos, sin, way), x[..., turned:]], -1)
     halves = x.unflatten(-1, (2, -1))
     out, across = halves * cos.unsqueeze(-2), halves * sin.unsqueeze(-2)
     (c, d), (a, b) = out.unbind(-2), across.unbind(-2)

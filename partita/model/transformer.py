@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from partita.comm.context import Context
 from partita.model.attention import Attention
 from partita.model.core import Core, Explicit, Flash, SharedExplicit
 from partita.model.dropout import Dropout
+from partita.model.embedding import EmbeddingBlock
 from partita.model.images import image_block
 from partita.model.latent import LatentAttention
 from partita.model.mlp import MLP
 from partita.model.moe import MoE, Shared
 from partita.model.rope import tables
+from partita.parallel.cp.alibi import slopes
 from partita.parallel.cp.ring import SharedKeys
+from partita.parallel.cp.tile import wide
 from partita.parallel.cp.travel import Gather, Ring
 from partita.parallel.cp.ulysses import Turned
 from partita.parallel.ep.dispatch import Exchange
@@ -36,7 +39,6 @@ from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
 from partita.parallel.regions import Regions
 from partita.parallel.sp.norm import Norm
-from partita.parallel.tp.embedding import Lookup
 from partita.parallel.tp.linear import IDENTITY, AddBias, Column, Row
 from partita.parallel.tp.lora import LowRank
 from partita.parallel.tp.loss import CrossEntropy
@@ -112,19 +114,29 @@ class Maker:
         window = self.spec.sliding_window
         drop = self.dropout("attention.core", "p_mask")
         scale = self.spec.softmax_scale if self.spec.latent else None
+        falls = self.slopes() if self.spec.alibi else None
         moves = self.regions.of("ring") or self.regions.of("all_gather")
         found: Core
         if moves:
             travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
-            shared = SharedKeys(travel, (moves[0], moves[1]), scale)
+            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls)
             found = shared if drop is None else SharedExplicit(shared, drop, again)
         elif drop is None:
-            found = Flash(window, scale)
+            found = Flash(window, scale, falls)
         else:
             assert future is not None
             found = Explicit(drop, future, window, again)
         turns = self.regions.of("exchange")
         return Turned(found, turns) if turns else found  # type: ignore[arg-type]
+
+    def slopes(self) -> Tensor:
+        """ALiBi's, of the heads that the core sees here: behind exchanges, where there are any."""
+        core = next(op for op in self.block.ops() if op.name == "attention.core")
+        first, end = self._span(
+            next(d for d in self.block.tensors[core.writes].dims if d.name == "heads")
+        )
+        dtype = wide(self.weight("attention.wq").unit.working.dtype)
+        return slopes(self.spec.heads)[first:end].to(self.context.device, dtype)
 
     def attention(
         self, rope: tuple[Tensor, Tensor] | None, future: Tensor | None, remakes: frozenset[str]
@@ -145,7 +157,7 @@ class Maker:
             self.local("k", "kv_heads"),
             spec.head_dim,
             rope,
-            self.places("q" if spec.has_positions else "qr"),
+            self.places("qr" if spec.rotates else "q"),
             self.core(future, "attention.softmax" in remakes),
             self.dropout("attention.residual", "ao_mask"),
             remakes,
@@ -219,80 +231,6 @@ class Maker:
         return first, sum(b - a for (a, b), *_ in (p.box for p in pieces))
 
 
-class EmbeddingBlock:
-    """ids -> x."""
-
-    def __init__(self, make: Maker) -> None:
-        self.training, self.loss_scale = True, 1.0
-        spec = make.spec
-        first, _ = make.vocab_range("embedding.table")
-        at = make.regions.at("embedding.lookup")
-        self.lookup = Lookup(make.weight("embedding.table"), first, at)
-        self.position: Weight | None = None
-        if spec.has_positions:
-            self.position = make.weight("embedding.position")
-            self._span = make.places("e")
-        self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
-
-    def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """Table, positions, dropout. x, where given, is empty: a place for backward to end at."""
-        h = self.lookup(batch.ids, x)
-        if self.position is not None:
-            if batch.split is None:
-                h = AddPosition.apply(h, self.position, self._span[0])
-            else:
-                at = batch.split.tokens.part(*self._span).positions
-                h = AddPositions.apply(h, self.position, at)
-        if self.drop is not None and self.training:
-            h = self.drop(h, batch.step, batch)
-        return h
-
-
-class AddPosition(torch.autograd.Function):
-    """x + position[first : first + seq]; the gradient sums this rank's samples."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, position: Weight, first: int) -> Tensor:
-        """Adds rows of the table."""
-        ctx.position, ctx.first = position, first
-        return x + position.value[first : first + x.shape[1]]
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        """Passes on."""
-        if ctx.position.trains:
-            ctx.position.queue.add(_add_rows, ctx.position.gradient, ctx.first, dy)
-        return dy, None, None
-
-
-class AddPositions(torch.autograd.Function):
-    """x + position[at], for `at` [samples or 1, seq]."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, position: Weight, at: Tensor) -> Tensor:
-        """Adds rows of the table."""
-        ctx.position, ctx.at = position, at
-        return x + position.value[at]
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        """Passes on."""
-        if ctx.position.trains:
-            ctx.position.queue.add(_add_at, ctx.position.gradient, ctx.at, dy)
-        return dy, None, None
-
-
-def _add_at(gradient: Tensor, at: Tensor, dy: Tensor) -> None:
-    """Samples that share their positions are added up first."""
-    if at.shape[0] == 1:
-        dy = dy.sum(0, keepdim=True, dtype=gradient.dtype)
-    gradient.index_add_(0, at.flatten(), dy.flatten(0, 1).to(gradient.dtype))
-
-
-def _add_rows(gradient: Tensor, first: int, dy: Tensor) -> None:
-    gradient[first : first + dy.shape[1]].add_(dy.sum(0, dtype=gradient.dtype))
-
-
 class LayerBlock:
     """x -> attention segment -> mlp segment, or experts in its place."""
 
@@ -301,7 +239,7 @@ class LayerBlock:
     ) -> None:
         self.training, self.loss_scale = True, 1.0
         spec = make.spec
-        gated = spec.family == "llama"
+        gated, self.parallel = spec.family == "llama", spec.parallel_residual
         self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
         again = frozenset(op.name for op in replayed(make.block))
         self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
@@ -320,6 +258,7 @@ class LayerBlock:
             gated,
             make.dropout("mlp.residual", "mo_mask") if spec.dropout > 0 else None,
             remakes,
+            spec.gelu,
         )
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
@@ -331,15 +270,19 @@ class LayerBlock:
         and it does not stop."""
         if self.recomputes and torch.is_grad_enabled():
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
+        if not isinstance(self.mlp, MoE):
+            return self.run(x, batch)
         x = self.attention(x, batch, batch.step, self.training)
-        if isinstance(self.mlp, MoE):
-            return (yield from self.mlp.flow(x, batch, self.training))
-        return self.mlp(x, batch, batch.step, self.training)
+        return (yield from self.mlp.flow(x, batch, self.training))
 
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""
-        x = self.attention(x, batch, batch.step, self.training)
-        return self.mlp(x, batch, batch.step, self.training, replay)
+        if not self.parallel:
+            x = self.attention(x, batch, batch.step, self.training)
+            return self.mlp(x, batch, batch.step, self.training, replay)
+        attention, mlp = cast(Attention, self.attention), cast(MLP, self.mlp)
+        y = attention(x, batch, batch.step, self.training, replay)  # nothing reads what it makes
+        return mlp(y, batch, batch.step, self.training, replay, x)
 
 
 class HeadBlock:
@@ -370,7 +313,7 @@ def build_blocks(
     """The blocks of each stage on a place of pp, in order, on views of its units."""
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     rope = None
-    if not spec.has_positions and spec.image is None:
+    if spec.rotates:
         made = tables(spec, laid.request.seq_len, _dtype(units))
         rope = made[0].to(context.device), made[1].to(context.device)
     future = None

@@ -54,6 +54,7 @@ class Place:
     step: int
     first: int
     order: Values
+    falls: bool = False  # attention's scores fall off with distance (ALiBi)
 
     def positions(self, places: range) -> Values:
         """Where in the sequence laid places lie."""

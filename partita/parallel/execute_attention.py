@@ -17,6 +17,7 @@ from partita.parallel.execute_algebra import (
     Local,
     P,
     Place,
+    Values,
     contract,
     inverse,
     times,
@@ -72,11 +73,22 @@ class Heads:
         q, k = self.get(self.op.reads[0]), self.kv(self.op.reads[1])
         s = contract(self.GRID, q, k)
         seq, keys = (self.at.positions(s.span(d)) for d in ("seq", "keys"))
-        return times(s, (keys[None, :] <= seq[:, None]).astype(np.int64))
+        return times(
+            s, (keys[None, :] <= seq[:, None]).astype(np.int64) * self.falling(s, seq, keys)
+        )
+
+    def falling(self, s: Local, seq: Values, keys: Values) -> Values | int:
+        """ALiBi as a factor that each head and distance has of its own."""
+        if not self.at.falls:
+            return 1
+        slopes = np.asarray(s.span("heads"), np.int64)[:, None, None] + 2
+        return 1 + slopes * (seq[:, None] - keys[None, :])
 
     def scores_back(self, ds: Local) -> Found:
         """Gradients of q and k."""
         q, k = self.op.reads[:2]
+        seq, keys = (self.at.positions(ds.span(d)) for d in ("seq", "keys"))
+        ds = times(ds, self.falling(ds, seq, keys))
         dk = contract(("batch", "keys", "heads", "head_dim"), ds, self.get(q))
         dq = contract(self.at.dims(q), ds, self.kv(k))
         return {q: dq, k: _collapse(dk, self.get(k), self.group)}

@@ -19,7 +19,7 @@ class Kind:
     `names`: field -> key of its config.json; `only`: key -> the values under which ModelSpec describes
     the same model, the first of which is written; `defaults`: field -> what transformers fills in where a
     config.json is silent; `fixed`: field -> what every model of the kind has; `neutral`: keys that change
-    nothing.
+    nothing; `aliases`: other keys for those of `names`.
     """
 
     architecture: str
@@ -29,6 +29,7 @@ class Kind:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     neutral: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA = {
@@ -53,6 +54,26 @@ _GPT2 = {
     "tied": "tie_word_embeddings",
     "norm_eps": "layer_norm_epsilon",
 }
+_GPT_NEOX = {n: k for n, k in _LLAMA.items() if n not in ("kv_heads", "head_dim")} | {
+    "norm_eps": "layer_norm_eps",
+    "parallel_residual": "use_parallel_residual",
+}
+_BLOOM = {
+    "layers": "n_layer",
+    "hidden": "hidden_size",
+    "heads": "n_head",
+    "vocab": "vocab_size",
+    "max_seq_len": "seq_length",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+GELUS = {"erf": ("gelu",), "tanh": ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")}  # of hidden_act
+_NO_DROPOUT: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "hidden_dropout": (0.0,)}
+# how kernels of its training and its tokenizer were set
+_BLOOM_WORDS = """
+slow_but_exact masked_softmax_fusion attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv offset_alibi
+bias_dropout_fusion
+"""
 _MIXTRAL = {
     "experts": "num_local_experts",
     "top_k": "num_experts_per_tok",
@@ -160,6 +181,17 @@ KINDS: dict[str, Kind] = {
             "reorder_and_upcast_attn": (False,),
         },
         {"max_seq_len": 1024},
+    ),
+    "gpt_neox": Kind(
+        "GPTNeoXForCausalLM", "gpt_neox", _GPT_NEOX, _NO_DROPOUT | {"attention_bias": (True,)},
+        {"max_seq_len": 2048, "tied": False, "parallel_residual": True},
+        neutral=frozenset({"hidden_act", "rotary_pct", "rotary_emb_base", "classifier_dropout"}),
+    ),
+    "bloom": Kind(
+        "BloomForCausalLM", "bloom", _BLOOM,
+        _NO_DROPOUT | {"apply_residual_connection_post_layernorm": (False,), "n_inner": ()},
+        {"max_seq_len": 2048}, neutral=frozenset(_BLOOM_WORDS.split()),
+        aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     ),
 }  # fmt: skip
 

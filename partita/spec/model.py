@@ -2,6 +2,8 @@
 
     llama    RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases, tied or not
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
+    gpt_neox gpt2 with RoPE of a part of each head, attention and mlp on one input or not, GELU of both kinds
+    bloom    gpt2 with ALiBi (attention's scores fall off with distance) and a norm behind the token table
     alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
 A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), keys and values made of a
@@ -30,6 +32,8 @@ from partita.spec.lora import DEFAULT, check_lora
 from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
 from partita.spec.model_parts import Latent, RopeScaling
 
+BIASED = ("gpt2", "gpt_neox", "bloom")  # families with LayerNorm, GELU, biases everywhere
+
 __all__ = ["Latent", "ModelSpec", "RopeScaling"]
 
 PRESETS = Path(__file__).parent / "presets" / "models"
@@ -38,10 +42,10 @@ Convention = Literal["model_causal", "model_full", "hw"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes of a model. kv_heads, head_dim, ffn_hidden (gpt2: 4 * hidden) and tied (gpt2: yes) follow
-    from the others where they are left out. Raises UsageError for sizes that cannot be."""
+    """Sizes of a model. kv_heads, head_dim, ffn_hidden (4 * hidden; llama has no default) and tied (gpt2,
+    bloom: yes) follow from the others where they are left out. Raises UsageError for sizes that cannot be."""
 
-    family: Literal["llama", "gpt2", "alexnet"]
+    family: Literal["llama", "gpt2", "gpt_neox", "bloom", "alexnet"]
     layers: int
     hidden: int
     heads: int
@@ -49,10 +53,13 @@ class ModelSpec:
     max_seq_len: int
     kv_heads: int = 0  # 0: heads
     head_dim: int = 0  # 0: hidden / heads
-    ffn_hidden: int = 0  # 0: 4 * hidden, gpt2 only
-    tied: bool = None  # type: ignore[assignment]  # None: gpt2
+    ffn_hidden: int = 0  # 0: 4 * hidden, not in llama
+    tied: bool = None  # type: ignore[assignment]  # None: gpt2, bloom
     norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0  # llama
+    rope_theta: float = 10_000.0  # llama, gpt_neox
+    rotary_pct: float = 1.0  # gpt_neox: RoPE turns the first so much of each head
+    parallel_residual: bool = False  # gpt_neox: x + attention(norm(x)) + mlp(norm'(x))
+    gelu: Literal["tanh", "erf"] = "tanh"  # gpt_neox may have the exact one, erf
     rope_scaling: RopeScaling | None = None  # llama
     qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
     qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
@@ -95,8 +102,8 @@ class ModelSpec:
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.hidden // self.heads,
             "ffn_hidden": self.ffn_hidden
-            or {"gpt2": 4, "alexnet": 1}.get(self.family, 0) * self.hidden,
-            "tied": self.family == "gpt2" if self.tied is None else self.tied,
+            or {"llama": 0, "alexnet": 1}.get(self.family, 4) * self.hidden,
+            "tied": self.family in ("gpt2", "bloom") if self.tied is None else self.tied,
         }
         if self.experts:
             derived["expert_ffn_hidden"] = self.expert_ffn_hidden or derived["ffn_hidden"]
@@ -114,12 +121,27 @@ class ModelSpec:
     @property
     def has_biases(self) -> bool:
         """Whether linear layers and norms have biases."""
-        return self.family == "gpt2"
+        return self.family in BIASED
 
     @property
     def has_positions(self) -> bool:
-        """Whether positions are learned (max_seq_len rows), not rotated in."""
+        """Whether positions are learned (max_seq_len rows)."""
         return self.family == "gpt2"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether positions are rotated in."""
+        return self.family in ("llama", "gpt_neox")
+
+    @property
+    def alibi(self) -> bool:
+        """Whether positions are what attention's scores fall off by."""
+        return self.family == "bloom"
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether a norm stands behind the token table."""
+        return self.family == "bloom"
 
     @property
     def v_dim(self) -> int:
@@ -129,7 +151,7 @@ class ModelSpec:
     @property
     def rope_dim(self) -> int:
         """Numbers of a head that RoPE turns."""
-        return self.latent.rope if self.latent else self.head_dim
+        return self.latent.rope if self.latent else int(self.head_dim * self.rotary_pct)
 
     @property
     def softmax_scale(self) -> float:
@@ -198,6 +220,8 @@ class ModelSpec:
             q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
             linears = q + 2 * kv + self.hidden + self.ffn_hidden + self.hidden
             found += self.layers * (linears + 2 * self.hidden) + self.hidden
+        if self.embedding_norm:
+            found += 2 * self.hidden
         return found + self._adapters()
 
     def _adapters(self) -> int:

@@ -48,21 +48,36 @@ def check_relations(spec: ModelSpec) -> None:
         raise UsageError(text, key="image")
     if spec.image is not None:
         _check_image(spec, spec.image)
-    elif spec.family == "llama":
-        if spec.head_dim % 2:
-            raise UsageError(f"RoPE turns pairs: {spec.head_dim} is odd", key="head_dim")
-        if spec.rope_theta < 1.0:
-            raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
-        if spec.dropout:
-            raise UsageError("family llama has no dropout", key="dropout")
-    elif spec.kv_heads != spec.heads or spec.heads * spec.head_dim != spec.hidden:
-        text = f"family gpt2 has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
-        raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
-    elif spec.rope_scaling is not None:
-        raise UsageError("family gpt2 has learned positions", key="rope_scaling")
-    for name in ("qkv_bias", "qk_norm", "latent"):
-        if getattr(spec, name) and spec.family != "llama":
+    else:
+        _check_positions(spec)
+        square = spec.kv_heads == spec.heads and spec.heads * spec.head_dim == spec.hidden
+        if spec.has_biases and not square:
+            text = f"family {spec.family} has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
+            raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
+    for name, (nothing, families) in OF_FAMILIES.items():
+        if getattr(spec, name) != nothing and spec.family not in families:
             raise UsageError(f"family {spec.family} has no {name}", key=name)
+
+
+OF_FAMILIES = {  # field -> what says nothing, and the families that may say more
+    "dropout": (0.0, ("gpt2", "alexnet")), "qkv_bias": (False, ("llama",)), "qk_norm": (False, ("llama",)),
+    "latent": (None, ("llama",)), "rope_scaling": (None, ("llama",)), "rotary_pct": (1.0, ("gpt_neox",)),
+    "parallel_residual": (False, ("gpt_neox",)), "gelu": ("tanh", ("gpt_neox",)),
+}  # fmt: skip
+
+
+def _check_positions(spec: ModelSpec) -> None:
+    """What RoPE turns is whole pairs."""
+    if not spec.rotates:
+        return
+    if not 0.0 < spec.rotary_pct <= 1.0:
+        raise UsageError(f"{spec.rotary_pct} is not within 0 < rotary_pct <= 1", key="rotary_pct")
+    if spec.latent is None and (spec.rope_dim % 2 or not spec.rope_dim):
+        whole = spec.rotary_pct == 1.0
+        text = f"RoPE turns pairs: {spec.rope_dim} of a head is no even number of 2 or more"
+        raise UsageError(text, key="head_dim" if whole else "rotary_pct")
+    if spec.rope_theta < 1.0:
+        raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
 
 
 def _check_image(spec: ModelSpec, image: ImageSpec) -> None:

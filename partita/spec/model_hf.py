@@ -13,7 +13,7 @@ from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import KINDS, SCALINGS
+from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS
 from partita.spec.model import ModelSpec
 
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
@@ -54,6 +54,8 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
             key="model_type",
         )
     kind = KINDS[model_type]
+    other = {kind.aliases[k]: v for k, v in config.items() if k in kind.aliases}
+    config = {k: v for k, v in config.items() if k not in kind.aliases} | other
     for key, accepted in kind.only.items():
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
@@ -66,6 +68,7 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     silent = {n: v for n, v in kind.defaults.items() if kind.names.get(n) not in config}
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
+    table |= _neox(config, file) if kind.family == "gpt_neox" else {}
     table |= _layers(config, file) | _experts(config, table, file) | _latent(config)
     try:
         return decode(ModelSpec, table)
@@ -107,6 +110,19 @@ def _latent(config: Mapping[str, Any]) -> dict[str, Any]:
             "router_top_groups": config.get("topk_group"),
         }
     return found
+
+
+def _neox(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Which GELU, and how much of a head is rotated: transformers 4 writes rotary_pct and rotary_emb_base."""
+    act, rope = config.get("hidden_act", "gelu"), config.get("rope_parameters") or {}
+    kinds = [kind for kind, theirs in GELUS.items() if act in theirs]
+    if not kinds:
+        raise _refuse(
+            file, "hidden_act", act, tuple(a for theirs in GELUS.values() for a in theirs)
+        )
+    theta = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
+    turned = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    return {"gelu": kinds[0], "rope_theta": float(theta), "rotary_pct": turned}
 
 
 def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -159,7 +175,7 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     known = ("default", "yarn" if str(config["model_type"]).startswith("deepseek") else "llama3")
     if kind not in known:
         raise _refuse(file, "rope_scaling.rope_type", kind, known)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse(
             file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
         )

@@ -25,8 +25,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "offload:nvme offload.targets=activations,gradients,optimizer",
     ),
     "model": (
-        "llama", "qwen tied", "gpt2", "gpt2 dropout", "moe", "moe mla ep2", "moe ep2 etp2 expert.chunks=2",
-        "alexnet split2",
+        "gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla ep2",
+        "moe ep2 etp2 expert.chunks=2", "alexnet split2",
     ),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -23,8 +25,10 @@ from transformers import (
 )
 from transformers.loss import loss_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.bloom import modeling_bloom as bloom
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -62,6 +66,10 @@ def llama_islands(module: Any, prefix: str) -> list[Island]:
     return [(norm, "forward", WIDE), *rotary_islands(module, prefix)]
 
 
+GELU_BACK = (  # digits of sqrt(2 / pi), and 3 * 0.044715 of them
+    ("0.79788456 *", 1, "0.7978845608028654 *"), ("(0.79788456 +", 1, "(0.7978845608028654 +"),
+    ("0.1070322243 *", 1, "(0.134145 * 0.7978845608028654) *"),
+)  # fmt: skip
 QWEN_ROUTER = (("dtype=torch.float,", 1, "dtype=torch.float64,"),)
 ISLANDS: list[Island] = [
     *llama_islands(llama, "Llama"),
@@ -82,6 +90,11 @@ ISLANDS: list[Island] = [
     (deepseek_v2, "apply_rotary_emb", ((".float()", 2, ".double()"),)),
     (deepseek_v2, "eager_attention_forward", WIDE),
     (deepseek_v2.DeepseekV2TopkRouter, "forward", (("torch.float32", 3, "torch.float64"),)),
+    *rotary_islands(gpt_neox, "GPTNeoX"),
+    (bloom, "_get_alibi_slopes", (("torch.float32", 2, "torch.float64"),)),
+    (bloom.BloomAttention, "forward", WIDE),
+    (bloom, "bloom_gelu_forward", (("0.79788456", 1, "0.7978845608028654"),)),
+    (bloom, "bloom_gelu_back", GELU_BACK),
     (ROPE_INIT_FUNCTIONS, "llama3", FLOAT),
     (
         ROPE_INIT_FUNCTIONS,
@@ -133,6 +146,26 @@ def gpt2_config(**changes) -> GPT2Config:
     )  # fmt: skip
 
 
+def neox_config(**changes) -> GPTNeoXConfig:
+    """Four of a head's eight numbers are rotated."""
+    return GPTNeoXConfig(
+        **{
+            "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "rotary_pct": 0.5, "max_position_embeddings": SEQ,
+            "bos_token_id": None, "eos_token_id": None, "attn_implementation": "eager",
+        }
+        | changes
+    )  # fmt: skip
+
+
+def bloom_config() -> BloomConfig:
+    """Six heads: slopes of four, and two between."""
+    return BloomConfig(
+        vocab_size=61, hidden_size=30, n_layer=3, n_head=6, bos_token_id=None, eos_token_id=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+
+
 def moe_config(config=MixtralConfig, **changes):
     """Two of five experts."""
     own = {"num_experts": 5, "moe_intermediate_size": 12}
@@ -176,6 +209,11 @@ CONFIGS = {
     "deepseek-v3": lambda: deepseek_config(DeepseekV3Config, rope_parameters=YARN),
     "gpt2": gpt2_config,
     "gpt2-untied": lambda: gpt2_config(tie_word_embeddings=False),
+    "gpt-neox": neox_config,
+    "gpt-neox-serial": lambda: neox_config(
+        use_parallel_residual=False, hidden_act="gelu_fast", rotary_pct=1.0, rotary_emb_base=1000
+    ),
+    "bloom": bloom_config,
 }
 
 
@@ -212,6 +250,8 @@ def by_file_name(parameters: dict[str, Any], mixtral: bool) -> dict[str, Any]:
     """Tensors by the names of the files: transformers stacks the experts that a file holds one by one."""
     found, own = {}, ("block_sparse_moe", "w1", "w3", "w2")
     own = own if mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
+    if any(name.startswith("gpt_neox.") for name in parameters):
+        return {n.replace("lm_head", "embed_out"): x for n, x in parameters.items()}
     for name, x in parameters.items():
         head, _, tail = name.partition(".mlp.")
         experts = f"{head}.{own[0]}.experts"

@@ -30,7 +30,7 @@ def both(context, job):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom"])
 def test_a_tp_sp_layer_compiles(family):
     job = pt.Job.load(
         {

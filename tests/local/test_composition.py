@@ -23,6 +23,8 @@ def job(folder, row):
         model |= {**verify_jobs.MLA, "router": "sigmoid", "router_groups": 2}
     if "etp2" in words:
         model["shared_gate"] = True
+    if family == "gpt_neox":
+        model = {"parallel_residual": True, "rotary_pct": 0.5}
     if family == "gpt2":
         model["dropout"] = 0.1 if "dropout" in words else 0.0
     if "tied" in words:

@@ -150,6 +150,27 @@ def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tm
             assert flops == declared_flops, (name, flops, declared_flops)
 
 
+NEOX = {"parallel_residual": True, "rotary_pct": 0.5, "layers": 2}
+FALLS = {"layers": 2}
+
+
+@pytest.mark.parametrize(
+    "plan, family, model",
+    [
+        ("tp2+sp 2mb bf16", "gpt_neox", NEOX), ("cp2:ring 2mb fp32", "gpt_neox", NEOX),
+        ("tp2 2mb bf16", "bloom", FALLS), ("cp4:hybrid2x2 2mb fp32", "bloom", FALLS),
+        (f"tp2+sp 2mb bf16 {LESS[1]}", "gpt_neox", NEOX),
+    ],
+)  # fmt: skip
+def test_one_input_of_two_segments_and_scores_that_fall_off(plan, family, model, tmp_path):
+    job = verify_jobs.job(tmp_path, plan, family, **model)
+    with local(job.plan.world_size, 20) as ranks:
+        for rows in ranks.run(look, job):
+            for name, kept, declared_kept, flops, declared_flops in rows:
+                assert kept == declared_kept, (name, kept, declared_kept)
+                assert "recompute" in plan or flops == declared_flops, (name, flops, declared_flops)
+
+
 @pytest.mark.parametrize(
     "plan", ["tp2+sp 2mb fp32", "cp2:ring tp2 2mb bf16", "cp2:ulysses 2mb bf16", *LATENT_LESS]
 )

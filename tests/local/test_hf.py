@@ -109,7 +109,7 @@ def test_the_judge_equals_stock_transformers(kind, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama3-rope", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama3-rope", "gpt2", "gpt-neox"])
 def test_documents_equal_a_block_mask_of_transformers(kind, tmp_path, monkeypatch):
     folder = hf_models.save_model(tmp_path / "model", kind)
     hf_models.widen_islands(monkeypatch)
@@ -149,7 +149,7 @@ def test_names_tile_every_weight_and_every_file_tensor(kind, tmp_path):
     assert sum(held.values()) == spec.parameters()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_any_box_is_the_slice_of_the_whole(kind, tmp_path):
     folder = hf_models.save_model(tmp_path / "model", kind)
     spec, weights = read_all(folder)

@@ -20,7 +20,8 @@ GPT2 = ModelSpec(family="gpt2", layers=2, hidden=16, heads=4, vocab=VOCAB, max_s
 SPECS = pytest.mark.parametrize(
     "spec", [LLAMA, replace(LLAMA, tied=True), GPT2, replace(GPT2, tied=False)], ids=str
 )
-FAMILIES = pytest.mark.parametrize("spec", [LLAMA, GPT2], ids=["llama", "gpt2"])
+BLOOM = replace(GPT2, family="bloom")
+FAMILIES = pytest.mark.parametrize("spec", [LLAMA, GPT2, BLOOM], ids=["llama", "gpt2", "bloom"])
 
 
 def make(spec, dtype=torch.float64, compute=None):
@@ -154,10 +155,10 @@ def test_positions_do_not_restart_with_a_document():
     judge, ids = make(GPT2), batch(1).ids
     cut = judge.logits(ids, torch.tensor([[0] * 4 + [1] * 6]))[:, 4:]
     assert not torch.allclose(cut, judge.logits(ids[:, 4:]))
-    # Rotated positions are relative: a document alone has the same logits.
-    judge = make(LLAMA)
-    cut = judge.logits(ids, torch.tensor([[0] * 4 + [1] * 6]))[:, 4:]
-    assert torch.allclose(cut, judge.logits(ids[:, 4:]), rtol=1e-10)
+    # Rotated positions and ALiBi's distances are relative: a document alone has the same logits.
+    for judge in (make(LLAMA), make(BLOOM)):
+        cut = judge.logits(ids, torch.tensor([[0] * 4 + [1] * 6]))[:, 4:]
+        assert torch.allclose(cut, judge.logits(ids[:, 4:]), rtol=1e-10)
 
 
 def test_dropout_follows_the_sample_not_the_batch():

@@ -65,6 +65,19 @@ def test_dropout_masks_agree_with_one_device(plan, folder):
     assert found.equal, str(found)
 
 
+MORE = [
+    ("gpt_neox", {"parallel_residual": True, "rotary_pct": 0.5}, "tp2+sp dp_shard2.zero3 2mb fp64"),
+    ("gpt_neox", {"gelu": "erf"}, "pp2:1f1b/4mb tp2 recompute:full bf16"),
+    ("bloom", {}, "tp4+sp 2mb bf16"), ("bloom", {"packed": True}, "cp4:hybrid2x2 2mb fp64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, model, plan", MORE)
+def test_parallel_residuals_and_scores_that_fall_off(family, model, plan, folder):
+    found = verify(verify_jobs.job(folder, plan, family, **model))
+    assert found.equal, str(found)
+
+
 LESS = (
     "recompute:selective", "recompute:selective recompute.modules=core,norm,act",
     "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",

@@ -52,7 +52,7 @@ def job(
     """kv_heads 2 (fewer than tp4), vocab 127 (padded), 5 layers (uneven stages)."""
     spec = {
         "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 24, "vocab": 127,
-        "max_seq_len": seq, "tied": family == "gpt2",
+        "max_seq_len": seq, "tied": family in ("gpt2", "bloom"),
     }  # fmt: skip
     if family == "llama":
         spec["kv_heads"] = 2

@@ -33,6 +33,8 @@ MLA_PLAIN = model(head_dim=6, latent=Latent(kv=5, rope=2, v=3))
 QWEN = model(kv_heads=2, qkv_bias=True, qk_norm=True)
 GPT2 = model("gpt2")
 DROPS = model("gpt2", dropout=0.1, tied=False)
+NEOX = model("gpt_neox", parallel_residual=True)
+BLOOM = model("bloom")
 MOE = model(
     experts=4, top_k=2, expert_ffn_hidden=4, shared_experts=1, dense_layers=1, router_bias=True,
     balance_loss=0.1, z_loss=0.1, shared_gate=True,

@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from executed import (
+    BLOOM,
     DROPS,
     GPT2,
     LLAMA,
     MLA,
     MLA_PLAIN,
+    NEOX,
     QWEN,
     TIED,
     difference,
@@ -46,6 +48,8 @@ MODELS = {
     "qwen": QWEN,
     "mla": MLA,
     "mla plain": MLA_PLAIN,
+    "neox": NEOX,
+    "bloom": BLOOM,
 }
 FULL = " recompute:full"
 CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
@@ -60,6 +64,21 @@ CASES += [
     for p in ("tp4", "tp4+sp", "cp4:hybrid2x2", "cp2:ulysses tp2+sp", "dp_shard2.zero3 2mb")
 ]
 CASES += [("drops", "dp_shard2.zero3 tp2+sp 2mb recompute:full")]
+SELECTIVE = "recompute:selective recompute.modules=core,norm,act"
+CASES += [
+    ("neox", p)
+    for p in (
+        "tp4+sp", "dp_shard2.zero3 tp2 2mb", f"cp2:ring tp2+sp {SELECTIVE}", "pp2:zb_h1/4mb tp2+sp",
+        "tp2+sp recompute:full recompute.collectives=keep",
+    )
+]  # fmt: skip
+CASES += [
+    ("bloom", p)
+    for p in (
+        "tp4+sp", "cp2:ulysses tp2", "cp4:hybrid2x2", "cp2:ring tp2+sp recompute:full",
+        "dp_shard2.zero3 pp2/2mb", f"cp2:all_gather {SELECTIVE}",
+    )
+]  # fmt: skip
 CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
 CONTEXT = [
     "cp2:ring", "cp4:all_gather", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:ring tp2",

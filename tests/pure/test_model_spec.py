@@ -49,6 +49,21 @@ TINY: dict[str, Any] = {
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
+        ("gpt-neox-20b", 20_554_567_680),
+        ("pythia-70m", 70_426_624),
+        ("pythia-160m", 162_322_944),
+        ("pythia-410m", 405_334_016),
+        ("pythia-1b", 1_011_781_632),
+        ("pythia-1.4b", 1_414_647_808),
+        ("pythia-2.8b", 2_775_208_960),
+        ("pythia-6.9b", 6_857_302_016),
+        ("pythia-12b", 11_846_072_320),
+        ("bloom-560m", 559_214_592),
+        ("bloom-1b1", 1_065_314_304),
+        ("bloom-1b7", 1_722_408_960),
+        ("bloom-3b", 3_002_557_440),
+        ("bloom-7b1", 7_069_016_064),
+        ("bloom-176b", 176_247_271_424),
         ("quickstart", 2_755_008),
     ],
 )
@@ -59,8 +74,13 @@ def test_published_parameter_counts(name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("gpt3-175b", 174.604), ("megatron-8.3b", 8.3), ("mt-nlg-530b", 530)]
-)
+    ("name", "billions"),
+    [
+        ("gpt3-125m", 0.125), ("gpt3-350m", 0.356), ("gpt3-760m", 0.76), ("gpt3-1.3b", 1.3),
+        ("gpt3-2.7b", 2.7), ("gpt3-6.7b", 6.7), ("gpt3-13b", 13), ("gpt3-175b", 174.604),
+        ("megatron-8.3b", 8.3), ("mt-nlg-530b", 530),
+    ],
+)  # fmt: skip
 def test_counts_that_were_published_rounded(name: str, billions: float) -> None:
     digits = len(str(billions).partition(".")[2])
     assert round(ModelSpec.from_preset(name).parameters() / 1e9, digits) == billions
@@ -146,6 +166,13 @@ def test_what_follows_from_other_fields() -> None:
         ({"family": "gpt2", "kv_heads": 2}, "kv_heads"),
         ({"family": "gpt2", "head_dim": 8}, "head_dim"),
         ({"family": "gpt2", "dropout": 1.0}, "dropout"),
+        ({"family": "bloom", "kv_heads": 2}, "kv_heads"),
+        ({"family": "gpt_neox", "rotary_pct": 0.2}, "rotary_pct"),
+        ({"family": "gpt_neox", "rotary_pct": 1.5}, "rotary_pct"),
+        ({"family": "gpt_neox", "dropout": 0.1}, "dropout"),
+        ({"rotary_pct": 0.5}, "rotary_pct"),
+        ({"family": "gpt2", "gelu": "erf"}, "gelu"),
+        ({"family": "bloom", "parallel_residual": True}, "parallel_residual"),
         ({"family": "gpt2", "rope_scaling": {"factor": 2.0}}, "rope_scaling"),
         ({"preset": "llama3-9b"}, "preset"),
         ({"preset": 3}, "preset"),

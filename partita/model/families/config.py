@@ -9,7 +9,7 @@ import torch
 
 from partita.base.config import encode
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import KINDS, SCALINGS, kind_of
+from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, kind_of
 from partita.spec.model import ModelSpec
 from partita.spec.model_hf import model_of
 
@@ -33,7 +33,10 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
     }
     if spec.family == "gpt2":
         config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), spec.dropout)
-    else:
+    elif spec.family == "gpt_neox":
+        config |= {"rotary_pct": spec.rotary_pct, "rotary_emb_base": spec.rope_theta}
+        config["hidden_act"] = GELUS[spec.gelu][0]
+    elif spec.rotates:
         config |= {"rope_theta": spec.rope_theta, "rope_scaling": _rope(spec)}
     if "sliding_window" in config:
         config["sliding_window"] = spec.sliding_window or None

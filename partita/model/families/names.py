@@ -16,11 +16,16 @@ deepseek        attention.q_a, wq [heads, head_dim, q]  self_attn.q_a_proj, q_b_
                 router.balance_bias [experts]           mlp.gate.e_score_correction_bias
 gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
                 mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
+gpt_neox, bloom attention.wq, wk, wv                    *.query_key_value [heads * 3 * head_dim, hidden]: each
+                                                        head's q, k, v behind each other, weights and biases
+                mlp.fc1, fc2                            mlp.dense_h_to_4h, dense_4h_to_h
+bloom           embedding.norm [hidden]                 word_embeddings_layernorm
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,9 +34,27 @@ from partita.spec.hf_kinds import kind_of
 from partita.spec.model import ModelSpec
 
 # What older releases of transformers saved though it is no weight: masks, rotary tables.
-NO_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
-PREFIX = {"llama": "model.", "gpt2": "transformer."}
-OUTPUT_TABLE = "lm_head.weight"
+NO_WEIGHTS = re.compile(
+    r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias|rotary_emb\.inv_freq)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a family calls what stands around its layers."""
+
+    prefix: str
+    table: str
+    norm: str
+    output: str = "lm_head.weight"
+
+
+WORDS = {
+    "llama": Words("model.", "embed_tokens", "norm"),
+    "gpt2": Words("transformer.", "wte", "ln_f"),
+    "gpt_neox": Words("gpt_neox.", "embed_in", "final_layer_norm", "embed_out.weight"),
+    "bloom": Words("transformer.", "word_embeddings", "ln_f"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +94,30 @@ class Source:
 
 def names(spec: ModelSpec) -> tuple[Source, ...]:
     """Every tensor of the model and where it lies in a Hugging Face folder, in program order."""
-    if spec.family not in PREFIX:
+    if spec.family not in WORDS:
         raise UsageError(f"family {spec.family} has no Hugging Face layout", key="family")
-    prefix, hidden, tables = PREFIX[spec.family], spec.hidden, (spec.vocab, spec.hidden)
-    layer = _llama_layer if spec.family == "llama" else _gpt2_layer
-    words = "embed_tokens" if spec.family == "llama" else "wte"
-    found = [Source("embedding.table", f"{prefix}{words}.weight", tables, 1)]
+    words, hidden, tables = WORDS[spec.family], spec.hidden, (spec.vocab, spec.hidden)
+    prefix, layer = words.prefix, LAYERS[spec.family]
+    found = [Source("embedding.table", f"{prefix}{words.table}.weight", tables, 1)]
+    if spec.embedding_norm:
+        found += _norm(spec, "embedding.norm", f"{prefix}word_embeddings_layernorm")
     if spec.has_positions:
         shape = (spec.max_seq_len, hidden)
         found.append(Source("embedding.position", f"{prefix}wpe.weight", shape, 1))
     for i in range(spec.layers):
         found += layer(spec, i)
-    norm = f"{prefix}norm" if spec.family == "llama" else f"{prefix}ln_f"
-    found.append(Source("head.norm", f"{norm}.weight", (hidden,), 1))
-    if spec.has_biases:
-        found.append(Source("head.norm_bias", f"{norm}.bias", (hidden,), 1))
+    found += _norm(spec, "head.norm", f"{prefix}{words.norm}")
     if not spec.tied:
-        found.append(Source("head.table", OUTPUT_TABLE, tables, 1))
+        found.append(Source("head.table", words.output, tables, 1))
     return tuple(found)
+
+
+def _norm(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    """Scales, and biases where the family has them."""
+    found = [Source(ours, f"{theirs}.weight", (spec.hidden,), 1)]
+    if spec.has_biases:
+        found.append(Source(f"{ours}_bias", f"{theirs}.bias", (spec.hidden,), 1))
+    return found
 
 
 def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
@@ -195,23 +224,53 @@ def _experts(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
 def _gpt2_layer(spec: ModelSpec, i: int) -> list[Source]:
     ours, theirs, h = f"blocks.{i}.", f"transformer.h.{i}.", spec.hidden
     head = (spec.heads, spec.head_dim)
-    found = [
-        Source(f"{ours}attention.norm", f"{theirs}ln_1.weight", (h,), 1),
-        Source(f"{ours}attention.norm_bias", f"{theirs}ln_1.bias", (h,), 1),
-    ]
+    found = _norm(spec, f"{ours}attention.norm", f"{theirs}ln_1")
     fused = f"{theirs}attn.c_attn."
     for at, w in enumerate(("wq", "wk", "wv")):
         name, place = f"{ours}attention.{w}", (at * h, 3 * h)
         found.append(Source(name, f"{fused}weight", (*head, h), 2, True, *place))
         found.append(Source(f"{name}_bias", f"{fused}bias", head, 2, False, *place))
-    linears = (
-        ("attention.wo", "attn.c_proj", (h, *head)),
-        ("mlp.fc1", "mlp.c_fc", (spec.ffn_hidden, h)),
-        ("mlp.fc2", "mlp.c_proj", (h, spec.ffn_hidden)),
-    )
-    for w, theirs_w, dims in linears:
-        found.append(Source(f"{ours}{w}", f"{theirs}{theirs_w}.weight", dims, 1, True))
-        found.append(Source(f"{ours}{w}_bias", f"{theirs}{theirs_w}.bias", dims[:1], 1))
-    norm = ("weight", "mlp.norm"), ("bias", "mlp.norm_bias")
-    found += [Source(f"{ours}{w}", f"{theirs}ln_2.{kind}", (h,), 1) for kind, w in norm]
+    linears = ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    found += _biased(spec, ours, [f"{theirs}{n}" for n in linears], transposed=True)
+    return found + _norm(spec, f"{ours}mlp.norm", f"{theirs}ln_2")
+
+
+def _biased(
+    spec: ModelSpec, ours: str, theirs: Sequence[str], transposed: bool = False
+) -> list[Source]:
+    """wo, fc1 and fc2 with their biases."""
+    h, found = spec.hidden, []
+    dims = ((h, spec.heads, spec.head_dim), (spec.ffn_hidden, h), (h, spec.ffn_hidden))
+    for w, name, shape in zip(("attention.wo", "mlp.fc1", "mlp.fc2"), theirs, dims, strict=True):
+        found.append(Source(f"{ours}{w}", f"{name}.weight", shape, 1, transposed))
+        found.append(Source(f"{ours}{w}_bias", f"{name}.bias", shape[:1], 1))
     return found
+
+
+def _fused_layer(spec: ModelSpec, i: int) -> list[Source]:
+    """GPT-NeoX and BLOOM: q, k and v of one head behind each other."""
+    layers, segment = ("layers", "attention")
+    if spec.family == "bloom":
+        layers, segment = ("h", "self_attention")
+    ours, theirs = f"blocks.{i}.", f"{WORDS[spec.family].prefix}{layers}.{i}."
+    head, step = (spec.heads, spec.head_dim), 3 * spec.head_dim
+    found = _norm(spec, f"{ours}attention.norm", f"{theirs}input_layernorm")
+    fused, total = f"{theirs}{segment}.query_key_value", spec.heads * step
+    for at, w in enumerate(("wq", "wk", "wv")):
+        for name, file, dims in (
+            (f"{ours}attention.{w}", f"{fused}.weight", (*head, spec.hidden)),
+            (f"{ours}attention.{w}_bias", f"{fused}.bias", head),
+        ):
+            offset = at * spec.head_dim
+            found.append(Source(name, file, dims, 2, offset=offset, total=total, step=step))
+    linears = (f"{segment}.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    found += _biased(spec, ours, [f"{theirs}{n}" for n in linears])
+    return found + _norm(spec, f"{ours}mlp.norm", f"{theirs}post_attention_layernorm")
+
+
+LAYERS = {
+    "llama": _llama_layer,
+    "gpt2": _gpt2_layer,
+    "gpt_neox": _fused_layer,
+    "bloom": _fused_layer,
+}

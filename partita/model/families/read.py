@@ -19,7 +19,7 @@ from torch import Tensor
 
 from partita.base.config import load_json
 from partita.base.errors import CheckpointError, UsageError
-from partita.model.families.names import NO_WEIGHTS, OUTPUT_TABLE, PREFIX, Source, names
+from partita.model.families.names import NO_WEIGHTS, WORDS, Source, names
 from partita.spec.layout import Box
 from partita.spec.model import ModelSpec
 
@@ -170,8 +170,9 @@ def _is_plain(file: str) -> bool:
 
 def _full_name(name: str, spec: ModelSpec) -> str:
     """Bare models are saved without the prefix of the model with a head."""
-    prefix = PREFIX[spec.family]
-    return name if name == OUTPUT_TABLE or name.startswith(prefix) else prefix + name
+    words = WORDS[spec.family]
+    whole = name == words.output or name.startswith(words.prefix)
+    return name if whole else words.prefix + name
 
 
 def _check(
@@ -190,23 +191,23 @@ def _check(
             text = f"{name} is {stored.get_dtype()}; accepted: {', '.join(DTYPES)}"
             raise _bad(path, name, text)
     for name, file in files.items():
-        if name == OUTPUT_TABLE and spec.tied:
-            _check_tied(file, files[sources[0].file_name], sources[0].file_name)
+        if name == WORDS[spec.family].output and spec.tied:
+            _check_tied(name, file, files[sources[0].file_name], sources[0].file_name)
         elif name not in wanted and not NO_WEIGHTS.search(name):
             text = f"{file.stored[name]} is no tensor of the model (family {spec.family}, "
             raise _bad(file.path, name, f"{text}{spec.layers} layers, tied = {spec.tied})")
 
 
-def _check_tied(file: _File, table_file: _File, table: str) -> None:
+def _check_tied(name: str, file: _File, table_file: _File, table: str) -> None:
     """Some folders hold a tied table twice; that must be the same values."""
-    a, b = file.slice(OUTPUT_TABLE), table_file.slice(table)
+    a, b = file.slice(name), table_file.slice(table)
     same = a.get_shape() == b.get_shape() and all(
         torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS])
         for i in range(0, a.get_shape()[0], COMPARED_ROWS)
     )
     if not same:
-        text = f"{OUTPUT_TABLE} differs from {table}, though the model is tied (state tied = false)"
-        raise _bad(file.path, OUTPUT_TABLE, text)
+        text = f"{name} differs from {table}, though the model is tied (state tied = false)"
+        raise _bad(file.path, name, text)
 
 
 def _bad(path: Path, name: str, text: str) -> CheckpointError:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.parallel.cp.split import CAUSAL, Split
+from partita.parallel.cp.alibi import biased
+from partita.parallel.cp.split import CAUSAL, Split, Tile
 from partita.parallel.cp.tile import Merged, attend, attend_back, wide
 from partita.parallel.cp.travel import Travel
 from partita.parallel.regions import Region
@@ -26,11 +27,19 @@ from partita.parallel.regions import Region
 @dataclass(frozen=True)
 class SharedKeys:
     """A core (model/core.py) for the shares of a ring or gather; `regions` move k and v. q [batch, heads,
-    share, head_dim], k and v [batch, kv_heads, share, head_dim]; `scale` as tile.py has it."""
+    share, head_dim], k and v [batch, kv_heads, share, head_dim]; `scale` as tile.py has it, `slopes` of
+    this rank's heads where scores fall off with distance (alibi.py)."""
 
     travel: Travel
     regions: tuple[Region, Region]
     scale: float | None = None
+    slopes: Tensor | None = None
+
+    def _seen(self, split: Split, tile: Tile, mine: int, owner: int) -> tuple[Tensor | None, bool]:
+        """A tile's mask, and whether its upper half is hidden."""
+        if self.slopes is None:
+            return split.seen(tile, mine, owner), tile.kind == CAUSAL
+        return biased(self.slopes, *split.pair(tile, mine, owner), split.window), False
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -44,10 +53,9 @@ class SharedKeys:
         for owner, share in self.travel.shares(self.regions, _laid(k, v), "F"):
             own, theirs = (t.transpose(1, 2) for t in share)
             for tile in split.tiles(mine, owner):
-                seen = split.seen(tile, mine, owner)
+                seen, causal = self._seen(split, tile, mine, owner)
                 at = tile.rows, slice(None), tile.k
                 part = q[tile.rows, :, tile.q]
-                causal = tile.kind == CAUSAL
                 merged.add(tile, *attend(part, own[at], theirs[at], seen, causal, self.scale))
             del share, own, theirs  # no third share while the next one comes
         return merged.out, merged.lse
@@ -65,11 +73,11 @@ class SharedKeys:
             parts = [torch.zeros_like(t, dtype=wide(t.dtype)) for t in share]
             dk, dv = (t.transpose(1, 2) for t in parts)
             for tile in split.tiles(mine, owner):
-                seen = split.seen(tile, mine, owner)
+                seen, causal = self._seen(split, tile, mine, owner)
                 rows, keys = (tile.rows, slice(None), tile.q), (tile.rows, slice(None), tile.k)
                 found = attend_back(
                     g[rows], (q[rows], own[keys], theirs[keys]), out[rows], lse[rows], seen,
-                    tile.kind == CAUSAL, self.scale,
+                    causal, self.scale,
                 )  # fmt: skip
                 for whole, at, part in zip((dq, dk, dv), (rows, keys, keys), found, strict=True):
                     whole[at] += part

@@ -111,9 +111,12 @@ class Split:
         """bool [batch or 1, 1, queries, keys] of a tile that needs a mask."""
         if tile.kind != PART:
             return None
+        return visible(*self.pair(tile, mine, other), self.window, self.causal).unsqueeze(1)
+
+    def pair(self, tile: Tile, mine: int, other: int) -> tuple[Tokens, Tokens]:
+        """The tokens of a tile's queries and of its keys."""
         q = _cut(self.of_rank(mine), tile.rows, tile.q)
-        k = _cut(self.of_rank(other), tile.rows, tile.k)
-        return visible(q, k, self.window, self.causal).unsqueeze(1)
+        return q, _cut(self.of_rank(other), tile.rows, tile.k)
 
     def mask(self, mine: int) -> Tensor:
         """bool [batch or 1, 1, share, seq]: what queries of a rank see of all keys, in laid order."""

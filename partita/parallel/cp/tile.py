@@ -34,7 +34,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(output, lse) of one tile; lse is -inf where a query sees none of the keys. `seen` bool [batch or 1,
-    1, queries, keys], or all; `causal`: the upper half is hidden."""
+    1, queries, keys], or all, or what is added to scores [batch or 1, heads, queries, keys] (alibi.py), -inf
+    where nothing is seen; `causal`: the upper half is hidden."""
     if q.device.type != "cpu":
         return plain(q, k, v, seen, causal, scale)
     padded = _padded(v, q.shape[-1])
@@ -42,7 +43,8 @@ def attend(
     if padded is not v:  # as narrow as it is laid, and as the kernel lays its output
         out = out.transpose(1, 2)[..., : v.shape[-1]].contiguous().transpose(1, 2)
     if seen is not None:  # the kernel says 0 for such a row
-        lse = lse.masked_fill(~seen.any(-1).expand(lse.shape), -torch.inf)
+        some = (seen if seen.dtype == torch.bool else seen > -torch.inf).any(-1)
+        lse = lse.masked_fill(~some.expand(lse.shape), -torch.inf)
     return out, lse
 
 
@@ -105,8 +107,8 @@ def plain_back(
 
 def _added(seen: Tensor | None, q: Tensor) -> Tensor | None:
     """A mask as the kernel wants it: 0 or -inf, in q's dtype."""
-    if seen is None:
-        return None
+    if seen is None or seen.dtype != torch.bool:
+        return seen
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
 
 
@@ -121,6 +123,8 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool, scale: floa
     scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, k.to(dtype)) * _scale(q, scale)
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
+    elif seen is not None and seen.dtype != torch.bool:
+        return scores + seen.unflatten(1, (k.shape[1], -1))
     elif seen is not None:
         seen = seen.unsqueeze(1)
     return scores if seen is None else scores.masked_fill(~seen, -torch.inf)

@@ -1,5 +1,6 @@
-"""Llama (RMSNorm, RoPE, grouped-query attention, SwiGLU) and GPT-2 (LayerNorm, learned positions,
-GELU, biases, dropout) as Programs. docs/map.md has the table of ops, tensors and weights.
+"""Llama (RMSNorm, RoPE, grouped-query attention, SwiGLU), GPT-2 (LayerNorm, learned positions, GELU,
+biases, dropout) and what differs from it, GPT-NeoX and BLOOM, as Programs. docs/map.md has the table of
+ops, tensors and weights.
 
 With dropout 0 attention is one op (flash: keeps q, k, v, its output and the log-sum-exp); with dropout
 it is Korthikanti et al.'s explicit softmax (2205.05198, sec. 4), probabilities and masks kept.
@@ -34,8 +35,8 @@ class Family:
 
     @property
     def biased(self) -> bool:
-        """GPT-2 has biases everywhere, and learned positions."""
-        return self.spec.family == "gpt2"
+        """GPT-2 and its like have biases everywhere."""
+        return self.spec.has_biases
 
     @property
     def drops(self) -> bool:
@@ -106,7 +107,7 @@ class Family:
         if self.spec.qk_norm:
             q = self.norm(w, "attention.q_norm", q, "qn", Q)
             k = self.norm(w, "attention.k_norm", k, "kn", KV)
-        if not self.spec.has_positions:
+        if self.spec.rotates:
             q = w.op("attention.rope_q", "map", q, ("qr", Q))
             k = w.op("attention.rope_k", "map", k, ("kr", KV))
         a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v)
@@ -178,13 +179,13 @@ class Family:
         x = w.tensor("x", X)
         ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"))
         x1 = self.residual(w, "attention", x, ao, "x1")
-        n2 = self.norm(w, "mlp.norm", x1, "n2")
+        n2 = self.norm(w, "mlp.norm", x if self.spec.parallel_residual else x1, "n2")
         if experts:
             return w.block(x, self.residual(w, "combine", x1, moe(self.spec, w, n2), "x2"))
         return w.block(x, self.residual(w, "mlp", x1, self.mlp(w, n2), "x2"))
 
     def embedding(self) -> Block:
-        """Token table, and for GPT-2 positions and dropout."""
+        """Token table; for GPT-2 positions and dropout, for BLOOM a norm."""
         w = self.writer("embedding")
         ids = w.tensor("ids", "batch seq", "index")
         x = w.op(
@@ -196,7 +197,9 @@ class Family:
             sums=("vocab",),
             saves=ids,
         )
-        if self.biased:
+        if self.spec.embedding_norm:
+            x = self.norm(w, "embedding.norm", x, "en")
+        if self.spec.has_positions:
             x = w.op(
                 "embedding.add_position",
                 "map",
