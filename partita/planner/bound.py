@@ -89,6 +89,10 @@ class Bounds:
             self._tables[key] = make(mesh, shape, tokens)
         return self._tables[key]
 
+    def knows(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> bool:
+        """Whether a table is there."""
+        return (mesh.tp, mesh.sp, mesh.cp, shape, tokens) in self._tables
+
     def laid_table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The table of a laid model."""
         fold = mesh.cp * mesh.tp

@@ -180,10 +180,14 @@ class Search:
         if least.seconds.min(initial=INF) >= self._cut:
             return
         sizes, bound = np.array(micros), np.maximum(least.seconds, node.seconds)
+        known: dict[object, np.ndarray] = {}
         for leaf in schedules:
             if only and leaf[0] not in only:
                 continue
-            seconds = np.maximum(self.bounds.rough(mesh, table, leaf, sizes) + least.once, bound)
+            kind = self.bounds.lies(mesh, leaf).kind
+            if kind not in known:
+                known[kind] = self.bounds.rough(mesh, table, leaf, sizes) + least.once
+            seconds = np.maximum(known[kind], bound)
             good = (seconds < self._cut).nonzero()[0]
             if not len(good):
                 continue
@@ -212,7 +216,8 @@ class Search:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""
         if not self.space.words.admit("recompute", "none"):
             return False
-        return self.bounds.endless(node.mesh, node.shape, ("none", 1)) == table
+        plain = self.bounds.endless(node.mesh, node.shape, ("none", 1))
+        return isinstance(plain, Table) and plain.layers == table.layers
 
     def _scheduled(self, node: Node) -> Iterator[Node]:
         """A schedule with one size of microbatch; then the others."""
@@ -220,13 +225,16 @@ class Search:
         states = node.leaves // (1 + len(node.rest))
         yield from self._next(node, node.leaf, node.rest, states)
         named = (node.leaf.schedule, node.leaf.virtual)
-        probe, count = b.probe(mesh, *named, m), b.lies(mesh, named).num_stages
+        num_stages = b.lies(mesh, named).num_stages
+        if b.knows(mesh, node.shape, tokens) and self._slow(node, num_stages) >= self._cut:
+            return
+        probe = b.probe(mesh, *named, m)
         if isinstance(probe, Problem):
             self._refuse(probe, states)
             return
         endless = b.endless(mesh, node.shape, (tokens.mode, tokens.every))
         assert isinstance(endless, Table)
-        stages, scale = b.stages(endless, count), tokens.micro / ENDLESS
+        stages, scale = b.stages(endless, num_stages), tokens.micro / ENDLESS
         num_bytes = min(  # what a chunk keeps grows with its samples
             b.memory(stages, probe, *way, scale=scale) + b.beside(endless, *way, scale)
             for way in b.ways(mesh, node.shape)
@@ -238,9 +246,20 @@ class Search:
         if isinstance(table, Problem):
             self._refuse(table, states)
             return
-        seconds = b.pipeline(b.stages(table, count), mesh, named, m) + node.once
-        seconds = max(seconds, node.seconds)
-        yield replace(node, level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=())
+        seconds = self._slow(node, num_stages)
+        if seconds < self._cut:
+            yield replace(
+                node, level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=()
+            )
+
+    def _slow(self, node: Node, num_stages: int) -> float:
+        """Seconds of a step at least, where its table is there."""
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        if isinstance(table, Problem):
+            return node.seconds
+        named, m = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        stages = self.bounds.stages(table, num_stages)
+        return max(self.bounds.pipeline(stages, node.mesh, named, m) + node.once, node.seconds)
 
     def _microbatches(self, node: Node) -> int:
         return self.space.batch // node.mesh.dp // node.tokens.micro

@@ -126,14 +126,15 @@ class Rough:
     def __init__(self, schedule: str, ranks: int, virtual: int) -> None:
         self.split = schedule in HALVES
         self.num_stages = ranks * virtual
-        at = np.arange(ranks)
+        at, vee = np.arange(ranks), has_fixed_stages(schedule) and virtual == 2
         rows = [at + i * ranks for i in range(virtual)]
-        if has_fixed_stages(schedule) and virtual == 2:
+        if vee:
             rows = [at, 2 * ranks - 1 - at]
         both = schedule == "dualpipe" and ranks > 1
         rows = [at, ranks - 1 - at] if both else rows
         self.held = -np.sort(-np.stack(rows, 1), 1)
         self.share = 0.5 if both else 1.0
+        self.kind = (self.split, virtual, vee, both)  # of those with the same bounds
 
     def __call__(self, stages: np.ndarray, micros: np.ndarray, samples: int) -> np.ndarray:
         """Seconds at least for each size; `stages` [stage, 3]: F, I, W of a sample."""
