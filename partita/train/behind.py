@@ -39,16 +39,19 @@ class Behind:
         """Whether a save is not over yet; the same on all ranks."""
         return self._saving is not None
 
-    def start(self, saving: Saving, pieces: Iterable[Piece], ranks_here: int = 1) -> None:
+    def start(
+        self, saving: Saving, pieces: Iterable[Piece], ranks_here: int = 1, in_files: bool = False
+    ) -> None:
         """Copies the pieces and has them written; none may be in flight. Where the host lacks the memory
-        for the copies of its `ranks_here` ranks, it writes them at once."""
+        for the copies of its `ranks_here` ranks, or they lie `in_files`, which are no smaller than disks, it
+        writes them at once, from where they lie."""
         assert not self.in_flight
         if saving.temporary is None:
             return
         self._saving, self._error, self._commits = saving, None, False
         held = list(pieces)
         room = psutil.virtual_memory().available / SPARE / ranks_here
-        if saving.ranks.agree(sum(p.bytes for p in held) <= room):
+        if saving.ranks.agree(not in_files and sum(p.bytes for p in held) <= room):
             self._run(partial(saving.write, [p.copied() for p in held]))
         else:
             self._run(partial(saving.write, held))

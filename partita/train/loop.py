@@ -269,7 +269,8 @@ class Loop:
             ranks,
         )
         here = self.control.num_ranks
-        self.behind.start(saving, pieces(built.model, built.update, job), here)
+        in_files = built.model.arenas.has_states_in_files
+        self.behind.start(saving, pieces(built.model, built.update, job), here, in_files)
         self._saved = step
         logging.info("saving %s", saving.final)
 

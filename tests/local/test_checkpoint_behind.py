@@ -28,10 +28,10 @@ def disk(monkeypatch):
     return state
 
 
-def begin(folder, step, rank=0, world=1, ranks=checkpoint.ALONE):
+def begin(folder, step, rank=0, world=1, ranks=checkpoint.ALONE, **more):
     """A save that has just begun, and the pieces it was given."""
     saves, parts = behind.Behind(), list(cut(rank, world, step, 0))
-    saves.start(checkpoint.Saving(folder, step, header(), ranks, 2), parts)
+    saves.start(checkpoint.Saving(folder, step, header(), ranks, 2), parts, **more)
     return saves, parts
 
 
@@ -87,11 +87,13 @@ def test_all_ranks_commit_or_all_raise_and_keep_the_old_one(hurt, tmp_path, disk
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_without_the_memory_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch):
-    none = types.SimpleNamespace(available=100)
-    monkeypatch.setattr(behind.psutil, "virtual_memory", lambda: none)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_without_the_memory_for_a_copy_it_is_written_at_once(in_files, tmp_path, monkeypatch):
+    """Nor are states copied into memory that lie in files, however much is free."""
+    free = types.SimpleNamespace(available=10**12 if in_files else 100)
+    monkeypatch.setattr(behind.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(pieces.Piece, "copied", lambda self: pytest.fail("copied"))
-    saves, _ = begin(tmp_path, 10)
+    saves, _ = begin(tmp_path, 10, in_files=in_files)
     assert not saves.in_flight and is_step(tmp_path / "step-00000010", 10)
     alone(tmp_path, 10)  # is there already
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000010"]

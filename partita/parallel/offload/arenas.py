@@ -46,6 +46,11 @@ class Arenas:
                 found[category] = self.host.zeros if self.disk is None else self.disk.zeros
         return found
 
+    @property
+    def has_states_in_files(self) -> bool:
+        """Whether masters and moments lie on disk."""
+        return self.disk is not None and "optimizer" in self.elsewhere()
+
     def stream(self, aways: Sequence[Away]) -> HostStream | DiskStream:
         """The chunks of units whose optimizer lies elsewhere."""
         link = Link(aways, self.host, self.moves)

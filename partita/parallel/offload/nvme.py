@@ -254,12 +254,14 @@ class DiskStream:
                 buffer.settle()
 
     def _read(self, part: _Part) -> list[Future[None]]:
-        for buffer in part.buffers.values():
-            buffer.settle()
         return [
-            self._reader.submit(self.disk.read, part.lies(n), part.buffers[n].raw)
-            for n in part.tensors()
+            self._reader.submit(self._filled, part.lies(n), part.buffers[n]) for n in part.tensors()
         ]
+
+    def _filled(self, there: Tensor, buffer: Buffer) -> None:
+        """Waits, in a reader's thread, for what is still written from the buffer."""
+        buffer.settle()
+        self.disk.read(there, buffer.raw)
 
     def _note(self, away: Away, start_s: float) -> None:
         note, name = self.link.moves.note, away.unit.name
