@@ -16,6 +16,7 @@ from partita.parallel.units import Away as Gradients
 from partita.parallel.units import Unit
 from partita.train.optim import PartOptimizer, state_names
 from partita.train.slots import Slot
+from partita.train.stochastic import Rounding
 
 if TYPE_CHECKING:
     from partita.spec.job import TrainSpec
@@ -31,10 +32,13 @@ class AwayUpdate:
     parts: PartOptimizer
     units: Sequence[Unit]
     gradients: DiskGradients | None = None  # where they are read from, if from disk
+    rounding: Rounding | None = None  # of weights without masters
 
-    def run(self, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]) -> None:
-        """One update: gradients times `factor`, masters and moments in place, working weights rounded.
-        `balance(master, gradient)` moves a router's bias."""
+    def run(
+        self, update: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Update `update`, counted from 1: gradients times `factor`, masters and moments in place, working
+        weights rounded. `balance(master, gradient)` moves a router's bias."""
         for chunk in self.stream.chunks():
             for slot in self.slots[chunk.away.unit.name]:
                 part = _within(slot, chunk)
@@ -43,11 +47,15 @@ class AwayUpdate:
                 gradient, master = part.pop(GRADIENT), part.pop(MASTER)
                 if slot.balances:
                     balance(master, gradient)
-                    continue
-                if factor != 1:
-                    gradient.mul_(factor)
-                done = int(self.optimizer.state[slot.master].get("step", 0))
-                self.parts.step((master, gradient, part), slot.decays, done, lr)
+                else:
+                    if factor != 1:
+                        gradient.mul_(factor)
+                    done = int(self.optimizer.state[slot.master].get("step", 0))
+                    self.parts.step((master, gradient, part), slot.decays, done, lr)
+                if self.rounding is not None:
+                    first = max(chunk.first - slot.start, 0)
+                    for where, near in self.rounding(slot, master, update, first):
+                        master[where] = near
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] += 1
@@ -79,20 +87,22 @@ def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
 def make_away(
     arenas: Arenas, slots: Mapping[str, Sequence[Slot]], units: Sequence[Unit],
     optimizer: torch.optim.Optimizer, train: TrainSpec, gradients: Gradients | None,
+    rounding: Rounding | None,
 ) -> AwayUpdate | None:  # fmt: skip
     """Allocates moments beside the masters; None where the optimizer lies on the device. `gradients`: where
-    they lie, if elsewhere too."""
+    they lie, if elsewhere too. `rounding`: there are no masters."""
     elsewhere = arenas.elsewhere()
     if "optimizer" not in elsewhere:
         return None
     zeros = elsewhere["optimizer"]
     aways = []
     for unit in units:
-        size, dtype = unit.master.numel(), unit.master.dtype
+        size, dtype = unit.master.numel(), unit.gradient.dtype
         states = {n: zeros("optimizer", size, dtype) for n in state_names(train)}
         given = {GRADIENT: unit.gradient} if "gradients" in elsewhere else {}
         working = "parameters" in elsewhere and unit.spec.stage == 3
-        aways.append(Away(unit, {MASTER: unit.master, **states}, given, working))
+        held = states if rounding is not None else {MASTER: unit.master, **states}
+        aways.append(Away(unit, held, given, working))
         for slot in slots[unit.name]:
             if slot.balances:
                 continue
@@ -100,6 +110,6 @@ def make_away(
             own = {n: t[part] for n, t in states.items()}
             count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
             optimizer.state[slot.master] = own | count
-    parts = PartOptimizer(train, aways[0].unit.master.dtype)
+    parts = PartOptimizer(train, aways[0].unit.gradient.dtype)
     away = gradients if isinstance(gradients, DiskGradients) else None
-    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, units, away)
+    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, units, away, rounding)

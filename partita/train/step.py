@@ -41,7 +41,7 @@ from partita.train.optim import (
 )
 from partita.train.routing import begin_routing, sum_routing
 from partita.train.slots import BALANCE_BIAS, Slot, slots_of
-from partita.train.stochastic import StochasticUpdate
+from partita.train.stochastic import Rounding, StochasticUpdate
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class Update:
     def _apply(self, update: int, slots: Sequence[Slot], factor: float = 1.0) -> None:
         self.lr = learning_rate(self.train, update)
         if self.away is not None:
-            self.away.run(self.lr, factor, self._balance)
+            self.away.run(update, self.lr, factor, self._balance)
             return
         if self.rounded is not None:
             self.rounded.run(update, self.lr, factor, self._balance)
@@ -374,9 +374,11 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
     update = Update(model, train, make_optimizer(named, train), slots, counted)
     away, optimizer = model.reducer.away, update.optimizer
-    update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away)
-    if model.laid.request.plan.precision.rounding == "stochastic":
-        update.rounded = StochasticUpdate(model.laid, model.context, slots, optimizer, train)
+    stochastic = model.laid.request.plan.precision.rounding == "stochastic"
+    rounding = Rounding(model.laid, model.context) if stochastic else None
+    update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away, rounding)
+    if rounding is not None and update.away is None:
+        update.rounded = StochasticUpdate(rounding, slots, optimizer, train)
     if model.laid.request.plan.pipeline.post_validation:
         model.guess = Guess(model, update)
     if model.flow is not None:

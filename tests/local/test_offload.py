@@ -46,6 +46,10 @@ PLANS = [
     ),
     (f"dp_shard2.zero3 2mb bf16 offload:cpu {KEPT},parameters,gradients,optimizer", {"tied": True}),
     (f"dp_shard2.zero3 2mb offload:nvme {KEPT},parameters", {}),
+    ("2mb bf16 precision.rounding=stochastic offload:cpu", {}),
+    pytest.param(
+        "dp_shard2.zero1 tp2 2mb bf16 precision.rounding=stochastic offload:nvme", {"tied": True}, marks=SLOW
+    ),
     pytest.param(
         "pp2:zb_h1/2mb dp_replicate2 dp_shard2.zero3 bf16 offload:nvme "
         f"{KEPT},parameters,gradients,optimizer", {"tied": True}, marks=SLOW,

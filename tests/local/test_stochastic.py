@@ -91,7 +91,13 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit_under_another_plan(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "line", ["tp2 fp32", "tp2 fp16", "pp2:pipedream/4mb bf16", "bf16 offload:cpu"]
+    "line",
+    [
+        "tp2 fp32",
+        "tp2 fp16",
+        "pp2:pipedream/4mb bf16",
+        "dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters,optimizer",
+    ],
 )
 def test_what_cannot_be_is_refused(line, tmp_path):
     job = verify_jobs.job(tmp_path, f"{line} {RANDOM}")

@@ -45,6 +45,18 @@ def test_the_update_brings_a_gradient_down_and_a_weight_up(stage: int) -> None:
         assert not found
 
 
+def test_without_masters_the_weight_comes_too() -> None:
+    """Rounded at random: 4 and 2 bytes a parameter down, 2 up, and 8 of moments elsewhere."""
+    line = "1mb bf16 precision.rounding=stochastic offload:cpu offload.targets=optimizer"
+    laid, here = lay(request_of(job(line))), job("").model.parameters()
+    found = moved(laid)
+    assert found.pop(("host", "offload", "step")) == pytest.approx(6 * here, rel=1e-4)
+    assert found.pop(("host", "reload", "step")) == pytest.approx(2 * here, rel=1e-4)
+    assert not found
+    assert arena_ledger(laid, 0, "host").at_peak["optimizer"] == 8 * here
+    assert arena_ledger(laid, 0, "host").at_peak["buffers"] == CHUNK * (4 + 4 + 2)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_gradients_leave_in_every_microbatch(stage: int) -> None:
     """Below stage 2 whole, and up once more for their sum; from there on as the shard that B scatters."""

@@ -93,10 +93,21 @@ class Link:
         largest = min(max(comes, default=0), CHUNK)
         dtype = aways[0].unit.gradient.dtype if aways else torch.float32
         self._gradient = arena.zeros("buffers", largest, dtype)
+        alone = [a.unit.shard for a in aways if MASTER not in a.states]
+        chunk = min(max((s.numel() for s in alone), default=0), CHUNK)
+        narrow = alone[0].dtype if alone else dtype
+        self._narrow = arena.zeros("buffers", chunk, narrow)
+        self._wide = arena.zeros("buffers", chunk, dtype)
 
     def down(self, unit: Unit, first: int, end: int) -> Tensor:
         """The gradient's chunk, in host memory until the next is asked for."""
         return self._gradient[: end - first].copy_(unit.gradient[first:end])
+
+    def weights(self, unit: Unit, first: int, end: int) -> Tensor:
+        """The working weights' chunk, widened in host memory until the next is asked for: there are no
+        masters."""
+        narrow = self._narrow[: end - first].copy_(unit.shard[first:end])
+        return self._wide[: end - first].copy_(narrow)
 
     def up(self, unit: Unit, first: int, master: Tensor) -> None:
         """Rounds a chunk of the master into the working weights."""
@@ -107,6 +118,8 @@ class Link:
         unit = away.unit
         if GRADIENT not in away.given:
             self.moves.note("host", f"{unit.name}:offload", unit.gradient.nbytes, start_s)
+        if MASTER not in away.states and not away.working:
+            self.moves.note("host", f"{unit.name}:offload", unit.shard.nbytes, start_s)
         if not away.working:
             self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start_s)
 
@@ -127,6 +140,8 @@ class HostStream:
                 own = {n: t[first:end] for n, t in {**away.states, **away.given}.items()}
                 if GRADIENT not in own:
                     own[GRADIENT] = self.link.down(away.unit, first, end)
+                if MASTER not in own:
+                    own[MASTER] = self.link.weights(away.unit, first, end)
                 yield Chunk(away, first, own)
                 self.link.up(away.unit, first, own[MASTER])
             self.link.note(away, start)

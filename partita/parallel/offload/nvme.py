@@ -236,6 +236,8 @@ class DiskStream:
             own, unit = part.tensors(), part.away.unit
             if GRADIENT not in own:
                 own[GRADIENT] = self.link.down(unit, part.first, part.end)
+            if MASTER not in own:
+                own[MASTER] = self.link.weights(unit, part.first, part.end)
             yield Chunk(part.away, part.first, own)
             written = list(part.away.states)
             if part.away.working:

@@ -35,6 +35,7 @@ DEFAULT = ("gradients", "optimizer")
 DATA = ("index", "label", "data")  # roles of what a block keeps and did not make
 CHUNK = 1 << 18  # elements updated at a time: 1 MiB of fp32 a state
 KEPT_BUFFERS = 4  # of what a block keeps: filled, written; read ahead, copied from
+BF16 = 2  # bytes of a weight without a master
 SETS = 3  # of buffers between a file and what is computed: read ahead, in use, written behind
 STATES = {  # role of a unit's tensor -> target
     "parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer",
@@ -57,11 +58,12 @@ def staging_bytes(plan: Plan, words: int, largest: int, width: int, working: int
     an element of weights among it, and of the shards that are read ahead."""
     if "optimizer" not in targets(plan):
         return SETS * largest * working if plan.offload.to == "nvme" else 0
-    gradients = "gradients" in targets(plan)
+    gradients, chunk = "gradients" in targets(plan), min(largest, CHUNK)
+    rounded = plan.precision.rounding == "stochastic"  # a chunk of weights, as they are and widened
     files = SETS * (words + 2 * gradients) + (not gradients)
     buffers = files if plan.offload.to == "nvme" else 1
-    chunks = min(largest, CHUNK) * (buffers * width + (plan.offload.to == "nvme") * SETS * working)
-    return chunks + (plan.offload.to == "nvme") * SETS * largest * working
+    found = chunk * (buffers * width + rounded * (width + BF16))
+    return found + (plan.offload.to == "nvme") * SETS * (chunk + largest) * working
 
 
 def problems(job: Request) -> list[Problem]:
@@ -217,13 +219,16 @@ def _shard_events(gather: Op, plan: Plan) -> list[Move]:
 
 def _update_events(unit: str, plan: Plan, shard_is_away: bool) -> list[Move]:
     """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
-    is read, and states are written. One on the device sends a working shard that lies elsewhere."""
+    is read, and states are written; without masters the working shard comes too. One on the device sends a
+    working shard that lies elsewhere."""
     arena = arena_of(plan, "optimizer")
     gradient, shard = _step(f"{unit}.shard_gradient"), _step(f"{unit}.shard_parameter")
     found = [("write", shard)] if shard_is_away and plan.offload.to == "nvme" else []
     if arena == "device":
         return found + ([("offload", shard)] if shard_is_away else [])
-    found += [] if shard_is_away else [("reload", shard)]
+    if not shard_is_away:
+        without_masters = plan.precision.rounding == "stochastic"
+        found += [("reload", shard), *([("offload", shard)] if without_masters else [])]
     come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}
     found += come[arena_of(plan, "gradients")]
     if arena == "disk":

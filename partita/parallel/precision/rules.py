@@ -48,9 +48,9 @@ def _rounding(job: Request) -> list[Problem]:
             "a schedule that flushes",
         ),
         (
-            plan.offload.to != "none",
-            "is not available in this version with offload",
-            "offload:none",
+            plan.offload.to == "nvme" and "parameters" in plan.offload.targets,
+            "is not available in this version of weights that lie in files",
+            "offload:cpu",
         ),
     )
     for wrong, what, limit in rules:
@@ -106,7 +106,8 @@ def lay(job: Request, program: Program) -> Program:
         if t.role != "optimizer":
             return replace(t, dtype=table[t.role])
         working = block.tensors[f"{t.name.removesuffix('.optimizer')}.parameter"]
-        masters = narrow or {t.arena, working.arena} != {"device"}
+        apart = p.rounding == "nearest" and {t.arena, working.arena} != {"device"}
+        masters = narrow or apart
         count = Dim("words", job.state_words + masters + words_to_undo(job))
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 
