@@ -107,7 +107,7 @@ def measure(folder: Path, layers: int, rounds: int) -> dict[str, float]:
     works: dict[str, Callable[[], object]] = {
         "adamw": adamw(elements),
         "disk": disk(folder, elements),
-        "update": lambda: away.run(1, 1e-3, 1.0, lambda master, rows: None),
+        "update": lambda: away.run(1, 1e-3, 1.0, lambda master, rows: None, away.slots),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):  # the first warms up

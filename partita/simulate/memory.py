@@ -75,10 +75,11 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
             unit = t.name.removesuffix(".parameter")
             held = versions_held(schedule, place, unit in laid.program.tied)
-            shard = replace(t, dims=block.tensors[f"{unit}.optimizer"].dims[-1:])
+            states = block.tensors[f"{unit}.optimizer"]
+            shard = replace(t, dims=states.dims[-1:])
             sharded = bool(shard.axes())
             total += (held + (sharded and held > 1)) * tensor_bytes(t, sizes)
-            total += tensor_bytes(shard, sizes) if wide else 0
+            total += tensor_bytes(shard, sizes) if wide and states.arena == "device" else 0
     return total
 
 

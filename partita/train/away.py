@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,12 @@ class AwayUpdate:
     rounding: Rounding | None = None  # of weights without masters
 
     def run(
-        self, update: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]
-    ) -> None:
-        """Update `update`, counted from 1: gradients times `factor`, masters and moments in place, working
-        weights rounded. `balance(master, gradient)` moves a router's bias."""
-        for chunk in self.stream.chunks():
+        self, update: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None],
+        units: Collection[str],
+    ) -> None:  # fmt: skip
+        """Update `update`, counted from 1, of the `units` named: gradients times `factor`, masters and
+        moments in place, working weights rounded. `balance(master, gradient)` moves a router's bias."""
+        for chunk in self.stream.chunks(units):
             for slot in self.slots[chunk.away.unit.name]:
                 part = _within(slot, chunk)
                 if part is None:
@@ -56,9 +57,9 @@ class AwayUpdate:
                     first = max(chunk.first - slot.start, 0)
                     for where, near in self.rounding(slot, master, update, first):
                         master[where] = near
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] += 1
+        for slot in (s for unit in units for s in self.slots[unit]):
+            if "step" in self.optimizer.state[slot.master]:
+                self.optimizer.state[slot.master]["step"] += 1
 
     def norms(self, counted: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
         """The 2-norms of gradients in a file, a chunk of each at a time."""

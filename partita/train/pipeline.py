@@ -101,15 +101,21 @@ def _needs(laid: Laid, stage: Stage, units: Sequence[Unit]) -> list[Needs]:
 
 
 def make_flow(
-    executor: Executor, laid: Laid, units: Sequence[Unit], parameters: Parameters
+    executor: Executor,
+    laid: Laid,
+    units: Sequence[Unit],
+    parameters: Parameters,
+    away: bool = False,
 ) -> Flow:
     """How an asynchronous schedule runs on this rank: its own weights, and on the last stage a table that
-    the first one holds too."""
+    the first one holds too. `away`: masters lie elsewhere."""
     late = [u for u in units if u.spec.across and executor.place > 0]
     own = [u for u in units if u not in late and not u.spec.frozen]
-    flow = Flow(executor, Versions(own, version_rule(laid.schedule), parameters.refresh))
+    rule = version_rule(laid.schedule)
+    flow = Flow(executor, Versions(own, rule, parameters.refresh, away))
     if late:
-        versions = Versions(late, version_rule(laid.schedule, tied=True), parameters.refresh)
+        rule = version_rule(laid.schedule, tied=True)
+        versions = Versions(late, rule, parameters.refresh, away)
         flow.late = Late(versions, updates_behind(laid.schedule))
     return flow
 

@@ -309,7 +309,7 @@ class Update:
     def _apply(self, update: int, slots: Sequence[Slot], factor: float = 1.0) -> None:
         self.lr = learning_rate(self.train, update)
         if self.away is not None:
-            self.away.run(update, self.lr, factor, self._balance)
+            self.away.run(update, self.lr, factor, self._balance, {slot.unit for slot in slots})
             return
         if self.rounded is not None:
             self.rounded.run(update, self.lr, factor, self._balance)

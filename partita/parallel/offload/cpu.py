@@ -11,7 +11,7 @@ accounted apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -132,9 +132,9 @@ class HostStream:
     aways: Sequence[Away]
     link: Link
 
-    def chunks(self) -> Iterator[Chunk]:
-        """One pass over all states."""
-        for away in self.aways:
+    def chunks(self, units: Collection[str]) -> Iterator[Chunk]:
+        """One pass over all states of the units named."""
+        for away in (a for a in self.aways if a.unit.name in units):
             start = time.perf_counter()
             for first, end in away.parts():
                 own = {n: t[first:end] for n, t in {**away.states, **away.given}.items()}

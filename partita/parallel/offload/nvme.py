@@ -1,8 +1,8 @@
 """States in files, streamed through bounded host memory (ZeRO-Infinity, Rajbhandari et al. 2021).
 
-    reader    [0] [1] [2] [3]            buffers of host memory: SETS chunks of every state,
-    update        [0] [1] [2] [3]        one read ahead, one updated, one written behind
-    writer            [0] [1] [2] [3]
+    update    [0] [1] [2] [3] [4]        buffers of host memory: SETS chunks of every state, one updated, the
+    threads       [0] [1] [2] [3]        others written behind and then filled with the chunk SETS further on
+               3   4   5   6
 
 A file has no name (what dies leaves nothing) and all its bytes from the start: a disk that is too small
 refuses before the first step. The update reads and writes past the page cache (O_DIRECT) where the file
@@ -18,11 +18,10 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -45,8 +44,7 @@ from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
 WORKING = "working"  # a chunk of the working shard, where it lies on disk
-AHEAD = SETS - 2  # chunks that are being read
-READERS = 4  # states of a chunk read, and written, at a time
+THREADS = 8  # states of chunks read or written at a time
 
 
 def whole_blocks(size: int) -> int:
@@ -211,7 +209,7 @@ class DiskStream:
         self, aways: Sequence[Away], disk: DiskArena, link: Link, arena: HostArena
     ) -> None:
         self.disk, self.link = disk, link
-        sets: list[Buffers] = []
+        self.aways, sets = aways, list[Buffers]()
         if aways:
             like = {**aways[0].states, **aways[0].given}
             if any(a.working for a in aways):
@@ -220,19 +218,19 @@ class DiskStream:
             sets = [
                 {n: Buffer(largest, t.dtype, arena) for n, t in like.items()} for _ in range(SETS)
             ]
-        chunks = [(away, *part) for away in aways for part in away.parts()]
-        self._parts = [_Part(*c, sets[i % SETS]) for i, c in enumerate(chunks)]
-        self._reader, self._writer = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
+        self._sets = sets
+        self._threads = ThreadPoolExecutor(THREADS)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """One pass over all states; when it is over, all is in the files."""
-        start, parts = time.perf_counter(), self._parts
-        coming = iter(parts)
-        ahead = deque(map(self._read, islice(coming, AHEAD)))
-        for part in parts:
-            for future in ahead.popleft():
+    def chunks(self, units: Collection[str]) -> Iterator[Chunk]:
+        """One pass over all states of the units named; when it is over, all is in the files."""
+        own = (a for a in self.aways if a.unit.name in units)
+        places = [(away, *part) for away in own for part in away.parts()]
+        parts = [_Part(*place, self._sets[i % SETS]) for i, place in enumerate(places)]
+        start = time.perf_counter()
+        turns = deque(self._turn(part, (), None) for part in parts[:SETS])
+        for at, part in enumerate(parts):
+            for future in turns.popleft():
                 future.result()
-            ahead.extend(map(self._read, islice(coming, 1)))
             own, unit = part.tensors(), part.away.unit
             if GRADIENT not in own:
                 own[GRADIENT] = self.link.down(unit, part.first, part.end)
@@ -245,25 +243,33 @@ class DiskStream:
                 part.buffers[WORKING].tensor[: part.end - part.first].copy_(own[MASTER])
             else:
                 self.link.up(unit, part.first, own[MASTER])
-            for name in written:
-                buffer = part.buffers[name]
-                buffer.writing = self._writer.submit(self.disk.write, part.lies(name), buffer.raw)
+            following = parts[at + SETS] if at + SETS < len(parts) else None
+            turns.append(self._turn(following, written, part))
             if part.end == unit.master.numel():
                 self._note(part.away, start)
                 start = time.perf_counter()
-        for part in parts[-SETS:]:
-            for buffer in part.buffers.values():
-                buffer.settle()
+        for future in (f for turn in turns for f in turn):
+            future.result()
 
-    def _read(self, part: _Part) -> list[Future[None]]:
-        return [
-            self._reader.submit(self._filled, part.lies(n), part.buffers[n]) for n in part.tensors()
-        ]
+    def _turn(
+        self, comes: _Part | None, written: Sequence[str], goes: _Part | None
+    ) -> list[Future[None]]:
+        """Each buffer of a set is written where `goes` lies, as far as `written`, then filled with what
+        `comes`: one piece of work, so that neither waits for the thread that computes."""
+        one = comes or goes
+        assert one is not None
+        found = []
+        for name, buffer in one.buffers.items():
+            out = goes.lies(name) if goes is not None and name in written else None
+            into = comes.lies(name) if comes is not None and name != WORKING else None
+            found.append(self._threads.submit(self._write_then_read, buffer, out, into))
+        return found
 
-    def _filled(self, there: Tensor, buffer: Buffer) -> None:
-        """Waits, in a reader's thread, for what is still written from the buffer."""
-        buffer.settle()
-        self.disk.read(there, buffer.raw)
+    def _write_then_read(self, buffer: Buffer, out: Tensor | None, into: Tensor | None) -> None:
+        if out is not None:
+            self.disk.write(out, buffer.raw)
+        if into is not None:
+            self.disk.read(into, buffer.raw)
 
     def _note(self, away: Away, start_s: float) -> None:
         note, name = self.link.moves.note, away.unit.name

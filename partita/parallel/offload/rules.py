@@ -89,15 +89,12 @@ def problems(job: Request) -> list[Problem]:
         near = str(plan.with_("offload", targets=("gradients", "optimizer")))
         limit = "offload.targets=gradients,optimizer"
         found.append(error("offload", "optimizer", message, asked=asked, limit=limit, nearest=near))
-    states = set(targets(plan)) - {"activations"}
-    if states and plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
-        message = (
-            f"{plan.pipeline.schedule} keeps versions of the masters beside the working weights"
-        )
-        limit = "a schedule that flushes, or offload:none"
-        found.append(
-            error("offload", "versions", message, asked=asked, limit=limit, nearest=nearest)
-        )
+    apart = set(targets(plan)) - {"activations", "optimizer"}
+    if apart and plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
+        message = f"{plan.pipeline.schedule} starts its gradients anew at each of its updates"
+        limit = "offload.targets=optimizer, or a schedule that flushes"
+        near = str(plan.with_("offload", targets=("optimizer",)))
+        found.append(error("offload", "versions", message, asked=asked, limit=limit, nearest=near))
     return found
 
 

@@ -54,11 +54,13 @@ def updates_behind(schedule: Schedule) -> int:
 class Versions:
     """Weights of one rank's stage by version. `staleness` is how many updates lay between the weights of a
     gradient and those it was applied to: the largest since it was last set to 0. `refresh` brings the newest
-    version into the working weights, where ranks hold shards of the masters."""
+    version into the working weights, where ranks hold shards of the masters. `away`: masters lie elsewhere,
+    and an update has brought the newest version when it is over."""
 
     units: Sequence[Unit]
     rule: Callable[[int, int], int]
     refresh: Callable[..., None] | None = None
+    away: bool = False
     newest: int = 0
     staleness: int = 0
     stash: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class Versions:
     _spent: bool = False
 
     def __post_init__(self) -> None:
-        if all(unit.spec.stage == 0 for unit in self.units):
+        if all(unit.spec.stage == 0 for unit in self.units) and not self.away:
             self.refresh = None
 
     def forward(self, microbatch: int) -> None:
@@ -100,7 +102,7 @@ class Versions:
         self.newest += 1
         self._spent = True
         if self.refresh is not None:
-            self.refresh(units=self.units)
+            self.refresh(rounded=self.away, units=self.units)
             self._loaded = self.newest
         first = self.rule(self._seen + 1, self.newest)
         needed = {*self._used.values(), *range(first, self.newest)}
@@ -115,11 +117,12 @@ class Versions:
         self._seen = -1
 
     def _keep_newest(self) -> None:
-        """Stashes the newest version: of the masters, or, where these are shards, of what was gathered."""
+        """Stashes the newest version: of the masters, or, where these are shards or lie elsewhere, of what
+        was brought."""
         if self.newest not in self.stash:
-            sharded = self.refresh is not None
+            brought = self.refresh is not None
             self.stash[self.newest] = [
-                (u.working if sharded else u.master).detach().to(u.working.dtype, copy=True)
+                (u.working if brought else u.master).detach().to(u.working.dtype, copy=True)
                 for u in self.units
             ]
 
