@@ -166,11 +166,11 @@ class Reference:
         assert made is not None
         x = h
         if made.q:
-            x = self.norm(f"{name}.q_norm", self.linear(h, self.weight(f"{name}.q_a")), eps)
+            x = self.norm(f"{name}.q_norm", self.dense(f"{name}.q_a", h), eps)
         q = self.heads(f"{name}.wq", x)
-        latent = self.norm(f"{name}.kv_norm", self.linear(h, self.weight(f"{name}.kv_a")), eps)
+        latent = self.norm(f"{name}.kv_norm", self.dense(f"{name}.kv_a", h), eps)
         k, v = self.heads(f"{name}.wk", latent), self.heads(f"{name}.wv", latent)
-        k_pe = self.linear(h, self.weight(f"{name}.k_pe")).unsqueeze(1)
+        k_pe = self.dense(f"{name}.k_pe", h).unsqueeze(1)
         cos, sin = (t.to(h.device) for t in tables(self.spec, h.shape[1], self.dtype))
         q, q_pe = q.split([k.shape[-1], made.rope], -1)
         q_pe, k_pe = rotate(halves(q_pe), cos, sin), rotate(halves(k_pe), cos, sin)
@@ -208,7 +208,9 @@ class Reference:
         w = self.weight(name)
         return self.adapted(name, x, self.linear(x, w if part is None else w[part]), part)
 
-    def adapted(self, name: str, x: Tensor, y: Tensor, part: int | None = None) -> Tensor:
+    def adapted(
+        self, name: str, x: Tensor, y: Tensor, part: int | tuple[int, ...] | None = None
+    ) -> Tensor:
         """y + (alpha / rank) B A x, where the linear has LoRA's A and B."""
         if f"{name}_lora_a" not in self.weights:
             return y

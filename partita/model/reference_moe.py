@@ -55,6 +55,12 @@ class Judge(Protocol):
         """x W.T, at the plan's precision."""
         ...
 
+    def adapted(
+        self, name: str, x: Tensor, y: Tensor, part: int | tuple[int, ...] | None = None
+    ) -> Tensor:
+        """y and what LoRA adds."""
+        ...
+
 
 def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     """What layer `name` makes of normalised h [batch, seq, hidden]."""
@@ -80,14 +86,22 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     for e in range(spec.experts):
         rows = sent[..., e].bool()
         mine = (gates * (chosen == e)).sum(-1)[rows].unsqueeze(-1)
-        gate, up = (linear(h[rows], w) for w in gate_up[e])
-        out = torch.zeros_like(y)
-        out[rows] = mine * linear(silu(gate) * up, down[e]).to(wide)
+        gate, up = (
+            judge.adapted(f"{name}.experts.gate_up", h[rows], linear(h[rows], w), (e, i))
+            for i, w in enumerate(gate_up[e])
+        )
+        act, out = silu(gate) * up, torch.zeros_like(y)
+        made = judge.adapted(f"{name}.experts.down", act, linear(act, down[e]), e)
+        out[rows] = mine * made.to(wide)
         y = y + out
     y = y.to(h.dtype)
     if spec.shared_experts:
-        gate, up = (linear(h, w) for w in weight(f"{name}.shared.gate_up"))
-        made = linear(silu(gate) * up, weight(f"{name}.shared.down"))
+        gate, up = (
+            judge.adapted(f"{name}.shared.gate_up", h, linear(h, w), i)
+            for i, w in enumerate(weight(f"{name}.shared.gate_up"))
+        )
+        act = silu(gate) * up
+        made = judge.adapted(f"{name}.shared.down", act, linear(act, weight(f"{name}.shared.down")))
         if spec.shared_gate:
             made = made * linear(h, weight(f"{name}.shared.gate")).sigmoid()
         y = y + made

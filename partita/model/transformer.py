@@ -34,17 +34,17 @@ from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
+from partita.parallel.lora import LowRank
 from partita.parallel.pp.pieces import Flow, run
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
-from partita.parallel.regions import Regions
+from partita.parallel.regions import Region, Regions
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import IDENTITY, AddBias, Column, Row
-from partita.parallel.tp.lora import LowRank
 from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit, Weight
 from partita.spec.families.moe import capacity
-from partita.spec.lora import A, B
+from partita.spec.lora import GROUPS, A, B
 from partita.spec.model import Latent, ModelSpec
 from partita.spec.program import Block
 from partita.spec.program import Tensor as Named
@@ -75,12 +75,16 @@ class Maker:
 
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
+        return self.side_by_side(self.regions.at(after), *names)
+
+    def side_by_side(self, region: Region, *names: str) -> Column:
+        """Linears that read one tensor, behind a region."""
         biases = [b for n in names if (b := self.bias(n)) is not None]
         weights, low, rows = [self.weight(n) for n in names], [], 0
         for name, w in zip(names, weights, strict=True):
             low += [self.low_rank(name, rows)] if self.adapts(name) else []
             rows += prod(w.shape[:-1])
-        return Column.of(weights, self.regions.at(after), biases, low)
+        return Column.of(weights, region, biases, low)
 
     def row(self, name: str) -> Row:
         """A linear and the region behind it."""
@@ -93,7 +97,8 @@ class Maker:
 
     def low_rank(self, name: str, first: int = 0) -> LowRank:
         """A linear's A and B; its rows begin at `first`."""
-        groups = 2 if self.block.tensors[f"{name}{A}"].dims[0].name == "pair" else 1
+        dims = self.block.tensors[f"{name}{A}"].dims
+        groups = prod(d.local(self.laid.sizes) for d in dims if d.name in GROUPS)
         a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
         return LowRank.of(a, b, groups, self.spec.lora_scale, first)
 
@@ -171,7 +176,7 @@ class Maker:
         q_norm = self.norm("attention.q_norm", made.norm_eps) if made.q else None
         return LatentAttention(
             made, self.local("q", "heads"), self.norm("attention.norm"),
-            Column.of([self.weight(n) for n in names], IDENTITY), q_norm,
+            self.side_by_side(IDENTITY, *names), q_norm,
             self.column("attention.q_norm" if made.q else "attention.norm", "attention.wq"),
             self.norm("attention.kv_norm", made.norm_eps),
             self.column("attention.kv_norm", "attention.wk", "attention.wv"),
@@ -206,9 +211,13 @@ class Maker:
                 self.column("mlp.norm", "shared.gate_up"), self.row("shared.down"),
                 Column.of(gate, IDENTITY) if gate else None,
             )  # fmt: skip
-        gate_up = Grouped.of(self.weight("experts.gate_up"))
-        down = Grouped.of(self.weight("experts.down"))
-        return MoE(self.norm("mlp.norm"), router, exchange, gate_up, down, shared, remakes)
+        up, down = self.grouped("experts.gate_up"), self.grouped("experts.down")
+        return MoE(self.norm("mlp.norm"), router, exchange, up, down, shared, remakes)
+
+    def grouped(self, name: str) -> Grouped:
+        """A linear of every expert here."""
+        low = self.low_rank(name) if self.adapts(name) else None
+        return Grouped.of(self.weight(name), low=low)
 
     def _span(self, dim: Any) -> tuple[int, int]:
         size = dim.local(self.laid.sizes)

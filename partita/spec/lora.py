@@ -8,7 +8,8 @@ A and B are weights of the linear's own op, so that the rules of room.py lay the
     row         [rank, in], cut as W's columns   [out, rank], whole on tp; its gradient is partial over tp
 
 No region is added: what a row-parallel linear sends is W x + B A x, one partial sum. gate and up have an A
-and a B each ([pair, ...]). Backward makes h = A x again, so that nothing more is kept than x.
+and a B each ([pair, ...]), and so has every expert ([experts, pair, ...]), where its W lies. Backward makes
+h = A x again, so that nothing more is kept than x.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from partita.spec.model import ModelSpec
 
 ADAPTER_CONFIG = "adapter_config.json"
-SEGMENTS = ("attention", "mlp")
-TARGETS = {
-    "llama": ("wq", "wk", "wv", "wo", "gate_up", "down"),
-    "gpt2": ("wq", "wk", "wv", "wo", "fc1", "fc2"),
-}
+GROUPS = ("experts", "pair")  # dims of a weight whose entries have an A and a B each
+PREFIX = {
+    "attention": "",
+    "mlp": "",
+    "experts": "expert_",
+    "shared": "shared_",
+}  # segment -> of its targets
 DEFAULT = ("wq", "wv")
 A, B = "_lora_a", "_lora_b"
 BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
@@ -48,13 +51,47 @@ def check_lora(spec: ModelSpec) -> None:
         raise UsageError(f"{spec.lora_rank} is not within 1..{spec.hidden}", key="lora_rank")
     if not spec.lora_alpha > 0:
         raise UsageError(f"{spec.lora_alpha} is not larger than 0", key="lora_alpha")
-    known = TARGETS.get(spec.family, ())
-    if spec.layers == spec.expert_layers:
-        known = known[:4]  # no dense mlp
+    known = list(widths(spec))
     for target in spec.lora_targets:
         if target not in known:
             text = f"'{target}' is no linear that LoRA adapts here; accepted: {', '.join(known) or 'none'}"
             raise UsageError(text, key="lora_targets")
+
+
+def widths(spec: ModelSpec) -> dict[str, int]:
+    """Every linear that LoRA adapts, by the name of its target -> rows and columns of all of them, in all
+    layers, added up: what a rank of one costs."""
+    if spec.image is not None:
+        return {}
+    h, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    found = {"wq": h + q, "wk": h + kv, "wv": h + kv, "wo": h + q}
+    if spec.latent is not None:
+        made, heads = spec.latent, spec.heads
+        found = {"q_a": h + made.q} if made.q else {}
+        found |= {"kv_a": h + made.kv, "k_pe": h + made.rope, "wq": (made.q or h) + q}
+        found |= {
+            "wk": made.kv + heads * (spec.head_dim - made.rope),
+            "wv": made.kv + heads * made.v,
+        }
+        found["wo"] = heads * made.v + h
+    found = {name: spec.layers * n for name, n in found.items()}
+    up, times = ("fc1", 1) if spec.has_biases else ("gate_up", 2)
+    down, shared = "fc2" if spec.has_biases else "down", spec.shared_experts
+    for before, number, width in (
+        ("", spec.layers - spec.expert_layers, spec.ffn_hidden),
+        ("shared_", spec.expert_layers * (shared > 0), shared * spec.expert_ffn_hidden),
+        ("expert_", spec.expert_layers * spec.experts, spec.expert_ffn_hidden),
+    ):
+        if number:
+            found[f"{before}{up}"] = number * times * (h + width)
+            found[f"{before}{down}"] = number * (h + width)
+    return found
+
+
+def target_of(weight: str) -> str:
+    """The target that a weight of a block is ('experts.down': expert_down); '' where it is none."""
+    segment, _, last = weight.rpartition(".")
+    return f"{PREFIX[segment]}{last}" if segment in PREFIX else ""
 
 
 def adapt(program: Program, spec: ModelSpec) -> Program:
@@ -69,32 +106,54 @@ def _adapt(block: Block, spec: ModelSpec) -> Block:
     new: dict[str, Tensor] = {}
 
     def change(op: Op) -> Iterable[Op]:
-        last = op.weights[0].rpartition(".")[2] if op.weights else ""
-        if op.kind != "linear" or op.segment not in SEGMENTS or last not in spec.lora_targets:
+        target = target_of(op.weights[0]) if op.weights else ""
+        if op.kind != "linear" or target not in spec.lora_targets:
             return (op,)
         w = block.tensors[op.weights[0]]
         out = tuple(d for d in w.dims if d.name not in op.sums)
-        groups = tuple(d for d in out if d.name == "pair")
+        groups = tuple(d for d in out if d.name in GROUPS)
         inputs = tuple(d for d in w.dims if d.name in op.sums)
         free = tuple(d for d in op.space if d not in w.dims)
         a = Tensor(f"{w.name}{A}", (*groups, rank, *inputs), "weight")
         b = Tensor(f"{w.name}{B}", (*out, rank), "weight")
         new.update({a.name: a, b.name: b})
+        folded = {name for d in free for name in d.of}  # rows of experts are their experts' too
         extra = tuple(
-            ((*free, *t.dims), factor) for t, factor in zip((a, b), BACKWARD, strict=True)
+            ((*free, *(d for d in t.dims if d.name not in folded)), factor)
+            for t, factor in zip((a, b), BACKWARD, strict=True)
         )
         return (replace(op, weights=(w.name, a.name, b.name), extra=extra),)
 
     return rewrite(block, change, new)
 
 
+_FUSED = {"fc1": ("dense_h_to_4h",), "fc2": ("dense_4h_to_h",)}
 PEFT = {  # the modules of transformers that a target is
     "llama": {
         "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",),
         "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",),
     },
+    "latent": {
+        "q_a": ("q_a_proj",), "wq": ("q_b_proj",), "wo": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
+    },
     "gpt2": {"wo": ("attn.c_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)},
+    "gpt_neox": {"wo": ("attention.dense",), **_FUSED},
+    "bloom": {"wo": ("self_attention.dense",), **_FUSED},
 }  # fmt: skip
+
+
+def _modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Modules of this model that peft adapts by themselves; of a layer with experts not its mlps, which have
+    the experts' names."""
+    if spec.latent is None:
+        found = PEFT[spec.family]
+    else:
+        found = PEFT["latent"] | ({} if spec.latent.q else {"wq": ("q_proj",)})
+    held = ("gate_up", "down") if spec.experts else ()
+    return {target: modules for target, modules in found.items() if target not in held}
+
+
 NEUTRAL = {  # fields of peft that must say that nothing else is there
     "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none",
     "lora_bias": False, "layers_to_transform": None, "layer_replication": None, "exclude_modules": None,
@@ -105,13 +164,15 @@ NEUTRAL = {  # fields of peft that must say that nothing else is there
 def peft_config(spec: ModelSpec, base: str) -> dict[str, Any]:
     """adapter_config.json. Raises UsageError for targets that peft has not as modules of their own."""
     modules: list[str] = []
+    known = _modules(spec)
     for target in spec.lora_targets:
-        if target not in PEFT[spec.family]:
+        if target not in known:
             text = (
-                f"{target} is a part of c_attn, which peft adapts as one: the merged folder has it"
+                f"{target} is no module of transformers by itself that peft could adapt alone; "
+                f"{', '.join(known)} are: the merged folder has it"
             )
             raise UsageError(text, key="lora_targets")
-        modules += PEFT[spec.family][target]
+        modules += known[target]
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha, "target_modules": modules, "fan_in_fan_out": spec.family == "gpt2",

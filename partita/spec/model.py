@@ -28,7 +28,7 @@ from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
-from partita.spec.lora import DEFAULT, check_lora
+from partita.spec.lora import DEFAULT, check_lora, widths
 from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
 from partita.spec.model_parts import Latent, RopeScaling
 
@@ -222,24 +222,7 @@ class ModelSpec:
             found += self.layers * (linears + 2 * self.hidden) + self.hidden
         if self.embedding_norm:
             found += 2 * self.hidden
-        return found + self._adapters()
-
-    def _adapters(self) -> int:
-        """LoRA's: rank rows and columns for every target."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        widths = {
-            "wq": self.hidden + q,
-            "wo": self.hidden + q,
-            "wk": self.hidden + kv,
-            "wv": self.hidden + kv,
-        }
-        mlp = self.hidden + self.ffn_hidden
-        dense = self.layers - self.expert_layers
-        found = 0
-        for target in self.lora_targets:
-            times = 2 if target == "gate_up" else 1
-            found += self.layers * widths[target] if target in widths else dense * times * mlp
-        return self.lora_rank * found
+        return found + self.lora_rank * sum(widths(self)[target] for target in self.lora_targets)
 
     @property
     def lora_scale(self) -> float:

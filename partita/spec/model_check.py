@@ -114,7 +114,7 @@ def check_latent(spec: ModelSpec) -> None:
     if spec.kv_heads != spec.heads:
         text = f"{spec.kv_heads} differs from heads {spec.heads}: a latent makes keys of every head"
         raise UsageError(text, key="kv_heads")
-    for name in ("qkv_bias", "qk_norm", "lora_rank"):
+    for name in ("qkv_bias", "qk_norm"):
         if getattr(spec, name):
             raise UsageError(f"a latent has no {name}", key=name)
 

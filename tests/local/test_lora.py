@@ -26,18 +26,28 @@ TARGETS = {
     "llama": ("wq", "wk", "wv", "wo", "gate_up", "down"),
     "gpt2": ("wq", "wo", "fc1", "fc2"),
 }
+EXPERTS = {
+    **verify_jobs.EXPERTS,
+    "lora_targets": ("wo", "gate_up", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down"),
+}  # fmt: skip
+LATENT = {
+    **EXPERTS, **verify_jobs.MLA,
+    "lora_targets": ("q_a", "kv_a", "k_pe", "wq", "wk", "wv", "wo", "expert_gate_up", "expert_down"),
+}  # fmt: skip
 CASES = [
     ("tp4+sp dp_shard2.zero3 2mb bf16", "llama", {}),
     ("tp2 dp_shard2.zero1 cp2:ring fp64", "llama", {}),
     ("pp2:zb_v/4mb tp2+sp dp_shard2.zero2 recompute:full fp64", "gpt2", {}),
-    ("dp_shard2.zero3 tp2+sp ep2 2mb fp64", "llama", {**verify_jobs.EXPERTS, "layers": 5}),
+    ("dp_shard2.zero3 tp2+sp ep2 2mb fp64", "llama", {**EXPERTS, "layers": 5}),
+    ("pp2:zb_h1/2mb tp2+sp ep2 etp1 recompute:full fp64", "llama", LATENT),
+    ("tp2 etp2 bf16", "llama", EXPERTS),
     ("tp2 dp2 fp8", "llama", {}),
 ]  # fmt: skip
 
 
 def job(folder, plan, family="llama", **model):
     low = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": TARGETS[family]}
-    return verify_jobs.job(folder, plan, family, **low, **model)
+    return verify_jobs.job(folder, plan, family, **{**low, **model})
 
 
 @pytest.mark.parametrize(("plan", "family", "model"), CASES)
@@ -47,14 +57,16 @@ def test_a_plan_equals_one_device(plan, family, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "family"),
+    ("plan", "family", "model"),
     [
-        ("tp2+sp 2mb bf16", "llama"),
-        ("tp2 2mb recompute:selective recompute.modules=core,norm,act", "gpt2"),
+        ("tp2+sp 2mb bf16", "llama", {}),
+        ("tp2 2mb recompute:selective recompute.modules=core,norm,act", "gpt2", {}),
+        ("tp2+sp ep2 2mb bf16", "llama", EXPERTS),
+        ("tp2 etp2 2mb bf16", "llama", {**LATENT, "layers": 2}),
     ],
 )
-def test_kept_storages_and_flops_are_the_declared(plan, family, tmp_path):
-    made = job(tmp_path, plan, family)
+def test_kept_storages_and_flops_are_the_declared(plan, family, model, tmp_path):
+    made = job(tmp_path, plan, family, **model)
     with local(made.plan.world_size, 20) as ranks:
         for rows in ranks.run(test_drift.look, made):
             for name, kept, declared_kept, flop, declared in rows:
@@ -79,7 +91,8 @@ def test_any_plan_reads_a_checkpoint(tmp_path):
 def tuned(tmp_path, kind="llama", **more):
     """A pretrained folder trained a little under tp and ZeRO; its job and its checkpoint."""
     folder = hf_models.save_model(tmp_path / "model", kind, torch.float32)
-    targets = ["wo", "fc1", "fc2"] if kind == "gpt2" else list(TARGETS["llama"])
+    own = {"gpt2": ("wo", "fc1", "fc2"), "deepseek-v3": LATENT["lora_targets"]}
+    targets = list(own.get(kind, TARGETS["llama"]))
     low = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets, **more}
     made = test_pretrained.job(folder, tmp_path, "tp2+sp dp_shard2.zero3", **low)
     with local(4, 20) as ranks:
@@ -87,7 +100,7 @@ def tuned(tmp_path, kind="llama", **more):
     return folder, made, saved
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "deepseek-v3"])
 def test_the_merged_folder_has_the_adapted_model_s_logits(kind, tmp_path):
     folder, made, saved = tuned(tmp_path, kind)
     done = export_checkpoint(saved, tmp_path / "out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from executed import GPT2, LLAMA, request, unequal
+from executed import BLOOM, GPT2, LLAMA, MLA, MLA_PLAIN, MOE, declared, request, unequal
 
 from partita.base.errors import UsageError
 from partita.parallel.execute import execute
@@ -20,7 +20,15 @@ from partita.spec.plan_text import parse
 ALL = ("wq", "wk", "wv", "wo", "gate_up", "down")
 LOW = replace(LLAMA, lora_rank=3, lora_targets=ALL)
 LOW_GPT2 = replace(GPT2, lora_rank=2, lora_targets=("wo", "fc1", "fc2"))
+LOW_BLOOM = replace(BLOOM, lora_rank=2, lora_targets=("wq", "wo", "fc2"))
+LATENT = ("q_a", "kv_a", "k_pe", "wq", "wk", "wv", "wo")
+LOW_MLA = replace(MLA, lora_rank=3, lora_targets=LATENT)
+EXPERTS = ("wo", "gate_up", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
+LOW_MOE = replace(MOE, lora_rank=2, lora_targets=EXPERTS)
 CASES = [
+    (LOW_MLA, "tp4+sp", ADAPTERS), (LOW_MLA, "cp2:ring dp_shard2.zero3 tp2 2mb", ADAPTERS),
+    (LOW_MOE, "dp_shard2.zero1 tp2+sp ep2", ADAPTERS), (LOW_MOE, "tp2 etp2 2mb recompute:full", ADAPTERS),
+    (LOW_MOE, "pp2:zb_h1/2mb dp_shard2.zero3 tp2+sp ep2 etp2", ADAPTERS), (LOW_BLOOM, "tp4+sp", ADAPTERS),
     (LOW, "tp4+sp", ADAPTERS), (LOW, "dp_shard2.zero3 tp2+sp 2mb recompute:full", ADAPTERS),
     (LOW, "pp2:zb_h1/2mb dp_shard2.zero1 tp2", ADAPTERS), (LOW, "cp2:ulysses tp2 dp_shard2.zero2", ADAPTERS),
     (LOW, "dp_shard2.zero2 tp2", Frozen(("*.wq", "*down_lora_b", "*wo_lora_a"))),
@@ -41,7 +49,7 @@ def test_a_plan_equals_one_device(spec, line, rule) -> None:
         assert unequal(got.gradients[step], want.gradients[step]) == ""
     assert unequal(got.weights, want.weights) == ""
     for rank in range(whole.mesh.world_size):
-        assert got.traffic[rank] == whole.traffic(rank)
+        assert got.traffic[rank] == declared(whole, got, rank)
 
 
 def test_layouts_follow_the_base_and_no_region_is_added() -> None:
@@ -79,6 +87,25 @@ def test_flops_and_parameters_are_those_of_the_formulas() -> None:
     assert ours["B"] == attention + back
 
 
+@pytest.mark.parametrize(
+    "spec", [LOW_MLA, LOW_MOE, replace(LOW_MLA, latent=MLA_PLAIN.latent, lora_targets=LATENT[1:])]
+)
+def test_parameters_of_latents_and_experts(spec) -> None:
+    assert program(spec).parameters() == spec.parameters()
+
+
+def test_rows_of_experts_are_counted_once() -> None:
+    """A row meets one expert's A and B."""
+    base, low = (
+        lay(replace(request(spec, "1mb"), frozen=rule))
+        for spec, rule in ((MOE, Frozen()), (LOW_MOE, ADAPTERS))
+    )
+    ours, plain = (flops(x.stages[0].blocks[-2], x.sizes)["F"] for x in (low, base))
+    rows, tokens, r, h, f = 2 * 4 * 4, 4 * 4, 2, 8, 4
+    each = r * (3 * (h + f))
+    assert ours - plain == 2 * (rows * each + tokens * each + tokens * r * (h + h))
+
+
 def test_a_job_trains_adapters_alone_unless_it_says_otherwise() -> None:
     table = {"global_batch_size": 4, "seq_len": 4, "micro_batch_size": 1}
     model = {"preset": "tiny", "lora_rank": 4}
@@ -94,7 +121,9 @@ def test_a_job_trains_adapters_alone_unless_it_says_otherwise() -> None:
     ("fields", "key"),
     [
         ({"lora_targets": ["wq"]}, "lora_targets"), ({"lora_rank": 4, "lora_alpha": -1.0}, "lora_alpha"),
-        ({"lora_rank": 4, "lora_targets": ["q_proj"]}, "lora_targets"), ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_rank": 4, "lora_targets": ["q_proj"]}, "lora_targets"),
+        ({"lora_rank": 4, "lora_targets": ["q_a"]}, "lora_targets"),
+        ({"lora_rank": 4, "lora_targets": ["expert_down"]}, "lora_targets"), ({"lora_rank": -1}, "lora_rank"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(fields, key) -> None:

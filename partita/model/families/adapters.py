@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -28,10 +29,10 @@ PREFIX = "base_model.model."
 
 
 def merged(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + (alpha / rank) B A of logical tensors: `a` [groups, rank, ...], `b` [groups, ..., rank], or without
-    groups; W has b's dims but the rank, then a's."""
+    """W + (alpha / rank) B A of logical tensors: `a` [groups, rank, ...], `b` [groups, ..., rank], groups of
+    no, one or more dims; W has the groups, b's dims but the rank, then a's."""
     rank = b.shape[-1]
-    groups = 1 if a.dim() + b.dim() == base.dim() + 2 else a.shape[0]
+    groups = prod(base.shape[: a.dim() + b.dim() - 2 - base.dim()])
     low = b.reshape(groups, -1, rank) @ a.reshape(groups, rank, -1)
     return base + scale * low.reshape(base.shape)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle
+from partita.parallel.lora import LowRank
 from partita.parallel.regions import IDENTITY, Region
-from partita.parallel.tp.lora import LowRank
 from partita.parallel.units import Matrix, Weight, matrices
 
 

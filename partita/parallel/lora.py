@@ -40,6 +40,12 @@ class LowRank:
 
         return LowRank(cut(a, rank), cut(b, prod(b.shape) // (groups * rank)), scale, first)
 
+    def split(self, parts: int) -> tuple[LowRank, ...]:
+        """The groups in equal runs, each with rows of its own: an expert's."""
+        n = len(self.a) // parts
+        runs = (slice(i * n, (i + 1) * n) for i in range(parts))
+        return tuple(LowRank(self.a[run], self.b[run], self.scale) for run in runs)
+
     @property
     def trains(self) -> bool:
         """Whether some part has a gradient."""
