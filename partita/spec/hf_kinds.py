@@ -84,6 +84,7 @@ _QWEN_MOE = {
     "top_k": "num_experts_per_tok",
     "expert_ffn_hidden": "moe_intermediate_size",
     "normalise_top_k": "norm_topk_prob",
+    "expert_every": "decoder_sparse_step",
 }
 _DEEPSEEK = {
     "experts": "n_routed_experts",
@@ -100,10 +101,7 @@ _SILU: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
 }
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
-_EVERY_LAYER: dict[str, tuple[Any, ...]] = {
-    "decoder_sparse_step": (1,),
-    "output_router_logits": (False,),
-}
+_NO_LOGITS: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
 _WINDOWS = frozenset({"sliding_window", "max_window_layers"})  # of a window that is not used
 _NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
 _LATENT: dict[str, tuple[Any, ...]] = {
@@ -143,12 +141,12 @@ KINDS: dict[str, Kind] = {
     ),
     "qwen2_moe": Kind(
         "Qwen2MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | {"qkv_bias": "qkv_bias"},
-        _SILU | _NO_WINDOW | _EVERY_LAYER, _QWEN | {"normalise_top_k": False, "qkv_bias": True},
+        _SILU | _NO_WINDOW | _NO_LOGITS, _QWEN | {"normalise_top_k": False, "qkv_bias": True},
         {"shared_gate": True}, _WINDOWS,
     ),
     "qwen3_moe": Kind(
         "Qwen3MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE,
-        _SILU | _NO_WINDOW | _EVERY_LAYER | _NO_BIAS, _QWEN | {"normalise_top_k": False},
+        _SILU | _NO_WINDOW | _NO_LOGITS | _NO_BIAS, _QWEN | {"normalise_top_k": False},
         {"qk_norm": True}, _WINDOWS,
     ),
     "deepseek_v2": Kind(

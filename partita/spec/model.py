@@ -72,6 +72,7 @@ class ModelSpec:
     shared_experts: int = 0  # of expert_ffn_hidden each, seen by every token
     shared_gate: bool = False  # what they make is weighed by a sigmoid of the token (Qwen2-MoE)
     dense_layers: int = 0  # leading layers without experts
+    expert_every: int = 1  # behind them every so many-th layer of the model has experts (Switch: 2)
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalise_top_k: bool = True  # a token's gates add up to router_scale
     router_scale: float = 1.0
@@ -163,12 +164,18 @@ class ModelSpec:
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts in place of its mlp."""
-        return self.experts > 0 and layer >= self.dense_layers
+        due = (layer + 1) % self.expert_every == 0
+        return self.experts > 0 and layer >= self.dense_layers and due
 
     @property
     def expert_layers(self) -> int:
         """Layers with experts."""
-        return self.layers - self.dense_layers if self.experts else 0
+        return self.experts_before(self.layers)
+
+    def experts_before(self, layer: int) -> int:
+        """Layers with experts before a layer."""
+        every = self.expert_every
+        return max(layer // every - self.dense_layers // every, 0) if self.experts else 0
 
     @property
     def dense_widths(self) -> tuple[int, ...]:

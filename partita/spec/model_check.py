@@ -122,7 +122,7 @@ def check_latent(spec: ModelSpec) -> None:
 EXPERT_FIELDS = {
     "top_k": 0, "expert_ffn_hidden": 0, "shared_experts": 0, "dense_layers": 0, "router_bias": False,
     "balance_loss": 0.0, "balance_over": "sequence", "z_loss": 0.0, "capacity_factor": None,
-    "router_groups": 1, "shared_gate": False,
+    "router_groups": 1, "shared_gate": False, "expert_every": 1,
 }  # fmt: skip
 
 
@@ -143,6 +143,7 @@ def check_experts(spec: ModelSpec) -> None:
         ("shared_experts", 0 <= spec.shared_experts <= 1_000_000, "0 or more"),
         ("shared_gate", not spec.shared_gate or spec.shared_experts > 0, "shared experts"),
         ("dense_layers", 0 <= spec.dense_layers < spec.layers, f"less than {spec.layers} layers"),
+        ("expert_every", spec.expert_every >= 1 and spec.expert_layers > 0, "a layer with experts"),
         ("router_groups", inside, f"a divisor of {spec.experts} experts"),
         ("router_top_groups", 1 <= top <= groups, f"1 to {groups} groups"),
         ("balance_loss", 0 <= spec.balance_loss < 1e6, "0 or more"),

@@ -44,10 +44,10 @@ def start_routing(model: Model, end: int | None = None) -> Callable[[], Routed]:
     if not spec.experts:
         return Routed
     model.context.where.phase = "step"
-    layers, experts, first = spec.expert_layers, spec.experts, spec.dense_layers
+    layers, experts = spec.expert_layers, spec.experts
     sums = torch.zeros(ROUTING_SUMS + layers * experts, dtype=torch.float64)
     for name, log in logs(model):
-        at = ROUTING_SUMS + (int(name.rpartition(".")[2]) - first) * experts
+        at = ROUTING_SUMS + spec.experts_before(int(name.rpartition(".")[2])) * experts
         seen = log.total(end)
         sums[:ROUTING_SUMS] += torch.stack(
             [seen.balance.double().cpu(), seen.z.double().cpu(), torch.tensor(float(seen.dropped))]

@@ -100,5 +100,6 @@ def _experts(spec: ModelSpec, small_tp: int) -> dict[str, int]:
     return {
         "experts": experts, "top_k": min(spec.top_k, 2), "expert_ffn_hidden": 12 * small_tp,
         "router_groups": groups, "router_top_groups": min(spec.router_top_groups, groups),
-        "dense_layers": min(spec.dense_layers, 1), "shared_experts": min(spec.shared_experts, 1),
+        "dense_layers": min(spec.dense_layers, 1), "expert_every": min(spec.expert_every, 2),
+        "shared_experts": min(spec.shared_experts, 1),
     }  # fmt: skip

@@ -200,7 +200,11 @@ CONFIGS = {
     "qwen2": lambda: llama_config(Qwen2Config, head_dim=8),
     "qwen3": lambda: llama_config(Qwen3Config, tie_word_embeddings=True),
     "qwen2-moe": lambda: moe_config(
-        Qwen2MoeConfig, head_dim=8, num_experts=3, shared_expert_intermediate_size=24
+        Qwen2MoeConfig,
+        head_dim=8,
+        num_experts=3,
+        shared_expert_intermediate_size=24,
+        decoder_sparse_step=2,
     ),
     "qwen3-moe": lambda: moe_config(Qwen3MoeConfig, norm_topk_prob=True, mlp_only_layers=[0]),
     "deepseek-v2": lambda: deepseek_config(

@@ -16,7 +16,8 @@ def job(folder, row):
     family, *words = row["model"].split()
     model = {}
     if family == "moe":
-        family, model = "llama", {**verify_jobs.EXPERTS, "layers": 5}
+        every = 1 if words else 2
+        family, model = "llama", {**verify_jobs.EXPERTS, "layers": 5, "expert_every": every}
     if family == "qwen":
         family, model = "llama", dict(verify_jobs.QWEN)
     if "mla" in words:

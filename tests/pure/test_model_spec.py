@@ -78,7 +78,8 @@ def test_published_parameter_counts(name: str, parameters: int) -> None:
     [
         ("gpt3-125m", 0.125), ("gpt3-350m", 0.356), ("gpt3-760m", 0.76), ("gpt3-1.3b", 1.3),
         ("gpt3-2.7b", 2.7), ("gpt3-6.7b", 6.7), ("gpt3-13b", 13), ("gpt3-175b", 174.604),
-        ("megatron-8.3b", 8.3), ("mt-nlg-530b", 530),
+        ("megatron-8.3b", 8.3), ("mt-nlg-530b", 530), ("switch-base-128", 7),
+        ("switch-c-2048", 1571),
     ],
 )  # fmt: skip
 def test_counts_that_were_published_rounded(name: str, billions: float) -> None:
@@ -162,6 +163,9 @@ def test_what_follows_from_other_fields() -> None:
         ({"dropout": 0.5}, "dropout"),
         ({"rope_scaling": {"factor": -1.0}}, "rope_scaling.factor"),
         ({"famly": 1}, "famly"),
+        ({"experts": 4, "top_k": 1, "expert_every": 3}, "expert_every"),
+        ({"experts": 4, "top_k": 1, "expert_every": 0}, "expert_every"),
+        ({"expert_every": 2}, "expert_every"),
         ({"family": "gpt3"}, "family"),
         ({"family": "gpt2", "kv_heads": 2}, "kv_heads"),
         ({"family": "gpt2", "head_dim": 8}, "head_dim"),

@@ -22,6 +22,9 @@ PUBLISHED = {
     "mt-nlg-530b": "pp35/30mb tp8 dp_replicate8 recompute:full bf16",  # 2201.11990: 2,240 A100
     "gpt-neox-20b": "pp4/32mb tp2 dp_shard12.zero1 fp16",  # 2204.06745: 96 A100
     "bloom-176b": "pp12/64mb tp4 dp_shard8.zero1 bf16",  # 2211.05100: 384 A100
+    "switch-base-128": "dp_shard32.zero0 ep32 bf16",  # 2101.03961: experts over data parallelism alone
+    "switch-large-128": "dp_shard32.zero0 ep32 bf16",
+    "switch-c-2048": "dp_shard2048.zero1 ep2048 bf16",
     "mixtral-8x7b": "tp2+sp dp_shard16.zero1 ep8 bf16",
     "deepseek-v2": "pp16:zb_h1/32mb dp_shard8.zero1 ep8 bf16",  # 2405.04434
     "deepseek-v3": "pp16:dualpipe/32mb dp_shard128.zero1 ep64 fp8",  # 2412.19437: 2,048 H800

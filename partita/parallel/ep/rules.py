@@ -161,7 +161,11 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
         new["every"] = replace(t["chosen"], name="every", dims=tuple(whole))
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
     new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
-    block = rewrite(block, lambda op: (replace(op, space=view(op.space)),))
+
+    def spaces(op: Op) -> tuple[Op]:
+        return (replace(op, space=view(op.space), extra=tuple((view(s), f) for s, f in op.extra)),)
+
+    block = rewrite(block, spaces)
     block = rewrite(block, _Exchange(etp, replicated, names, seq), new)
     kept = frozenset({"sent": names.get("inside", "inside")}.get(n, n) for n in block.kept)
     return _drop_idle(replace(block, kept=kept), sizes)
