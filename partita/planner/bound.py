@@ -28,7 +28,19 @@ from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.planner.reading import STATES, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
-from partita.planner.table import EXPERTS, KEPT, REST, TIMES, UNITS, Probe, Rough, Table, probe_of
+from partita.planner.table import (
+    EXPERTS,
+    HIDES,
+    KEPT,
+    REST,
+    TIMES,
+    TRAVEL,
+    UNITS,
+    Probe,
+    Rough,
+    Table,
+    probe_of,
+)
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.groups import place
@@ -123,7 +135,7 @@ class Bounds:
     ) -> np.ndarray:
         """From an endless table, seconds of a step at least for each size of a microbatch."""
         rough = self.lies(mesh, leaf)
-        stages = self.stages(table, rough.num_stages)[:, TIMES] * (SLACK / ENDLESS)
+        stages = rough.times(self.stages(table, rough.num_stages)) * (SLACK / ENDLESS)
         return rough(stages, micros, self.space.batch // mesh.dp)
 
     def lies(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Rough:
@@ -137,7 +149,8 @@ class Bounds:
         self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int
     ) -> float:
         """The schedule's bound with stages of these costs, for so many microbatches."""
-        return float(self.lies(mesh, leaf)(stages[:, TIMES], np.ones(1), m)[0])
+        rough = self.lies(mesh, leaf)
+        return float(rough(rough.times(stages), np.ones(1), m)[0])
 
     def step(self, mesh: MeshChoice, leaf: tuple[str, int], m: int, stages: int) -> Rehearsal:
         """The schedule of the whole step, to be timed at any costs."""
@@ -156,7 +169,9 @@ class Bounds:
 
     def played(self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int) -> float:
         """The schedule's clock at the stages' costs."""
-        return self.step(mesh, leaf, m, len(stages)).least(costs_of(stages[:, TIMES].tolist()))
+        return self.step(mesh, leaf, m, len(stages)).least(
+            costs_of(self.lies(mesh, leaf).times(stages).tolist())
+        )
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
@@ -187,18 +202,21 @@ class Bounds:
             self._splits[key] = balanced(table.flops, count)
         return self._splits[key]
 
-    def coarse(self, mesh: MeshChoice, shape: Shape | None = None) -> float | Problem:
-        """Seconds of a step at least, whatever else is chosen."""
+    def coarse(
+        self, mesh: MeshChoice, shape: Shape | None = None, paired: bool = True
+    ) -> float | Problem:
+        """Seconds of a step at least, whatever else is chosen. `paired`: of schedules of pairs too."""
         if shape is None:  # without cp and with the experts on one rank
             alone = replace(mesh, cp=1)
             etps = {1, mesh.tp} if self.space.model.experts else {1}
-            found = [self.coarse(alone, Shape(etp=e)) for e in etps]
+            found = [self.coarse(alone, Shape(etp=e), paired) for e in etps]
             good = [f for f in found if not isinstance(f, Problem)]
             return min(good) / mesh.cp if good else found[0]
         table = self.table(mesh, shape, Tokens(micro=ENDLESS))
         if isinstance(table, Problem):
             return table
-        each = float(table.total[TIMES].sum()) / ENDLESS * SLACK
+        whole = table.total[TIMES].sum() - HIDES * (paired and mesh.pp > 1) * table.total[TRAVEL]
+        each = float(whole) / ENDLESS * SLACK
         return each * self.space.batch / (mesh.dp * mesh.pp)
 
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:

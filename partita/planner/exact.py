@@ -10,11 +10,11 @@ from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.parallel.room import Request
-from partita.planner.bound import costs_of
-from partita.planner.reading import cost_of
-from partita.planner.table import TIMES, Probe
+from partita.planner.table import Probe
+from partita.schedule.clock import Costs
 from partita.simulate.memory import lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal
+from partita.simulate.predict import stage_costs
 from partita.simulate.stage import PartTimes, send_seconds, stage_time, works_of
 from partita.simulate.step import step_time
 
@@ -28,7 +28,9 @@ def laid_bound(
     times = [stage_time(w, laid, machine, known) for w in works.stages]
     send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
     once = step_time(laid, works, times, machine)
-    seconds = step.least(costs_of([cost_of(t).row[TIMES] for t in times], send))
+    turns = request.plan.recompute.mode != "full"
+    stages = tuple(stage_costs(t, 1.0, 0.0, turns) for t in times)
+    seconds = step.least(Costs(stages, send))
     return seconds + once.seconds, _laid_memory(laid, probe)
 
 

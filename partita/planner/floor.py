@@ -16,7 +16,7 @@ import numpy as np
 
 from partita.planner.bound import ENDLESS, SLACK, Bounds
 from partita.planner.space import MeshChoice, Shape
-from partita.planner.table import KEPT, Table
+from partita.planner.table import HIDES, KEPT, Table
 
 ROOM, SPARSE_ROOM = (
     2.0,
@@ -49,8 +49,11 @@ class Floors:
         self.bounds, self.space = bounds, bounds.space
         self._ways: dict[object, _Way] = {}
 
-    def __call__(self, mesh: MeshChoice, shape: Shape, table: Table, cp: int = 1) -> Floor:
-        """The least over all ways that fit. `cp`: into how many parts ranks cut the tokens of the table."""
+    def __call__(
+        self, mesh: MeshChoice, shape: Shape, table: Table, cp: int = 1, paired: bool = False
+    ) -> Floor:
+        """The least over all ways that fit. `cp`: into how many parts ranks cut the tokens of the table;
+        `paired`: of schedules of pairs, whose rows travel under compute."""
         b, total = self.bounds, table.total
         micros = np.array(self.space.micros(mesh))
         samples = micros / (ENDLESS * cp)
@@ -63,7 +66,7 @@ class Floors:
             if not fits.any():
                 continue
             way = self._way(mesh, shape, table, zero)
-            found = self._seconds(mesh, table, way, samples)
+            found = self._seconds(mesh, table, way, samples, paired)
             for least, new in zip((seconds, once), found, strict=True):
                 np.minimum(least, new, out=least, where=fits)
         return Floor(seconds, once)
@@ -93,7 +96,7 @@ class Floors:
         return _Way(tuple(each), once)
 
     def _seconds(
-        self, mesh: MeshChoice, table: Table, way: _Way, samples: np.ndarray
+        self, mesh: MeshChoice, table: Table, way: _Way, samples: np.ndarray, paired: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a step with microbatches of each size, and those that follow the schedule."""
         scale, longest = samples * SLACK, 0.0
@@ -102,7 +105,8 @@ class Floors:
             back = layer.input + layer.weight
             longest = max(longest, back)
             layers += n * np.maximum(scale * layer.forward, forward)
-            layers += n * np.maximum(scale * back, backward)
+            hides = HIDES * layer.travel if paired else 0.0
+            layers += n * np.maximum(scale * (back - hides), 0.0 if paired else backward)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients

@@ -77,6 +77,7 @@ class Node:
     tokens: Tokens = field(default_factory=Tokens)
     leaf: Leaf = field(default_factory=Leaf)
     once: float = 0.0  # of the seconds, those that follow the schedule
+    paired: bool = False  # its schedules run a backward beside a forward
     rest: tuple[tuple[float, float, int], ...] = ()  # other microbatches: seconds, once, samples
 
 

@@ -31,7 +31,8 @@ def cost_of(t: StageTime, late: bool = False) -> Cost:
     forward = t.forward_s + sum(t.comm_forward_s.values()) + t.host_forward_s
     waits = sum(t.comm_backward_s.values()) + t.host_backward_s
     back, weight = (0.0, waits) if late else (waits, 0.0)
-    return Cost(forward, t.input_s + back, t.weight_s + weight)
+    travel = t.comm_forward_s.get("ep", 0.0) + t.comm_backward_s.get("ep", 0.0)
+    return Cost(forward, t.input_s + back, t.weight_s + weight, travel=travel)
 
 
 def read_table(request: Request, machine: Machine, late: bool) -> Table | Problem:

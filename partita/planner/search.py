@@ -21,7 +21,7 @@ from partita.planner.exact import laid_bound
 from partita.planner.floor import Floors
 from partita.planner.nodes import ANY, GOALS, HIDDEN, INF, KEEP, Found, Goal, Node, Queue
 from partita.planner.space import Leaf, Shape, Space, Tokens, Words
-from partita.planner.table import Probe, Table
+from partita.planner.table import PAIRED, Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
@@ -133,28 +133,33 @@ class Search:
 
     def _folds(self, node: Node) -> Iterator[Node]:
         """Where experts lie and what is recomputed, as if a sequence were cut for nothing."""
+        mesh, space = node.mesh, self.space
+        kinds = Counter(n in PAIRED and bool(space.model.experts) for n, _ in space.schedules(mesh))
+        sizes = len(space.methods(mesh)) * len(space.micros(mesh))
+        for shape in (Shape(ep=ep, etp=etp) for ep, etp in space.folds(mesh)):
+            states = sizes * len(space.states(mesh, shape))
+            for paired, schedules in kinds.items() if states else ():
+                yield from self._modes(
+                    replace(node, shape=shape, paired=paired), states * schedules
+                )
+
+    def _modes(self, node: Node, leaves: int) -> Iterator[Node]:
+        """What is recomputed; so many plans lie below each."""
         mesh, modes = node.mesh, self.space.modes()
         alone = replace(mesh, cp=1)
-        for shape in (Shape(ep=ep, etp=etp) for ep, etp in self.space.folds(mesh)):
-            methods = len(self.space.methods(mesh)) * len(self.space.micros(mesh))
-            leaves = methods * self.space.below(mesh, shape)
-            least = self.bounds.coarse(alone, shape)
-            if not leaves:
-                continue
-            if isinstance(least, Problem):
-                self._refuse(least, leaves * len(modes))
-                continue
-            if least / mesh.cp >= self._cut:
-                continue
+        least = self.bounds.coarse(alone, node.shape, node.paired)
+        if isinstance(least, Problem):
+            self._refuse(least, leaves * len(modes))
+        elif least / mesh.cp < self._cut:
             for mode in modes:
-                table = self.bounds.endless(alone, shape, mode)
+                table = self.bounds.endless(alone, node.shape, mode)
                 assert isinstance(table, Table)
-                seconds = self.floors(mesh, shape, table, mesh.cp).seconds.min()
-                if seconds == INF:
+                least = self.floors(mesh, node.shape, table, mesh.cp, node.paired).seconds.min()
+                if least == INF:
                     self._refuse("memory", leaves)
                     continue
-                seconds, tokens = max(float(seconds), node.seconds), Tokens(*mode, 0)
-                yield Node(1, seconds, 0.0, leaves, mesh, shape, tokens)
+                seconds, tokens = max(float(least), node.seconds), Tokens(*mode, 0)
+                yield replace(node, level=1, seconds=seconds, leaves=leaves, tokens=tokens)
 
     def _methods(self, node: Node) -> Iterator[Node]:
         """Children that are not looked at yet: a table is laid only for what comes to its turn."""
@@ -174,7 +179,10 @@ class Search:
             self._refuse("recompute changes nothing", node.leaves)
             return
         micros, states = self.space.micros(mesh), len(self.space.states(mesh, node.shape))
-        least, schedules = self.floors(mesh, node.shape, table), self.space.schedules(mesh)
+        least = self.floors(mesh, node.shape, table, paired=node.paired)
+        schedules = [x for x in self.space.schedules(mesh) if (x[0] in PAIRED) == node.paired]
+        if not self.space.model.experts:
+            schedules = self.space.schedules(mesh)
         full = np.isinf(least.seconds)
         self._refuse("memory", int(full.sum()) * states * len(schedules))
         if least.seconds.min(initial=INF) >= self._cut:

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from partita.schedule.ir import Action, Schedule
+from partita.simulate.links import SLOW
 from partita.spec.plan import has_fixed_stages
 
 Three = tuple[float, ...]  # parameters, gradients, optimizer
@@ -20,8 +21,8 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
-    rest; of each layer's largest unit parameters and gradients, of the rest and of experts; and what lives
-    `inside` one op of a block, which does not add up."""
+    rest; of each layer's largest unit parameters and gradients, of the rest and of experts; seconds that
+    rows `travel` to experts and back; and what lives `inside` one op of a block, which does not add up."""
 
     forward: float
     input: float
@@ -30,6 +31,7 @@ class Cost:
     states: Three = (0.0, 0.0, 0.0)
     experts: Three = (0.0, 0.0, 0.0)
     units: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    travel: float = 0.0
     inside: float = 0.0
 
     @property
@@ -41,11 +43,12 @@ class Cost:
     def row(self) -> tuple[float, ...]:
         """What adds up in one row, as the columns below name it."""
         parts = (self.forward, self.input, self.weight, self.kept)
-        return (*parts, *self.states, *self.experts, *self.units)
+        return (*parts, *self.states, *self.experts, *self.units, self.travel)
 
 
 # columns of a row, or of rows of stages
 TIMES, KEPT, REST, EXPERTS, UNITS = slice(0, 3), 3, slice(4, 7), slice(7, 10), slice(10, 14)
+TRAVEL = 14
 
 
 class Proportions:
@@ -114,6 +117,13 @@ class Probe:
 HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
 
 
+HIDES = 1 - SLOW  # of what travels under compute
+PAIRED = (
+    "dualpipe",
+    "dualpipev",
+)  # a backward beside a forward: rows travel under the other's compute
+
+
 class Rough:
     """No schedule of this kind ends sooner, for many microbatch sizes at once:
 
@@ -134,7 +144,14 @@ class Rough:
         rows = [at, ranks - 1 - at] if both else rows
         self.held = -np.sort(-np.stack(rows, 1), 1)
         self.share = 0.5 if both else 1.0
-        self.kind = (self.split, virtual, vee, both)  # of those with the same bounds
+        self.paired = schedule in PAIRED
+        self.kind = (self.split, virtual, vee, both, self.paired)  # of those with the same bounds
+
+    def times(self, stages: np.ndarray) -> np.ndarray:
+        """[stage, 3]: F, I, W of stages at least, where another microbatch's compute hides what it can."""
+        found = stages[:, TIMES].copy()
+        found[:, 1] -= HIDES * self.paired * stages[:, TRAVEL]
+        return found
 
     def __call__(self, stages: np.ndarray, micros: np.ndarray, samples: int) -> np.ndarray:
         """Seconds at least for each size; `stages` [stage, 3]: F, I, W of a sample."""

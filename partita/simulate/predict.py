@@ -164,7 +164,7 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     turns = plan.recompute.mode != "full"  # a layer that is run again runs as a whole
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(_costs(s, busy, waits, turns) for s in stages), send_s - waits)
+        costs = Costs(tuple(stage_costs(s, busy, waits, turns) for s in stages), send_s - waits)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -246,9 +246,9 @@ def _units(cluster: Cluster, world: int) -> int:
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
 
 
-def _costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
-    """`waits`: seconds that an action waits for its messages; `turns`: rows of experts travel under compute
-    of the microbatch that is paired (pp/pieces.py)."""
+def stage_costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
+    """What the clock is told of a stage. `waits`: seconds that an action waits for its messages; `turns`:
+    rows of experts travel under compute of the microbatch that is paired (pp/pieces.py)."""
     forward = (s.forward_s + sum(s.comm_forward_s.values())) * busy + s.host_forward_s + waits
     rest = sum(s.comm_backward_s.values()) * busy + s.host_backward_s + waits
     travel = s.comm_forward_s.get("ep", 0.0) + s.comm_backward_s.get("ep", 0.0)
