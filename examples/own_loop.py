@@ -25,4 +25,3 @@ for batch in data:
     if data.context.rank == 0:
         print(f"step {len(losses)}  loss {loss:.4f}  norm {norm:.4f}")
 assert losses[-1] < losses[0]
-data.context.world.close()

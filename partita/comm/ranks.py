@@ -10,6 +10,8 @@ threads of `local`, processes that torchrun started, else a rank alone.
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -108,4 +110,11 @@ def _world(timeout_s: float) -> tuple[World, Where]:
 
     store = rendezvous()
     found = TorchWorld.from_torchrun(torchrun_store(), store, timeout_s=timeout_s, where=where)
+    atexit.register(_leave, found)
     return found, where
+
+
+def _leave(world: World) -> None:
+    """A loop that never closed its world ends too: gloo's threads, left to themselves, abort a process
+    now and then while Python ends. After an error they may wait for a lost peer, and stay."""
+    world.close(drain=not hasattr(sys, "last_type"))

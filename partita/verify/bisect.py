@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partita.parallel.laid import Laid
-from partita.parallel.room import axis_name
 from partita.record.transfer import TrafficLine
 from partita.spec.job import Job
 from partita.verify.compare import BOUNDS, Difference, walk
@@ -144,8 +143,11 @@ def _declared_at(laid: Laid, at: Divergence) -> tuple[str, str] | None:
     lines = laid.traffic(rank)
     if at.phase == "gradient":
         for unit in laid.units(laid.mesh.coords(rank)["pp"]):
-            if any(name == at.module for name, *_ in unit.weights) and unit.axes:
-                return "all_reduce", axis_name(unit.axes)
+            if any(name == at.module for name, *_ in unit.weights):
+                sites = [f"{unit.name}:{kind}" for kind in ("scatter", "reduce", "tied")]
+                sums = [(t.op, t.axis) for site in sites for t in lines if t.site == site]
+                if sums:
+                    return sums[0]
         return next(((t.op, t.axis) for t in lines if t.site.startswith(at.module)), None)
     phase = "F" if at.phase == "forward" else "B"
     return next(
