@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 # Seconds a test of each folder may take; a mark on the test itself goes before.
 DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2e": 300}
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1360,2600", "--disable-dev-shm-usage",
@@ -36,6 +38,15 @@ def pytest_collection_finish():
     """What torch, pytest and all modules hold stays: no collection walks it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item):
+    """Of two workers each keeps its thread ranks on one core, where they take turns anyway: waking one on
+    another core costs a quarter more. Processes may run anywhere."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and CPUS:
+        own = [CPUS[int(worker) % len(CPUS)]]
+        os.sched_setaffinity(0, own if item.path.parent.name in ("local", "e2e") else CPUS)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from partita.cli.main import run as command
 from partita.comm.processes import is_alive
 from partita.train import checkpoint
 
-TIMEOUT_S = 40  # far beyond what anything takes: what is seen sooner is not seen by it
+TIMEOUT_S = 60  # far beyond what anything takes: what is seen sooner is not seen by it
 SHORT_S = 4  # where it must pass
-SLACK_S = 12  # for a busy machine
+SLACK_S = 30  # for a busy machine
 JOB: dict[str, Any] = {
     "name": "small",
     "plan": "tp2",

@@ -85,12 +85,12 @@ def test_it_is_the_same_run(agents) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_told_and_a_restart_goes_on(agents, scratch: Path) -> None:
-    agent = start(agents, *ONE_HOST, "--max-restarts", "1", *JOB, "train.steps=150")
+    agent = start(agents, *ONE_HOST, "--max-restarts", "1", *JOB, "train.steps=80")
     ranks_of(agent)[1].kill()
     _, err = agent.communicate(timeout=150)
     assert agent.returncode == 0, err
     assert "rank 1 has died" in err
-    assert [x[0] for x in faults.metrics()] == list(range(1, 151))
+    assert [x[0] for x in faults.metrics()] == list(range(1, 81))
     assert not (faults.RUN / "failure.json").exists()
     assert not faults.left_behind(scratch)
 
