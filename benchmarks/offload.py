@@ -3,7 +3,7 @@
 Three things in turn, in one process, the order turned round each time:
 
     adamw    torch's fused AdamW over one flat fp32 tensor of as many elements, in memory
-    disk     as many bytes read and written by threads past the page cache (O_DIRECT), and nothing else
+    disk     the same files read and written by threads past the page cache (O_DIRECT), and nothing else
     update   the update of `offload:nvme`: gradients, masters and moments read, updated, written
 
 The share is max(adamw, disk) / update of one turn, and the median of the turns': 1 is an update that costs no
@@ -29,7 +29,7 @@ from partita.comm.protocol import Where
 from partita.comm.recording import Recorder
 from partita.comm.single import SingleWorld
 from partita.parallel.offload.cpu import HostArena
-from partita.parallel.offload.nvme import Buffer, File
+from partita.parallel.offload.nvme import Buffer, DiskStream
 from partita.spec.job import Job
 from partita.train.build import Built, assemble
 
@@ -67,25 +67,23 @@ def adamw(elements: int) -> Callable[[], object]:
     return optimizer.step
 
 
-def disk(folder: Path, elements: int) -> Callable[[], object]:
-    """Reads 16 and writes 12 bytes an element, a thread a block."""
-    file, arena = File(folder), HostArena(Where())
-    states = [file.zeros(elements, torch.float32) for _ in range(4)]
-    for state in states:  # blocks that nobody has written would be read without the disk
-        state.fill_(1.0)
+def disk(stream: DiskStream) -> Callable[[], object]:
+    """Reads 16 and writes 12 bytes an element where the update does, a thread a block."""
+    arena = HostArena(Where())
+    states = [t for away in stream.aways for t in away.states.values()]
+    given = [t for away in stream.aways for t in away.given.values()]
     room = [Buffer(BLOCK_ELEMENTS, torch.float32, arena) for _ in range(2 * THREADS)]
     readers, writers = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(THREADS)
-    starts = range(0, elements, BLOCK_ELEMENTS)
-    reads = [s[i : i + BLOCK_ELEMENTS] for i in starts for s in states]
-    writes = [s[i : i + BLOCK_ELEMENTS] for i in starts for s in states[1:]]
+    writes = [part for s in states for part in s.split(BLOCK_ELEMENTS)]
+    reads = [*writes, *(part for s in given for part in s.split(BLOCK_ELEMENTS))]
 
     def read(which: int) -> None:
         for part in reads[which::THREADS]:
-            file.read(part, room[which].raw)
+            stream.disk.read(part, room[which].raw)
 
     def write(which: int) -> None:
         for part in writes[which::THREADS]:
-            file.write(part, room[THREADS + which].raw)
+            stream.disk.write(part, room[THREADS + which].raw)
 
     def both() -> None:
         work = [readers.submit(read, i) for i in range(THREADS)]
@@ -100,13 +98,13 @@ def measure(folder: Path, layers: int, rounds: int) -> dict[str, float]:
     """Median seconds of each, the share, its least and its most."""
     built = build(folder, layers)
     away = built.update.away
-    assert away is not None
+    assert away is not None and isinstance(away.stream, DiskStream)
     elements = sum(u.master.numel() for u in built.model.units)
     for unit in built.model.units:
         unit.gradient.fill_(1e-3)
     works: dict[str, Callable[[], object]] = {
         "adamw": adamw(elements),
-        "disk": disk(folder, elements),
+        "disk": disk(away.stream),
         "update": lambda: away.run(1, 1e-3, 1.0, lambda master, rows: None, away.slots),
     }
     times: dict[str, list[float]] = {name: [] for name in works}

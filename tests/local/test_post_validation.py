@@ -72,7 +72,7 @@ MORE = (
     "pp2:1f1b/4mb fp64", "pp2:dualpipe/4mb dp_replicate2 fp64",
     "pp2:zb_h1/4mb tp2+sp fp64", "pp4:1f1b/4mb dp_shard2.zero1", "pp2:interleaved_1f1bx2/4mb tp2",
     "pp2:zb_h1/4mb dp_shard2.zero3 data.reshard_after_forward=false", "pp2:gpipe/4mb dp_shard2.zero2",
-    "pp2:v_half/4mb", "pp4:zb_h2/8mb recompute:full",
+    "pp2:v_half/4mb", "pp4:zb_h2/8mb recompute:full", "pp2:gpipe/4mb offload:cpu offload.targets=activations",
 )  # fmt: skip
 
 

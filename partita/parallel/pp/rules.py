@@ -138,8 +138,9 @@ def _cannot_undo(job: Request, made: Schedule) -> Iterator[Problem]:
          "there is none", "pp > 1"),
         (made.is_asynchronous, f"is of a step that ends with one update: {made.name} updates stage by stage "
          "and has no norm to wait for", "a schedule that flushes"),
-        (plan.offload.to != "none", f"{lacks}where states lie elsewhere: the copies that undo an update are "
-         "the device's", "offload:none"),
+        (plan.offload.to != "none" and set(plan.offload.targets) != {"activations"},
+         f"{lacks}where states lie elsewhere: the copies that undo an update are the device's",
+         "offload:none, or offload.targets=activations"),
         (plan.precision.rounding == "stochastic", f"{lacks}with weights that are rounded at random",
          "precision.rounding=nearest"),
         (plan.precision.dtype == "fp8" and plan.precision.fp8_scaling != "current",
