@@ -167,6 +167,7 @@ class Execution:
                 split = (s, m) in self.split
                 run = BlockRun(self.world, name, block, ranks, step, first, env, self.lost, split)
                 carried = run.forward()
+                run.move("F", (s, m) in self.laid.leaving)
                 self.states.drop(ranks, name, block, "F")
                 self._lose_weights(run)
                 runs[-1].append(run)
@@ -182,6 +183,7 @@ class Execution:
                 self.states.fetch(run.ranks, run.name, run.block, "B", first)
                 for r in run.ranks:
                     run.env[r] |= self.states.weights(run.name, run.block, r)
+                run.move("B", (s, m) in self.laid.leaving)
                 run.backward(gradient)
                 self.states.drop(run.ranks, run.name, run.block, "B")
                 self.states.collect(run, second)

@@ -134,6 +134,7 @@ class BlockRun:
     again: set[str] = field(default_factory=set)
     loads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # rows to each expert, by rank
     known: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # what each is told
+    away: dict[int, dict[str, Local]] = field(default_factory=dict)  # kept, in another arena
 
     def __post_init__(self) -> None:
         self.tensors = self.world.view(self.block)
@@ -174,6 +175,25 @@ class BlockRun:
                 self._made_again(op)
                 for r in self.ranks:
                     self._op_back(op, r)
+
+    def move(self, phase: str, leaves: bool) -> None:
+        """What the block keeps goes to another arena behind F, and comes back before B, as its regions say;
+        `leaves`: other work stands between this microbatch's F and B."""
+        kept = [op for op in self.block.regions if op.name.startswith("kept:")]
+        for op, event in [(k, e) for k in kept for e in k.events if e.phase == phase]:
+            for r in self.ranks if leaves or not event.apart else ():
+                held, names = self.env[r] | self.away.get(r, {}), (event.of, *event.beside)
+                if not (names[0] in held and (op.kind != "reload" or r in self.away)):
+                    raise ExecuteError(f"{self.name}:{op.kind} finds nothing to move")
+                moved = {n: held[n] for n in names}
+                sizes = self.world.laid.sizes
+                size = sum(tensor_bytes(self.block.tensors[n], sizes) for n in names)
+                site = self.world.laid.site(self.name, op.name)
+                self.world.record(r, op, event, site, self._phase(phase, event), size)
+                if op.kind == "offload":
+                    self.away[r] = {n: self.env[r].pop(n) for n in moved}
+                elif op.kind == "reload":
+                    self.env[r] |= self.away.pop(r)
 
     def input_gradient(self) -> dict[int, Local]:
         """The gradient of the block's input."""

@@ -122,6 +122,8 @@ def test_more_stages_and_a_stated_split() -> None:
 STAGES = [
     "pp2:interleaved_1f1bx2/2mb tp2+sp", "pp2:looped_bfsx2/2mb recompute:full", "pp2:zb_h1/4mb tp2+sp",
     "pp2:zb_v/4mb", "pp2:dualpipev/4mb tp2+sp", "pp2:dualpipe/4mb tp2",
+    "pp2:gpipe/4mb tp2+sp offload:nvme offload.targets=activations",
+    "pp2:zb_h1/4mb recompute:full offload:cpu offload.targets=activations",
     "dp_replicate2 pp2:zb_h1/2mb", "dp_shard2.zero2 pp2:chimera/2mb", "dp_shard2.zero3 pp2:chimera/2mb",
 ]  # fmt: skip
 

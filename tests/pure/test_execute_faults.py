@@ -22,6 +22,7 @@ FAULTY = [
     (LLAMA, "dp_shard2.zero3 data.reshard_after_forward=false", 9),
     (LLAMA, "cp2:ring tp2+sp" + ALONE, 32), (DROPS, "cp2:ring recompute:full" + ALONE, 11),
     (DROPS, "cp4:hybrid2x2" + ALONE, 19),
+    (LLAMA, "pp2:gpipe/4mb recompute:full offload:cpu offload.targets=activations", 10),
     (LLAMA, "cp2:ulysses tp2" + ALONE, 23), (LLAMA, "cp2:all_gather" + ALONE, 11),
 ]  # fmt: skip
 IDS = [line for _, line, _ in FAULTY]
