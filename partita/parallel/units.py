@@ -6,7 +6,9 @@
 
 ZeRO cuts a unit over some ranks: each stores its part of the masters (stage 1), of the gradients too (2),
 of the working weights too (3). What modules use is always the whole unit: a Buffer, which is lent
-memory for a while where only a part is stored.
+memory for a while where only a part is stored. A part of the gradient has memory from the step's first
+reduction until the next step begins; at stage 3 a working weight that differs from its master is made as it
+is gathered, and no part of it is stored.
 
 Under stochastic rounding the bf16 working weights are the masters. A frozen unit is parameters alone: its
 master is what modules multiply by, and its gradient is empty.
@@ -180,13 +182,36 @@ class Unit:
 
     @property
     def shard(self) -> Tensor:
-        """This rank's part of the working values."""
+        """This rank's part of the working values, where it is stored."""
         return self.working if self.spec.stage == 3 else self.working[self.part]
 
+    @property
+    def casts(self) -> bool:
+        """Whether working values are made from the masters as they are gathered."""
+        return self.spec.stage == 3 and self.working.numel() < self.master.numel()
+
+    def handed_in(self, whole: Tensor) -> Tensor:
+        """This rank's part of the working values, to be gathered into `whole`: stored, or rounded there."""
+        return whole[self.part].copy_(self.master) if self.casts else self.shard
+
     def round_working(self) -> None:
-        """Rounds the masters into this rank's part of the working values; nothing where they are one."""
-        if self.master.data_ptr() != self.shard.data_ptr():
+        """Rounds the masters into this rank's part of the working values; nothing where they are one, or
+        where it is not stored."""
+        if not self.casts and self.master.data_ptr() != self.shard.data_ptr():
             self.shard.copy_(self.master)
+
+    def hold_gradient(self) -> None:
+        """Its part of the gradient has memory, whatever is in it."""
+        self._resize_gradient(self.gradient.nbytes)
+
+    def drop_gradient(self) -> None:
+        """That memory is free again; views of it stay, and using one is an error."""
+        self._resize_gradient(0)
+
+    def _resize_gradient(self, size: int) -> None:
+        storage = self.gradient.untyped_storage()
+        if storage.nbytes() != size:
+            storage.resize_(size)
 
     def weights(self) -> dict[str, Weight]:
         """Full name -> Weight."""
@@ -255,9 +280,10 @@ def _allocate(
     apart = apart or "parameters" in elsewhere
     zeros = partial(_zeros, elsewhere, device)
     each = part.stop - part.start
-    working = zeros("parameters", each if stage == 3 else size, dtype)
-    shard = working if stage == 3 else working[part]
     one = spec.frozen or alone or (dtype == wide and not apart)
+    casts = stage == 3 and not one and not {"optimizer", "parameters"} & elsewhere.keys()
+    working = zeros("parameters", 0 if casts else each if stage == 3 else size, dtype)
+    shard = working if stage == 3 else working[part]
     master = shard if one else zeros("optimizer", each, wide)
     values, gradients = Buffer(size, dtype, device), Buffer(size, wide, device)
     if stage < 3:

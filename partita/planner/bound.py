@@ -55,17 +55,21 @@ REHEARSED = 256  # schedules of whole steps that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Into how many parts ZeRO cuts the states of experts, and at most those of the rest."""
+    """Into how many parts ZeRO cuts the states of experts, and at most those of the rest. `narrow`: cut
+    parameters may be no more than their masters."""
 
     rest: int
     experts: int
+    narrow: bool = False
 
     def states(self, rows: np.ndarray, zero: int) -> np.ndarray:
         """[..., 3]: parameters, gradients and optimizer of a rank at least, of [..., numbers]."""
         cut = np.array((zero >= 3, zero >= 2, zero >= 1))
-        return rows[..., REST] / np.where(cut, self.rest, 1) + rows[..., EXPERTS] / np.where(
-            cut, self.experts, 1
-        )
+
+        def ways(n: int) -> np.ndarray:
+            return np.where(cut, (np.inf if self.narrow else n, n, n), 1)
+
+        return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +226,8 @@ class Bounds:
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
         cut = dp_shard * mesh.cp
-        return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1))
+        narrow = self.request.plan.precision.dtype not in ("fp64", "fp32")
+        return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1), narrow)
 
     def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
         """ZeRO stages in force, with the most parts they cut states into."""
@@ -324,8 +329,10 @@ class Bounds:
         self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards, scale: float = 1.0
     ) -> float:
         """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
-        states = shards.states(stages, zero).sum(1)[probe.held].sum(1)
-        return float((states + scale * (probe.chunks @ stages[:, KEPT])).max())
+        parameters, gradients, optimizer = shards.states(stages, zero)[probe.held].sum(1).T
+        coming = gradients * (zero >= 2)
+        most = probe.most(scale * stages[:, KEPT], coming)
+        return float((parameters + gradients - coming + optimizer + most).max())
 
     def update(self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least."""

@@ -12,7 +12,7 @@ from partita.parallel.read import kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Probe
 from partita.schedule.clock import Costs
-from partita.simulate.memory import lent_bytes, transient_bytes
+from partita.simulate.memory import coming_bytes, lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import stage_costs
 from partita.simulate.stage import PartTimes, send_seconds, stage_time, works_of
@@ -35,19 +35,21 @@ def laid_bound(
 
 
 def _laid_memory(laid: Laid, probe: Probe) -> float:
-    known: dict[int, tuple[int, int, int]] = {}
+    known: dict[int, tuple[int, int, int, int]] = {}
     for s in laid.stages:
         for b in s.blocks:
             if id(b) not in known:
-                own = state_bytes(b, laid.sizes)
+                own, coming = state_bytes(b, laid.sizes), coming_bytes(b, laid.sizes)
                 known[id(b)] = (
-                    sum(own.values()),
+                    sum(own.values()) - coming,
                     kept_bytes(b, laid.sizes),
                     transient_bytes(b, laid.sizes),
+                    coming,
                 )
     rows = np.array([np.sum([known[id(b)] for b in s.blocks], 0) for s in laid.stages])
     inside = [max(known[id(b)][2] for b in s.blocks) for s in laid.stages]
     lent = [lent_bytes(s.blocks, laid.request.plan) for s in laid.stages]
-    most, states = probe.chunks @ rows[:, 1], rows[probe.held, 0].sum(1)
+    most = probe.most(rows[:, 1], rows[probe.held, 3].sum(1))
+    states = rows[probe.held, 0].sum(1)
     beside = np.array(inside)[probe.held].max(1) + np.array(lent)[probe.held].max(1)
     return float((states + most + beside).max())

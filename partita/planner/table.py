@@ -5,7 +5,7 @@ schedule says of itself on a short step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,12 +106,18 @@ class Table:
 class Probe:
     """What a schedule says of itself on a short step: `held` [rank, stage of its own] who holds which stage;
     `share` of the microbatches, that each of a rank's copies runs; `chunks` [rank, stage] at once where a
-    rank holds most; whether backward is in halves."""
+    rank holds most, and `later`, behind a first backward of all its stages; whether backward is in halves."""
 
     held: np.ndarray
     share: tuple[float, ...]
     chunks: np.ndarray
+    later: np.ndarray
     split: bool
+
+    def most(self, kept: np.ndarray, coming: np.ndarray) -> np.ndarray:
+        """[rank] bytes of activations, and of gradients that come with a first backward, at least: `kept`
+        [stage] of a chunk, `coming` [rank]."""
+        return np.maximum(self.chunks @ kept, coming + self.later @ kept)
 
 
 HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
@@ -170,25 +176,27 @@ class Rough:
 
 def probe_of(schedule: Schedule) -> Probe:
     """Reads a schedule."""
-    held, share, chunks = [], [], []
+    held, share, chunks, later = [], [], [], []
     kinds = {a.kind for a in schedule.actions()}
     for actions in schedule.ranks:
         count = Counter(a.stage for a in actions if a.kind == "F")
         held.append(sorted(count, reverse=True))
         share.append(min(count.values()) / schedule.num_microbatches)
-        most = _most(actions)
-        chunks.append([most[s] for s in range(schedule.num_stages)])
-    return Probe(np.array(held), tuple(share), np.array(chunks), "W" in kinds)
+        for most, into in ((_most(actions), chunks), (_most(actions, count), later)):
+            into.append([most[s] for s in range(schedule.num_stages)])
+    return Probe(np.array(held), tuple(share), np.array(chunks), np.array(later), "W" in kinds)
 
 
-def _most(actions: Sequence[Action]) -> Counter[int]:
-    """The chunks of each stage that a rank holds where it holds most."""
-    now, found, most = Counter[int](), Counter[int](), 0
+def _most(actions: Sequence[Action], before: Iterable[int] = ()) -> Counter[int]:
+    """The chunks of each stage that a rank holds where it holds most, behind a first backward of the stages
+    `before`."""
+    now, found, most, waits = Counter[int](), Counter[int](), 0, set(before)
     for stage, kind, _ in actions:
         if kind == "F":
             now[stage] += 1
-            if now.total() > most:
+            if now.total() > most and not waits:
                 most, found = now.total(), Counter(now)
         elif kind in "BW":
             now[stage] -= 1
+            waits.discard(stage)
     return found

@@ -276,15 +276,28 @@ def peak_activation_bytes(schedule: Schedule, costs: Costs) -> list[float]:
 
 
 def _peaks(schedule: Schedule, size: Sequence[float]) -> list[float]:
+    return [held for held, _ in peaks_with_gradients(schedule, size, [0.0] * schedule.num_stages)]
+
+
+def peaks_with_gradients(
+    schedule: Schedule, kept: Sequence[float], gradients: Sequence[float]
+) -> list[tuple[float, float]]:
+    """For each rank its activations and gradients where their sum is largest. `kept[stage]` is of a chunk;
+    `gradients[stage]` come, block by block, as the first backward (W, where split) lets go of that."""
     freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
     peaks = []
     for actions in schedule.ranks:
-        held = peak = 0.0
+        held, shards, found, there = 0.0, 0.0, (0.0, 0.0), set[int]()
         for stage, kind, microbatch in actions:
             if kind == "F" and (stage, microbatch) in freed:
-                held += size[stage]
-                peak = max(peak, held)
+                held += kept[stage]
+                found = max(found, (held, shards), key=sum)
             elif kind in "BW":
-                held -= size[stage]
-        peaks.append(peak)
+                if stage not in there:
+                    there.add(stage)
+                    during = shards + max(gradients[stage] - kept[stage], 0.0)
+                    found = max(found, (held, during), key=sum)
+                    shards += gradients[stage]
+                held -= kept[stage]
+        peaks.append(found)
     return peaks

@@ -159,5 +159,6 @@ def _over_time(p: Prediction, place: int) -> dict[str, Any]:
             "time_s": curve.times_s,
             "activations": curve.activations,
             "buffers": curve.buffers,
+            "gradients": curve.gradients,
         },
     }

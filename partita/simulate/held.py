@@ -1,8 +1,9 @@
 """What a rank holds over a step: the ledger's categories along the schedule's clock, and who holds the peak.
 
-parameters, gradients and optimizer stay; activations live from F to the end of B (of W where halves are
-split); buffers, at the worst moment inside any of the rank's actions, while one runs. The curve's top is
-the ledger's peak, by construction and by a test.
+parameters, optimizer and gradients stay, but gradients that ZeRO cuts come as the first B of their stage (W
+where halves are split) lets go of what it kept; activations live from F to the end of B (W); buffers, at the
+worst moment inside any of the rank's actions, while one runs. The curve's top is the ledger's peak, by
+construction and by a test.
 
 A device shows more than its tensors: the context of its runtime and of its communicators, and what the
 allocator cannot give back. `shown_bytes` is the interval that this makes of a peak.
@@ -10,6 +11,7 @@ allocator cannot give back. `shown_bytes` is the interval that this makes of a p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from partita.record.span import Span
 from partita.schedule.clock import held_over_time
 from partita.schedule.ir import Schedule
 from partita.simulate.away import leaves, levels
-from partita.simulate.memory import lent_parts, stage_kept, transient_bytes
+from partita.simulate.memory import chunk_bytes, lent_parts, standing_gradients, transient_bytes
 
 MODEL = 0.05  # of the peak, either way: measured ledgers (tests/local/test_measured_memory.py)
 CONTEXT_BYTES = (0.3e9, 1.5e9)  # [empirical] CUDA's context, NCCL's channels
@@ -29,59 +31,75 @@ FRAGMENTATION = 0.08  # [empirical] of the peak, at most: blocks that are cut an
 
 @dataclass(frozen=True)
 class Held:
-    """A step of the ranks at one place of pp: from each time on, bytes of activations and of buffers; and
-    the bytes that stay. `peak_s`: when the sum is largest, for the first time; `during`: what runs then."""
+    """A step of the ranks at one place of pp: from each time on, bytes of activations, of buffers and of
+    the gradients that come; and the bytes that stay. `peak_s`: when the sum is largest, for the first time;
+    `during`: what runs then."""
 
     times_s: tuple[float, ...]
     activations: tuple[int, ...]
     buffers: tuple[int, ...]
+    gradients: tuple[int, ...]
     stays: int
     peak_s: float
     during: str
 
     def total(self) -> list[tuple[float, int]]:
         """(time, bytes held from then on)."""
-        parts = zip(self.times_s, self.activations, self.buffers, strict=True)
-        return [(t, self.stays + a + b) for t, a, b in parts]
+        parts = zip(self.times_s, self.activations, self.buffers, self.gradients, strict=True)
+        return [(t, self.stays + a + b + g) for t, a, b, g in parts]
 
 
 def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledger: Ledger) -> Held:
     """The curve of a place, on the spans that were played."""
     own = [s for s in spans if s.rank == place]
+    kept, coming = chunk_bytes(laid, place)
+    away = leaves(laid)
     level = (
-        _leaving(laid, place, schedule, own) if leaves(laid) else _kept(laid, place, schedule, own)
+        _leaving(laid, place, schedule, own)
+        if away
+        else {t: int(n) for t, n in held_over_time(schedule, own, kept)[place]}
     )
     runs = {s.end_s: 0 for s in own} | {s.start_s: ledger.at_peak["buffers"] for s in own}
+    come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming)
     times = sorted({0.0, *level, *runs})
-    activations, buffers = [], []
-    a = b = 0
+    activations, buffers, gradients = [], [], []
+    a = b = g = 0
     for time in times:
-        a, b = level.get(time, a), runs.get(time, b)
+        a, b, g = level.get(time, a), runs.get(time, b), g + come.get(time, 0)
         activations.append(a)
         buffers.append(b)
-    stays = sum(ledger.at_peak.get(c, 0) for c in ("parameters", "gradients", "optimizer"))
-    top = max(range(len(times)), key=lambda i: activations[i] + buffers[i])
+        gradients.append(g)
+    top = max(range(len(times)), key=lambda i: activations[i] + buffers[i] + gradients[i])
+    stays = sum(ledger.at_peak.get(c, 0) for c in ("parameters", "optimizer"))
+    stays += standing_gradients(laid, place)
     during = next((s.name for s in own if s.start_s <= times[top] < s.end_s), "")
     return Held(
-        tuple(times), tuple(activations), tuple(buffers), stays, times[top], during
+        tuple(times), tuple(activations), tuple(buffers), tuple(gradients), stays, times[top], during
     )  # fmt: skip
 
 
-def _kept(laid: Laid, place: int, schedule: Schedule, own: Sequence[Span]) -> dict[float, int]:
-    """Time -> bytes kept from then on."""
-    kept = [0.0] * len(laid.stages)
-    for s in laid.stages_of(place):
-        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
-    return {time: int(size) for time, size in held_over_time(schedule, own, kept)[place]}
-
-
 def _leaving(laid: Laid, place: int, schedule: Schedule, own: Sequence[Span]) -> dict[float, int]:
-    """The same where it leaves between forward and backward."""
+    """Time -> bytes kept from then on, where they leave between forward and backward."""
     found: dict[float, int] = {}
     at = {str(s.action): s for s in levels(laid, place, schedule)}
     for span in sorted(own, key=lambda s: s.start_s):
         if span.name in at:
             found[span.start_s], found[span.end_s] = at[span.name].during, at[span.name].after
+    return found
+
+
+def _come(own: Sequence[Span], kept: Sequence[float], coming: Sequence[float]) -> Counter[float]:
+    """Bytes of gradients by when they come: as far as a stage's first backward does not let go of as much,
+    at its start, the others at its end."""
+    found: Counter[float] = Counter()
+    first: dict[int, Span] = {}
+    for s in own:
+        if s.kind in ("B", "W"):
+            first.setdefault(s.stage, s)
+    for stage, s in first.items():
+        early = max(int(coming[stage] - kept[stage]), 0)
+        found[s.start_s] += early
+        found[s.end_s] += int(coming[stage]) - early
     return found
 
 

@@ -1,9 +1,11 @@
 """Bytes of a rank by category, read off the laid program and the schedule's lifetimes.
 
-parameters   working weights        gradients   flat units, whole        optimizer   moments, masters
+parameters   working weights        gradients   flat units               optimizer   moments, masters
 activations  kept tensors of each block x microbatches in flight (the schedule's peak)
 buffers      what lives inside one op at the worst moment: the tensors it makes and their gradients,
              what a recomputed block makes again, and whole units that come and go under ZeRO
+
+At ZeRO stages 2 and 3 a gradient's shard comes as the step's first backward lets go of what it kept.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
-from partita.schedule.clock import Costs, StageCosts, peak_activation_bytes
+from partita.schedule.clock import peaks_with_gradients
 from partita.schedule.ir import Schedule
 from partita.simulate import away
 from partita.spec.plan import Plan
@@ -32,16 +34,41 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
         categories.update(state_bytes(block, sizes))
     if schedule.is_asynchronous:
         categories["parameters"] = version_bytes(laid, place, schedule)
-    kept = [0.0] * len(laid.stages)
-    for s in stages:
-        kept[s.index] = float(sum(stage_kept(s.blocks, sizes)))
-    costs = Costs(tuple(StageCosts(activation_bytes=k) for k in kept))
-    kept_most = int(peak_activation_bytes(schedule, costs)[place])
-    categories["activations"] = away.peak(laid, place, schedule) if away.leaves(laid) else kept_most
+    kept, coming = chunk_bytes(laid, place)
+    if away.leaves(laid):
+        activations, come = float(away.peak(laid, place, schedule)), sum(coming)
+    else:
+        activations, come = peaks_with_gradients(schedule, kept, coming)[place]
+    categories["activations"] = int(activations)
+    categories["gradients"] = standing_gradients(laid, place) + int(come)
     categories["buffers"] = max(transient_bytes(b, sizes) for s in stages for b in s.blocks)
     categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
     rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
+
+
+def chunk_bytes(laid: Laid, place: int) -> tuple[list[float], list[float]]:
+    """For each stage, zero where the place does not hold it: what a microbatch keeps, and the gradients
+    that come with the step's first backward."""
+    kept, coming = [0.0] * len(laid.stages), [0.0] * len(laid.stages)
+    for s in laid.stages_of(place):
+        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
+        coming[s.index] = float(sum(coming_bytes(b, laid.sizes) for b in s.blocks))
+    return kept, coming
+
+
+def standing_gradients(laid: Laid, place: int) -> int:
+    """Bytes of a place's gradients that are there for the whole run."""
+    blocks = [b for s in laid.stages_of(place) for b in s.blocks]
+    return sum(
+        state_bytes(b, laid.sizes)["gradients"] - coming_bytes(b, laid.sizes) for b in blocks
+    )
+
+
+def coming_bytes(block: Block, sizes: Sizes) -> int:
+    """Gradients of a block that are not there before the step's first backward: those that ZeRO cuts."""
+    own = (t for t in block.tensors.values() if t.role == "gradient" and t.arena == "device")
+    return sum(tensor_bytes(t, sizes) for t in own if t.axes())
 
 
 def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
@@ -90,7 +117,8 @@ def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
 
 def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
-    all, where they stay for the step), and two gradients, one being filled and one on its way."""
+    all, where they stay for the step), and two gradients, one being filled and one on its way: one where
+    nothing is fetched ahead."""
     gathered, gradients, stay = [], [], 0
     for block in blocks:
         here, made = 0, dict[str, int]()
@@ -111,7 +139,8 @@ def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
         gradients += made.values()
     held = 1 + plan.data.prefetch
     at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
-    return {"gathered parameters": stay + at_once, "whole gradients": sum(sorted(gradients)[-2:])}
+    whole = sum(sorted(gradients)[-min(held, 2) :])
+    return {"gathered parameters": stay + at_once, "whole gradients": whole}
 
 
 def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:

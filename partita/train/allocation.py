@@ -70,6 +70,11 @@ class Allocations(TorchDispatchMode):
         # storage -> bytes, category, the arena's counter, weak reference
         self._live: dict[int, tuple[int, str, Counter[str], Any]] = {}
         self._born: set[int] = set()  # in this forward, not yet kept
+        self._resized: list[Tensor] = []
+
+    def resizes(self, tensors: Iterable[Tensor]) -> None:
+        """Says that these claimed tensors' storages are resized in place, as long as this is used."""
+        self._resized = [t for t in tensors if t.untyped_storage()._cdata in self._live]
 
     def claim(self, category: str, tensors: Iterable[Tensor], arena: str = "") -> None:
         """Says what these tensors' storages are, for as long as they live; `arena`: where they lie, if they
@@ -162,7 +167,20 @@ class Allocations(TorchDispatchMode):
             return
         self.total += size
         if self.total > self.peak:
+            self._read_again()
+        if self.total > self.peak:
             self._note_peak()
+
+    def _read_again(self) -> None:
+        """Sizes of storages that are resized in place, which makes no operation."""
+        for t in self._resized:
+            storage = t.untyped_storage()
+            known, category, arena, gone = self._live[storage._cdata]
+            size = storage.nbytes() - known
+            if size and arena is self.held:
+                self._live[storage._cdata] = (known + size, category, arena, gone)
+                arena[category] += size
+                self.total += size
 
     def _freed(self, key: int) -> None:
         entry = self._live.pop(key, None)

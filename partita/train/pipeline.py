@@ -75,9 +75,9 @@ def data_parallel(
     two_ways = laid.schedule.direction is not None
     visits = [frozenset(s.names) for s in stages] if two_ways else []
     trained = [unit for unit in units if not unit.spec.frozen]
-    reducer = Reducer(trained, comms, context.where, units[0].queue, visits, away)
-    parameters = Parameters(units, comms, context.where, shards)
     prefetch = laid.request.plan.data.prefetch
+    reducer = Reducer(trained, comms, context.where, units[0].queue, visits, away, prefetch > 0)
+    parameters = Parameters(units, comms, context.where, shards)
     found = {}
     for stage in stages:
         gatherer = Gatherer(parameters, _needs(laid, stage, units), prefetch)

@@ -74,6 +74,20 @@ def test_what_outlives_its_forward_is_an_activation() -> None:
     assert a.total == 0
 
 
+def test_what_is_resized_in_place_is_read_at_the_next_peak() -> None:
+    a, t = seen(), torch.ones(1000)
+    a.claim("gradients", [t])
+    a.resizes([t])
+    t.untyped_storage().resize_(0)
+    with a.watch():
+        first = torch.ones(500)
+    assert a.at_peak == {"gradients": 0, "buffers": 2000} and len(first) == 500
+    t.untyped_storage().resize_(4000)
+    with a.watch():
+        torch.ones(10)
+    assert a.at_peak["gradients"] == 4000
+
+
 def test_what_was_there_before_is_untagged_once_it_is_adopted() -> None:
     before = torch.zeros(HIDDEN, dtype=torch.uint8)
     a = seen()

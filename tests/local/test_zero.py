@@ -12,6 +12,7 @@ from saves import save_run
 from partita.comm.local import local
 from partita.parallel.dp import zero
 from partita.parallel.read import state_bytes
+from partita.simulate.memory import coming_bytes
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.resume import load_run
@@ -53,6 +54,7 @@ def stored(world, job):
     built.update.step()
     model = built.model
     held: Counter[str] = Counter()
+    blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
     for unit in model.units:
         whole = unit.gradients.tensor if unit.spec.stage < 2 else unit.gradient
         held["parameters"] += unit.working.untyped_storage().nbytes()
@@ -61,7 +63,10 @@ def stored(world, job):
             held["optimizer"] += unit.master.untyped_storage().nbytes()
     for state in built.update.optimizer.state.values():
         held["optimizer"] += sum(x.nbytes for n, x in state.items() if n != "step")
-    blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
+    model.begin(built.batch(1))  # where a backward brings gradients, they are gone
+    coming = sum(coming_bytes(b, model.laid.sizes) for b in blocks)
+    own = [u.gradient.untyped_storage().nbytes() for u in model.units if u.spec.stage >= 2]
+    assert (sum(own), coming) == (0, held["gradients"] * bool(own))
     return held, sum((state_bytes(b, model.laid.sizes) for b in blocks), Counter())
 
 

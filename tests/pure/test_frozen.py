@@ -67,7 +67,8 @@ def test_a_frozen_weight_is_two_bytes_of_bf16() -> None:
     assert body["gradients"] == pytest.approx(4 * head)
     assert body["optimizer"] == pytest.approx(12 * head)
     cut = states("dp_shard4.zero3 bf16", BODY)
-    assert cut["parameters"] == pytest.approx(2 / 4, rel=0.01)
+    cast = 2 * head / 4  # what is trained is rounded as it is gathered, and not stored
+    assert cut["parameters"] == pytest.approx(2 / 4 - cast, rel=0.01)
     assert states("dp_shard4.zero2 bf16", BODY)["parameters"] == 2
 
 

@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 import partita as pt
+from partita import schedule
 from partita.cli.main import application
+from partita.schedule.clock import peaks_with_gradients
 from partita.simulate.held import held, holders, shown_bytes
 
 PLANS = (
@@ -38,7 +40,7 @@ def test_the_curves_top_is_the_ledgers_peak(plan):
         assert max(size for _, size in total) == ledger.peak_bytes
         assert dict(total)[curve.peak_s] == ledger.peak_bytes
         assert curve.during
-        assert total[-1][1] == curve.stays  # at the step's end only states are left
+        assert total[-1][1] == curve.stays + curve.gradients[-1]  # only states are left at the end
         assert curve.times_s == tuple(sorted(set(curve.times_s)))
         who = holders(p.laid, place, ledger)
         assert sum(who.values()) == ledger.peak_bytes
@@ -91,3 +93,19 @@ def test_simulate_answers_with_curves_page_and_trace(tmp_path):
     counters = [e for e in events if e["ph"] == "C"]
     assert max(e["args"]["bytes"] for e in counters) == max(r["total"] for r in found)
     assert {e["pid"] for e in counters} == {e["pid"] for e in events if e["ph"] == "X"}
+
+
+def test_cut_gradients_come_as_activations_go():
+    """A microbatch's 10 bytes go as 4 of gradients come; two microbatches have both at the second forward."""
+    one = schedule("gpipe", num_ranks=1, num_microbatches=1)
+    assert peaks_with_gradients(one, [10], [4]) == [(10, 0)]
+    assert peaks_with_gradients(one, [10], [14]) == [(10, 4)]  # inside the backward, block by block
+    two = schedule("1f1b", num_ranks=1, num_microbatches=2)
+    assert peaks_with_gradients(two, [10], [4]) == [(10, 4)]
+    assert peaks_with_gradients(two, [10], [0]) == [(10, 0)]
+
+
+def test_gradients_of_zero_do_not_stand_beside_all_activations():
+    whole, cut = (pt.simulate(job(f"dp_shard4.zero{z} 1mb bf16")).ledgers[0] for z in (1, 2))
+    assert cut.at_peak["activations"] == whole.at_peak["activations"]
+    assert cut.at_peak["gradients"] < whole.at_peak["gradients"] / 4

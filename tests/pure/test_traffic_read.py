@@ -187,16 +187,17 @@ def test_flops_follow_6nd() -> None:
 
 
 def test_zero_holds_whole_units_for_a_while() -> None:
-    """Stage 3: 1 + prefetch blocks' bf16 weights and two fp32 gradients; without resharding all weights."""
+    """Stage 3: 1 + prefetch blocks' bf16 weights and two fp32 gradients (one, where nothing is fetched
+    ahead); without resharding all weights."""
     layer = (LLAMA8.parameters() - 2 * LLAMA8.vocab * LLAMA8.hidden - LLAMA8.hidden) // 32
     ends = LLAMA8.vocab * LLAMA8.hidden
-    for more, held in (
-        ("", 2 * (ends + LLAMA8.hidden + layer)), (" data.prefetch=0", 2 * (ends + LLAMA8.hidden)),
-        (" data.reshard_after_forward=false", 2 * LLAMA8.parameters()),
+    one, two = ends + LLAMA8.hidden, 2 * ends + LLAMA8.hidden
+    for more, held, made in (
+        ("", 2 * (one + layer), two), (" data.prefetch=0", 2 * one, one),
+        (" data.reshard_after_forward=false", 2 * LLAMA8.parameters(), two),
     ):  # fmt: skip
         request = Request(parse(f"dp_shard8.zero3 bf16{more}"), LLAMA8, 64)
         (stage,) = lay(request).stages
-        gradients = 4 * (2 * ends + LLAMA8.hidden)
-        assert lent_bytes(stage.blocks, request.plan) == held + gradients
+        assert lent_bytes(stage.blocks, request.plan) == held + 4 * made
     request = Request(parse("dp_shard8.zero1 bf16"), LLAMA8, 64)
     assert lent_bytes(lay(request).stages[0].blocks, request.plan) == 0

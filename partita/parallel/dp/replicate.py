@@ -6,9 +6,10 @@
 Stage 0: all_reduce of the whole gradient, in place, when the unit's last gradient of the step is there;
 stage 1: reduce_scatter of it, in place; during accumulation neither sends anything. Stages 2 and 3 store
 the shard alone: in every microbatch a unit is lent memory for its whole gradient when its backward begins
-and reduce-scattered when it ends, one at a time under way. What a shard is partial over besides
-(dp_replicate, tp) is an all_reduce of it once a step; then what lies on two places of pp (a tied weight's
-unit, those of a stage's copies) is summed between them.
+and reduce-scattered when it ends, one at a time under way (none with `data.prefetch=0`); the shard has
+memory from the first of them until the next step begins. What a shard is partial over besides (dp_replicate,
+tp) is an all_reduce of it once a step; then what lies on two places of pp (a tied weight's unit, those of a
+stage's copies) is summed between them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Reducer:
     queue: WeightQueue = field(default_factory=WeightQueue)
     visits: Sequence[frozenset[str]] = ()
     away: Away | None = None  # where gradients lie, if elsewhere than on the device
+    under_compute: bool = True  # whether one whole gradient may be on its way while another is made
     _last: set[str] = field(default_factory=set)
     _waiting: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _fresh: set[str] = field(default_factory=set)
@@ -68,10 +70,12 @@ class Reducer:
         return self.away is not None or unit.spec.stage >= 2
 
     def begin(self) -> None:
-        """A step begins: gradients are zero."""
+        """A step begins: gradients are zero, and parts of them are not there yet."""
         for unit in self.units:
             if unit.gradients.tensor is not None:
                 unit.gradients.tensor.zero_()
+            if self.away is None and unit.spec.stage >= 2:
+                unit.drop_gradient()
         self._fresh = {u.name for u in self.units if self.comes_and_goes(u)}
 
     def arm(self, blocks: Sequence[str]) -> None:
@@ -177,9 +181,12 @@ class Reducer:
         if adds or self.away is not None:
             out = torch.empty(out.shape, dtype=out.dtype, device=whole.device)
         if self.away is None:
+            unit.hold_gradient()
             self._fresh.discard(unit.name)
         handle = comms.shard.start_reduce_scatter(whole, site=site, out=out)
         self._under_way.append((unit, handle, adds, self.where.phase))
+        if not self.under_compute:
+            self._settle()
 
     def _reduce(self, unit: Unit, comm: Comm, kind: str) -> None:
         """Sums what is stored of the unit's gradient, in place."""

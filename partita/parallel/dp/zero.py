@@ -4,10 +4,12 @@
     lane dp            [g0][g1]    [g2]    [g3]         [g2][g1]    [g0]
     held                 0 1     1 2     2 3             2 1     1 0     0
 
-At most 1 + prefetch blocks' weights are there at a time. `reshard_after_forward=false` gathers once a step,
-at the first use, and keeps them until the last backward (FSDP's SHARD_GRAD_OP). Stages 1 and 2 store
-working weights whole: after the update each rank rounds its shard and gathers the others'. What is
-gathered has the compute dtype: bf16 weights travel as bf16, their gradients are summed in fp32.
+At most 1 + prefetch blocks' weights are there at a time; with `data.prefetch=0` nothing travels under
+compute, gradients neither: least memory. `reshard_after_forward=false` gathers once a step, at the first
+use, and keeps them until the last backward (FSDP's SHARD_GRAD_OP). Stages 1 and 2 store working weights
+whole: after the update each rank rounds its shard and gathers the others'. What is gathered has the compute
+dtype: bf16 weights travel as bf16, their gradients are summed in fp32. Stage 3 stores no bf16 shard beside
+its fp32 masters: a rank rounds its part into the gathered unit, each time.
 
 A shard that lies elsewhere is brought for its gather, and asked for a block ahead of that.
 
@@ -108,8 +110,8 @@ class Parameters:
         comm = self.comms[unit.name].shard
         assert comm is not None
         away = self.away if unit.spec.stage == 3 else None
-        shard = unit.shard if away is None else away.bring(unit)
-        return comm.start_all_gather(shard, site=f"{unit.name}:gather", out=out)
+        mine = unit.handed_in(out) if away is None else away.bring(unit)
+        return comm.start_all_gather(mine, site=f"{unit.name}:gather", out=out)
 
     def expect(self, units: Sequence[Unit]) -> None:
         """They will be brought soon."""

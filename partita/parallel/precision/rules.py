@@ -7,7 +7,8 @@
     fp8    bf16, matmuls of fp8 inputs (fp8.py)    fp32        fp32      fp32
     fp64   fp64 everywhere (for proofs)
 
-bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. With
+bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. Where
+ZeRO 3 cuts the working weights they are made from the masters as they are gathered: 16. With
 `precision.rounding=stochastic` (bf16, fp8) it is 14: the weights are their own masters, and an update is made
 in fp32 and rounded up or down at random (train/stochastic.py).
 """
@@ -97,7 +98,7 @@ def words_to_undo(job: Request) -> int:
 def lay(job: Request, program: Program) -> Program:
     """Fills every tensor's dtype in; low precision adds a master word to the optimizer's (not where it
     rounds at random), and so does states or working weights that lie elsewhere; then what
-    `words_to_undo` says."""
+    `words_to_undo` says. Cut working weights beside masters, both on the device, are not stored."""
     table = dtypes(job.plan.precision.dtype)
     p = job.plan.precision
     narrow = p.dtype not in ("fp64", "fp32") and p.rounding == "nearest"
@@ -111,8 +112,14 @@ def lay(job: Request, program: Program) -> Program:
         count = Dim("words", job.state_words + masters + words_to_undo(job))
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 
+    def stored(t: Tensor, block: Block) -> bool:
+        states = block.tensors.get(f"{t.name.removesuffix('.parameter')}.optimizer")
+        apart = t.role != "parameter" or not t.axes() or states is None
+        return apart or not narrow or {states.arena, t.arena} != {"device"}
+
     def one(block: Block) -> Block:
-        return replace(block, tensors={n: words(block, t) for n, t in block.tensors.items()})
+        kept = {n: words(block, t) for n, t in block.tensors.items() if stored(t, block)}
+        return replace(block, tensors=kept)
 
     step = {n: replace(t, dtype=table[t.role]) for n, t in program.tensors.items()}
     return replace(program.map(one), tensors=step)
