@@ -142,7 +142,7 @@ class Rows:
             return x
         index = _by_expert(blocks, pad).to(x.device)
         if not back:
-            return x[index]
+            return x.index_select(0, index)
         rows = pad * len(blocks) if pad else x.shape[0]
         out = x.new_zeros((rows, *x.shape[1:])) if pad else torch.empty_like(x)
         out[index] = x
@@ -219,7 +219,7 @@ class Dispatch(torch.autograd.Function):
         """Sorts and starts to send."""
         ctx.save_for_backward(rows.order)
         ctx.rows = rows
-        rows.start_to_experts(x[rows.order // rows.exchange.top_k])
+        rows.start_to_experts(x.index_select(0, rows.order // rows.exchange.top_k))
         return _token(x)
 
     @staticmethod
@@ -227,7 +227,7 @@ class Dispatch(torch.autograd.Function):
         """Adds up the gradients of a token, that have come back."""
         (order,) = ctx.saved_tensors
         rows: Rows = ctx.rows
-        return _by_token(rows.arrived(), order, rows).sum(1), None
+        return _over_picks(_by_token(rows.arrived(), order, rows)), None
 
 
 class Arrive(torch.autograd.Function):
@@ -271,25 +271,38 @@ class Combine(torch.autograd.Function):
         back = rows.arrived()
         ctx.save_for_backward(back, gates, rows.order)
         ctx.rows = rows
-        weighed = back * gates.flatten()[rows.order].unsqueeze(-1)
-        return _by_token(weighed, rows.order, rows).sum(1).to(back.dtype)
+        picks = zip(_by_token(back, rows.order, rows).unbind(1), gates.split(1, -1), strict=True)
+        row, gate = next(picks)
+        total = row * gate
+        for row, gate in picks:
+            total += row * gate
+        return total.to(back.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         """Starts to send each row its token's gradient, weighed."""
         back, gates, order = ctx.saved_tensors
         rows: Rows = ctx.rows
-        drows = dy[order // rows.exchange.top_k].to(gates.dtype)
+        drows = dy.index_select(0, order // rows.exchange.top_k).to(gates.dtype)
         dgates = gates.new_zeros(rows.slots)
-        dgates[order] = (drows * back).sum(-1)
-        weighed = drows * gates.flatten()[order].unsqueeze(-1)
+        dgates.index_copy_(0, order, torch.linalg.vecdot(drows, back.to(gates.dtype)))
+        weighed = drows.mul_(gates.flatten().index_select(0, order).unsqueeze(-1))
         rows.start_to_experts(weighed.to(back.dtype), conjugate=True)
         return _token(back), dgates.view(gates.shape), None
 
 
 def _by_token(x: Tensor, order: Tensor, rows: Rows) -> Tensor:
     """Rows in `order` -> [tokens, top_k, hidden]; zero where none was sent."""
-    whole = torch.empty if order.numel() == rows.slots else torch.zeros
-    out = whole((rows.slots, x.shape[-1]), dtype=x.dtype, device=x.device)
-    out[order] = x
+    if order.numel() == rows.slots:  # whole rows are faster read by place than written by place
+        places = torch.empty_like(order).scatter_(
+            0, order, torch.arange(rows.slots, device=order.device)
+        )
+        out = x.index_select(0, places)
+    else:
+        out = x.new_zeros((rows.slots, x.shape[-1])).index_copy_(0, order, x)
     return out.view(-1, rows.exchange.top_k, x.shape[-1])
+
+
+def _over_picks(x: Tensor) -> Tensor:
+    """[tokens, top_k, hidden] summed over a token's picks, rounded once."""
+    return torch.add(*x.unbind(1)) if x.shape[1] == 2 else x.sum(1)
