@@ -226,7 +226,7 @@ class Bounds:
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
         cut = dp_shard * mesh.cp
-        narrow = self.request.plan.precision.dtype not in ("fp64", "fp32")
+        narrow = self.space.dtype not in ("fp64", "fp32")
         return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1), narrow)
 
     def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
