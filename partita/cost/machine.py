@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.errors import UsageError
-from partita.cost.pieces import ATTENTION, Seconds, curve, nearest
+from partita.cost.pieces import ATTENTION, Seconds, between, curve, nearest
 from partita.spec.cluster import Cluster
 
 Curve = tuple[tuple[float, float], ...]
@@ -73,6 +73,7 @@ class Software:
     )
     overlaps_backward: bool = True  # tp's collectives beside the weight gradients
     overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
+    softmax_of: int = 1  # scores' matrices that one kernel scales, masks and normalises at a time
     replays_layers: bool = (
         False  # full recomputation runs all of a layer again, its last matmul too
     )
@@ -82,6 +83,7 @@ class Software:
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
     overlaps_rings: bool = True  # cp's messages beside attention
     gradient_bytes: int = 4  # an element of a reduced gradient
+    keeps_fp8: bool = False  # under fp8 linears keep their inputs in 8 bits (TransformerEngine)
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
 
 
@@ -132,7 +134,7 @@ class Machine:
         not measured."""
         if name.startswith(ATTENTION):
             by_keys = self._attention.get((name, dtype))
-            return nearest(max(keys, 1), by_keys) if by_keys else None
+            return between(max(keys, 1), by_keys) if by_keys else None
         return self._pieces.get((name, dtype))
 
     @cached_property

@@ -43,6 +43,21 @@ def on_curve(size: float, seconds: Seconds) -> float:
     return least + (most - least) * (size - low) / (high - low)
 
 
+def between(value: float, measured: Mapping[int, Seconds]) -> Seconds:
+    """The curve of a parameter between two measured ones, as its inverse goes: what a row of scores costs
+    beside its keys is shared by them. Beyond the measured ones theirs stays."""
+    low = max((n for n in measured if n <= value), default=min(measured))
+    high = min((n for n in measured if n >= value), default=max(measured))
+    if low >= high:
+        return measured[min(low, high) if value <= low else max(low, high)]
+    share = (1 / low - 1 / value) / (1 / low - 1 / high)
+    first, last = measured[low], measured[high]
+    return tuple(
+        (n, (1 - share) * on_curve(n, first) + share * on_curve(n, last))
+        for n in sorted({n for n, _ in (*first, *last)})
+    )
+
+
 def nearest(value: float, measured: Mapping[int, Seconds]) -> Seconds:
     """The curve of the nearest measured parameter, as ratios go."""
     return measured[min(measured, key=lambda n: abs(log(n / value)))]

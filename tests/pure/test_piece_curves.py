@@ -45,8 +45,15 @@ def test_a_kernel_is_its_pieces_where_all_of_them_were_measured():
 def test_attention_takes_the_curve_of_its_keys():
     made = machine_of(measured(**{"attention 16": {"10": 1.0}, "attention 512": {"10": 9.0}}))
     kernel = Kernel("attention", k=100, dtype="fp32", pieces=(("attention", 10.0),))
-    assert kernel_seconds(kernel, made) == 9.0
-    assert kernel_seconds(replace(kernel, k=20), made) == 1.0
+    assert kernel_seconds(replace(kernel, k=600), made) == 9.0
+    assert kernel_seconds(replace(kernel, k=512), made) == 9.0
+    assert (
+        kernel_seconds(replace(kernel, k=8), made)
+        == kernel_seconds(replace(kernel, k=16), made)
+        == 1.0
+    )
+    middle = kernel_seconds(replace(kernel, k=31), made)
+    assert middle == pytest.approx(5.0, rel=0.01)  # 2 / 31 lies between 1 / 16 and 1 / 512
 
 
 def test_updates_and_collectives_are_measured_too():
