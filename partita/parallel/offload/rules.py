@@ -28,7 +28,7 @@ from dataclasses import replace
 from partita.base.errors import Problem
 from partita.parallel.room import Request, error, region
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Event, Op, Program
+from partita.spec.program import Block, Event, Op, Program, Tensor
 
 ARENA = {"cpu": "host", "nvme": "disk"}
 DEFAULT = ("gradients", "optimizer")
@@ -174,7 +174,7 @@ Move = tuple[str, Event]  # offload | reload | read | write
 def _kept_events(block: Block, plan: Plan, last: bool) -> list[Move]:
     """What a block keeps goes in F and comes in B; not its output, which the next block keeps, nor data."""
     arena = arena_of(plan, "activations")
-    names = sorted(n for n in block.kept if block.tensors[n].role not in DATA and n != block.output)
+    names = sorted(n for n in block.kept if n != block.output and not _is_data(block.tensors[n]))
     if arena == "device" or not names:
         return []
     goes, comes = (Event(p, "copy", names[0], beside=tuple(names[1:]), apart=last) for p in "FB")
@@ -205,6 +205,11 @@ def _gradient_events(unit: str, block: Block, plan: Plan) -> list[Move]:
         ]
         found += [("read", _step(made)), ("write", _step(shard))] if summed else []
     return found
+
+
+def _is_data(t: Tensor) -> bool:
+    """Whether data brings it and keeps it. Images come in fp32: another dtype's are a block's own copy."""
+    return t.role in DATA and (t.role != "data" or t.dtype == "fp32")
 
 
 def _shard_events(gather: Op, plan: Plan) -> list[Move]:
