@@ -13,11 +13,11 @@ from partita.cost.comm import AlphaBeta, Group, group_seconds
 from partita.cost.machine import machine_of
 from partita.parallel.laid import lay
 from partita.schedule.order import turns
-from partita.simulate import stage
+from partita.simulate import predict, stage
 from partita.simulate.groups import group_of
 from partita.simulate.jitter import crowd
 from partita.simulate.links import SLOW, Lane, seen_seconds
-from partita.simulate.predict import _costs, request_of, timed
+from partita.simulate.predict import request_of, timed
 from partita.simulate.stage import works_of
 from validation.collectives import errors
 
@@ -136,7 +136,7 @@ def test_the_first_rank_stands_for_all(plan, monkeypatch):
     for rank in range(mesh.world_size):
         monkeypatch.setattr(stage, "group_of", lambda _, axes, rank=rank: own_group(rank, axes))
         own = [stage.stage_time(w, laid, machine) for w in works.stages]
-        costs.append([_costs(s, whole.busy, whole.waits_s, turns=True) for s in own])
+        costs.append([predict.stage_costs(s, whole.busy, whole.waits_s, turns=True) for s in own])
     assert _played(laid, works, costs, whole.costs.send) == whole.played.seconds
 
 
