@@ -83,6 +83,7 @@ class Software:
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
     overlaps_rings: bool = True  # cp's messages beside attention
     gradient_bytes: int = 4  # an element of a reduced gradient
+    stored_gradient_bytes: int = 4  # an element of a gradient that waits for its reduction
     keeps_fp8: bool = False  # under fp8 linears keep their inputs in 8 bits (TransformerEngine)
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
 

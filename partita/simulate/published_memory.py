@@ -24,7 +24,7 @@ from partita.parallel.read import kept_bytes, state_bytes
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import timed
 from partita.simulate.published import Case, Row, UnpredictableError, case, method, number, refusal
-from partita.simulate.published_works import case_works
+from partita.simulate.published_works import case_works, fullest
 from partita.spec.plan import Plan
 from partita.spec.program import Block
 
@@ -85,9 +85,7 @@ def _predicted(row: Row) -> float:
     if metric == "bubble_rate":
         return _bubble(found, bool(method(row)))
     if metric == "peak_mem_GB":
-        laid = _laid(found, found.plan)
-        peak = max(stage_ledger(laid, p, laid.schedule).peak_bytes for p in range(laid.sizes["pp"]))
-        return peak / (GIB if "GiB" in row["notes"] else 1e9)
+        return fullest(found).peak_bytes / (GIB if "GiB" in row["notes"] else 1e9)
     laid = _laid(found, found.plan)
     if metric == "x_act_mem_GB":
         return stage_ledger(laid, 0, laid.schedule).at_peak["activations"] / GIB

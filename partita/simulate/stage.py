@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from partita.cost.comm import Group, group_seconds, seconds
-from partita.cost.kernels import kernel_seconds
+from partita.cost.kernels import Kernel, kernel_seconds
 from partita.cost.machine import Machine, Software
 from partita.cost.pieces import on_curve
 from partita.parallel.laid import Laid
@@ -28,6 +28,10 @@ from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block
 
+UNFUSED = {
+    "F": (3, 4, 4, 4, 3),
+    "B": (3, 6, 4, 4, 3),
+}  # passes over 16-bit scores of each kernel of an unfused softmax
 HIDDEN_KINDS = ("copy_to", "gather_from", "scatter_to")
 Seconds = defaultdict[str, float]
 
@@ -196,6 +200,9 @@ def _part_time(
     if era.replays_layers and part.unplayed is not None:
         kernels["again"] = w.forward
         calls += tuple(replace(c, phase="B") for c in part.unplayed)
+    kernels = {
+        n: [one for k in ks for one in unfused_kernels(k, n, era)] for n, ks in kernels.items()
+    }
     factor = era.experts if part.has_experts else 1.0
     each = {
         n: [(k.kind, factor * kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()
@@ -232,6 +239,15 @@ def _part_time(
         busy = compute[where] + sum(seen[where].values())
         found[f"host {where}"] = max(launches[where] * era.host_s - busy, 0.0)
     return found, {where: dict(axes) for where, axes in seen.items()}
+
+
+def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel]:
+    """A softmax whose matrices do not come in the number that a fused kernel works on is five kernels:
+    widened to fp32, scaled, masked, normalised, narrowed; and their backward."""
+    if kernel.kind != "softmax" or kernel.m % era.softmax_of == 0:
+        return (kernel,)
+    passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
+    return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]
 
 
 def _is_exchange(call: Call) -> bool:

@@ -193,8 +193,8 @@ def _attention(
         return [product], back, []
     scores = _bytes((op.writes,), block, sizes)
     return (
-        [product, Kernel("memory", 2 * scores)],
-        [Kernel("memory", 3 * scores), *back],
+        [product, Kernel("softmax", 2 * scores, m=count)],
+        [Kernel("softmax", 3 * scores, m=count), *back],
         [],
     )
 

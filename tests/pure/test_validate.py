@@ -9,9 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from partita.cli.main import application
-from partita.cost.machine import Constants, Software, table
+from partita.cost.kernels import Kernel
+from partita.cost.machine import Constants, Software, software_of, table
+from partita.parallel.laid import lay
+from partita.simulate.memory import stage_ledger
 from partita.simulate.published import UnpredictableError, case, measured_seconds
 from partita.simulate.published_memory import other_lines, other_rows
+from partita.simulate.published_works import fullest, in_8_bits
+from partita.simulate.stage import unfused_kernels
 from partita.simulate.validate import predict, read_rows, score, summary
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
@@ -66,6 +71,34 @@ def test_constants_are_few():
     facts = {f for f in Software.__dataclass_fields__ if f not in ("flash", "host_s", "experts")}
     for era in table()["software"].values():
         assert len(era.keys() - facts) <= 2
+
+
+def test_two_heads_a_rank_fall_out_of_the_fused_softmax():
+    fused, unfused = Kernel("softmax", 200.0, m=8), Kernel("softmax", 200.0, m=2)
+    era = software_of("megatron-deepspeed")
+    assert unfused_kernels(fused, "F", era) == (fused,)
+    assert unfused_kernels(unfused, "F", software_of("xla")) == (unfused,)
+    five = unfused_kernels(unfused, "again", era)
+    assert [k.kind for k in five] == ["memory"] * 5
+    assert sum(k.bytes for k in five) == 18 * 100  # 16-bit scores: 100 bytes
+    back = unfused_kernels(Kernel("softmax", 300.0, m=2), "I", era)
+    assert sum(k.bytes for k in back) == 20 * 100
+
+
+def test_linears_alone_keep_8_bits_where_the_software_does(rows):
+    row = next(
+        r for r in rows if r["group"].startswith("bridge-25") and r["precision"][:3] == "fp8"
+    )
+    found = case(row)
+    laid = lay(found.request(found.plan))
+    layer = in_8_bits(laid).stages[0].blocks[1]
+    assert {"n1", "n2", "act", "a"} <= layer.kept
+    assert [layer.tensors[n].dtype for n in ("n1", "n2", "act")] == ["fp8"] * 3
+    assert layer.tensors["a"].dtype == layer.tensors[layer.input].dtype == "bf16"
+    wide = max(
+        stage_ledger(laid, p, laid.schedule).at_peak["gradients"] for p in range(laid.sizes["pp"])
+    )
+    assert fullest(found).at_peak["gradients"] <= wide / 2
 
 
 def test_the_value_is_never_looked_at(rows):
