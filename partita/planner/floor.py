@@ -26,11 +26,12 @@ ROOM, SPARSE_ROOM = (
 
 @dataclass(frozen=True)
 class Floor:
-    """For each size of a microbatch: seconds of a step at least, infinite where memory allows no way; and of
-    those what follows the schedule."""
+    """For each size of a microbatch: seconds of a step at least, infinite where memory allows no way; of them
+    what follows the schedule; and bytes of the fullest rank at least."""
 
     seconds: np.ndarray
     once: np.ndarray
+    num_bytes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,20 @@ class Floors:
         micros = np.array(self.space.micros(mesh))
         samples = micros / (ENDLESS * cp)
         kept = samples * total[KEPT] / mesh.pp
-        seconds, once = np.full(len(micros), np.inf), np.full(len(micros), np.inf)
+        seconds, once, least = (np.full(len(micros), np.inf) for _ in range(3))
         for zero, shards in b.ways(mesh, shape):
             states = shards.states(total, zero).sum() / mesh.pp
             beside = b.beside(table, zero, shards, samples)
-            fits = states + kept + beside <= b.limit_bytes
+            num_bytes = states + kept + beside
+            np.minimum(least, num_bytes, out=least)
+            fits = num_bytes <= b.limit_bytes
             if not fits.any():
                 continue
             way = self._way(mesh, shape, table, zero)
             found = self._seconds(mesh, table, way, samples, paired)
-            for least, new in zip((seconds, once), found, strict=True):
-                np.minimum(least, new, out=least, where=fits)
-        return Floor(seconds, once)
+            for known, new in zip((seconds, once), found, strict=True):
+                np.minimum(known, new, out=known, where=fits)
+        return Floor(seconds, once, least)
 
     def _way(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
         """The cheapest groups for each collective."""

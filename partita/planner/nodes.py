@@ -82,14 +82,16 @@ class Node:
 
 
 class Queue:
-    """Nodes by their bound, and by what is hoped of them, taken in turns from one and the other; and the best
-    plans seen: a node that is not better than the last of the `top` of them is left out."""
+    """Nodes by their bound, and by what is hoped of them (until a plan is seen: the deepest), taken in turns
+    from one and the other; and the best plans seen: a node that is not better than the last of the `top` of
+    them is left out."""
 
     def __init__(self, goal: Goal, refused: Counter[str], top: int = 1) -> None:
         self.goal, self.refused, self.top = goal, refused, top
         self.best: list[tuple[Key, Prediction]] = []
         self._bounds: list[tuple[Key, int, Node]] = []
         self._hopes: list[tuple[Key, int, Node]] = []
+        self._depths: list[tuple[Key, int, Node]] = []
         self._done: set[int] = set()
         self._ties, self._turn = count(), 0
 
@@ -123,6 +125,8 @@ class Queue:
             return
         n, more = next(self._ties), HIDDEN[node.level]
         heapq.heappush(self._bounds, (key, n, node))
+        if not self.best:
+            heapq.heappush(self._depths, ((-node.level, *key), n, node))
         heapq.heappush(self._hopes, (self.goal.key(s * more, num_bytes * more, world), n, node))
 
     @property
@@ -142,7 +146,8 @@ class Queue:
     def pop(self) -> Node:
         """The next node to look into."""
         self._turn += 1
-        heap = self._bounds if self._turn % 2 and self.best else self._hopes
+        heap = self._bounds if self._turn % 2 else self._hopes
+        heap = heap if self.best or self._turn % 2 else self._depths
         self._clean(heap)
         _, n, node = heapq.heappop(heap)
         self._done.add(n)

@@ -57,7 +57,7 @@ class Search:
             prediction = self.predict(self.plan(node))
             if prediction.fits and queue.keep(prediction, measures(prediction)):
                 found.first_s = time.perf_counter() - start
-        while queue:
+        while queue and not (first and best):
             if time.perf_counter() - start > budget_s:
                 found.complete = False
                 break
@@ -73,8 +73,6 @@ class Search:
             found.simulated += 1
             if queue.keep(prediction, measures(prediction)):
                 found.first_s = time.perf_counter() - start
-                if first:
-                    break
         found.plans = [p for _, p in best]
         found.seconds = time.perf_counter() - start
         return found
@@ -154,12 +152,19 @@ class Search:
             for mode in modes:
                 table = self.bounds.endless(alone, node.shape, mode)
                 assert isinstance(table, Table)
-                least = self.floors(mesh, node.shape, table, mesh.cp, node.paired).seconds.min()
-                if least == INF:
+                least = self.floors(mesh, node.shape, table, mesh.cp, node.paired)
+                seconds = max(float(least.seconds.min()), node.seconds)
+                if seconds == INF:
                     self._refuse("memory", leaves)
                     continue
-                seconds, tokens = max(float(least), node.seconds), Tokens(*mode, 0)
-                yield replace(node, level=1, seconds=seconds, leaves=leaves, tokens=tokens)
+                yield replace(
+                    node,
+                    level=1,
+                    seconds=seconds,
+                    num_bytes=float(least.num_bytes.min()),
+                    leaves=leaves,
+                    tokens=Tokens(*mode, 0),
+                )
 
     def _methods(self, node: Node) -> Iterator[Node]:
         """Children that are not looked at yet: a table is laid only for what comes to its turn."""

@@ -19,6 +19,7 @@ from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 
 FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
+TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
 AUTO_S = 20.0
@@ -53,7 +54,8 @@ def _with(job: Job, field: str, value: int) -> Job:
     if field == "devices":
         return replace(job, cluster=with_devices(job.cluster, value))
     if field == "layers":
-        return replace(job, model=replace(job.model, layers=value))
+        dense = min(job.model.dense_layers, value - 1)
+        return replace(job, model=replace(job.model, layers=value, dense_layers=dense))
     model = job.model
     if field == "seq_len" and not model.has_positions and value > model.max_seq_len:
         model = replace(model, max_seq_len=value)
@@ -64,6 +66,8 @@ def solve(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
     """The smallest number of devices, or the biggest of what else is asked, for which a plan fits."""
     if field not in FIELDS:
         raise UsageError(f"--solve {field} is none of {', '.join(FIELDS)}", key="solve")
+    if field in TEXT and job.model.image is not None:
+        raise UsageError(f"--solve {field}: a model of images has none to choose", key="solve")
     return (
         _devices(job, makes, budget_s) if field == "devices" else _most(job, field, makes, budget_s)
     )
@@ -112,7 +116,8 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
             return Solved(field, None, unit, shown, proven, text)
     while high - low > unit:
         if time.perf_counter() > end:
-            text = f"{field} {low:,} fits, {high:,} was not decided in {budget_s:g} s"
+            fits_too = f"{field} {low:,} fits, " if low else ""
+            text = f"{fits_too}{field} {high:,} was not decided in {budget_s:g} s"
             return Solved(field, low or None, unit, shown, False, text)
         middle = (low + high) // 2 // unit * unit
         middle = middle if low < middle < high else low + unit
@@ -178,10 +183,14 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
             f"of {format_bytes(limit)} a rank, {format_bytes(needs - limit)} too much "
             f"({needs / limit:.2f} times)"
         )
-    else:
+    elif least.complete:
         lines.append("nothing fits: no plan is legal under these words")
+    else:
+        lines.append(f"nothing fits; by how much was not found in {budget_s:g} s")
     for field in FIELDS:
         if field == "global_batch_size" or (field == "devices" and not _grows(job.cluster)):
+            continue
+        if field in TEXT and job.model.image is not None:
             continue
         solved = solve(job, field, makes, budget_s)
         if solved.value is not None:

@@ -108,6 +108,7 @@ def bounds_hold(search: Search, node: Node) -> bool:
         assert laid_s == pytest.approx(seconds, rel=5e-3), job.plan
     scaled, scale = b.stages(endless, num_stages), tokens.micro / ENDLESS
     for low in (
+        least.num_bytes[at],
         b.memory(scaled, probe, *way, scale=scale) + b.beside(endless, *way, scale),
         b.memory(stages, probe, *way) + b.beside(table, *way),
         laid_bytes,

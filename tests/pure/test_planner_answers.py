@@ -51,6 +51,14 @@ def test_why_has_the_numbers_of_two_simulations():
     assert sum(causes(best).values()) == pytest.approx(seconds)
 
 
+def test_images_that_fit_nowhere_are_told_how_much_they_need():
+    job = Job.of("alexnet", "laptop", "", global_batch_size=8, seq_len=1)
+    lines = nothing_fits(job, lambda j: searcher(j, fix=("1mb", "recompute:full")), 30.0)
+    assert len(lines) == 1 and "of 29 MB a rank" in lines[0], lines
+    with pytest.raises(UsageError, match="images"):
+        solve(job, "layers", searcher, 1.0)
+
+
 def test_a_front_is_beaten_nowhere():
     front = [measures(p)[:2] for p in pareto(makes(job_of(4, 80e9)), "time", "memory", 20).plans]
     assert len(front) > 2
