@@ -17,7 +17,7 @@ from partita.planner.space import divisors
 from partita.simulate.groups import group_of
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
-from partita.spec.plan import Plan
+from partita.spec.plan import Plan, has_fixed_stages
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
         )
     if job.model.experts:
         yield f"ep{m.ep}", plan.with_("mesh", ep=m.ep // 2 if m.ep > 1 else 2)
+        if m.tp > 1:
+            yield f"etp{m.etp}", plan.with_("mesh", etp=1 if m.etp > 1 else m.tp)
     if m.pp > 1:
         name = "zb_h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
         yield plan.pipeline.schedule, plan.with_("pipeline", schedule=name, virtual_stages=1)
+        v = plan.pipeline.virtual_stages
+        if v > 2 and not has_fixed_stages(plan.pipeline.schedule):
+            yield f"x{v}", plan.with_("pipeline", virtual_stages=v - 1)
     for count in _counts(job, plan):
         yield f"{plan.num_microbatches}mb", plan.with_("pipeline", num_microbatches=count)
     mode = plan.recompute.mode
@@ -56,6 +61,8 @@ def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     for other_mode in others:
         yield f"recompute:{mode}", plan.with_("recompute", mode=other_mode, every=1)
     yield from _states(plan)
+    dtype = plan.precision.dtype
+    yield dtype, plan.with_("precision", dtype="bf16" if dtype == "fp32" else "fp32")
 
 
 def _states(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -66,6 +73,10 @@ def _states(plan: Plan) -> Iterator[tuple[str, Plan]]:
         yield f"zero{zero}", plan.with_("data", zero_stage=1 if zero == 3 else 3)
     if m.dp_shard > 1 and m.ep == 1:
         yield f"dp_shard{m.dp_shard}", plan.with_("mesh", dp_replicate=ways, dp_shard=1)
+    elif m.dp_shard > 1:  # experts need the axis
+        by = divisors(m.dp_shard)[1]
+        fewer = {"dp_replicate": m.dp_replicate * by, "dp_shard": m.dp_shard // by}
+        yield f"dp_shard{m.dp_shard}", plan.with_("mesh", **fewer)
     elif ways > 1:
         shared = plan.with_("mesh", dp_replicate=1, dp_shard=ways)
         yield f"dp_replicate{m.dp_replicate}", shared.with_("data", zero_stage=1)

@@ -51,6 +51,22 @@ def test_why_has_the_numbers_of_two_simulations():
     assert sum(causes(best).values()) == pytest.approx(seconds)
 
 
+def test_why_speaks_of_every_choice_of_a_plan_with_experts():
+    line = "pp2:interleaved_1f1bx3/8mb dp_shard4.zero1 cp2:ring tp2+sp ep4 bf16"
+    size = {"global_batch_size": 32, "seq_len": 1024}
+    job = Job.of("mixtral-8x7b", "32xh100", line, **size)
+    job = replace(job, model=replace(job.model, layers=6))
+    best = simulate(job)
+    reasons = {r.choice: r for r in why(job, best)}
+    axes = {"pp2", "cp2", "tp2", "+sp", "ep4", "etp1", "dp_shard4"}
+    rest = {"ring", "interleaved_1f1b", "x3", "8mb", "recompute:none", "zero1", "bf16"}
+    assert set(reasons) == axes | rest
+    for r in reasons.values():
+        again = simulate(job.with_plan(r.changed.plan))
+        told = "cannot be" if again.step_time_s is None else "instead of" if again.fits else "times"
+        assert again.plan in r.text and told in r.text, r.text
+
+
 def test_images_that_fit_nowhere_are_told_how_much_they_need():
     job = Job.of("alexnet", "laptop", "", global_batch_size=8, seq_len=1)
     lines = nothing_fits(job, lambda j: searcher(j, fix=("1mb", "recompute:full")), 30.0)
