@@ -129,6 +129,8 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     """block.run as one graph of fixed sizes; `options` go to torch.compile. Sends what the block declares."""
     if block.recomputes or block.attention.remakes:
         raise ValueError("a layer that recomputes is not compiled: plan it with recompute:none")
+    if block.now is not None:
+        raise ValueError("a layer whose adapters drop is not compiled: set lora_dropout to 0")
     found, attention, mlp = copy(block), block.attention, block.mlp
     if not isinstance(attention, Attention) or not isinstance(mlp, MLP):
         raise ValueError("a layer with latent attention or experts is not compiled")

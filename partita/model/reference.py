@@ -70,6 +70,7 @@ class Reference:
         self.product = product  # of a layer's matmuls
         self.dtype = dtype or next(iter(weights.values())).dtype
         self.training, self.step = True, 0
+        self._samples: Tensor | None = None  # of the pass, for what adapters drop
         self.auxiliary = Auxiliary()  # of the experts, since `loss` or `logits` was called last
 
     def weight(self, name: str) -> Tensor:
@@ -78,7 +79,7 @@ class Reference:
 
     def hidden(self, ids: Tensor, documents: Tensor | None, samples: Tensor | None) -> Tensor:
         """[batch, seq, hidden] before the head."""
-        s, self.auxiliary = self.spec, Auxiliary()
+        s, self.auxiliary, self._samples = self.spec, Auxiliary(), samples
         x = self.weight("embedding.table")[ids.clamp(min=0)]
         if s.embedding_norm:
             x = self.norm("embedding.norm", x)
@@ -216,6 +217,7 @@ class Reference:
             return y
         a, b = self.weight(f"{name}_lora_a"), self.weight(f"{name}_lora_b")
         a, b = (a, b) if part is None else (a[part], b[part])
+        x = self.drop(f"{name}.lora", x, self._samples, self.spec.lora_dropout)
         h = x @ a.flatten(1).t()
         return torch.add(y, h @ b.flatten(0, -2).t(), alpha=self.spec.lora_scale)
 
@@ -232,9 +234,9 @@ class Reference:
         bias = self.weight(f"{name}_bias").to(wide.dtype)
         return (centred * scale * w.to(wide.dtype) + bias).to(x.dtype)
 
-    def drop(self, site: str, x: Tensor, samples: Tensor | None) -> Tensor:
-        """Dropout by counter, while training."""
-        p = self.spec.dropout
+    def drop(self, site: str, x: Tensor, samples: Tensor | None, p: float | None = None) -> Tensor:
+        """Dropout by counter, while training; `p` is the model's where it is left out."""
+        p = self.spec.dropout if p is None else p
         if not p or not self.training or samples is None:
             return x
         shape = tuple(x.shape[1:])

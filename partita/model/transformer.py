@@ -8,6 +8,7 @@ the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
-from partita.parallel.lora import LowRank
+from partita.parallel.lora import Drop, LowRank, Now
 from partita.parallel.pp.pieces import Flow, run
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
@@ -59,6 +60,7 @@ class Maker:
         self.laid, self.name, self.block, self.context = laid, name, block, context
         self.spec: ModelSpec = laid.request.model
         self.regions = Regions(block, name, context)
+        self.now = Now()  # of adapters that drop
         self._weights = weights
 
     def weight(self, name: str) -> Weight:
@@ -100,18 +102,25 @@ class Maker:
         dims = self.block.tensors[f"{name}{A}"].dims
         groups = prod(d.local(self.laid.sizes) for d in dims if d.name in GROUPS)
         a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
-        return LowRank.of(a, b, groups, self.spec.lora_scale, first)
+        found = LowRank.of(a, b, groups, self.spec.lora_scale, first)
+        if not self.spec.lora_dropout:
+            return found
+        read = next(op.reads[0] for op in self.block.ops() if op.weights[:1] == (name,))
+        masks = self.masks(f"{name}.lora", read, self.spec.lora_dropout)
+        return replace(found, drop=Drop(masks, self.now))
 
     def dropout(self, site: str, mask: str) -> Dropout | None:
         """The site whose mask is the tensor `mask` of the block; its box is this rank's part."""
-        if self.spec.dropout == 0:
-            return None
-        tensor = self.block.tensors[mask]
+        return self.masks(site, mask, self.spec.dropout) if self.spec.dropout else None
+
+    def masks(self, site: str, like: str, probability: float) -> Dropout:
+        """Masks of the shape of a tensor of the block."""
+        tensor = self.block.tensors[like]
         box = tuple(self._span(d) for d in tensor.dims[1:])
         shape = tuple(d.size for d in tensor.dims[1:])
         laid = tuple(d.name in ("seq", "keys") for d in tensor.dims[1:])
         name = f"{self.name}.{site}"
-        return Dropout(self.context.seed, name, self.spec.dropout, shape, box, laid)
+        return Dropout(self.context.seed, name, probability, shape, box, laid)
 
     def core(self, future: Tensor | None, again: bool) -> Core:
         """Attention proper, by the regions the laid block has around it; `future` is the causal mask of
@@ -248,6 +257,7 @@ class LayerBlock:
     ) -> None:
         self.training, self.loss_scale = True, 1.0
         spec = make.spec
+        self.now = make.now if spec.lora_dropout else None
         gated, self.parallel = spec.family == "llama", spec.parallel_residual
         self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
         again = frozenset(op.name for op in replayed(make.block))
@@ -281,17 +291,23 @@ class LayerBlock:
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
         if not isinstance(self.mlp, MoE):
             return self.run(x, batch)
+        self._begin(batch)
         x = self.attention(x, batch, batch.step, self.training)
         return (yield from self.mlp.flow(x, batch, self.training))
 
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""
+        self._begin(batch)
         if not self.parallel:
             x = self.attention(x, batch, batch.step, self.training)
             return self.mlp(x, batch, batch.step, self.training, replay)
         attention, mlp = cast(Attention, self.attention), cast(MLP, self.mlp)
         y = attention(x, batch, batch.step, self.training, replay)  # nothing reads what it makes
         return mlp(y, batch, batch.step, self.training, replay, x)
+
+    def _begin(self, batch: Any) -> None:
+        if self.now is not None:
+            self.now.batch, self.now.training = batch, self.training
 
 
 class HeadBlock:

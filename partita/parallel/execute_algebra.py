@@ -55,6 +55,7 @@ class Place:
     first: int
     order: Values
     falls: bool = False  # attention's scores fall off with distance (ALiBi)
+    drops: bool = False  # LoRA's adapters read x times a mask
 
     def positions(self, places: range) -> Values:
         """Where in the sequence laid places lie."""

@@ -81,8 +81,9 @@ class World:
         self, block: str, tensors: Mapping[str, Tensor], rank: int, step: int, first: int
     ) -> Place:
         """Where an op runs on a rank."""
-        falls = self.laid.request.model.alibi
-        return Place(block, tensors, lambda t: self.share(t, rank), step, first, self.order, falls)
+        spec, order = self.laid.request.model, self.order
+        facts = spec.alibi, spec.lora_dropout > 0
+        return Place(block, tensors, lambda t: self.share(t, rank), step, first, order, *facts)
 
     def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """Ranks that meet on a product of axes; on 'tp/share' those that hold the same kv head."""

@@ -40,8 +40,13 @@ def linear(op: Op, at: Place, get: Get) -> Found:
     """Needs its input for the weight's gradient; LoRA's B A x is added."""
     out, x = at.dims(op.writes), get(op.reads[0])
     y = contract(out, x, get(op.weights[0]))
-    low = [contract(out, x, *map(get, op.weights[1:]))] if op.extra else []
+    low = [contract(out, x, *_masks(op, at), *map(get, op.weights[1:]))] if op.extra else []
     return {op.writes: total(out, y, *low)}
+
+
+def _masks(op: Op, at: Place) -> list[Local]:
+    """What an adapter's input is dropped by, the same wherever and whenever it is drawn."""
+    return [at.drawn(op.reads[0], f"{at.block} {op.name} lora")] if at.drops else []
 
 
 def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
@@ -50,11 +55,11 @@ def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     dx = contract(at.dims(x), g, get(w))
     found: Found = {} if op.frozen else {w: contract(at.dims(w), g, get(x))}
     if op.extra:
-        a, b = op.weights[1:]
-        dx = total(at.dims(x), dx, contract(at.dims(x), g, get(a), get(b)))
+        (a, b), masks = op.weights[1:], _masks(op, at)
+        dx = total(at.dims(x), dx, contract(at.dims(x), g, *masks, get(a), get(b)))
         if op.saves:
-            found[a] = contract(at.dims(a), g, get(x), get(b))
-            found[b] = contract(at.dims(b), g, get(x), get(a))
+            found[a] = contract(at.dims(a), g, get(x), *masks, get(b))
+            found[b] = contract(at.dims(b), g, get(x), *masks, get(a))
     return found | {x: dx}
 
 

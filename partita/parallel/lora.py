@@ -4,18 +4,62 @@
     backward   dh = s dy B,  dx += dh A      with the input half
                h again,  dB += s dy.T h,  dA += dh.T x      with the weight half
 
+With dropout A sees drop(x), x itself what it did: masks are drawn again wherever they are wanted, so that
+none is kept.
+
 Sends nothing: a column-parallel linear moves x before both, a row-parallel one moves the sum of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from partita.parallel.units import Matrix, Weight
+
+
+@dataclass
+class Now:
+    """What a layer computes on, where its adapters draw masks: set before each pass."""
+
+    batch: Any = None
+    training: bool = False
+
+
+class Masks(Protocol):
+    """Masks as pure functions of step, sample and element (model/dropout.py)."""
+
+    @property
+    def probability(self) -> float:
+        """Of an element to be dropped."""
+        ...
+
+    def mask(self, step: int, batch: Any) -> Tensor:
+        """True where an element stays."""
+        ...
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout on what one linear's A reads."""
+
+    masks: Masks
+    now: Now
+
+    def of_now(self) -> Callable[[Tensor], Tensor]:
+        """x with elements dropped, and the gradient of that; nothing is dropped where it does not train."""
+        if not self.now.training:
+            return _whole
+        batch, scale = self.now.batch, 1.0 / (1.0 - self.masks.probability)
+        return lambda x: x * self.masks.mask(batch.step, batch).view(x.shape) * scale
 
 
 @dataclass(frozen=True)
@@ -27,6 +71,14 @@ class LowRank:
     b: tuple[Matrix, ...]
     scale: float
     first: int = 0
+    drop: Drop | None = None
+    dropped: Callable[[Tensor], Tensor] = _whole
+
+    def begin(self) -> LowRank:
+        """The same for one pass, whose microbatch's masks it draws."""
+        if self.drop is None:
+            return self
+        return replace(self, dropped=self.drop.of_now())
 
     @staticmethod
     def of(a: Weight, b: Weight, groups: int, scale: float, first: int = 0) -> LowRank:
@@ -59,21 +111,24 @@ class LowRank:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Adds to y [..., rows], in place."""
+        x = self.dropped(x)
         for a, b, part in self._parts(y):
             part.add_(b.multiply(a.multiply(x)), alpha=self.scale)
 
-    def back(self, dy: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
-        """Adds to dx [..., columns], in place; returns each dh, for `accumulate`."""
+    def back(self, dy: Tensor, dx: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Adds to dx [..., columns], in place; returns each dh with A, for `accumulate`: where a W comes
+        later, and stage 3 has given A back by then, a copy."""
         found = []
         for a, b, part in self._parts(dy):
             dh = b.back(part) * self.scale
-            dx += a.back(dh)
-            found.append(dh)
+            dx += self.dropped(a.back(dh))
+            found.append((dh, a.value.clone() if a.queue.defers else a.value))
         return tuple(found)
 
-    def accumulate(self, dy: Tensor, x: Tensor, dhs: tuple[Tensor, ...]) -> None:
+    def accumulate(self, dy: Tensor, x: Tensor, dhs: tuple[tuple[Tensor, Tensor], ...]) -> None:
         """Adds A's and B's gradients of dy [tokens, rows] and x [tokens, columns]."""
-        for (a, b, part), dh in zip(self._parts(dy), dhs, strict=True):
+        x = self.dropped(x)
+        for (a, b, part), (dh, kept) in zip(self._parts(dy), dhs, strict=True):
             if b.trains:
-                b.accumulate(part * self.scale, a.multiply(x))
+                b.accumulate(part * self.scale, a.product.forward(x, kept))
             a.accumulate(dh.reshape(-1, dh.shape[-1]), x)

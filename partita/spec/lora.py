@@ -43,14 +43,21 @@ BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
 def check_lora(spec: ModelSpec) -> None:
     """UsageError where rank, alpha or targets cannot be."""
     if not spec.lora_rank:
-        if spec.lora_alpha or spec.lora_targets:
-            key = "lora_alpha" if spec.lora_alpha else "lora_targets"
-            raise UsageError("has no meaning without lora_rank", key=key)
+        for key in ("lora_alpha", "lora_targets", "lora_dropout"):
+            if getattr(spec, key):
+                raise UsageError("has no meaning without lora_rank", key=key)
         return
     if not 1 <= spec.lora_rank <= spec.hidden:
         raise UsageError(f"{spec.lora_rank} is not within 1..{spec.hidden}", key="lora_rank")
     if not spec.lora_alpha > 0:
         raise UsageError(f"{spec.lora_alpha} is not larger than 0", key="lora_alpha")
+    if not 0.0 <= spec.lora_dropout < 1.0:
+        raise UsageError(f"{spec.lora_dropout} is not within 0 <= p < 1", key="lora_dropout")
+    if spec.lora_dropout and any(t.startswith("expert_") for t in spec.lora_targets):
+        text = (
+            "masks are of tokens' places, which rows of experts have not: 0, or no expert_ targets"
+        )
+        raise UsageError(text, key="lora_dropout")
     known = list(widths(spec))
     for target in spec.lora_targets:
         if target not in known:
@@ -157,7 +164,6 @@ def _modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
 NEUTRAL = {  # fields of peft that must say that nothing else is there
     "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none",
     "lora_bias": False, "layers_to_transform": None, "layer_replication": None, "exclude_modules": None,
-    "lora_dropout": 0.0,
 }  # fmt: skip
 
 
@@ -177,6 +183,7 @@ def peft_config(spec: ModelSpec, base: str) -> dict[str, Any]:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha, "target_modules": modules, "fan_in_fan_out": spec.family == "gpt2",
         "use_rslora": False, "inference_mode": True, "init_lora_weights": True, **NEUTRAL,
+        "lora_dropout": spec.lora_dropout,
     }  # fmt: skip
 
 
@@ -192,7 +199,7 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
         raise _unlike(path, "peft_type", config.get("peft_type"), "LORA")
     for key, only in NEUTRAL.items():
         value = config.get(key, only)
-        if key != "lora_dropout" and value != only and (value or only):
+        if value != only and (value or only):
             raise _unlike(path, key, value, only)
     modules, rank = config.get("target_modules"), config.get("r")
     if not isinstance(modules, list) or not isinstance(rank, int):
@@ -207,7 +214,9 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
         raise _unlike(path, "target_modules", sorted(left)[0], "linears of a layer, gate with up")
     scale = sqrt(rank) if config.get("use_rslora") else 1.0
     alpha = float(config.get("lora_alpha", rank)) * scale
-    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets}
+    found = {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets}
+    drops = float(config.get("lora_dropout") or 0.0)
+    return found | ({"lora_dropout": drops} if drops else {})
 
 
 def _unlike(path: Path, key: str, value: object, only: object) -> UsageError:

@@ -90,6 +90,7 @@ class ModelSpec:
     lora_rank: int = 0  # 0: no adapters
     lora_alpha: float = 0.0  # 0: lora_rank
     lora_targets: tuple[str, ...] = ()  # linears of a layer by name; empty: wq, wv
+    lora_dropout: float = 0.0  # on what an adapter reads
     name: str = ""
 
     def __post_init__(self) -> None:

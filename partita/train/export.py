@@ -47,7 +47,7 @@ def export_checkpoint(step_folder: Path, target: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step_folder, Path(folder))
-        plain = replace(spec, lora_rank=0, lora_alpha=0.0, lora_targets=())
+        plain = replace(spec, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_dropout=0.0)
         done = export(target, plain, get, dtype=EXPORTED, tokenizer=tokenizer)
     return {
         "tensors": done.tensors,

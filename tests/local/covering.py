@@ -28,6 +28,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla ep2",
         "moe ep2 etp2 expert.chunks=2", "alexnet split2",
     ),
+    "trains": ("all", "frozen", "lora"),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 Row = dict[str, str]
@@ -36,7 +37,7 @@ Row = dict[str, str]
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
     cut too, images are cut by no tp or cp, and no gradients are sharded, nor offloaded, where stages
-    update on their own; nor states offloaded where an update may be undone."""
+    update on their own; nor states offloaded where an update may be undone. Images have no LoRA."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
@@ -56,6 +57,8 @@ def legal(row: Row) -> bool:
     if "pipedream" in row["pipeline"] and (shards or "gradients" in row["offload"]):
         return False
     if "post_validation" in row["pipeline"] and row["offload"]:
+        return False
+    if images and row["trains"] == "lora":
         return False
     return not (fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]))
 
@@ -89,7 +92,7 @@ def rows() -> list[Row]:
     draw, left, found = random.Random(1), wanted(), []
     while left:
         best: tuple[int, Row] | None = None
-        for a, x, b, y in draw.sample(sorted(left), min(40, len(left))):
+        for a, x, b, y in draw.sample(sorted(left), min(100, len(left))):
             row = _completed({a: x, b: y}, draw)
             assert row is not None
             gain = len(pairs(row) & left)

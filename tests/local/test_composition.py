@@ -30,16 +30,20 @@ def job(folder, row):
         model["dropout"] = 0.1 if "dropout" in words else 0.0
     if "tied" in words:
         model["tied"] = True
+    if row["trains"] == "lora":
+        targets = ("wq", "wo", *(("expert_gate_up", "expert_down") if "experts" in model else ()))
+        model |= {"lora_rank": 2, "lora_targets": targets}
     if family == "alexnet":
-        return unclipped(row, image_jobs.job(folder, covering.line(row), batch=16))
+        return trained(row, image_jobs.job(folder, covering.line(row), batch=16))
     made = verify_jobs.job(folder, covering.line(row), family, batch=16, **model)
-    return unclipped(row, made)
+    return trained(row, made)
 
 
-def unclipped(row, made):
-    """Without a global norm where stages update on their own."""
+def trained(row, made):
+    """Some weights frozen, or none; without a global norm where stages update on their own."""
     clips = 0.0 if "pipedream" in row["pipeline"] else made.train.clip_grad_norm
-    return replace(made, train=replace(made.train, clip_grad_norm=clips))
+    frozen = ("embedding.*", "blocks.1.*") if row["trains"] == "frozen" else ()
+    return replace(made, train=replace(made.train, clip_grad_norm=clips, frozen=frozen))
 
 
 def test_every_legal_pair_stands_in_a_plan():
@@ -51,7 +55,7 @@ def test_every_legal_pair_stands_in_a_plan():
 @pytest.mark.parametrize(
     "row",
     [pytest.param(r, marks=[] if i % 9 == 0 else pytest.mark.slow) for i, r in enumerate(ROWS)],
-    ids=lambda row: f"{row['model']}: {covering.line(row)}",
+    ids=lambda row: f"{row['model']}, {row['trains']}: {covering.line(row)}",
 )
 def test_a_plan_of_many_features_equals_one_device(row, tmp_path):
     found = verify(job(tmp_path, row))

@@ -16,6 +16,7 @@ from partita.base.errors import UsageError
 from partita.comm.local import local
 from partita.comm.single import SingleWorld
 from partita.model.reference import Reference, weight_shapes
+from partita.parallel.lora import Drop
 from partita.spec.lora import adapter_fields
 from partita.train.build import assemble
 from partita.train.export import export_adapter, export_checkpoint
@@ -42,6 +43,8 @@ CASES = [
     ("pp2:zb_h1/2mb tp2+sp ep2 etp1 recompute:full fp64", "llama", LATENT),
     ("tp2 etp2 bf16", "llama", EXPERTS),
     ("tp2 dp2 fp8", "llama", {}),
+    ("cp2:ring tp2+sp dp_shard2.zero1 2mb fp64", "llama", {"lora_dropout": 0.3}),
+    ("pp2:zb_h1/4mb tp2 dp_shard2.zero3 recompute:full fp64", "gpt2", {"lora_dropout": 0.3, "dropout": 0.1}),
 ]  # fmt: skip
 
 
@@ -54,6 +57,12 @@ def job(folder, plan, family="llama", **model):
 def test_a_plan_equals_one_device(plan, family, model, tmp_path):
     found = verify(job(tmp_path, plan, family, **model))
     assert found.equal and found.traffic_equal, str(found)
+
+
+def test_a_mask_that_a_rank_does_not_draw_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(Drop, "of_now", lambda self: lambda x: x)
+    found = verify(job(tmp_path, "tp2 fp64", layers=1, lora_dropout=0.3))
+    assert not found.equal and found.traffic_equal
 
 
 @pytest.mark.parametrize(
@@ -153,6 +162,9 @@ def test_an_adapter_is_written_and_read_in_the_format_of_peft(tmp_path):
 )  # fmt: skip
 def test_an_adapter_of_another_kind_is_refused(change, key, tmp_path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.1}))
+    assert adapter_fields(tmp_path)["lora_dropout"] == 0.1
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert adapter_fields(tmp_path)["lora_targets"] == ["wq"]
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))

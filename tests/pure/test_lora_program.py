@@ -25,7 +25,10 @@ LATENT = ("q_a", "kv_a", "k_pe", "wq", "wk", "wv", "wo")
 LOW_MLA = replace(MLA, lora_rank=3, lora_targets=LATENT)
 EXPERTS = ("wo", "gate_up", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
 LOW_MOE = replace(MOE, lora_rank=2, lora_targets=EXPERTS)
+DROPS = replace(LOW, lora_dropout=0.1)
 CASES = [
+    (DROPS, "tp4+sp recompute:full", ADAPTERS), (DROPS, "cp4:hybrid2x2 pp2:zb_h1/2mb", ADAPTERS),
+    (replace(LOW_GPT2, lora_dropout=0.1), "dp_shard2.zero1 tp2 2mb", ADAPTERS),
     (LOW_MLA, "tp4+sp", ADAPTERS), (LOW_MLA, "cp2:ring dp_shard2.zero3 tp2 2mb", ADAPTERS),
     (LOW_MOE, "dp_shard2.zero1 tp2+sp ep2", ADAPTERS), (LOW_MOE, "tp2 etp2 2mb recompute:full", ADAPTERS),
     (LOW_MOE, "pp2:zb_h1/2mb dp_shard2.zero3 tp2+sp ep2 etp2", ADAPTERS), (LOW_BLOOM, "tp4+sp", ADAPTERS),
@@ -123,6 +126,8 @@ def test_a_job_trains_adapters_alone_unless_it_says_otherwise() -> None:
         ({"lora_targets": ["wq"]}, "lora_targets"), ({"lora_rank": 4, "lora_alpha": -1.0}, "lora_alpha"),
         ({"lora_rank": 4, "lora_targets": ["q_proj"]}, "lora_targets"),
         ({"lora_rank": 4, "lora_targets": ["q_a"]}, "lora_targets"),
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_rank": 4, "lora_targets": ["expert_down"]}, "lora_targets"), ({"lora_rank": -1}, "lora_rank"),
     ],
 )  # fmt: skip

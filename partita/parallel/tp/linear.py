@@ -11,7 +11,7 @@ of a split backward (deferred.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -53,6 +53,10 @@ class Column:
         """Moves x by the region and multiplies."""
         return _Column.apply(x, self)  # type: ignore[return-value]
 
+    def begin(self) -> Column:
+        """The same for one pass."""
+        return replace(self, low=tuple(low.begin() for low in self.low)) if self.low else self
+
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] by all matrices, biases added."""
         parts = [m.multiply(x) for m in self.matrices]
@@ -64,7 +68,11 @@ class Column:
         return y
 
     def accumulate(
-        self, dy: Tensor, x: Tensor | None, whole: Handle | None, dhs: Sequence[tuple[Tensor, ...]]
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        whole: Handle | None,
+        dhs: Sequence[tuple[tuple[Tensor, Tensor], ...]],
     ) -> None:
         """Adds the weight gradients of dy [..., rows] and x [..., columns], None where no matrix wants it;
         where x was moved by a gather, `whole` is that under way once more, or None: a W starts it itself."""
@@ -92,7 +100,7 @@ class _Column(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: Column) -> Tensor:
         """Region, then matmul."""
         ctx.save_for_backward(x if layer.trains else None)
-        ctx.layer = layer
+        ctx.layer = layer = layer.begin()
         return layer.multiply(layer.region.forward(x))
 
     @staticmethod
@@ -136,6 +144,10 @@ class Row:
         """Whether the matrix, or what is beside it, has a gradient: only then x is kept."""
         return self.matrix.trains or (self.low is not None and self.low.trains)
 
+    def begin(self) -> Row:
+        """The same for one pass."""
+        return self if self.low is None else replace(self, low=self.low.begin())
+
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., columns] by the matrix, before the region."""
         y = self.matrix.multiply(x)
@@ -157,7 +169,7 @@ class _Row(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: Row, replay: bool) -> Tensor:
         """Matmul, then region."""
         ctx.save_for_backward(x if layer.trains else None)
-        ctx.layer = layer
+        ctx.layer = layer = layer.begin()
         if layer.region.is_known:
             return layer.region.forward(x)
         if replay:
