@@ -96,6 +96,7 @@ class Allocations(TorchDispatchMode):
     def watch(self) -> Iterator[None]:
         """Measures what runs inside; the peak starts anew."""
         self._mapped = mapped_files()
+        self._read_again()
         self._note_peak(fresh=True)
         with self, saved_tensors_hooks(self.kept, lambda t: t):
             yield
