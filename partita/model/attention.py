@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partita.model.core import Core
 from partita.model.dropout import Dropout
-from partita.model.rope import Rotate
+from partita.model.rope import Rotate, SplitRotate
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -47,24 +47,31 @@ class Attention:
         with made_again(h, lambda: self.norm(x), "attention.norm" in self.remakes):
             qkv = self.qkv(h)
         b, s, _ = qkv.shape
-        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (t.view(b, s, -1, self.head_dim) for t in qkv.split(sizes, -1))
-        if self.qk_norms is not None:  # copies: the norms keep q and k, and a view would keep v too
-            q, k, v = (t.contiguous() for t in (q, k, v))
-            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
-        if self.rope is not None:
-            if batch.split is None:
-                cos, sin = (t[:s].unsqueeze(1) for t in self.rope)
-            else:
-                cos, sin = (t.unsqueeze(2) for t in batch.split.tables(self.rope, *self.places))
-            q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
-            v = v.contiguous()  # a view would keep the unrotated q and k alive
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = self._rotated(qkv, batch)
         a = self._core(q, k, v, batch, step, training).transpose(1, 2).reshape(b, s, -1)
         y = self.wo(a, replay)
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch)
         return x + y
+
+    def _rotated(self, qkv: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [batch, its heads, seq, head_dim], normalised and at their positions."""
+        cos = sin = None
+        if self.rope is not None:
+            if batch.split is None:
+                cos, sin = (t[: qkv.shape[1]].unsqueeze(1) for t in self.rope)
+            else:
+                cos, sin = (t.unsqueeze(2) for t in batch.split.tables(self.rope, *self.places))
+        if cos is not None and self.qk_norms is None:
+            return SplitRotate.apply(qkv, (self.heads, self.kv_heads), cos, sin)  # type: ignore[return-value]
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
+        if self.qk_norms is not None:  # copies: the norms keep q and k, and a view would keep v too
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
+        if cos is not None:
+            q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # type: ignore[union-attr]
 
     def _core(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from partita.model.dropout import Dropout
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
-from partita.parallel.cp.tile import attend, attend_back
+from partita.parallel.cp.tile import attend, attend_back, is_short
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.recompute.replay import Again
 
@@ -59,7 +59,7 @@ class Flash:
                 return biased(self.slopes, tokens, tokens, self.window)
             return visible(tokens, tokens, self.window).unsqueeze(1)
 
-        if v.shape[-1] != q.shape[-1] or self.slopes is not None:
+        if v.shape[-1] != q.shape[-1] or self.slopes is not None or is_short(q):
             return Tiled.apply(q, k, v, None if plain else mask, self.scale)  # type: ignore[return-value]
         return scaled_dot_product_attention(
             q,
@@ -74,8 +74,8 @@ class Flash:
 
 class Tiled(torch.autograd.Function):
     """Flash for what torch has no kernel on every device: values narrower than keys (latent attention),
-    scores that something is added to (ALiBi). Causal where there is no mask; backward makes it
-    again."""
+    scores that something is added to (ALiBi); and where its backward is slow. Causal where there is no
+    mask; backward makes it again."""
 
     @staticmethod
     def forward(

@@ -86,6 +86,29 @@ class Rotate(torch.autograd.Function):
         return _rotate(dy, *ctx.tables, -1), None, None
 
 
+class SplitRotate(torch.autograd.Function):
+    """q and k rotated and v as it is, of the product [batch, seq, (q, k, v)] of all three: each [batch, its
+    heads, seq, head_dim] with seq outside in memory. Keeps the tables alone; backward is one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx, qkv: Tensor, heads: tuple[int, int], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`heads`: of q, and of k and v each."""
+        ctx.tables, each = (cos, sin), (*heads, heads[1])
+        q, k, v = qkv.unflatten(-1, (sum(each), -1)).split(each, -2)
+        q, k = _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
+        v = v.contiguous()  # a view would keep the unrotated q and k alive
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        """Rotates back."""
+        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+        dq, dk = _rotate(dq, *ctx.tables, -1), _rotate(dk, *ctx.tables, -1)
+        return torch.cat([dq, dk, dv], -2).flatten(-2), None, None, None
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     """rotate, one way or the other, bit for bit, in four kernels instead of seven."""
     turned = 2 * cos.shape[-1]

@@ -33,7 +33,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _scale(x: Tensor, epsilon: float) -> Tensor:
     """1 / rms over the last dim, kept as a dim of 1."""
-    return x.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, where squares are two
+    return length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
