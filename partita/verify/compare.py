@@ -64,6 +64,7 @@ DELAYED = {  # where steps flow into each other, AdamW turns roundings of one in
     "bf16": Bound(2e-2, 0.1, 0.2, 1e-2), "fp8": Bound(1e-2, 8e-2, 0.6, 5e-2),
 }  # fmt: skip
 ROUTED = 0.2  # of a tensor's largest element: what one token at another expert changes
+ENOUGH, FEW = 16, 0.5  # elements, and the share of them that bf16 holds: fp32's sums are told apart
 UPDATE = 2e-6  # of a tensor's largest element: fp32, a handful of operations
 NEIGHBOUR = 2.0**-7  # of a bf16 number: its neighbours lie as close, or closer
 OTHERS = 1e-3  # of a tensor's elements: fp32 sees 2^-16 of the way between two neighbours
@@ -110,6 +111,8 @@ def differences(
             found += _scalars(mine, want, scalars, seen.rank, i)
             if math.isfinite(want.norm) and tight:
                 found += _close_gradients(mine.gradients, want, first, seen.rank, i)
+                if dtype == "bf16":
+                    found += _coarse_gradients(mine.gradients, want, seen.rank, i)
             elif math.isfinite(want.norm):
                 limits = (bound.tensor, bound.floor * want.norm)
                 found += _tensors("gradients", mine.gradients, want.gradients, limits, seen.rank, i)
@@ -161,6 +164,28 @@ def _close_gradients(
             Difference("gradients", name, rank, step, most / largest if largest else most, bad)
         )
     return found
+
+
+def _coarse_gradients(
+    mine: dict[str, list[tuple[Box, Tensor]]], want: StepSeen, rank: int, step: int
+) -> list[Difference]:
+    """Gradients that are bf16 numbers all through, where the judge's, added up in fp32, are not: they were
+    added up, or rounded, in bf16. Values cannot show it: it is less than what the matmuls' casts do."""
+    found = []
+    for name, boxes in mine.items():
+        judge = torch.cat(
+            [want.gradients[name][tuple(slice(a, b) for a, b in x)].reshape(-1) for x, _ in boxes]
+        )
+        if judge.numel() < ENOUGH or _share_of_bf16(judge) > FEW:
+            continue
+        bad = _share_of_bf16(torch.cat([v.reshape(-1) for _, v in boxes])) == 1
+        found.append(Difference("gradients", name, rank, step, ROUNDING["bf16"] * bad, bad))
+    return found
+
+
+def _share_of_bf16(x: Tensor) -> float:
+    """The share of elements that bf16 holds."""
+    return float((x.bfloat16().to(x.dtype) == x).double().mean())
 
 
 def _scalars(

@@ -12,7 +12,7 @@ from partita.model import transformer
 from partita.model.dropout import Dropout
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.regions import Region
-from partita.parallel.units import Unit
+from partita.parallel.units import Matrix, Unit
 from partita.train import slots
 from partita.train import step as step_module
 from partita.train.step import Update
@@ -180,6 +180,19 @@ def test_a_gradient_times_1_02_in_bf16_alone(judged, monkeypatch):
     monkeypatch.setattr(Reducer, "finish", scaled)
     at = judged("tp2 bf16", hidden=64, ffn_hidden=96, layers=3)
     assert (at.phase, at.module) == ("gradient", "blocks.1.mlp.down")
+
+
+def test_gradients_added_up_in_bf16(judged, monkeypatch):
+    add = Matrix._add
+
+    def narrow(self, dy, x):
+        add(self, dy, x)
+        if dy.dtype == torch.bfloat16:
+            self.gradient.copy_(self.gradient.bfloat16())
+
+    monkeypatch.setattr(Matrix, "_add", narrow)
+    at = judged("tp2 4mb bf16", layers=2)
+    assert at.phase == "gradient" and at.module.startswith("blocks.")
 
 
 def test_a_swapped_pair_of_batches_on_one_stage(judged, monkeypatch):
