@@ -30,6 +30,7 @@ ROWS = (
     ("dp", "dp2 1mb", peers.ddp),
     ("zero1", "dp_shard2.zero1 1mb", peers.zero1),
     ("zero3", "dp_shard2.zero3 1mb", peers.zero3),
+    ("zero3 least", "dp_shard2.zero3 1mb data.prefetch=0", peers.zero3),
     ("tp", "tp2 1mb", peers.tensor),
     ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b")),
 )
