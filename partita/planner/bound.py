@@ -71,6 +71,12 @@ class Shards:
 
         return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
 
+    def standing(self, rows: np.ndarray, zero: int) -> np.ndarray:
+        """[...]: bytes of those that are there all the time: a gradient that is cut comes with a backward, as
+        activations go."""
+        parameters, gradients, optimizer = np.moveaxis(self.states(rows, zero), -1, 0)
+        return parameters + optimizer + (gradients if zero < 2 else 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Meeting:

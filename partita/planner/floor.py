@@ -61,7 +61,7 @@ class Floors:
         kept = samples * total[KEPT] / mesh.pp
         seconds, once, least = (np.full(len(micros), np.inf) for _ in range(3))
         for zero, shards in b.ways(mesh, shape):
-            states = shards.states(total, zero).sum() / mesh.pp
+            states = shards.standing(total, zero) / mesh.pp
             beside = b.beside(table, zero, shards, samples)
             num_bytes = states + kept + beside
             np.minimum(least, num_bytes, out=least)
