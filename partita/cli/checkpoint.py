@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from partita.base.errors import CheckpointError, UsageError
+from partita.base.errors import CheckpointError, Problem, UsageError
 from partita.cli.jobs import Json, PlanLine
-from partita.cli.out import note, write_json, write_text
+from partita.cli.out import note, problem_rows, write_json, write_text
 from partita.spec.plan import Plan
 
 
@@ -53,14 +53,15 @@ def _step_folder(folder: Path) -> Path:
 def _answer(folder: Path, digests: bool, json: bool) -> None:
     from partita.train.resume import inspect_run
 
-    found = asdict(inspect_run(folder, digests))
+    found = inspect_run(folder, digests)
     if json:
-        write_json(found)
+        problems = [Problem("checkpoint", "intact", message) for message in found.problems]
+        write_json({**asdict(found), "problems": problem_rows(problems)})
     else:
-        told = {**found, "problems": "\n          ".join(found["problems"]) or "none"}
+        told = {**asdict(found), "problems": "\n          ".join(found.problems) or "none"}
         write_text("\n".join(f"{k:<10}{v}" for k, v in told.items()))
-    if found["problems"] or not found["complete"]:
-        note(f"partita: {next(iter(found['problems']), f'{folder} is not complete')}")
+    if found.problems or not found.complete:
+        note(f"partita: {next(iter(found.problems), f'{folder} is not complete')}")
         raise typer.Exit(CheckpointError.exit_code)
 
 

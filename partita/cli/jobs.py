@@ -12,6 +12,7 @@ from partita.base.errors import UsageError
 from partita.cli.out import note
 from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
+from partita.spec.model import ModelSpec
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB.toml", help="The job file.")]
 Overrides = Annotated[
@@ -54,17 +55,19 @@ def _measured(job: Job) -> Job:
 
 
 def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job:
-    """`JOB.toml [overrides]`, or `MODEL CLUSTER [overrides]` with --plan, --global-batch-size and
-    --seq-len."""
+    """`JOB.toml [overrides]`, or `MODEL CLUSTER` with --plan, --global-batch-size and --seq-len,
+    which is 1 of images."""
     if len(words) < 2 or "=" in words[1] or _is_job(words[0]):
         extra = [f"train.{k}={v}" for k, v in batch.items() if v is not None]
         return _load(words[0], [*words[1:], *extra], plan)
+    stated = {k: v for k, v in batch.items() if v is not None}
+    if ModelSpec.load(words[0]).image is not None:
+        stated.setdefault("seq_len", 1)
     missing = [
-        f"--{k.replace('_', '-')}" for k in ("global_batch_size", "seq_len") if batch.get(k) is None
+        f"--{k.replace('_', '-')}" for k in ("global_batch_size", "seq_len") if k not in stated
     ]
     if missing:
         raise UsageError(f"{words[0]} on {words[1]} needs {' and '.join(missing)}")
-    stated = {k: v for k, v in batch.items() if v is not None}
     job = Job.of(words[0], words[1], plan or "", **stated)
     if len(words) > 2:
         raise UsageError(f"overrides ({words[2]}) go with a job file")

@@ -77,6 +77,7 @@ def plan(
         write_file(html, _page(job, answer))
     _tell(answer, json)
     if not answer.plans:
+        note(f"partita: {next(iter(answer.texts), 'no plan fits')}")
         raise typer.Exit(1)
 
 

@@ -196,7 +196,7 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
         device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played, ledgers=ledgers,
         traffic=tuple(_traffic(laid, busiest)),
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
-        bubble_fraction=1 - sum(t.played.busy) / (len(places) * step_s) if step_s else 0.0,
+        bubble_fraction=(t.pipeline_s - sum(t.played.busy) / len(places)) / step_s if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
         hfu=(model_flops + again) / (step_s * devices * peak), job=job, timed=t,
     )  # fmt: skip

@@ -191,7 +191,7 @@ def test_damage_is_refused_by_file_and_tensor(damage: str, run: Path, capfd) -> 
     assert command(["checkpoint", "verify", str(run), "--json"]) == 66
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert set(found) == {"format", "step", "plan", "complete", "tensors", "bytes", "problems"}
-    assert found["complete"] is False and file in found["problems"][0]
+    assert found["complete"] is False and file in found["problems"][0]["message"]
 
 
 def test_an_older_one_is_taken_only_with_leave(run: Path, caplog) -> None:

@@ -75,6 +75,16 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
         solve(job, "layers", searcher, 1.0)
 
 
+def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(capsys):
+    words = (
+        "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --budget 4 --json"
+    )
+    assert run(words.split()) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["plans"] == []
+    assert err.splitlines()[-1].startswith("partita: nothing fits"), err
+
+
 def test_a_front_is_beaten_nowhere():
     front = [measures(p)[:2] for p in pareto(makes(job_of(4, 80e9)), "time", "memory", 20).plans]
     assert len(front) > 2

@@ -32,6 +32,9 @@ def test_the_parts_of_time_add_up_to_the_step(plan):
     p = simulate(job(plan))
     parts = p.time["compute_s"] + p.time["bubble_s"] + p.time["optimizer_s"]
     assert parts + sum(p.time["exposed_comm_s"].values()) == pytest.approx(p.step_time_s, rel=1e-9)
+    if "pp" not in plan:  # whoever moves, reduces and updates is not idle
+        assert p.bubble_fraction == pytest.approx(0.0, abs=1e-9)
+    assert p.bubble_fraction * p.step_time_s >= p.time["bubble_s"] - 1e-9  # of the busiest rank
 
 
 @pytest.mark.parametrize("plan", PLANS)
