@@ -205,7 +205,7 @@ class Unit:
         self._resize_gradient(self.gradient.nbytes)
 
     def drop_gradient(self) -> None:
-        """That memory is free again; views of it stay, and using one is an error."""
+        """That memory is free again; views of it stay, and none may be used: torch would read at 0."""
         self._resize_gradient(0)
 
     def _resize_gradient(self, size: int) -> None:

@@ -126,6 +126,9 @@ class Reducer:
 
     def _sum_here(self, late: Sequence[Unit]) -> None:
         for unit in self.units:
+            if unit.name in self._fresh:  # no backward came to it
+                unit.hold_gradient()
+                unit.gradient.zero_()
             comm = self.comms[unit.name].reduce
             if unit.spec.stage and comm is not None:
                 self._reduce(unit, comm, "reduce")
