@@ -350,6 +350,20 @@ def test_a_read_only_disk_is_known_at_start(disk, capfd) -> None:
     assert "runs/small" in error["file"]
 
 
+def test_a_read_only_folder_for_offload_is_known_at_start(
+    disk, tmp_path, monkeypatch, capfd
+) -> None:
+    place = disk("size=1m,ro")
+    monkeypatch.chdir(tmp_path)
+    faults.write_job()
+    words = ("plan=1mb offload:nvme", f"cluster.disk_folder={place}", "--json")
+    assert faults.train(*words) == 73
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert (error["kind"], error["file"]) == ("write", str(place)), error
+    assert "Read-only file system" in error["message"] and "cluster.disk_folder" in error["message"]
+    assert not (faults.RUN / "metrics.jsonl").exists() and not CHECKPOINTS.exists()
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(disk, monkeypatch, capfd) -> None:
     place = disk("size=4m")
