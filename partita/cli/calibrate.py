@@ -47,6 +47,7 @@ def calibrate(
         return
     from partita.tune.calibrate import calibrate as measure
 
+    _make_folder(path)
     with progress() as tell:
         found = measure(base, tell)
     _write(path, details, found)
@@ -62,11 +63,19 @@ def _who_takes(base: Cluster, path: Path) -> str:
     return f"a job takes it with cluster.path={path}"
 
 
+def _make_folder(path: Path) -> None:
+    """Before anything is measured: WriteError where the file can have no folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"cannot make the folder {path.parent}: {error.strerror}"
+        raise WriteError(text, file=str(path)) from None
+
+
 def _write(path: Path, details: Path, found: Calibration) -> None:
     import msgspec
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_toml(found.cluster.to_toml()), encoding="utf-8")
         details.write_bytes(msgspec.json.encode(found.to_json()))
     except OSError as error:

@@ -13,7 +13,7 @@ import typer
 
 from partita.base.errors import Problem, ScheduleError, UsageError
 from partita.base.text import table
-from partita.cli.out import problem_rows, write_file, write_json, write_text
+from partita.cli.out import note, problem_rows, write_file, write_json, write_text
 from partita.plots import timeline
 from partita.record.span import Span
 from partita.schedule import clock as clocks
@@ -196,7 +196,10 @@ def draw(
         write_json(documents[0] if len(documents) == 1 else {"schedules": documents})
     else:
         _print(drawings)
-    if not all(d.runs for d in drawings):
+    wrong = [p for d in drawings for p in d.problems or () if p.severity == "error"]
+    if wrong:
+        cause = ", ".join(line.strip() for line in wrong[0].message.splitlines()[:2])
+        note(f"partita: {check_file}: {wrong[0].rule}: {cause}")
         raise typer.Exit(1)
 
 

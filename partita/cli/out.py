@@ -47,13 +47,20 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
-def write_file(path: Path, text: str) -> None:
-    """A file the user asked for. Raises UsageError where its folder is missing, WriteError where the
-    disk refuses."""
+def hold_place(path: Path | None) -> None:
+    """Raises UsageError where a file that is asked for can have no place: asked before long work."""
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist", file=str(path))
     if path.is_dir():
         raise UsageError(f"{path} is a folder, a file is wanted", file=str(path))
+
+
+def write_file(path: Path, text: str) -> None:
+    """A file the user asked for. Raises UsageError where its folder is missing, WriteError where the
+    disk refuses."""
+    hold_place(path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

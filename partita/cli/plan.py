@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from partita.cli.jobs import Json, PlanLine, from_words
-from partita.cli.out import note, write_file, write_json, write_text
+from partita.cli.out import hold_place, note, write_file, write_json, write_text
 from partita.planner.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
@@ -61,6 +61,8 @@ def plan(
     if line is not None:
         _judge(job, json)
         return
+    hold_place(html)
+    hold_place(save)
     from partita.planner.ask import (
         Question,
         ask,

@@ -78,8 +78,11 @@ def test_text_svg_and_html(capsys, tmp_path):
 def test_check_proves_a_file(capsys, tmp_path, text, code, words):
     path = tmp_path / "s.csv"
     path.write_text(text)
-    got, out, _ = ask(capsys, "--check", str(path), "--json")
+    got, out, err = ask(capsys, "--check", str(path), "--json")
     document = json.loads(out)
+    assert [line.split(": ")[:3] for line in err.splitlines()] == [
+        ["partita", str(path), word] for word in words
+    ]
     assert got == code and [p["rule"] for p in document["problems"]] == words
     assert (document["makespan"] is None) == bool(words)
 

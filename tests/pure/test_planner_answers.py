@@ -83,6 +83,8 @@ def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(ca
     out, err = capsys.readouterr()
     assert json.loads(out)["plans"] == []
     assert err.splitlines()[-1].startswith("partita: nothing fits"), err
+    assert run([*words.split(), "--save", "no/such/job.toml"]) == 2  # before the search
+    assert "no/such does not exist" in capsys.readouterr().err
 
 
 def test_a_front_is_beaten_nowhere():
