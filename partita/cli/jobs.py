@@ -21,6 +21,14 @@ Overrides = Annotated[
         metavar="[SECTION.FIELD=VALUE]...", help='Overrides, e.g. plan="tp2+sp" train.lr=1e-3.'
     ),
 ]
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="JOB.toml [SECTION.FIELD=VALUE]... | MODEL CLUSTER",
+        help="A job file and overrides; or a model (a preset, a Hugging Face folder, a TOML) and a cluster "
+        '(a preset such as "16xh100" or a TOML).',
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 PlanLine = Annotated[
     str | None, typer.Option("--plan", help='A plan, e.g. "pp2:1f1b/8mb tp2+sp bf16".')

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,7 @@ VERBS = {
 COMPLETION = "_PARTITA_COMPLETE"  # set by the shell while it completes a line
 
 # The errors of a wrong command line share one base; which library owns it depends on typer's version.
-CommandLineError = typer.BadParameter.__mro__[2]
+CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 
 def available() -> dict[str, str]:
@@ -121,8 +121,8 @@ def _words_to_complete(environment: os._Environ[str]) -> list[str]:
         return line.split()
 
 
-def _what_to_type(error: Exception, arguments: Sequence[str]) -> str:
-    message = error.format_message() if isinstance(error, CommandLineError) else str(error)
+def _what_to_type(error: Any, arguments: Sequence[str]) -> str:
+    message = error.format_message()
     verb = next((word for word in arguments if word in available()), None)
     told = message.rstrip(".") or "a verb is missing"
     return f"{told}; `partita {f'{verb} ' if verb else ''}--help` shows what it takes"

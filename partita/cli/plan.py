@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from partita.cli.jobs import Json, PlanLine, from_words
+from partita.cli.jobs import Json, PlanLine, Words, from_words
 from partita.cli.out import hold_place, note, write_file, write_json, write_text
 from partita.planner.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
@@ -25,10 +25,10 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    words: Annotated[list[str], typer.Argument(metavar="JOB.toml | MODEL CLUSTER")],
+    words: Words,
     line: PlanLine = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,

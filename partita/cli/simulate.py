@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from partita.cli.jobs import Json, PlanLine, from_words, with_auto
+from partita.cli.jobs import Json, PlanLine, Words, from_words, with_auto
 from partita.cli.out import note, write_file, write_json, write_text
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    words: Annotated[list[str], typer.Argument(metavar="JOB.toml | MODEL CLUSTER")],
+    words: Words,
     plan: PlanLine = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences a microbatch and rank.")
     ] = None,
