@@ -142,10 +142,20 @@ def _print_failure(error: PartitaError, as_json: bool) -> None:
     lines = str(error).splitlines() or [type(error).__name__]
     if len(lines) > 1:
         note("\n".join(lines))
-    telling = 2 if isinstance(error, PlanError) else 1
-    cause = ": ".join(line.strip().rstrip(":") for line in lines[:telling])
+    cause = ": ".join([lines[0].rstrip(":"), *_first_problem(error, lines[1:2])])
     where = f"{error.file}: " if error.file and error.file not in cause else ""
     note(f"partita: {where}{cause}")
+
+
+def _first_problem(error: PartitaError, below: list[str]) -> list[str]:
+    """What a plan's headline leaves out: its first problem and a way out, else the line below."""
+    if not isinstance(error, PlanError):
+        return []
+    if not error.problems:
+        return [line.strip() for line in below]
+    first = error.problems[0]
+    hint = f"; e.g. {first.nearest}" if first.nearest else ""
+    return [first.room, first.message.splitlines()[0] + hint]
 
 
 class _Terminated(BaseException):
