@@ -102,6 +102,12 @@ def read_ranks(folder: Path) -> tuple[RankRecord, ...]:
     return aligned([found[r] for r in sorted(found)])
 
 
+def forget_ranks(folder: Path) -> None:
+    """What an earlier start measured: the next one may have another plan, and fewer ranks."""
+    for path in (folder / FOLDER).glob("rank-*.json"):
+        path.unlink()
+
+
 def _load(path: Path) -> dict[str, Any]:
     import msgspec
 

@@ -16,7 +16,7 @@ from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.parallel.laid import lay
 from partita.record.run import FOLDER as RECORDS
-from partita.record.run import RunFacts, write_record, write_trace
+from partita.record.run import RunFacts, forget_ranks, write_record, write_trace
 from partita.simulate.forecast import forecast
 from partita.simulate.predict import Prediction, request_of
 from partita.spec.job import Job
@@ -87,6 +87,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
         forget(folder)
+        forget_ranks(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
     return Start(newest, step, tuple(notices))

@@ -87,6 +87,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: Path) -> None
 def test_another_plan_or_world_reshards(plan: str, run: Path, capfd) -> None:
     assert faults.train(f"plan={plan}") == 0
     other = faults.metrics()[-1]
+    assert len([*(faults.RUN / "records").glob("rank-*")]) == (2 if "pp" in plan else 1)
     assert command(["checkpoint", "inspect", str(faults.RUN), "--json"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["plan"].startswith(plan[:3])
     shutil.rmtree("runs")
