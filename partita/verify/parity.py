@@ -23,7 +23,7 @@ from partita.train.data import Dataset
 from partita.train.devices import computes_on_gpu
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
-from partita.verify.compare import Difference, differences
+from partita.verify.compare import ROUNDING, Difference, differences, walk_of
 from partita.verify.delayed import is_delayed, run_delayed
 from partita.verify.judge import drawn_weights, optimizers, wide_dtype
 from partita.verify.processes import run_processes
@@ -32,6 +32,7 @@ from partita.verify.runs import (
     StepSeen,
     declare,
     run_judge,
+    run_neighbours,
     run_rank,
     weights_after,
     with_own_updates,
@@ -193,16 +194,17 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
 
 def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     laid = lay(request_of(job))
-    delayed = laid.schedule.is_asynchronous
+    delayed, dtype = laid.schedule.is_asynchronous, job.plan.precision.dtype
     ranks = run_ranks(job, data, backend, laid)
-    if delayed:
-        judge = run_delayed(job, data)
-    elif job.plan.precision.dtype == "fp64":
-        judge = run_judge(job, data)[0]
-    else:
-        judge = run_judge(job, data, starts=weights_after(job, ranks))[0]
+    starts = [] if delayed or dtype == "fp64" else weights_after(job, ranks)
+    judge = run_delayed(job, data) if delayed else run_judge(job, data, starts=starts)[0]
+    if starts:
         judge = with_own_updates(job, judge, ranks)
-    return Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
+    trial = Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
+    if walk_of(job, delayed) and trial.worst("gradients").bad:
+        neighbours = run_neighbours(job, data, starts, ROUNDING[dtype])
+        trial.found = differences(judge, ranks, job, neighbours=neighbours)
+    return trial
 
 
 def run_ranks(

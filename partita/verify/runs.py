@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partita.comm.protocol import Where, World
+from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.ep.counts import Routing
 from partita.parallel.laid import Laid, lay
@@ -36,6 +38,7 @@ from partita.verify.judge import JudgeUpdate, drawn_weights, wide_dtype
 from partita.verify.watch import Watch, share_of, watch_blocks
 
 STEPS = 2
+NEIGHBOURS = 16  # runs of the judge that say how far roundings carry
 Boxes = dict[str, list[tuple[Box, Tensor]]]
 Weights = dict[str, Tensor]
 
@@ -154,10 +157,11 @@ def boxes(
 
 
 def run_judge(
-    job: Job, data: Dataset, watched: int = -1, starts: Sequence[Weights] = ()
-) -> tuple[list[StepSeen], Watch]:
+    job: Job, data: Dataset, watched: int = -1, starts: Sequence[Weights] = (),
+    moved: Callable[[Weights], Weights] = lambda weights: weights,
+) -> tuple[list[StepSeen], Watch]:  # fmt: skip
     """The same steps on one device. `starts[i]`: the weights that step i + 1 starts from, in place of those
-    it has made itself."""
+    it has made itself. `moved` makes what it computes with of the weights it has."""
     dtype = DTYPES[job.plan.precision.dtype]
     optimizer = JudgeUpdate.of(job, wide_dtype(job))
     weights = optimizer.weights
@@ -168,7 +172,7 @@ def run_judge(
         if step and starts:
             optimizer.restart(starts[step - 1])
         batches = whole_batch(data, job, step)
-        judge = Reference(job.model, weights, dtype, job.seed, product=product_of(job))
+        judge = Reference(job.model, moved(weights), dtype, job.seed, product=product_of(job))
         judge.step = step
         if step == watched:
             watch.start(batches)
@@ -187,6 +191,25 @@ def run_judge(
         after = {n: w.clone() for n, w in weights.items()}
         found.append(StepSeen(loss, norm, kept, after, auxiliary))
     return found, watch
+
+
+def run_neighbours(
+    job: Job, data: Dataset, starts: Sequence[Weights], u: float
+) -> list[list[StepSeen]]:
+    """The judge's steps where each weight is moved at random by at most its rounding, 2 u of it: all that is
+    computed of it is rounded anew, so that gradients lie as far apart as two right runs may."""
+
+    def moved(weights: Weights, draw: int) -> Weights:
+        found = {}
+        for n, w in weights.items():
+            dice = uniform(job.seed, f"verify/neighbour {draw}/{n}", torch.arange(w.numel()))
+            found[n] = w * (1 + 2 * u * (2 * dice - 1)).view(w.shape).to(w.dtype)
+        return found
+
+    return [
+        run_judge(job, data, starts=starts, moved=partial(moved, draw=draw))[0]
+        for draw in range(NEIGHBOURS)
+    ]
 
 
 def product_of(job: Job) -> Product:

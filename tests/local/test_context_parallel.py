@@ -14,7 +14,7 @@ from partita.parallel.cp import ring as ring_module
 from partita.parallel.cp.balance import order
 from partita.parallel.cp.ring import SharedKeys
 from partita.parallel.cp.split import CAUSAL, FULL, PART, Split
-from partita.parallel.cp.tile import Merged, attend, attend_back, plain, plain_back
+from partita.parallel.cp.tile import Merged, attend, attend_back, is_short, plain, plain_back
 from partita.parallel.cp.travel import Gather, Ring
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.regions import Region
@@ -168,6 +168,19 @@ def test_tiles_without_a_kernel_are_the_same(causal):
     back = [f(g, (q, k, v), out, lse, seen, causal) for f in (attend_back, plain_back)]
     for a, b in zip(*back, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [63, 64, 128, 129])
+def test_few_queries_of_16_bits_are_as_near_to_float64_on_either_side_of_the_gate(queries):
+    dice = torch.Generator().manual_seed(queries)
+    q, k, v, g = (torch.randn(2, 2, queries, 8, generator=dice).bfloat16() for _ in range(4))
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True).backward(g.double())
+    out, lse = attend(q, k, v, None, True)
+    assert is_short(q) == (queries in (64, 128))
+    for got, want in zip(attend_back(g, (q, k, v), out, lse, None, True), exact, strict=True):
+        assert want.grad is not None
+        assert float((got.double() - want.grad).norm()) <= 4 * 2.0**-9 * float(want.grad.norm())
 
 
 def test_a_row_that_sees_nothing_first_is_merged():

@@ -33,7 +33,7 @@ KEPT = "offload.targets=activations"
 SHARDS = "offload.targets=parameters,gradients,optimizer"
 PLANS = [
     ("2mb offload:cpu offload.targets=optimizer", {}),
-    ("dp_shard2.zero3 tp2 2mb bf16 offload:nvme", {}),
+    ("dp_shard2.zero3 tp2 2mb bf16 offload:nvme", {"tied": True}),
     pytest.param("dp_shard2.zero1 pp2:zb_h1/2mb fp16 offload:nvme", {"tied": True}, marks=SLOW),
     pytest.param("pp2:dualpipe/4mb dp_shard2.zero2 offload:nvme", {"tied": True}, marks=SLOW),
     pytest.param(

@@ -1,0 +1,70 @@
+"""How far verify lets low precision go: not for weights at which roundings carry further, and no further."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.verify.batches import open_data
+from partita.verify.compare import ROUNDING, UPDATE, differences, walk
+from partita.verify.parity import verify
+from partita.verify.runs import RankSeen, StepSeen, run_neighbours, weights_after
+
+BOX = ((0, 8), (0, 8))
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Heads of 4 numbers that are normalised; in trial 5 a token's keys almost cancel."""
+    made = verify_jobs.job(tmp_path, "tp2 bf16", tied=True, layers=2, qkv_bias=True, qk_norm=True)
+    return replace(made, seed=5)
+
+
+def seen(gradients, weights):
+    return StepSeen(1.0, 1.0, {"w": gradients}, {"w": weights})
+
+
+def held(job, gradients, weights, judge, near=()):
+    """Whether one tensor is held to be right; judge and neighbours are (gradient, weight)."""
+    rank = RankSeen(0, [seen([(BOX, gradients)], [(BOX, weights)])])
+    neighbours = [[seen(g, judge[1])] for g in near]
+    found = differences([seen(*judge)], [rank], job, neighbours=neighbours)
+    return not any(d.bad for d in found)
+
+
+def test_norms_of_few_numbers_carry_roundings_further_and_hide_no_fault(job):
+    found = verify(job)
+    assert found.equal, str(found)
+    trial = found.trials[-1]
+    starts, u = weights_after(trial.job, trial.ranks), ROUNDING["bf16"]
+    for rank in trial.ranks:
+        for _, part in rank.steps[0].gradients["blocks.0.attention.wk"]:
+            part.mul_(1.16)
+    near = run_neighbours(trial.job, open_data(trial.job, job), starts, u)
+    faults = differences(trial.judge, trial.ranks, trial.job, neighbours=near)
+    assert {d.name for d in faults if d.bad and d.kind == "gradients"} == {"blocks.0.attention.wk"}
+
+
+def test_a_gradient_beyond_the_walk_is_held_to_the_judges_neighbours(job):
+    torch.manual_seed(0)
+    g, w = torch.randn(8, 8), torch.randn(8, 8)
+    s = walk("bf16", job.model.layers)
+    assert held(job, g * (1 + s), w, (g, w)) and not held(job, g * (1 + 3 * s), w, (g, w))
+    assert held(job, g * (1 + 3 * s), w, (g, w), [g * (1 + s), g * (1 - s)])
+    assert not held(job, g * (1 + 5 * s), w, (g, w), [g * (1 + s), g * (1 - s)])
+
+
+def test_what_an_update_leaves_of_a_weight_is_fp32s_last_bits(job):
+    """0.0100098 minus AdamW's first step of 0.01: -1.97e-7 by one kernel, -1.99e-7 by another."""
+    job = job.with_plan("tp2 bf16 precision.rounding=stochastic")
+    g, w = torch.randn(8, 8), torch.full((8, 8), 0.25)
+    w[0, 0] = -1.993030e-7
+    mine = w.clone()
+    mine[0, 0] = -1.974404e-7
+    assert held(job, g, mine, (g, w))
+    mine[0, 0] += 3 * UPDATE * 0.25
+    assert not held(job, g, mine, (g, w))
+    mine = w.clone()
+    mine[1, 1] = 0.25 * (1 + 2.0**-6)  # two of its last bits away
+    assert not held(job, g, mine, (g, w))
