@@ -11,11 +11,13 @@ stores, and its optimizer sees, one flat shard a block; gradients are *summed* o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from partita.comm.protocol import Comm, Handle
+from partita.parallel.passed import Passed
 
 
 class ShardedModules:
@@ -54,12 +56,12 @@ class ShardedModules:
         """All blocks in a row."""
         for at, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and x.requires_grad:
-                x = _Entry.apply(x, self, at)  # type: ignore[assignment]
+                x = Passed.apply(x, partial(self.backward_done, at))  # type: ignore[assignment]
             self._bring(range(at, min(at + 1 + self.prefetch, len(self.blocks))))
             x = block(x)
             self._free(at)
             if torch.is_grad_enabled():
-                x = _Exit.apply(x, self, at)  # type: ignore[assignment]
+                x = Passed.apply(x, partial(self.backward_begins, at))  # type: ignore[assignment]
         return x
 
     def backward_begins(self, at: int) -> None:
@@ -98,35 +100,3 @@ class ShardedModules:
 
     def _free(self, at: int) -> None:
         self._flats[at].untyped_storage().resize_(0)
-
-
-class _Entry(torch.autograd.Function):
-    """Identity at a block's input; its backward runs behind the block's."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sharded: ShardedModules, at: int) -> Tensor:
-        """x itself, as a view."""
-        ctx.sharded, ctx.at = sharded, at
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on."""
-        ctx.sharded.backward_done(ctx.at)
-        return gradient, None, None
-
-
-class _Exit(torch.autograd.Function):
-    """Identity at a block's output; its backward runs before the block's."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sharded: ShardedModules, at: int) -> Tensor:
-        """x itself, as a view."""
-        ctx.sharded, ctx.at = sharded, at
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on."""
-        ctx.sharded.backward_begins(ctx.at)
-        return gradient, None, None

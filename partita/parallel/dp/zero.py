@@ -21,12 +21,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle, Where
 from partita.parallel.dp.replicate import Reducer, UnitComms
+from partita.parallel.passed import Passed
 from partita.parallel.units import Shards, Unit
 
 
@@ -174,38 +176,6 @@ class Gatherer:
         self.parameters.arrive(self._under_way.pop((phase, at), ()))
 
 
-class Enter(torch.autograd.Function):
-    """Identity at a block's input; its backward runs when the block's is over."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, data: DataParallel, at: int) -> Tensor:
-        """x itself, as a view."""
-        ctx.data, ctx.at = data, at
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on."""
-        ctx.data.backward_done(ctx.at)
-        return gradient, None, None
-
-
-class Leave(torch.autograd.Function):
-    """Identity at a block's output; its backward runs before the block's."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, data: DataParallel, at: int) -> Tensor:
-        """x itself, as a view."""
-        ctx.data, ctx.at = data, at
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on."""
-        ctx.data.backward(ctx.at)
-        return gradient, None, None
-
-
 @dataclass(frozen=True)
 class DataParallel:
     """What data parallelism does around the blocks of a stage: explicit calls in the block loop, and two
@@ -219,7 +189,7 @@ class DataParallel:
         """Block `at` is about to run on x."""
         if torch.is_grad_enabled() and self.reducer.reduces:
             entry = torch.empty(0, requires_grad=True) if x is None else x
-            x = Enter.apply(entry, self, at)  # type: ignore[assignment]
+            x = Passed.apply(entry, partial(self.backward_done, at))  # type: ignore[assignment]
         self.gatherer.forward(at)
         return x
 
@@ -228,7 +198,7 @@ class DataParallel:
         follows = torch.is_grad_enabled()
         self.gatherer.forward_done(at, follows)
         if follows and any(map(self.reducer.comes_and_goes, self.gatherer.parameters.units)):
-            x = Leave.apply(x, self, at)  # type: ignore[assignment]
+            x = Passed.apply(x, partial(self.backward, at))  # type: ignore[assignment]
         return x
 
     def backward(self, at: int) -> None:

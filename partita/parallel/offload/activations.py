@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from partita.parallel.offload.cpu import Moves
 from partita.parallel.offload.shelves import Shelf
+from partita.parallel.passed import Passed
 from partita.parallel.units import Unit
 
 Live = tuple[Tensor, ...]
@@ -167,7 +169,7 @@ class StageKept:
         self.kept.hold(at, list(found.values()))
         if at < self.blocks - 1:
             self.kept.leave(at)
-        return _Back.apply(y, self, at)  # type: ignore[return-value]
+        return Passed.apply(y, partial(self.backward, at))  # type: ignore[return-value]
 
     def backward(self, at: int) -> None:
         """A block's backward begins: it finds what it keeps, the one before it is on its way."""
@@ -183,19 +185,3 @@ class StageKept:
         data = [getattr(batch, f.name) for f in fields(batch)]
         every = (*whole, *data, *self.tables)
         return {t.untyped_storage().data_ptr() for t in every if isinstance(t, Tensor)}
-
-
-class _Back(torch.autograd.Function):
-    """Identity at a block's output; its backward runs before the block's."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, stage: StageKept, at: int) -> Tensor:
-        """y itself, as a view."""
-        ctx.stage, ctx.at = stage, at
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Passes the gradient on."""
-        ctx.stage.backward(ctx.at)
-        return gradient, None, None
