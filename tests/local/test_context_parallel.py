@@ -11,6 +11,7 @@ from comm_contract import best_of
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
 from partita.parallel.cp import ring as ring_module
+from partita.parallel.cp import tile as tile_module
 from partita.parallel.cp.balance import order
 from partita.parallel.cp.ring import SharedKeys
 from partita.parallel.cp.split import CAUSAL, FULL, PART, Split
@@ -170,15 +171,25 @@ def test_tiles_without_a_kernel_are_the_same(causal):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("queries", [63, 64, 128, 129])
-def test_few_queries_of_16_bits_are_as_near_to_float64_on_either_side_of_the_gate(queries):
+@pytest.mark.parametrize("queries", [32, 160, 161])
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_queries_of_16_bits_are_as_near_to_float64_on_either_side_of_the_gate(
+    queries, masked, monkeypatch
+):
+    monkeypatch.setattr(tile_module, "CHUNK", 2 * 2 * queries * 8)  # two samples of three
     dice = torch.Generator().manual_seed(queries)
-    q, k, v, g = (torch.randn(2, 2, queries, 8, generator=dice).bfloat16() for _ in range(4))
+    q, g = (torch.randn(3, 2, queries, 8, generator=dice).bfloat16() for _ in range(2))
+    k, v = (torch.randn(3, 1, queries, 8, generator=dice).bfloat16() for _ in range(2))
+    seen = torch.rand(3, 1, queries, queries, generator=dice) > 0.5 if masked else None
+    if seen is not None:
+        seen |= torch.eye(queries, dtype=torch.bool)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True).backward(g.double())
-    out, lse = attend(q, k, v, None, True)
-    assert is_short(q) == (queries in (64, 128))
-    for got, want in zip(attend_back(g, (q, k, v), out, lse, None, True), exact, strict=True):
+    torch.nn.functional.scaled_dot_product_attention(
+        *exact, attn_mask=seen, is_causal=not masked, enable_gqa=True
+    ).backward(g.double())
+    out, lse = attend(q, k, v, seen, not masked)
+    assert is_short(q) == (queries <= 160)
+    for got, want in zip(attend_back(g, (q, k, v), out, lse, seen, not masked), exact, strict=True):
         assert want.grad is not None
         assert float((got.double() - want.grad).norm()) <= 4 * 2.0**-9 * float(want.grad.norm())
 

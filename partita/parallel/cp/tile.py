@@ -25,16 +25,17 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-SHORT = range(64, 129)  # queries, as measured
-FEW = 2**17  # elements of q
+SHORT, NARROW = 160, 64  # queries and head_dim, as measured
+CHUNK = 2**15  # elements of q that go back in fp32 at a time: they stay in a core's cache
 
 
 def is_short(q: Tensor) -> bool:
     """Whether the CPU's 16-bit backward of queries [batch, heads, queries, head_dim] takes longer than
-    fp32's: it packs its operands for blocks that so few do not fill (64 queries 0.22 to 0.46 times, 128 0.48
-    to 0.77, 256 1.0 or more)."""
+    fp32's of a few samples at a time: it packs its operands for blocks that so few do not fill (32 queries
+    0.15 to 0.28 times, 64 0.22 to 0.36, 128 0.33 to 0.52, 192 0.75 to 0.93, 256 0.75 to 1.04; of 128
+    elements each 0.8 or more)."""
     low = q.dtype in (torch.bfloat16, torch.float16)
-    return low and q.device.type == "cpu" and q.shape[-2] in SHORT and q.numel() <= FEW
+    return low and q.device.type == "cpu" and q.shape[-2] <= SHORT and q.shape[-1] <= NARROW
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,14 +75,34 @@ def attend_back(
         return plain_back(g, qkv, out, lse, seen, causal, scale)
     q, k, v = qkv
     g, wide_v, out = (_padded(t, q.shape[-1]) for t in (g, v, out))
-    mask = _added(seen, g)
-    tensors = [g, q, k, wide_v, out]
-    if is_short(q):
-        tensors = [t.float() for t in tensors]
-        mask = None if mask is None else mask.float()
-    found = _FLASH_BACK(*tensors, lse, 0.0, causal, attn_mask=mask, scale=scale)
-    dq, dk, dv = (t.to(q.dtype) for t in found)
+    tensors, mask = (g, q, k, wide_v, out, lse), _added(seen, g)
+    back = _back_in_chunks if is_short(q) else _back
+    dq, dk, dv = back(tensors, mask, causal, scale)
     return dq, dk, dv[..., : v.shape[-1]]
+
+
+def _back(
+    tensors: Sequence[Tensor], mask: Tensor | None, causal: bool, scale: float | None
+) -> Sequence[Tensor]:
+    """The kernel: dq, dk, dv."""
+    return _FLASH_BACK(*tensors, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def _back_in_chunks(
+    tensors: Sequence[Tensor], mask: Tensor | None, causal: bool, scale: float | None
+) -> Sequence[Tensor]:
+    """The same in fp32, some samples at a time."""
+    q = tensors[1]
+    made = [torch.empty_like(t) for t in tensors[1:4]]
+    count = max(CHUNK // q[0].numel(), 1)
+    for start in range(0, q.shape[0], count):
+        some = slice(start, start + count)
+        seen = mask if mask is None or mask.shape[0] == 1 else mask[some]
+        seen = None if seen is None else seen.float()
+        found = _back([t[some].float() for t in tensors], seen, causal, scale)
+        for whole, part in zip(made, found, strict=True):
+            whole[some].copy_(part)
+    return made
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
