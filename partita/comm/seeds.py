@@ -121,15 +121,17 @@ def initial_value(
 def rounded_box(
     values: Tensor, seed: int, step: int, name: str, shape: Sequence[int], box: Box
 ) -> Tensor:
-    """fp32 `values` of `box` of the weight `name` of `shape`, each rounded to one of its two neighbours in
-    bf16, fp32 still: up with the probability of its place between them, so that the mean is kept (Gupta et
-    al. 2015, arXiv 1502.02551). A pure function of seed, step, name and element."""
-    flat, key = values.reshape(-1).clone(), key_of(seed, "round", name)
+    """`values` (fp32; fp64's as fp32 has them) of `box` of the weight `name` of `shape`, each rounded to one
+    of its two neighbours in bf16, in their own dtype still: up with the probability of its place between
+    them, so that the mean is kept (Gupta et al. 2015, arXiv 1502.02551). A pure function of seed, step, name
+    and element."""
+    flat, key = values.reshape(-1).to(torch.float32, copy=True), key_of(seed, "round", name)
     bits = flat.view(torch.int32)
     for first, words in _box_words(key, shape, box, values.device, step=step):
         part = bits[first : first + words.numel()]
         part.add_((words.reshape(-1) >> 16).to(torch.int32))  # the 16 bits below bf16's last
-    return bits.bitwise_and_(-(1 << 16)).view(torch.float32).view(values.shape)
+    near = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
+    return near.to(values.dtype).view(values.shape)
 
 
 def dropout_mask(

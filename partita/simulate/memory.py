@@ -94,9 +94,11 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
 
 def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
     """Working weights of an asynchronous schedule at a place of pp: every version that is held in the compute
-    dtype, and masters apart from them. Where ranks update shards, the newest version is held whole beside the
-    one in use."""
-    sizes, wide = laid.sizes, laid.request.plan.precision.dtype in ("fp32", "fp64")
+    dtype, and masters apart from them. Where ranks update shards, or there are no masters, the newest version
+    is held whole beside the one in use."""
+    sizes, precision = laid.sizes, laid.request.plan.precision
+    alone = precision.rounding == "stochastic"
+    wide = precision.dtype in ("fp32", "fp64") and not alone
     total = 0
     for block in (b for s in laid.stages_of(place) for b in s.blocks):
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
@@ -104,8 +106,8 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
             held = versions_held(schedule, place, unit in laid.program.tied)
             states = block.tensors[f"{unit}.optimizer"]
             shard = replace(t, dims=states.dims[-1:])
-            sharded = bool(shard.axes())
-            total += (held + (sharded and held > 1)) * tensor_bytes(t, sizes)
+            beside = (alone or bool(shard.axes())) and held > 1
+            total += (held + beside) * tensor_bytes(t, sizes)
             total += tensor_bytes(shard, sizes) if wide and states.arena == "device" else 0
     return total
 

@@ -35,11 +35,11 @@ class AwayUpdate:
     rounding: Rounding | None = None  # of weights without masters
 
     def run(
-        self, update: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None],
+        self, draw: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None],
         units: Collection[str],
     ) -> None:  # fmt: skip
-        """Update `update`, counted from 1, of the `units` named: gradients times `factor`, masters and
-        moments in place, working weights rounded. `balance(master, gradient)` moves a router's bias."""
+        """An update of the `units` named: gradients times `factor`, masters and moments in place, working
+        weights rounded (at random by number `draw`). `balance(master, gradient)` moves a router's bias."""
         for chunk in self.stream.chunks(units):
             for slot in self.slots[chunk.away.unit.name]:
                 part = _within(slot, chunk)
@@ -55,7 +55,7 @@ class AwayUpdate:
                     self.parts.step((master, gradient, part), slot.decays, done, lr)
                 if self.rounding is not None:
                     first = max(chunk.first - slot.start, 0)
-                    for where, near in self.rounding(slot, master, update, first):
+                    for where, near in self.rounding(slot, master, draw, first):
                         master[where] = near
         for slot in (s for unit in units for s in self.slots[unit]):
             if "step" in self.optimizer.state[slot.master]:

@@ -112,10 +112,11 @@ def make_flow(
     late = [u for u in units if u.spec.across and executor.place > 0]
     own = [u for u in units if u not in late and not u.spec.frozen]
     rule = version_rule(laid.schedule)
-    flow = Flow(executor, Versions(own, rule, parameters.refresh, away))
+    alone = laid.request.plan.precision.rounding == "stochastic"
+    flow = Flow(executor, Versions(own, rule, parameters.refresh, away, alone))
     if late:
         rule = version_rule(laid.schedule, tied=True)
-        versions = Versions(late, rule, parameters.refresh, away)
+        versions = Versions(late, rule, parameters.refresh, away, alone)
         flow.late = Late(versions, updates_behind(laid.schedule))
     return flow
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid
 from partita.parallel.offload.arenas import Arenas
 from partita.parallel.pp.executor import Executor
-from partita.parallel.pp.versions import Flow
+from partita.parallel.pp.versions import Flow, Versions
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
@@ -278,7 +279,7 @@ class Update:
             return norm
         factor *= clip_coefficient(norm, self.train.clip_grad_norm)
         self.updates += 1
-        self._apply(self.updates, self.slots, factor)
+        self._apply(self.updates, self.slots, self.updates, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
         return norm
 
@@ -292,27 +293,30 @@ class Update:
         assert flow is not None, "U belongs to an asynchronous schedule"
         late = () if flow.late is None else flow.late.versions.units
         self.model.reducer.finish(late)
-        flow.versions.update(lambda: self.apply_to(flow.versions.units))
+        flow.versions.update(lambda: self.apply_to(flow.versions))
         if flow.late is not None:
             flow.late.update()
 
-    def join(self, units: Sequence[Any]) -> None:
+    def join(self, versions: Versions) -> None:
         """The late U of units that another stage holds too: their gradients are added up, then applied."""
-        self.model.reducer.add_across(units)
-        self.apply_to(units)
+        self.model.reducer.add_across(versions.units)
+        self.apply_to(versions)
 
-    def apply_to(self, units: Sequence[Any]) -> None:
-        """Updates the masters of some units, at the rate of the step under way."""
-        names = {unit.name for unit in units}
-        self._apply(self.updates + 1, [s for s in self.slots if s.unit in names])
+    def apply_to(self, versions: Versions) -> None:
+        """Updates the masters of a stage's weights, at the rate of the step under way."""
+        flow, names = self.model.flow, {unit.name for unit in versions.units}
+        assert flow is not None, "a step that flushes has one update of all"
+        draw = self.updates * flow.per_step + flow.number(versions) + 1
+        self._apply(self.updates + 1, [s for s in self.slots if s.unit in names], draw)
 
-    def _apply(self, update: int, slots: Sequence[Slot], factor: float = 1.0) -> None:
-        self.lr = learning_rate(self.train, update)
+    def _apply(self, step: int, slots: Sequence[Slot], draw: int, factor: float = 1.0) -> None:
+        """At the rate of step `step`; what is rounded at random is so by number `draw`."""
+        self.lr = learning_rate(self.train, step)
         if self.away is not None:
-            self.away.run(update, self.lr, factor, self._balance, {slot.unit for slot in slots})
+            self.away.run(draw, self.lr, factor, self._balance, {slot.unit for slot in slots})
             return
         if self.rounded is not None:
-            self.rounded.run(update, self.lr, factor, self._balance)
+            self.rounded.run(slots, draw, self.lr, factor, self._balance)
             return
         if factor != 1:
             torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
@@ -378,7 +382,10 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     rounding = Rounding(model.laid, model.context) if stochastic else None
     update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away, rounding)
     if rounding is not None and update.away is None:
-        update.rounded = StochasticUpdate(rounding, slots, optimizer, train)
+        lie = model.parameters.away
+        away_from = [u for u in trained if u.spec.stage == 3] if lie is not None else []
+        bring = {u.name: partial(lie.bring, u) for u in away_from if lie is not None}
+        update.rounded = StochasticUpdate(rounding, slots, optimizer, train, bring)
     if model.laid.request.plan.pipeline.post_validation:
         model.guess = Guess(model, update)
     if model.flow is not None:

@@ -4,14 +4,16 @@
 
 To the nearest, an update of less than half of a weight's last bit (2^-9 of it) is always lost; at random it
 is made with the probability that keeps the mean (Gupta et al. 2015, arXiv 1502.02551; Zamirai et al. 2020,
-2010.06192). Which way is a function of seed, update, weight and element (comm/seeds.py), so that replicas
-stay equal and no plan changes it. 12 bytes of master and moments a parameter become 8. Where moments lie
-elsewhere, so does the update: weights come there, and go rounded. Sends nothing.
+2010.06192). Which way is a function of seed, number of the update, weight and element (comm/seeds.py), so
+that replicas stay equal and no plan changes it; an asynchronous schedule counts all updates of its steps.
+12 bytes of master and moments a parameter become 8. Where moments lie elsewhere, so does the update: weights
+come there, and go rounded. Where weights alone lie elsewhere they come for it. Under fp64, for proofs, all is
+fp64 but that weights are what bf16 holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -38,9 +40,9 @@ class Rounding:
     context: Context
 
     def __call__(
-        self, slot: Slot, wide: Tensor, update: int, first: int = 0
+        self, slot: Slot, wide: Tensor, draw: int, first: int = 0
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(where in `wide`, rounded values) of a slot's elements from `first` on, for update `update`."""
+        """(where in `wide`, rounded values) of a slot's elements from `first` on, by number `draw`."""
         rank, seed = self.context.rank, self.context.seed
         for weight in slot.weights:
             layout = self.laid.layouts[weight]
@@ -49,22 +51,24 @@ class Rounding:
                 at, end = max(begin, 0), min(begin + piece.numel(), wide.numel())
                 for box, _ in range_boxes(piece.box, at - begin, end - begin):
                     part = slice(at, at + prod(b - a for a, b in box))
-                    yield part, rounded_box(wide[part], seed, update, weight, layout.shape, box)
+                    yield part, rounded_box(wide[part], seed, draw, weight, layout.shape, box)
                     at = part.stop
 
 
 @dataclass
 class StochasticUpdate:
     """Updates `slots`, whose masters are the working weights; moments lie in `optimizer`, which is never
-    stepped itself."""
+    stepped itself. `bring`: a unit's shard from where it lies, by its name, if that is not the device."""
 
     rounding: Rounding
     slots: Sequence[Slot]
     optimizer: torch.optim.Optimizer
     train: TrainSpec
+    bring: Mapping[str, Callable[[], Tensor]]
 
     def __post_init__(self) -> None:
-        self._parts = PartOptimizer(self.train, torch.float32)
+        wide = {slot.gradient.dtype for slot in self.slots} or {torch.float32}
+        self._parts = PartOptimizer(self.train, *wide)
         for slot in self.slots:
             if not slot.balances:
                 moments = {n: torch.zeros_like(slot.gradient) for n in state_names(self.train)}
@@ -72,12 +76,22 @@ class StochasticUpdate:
                 self.optimizer.state[slot.master] = {**count, **moments}
 
     def run(
-        self, update: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None]
-    ) -> None:
-        """Update `update`, counted from 1: gradients times `factor`. `balance(master, gradient)` moves a
-        router's bias."""
-        for slot in self.slots:
-            wide = slot.master.float()
+        self, slots: Sequence[Slot], draw: int, lr: float, factor: float,
+        balance: Callable[[Tensor, Tensor], None],
+    ) -> None:  # fmt: skip
+        """An update of some slots, a unit's together: gradients times `factor`, weights rounded by number
+        `draw`. `balance(master, gradient)` moves a router's bias."""
+        unit, brought = "", None
+        for slot in slots:
+            if slot.unit != unit:
+                unit, brought = (
+                    slot.unit,
+                    self.bring[slot.unit]() if slot.unit in self.bring else None,
+                )
+            here = slot.master
+            if brought is not None:
+                here = brought[slot.start : slot.start + slot.master.numel()]
+            wide = here.to(slot.gradient.dtype)
             if slot.balances:
                 balance(wide, slot.gradient)
             else:
@@ -85,8 +99,9 @@ class StochasticUpdate:
                     slot.gradient.mul_(factor)
                 state = self.optimizer.state[slot.master]
                 moments = {n: state[n] for n in state_names(self.train)}
-                self._parts.step((wide, slot.gradient, moments), slot.decays, update - 1, lr)
+                done = int(state.get("step", 0))
+                self._parts.step((wide, slot.gradient, moments), slot.decays, done, lr)
                 if "step" in state:
                     state["step"] += 1
-            for part, near in self.rounding(slot, wide, update):
+            for part, near in self.rounding(slot, wide, draw):
                 slot.master[part] = near

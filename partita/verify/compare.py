@@ -129,7 +129,7 @@ def differences(
                 if low and not delayed
                 else (bound.tensor, floor * job.train.lr)
             )
-            if job.plan.precision.rounding == "stochastic":
+            if job.plan.precision.rounding == "stochastic" and low and not delayed:
                 found += _rounded(mine.weights, want.weights, limits, seen.rank, i)
             else:
                 found += _tensors("weights", mine.weights, want.weights, limits, seen.rank, i)

@@ -66,7 +66,7 @@ def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
                 for n, g in of.items():
                     gradients[n] += g * (m // size)
             norm = update.norm(gradients)
-            update.step(gradients, norm, step)
+            update.step(gradients, norm, step, (step * m + first) // size)
             history.append(_copy(weights))
         auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
         found.append(StepSeen(loss, norm, gradients, _copy(weights), auxiliary))

@@ -131,8 +131,11 @@ class JudgeUpdate:
         squares = [g.double().square().sum() for n, g in gradients.items() if n not in self.biases]
         return float(torch.stack(squares).sum().sqrt())
 
-    def step(self, gradients: dict[str, Tensor], norm: float, step: int) -> None:
-        """Clips the gradients by their norm, in place, and updates the weights; steps count from 0."""
+    def step(
+        self, gradients: dict[str, Tensor], norm: float, step: int, update: int | None = None
+    ) -> None:
+        """Clips the gradients by their norm, in place, and updates the weights; steps count from 0, as do
+        updates within one, whose number `update` is where a step has several."""
         limit = self.job.train.clip_grad_norm
         if limit:
             for g in (g for n, g in gradients.items() if n not in self.biases):
@@ -149,4 +152,8 @@ class JudgeUpdate:
             for n in self.weights.keys() - self.frozen:
                 w, shape = self.weights[n], tuple(self.weights[n].shape)
                 whole = tuple((0, k) for k in shape)
-                w.copy_(rounded_box(w, self.job.seed, step + 1, n, shape, whole))
+                w.copy_(
+                    rounded_box(
+                        w, self.job.seed, (step if update is None else update) + 1, n, shape, whole
+                    )
+                )

@@ -137,12 +137,6 @@ def _collective(at: Divergence) -> dict[str, str] | None:
     return None if at.expected is None else {"op": at.expected[0], "axis": at.expected[1]}
 
 
-def _at(plan: Plan, dtype: str) -> Plan:
-    """The plan at a precision; what fp64 has no place for set aside."""
-    rounding = "nearest" if dtype == "fp64" else plan.precision.rounding
-    return plan.with_("precision", dtype=dtype, rounding=rounding)
-
-
 def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
     return {
         "reference": [getattr(s, name) for s in trial.judge],
@@ -168,7 +162,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     trials: list[Trial] = []
     for dtype in dict.fromkeys(("fp64", own)):
         for train in optimizers(small.train, is_delayed(small)):
-            at = replace(small, plan=_at(small.plan, dtype), train=train)
+            at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
             trials.append(_trial(at, data, backend))
             if not trials[-1].equal:
                 break

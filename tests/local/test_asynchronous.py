@@ -157,6 +157,7 @@ def evaluate_full(world, job):
         ("pp4:pipedream_2bw/4mb bf16", False),
         ("dp_shard2.zero1 pp2:pipedream/4mb fp32", False),
         ("dp_shard2.zero1 pp2:pipedream_2bw/4mb bf16", True),
+        ("pp4:pipedream/4mb bf16 precision.rounding=stochastic", True),
     ],
 )
 def test_the_memory_of_versions_is_what_ranks_hold(plan, tied, tmp_path):

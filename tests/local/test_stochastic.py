@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import test_frozen_weights
 import torch
@@ -10,10 +12,12 @@ import verify_jobs
 from partita.comm.local import local
 from partita.comm.seeds import rounded_box
 from partita.parallel.laid import problems
+from partita.parallel.offload import cpu
 from partita.simulate.predict import request_of
 from partita.verify import judge
 from partita.verify.parity import verify
 
+SLOW = pytest.mark.slow
 RANDOM = "precision.rounding=stochastic"
 
 
@@ -43,11 +47,37 @@ def test_a_box_has_the_bits_of_the_whole():
     [
         (f"tp2+sp dp_shard2.zero3 bf16 {RANDOM}", {}),
         (f"pp2/4mb dp_shard2.zero1 tp2 fp8 {RANDOM}", {"tied": True}),
-        (f"dp_shard2.zero2 tp2+sp ep2 2mb bf16 {RANDOM}", verify_jobs.EXPERTS),
+        pytest.param(
+            f"dp_shard2.zero2 tp2+sp ep2 2mb bf16 {RANDOM}", verify_jobs.EXPERTS, marks=SLOW
+        ),
+        pytest.param(f"pp2:pipedream/4mb bf16 {RANDOM}", {"tied": True}, marks=SLOW),
+        pytest.param(
+            f"pp4:pipedream_2bw/4mb dp_shard2.zero1 bf16 {RANDOM}", {"tied": True}, marks=SLOW
+        ),
+        (
+            f"pp2:pipedream/4mb dp_shard2.zero1 bf16 offload:cpu offload.targets=optimizer {RANDOM}",
+            {},
+        ),
+        (
+            f"dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters,gradients,optimizer {RANDOM}",
+            {},
+        ),
+        pytest.param(
+            f"dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters {RANDOM}",
+            {"tied": True},
+            marks=SLOW,
+        ),
+        pytest.param(
+            f"dp_shard2.zero3 bf16 offload:cpu offload.targets=parameters {RANDOM}", {}, marks=SLOW
+        ),
     ],
 )
-def test_a_plan_equals_one_device(plan, model, tmp_path):
-    found = verify(verify_jobs.job(tmp_path, plan, **model))
+def test_a_plan_equals_one_device(plan, model, tmp_path, monkeypatch):
+    """In float64, where each weight must go to the same neighbour; and with bf16's own roundings."""
+    monkeypatch.setattr(cpu, "CHUNK", 1024)
+    job = verify_jobs.job(tmp_path, plan, **model)
+    clips = 0.0 if "pipedream" in plan else job.train.clip_grad_norm
+    found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -90,15 +120,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit_under_another_plan(tmp_pa
         assert wide[0][0] == pytest.approx(whole[2][0], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "tp2 fp32",
-        "tp2 fp16",
-        "pp2:pipedream/4mb bf16",
-        "dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters,optimizer",
-    ],
-)
+@pytest.mark.parametrize("line", ["tp2 fp32", "tp2 fp16"])
 def test_what_cannot_be_is_refused(line, tmp_path):
     job = verify_jobs.job(tmp_path, f"{line} {RANDOM}")
     (found,) = [p for p in problems(request_of(job)) if p.rule == "rounding"]

@@ -106,8 +106,11 @@ class Link:
     def weights(self, unit: Unit, first: int, end: int) -> Tensor:
         """The working weights' chunk, widened in host memory until the next is asked for: there are no
         masters."""
-        narrow = self._narrow[: end - first].copy_(unit.shard[first:end])
-        return self._wide[: end - first].copy_(narrow)
+        return self.widened(self._narrow[: end - first].copy_(unit.shard[first:end]))
+
+    def widened(self, narrow: Tensor) -> Tensor:
+        """The same of a chunk in host memory."""
+        return self._wide[: narrow.numel()].copy_(narrow)
 
     def up(self, unit: Unit, first: int, master: Tensor) -> None:
         """Rounds a chunk of the master into the working weights."""

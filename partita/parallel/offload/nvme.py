@@ -196,6 +196,10 @@ class _Part:
         size, names = self.end - self.first, (*self.away.states, *self.away.given)
         return {n: self.buffers[n].tensor[:size] for n in names}
 
+    def reads(self, name: str) -> bool:
+        """Whether the update starts from it: from the working shard too, without a master."""
+        return name != WORKING or (self.away.working and MASTER not in self.away.states)
+
     def lies(self, name: str) -> Tensor:
         """The mapped part of a state."""
         every = {**self.away.states, **self.away.given, WORKING: self.away.unit.shard}
@@ -234,7 +238,10 @@ class DiskStream:
             own, unit = part.tensors(), part.away.unit
             if GRADIENT not in own:
                 own[GRADIENT] = self.link.down(unit, part.first, part.end)
-            if MASTER not in own:
+            if MASTER not in own and part.away.working:
+                narrow = part.buffers[WORKING].tensor[: part.end - part.first]
+                own[MASTER] = self.link.widened(narrow)
+            elif MASTER not in own:
                 own[MASTER] = self.link.weights(unit, part.first, part.end)
             yield Chunk(part.away, part.first, own)
             written = list(part.away.states)
@@ -261,7 +268,7 @@ class DiskStream:
         found = []
         for name, buffer in one.buffers.items():
             out = goes.lies(name) if goes is not None and name in written else None
-            into = comes.lies(name) if comes is not None and name != WORKING else None
+            into = comes.lies(name) if comes is not None and comes.reads(name) else None
             found.append(self._threads.submit(self._write_then_read, buffer, out, into))
         return found
 
@@ -278,6 +285,8 @@ class DiskStream:
         note("disk", f"{name}:write", size, start_s)
         if away.working:
             note("disk", f"{name}:write", away.unit.shard.nbytes, start_s)
+        if away.working and MASTER not in away.states:
+            note("disk", f"{name}:read", away.unit.shard.nbytes, start_s)
         for given in away.given.values():
             note("disk", f"{name}:read", given.nbytes, start_s)
         self.link.note(away, start_s)

@@ -60,9 +60,10 @@ def staging_bytes(plan: Plan, words: int, largest: int, width: int, working: int
         return SETS * largest * working if plan.offload.to == "nvme" else 0
     gradients, chunk = "gradients" in targets(plan), min(largest, CHUNK)
     rounded = plan.precision.rounding == "stochastic"  # a chunk of weights, as they are and widened
+    narrow = width if plan.precision.dtype == "fp64" else BF16
     files = SETS * (words + 2 * gradients) + (not gradients)
     buffers = files if plan.offload.to == "nvme" else 1
-    found = chunk * (buffers * width + rounded * (width + BF16))
+    found = chunk * (buffers * width + rounded * (width + narrow))
     return found + (plan.offload.to == "nvme") * SETS * (chunk + largest) * working
 
 
@@ -222,15 +223,17 @@ def _shard_events(gather: Op, plan: Plan) -> list[Move]:
 def _update_events(unit: str, plan: Plan, shard_is_away: bool) -> list[Move]:
     """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
     is read, and states are written; without masters the working shard comes too. One on the device sends a
-    working shard that lies elsewhere."""
-    arena = arena_of(plan, "optimizer")
+    working shard that lies elsewhere; without masters it has come."""
+    arena, alone = arena_of(plan, "optimizer"), plan.precision.rounding == "stochastic"
     gradient, shard = _step(f"{unit}.shard_gradient"), _step(f"{unit}.shard_parameter")
-    found = [("write", shard)] if shard_is_away and plan.offload.to == "nvme" else []
+    found: list[Move] = []
+    if shard_is_away and plan.offload.to == "nvme":
+        found += [("write", shard), *([("read", shard)] if alone else [])]
     if arena == "device":
-        return found + ([("offload", shard)] if shard_is_away else [])
+        goes: list[Move] = [("offload", shard), *([("reload", shard)] if alone else [])]
+        return found + (goes if shard_is_away else [])
     if not shard_is_away:
-        without_masters = plan.precision.rounding == "stochastic"
-        found += [("reload", shard), *([("offload", shard)] if without_masters else [])]
+        found += [("reload", shard), *([("offload", shard)] if alone else [])]
     come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}
     found += come[arena_of(plan, "gradients")]
     if arena == "disk":

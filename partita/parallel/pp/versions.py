@@ -10,6 +10,8 @@ pipeline was last empty. Masters are the newest one; a version that some microba
 without the next one's microbatches, and counting starts anew.
 
 ZeRO 1 updates shards, and gathers the newest version at once: what the stage then works on is stashed too.
+Weights without masters (stochastic rounding) are updated where they are used: the newest version is put in
+place for it.
 
 A tied table lies on the first stage and the last one, and takes the sum of both gradients of the same
 microbatches. The first stage's comes p - 1 stages of backward later, so both use the version that stage 0
@@ -55,12 +57,14 @@ class Versions:
     """Weights of one rank's stage by version. `staleness` is how many updates lay between the weights of a
     gradient and those it was applied to: the largest since it was last set to 0. `refresh` brings the newest
     version into the working weights, where ranks hold shards of the masters. `away`: masters lie elsewhere,
-    and an update has brought the newest version when it is over."""
+    and an update has brought the newest version when it is over. `alone`: there are no masters, and an
+    update is of the working weights."""
 
     units: Sequence[Unit]
     rule: Callable[[int, int], int]
     refresh: Callable[..., None] | None = None
     away: bool = False
+    alone: bool = False
     newest: int = 0
     staleness: int = 0
     stash: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -72,6 +76,11 @@ class Versions:
     def __post_init__(self) -> None:
         if all(unit.spec.stage == 0 for unit in self.units) and not self.away:
             self.refresh = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the newest version is to be found in the working weights alone."""
+        return self.refresh is not None or self.alone
 
     def forward(self, microbatch: int) -> None:
         """Puts the microbatch's version in place."""
@@ -97,12 +106,15 @@ class Versions:
 
     def update(self, apply: Callable[[], None]) -> None:
         """Runs `apply`, which changes the masters; what is still needed of before is stashed."""
+        if self.alone:
+            self._load(self.newest)
         self._keep_newest()
         apply()
         self.newest += 1
         self._spent = True
         if self.refresh is not None:
             self.refresh(rounded=self.away, units=self.units)
+        if self.in_place:
             self._loaded = self.newest
         first = self.rule(self._seen + 1, self.newest)
         needed = {*self._used.values(), *range(first, self.newest)}
@@ -117,19 +129,18 @@ class Versions:
         self._seen = -1
 
     def _keep_newest(self) -> None:
-        """Stashes the newest version: of the masters, or, where these are shards or lie elsewhere, of what
-        was brought."""
+        """Stashes the newest version: of the masters, or, where these are shards, lie elsewhere or are none,
+        of the working weights."""
         if self.newest not in self.stash:
-            brought = self.refresh is not None
             self.stash[self.newest] = [
-                (u.working if brought else u.master).detach().to(u.working.dtype, copy=True)
+                (u.working if self.in_place else u.master).detach().to(u.working.dtype, copy=True)
                 for u in self.units
             ]
 
     def _load(self, version: int) -> None:
         if version == self._loaded:
             return
-        if self.refresh is not None and self._loaded == self.newest:
+        if self.in_place and self._loaded == self.newest:
             self._keep_newest()
         held = self.stash.get(version)
         for i, unit in enumerate(self.units):
@@ -144,7 +155,7 @@ class Late:
 
     versions: Versions
     behind: int
-    join: Callable[[Sequence[Unit]], None] = lambda units: None
+    join: Callable[[Versions], None] = lambda versions: None
     _waiting: deque[list[Tensor]] = field(default_factory=deque)
 
     def update(self) -> None:
@@ -162,7 +173,7 @@ class Late:
         units = self.versions.units
         for unit, gradient in zip(units, self._waiting.popleft(), strict=True):
             unit.gradient.copy_(gradient)
-        self.versions.update(lambda: self.join(units))
+        self.versions.update(lambda: self.join(self.versions))
 
 
 @dataclass
@@ -194,6 +205,10 @@ class Flow:
     def first(self) -> int:
         """The number of the next step's first microbatch since the pipeline was last empty."""
         return self.steps * self.executor.schedule.num_microbatches
+
+    def number(self, versions: Versions) -> int:
+        """Which update of the step under way is the next of a stage's weights, from 0."""
+        return versions.newest - self.steps * self.per_step
 
     @property
     def each(self) -> list[Versions]:

@@ -10,7 +10,7 @@
 bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. Where
 ZeRO 3 cuts the working weights they are made from the masters as they are gathered: 16. With
 `precision.rounding=stochastic` (bf16, fp8) it is 14: the weights are their own masters, and an update is made
-in fp32 and rounded up or down at random (train/stochastic.py).
+in fp32 and rounded up or down at random (train/stochastic.py); under fp64 they are so too, in fp64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import replace
 
 from partita.base.errors import Problem
 from partita.parallel.room import Request, error
-from partita.spec.plan import ASYNCHRONOUS
 from partita.spec.program import Block, Dim, Program, Tensor
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64": 8, "": 0}
@@ -31,36 +30,14 @@ def problems(job: Request) -> list[Problem]:
 
 
 def _rounding(job: Request) -> list[Problem]:
-    """Weights that are their own masters are bf16, on the device, and of one version."""
-    plan, found = job.plan, []
-    if plan.precision.rounding == "nearest":
-        return found
+    """Weights that are their own masters are bf16's numbers."""
+    plan, dtype = job.plan, job.plan.precision.dtype
+    if plan.precision.rounding == "nearest" or dtype in ("bf16", "fp8", "fp64"):
+        return []
     nearest = str(plan.with_("precision", rounding="nearest"))
-    asked, dtype = "precision.rounding=stochastic", plan.precision.dtype
-    rules = (
-        (
-            dtype not in ("bf16", "fp8"),
-            f"is of bf16 weights, the plan's are {dtype}",
-            "bf16 or fp8",
-        ),
-        (
-            plan.mesh.pp > 1 and plan.pipeline.schedule in ASYNCHRONOUS,
-            "is not available in this version where a pipeline keeps versions of the masters",
-            "a schedule that flushes",
-        ),
-        (
-            plan.offload.to == "nvme" and "parameters" in plan.offload.targets,
-            "is not available in this version of weights that lie in files",
-            "offload:cpu",
-        ),
-    )
-    for wrong, what, limit in rules:
-        if wrong:
-            message = f"stochastic rounding {what}"
-            found.append(
-                error("precision", "rounding", message, asked=asked, limit=limit, nearest=nearest)
-            )
-    return found
+    asked, limit = "precision.rounding=stochastic", "bf16 or fp8 (fp64 for proofs)"
+    message = f"stochastic rounding is of bf16 weights, the plan's are {dtype}"
+    return [error("precision", "rounding", message, asked=asked, limit=limit, nearest=nearest)]
 
 
 def _scales(job: Request) -> list[Problem]:
