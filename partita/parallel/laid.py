@@ -1,7 +1,7 @@
 """A plan laid on a model: all rooms in order, and the readings everything else is built from.
 
     ORDER  split, dp, cp, tp, sp, ep, recompute, dp.reduce, the step's sums, offload, precision; pp on the
-           result; dp.join, offload.moves
+           result; dp.Joins, offload.moves
 
 cp comes before sp (they nest on seq), and so does tp (sp turns tp's regions); ep after what cuts tokens;
 every cut before dp.reduce (it needs gradient axes); pp reads only block inputs, outputs and tied names.
@@ -39,7 +39,7 @@ from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, Piece, flat_unit, layout_of
 from partita.spec.mesh import Mesh
-from partita.spec.program import Block, Dim, Op, Program, Tensor, well_formed
+from partita.spec.program import Block, Dim, Op, Program, Tensor, distinct, well_formed
 
 ROOMS = (split, dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
@@ -255,7 +255,7 @@ class Laid:
         mine = [a for a in self.schedule.ranks[place] if a.stage == stage.index]
         all_done = {**Counter(a.kind for a in mine)}
         all_done["step"] = all_done.get("U", 1)  # once a step, or at each update under way
-        once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in stage.blocks}.values()}
+        once = {id(b): traffic(b, self.sizes) for b, _ in distinct(stage.blocks)}
         for name, block in zip(stage.names, stage.blocks, strict=True):
             if routing is None or (name, mine[0].microbatch) not in routing.counts:
                 yield from self._counted(once[id(block)], name, all_done, place, mine)
@@ -297,7 +297,7 @@ class Laid:
     def stage_calls(self, index: int) -> list[tuple[Call, str]]:
         """Every call of a stage's blocks with its full site; F and B are of one microbatch."""
         s, found = self.stages[index], []
-        once = {id(b): traffic(b, self.sizes) for b in {id(b): b for b in s.blocks}.values()}
+        once = {id(b): traffic(b, self.sizes) for b, _ in distinct(s.blocks)}
         for name, block in zip(s.names, s.blocks, strict=True):
             found += [(call, self.site(name, call.site)) for call in once[id(block)]]
         return found
@@ -372,18 +372,19 @@ def lay(request: Request) -> Laid:
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan, two_ways)
     program = precision.lay(request, offload.lay(request, program))
-    wrong = [w for b in {id(b): b for b in program.blocks}.values() for w in well_formed(b)]
+    wrong = [w for b, _ in distinct(program.blocks) for w in well_formed(b)]
     if wrong:
         raise AssertionError("; ".join(wrong))
     cut = pp.stages(request, program)
     stages, flats = [], []
+    join, moved = dp.Joins(program.tied, plan.sizes), offload.Made()
     joined: dict[tuple[int, ...], tuple[tuple[Flat, ...], tuple[Block, ...]]] = {}
     for stage in cut:
         key = tuple(map(id, stage.blocks))
         if key not in joined:  # stages of equal blocks are cut into the same units
             found_flats = dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads)
-            blocks = dp.join(stage.blocks, found_flats, program.tied, plan.sizes)
-            blocks = offload.moves(blocks, program.tied if two_ways else (), plan)
+            blocks = join(stage.blocks, found_flats)
+            blocks = offload.moves(blocks, program.tied if two_ways else (), plan, moved)
             joined[key] = found_flats, blocks
         flats.append(joined[key][0])
         stages.append(replace(stage, blocks=joined[key][1]))

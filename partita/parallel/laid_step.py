@@ -9,7 +9,7 @@ from partita.parallel.dp import rules as dp
 from partita.parallel.room import PRODUCT_ORDER
 from partita.spec.mesh import EXPERT, FOLD
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Dim, Event, Op, Program, Tensor
+from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, distinct
 
 LATE = "validate"  # the lane of sums that a step starts and the next one waits for
 ROUTING_SUMS = 3  # balance loss, z-loss, dropped rows: what step.routing holds before the counts
@@ -68,7 +68,7 @@ def step_sums(program: Program, plan: Plan, two_ways: bool = False) -> Program:
 def _norm_axes(blocks: Iterable[Block], plan: Plan) -> tuple[str, ...]:
     """Axes over which elements lie apart, or are counted by one rank: experts and what ZeRO cuts lie on
     the whole fold."""
-    cut = {a for b in blocks for w in b.weights() for a in w.axes()}
+    cut = {a for b, _ in distinct(blocks) for w in b.weights() for a in w.axes()}
     apart = dp.zero_stage(plan) or cut & (set(EXPERT) - {"pp", "dp_replicate"})
     return tuple(a for a in ("pp", *(FOLD if apart else ("tp",)), "split") if plan.sizes[a] > 1)
 

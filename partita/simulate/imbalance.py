@@ -16,6 +16,7 @@ from pathlib import Path
 from partita.base.errors import UsageError
 from partita.parallel.ep.counts import experts_of
 from partita.parallel.laid import Laid
+from partita.spec.program import distinct
 
 RECEIVED = ("arrivals", "gathered", "padded", "spread")  # dims that grow with what a place receives
 SEED = 0
@@ -105,7 +106,7 @@ def straggler(laid: Laid, load: Load) -> Laid:
     rows = {
         d.name: int(-(-d.local(laid.sizes) * factor // 1))
         for s in laid.stages
-        for b in s.blocks
+        for b, _ in distinct(s.blocks)
         for t in b.tensors.values()
         for d in t.dims
         if d.name in RECEIVED and d.of

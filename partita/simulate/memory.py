@@ -23,15 +23,15 @@ from partita.schedule.clock import peaks_with_gradients
 from partita.schedule.ir import Schedule
 from partita.simulate import away
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Sizes
+from partita.spec.program import Block, Sizes, distinct
 
 
 def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     """The predicted device ledger of a rank at a place of pp at its peak."""
     stages, sizes = laid.stages_of(place), laid.sizes
     categories: Counter[str] = Counter()
-    for block in (b for s in stages for b in s.blocks):
-        categories.update(state_bytes(block, sizes))
+    for block, times in distinct(b for s in stages for b in s.blocks):
+        categories.update({c: times * n for c, n in state_bytes(block, sizes).items()})
     if schedule.is_asynchronous:
         categories["parameters"] = version_bytes(laid, place, schedule)
     kept, coming = chunk_bytes(laid, place)
@@ -41,7 +41,9 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
         activations, come = peaks_with_gradients(schedule, kept, coming)[place]
     categories["activations"] = int(activations)
     categories["gradients"] = standing_gradients(laid, place) + int(come)
-    categories["buffers"] = max(transient_bytes(b, sizes) for s in stages for b in s.blocks)
+    categories["buffers"] = max(
+        transient_bytes(b, sizes) for s in stages for b, _ in distinct(s.blocks)
+    )
     categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
     rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
@@ -52,19 +54,22 @@ def chunk_bytes(laid: Laid, place: int) -> tuple[list[float], list[float]]:
     that come with the step's first backward."""
     kept, coming = [0.0] * len(laid.stages), [0.0] * len(laid.stages)
     for s in laid.stages_of(place):
-        kept[s.index] = float(sum(stage_kept(s.blocks, laid.sizes)))
-        coming[s.index] = float(sum(coming_bytes(b, laid.sizes) for b in s.blocks))
+        each = distinct(s.blocks)
+        kept[s.index] = float(sum(n * kept_bytes(b, laid.sizes) for b, n in each))
+        coming[s.index] = float(sum(n * coming_bytes(b, laid.sizes) for b, n in each))
     return kept, coming
 
 
 def standing_gradients(laid: Laid, place: int) -> int:
     """Bytes of a place's gradients that are there for the whole run."""
-    blocks = [b for s in laid.stages_of(place) for b in s.blocks]
+    every = distinct(b for s in laid.stages_of(place) for b in s.blocks)
     return sum(
-        state_bytes(b, laid.sizes)["gradients"] - coming_bytes(b, laid.sizes) for b in blocks
+        n * (state_bytes(b, laid.sizes)["gradients"] - coming_bytes(b, laid.sizes))
+        for b, n in every
     )
 
 
+@once
 def coming_bytes(block: Block, sizes: Sizes) -> int:
     """Gradients of a block that are not there before the step's first backward: those that ZeRO cuts."""
     own = (t for t in block.tensors.values() if t.role == "gradient" and t.arena == "device")
@@ -73,9 +78,11 @@ def coming_bytes(block: Block, sizes: Sizes) -> int:
 
 def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     """What a rank at a place of pp holds on its host or disk for the whole run, and what moves pass."""
-    blocks = [b for s in laid.stages_of(place) for b in s.blocks]
-    found = sum((state_bytes(b, laid.sizes, arena) for b in blocks), Counter())
-    states = [t for b in blocks for t in b.tensors.values() if t.role == "optimizer"]
+    every = distinct(b for s in laid.stages_of(place) for b in s.blocks)
+    found = Counter[str]()
+    for block, times in every:
+        found.update({c: times * n for c, n in state_bytes(block, laid.sizes, arena).items()})
+    states = [t for b, _ in every for t in b.tensors.values() if t.role == "optimizer"]
     if arena_of(laid.request.plan, "activations") == arena:
         sizes = away.slots(laid, place)
         peak = away.away_peak(laid, place, laid.schedule)
@@ -86,7 +93,7 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
         largest = max(states, key=lambda t: t.local(laid.sizes))
         words, width = largest.dims[0].size, BYTES[largest.dtype]
         elements = largest.local(laid.sizes) // max(words, 1)
-        working = [t for b in blocks for t in b.tensors.values() if t.role == "parameter"]
+        working = [t for b, _ in every for t in b.tensors.values() if t.role == "parameter"]
         bytes_ = max((BYTES[t.dtype] for t in working if t.arena == "disk"), default=0)
         found["buffers"] += staging_bytes(laid.request.plan, words, elements, width, bytes_)
     return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
@@ -100,15 +107,15 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
     alone = precision.rounding == "stochastic"
     wide = precision.dtype in ("fp32", "fp64") and not alone
     total = 0
-    for block in (b for s in laid.stages_of(place) for b in s.blocks):
+    for block, times in distinct(b for s in laid.stages_of(place) for b in s.blocks):
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
             unit = t.name.removesuffix(".parameter")
             held = versions_held(schedule, place, unit in laid.program.tied)
             states = block.tensors[f"{unit}.optimizer"]
             shard = replace(t, dims=states.dims[-1:])
             beside = (alone or bool(shard.axes())) and held > 1
-            total += (held + beside) * tensor_bytes(t, sizes)
-            total += tensor_bytes(shard, sizes) if wide and states.arena == "device" else 0
+            total += times * (held + beside) * tensor_bytes(t, sizes)
+            total += times * tensor_bytes(shard, sizes) if wide and states.arena == "device" else 0
     return total
 
 
@@ -121,34 +128,33 @@ def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
     all, where they stay for the step), and two gradients, one being filled and one on its way: one where
     nothing is fetched ahead."""
-    gathered, gradients, stay = [], [], 0
-    for block in blocks:
-        here, made = 0, dict[str, int]()
-        for op in block.regions:
-            phases = {e.phase for e in op.events}
-            whole = tensor_bytes(block.tensors[op.writes], plan.sizes)
-            if op.kind == "gather" and zero_stage(plan) == 3:
-                stay += whole if "step" in phases else 0
-                here += whole if "F" in phases else 0
-                if (
-                    arena_of(plan, "parameters") != "device"
-                ):  # beside it, the shard that is gathered
-                    here += tensor_bytes(block.tensors[op.reads[0]], plan.sizes)
-            elif op.kind in ("scatter", "offload") and "B" in phases:
-                unit = op.name.rpartition(":")[0]
-                made[unit] = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], plan.sizes)
-        gathered.append(here)
-        gradients += made.values()
+    every = distinct(blocks)
+    each = {id(b): _lent(b, plan) for b, _ in every}
+    stay = sum(n * each[id(b)][0] for b, n in every)
+    gathered = [each[id(b)][1] for b in blocks]
+    gradients = [size for b, n in every for size in each[id(b)][2] for _ in range(min(n, 2))]
     held = 1 + plan.data.prefetch
     at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
     whole = sum(sorted(gradients)[-min(held, 2) :])
     return {"gathered parameters": stay + at_once, "whole gradients": whole}
 
 
-def stage_kept(blocks: tuple[Block, ...], sizes: Sizes) -> list[int]:
-    """Kept bytes of each block for one microbatch. Where a block keeps its input, that is the output
-    of the block before it: one storage."""
-    return [kept_bytes(b, sizes) for b in blocks]
+def _lent(block: Block, plan: Plan) -> tuple[int, int, tuple[int, ...]]:
+    """Of a block under ZeRO: gathered weights that stay for the step, those of its forward and backward, and
+    its whole gradients."""
+    here, stay, made = 0, 0, dict[str, int]()
+    for op in block.regions:
+        phases = {e.phase for e in op.events}
+        if op.kind == "gather" and zero_stage(plan) == 3:
+            whole = tensor_bytes(block.tensors[op.writes], plan.sizes)
+            stay += whole if "step" in phases else 0
+            here += whole if "F" in phases else 0
+            if arena_of(plan, "parameters") != "device":  # beside it, the shard that is gathered
+                here += tensor_bytes(block.tensors[op.reads[0]], plan.sizes)
+        elif op.kind in ("scatter", "offload") and "B" in phases:
+            unit = op.name.rpartition(":")[0]
+            made[unit] = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], plan.sizes)
+    return stay, here, tuple(made.values())
 
 
 @once

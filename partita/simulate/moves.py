@@ -9,7 +9,7 @@ Rates that a cluster does not state are those of its device's bus and [assumed] 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from partita.cost.machine import Machine
 from partita.parallel.read import Call
@@ -53,16 +53,16 @@ def host_memory_rate(machine: Machine) -> float:
 
 
 def update_away(
-    away: Mapping[str, int], once: Iterable[Call], machine: Machine
+    away: Mapping[str, int], once: Mapping[Call, int], machine: Machine
 ) -> dict[str, float]:
     """Seconds of an update on the host by cause: 'optimizer', what passes through host memory; then what
     the slower of link and disk takes beyond that, by its axis. `away`: bytes of states elsewhere; `once`:
-    the step's calls. Where the device updates, its copies alone."""
+    how often the step's calls are made. Where the device updates, its copies alone."""
     found: dict[str, float] = defaultdict(float)
     down = 0
     for call in filter(is_move, once):
-        found[call.axes[0]] += call.times * move_seconds(call, machine)
-        down += call.bytes if call.axes == ("host",) else 0
+        found[call.axes[0]] += once[call] * call.times * move_seconds(call, machine)
+        down += once[call] * call.bytes if call.axes == ("host",) else 0
     if not found:
         return {}
     passes = STATE_PASSES * away["optimizer"] + 2 * down if away.get("optimizer") else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from partita.base.errors import Problem
@@ -18,7 +19,7 @@ from partita.base.units import format_bytes, format_seconds
 from partita.cost.machine import Machine, machine_of
 from partita.parallel.laid import Laid, Request, lay, problems
 from partita.parallel.pp.rules import schedule_of
-from partita.parallel.read import op_flops, replayed
+from partita.parallel.read import flops
 from partita.record.ledger import Ledger
 from partita.record.span import Span
 from partita.record.transfer import TrafficLine
@@ -40,6 +41,7 @@ from partita.simulate.stage import (
 from partita.simulate.step import StepTime, step_time
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.program import distinct
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,6 @@ class Prediction:
     schedule: Schedule | None = None
     played: Played | None = None
     ledgers: tuple[Ledger, ...] = ()  # one for each stage
-    traffic: tuple[TrafficLine, ...] = ()
     step_time_s: float | None = None
     tokens_per_step: int = 0
     limit_bytes: int = 0
@@ -76,6 +77,15 @@ class Prediction:
     def spans(self) -> tuple[Span, ...]:
         """The schedule as it was played."""
         return self.played.spans if self.played is not None else ()
+
+    @cached_property
+    def traffic(self) -> tuple[TrafficLine, ...]:
+        """What the busiest rank sends in a step."""
+        if self.laid is None:
+            return ()
+        ranks = [self.laid.mesh.rank_of({"pp": place}) for place in range(self.laid.sizes["pp"])]
+        sent = [tuple(self.laid.traffic(rank)) for rank in ranks]
+        return max(sent, key=lambda lines: sum(t.bytes for t in lines))
 
     @property
     def verdict(self) -> str:
@@ -189,12 +199,10 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     model_flops = tokens * job.model.train_flops_per_token(job.train.seq_len, "model_causal")
     again = _replay_flops(laid) * m * job.plan.world_size
     limit = int(cluster.memory_limit_bytes)
-    busiest = max(places, key=lambda p: sum(t.bytes for t in _traffic(laid, p)))
     return Prediction(
         plan=str(job.plan), problems=found,
         fits=all(x.peak_bytes <= limit for x in ledgers) and _fits_beside(laid, cluster),
         device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played, ledgers=ledgers,
-        traffic=tuple(_traffic(laid, busiest)),
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
         bubble_fraction=(t.pipeline_s - sum(t.played.busy) / len(places)) / step_s if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
@@ -237,10 +245,6 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _traffic(laid: Laid, place: int) -> list[TrafficLine]:
-    return laid.traffic(laid.mesh.rank_of({"pp": place}))
-
-
 def _units(cluster: Cluster, world: int) -> int:
     """Compute units that do the work: devices, or the cores that CPU ranks share."""
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
@@ -279,6 +283,6 @@ def _ranks_a_unit(laid: Laid, cluster: Cluster, least: float = 1.0) -> float:
 def _replay_flops(laid: Laid) -> float:
     """FLOPs that recomputation repeats, of a microbatch on the busiest rank of each stage, averaged."""
     per_stage = [
-        sum(op_flops(op, laid.sizes) for b in s.blocks for op in replayed(b)) for s in laid.stages
+        sum(n * flops(b, laid.sizes)["replay"] for b, n in distinct(s.blocks)) for s in laid.stages
     ]
     return sum(per_stage) / len(per_stage)

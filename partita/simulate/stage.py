@@ -26,7 +26,7 @@ from partita.simulate.groups import group_of, place
 from partita.simulate.links import Lane, seen_seconds
 from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
-from partita.spec.program import Block
+from partita.spec.program import Block, distinct
 
 UNFUSED = {
     "F": (3, 4, 4, 4, 3),
@@ -93,10 +93,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Works:
-    """All stages, and the calls that a rank at each place of pp makes once a step."""
+    """All stages, and the calls that a rank at each place of pp makes once a step, each with how often."""
 
     stages: tuple[Work, ...]
-    once: tuple[tuple[Call, ...], ...]
+    once: tuple[Counter[Call], ...]
 
 
 def works_of(laid: Laid, matmul_dtype: str = "") -> Works:
@@ -106,9 +106,12 @@ def works_of(laid: Laid, matmul_dtype: str = "") -> Works:
     stages = tuple(stage_work(laid, i, known, matmul_dtype) for i in range(len(laid.stages)))
     once = []
     for at in range(laid.sizes["pp"]):
-        blocks = [b for s in laid.stages_of(at) for b in s.blocks]
-        mine = [c for b in blocks for c in known[id(b)][1] if c.phase == "step"]
-        once.append((*mine, *laid.step_calls(at)))
+        mine = Counter[Call]()
+        for block, times in distinct(b for s in laid.stages_of(at) for b in s.blocks):
+            for call in known[id(block)][1]:
+                mine[call] += times if call.phase == "step" else 0
+        mine.update(laid.step_calls(at))
+        once.append(+mine)
     return Works(stages, tuple(once))
 
 
@@ -128,26 +131,25 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
     """Reads the stage's blocks, each distinct block once."""
     known = {} if known is None else known
     blocks = laid.stages[stage].blocks
-    one = {id(b): b for b in blocks}
     states: Counter[str] = Counter()
     away: Counter[str] = Counter()
     parts = []
     gone = sum(at == stage for at, _ in laid.leaving)
     apart = 2 * gone >= laid.request.plan.num_microbatches  # what most microbatches do, counts
-    for key, times in Counter(id(b) for b in blocks).items():
-        if key not in known:
-            known[key] = _read(one[key], laid, matmul_dtype)
-        work, calls = known[key]
+    for block, times in distinct(blocks):
+        if id(block) not in known:
+            known[id(block)] = _read(block, laid, matmul_dtype)
+        work, calls = known[id(block)]
         running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",) and not c.apart)
         running += apart * tuple(c for c in calls if c.apart)
-        sparse = "sent" in one[key].tensors
-        parts.append(Part(times, work, running, _unplayed(one[key], running), sparse))
-        for category, size in state_bytes(one[key], laid.sizes).items():
+        sparse = "sent" in block.tensors
+        parts.append(Part(times, work, running, _unplayed(block, running), sparse))
+        for category, size in state_bytes(block, laid.sizes).items():
             states[category] += times * size
         for arena in ARENAS:
-            for category, size in state_bytes(one[key], laid.sizes, arena).items():
+            for category, size in state_bytes(block, laid.sizes, arena).items():
                 away[category] += times * size
-    sends = (c for key in one for c in known[key][1] if c.axes == ("pp",))
+    sends = (c for b, _ in distinct(blocks) for c in known[id(b)][1] if c.axes == ("pp",))
     return Work(tuple(parts), tuple(sends), states, away)
 
 

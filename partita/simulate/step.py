@@ -46,7 +46,7 @@ def step_time(
         mine = [s.index for s in laid.stages_of(place)]
         blocks = sum(works.stages[i].blocks for i in mine)
         backward_s = sum(stages[i].backward_s for i in mine) * busy
-        between = tuple(c for c in once if not is_move(c) and c.lane != LATE)
+        between = {c: n for c, n in once.items() if not is_move(c) and c.lane != LATE}
         found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine)
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, machine)
@@ -60,12 +60,12 @@ def step_time(
 
 
 def _reduction(
-    laid: Laid, once: tuple[Call, ...], room: float, machine: Machine
+    laid: Laid, once: Mapping[Call, int], room: float, machine: Machine
 ) -> dict[str, float]:
     """What of the step's collectives is not hidden under `room` seconds of the last backward."""
     seen: dict[str, float] = defaultdict(float)
     beside: dict[str, float] = defaultdict(float)
-    for call, times in Counter(once).items():
+    for call, times in once.items():
         s = times * call.times * call_seconds(_scaled(call, machine), laid, machine)
         (beside if call.lane == "dp" else seen)[axis_name(call.axes)] += s
     total = sum(beside.values())

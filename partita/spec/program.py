@@ -17,6 +17,7 @@ sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep), groups (split);
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -187,6 +188,14 @@ class Block:
         return {}
 
 
+def distinct(blocks: Iterable[Block]) -> list[tuple[Block, int]]:
+    """Each block once, in the order of the first, and how many there are of it: equal blocks are one object,
+    and what adds up is read of one and multiplied."""
+    every = list(blocks)
+    of = {id(b): b for b in every}
+    return [(of[key], n) for key, n in Counter(map(id, every)).items()]
+
+
 @dataclass(frozen=True)
 class Program:
     """blocks: embedding, the layers, head. `names[i]` is the full name of block i: 'embedding',
@@ -201,7 +210,7 @@ class Program:
 
     def map(self, lay: Callable[[Block], Block]) -> Program:
         """Each distinct block laid once."""
-        done = {id(b): lay(b) for b in {id(b): b for b in self.blocks}.values()}
+        done = {id(b): lay(b) for b, _ in distinct(self.blocks)}
         return replace(self, blocks=tuple(done[id(b)] for b in self.blocks))
 
     def full_name(self, index: int, weight: str) -> str:

@@ -67,7 +67,7 @@ def test_every_call_is_priced_once(plan):
     laid = lay(request_of(one))
     works, m = works_of(laid), one.plan.num_microbatches
     for place in range(laid.sizes["pp"]):
-        priced = sum(c.times * c.bytes for c in works.once[place])
+        priced = sum(n * c.times * c.bytes for c, n in works.once[place].items())
         for stage in laid.stages_of(place):
             work = works.stages[stage.index]
             priced += sum(m * p.times * c.times * c.bytes for p in work.parts for c in p.calls)

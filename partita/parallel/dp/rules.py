@@ -11,15 +11,15 @@ are cut over those of the axes that shard, as the stage says:
     3      shard        shard       shard       F and B: all_gather (or once a step); B: reduce_scatter
 
 What the shard's gradient is partial over besides (dp_replicate outside: HSDP; tp under sp; tp/share) is one
-all_reduce of the shard a step. `join` makes neighbouring blocks' units one, up to `data.bucket_bytes` of
-gradient. A tied weight is a unit of its own: its other holder must find the same element at the same
-place. Frozen weights are units of their own, which only stage 3 cuts: they store parameters and send no more
-than the gathers of those.
+all_reduce of the shard a step. Neighbouring blocks' units are one, up to `data.bucket_bytes` of gradient
+(`flats`, `Joins`). A tied weight is a unit of its own: its other holder must find the same element at the
+same place. Frozen weights are units of their own, which only stage 3 cuts: they store parameters and send no
+more than the gathers of those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -35,7 +35,7 @@ from partita.parallel.room import (
     sum_rule,
 )
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor
+from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor, distinct
 
 AXES = ("dp_replicate", "dp_shard")
 SHARDING = ("dp_shard", "cp", "ulysses", "efsdp")
@@ -188,61 +188,89 @@ def flats(
     """The flat units of a stage in the order of their first blocks. In the order backward finishes,
     blocks' units over the same axes are one, as long as its gradient has at most `bucket_bytes`; at
     stage 3, where a block's weights come and go, each block's is its own."""
-    found: list[Flat] = []
-    each = {
-        id(b): units(b, tied, plan.sizes, kv_heads) for b in {id(b): b for b in blocks}.values()
-    }
-    open_: dict[str, Flat] = {}
+    each = {id(b): _alone(b, tied, plan, kv_heads) for b, _ in distinct(blocks)}
+    runs: list[list[tuple[int, Flat]]] = []
+    open_: dict[str, list[tuple[int, Flat]]] = {}
+    total: dict[str, int] = {}
     for at in range(len(blocks) - 1, -1, -1):
-        for name, (axes, weights) in each[id(blocks[at])].items():
-            size = sum(w.local(plan.sizes) for w in weights)
-            names = tuple(w.name for w in weights)
-            last = open_.get(name)
-            frozen = weights[0].frozen
-            shard = shard_axes(plan, axes, frozen)
-            alone = zero_stage(plan) == 3 and bool(shard)
-            what = "parameter" if frozen else "gradient"
-            width = BYTES[blocks[at].tensors[f"{name}.whole_{what}"].dtype]
-            new = Flat(name, axes, shard, (at,), (names,), size, frozen)
-            room = not alone and last is not None and within(last.size + size, width, plan)
-            if last is not None and (name in tied or room):
-                found.remove(last)
-                total = last.size + (0 if name in tied else size)
-                joined = {"blocks": (at, *last.blocks), "weights": (names, *last.weights)}
-                new = replace(last, **joined, size=total)
-            found.append(new)
-            open_[name] = new
-    return tuple(sorted(found, key=lambda f: f.blocks[0]))
+        for name, (unit, most) in each[id(blocks[at])].items():
+            if name not in open_ or (name not in tied and total[name] + unit.size > most):
+                open_[name], total[name] = [], 0
+                runs.append(open_[name])
+            open_[name].append((at, unit))
+            total[name] += unit.size
+    found = [_joined(run[::-1], tied) for run in runs]
+    order = {key: list(mine) for key, mine in each.items()}
+    return tuple(
+        sorted(found, key=lambda f: (f.blocks[0], order[id(blocks[f.blocks[0]])].index(f.name)))
+    )
 
 
-def within(elements: int, width: int, plan: Plan) -> bool:
-    """Whether a gradient of that many elements is within a bucket."""
-    return elements * width <= plan.data.bucket_bytes
+def _alone(
+    block: Block, tied: tuple[str, ...], plan: Plan, kv_heads: int
+) -> dict[str, tuple[Flat, int]]:
+    """A block's own units by name, each with the most elements of one that it may be a part of."""
+    found = {}
+    for name, (axes, weights) in units(block, tied, plan.sizes, kv_heads).items():
+        size, frozen = sum(w.local(plan.sizes) for w in weights), weights[0].frozen
+        shard = shard_axes(plan, axes, frozen)
+        stays = zero_stage(plan) == 3 and bool(shard)
+        what = "parameter" if frozen else "gradient"
+        width = BYTES[block.tensors[f"{name}.whole_{what}"].dtype]
+        names = (tuple(w.name for w in weights),)
+        unit = Flat(name, axes, shard, (0,), names, size, frozen)
+        found[name] = unit, 0 if stays else plan.data.bucket_bytes // width
+    return found
 
 
-def join(
-    blocks: Sequence[Block], found: Sequence[Flat], tied: tuple[str, ...], sizes: Sizes
-) -> tuple[Block, ...]:
-    """The blocks with what a unit of several stores and sends stated by the first; pp did a tied
-    weight's."""
-    out = list(blocks)
-    for flat in found:
-        first, *others = flat.blocks
-        if not others or flat.name in tied:
-            continue
-        size = padded(flat.size, flat.shard, sizes)
-        for at in others:
-            out[at] = _without(out[at], flat.name)
-        tensors = dict(out[first].tensors)
-        for name, t in tensors.items():
-            if name.rpartition(".")[0] == flat.name:
-                dims = (*t.dims[:-1], replace(t.dims[-1], size=size))
-                tensors[name] = replace(t, dims=dims)
-        out[first] = replace(out[first], tensors=tensors)
-    return tuple(out)
+def _joined(run: Sequence[tuple[int, Flat]], tied: tuple[str, ...]) -> Flat:
+    """One unit of those of several blocks. A tied weight is stored once."""
+    first = run[0][1]
+    return replace(
+        first,
+        blocks=tuple(at for at, _ in run),
+        weights=tuple(unit.weights[0] for _, unit in run),
+        size=first.size if first.name in tied else sum(unit.size for _, unit in run),
+    )
 
 
-def _without(block: Block, unit: str) -> Block:
-    tensors = {n: t for n, t in block.tensors.items() if n.rpartition(".")[0] != unit}
-    regions = tuple(op for op in block.regions if op.name.rpartition(":")[0] != unit)
+class Joins:
+    """Blocks with what a unit of several blocks stores and sends stated by the first of them; pp did a tied
+    weight's. Each is made once: blocks that were one object, and store the same, are one again."""
+
+    def __init__(self, tied: tuple[str, ...], sizes: Sizes) -> None:
+        self.tied, self.sizes = tied, sizes
+        self._made: dict[object, tuple[Block, Block]] = {}  # what was joined keeps its key alive
+
+    def __call__(self, blocks: Sequence[Block], found: Sequence[Flat]) -> tuple[Block, ...]:
+        """The blocks of a stage with these units."""
+        changes: list[dict[str, int]] = [
+            {} for _ in blocks
+        ]  # unit -> its size, 0 where not the first
+        for flat in found:
+            first, *others = flat.blocks
+            if others and flat.name not in self.tied:
+                changes[first][flat.name] = padded(flat.size, flat.shard, self.sizes)
+                for at in others:
+                    changes[at][flat.name] = 0
+        return tuple(self._one(b, c) if c else b for b, c in zip(blocks, changes, strict=True))
+
+    def _one(self, block: Block, change: Mapping[str, int]) -> Block:
+        key = id(block), *sorted(change.items())
+        if key not in self._made:
+            self._made[key] = block, _storing(block, change)
+        return self._made[key][1]
+
+
+def _storing(block: Block, change: Mapping[str, int]) -> Block:
+    """The block with units of these sizes, and without those of size 0."""
+    tensors = {}
+    for name, t in block.tensors.items():
+        size = change.get(name.rpartition(".")[0])
+        if size is None:
+            tensors[name] = t
+        elif size:
+            tensors[name] = replace(t, dims=(*t.dims[:-1], replace(t.dims[-1], size=size)))
+    gone = {unit for unit, size in change.items() if not size}
+    regions = tuple(op for op in block.regions if op.name.rpartition(":")[0] not in gone)
     return replace(block, tensors=tensors, regions=regions)

@@ -138,16 +138,26 @@ def lay(job: Request, program: Program) -> Program:
     return program.map(lay_block) if targets(job.plan) else program
 
 
-def moves(blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan) -> tuple[Block, ...]:
+Made = dict[
+    tuple[int, bool], tuple[Block, Block]
+]  # (block, whether the stage's last) -> itself, moved
+
+
+def moves(
+    blocks: Sequence[Block], tied: tuple[str, ...], plan: Plan, made: Made
+) -> tuple[Block, ...]:
     """The blocks of a stage, finished by every other room, with the regions that move what lies elsewhere.
-    `tied`: weights whose gradient leaves from a second holder too, where microbatches go two ways."""
+    `tied`: weights whose gradient leaves from a second holder too, where microbatches go two ways. `made`:
+    blocks of this plan that were asked for before; equal ones are one object."""
     if not targets(plan):
         return tuple(blocks)
-    last = len(blocks) - 1
-    keys = [(id(b), at == last) for at, b in enumerate(blocks)]
-    every = dict(zip(keys, blocks, strict=True))
-    done = {key: _moving(b, tied, plan, last=key[1]) for key, b in every.items()}
-    return tuple(done[key] for key in keys)
+    found = []
+    for at, block in enumerate(blocks):
+        key = id(block), at == len(blocks) - 1
+        if key not in made:
+            made[key] = block, _moving(block, tied, plan, last=key[1])
+        found.append(made[key][1])
+    return tuple(found)
 
 
 def _moving(block: Block, tied: tuple[str, ...], plan: Plan, last: bool) -> Block:

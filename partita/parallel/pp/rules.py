@@ -23,7 +23,7 @@ from partita.schedule.check import check
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make import schedule as make_schedule
 from partita.spec.plan import Plan
-from partita.spec.program import Block, Event, Op, Program
+from partita.spec.program import Block, Event, Op, Program, distinct
 
 
 @dataclass(frozen=True)
@@ -260,10 +260,9 @@ def split_of(job: Request, program: Program) -> tuple[int, ...]:
     """The plan's split, or the balanced one by local FLOPs, forward and backward."""
     if job.plan.pipeline.split:
         return job.plan.pipeline.split
-    cached: dict[int, float] = {}
-    for b in program.blocks:
-        if id(b) not in cached:
-            cached[id(b)] = float(sum(flops(b, job.plan.sizes).values()))
+    cached = {
+        id(b): float(sum(flops(b, job.plan.sizes).values())) for b, _ in distinct(program.blocks)
+    }
     return balanced([cached[id(b)] for b in program.blocks], schedule_of(job.plan).num_stages)
 
 
@@ -333,7 +332,7 @@ def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tu
             n.removesuffix(".gradient") for n, t in block.tensors.items() if t.role == "gradient"
         ]
 
-    every = [(w, s.places) for s in found for b in s.blocks for w in units(b)]
+    every = [(w, s.places) for s in found for b, _ in distinct(s.blocks) for w in units(b)]
     shared = [w for w in tied if len({frozenset(at) for u, at in every if u == w}) > 1]
 
     def change(block: Block) -> Block:
@@ -344,7 +343,7 @@ def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tu
         ]
         return replace(block, regions=(*block.regions, *ops)) if ops else block
 
-    done = {id(b): change(b) for s in found for b in s.blocks}
+    done = {id(b): change(b) for b, _ in distinct(b for s in found for b in s.blocks)}
     return tuple(replace(s, blocks=tuple(done[id(b)] for b in s.blocks)) for s in found)
 
 
