@@ -8,6 +8,7 @@ import torch
 from partita.comm.seeds import initial_value, normal_box
 from partita.model.generate import generate
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.model.rope import Rotate, rotate
 from partita.spec.model import ModelSpec, RopeScaling
 from partita.train.step import Microbatch
 
@@ -238,3 +239,15 @@ def test_generation_appends_the_likeliest_token_of_a_moving_window():
         assert token == int(judge.logits(torch.tensor([ids[-SEQ:]]))[0, -1].argmax())
         ids.append(token)
     assert len(ids) == SEQ + 7 > LLAMA.max_seq_len
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [8, 32])
+def test_the_rotation_of_few_kernels_is_the_plain_one_bit_for_bit_both_ways(dtype, half):
+    dice = torch.Generator().manual_seed(half)
+    x, g = (torch.randn(2, 5, 3, 2 * half + 4, generator=dice).to(dtype) for _ in range(2))
+    cos, sin = (torch.randn(5, 1, half, generator=dice).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    Rotate.apply(x, cos, sin).backward(g)
+    assert torch.equal(Rotate.apply(x, cos, sin), rotate(x, cos, sin))
+    assert x.grad is not None and torch.equal(x.grad, rotate(g, cos, -sin))
