@@ -66,13 +66,20 @@ class StageTime:
 class Part:
     """Equal blocks of a stage: how many (a share of one, where stages share it), the kernels of one, its
     calls in a microbatch, and the forward calls that its recomputation leaves out (None where it keeps
-    more than its input)."""
+    more than its input). `shares` of the microbatches: those that leave between F and B; all but a first."""
 
     times: float
     work: BlockWork
     calls: tuple[Call, ...]
     unplayed: tuple[Call, ...] | None = None
     has_experts: bool = False
+    shares: tuple[float, float] = (1.0, 1.0)
+
+    def times_of(self, call: Call) -> float:
+        """How often a microbatch makes one of the calls, on average."""
+        if call.apart or call.again:
+            return call.times * self.shares[0 if call.apart else 1]
+        return call.times
 
 
 @dataclass(frozen=True)
@@ -134,16 +141,16 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
     states: Counter[str] = Counter()
     away: Counter[str] = Counter()
     parts = []
+    m, places = laid.request.plan.num_microbatches, len(laid.stages[stage].places)
     gone = sum(at == stage for at, _ in laid.leaving)
-    apart = 2 * gone >= laid.request.plan.num_microbatches  # what most microbatches do, counts
+    shares = gone / m, max(1 - places / m, 0.0)
     for block, times in distinct(blocks):
         if id(block) not in known:
             known[id(block)] = _read(block, laid, matmul_dtype)
         work, calls = known[id(block)]
-        running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",) and not c.apart)
-        running += apart * tuple(c for c in calls if c.apart)
+        running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
         sparse = "sent" in block.tensors
-        parts.append(Part(times, work, running, _unplayed(block, running), sparse))
+        parts.append(Part(times, work, running, _unplayed(block, running), sparse, shares))
         for category, size in state_bytes(block, laid.sizes).items():
             states[category] += times * size
         for arena in ARENAS:
@@ -166,7 +173,9 @@ def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
     return tuple(c for c in calls if c.phase == "F" and c.site not in again)
 
 
-PartTimes = dict[tuple[int, int], tuple[dict[str, float], dict[str, dict[str, float]]]]
+PartTimes = dict[
+    tuple[int, tuple[float, float]], tuple[dict[str, float], dict[str, dict[str, float]]]
+]
 
 
 def stage_time(
@@ -178,7 +187,7 @@ def stage_time(
     total: Seconds = defaultdict(float)
     comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     for part in work.parts:
-        key = id(part.work), len(part.calls)  # what leaves between F and B is of some stages only
+        key = id(part.work), part.shares
         if key not in known:
             known[key] = _part_time(part, laid, machine)
         seconds, seen = known[key]
@@ -210,7 +219,7 @@ def _part_time(
         n: [(k.kind, factor * kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()
     }
     found = {n: sum(s for _, s in ks) for n, ks in each.items()}
-    launches = Counter({"F": len(each["F"]), "B": sum(map(len, each.values())) - len(each["F"])})
+    launches = {"F": 1.0 * len(each["F"]), "B": sum(map(len, each.values())) - 1.0 * len(each["F"])}
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: dict[str, dict[str, Lane]] = {"F": {}, "B": {}}
     chunks: Counter[str] = Counter()
@@ -220,9 +229,10 @@ def _part_time(
             call = replace(call, bytes=exchanged)
         n = call.parts
         one = replace(call, bytes=call.bytes // n) if n > 1 else call
-        s = factor * call.times * n * call_seconds(one, laid, machine)
+        times = part.times_of(call) * n
+        s = factor * times * call_seconds(one, laid, machine)
         where = "F" if call.phase == "F" else "B"
-        launches[where] += call.times * n if s else 0
+        launches[where] += times if s else 0.0
         name = call.lane if call.lane != "tp" or _hides(call) else "alone"
         lane = lanes[where].setdefault(name, Lane(_beside(where, name, each, era)))
         lane.add(axis_name(call.axes), _link(call, laid, machine), s)
