@@ -113,6 +113,8 @@ class Laid:
     @cached_property
     def leaving(self) -> frozenset[tuple[int, int]]:
         """(stage, microbatch) of which nothing stays on the device between F and B."""
+        if offload.arena_of(self.request.plan, "activations") == "device":
+            return frozenset()
         every = (a for actions in self.actions for a in actions)
         return frozenset((a.stage, a.microbatch) for a in every if a.kind == "OFFLOAD")
 

@@ -40,6 +40,7 @@ from partita.planner.table import (
     Rough,
     Table,
     probe_of,
+    spread,
 )
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
@@ -47,6 +48,7 @@ from partita.simulate.groups import place
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes, update_seconds
+from partita.spec.plan import Plan
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
@@ -102,6 +104,7 @@ class Bounds:
         self._groups: dict[tuple[int, int], Group] = {}
         self.request = request_of(space.job)
         self.limit_bytes: float = space.job.cluster.memory_limit_bytes
+        self.bucket_bytes = Plan().data.bucket_bytes
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -298,26 +301,46 @@ class Bounds:
         return total
 
     def each_s(
-        self, units: Sequence[float], meetings: Sequence[Meeting], zero: int
+        self, units: Sequence[float], meetings: Sequence[Meeting], zero: int, apart: bool = False
     ) -> tuple[float, float]:
-        """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward."""
+        """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward. `apart`:
+        those alone that are too large to be joined with other layers'."""
         forward = backward = 0.0
+        least = 1.01 * self.bucket_bytes if apart and zero < 3 else 0.0
         for i, at in enumerate(meetings):
             weights, gradients = units[2 * i] / at.cut, units[2 * i + 1]
             gather = group_seconds("all_gather", at.inner, weights) if zero == 3 else 0.0
-            scatter = group_seconds("reduce_scatter", at.inner, gradients) if zero > 1 else 0.0
+            made = gradients if zero > 1 and gradients > least else 0.0
+            scatter = group_seconds("reduce_scatter", at.inner, made) if made else 0.0
             forward, backward = forward + gather, backward + gather + scatter
         return forward, backward
 
-    def sharded(self, stages: np.ndarray, meetings: Sequence[Meeting], zero: int) -> np.ndarray:
-        """The stages with ZeRO's collectives of each microbatch, which hide under compute at best."""
+    @property
+    def slows(self) -> bool:
+        """Whether what is hidden of ZeRO's collectives slows the compute beside it."""
+        return self.machine.class_ != "CPU" and self.machine.software.overlaps_gradients
+
+    def sharded(
+        self, table: Table, count: int, meetings: Sequence[Meeting], zero: int
+    ) -> np.ndarray:
+        """Balanced stages with ZeRO's collectives of each microbatch: layer by layer, and at least under all
+        of a stage's compute."""
+        stages = self.stages(table, count)
         if zero < 2 or self.machine.class_ == "CPU":
             return stages
         units = [tuple(row) for row in stages[:, UNITS].tolist()]
         known = {row: self.each_s(row, meetings, zero) for row in set(units)}
         found, (forward, back) = stages.copy(), np.array([known[row] for row in units]).T
-        found[:, 0] = np.maximum(stages[:, 0], forward)
-        found[:, 1] = np.maximum(stages[:, 1], back - stages[:, 2])
+        if self.slows:
+            kinds = {id(b): b for b in table.blocks}
+            longer = {
+                key: b.beside(*self.each_s(b.units, meetings, zero, apart=True))
+                for key, b in kinds.items()
+            }
+            every = np.array([longer[id(b)] for b in table.blocks])
+            found[:, :2] += spread(every, self.split(table, count))
+        found[:, 0] = np.maximum(found[:, 0], forward)
+        found[:, 1] = np.maximum(found[:, 1], back - stages[:, 2])
         return found
 
     def beside(

@@ -17,6 +17,7 @@ import numpy as np
 from partita.planner.bound import ENDLESS, SLACK, Bounds
 from partita.planner.space import MeshChoice, Shape
 from partita.planner.table import HIDES, KEPT, Table
+from partita.simulate.links import SLOW
 
 ROOM, SPARSE_ROOM = (
     2.0,
@@ -94,7 +95,7 @@ class Floors:
             return _Way(((0.0, 0.0),) * len(table.layers), once)
         each = []
         for layer, _ in table.layers:
-            found = [b.each_s(layer.units, at, zero) for at in ways]
+            found = [b.each_s(layer.units, at, zero, apart=True) for at in ways]
             each.append((min(f for f, _ in found), min(back for _, back in found)))
         return _Way(tuple(each), once)
 
@@ -107,9 +108,16 @@ class Floors:
         for (layer, n), (forward, backward) in zip(table.layers, way.each, strict=True):
             back = layer.input + layer.weight
             longest = max(longest, back)
-            layers += n * np.maximum(scale * layer.forward, forward)
             hides = HIDES * layer.travel if paired else 0.0
-            layers += n * np.maximum(scale * (back - hides), 0.0 if paired else backward)
+            there, here = scale * layer.forward, scale * (back - hides)
+            if self.bounds.slows:  # what is hidden slows what it hides under
+                compute_f, path_f, compute_b, path_b = layer.rooms
+                slower = scale * path_f + SLOW * np.minimum(forward, scale * compute_f)
+                there = np.maximum(there, slower)
+                slower = scale * (path_b - hides) + SLOW * np.minimum(backward, scale * compute_b)
+                here = np.maximum(here, slower)
+            layers += n * np.maximum(there, forward)
+            layers += n * np.maximum(here, 0.0 if paired else backward)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients

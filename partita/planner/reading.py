@@ -32,7 +32,8 @@ def cost_of(t: StageTime, late: bool = False) -> Cost:
     waits = sum(t.comm_backward_s.values()) + t.host_backward_s
     back, weight = (0.0, waits) if late else (waits, 0.0)
     travel = t.comm_forward_s.get("ep", 0.0) + t.comm_backward_s.get("ep", 0.0)
-    return Cost(forward, t.input_s + back, t.weight_s + weight, travel=travel)
+    rooms = (t.forward_s, t.paths_s[0], t.backward_s, t.paths_s[1])
+    return Cost(forward, t.input_s + back, t.weight_s + weight, travel=travel, rooms=rooms)
 
 
 def read_table(request: Request, machine: Machine, late: bool) -> Table | Problem:

@@ -297,7 +297,7 @@ class Search:
                 self._refuse("memory", 1)
                 continue
             at = b.meetings(m, node.shape, dp_shard, cut)
-            slower = b.sharded(stages, at, cut)
+            slower = b.sharded(table, len(stages), at, cut)
             seconds = b.pipeline(slower, m, named, self._microbatches(node))
             once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
             yield replace(
@@ -312,11 +312,12 @@ class Search:
 
     def _played(self, node: Node) -> Iterator[Node]:
         """The schedule's clock at what the stages cost at least."""
-        (_, stages, _), leaf, b = self._parts(node), node.leaf, self.bounds
+        (table, stages, _), leaf, b = self._parts(node), node.leaf, self.bounds
         cut = leaf.zero if leaf.dp_shard > 1 else 0
         at = b.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
         named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
-        seconds = b.played(b.sharded(stages, at, cut), node.mesh, named, m) + node.once
+        slower = b.sharded(table, len(stages), at, cut)
+        seconds = b.played(slower, node.mesh, named, m) + node.once
         yield replace(node, level=6, seconds=max(seconds, node.seconds))
 
     def _laid(self, node: Node) -> Iterator[Node]:

@@ -22,7 +22,8 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 class Cost:
     """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
     rest; of each layer's largest unit parameters and gradients, of the rest and of experts; seconds that
-    rows `travel` to experts and back; and what lives `inside` one op of a block, which does not add up."""
+    rows `travel` to experts and back; what lives `inside` one op of a block, which does not add up; and of
+    forward and of backward the compute, with what it waits for (`rooms`: more may run beside that)."""
 
     forward: float
     input: float
@@ -33,11 +34,20 @@ class Cost:
     units: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     travel: float = 0.0
     inside: float = 0.0
+    rooms: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def seconds(self) -> float:
         """All of it."""
         return self.forward + self.input + self.weight
+
+    def beside(self, forward: float, backward: float) -> tuple[float, float]:
+        """By how much forward and backward are longer, at least, where collectives that take so long run
+        beside all of their compute: it slows down, and ends no sooner than they do (simulate/links.py)."""
+        compute_f, path_f, compute_b, path_b = self.rooms
+        there = max(path_f + SLOW * min(forward, compute_f), forward) - self.forward
+        back = max(path_b + SLOW * min(backward, compute_b), backward) - self.input - self.weight
+        return max(there, 0.0), max(back, 0.0)
 
     @property
     def row(self) -> tuple[float, ...]:
@@ -92,14 +102,26 @@ class Table:
     def _prefix(self) -> np.ndarray:
         """[blocks + 1, numbers]: sums of the rows before each block."""
         rows = {id(b): b.row for b in self.blocks}
-        every = np.array([rows[id(b)] for b in self.blocks])
-        return np.concatenate([np.zeros((1, every.shape[1])), np.cumsum(every, 0)])
+        return _prefix_of(np.array([rows[id(b)] for b in self.blocks]))
 
     def stages(self, split: Sequence[int]) -> np.ndarray:
         """[stage, numbers] of a split of the layers."""
-        ends = np.cumsum((1, *split))
-        ends[0], ends[-1] = 0, len(self.blocks)
-        return self._prefix[ends[1:]] - self._prefix[ends[:-1]]
+        return _between(self._prefix, split)
+
+
+def _prefix_of(rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, 0)])
+
+
+def _between(prefix: np.ndarray, split: Sequence[int]) -> np.ndarray:
+    ends = np.cumsum((1, *split))
+    ends[0], ends[-1] = 0, len(prefix) - 1
+    return prefix[ends[1:]] - prefix[ends[:-1]]
+
+
+def spread(rows: np.ndarray, split: Sequence[int]) -> np.ndarray:
+    """[stage, numbers]: sums of [block, numbers] over the stages of a split of the layers."""
+    return _between(_prefix_of(rows), split)
 
 
 @dataclass(frozen=True)

@@ -284,20 +284,26 @@ def peaks_with_gradients(
 ) -> list[tuple[float, float]]:
     """For each rank its activations and gradients where their sum is largest. `kept[stage]` is of a chunk;
     `gradients[stage]` come, block by block, as the first backward (W, where split) lets go of that."""
-    freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
-    peaks = []
-    for actions in schedule.ranks:
-        held, shards, found, there = 0.0, 0.0, (0.0, 0.0), set[int]()
-        for stage, kind, microbatch in actions:
-            if kind == "F" and (stage, microbatch) in freed:
-                held += kept[stage]
-                found = max(found, (held, shards), key=sum)
-            elif kind in "BW":
-                if stage not in there:
-                    there.add(stage)
-                    during = shards + max(gradients[stage] - kept[stage], 0.0)
-                    found = max(found, (held, during), key=sum)
-                    shards += gradients[stage]
-                held -= kept[stage]
-        peaks.append(found)
-    return peaks
+    return [rank_peak(actions, kept, gradients) for actions in schedule.ranks]
+
+
+def rank_peak(
+    actions: Sequence[Action], kept: Sequence[float], gradients: Sequence[float]
+) -> tuple[float, float]:
+    """The same of one rank's actions."""
+    freed = {(stage, m) for stage, kind, m in actions if kind in "BW"}
+    held, shards, most, found, there = 0.0, 0.0, 0.0, (0.0, 0.0), set[int]()
+    for stage, kind, microbatch in actions:
+        if kind == "F" and (stage, microbatch) in freed:
+            held += kept[stage]
+            if held + shards > most:
+                most, found = held + shards, (held, shards)
+        elif kind in "BW":
+            if stage not in there:
+                there.add(stage)
+                during = shards + max(gradients[stage] - kept[stage], 0.0)
+                if held + during > most:
+                    most, found = held + during, (held, during)
+                shards += gradients[stage]
+            held -= kept[stage]
+    return found

@@ -65,6 +65,12 @@ def seen_seconds(lanes: Mapping[str, Lane], compute_s: float) -> dict[str, float
     return {n: s for n, s in found.items() if s}
 
 
+def path_seconds(lanes: Mapping[str, Lane], compute_s: float) -> float:
+    """What a block takes at least, whichever lane or link is longest: the path, on links of their own."""
+    waited = (SLOW * min(x.seconds, x.room) if x.room else x.seconds for x in lanes.values())
+    return compute_s + sum(waited)
+
+
 def _longer(lane: Lane, links: Mapping[str, float], base: float) -> float:
     """Seconds that a lane that is waited for takes longer beside others on its links."""
     return sum(

@@ -19,7 +19,7 @@ from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
 from partita.record.ledger import Ledger
-from partita.schedule.clock import peaks_with_gradients
+from partita.schedule.clock import rank_peak
 from partita.schedule.ir import Schedule
 from partita.simulate import away
 from partita.spec.plan import Plan
@@ -38,7 +38,7 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     if away.leaves(laid):
         activations, come = float(away.peak(laid, place, schedule)), sum(coming)
     else:
-        activations, come = peaks_with_gradients(schedule, kept, coming)[place]
+        activations, come = rank_peak(schedule.ranks[place], kept, coming)
     categories["activations"] = int(activations)
     categories["gradients"] = standing_gradients(laid, place) + int(come)
     categories["buffers"] = max(

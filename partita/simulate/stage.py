@@ -23,7 +23,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import ARENAS, axis_name
 from partita.simulate.groups import group_of, place
-from partita.simulate.links import Lane, seen_seconds
+from partita.simulate.links import Lane, path_seconds, seen_seconds
 from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block, distinct
@@ -48,6 +48,7 @@ class StageTime:
     comm_backward_s: dict[str, float] = field(default_factory=dict)
     host_forward_s: float = 0.0
     host_backward_s: float = 0.0
+    paths_s: tuple[float, float] = (0.0, 0.0)  # forward and backward, at least (links.path_seconds)
 
     @property
     def backward_s(self) -> float:
@@ -198,7 +199,7 @@ def stage_time(
                 comm[phase][axis] += part.times * s
     return StageTime(
         total["F"], total["I"] + total["again"], total["W"], dict(comm["F"]), dict(comm["B"]),
-        total["host F"], total["host B"],
+        total["host F"], total["host B"], (total["path F"], total["path B"]),
     )  # fmt: skip
 
 
@@ -244,6 +245,7 @@ def _part_time(
                 inside = sum(kernel_seconds(k, machine) for k in w.experts[where == "B"])
                 room = min(factor * inside, lane.seconds * (1 - 1 / chunks[name]))
                 own[name] = replace(lane, room=room)
+        found[f"path {where}"] = path_seconds(own, compute[where])
         for name, s in seen_seconds(own, compute[where]).items():
             for axis, share in own[name].by_axis.items():
                 seen[where][axis] += s * share / own[name].seconds

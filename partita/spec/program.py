@@ -58,13 +58,16 @@ class Dim:
 
     def ways(self, sizes: Sizes) -> int:
         """Into how many parts it is cut."""
-        return prod(sizes[a] for a in self.cut)
+        ways = 1
+        for axis in self.cut:
+            ways *= sizes[axis]
+        return ways
 
     def local(self, sizes: Sizes) -> int:
         """The largest share of a rank. Fewer units than ways: ranks share one unit."""
         if self.of and self.name in sizes:
             return sizes[self.name]
-        return -(-self.size // self.ways(sizes))
+        return -(-self.size // self.ways(sizes)) if self.cut else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ class Tensor:
 
     def local(self, sizes: Sizes) -> int:
         """Elements on the rank that holds most."""
-        return prod(d.local(sizes) for d in self.dims)
+        elements = 1
+        for dim in self.dims:
+            elements *= dim.local(sizes)
+        return elements
 
     def numel(self) -> int:
         """Elements of the logical tensor, padding left out."""

@@ -65,7 +65,7 @@ def bounds_hold(search: Search, node: Node) -> bool:
     step = b.step(mesh, named, m, num_stages)
     laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe, step)
     meetings = b.meetings(mesh, shape, leaf.dp_shard, cut)
-    slower = b.sharded(stages, meetings, cut)
+    slower = b.sharded(table, num_stages, meetings, cut)
     once = b.update(stages, probe, *way) + b.reduced(stages, probe, meetings, cut)
     for low in (
         b.coarse(mesh),
