@@ -20,12 +20,22 @@ moves rows to `top_k` experts may send a row once to each node, however many of 
 copy it there over the inner link (DeepEP, HybridEP; back, the copies are added before they leave):
 
     rows to a node = nodes (1 - (1 - 1/nodes)^top_k) / top_k    of those sent one by one, chosen evenly
+
+Switches that add (a link that `reduces`: NVLink SHARP inside a node, SHARP between nodes; Graham et al. 2016,
+Klenk et al. 2020) shorten an all_reduce, which takes the sooner of that and a ring or tree: of `inside` ranks
+each sends all it has once, receives its share's sum, sends that once and receives all sums; between nodes a
+share of 1/inside goes up and its sum comes down, one hop each, while the node adds and spreads:
+
+    inside a node      2 hops      (1 + 1/inside) size / inner     in place of 2 (inside-1)/inside size
+    between nodes      2 hops      max(that, size / inside / outer)
+
+Their rate is taken to be the same fraction of the link's as a ring's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, inf, log2
 
 BASE, HOP = 3.0, 0.3  # [empirical] in latencies of the link; nccl-tests on A100 (collectives.csv)
 TREE = 0.9  # [empirical] of a ring's rate
@@ -38,6 +48,7 @@ class AlphaBeta:
 
     latency_s: float
     bytes_per_s: float
+    reduces: bool = False  # its switches add what passes through them
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +108,29 @@ def group_seconds(collective: str, group: Group, size: float, top_k: int = 1) ->
     if collective == "all_to_all":
         return base + HOP * link.latency_s * log2(n) + _all_to_all(group, size, top_k)
     within = rounds * HOP * group.inner.latency_s * (group.inside - 1)
+    added = _added_on_the_way(group, size) if collective == "all_reduce" else inf
     if group.nodes == 1:
-        return base + within + through / group.rate
+        return base + min(within + through / group.rate, added)
     ring = rounds * HOP * link.latency_s * (group.nodes - 1) + through / group.rate
     tree = rounds * HOP * link.latency_s * 2 * ceil(log2(group.nodes)) + through / group.rate / TREE
-    return base + within + min(ring, tree)
+    return base + min(within + min(ring, tree), added)
+
+
+def _added_on_the_way(group: Group, size: float) -> float:
+    """Seconds beyond the base of an all-reduce whose outermost switches add; infinite where they do not."""
+    inside, inner, outer = group.inside, group.inner, group.outer
+    alone = group.nodes == 1
+    if not (inner if alone else outer).reduces:
+        return inf
+    if inner.reduces:
+        hops, times = 2.0, 1 + 1 / inside
+    else:
+        hops, times = 2.0 * (inside - 1), 2 * (inside - 1) / inside
+    near = times * size / (group.rate if alone else inner.bytes_per_s) if inside > 1 else 0.0
+    wait = hops * HOP * inner.latency_s if inside > 1 else 0.0
+    if alone:
+        return wait + near
+    return wait + 2 * HOP * outer.latency_s + max(near, size / inside / outer.bytes_per_s)
 
 
 def _all_to_all(group: Group, size: float, top_k: int) -> float:

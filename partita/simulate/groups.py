@@ -88,8 +88,8 @@ def _place(ranks: tuple[int, ...], links: _Links, inner: float, outer: float) ->
         alone = AlphaBeta(0.0, cluster.memory_bytes_per_s)
         return Group(len(ranks), 1, alone, alone)
     first, across = cluster.links[0], cluster.link_for(ranks)
-    near = AlphaBeta(first.latency_s, first.bytes_per_s * inner)
-    far = AlphaBeta(across.latency_s, across.bytes_per_s * outer)
+    near = AlphaBeta(first.latency_s, first.bytes_per_s * inner, first.reduces)
+    far = AlphaBeta(across.latency_s, across.bytes_per_s * outer, across.reduces)
     if first.devices == cluster.devices_per_node:
         nodes = Counter(cluster.node_of(r) for r in ranks)
     else:

@@ -27,12 +27,14 @@ DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A tier: groups of `devices` neighbours, each device with `bytes_per_s` in each direction."""
+    """A tier: groups of `devices` neighbours, each device with `bytes_per_s` in each direction. Its switches
+    may add what passes through them (`reduces`: NVLink SHARP, SHARP)."""
 
     name: str
     devices: int
     bytes_per_s: float
     latency_s: float
+    reduces: bool = False
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)

@@ -23,6 +23,7 @@ class _Link:
     name: str = ""
     devices: int | None = None
     latency_s: float = 0.0
+    reduces: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ def _link(index: int, stated: _Link, devices: int) -> Link:
             devices=devices if stated.devices is None else stated.devices,
             bytes_per_s=stated.bytes_per_s,
             latency_s=stated.latency_s,
+            reduces=stated.reduces,
         )
     except UsageError as error:
         raise UsageError(error.message, key=f"links[{index}].{error.key}") from None

@@ -89,6 +89,34 @@ def test_rows_that_go_once_to_a_node_are_fewer():
     assert group_seconds("all_to_all", alone, 1e9, 8) == group_seconds("all_to_all", alone, 1e9)
 
 
+def test_switches_that_add_halve_what_an_all_reduce_sends():
+    size = 8e9
+    plain, adds = (AlphaBeta(0.0, 400e9, reduces) for reduces in (False, True))
+    node = [group_seconds("all_reduce", Group(8, 1, x, x), size) for x in (plain, adds)]
+    assert node[1] / node[0] == pytest.approx((1 + 1 / 8) / (2 * 7 / 8))
+    outer = [AlphaBeta(0.0, 10e9, reduces) for reduces in (False, True)]
+    nodes = [group_seconds("all_reduce", Group(8, 16, adds, x), size) for x in outer]
+    assert nodes[0] == pytest.approx(2 * 127 / 128 * size / 80e9)
+    assert nodes[1] == pytest.approx(size / 8 / 10e9)
+    # as many hops for any number of nodes; other collectives and small groups are as they were
+    late = AlphaBeta(1e-5, 10e9, True)
+    few, many = (group_seconds("all_reduce", Group(1, n, adds, late), 1.0) for n in (4, 4096))
+    assert few == pytest.approx(many)
+    for collective in ("all_gather", "reduce_scatter", "all_to_all"):
+        ways = {group_seconds(collective, Group(8, 4, x, x), size) for x in (plain, adds)}
+        assert len(ways) == 1
+    two = {group_seconds("all_reduce", Group(2, 1, x, x), size) for x in (plain, adds)}
+    assert len(two) == 1, "a ring of two sends less"
+
+
+def test_a_plan_on_switches_that_add_takes_less():
+    def step(reduces):
+        made = job("dp_replicate2 tp4 pp2:1f1b/4mb bf16", reduces)
+        return pt.simulate(made).step_time_s
+
+    assert step(True) < step(False)
+
+
 def test_all_reduces_are_those_of_nccl_tests():
     found = errors(Path(__file__).parents[2] / "validation" / "collectives.csv")
     own = [abs(e) for (device, _), es in found.items() if device == "A100-80GB" for e in es]
@@ -111,10 +139,16 @@ PLANS = (
 )  # fmt: skip
 
 
-def job(plan):
+def job(plan, reduces=False):
     model = "mixtral-8x7b" if " ep" in plan else "llama3-8b"
     links = [
-        {"name": "nvlink", "devices": 4, "bytes_per_s": 450e9, "latency_s": 3e-6},
+        {
+            "name": "nvlink",
+            "devices": 4,
+            "bytes_per_s": 450e9,
+            "latency_s": 3e-6,
+            "reduces": reduces,
+        },
         {"name": "rail", "devices": 8, "bytes_per_s": 50e9, "latency_s": 1e-5},
         {"name": "spine", "devices": 16, "bytes_per_s": 25e9, "latency_s": 2e-5},
     ]
