@@ -180,7 +180,7 @@ def leave_out(f: Fit, x: np.ndarray, r: np.ndarray, j: np.ndarray, group: str) -
 
 def main() -> None:
     """Fits, writes both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
         "--groups", default="", help="only these, separated by commas; nothing is left out"

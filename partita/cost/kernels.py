@@ -32,11 +32,11 @@ LONG = 384  # [empirical] keys at which fused attention reaches half of what lon
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One launch: matmul (m, n, k, `count` of them), attention (`flops`), memory, or the softmax of m
-    matrices of scores, which is memory. `bytes` is what it must move; dtype that of its operands. `pieces`
-    are what it is of a layer's software: names, and sizes of each of the `count`."""
+    """One launch: matmul (m, n, k, `count` of them), attention (`flops`), memory; the softmax of m matrices
+    of scores, or the exponentials of m logits, which are memory. `bytes` is what it must move; dtype that of
+    its operands. `pieces` are what it is of a layer's software: names, and sizes of each of the `count`."""
 
-    kind: str  # matmul | attention | memory | softmax
+    kind: str  # matmul | attention | memory | softmax | loss
     bytes: float = 0.0
     m: int = 0
     n: int = 0
@@ -74,7 +74,7 @@ def _seconds(
     k: Kernel, units: int, rate: float, attention: float, memory: float, reached: Curve
 ) -> float:
     moving = k.bytes / memory
-    if k.kind in ("memory", "softmax"):
+    if k.kind in ("memory", "softmax", "loss"):
         return moving
     if k.kind == "attention":
         return max(k.flops / (attention * k.k / (k.k + LONG)) if k.flops else 0.0, moving)

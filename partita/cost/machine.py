@@ -79,15 +79,33 @@ class Software:
     )
     validates_after: bool = False  # zero-bubble schedules: steps follow rank by rank, checked later
     sends_block: bool = False  # a stage waits for its messages, in and out
+    syncs_host: bool = False  # and the host for both: an empty device waits for its next kernels
+    fuses_loss: bool = True  # else each step of the loss passes over 32-bit logits
     scatters_sends: bool = False  # tp ranks with equal tensors send a share each
     overlaps_gradients: bool = True  # their reduction runs beside the last backward
+    gathers_again: bool = (
+        False  # ZeRO-3: a layer that is run again is gathered for that, and after it
+    )
+    leaves_once: bool = False  # a collective's ring leaves a node once, over one adapter
     overlaps_rings: bool = True  # cp's messages beside attention
-    gradient_bytes: int = 4  # an element of a reduced gradient
-    stored_gradient_bytes: int = 4  # an element of a gradient that waits for its reduction
+    gradient_bytes: int = 4  # an element of a gradient, that waits and that is reduced
     keeps_fp8: bool = False  # under fp8 linears keep their inputs in 8 bits (TransformerEngine)
+    weighs_inside: bool = (
+        False  # gates weigh what experts activate: what they hand back is not kept
+    )
+    keeps_remainders: bool = False  # of a master the 16 bits that its bf16 weight has not (apex)
+    shards_gradients: bool = False  # FSDP that gathers once a step keeps shards of gradients alone
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
 
+    @property
+    def restart_s(self) -> float:
+        """Seconds of the host between a message and the next kernel, where it waited for the message."""
+        return RESTART * self.host_s if self.syncs_host else 0.0
 
+
+RESTART = (
+    8  # [empirical] kernels' worth of host time: 0.4 ms of 0.6 an exchange (vocabpar, baseline)
+)
 MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
 
 

@@ -170,11 +170,11 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     def make(m: int) -> Schedule:
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
-    waits = send_s if machine.software.sends_block else 0.0
+    waits, send_s = waiting(send_s, machine)
     turns = plan.recompute.mode != "full"  # a layer that is run again runs as a whole
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(stage_costs(s, busy, waits, turns) for s in stages), send_s - waits)
+        costs = Costs(tuple(stage_costs(s, busy, waits, turns) for s in stages), send_s)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -186,6 +186,13 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     pipeline_s = played.own if after else played.seconds
     step = step_time(laid, works, stages, machine, _ranks_a_unit(laid, machine.cluster))
     return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits)
+
+
+def waiting(send_s: float, machine: Machine) -> tuple[float, float]:
+    """What an action waits for its messages, in seconds, and what messages travel beside compute."""
+    if machine.software.sends_block and send_s:
+        return send_s + machine.software.restart_s, 0.0
+    return 0.0, send_s
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:

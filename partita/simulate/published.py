@@ -24,17 +24,20 @@ from partita.spec.plan import Plan
 Row = Mapping[str, str]
 STEP_METRICS = ("step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
 GPT2_VOCAB = 50257
+AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again to one that is
 LORA_RANK = 32  # Megatron-Bridge's default; adapters are below 1 % of the work
 DROPOUT = 0.1  # of GPT models before fused attention
 
-# group -> software era, by the beginning of its name; else by device
+# group and ZeRO column -> software era, by their beginning
 ERAS = (
     ("vtrain", "megatron-deepspeed"), ("mt-nlg", "megatron-deepspeed"), ("korthikanti", "megatron-2022"),
-    ("sc21-t2-zero", "fsdp-2022"), ("sc21", "megatron-2021"), ("megatron-", "megatron-2021"),
-    ("zb-", "megatron-2023"), ("vocabpar", "megatron-flash"), ("llama3", "meta-2024"),
-    ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "megatron-2024"),
+    ("sc21-t2 zero3", "deepspeed-2021"), ("sc21", "megatron-2021"), ("megatron-v1", "megatron-2019"),
+    ("megatron-", "megatron-2021"), ("zb-", "megatron-2023"), ("vocabpar", "megatron-flash"),
+    ("llama3", "meta-2024"),
+    ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "nemo-2024"),
     ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), ("bridge-26.0[24]", "bridge-2026-02"),
-    ("bridge-skill", "bridge-2026-02"), ("bridge-", "bridge-2026"), ("maxtext", "xla"), ("palm", "xla"),
+    ("bridge-skill", "bridge-2026-02"), ("bridge-", "bridge-2026"), ("deepseek", "deepseek-2024"),
+    ("maxtext", "xla"), ("palm", "xla"),
 )  # fmt: skip
 SCHEDULES = {
     "": "1f1b", "none": "1f1b", "1f1b": "1f1b", "1f1b-interleaved": "interleaved_1f1b",
@@ -47,6 +50,7 @@ DEVICES = {
 }  # fmt: skip
 # what public configurations say and the table has no column for
 FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
+VOCABS = (("zb-", 32000),)  # SentencePiece; with it their sizes are the 14.6 and 28.3 B printed
 SPREAD = ("vocab-1", "vocab-2", "interlaced")  # methods that cut the vocabulary over the stages
 HEAD_DIMS = {
     "Qwen3": 128, "GPT OSS": 64, "DeepSeek": 192, "Kimi": 192, "Moonlight": 192,
@@ -79,6 +83,9 @@ class Case:
     )
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
+    again: tuple[
+        str, ...
+    ] = ()  # modules that selective recomputation names (published_works.AGAIN)
 
     def request(self, plan: Plan) -> Request:
         """What the rooms are asked for this case under a plan; with LoRA all but the adapters is frozen."""
@@ -103,7 +110,8 @@ def number(row: Row, column: str, default: int | None = None) -> int:
 
 def software(row: Row) -> str:
     """The software era of a row's group."""
-    return next((era for start, era in ERAS if re.match(start, row["group"])), "current")
+    name = f"{row['group']} {row.get('zero_or_fsdp', '')}"
+    return next((era for start, era in ERAS if re.match(start, name)), "current")
 
 
 def refusal(error: PlanError) -> str:
@@ -139,6 +147,7 @@ def case(row: Row) -> Case:
         "LoRA" in row["notes"],
         method(row) in SPREAD,
         _recompute(row),
+        _again(row),
     )
 
 
@@ -163,13 +172,18 @@ def model(row: Row, seq: int) -> ModelSpec:
     heads = number(row, "heads")
     return ModelSpec(
         family=family, layers=number(row, "layers"), hidden=number(row, "hidden"), heads=heads,
-        kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", GPT2_VOCAB),
+        kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", _vocab(row)),
         max_seq_len=seq, name=name, dropout=DROPOUT if drops else 0.0,
         ffn_hidden=_ffn(row, experts.get("expert_ffn_hidden")), **experts,
         lora_rank=LORA_RANK if "LoRA" in row["notes"] else 0,
         qk_norm=name.startswith("Qwen3"),
         head_dim=next((d for start, d in HEAD_DIMS.items() if name.startswith(start)), 0),
     )  # fmt: skip
+
+
+def _vocab(row: Row) -> int:
+    """Of a row that does not print it."""
+    return next((v for start, v in VOCABS if row["group"].startswith(start)), GPT2_VOCAB)
 
 
 def _ffn(row: Row, default: int | None) -> int:
@@ -180,10 +194,20 @@ def _ffn(row: Row, default: int | None) -> int:
 
 
 def _recompute(row: Row) -> str:
+    """A row that says nothing but HFU beside MFU runs its forward again where the two are so far apart."""
     text = row["recompute"]
+    hardware = re.search(r"HFU (\d+\.?\d*)%", row["notes"])
+    if not text and hardware and row["metric"] == "mfu":
+        return "full" if float(hardware[1]) > AGAIN * float(row["value"]) else "none"
     if text.startswith("full"):
         return "none" if "layer" in text else "full"
     return "selective" if text.startswith("selective") else "none"
+
+
+def _again(row: Row) -> tuple[str, ...]:
+    """The modules in 'selective(a,b)'; of 'a or b' the first."""
+    found = re.match(r"selective\((.*)\)", row["recompute"])
+    return tuple(w.split(" or ")[0].strip() for w in found[1].split(",")) if found else ()
 
 
 def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
@@ -221,14 +245,26 @@ def _even(plan: Plan, row: Row) -> Plan:
     """As many layers on every stage, where they divide; one fewer on the first and the last, where then
     they divide; else the balanced split stands."""
     layers, stages = number(row, "layers"), plan.mesh.pp * plan.pipeline.virtual_stages
-    if stages == 1 or method(row) == "redis":
+    if stages == 1:
         return plan
+    if method(row) == "redis":
+        return plan.with_("pipeline", split=_redistributed(row, layers, stages))
     if layers % stages == 0:
         return plan.with_("pipeline", split=(layers // stages,) * stages)
     if (layers + 2) % stages == 0:
         each = (layers + 2) // stages
         return plan.with_("pipeline", split=(each - 1, *(each,) * (stages - 2), each - 1))
     return plan
+
+
+def _redistributed(row: Row, layers: int, stages: int) -> tuple[int, ...]:
+    """Layers so that the dearest stage has the least FLOPs, the head counted, which may have its stage alone;
+    ties go to the fullest last stage, and long stages come last (Yeung et al. 2024, 2411.05288)."""
+    seq, hidden, vocab = (number(row, c) for c in ("seq_len", "hidden", "vocab"))
+    head = vocab / (12 * hidden * (1 + seq / (6 * hidden)))  # in layers (Narayanan et al. 2021)
+    last = min(range(layers), key=lambda k: (max(-(-(layers - k) // (stages - 1)), k + head), -k))
+    each, more = divmod(layers - last, stages - 1)
+    return (*(each + (i >= stages - 1 - more) for i in range(stages - 1)), last)
 
 
 def _sharded(plan: Plan, row: Row, dp: int) -> Plan:

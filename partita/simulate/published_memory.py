@@ -14,15 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.cost.machine import machine_of
 from partita.parallel.laid import Laid, lay
+from partita.parallel.pp.rules import schedule_of
 from partita.parallel.read import kept_bytes, state_bytes
+from partita.schedule.clock import Costs, StageCosts
+from partita.schedule.ir import Schedule
 from partita.simulate.memory import stage_ledger
-from partita.simulate.predict import timed
+from partita.simulate.pipeline import play
+from partita.simulate.predict import Timed, timed
 from partita.simulate.published import Case, Row, UnpredictableError, case, method, number, refusal
 from partita.simulate.published_works import case_works, fullest
 from partita.spec.plan import Plan
@@ -108,14 +112,28 @@ def _layers(laid: Laid) -> list[Block]:
 
 def _bubble(found: Case, of_the_mean: bool) -> float:
     """Of the busiest rank and the schedule, as the zero-bubble papers, whose scheduler puts messages between
-    stages that do not wait for them; or of the mean rank and the step, where what a stage waits for its
-    messages is no work."""
+    stages that do not wait for them, and knows one time of an F, a B and a W: that of the mean stage; or of
+    the mean rank and the step, where what a stage waits for its messages is no work."""
     laid, m = _laid(found, found.plan), found.plan.num_microbatches
     machine = machine_of(found.cluster, found.software)
     if not of_the_mean:
         machine = replace(machine, software=replace(machine.software, sends_block=False))
     t = timed(laid, machine, m, case_works(found, laid))
     if not of_the_mean:
-        return 1 - max(t.played.busy) / t.pipeline_s
+        return _alike_bubble(found, t)
     waiting = 2 * m * found.plan.pipeline.virtual_stages * t.waits_s
     return 1 - (sum(t.played.busy) / len(t.played.busy) - waiting) / t.seconds
+
+
+def _alike_bubble(found: Case, t: Timed) -> float:
+    """Idle share of the schedule with the mean stage at every stage."""
+    plan, stages = found.plan, t.costs.stages
+    mean = StageCosts(*(fmean(getattr(s, n) for s in stages) for n in ("F", "I", "W")))
+    costs = Costs((mean,) * len(stages), t.costs.send)
+
+    def make(m: int) -> Schedule:
+        return schedule_of(plan.with_("pipeline", num_microbatches=m))
+
+    played = play(make, plan.mesh.pp, plan.num_microbatches, costs)
+    is_own = plan.pipeline.schedule.startswith("zb_")
+    return 1 - max(played.busy) / (played.own if is_own else played.seconds)

@@ -1,17 +1,51 @@
-"""What published runs compute and keep that no plan says: a vocabulary that all stages share, inputs of
-linears in 8 bits, gradients in 16."""
+"""What published runs compute and keep that no plan says: a vocabulary that all stages share, modules that
+run again, inputs of linears in 8 bits, gradients in 16, what experts hand back not at all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from partita.cost.machine import Software, software_of
 from partita.parallel.laid import Laid, lay
 from partita.record.ledger import Ledger
-from partita.simulate.memory import stage_ledger
+from partita.simulate.memory import lent_parts, stage_ledger
 from partita.simulate.published import Case
 from partita.simulate.stage import Work, Works, works_of
+from partita.spec.plan import Plan
 from partita.spec.program import Block
+
+# what a module of a published recomputation writes: by segments, or by names of ops
+AGAIN: dict[str, tuple[str, ...]] = {
+    "mlp": ("mlp",),
+    "moe": ("router", "dispatch", "experts", "combine", "shared"),
+    "moe_act": ("experts.act",),
+    "swiglu": ("experts.act", "shared.act", "mlp.act"),
+    "mla_up_proj": (
+        "attention.wq", "attention.wk", "attention.wv", "attention.rope_q", "attention.rope_k",
+    ),
+}  # fmt: skip
+NORMS = ("rmsnorm", "layernorm")
+
+
+def lay_case(found: Case, plan: Plan) -> Laid:
+    """The laid plan of a case; the modules that its row names run again. Raises PlanError."""
+    laid = lay(found.request(plan))
+    if not found.again:
+        return laid
+    wanted = {x for w in found.again for x in AGAIN.get(w, ())}
+    norms = any(w in NORMS for w in found.again)
+
+    def less(block: Block) -> Block:
+        made = {
+            op.writes
+            for op in block.ops()
+            if op.segment in wanted or op.name in wanted or (norms and op.kind == "norm")
+        }
+        return replace(block, kept=block.kept - made)
+
+    return _changed(laid, less)
 
 
 def case_works(found: Case, laid: Laid) -> Works:
@@ -35,38 +69,60 @@ def spread(works: Works) -> Works:
 
 def fullest(found: Case) -> Ledger:
     """The fullest rank of a case, as its software keeps what it keeps. Raises PlanError."""
-    request = found.request(found.plan)
-    laid, era = lay(request), software_of(found.software)
+    laid, era = lay_case(found, found.plan), software_of(found.software)
+    if era.weighs_inside:
+        laid = _changed(laid, lambda b: replace(b, kept=b.kept - _handed_back(b)))
     if era.keeps_fp8 and found.plan.precision.dtype == "fp8":
         laid = in_8_bits(laid)
-    each = (stage_ledger(laid, p, laid.schedule) for p in range(laid.sizes["pp"]))
-    return max((_narrow(x, era) for x in each), key=lambda x: x.peak_bytes)
+    each = (_narrow(laid, p, era) for p in range(laid.sizes["pp"]))
+    return max(each, key=lambda x: x.peak_bytes)
+
+
+def _handed_back(block: Block) -> set[str]:
+    """What experts hand back, which combine keeps for the gates' gradients."""
+    return {r for op in block.ops() if op.kind == "combine" for r in op.reads[:1]}
+
+
+def _changed(laid: Laid, change: Callable[[Block], Block]) -> Laid:
+    """The laid program with each distinct block changed."""
+    known: dict[int, Block] = {}
+
+    def once(block: Block) -> Block:
+        if id(block) not in known:
+            known[id(block)] = change(block)
+        return known[id(block)]
+
+    stages = tuple(replace(s, blocks=tuple(map(once, s.blocks))) for s in laid.stages)
+    return replace(laid, stages=stages)
 
 
 def in_8_bits(laid: Laid) -> Laid:
     """What linears of layers alone keep, in 8 bits; what another op wants too stays as it is."""
-    known: dict[int, Block] = {}
 
     def narrow(block: Block) -> Block:
-        if id(block) not in known:
-            savers: dict[str, set[str]] = {}
-            for op in block.ops():
-                for name in op.saves:
-                    savers.setdefault(name, set()).add(op.kind)
-            alone = {n for n in block.kept if savers.get(n) == {"linear"} and n != block.input}
-            tensors = {
-                n: replace(t, dtype="fp8") if n in alone and t.dtype == "bf16" else t
-                for n, t in block.tensors.items()
-            }
-            known[id(block)] = replace(block, tensors=tensors) if block.name != "head" else block
-        return known[id(block)]
+        savers: dict[str, set[str]] = {}
+        for op in block.ops():
+            for name in op.saves:
+                savers.setdefault(name, set()).add(op.kind)
+        alone = {n for n in block.kept if savers.get(n) == {"linear"} and n != block.input}
+        tensors = {
+            n: replace(t, dtype="fp8") if n in alone and t.dtype == "bf16" else t
+            for n, t in block.tensors.items()
+        }
+        return replace(block, tensors=tensors) if block.name != "head" else block
 
-    stages = tuple(replace(s, blocks=tuple(map(narrow, s.blocks))) for s in laid.stages)
-    return replace(laid, stages=stages)
+    return _changed(laid, narrow)
 
 
-def _narrow(ledger: Ledger, era: Software) -> Ledger:
-    """Gradients as wide as they are stored, no wider than they are reduced."""
-    width = min(era.stored_gradient_bytes, era.gradient_bytes)
-    gradients = ledger.at_peak.get("gradients", 0) * width // 4
-    return replace(ledger, at_peak={**ledger.at_peak, "gradients": gradients})
+def _narrow(laid: Laid, place: int, era: Software) -> Ledger:
+    """A rank's ledger with gradients as wide as they wait, whole ones of ZeRO too, and as much of them as
+    the software keeps between microbatches."""
+    ledger, plan = stage_ledger(laid, place, laid.schedule), laid.request.plan
+    gone = 4 - era.gradient_bytes
+    whole = max(lent_parts(s.blocks, plan)["whole gradients"] for s in laid.stages_of(place))
+    gradients = ledger.at_peak.get("gradients", 0) * era.gradient_bytes // 4
+    optimizer = ledger.at_peak.get("optimizer", 0) * (10 if era.keeps_remainders else 12) // 12
+    gradients //= laid.sizes["dp_shard"] if era.shards_gradients else 1
+    buffers = ledger.at_peak.get("buffers", 0) - whole * gone // 4
+    at = {**ledger.at_peak, "gradients": gradients, "buffers": buffers, "optimizer": optimizer}
+    return replace(ledger, at_peak=at)

@@ -32,6 +32,12 @@ UNFUSED = {
     "F": (3, 4, 4, 4, 3),
     "B": (3, 6, 4, 4, 3),
 }  # passes over 16-bit scores of each kernel of an unfused softmax
+UNFUSED_LOSS = {
+    "F": (8, 8, 8, 8),
+    "I": (8, 6),
+}  # bytes a logit: widened, less the wide maximum, exponentials, over their sum; scaled, narrowed
+AGAIN = ("B", "dp", "all_gather")  # phase, lane and collective of ZeRO-3's weights in backward
+REDUCTIONS = ("all_reduce", "reduce_scatter")
 HIDDEN_KINDS = ("copy_to", "gather_from", "scatter_to")
 Seconds = defaultdict[str, float]
 
@@ -168,10 +174,11 @@ def _read(block: Block, laid: Laid, matmul_dtype: str) -> tuple[BlockWork, tuple
 
 
 def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
+    """Forward calls that its recomputation leaves out; weights that backward gathers serve it too."""
     if block.kept != frozenset({block.input}):
         return None
     again = {op.name for op in replayed(block)}
-    return tuple(c for c in calls if c.phase == "F" and c.site not in again)
+    return tuple(c for c in calls if c.phase == "F" and c.lane != "dp" and c.site not in again)
 
 
 PartTimes = dict[
@@ -212,6 +219,8 @@ def _part_time(
     if era.replays_layers and part.unplayed is not None:
         kernels["again"] = w.forward
         calls += tuple(replace(c, phase="B") for c in part.unplayed)
+    if era.gathers_again and part.unplayed is not None:
+        calls += tuple(c for c in calls if (c.phase, c.lane, c.collective) == AGAIN)
     kernels = {
         n: [one for k in ks for one in unfused_kernels(k, n, era)] for n, ks in kernels.items()
     }
@@ -256,9 +265,13 @@ def _part_time(
 
 
 def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel]:
-    """A softmax whose matrices do not come in the number that a fused kernel works on is five kernels:
-    widened to fp32, scaled, masked, normalised, narrowed; and their backward."""
-    if kernel.kind != "softmax" or kernel.m % era.softmax_of == 0:
+    """A softmax whose matrices do not come in the number that a fused kernel works on (0: nothing does) is
+    five kernels: widened to fp32, scaled, masked, normalised, narrowed; and their backward. A loss that is
+    not fused (Megatron-LM's mpu/cross_entropy.py) passes over its logits in fp32 step by step."""
+    if kernel.kind == "loss" and not era.fuses_loss:
+        steps = UNFUSED_LOSS["I" if part == "I" else "F"]
+        return [replace(kernel, kind="memory", bytes=float(n * kernel.m)) for n in steps]
+    if kernel.kind != "softmax" or (era.softmax_of and kernel.m % era.softmax_of == 0):
         return (kernel,)
     passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
     return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]
@@ -300,13 +313,18 @@ def _beside(
 
 
 def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
-    """Seconds of one call on rank 0's group."""
+    """Seconds of one call on rank 0's group; a program that reduces 16-bit gradients sends half of the
+    declared bytes."""
     if is_move(call):
         return move_seconds(call, machine)
+    if call.lane == "dp" and call.collective in REDUCTIONS and machine.software.gradient_bytes < 4:
+        call = replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
     ranks = group_of(laid, call.axes)
     if len(ranks) <= 1:
         return 0.0
     group = place(ranks, machine)
+    if machine.software.leaves_once and group.nodes > 1:
+        group = replace(group, inside=1, nodes=group.size)
     if machine.class_ == "CPU":
         return _measured_seconds(call.collective, len(ranks), call.bytes, group, machine)
     once = machine.software.sends_rows_once and _is_exchange(call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from partita.cost.machine import Machine
 from partita.cost.pieces import on_curve
@@ -66,20 +66,13 @@ def _reduction(
     seen: dict[str, float] = defaultdict(float)
     beside: dict[str, float] = defaultdict(float)
     for call, times in once.items():
-        s = times * call.times * call_seconds(_scaled(call, machine), laid, machine)
+        s = times * call.times * call_seconds(call, laid, machine)
         (beside if call.lane == "dp" else seen)[axis_name(call.axes)] += s
     total = sum(beside.values())
     hidden = min(total, room) if machine.software.overlaps_gradients else 0.0
     for axis, s in beside.items():
         seen[axis] += s * (total - hidden) / total if total else 0.0
     return {axis: s for axis, s in seen.items() if s}
-
-
-def _scaled(call: Call, machine: Machine) -> Call:
-    """A program that reduces 16-bit gradients sends half of the declared bytes."""
-    if call.lane != "dp" or machine.software.gradient_bytes == 4:
-        return call
-    return replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
 
 
 def update_seconds(moved: float, machine: Machine) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.cost.machine import machine_of
-from partita.parallel.laid import Laid, lay
+from partita.parallel.laid import Laid
 from partita.simulate.predict import timed
 from partita.simulate.published import (
     STEP_METRICS,
@@ -31,7 +31,7 @@ from partita.simulate.published import (
     method,
     refusal,
 )
-from partita.simulate.published_works import case_works
+from partita.simulate.published_works import case_works, lay_case
 from partita.simulate.stage import PartTimes, Works, stage_time
 from partita.simulate.step import step_time
 from partita.spec.model import Convention
@@ -103,7 +103,7 @@ def _shortest(plan: Plan) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _laid(plan: Plan, found: Case) -> tuple[Laid, Works]:
-    laid = lay(found.request(plan))
+    laid = lay_case(found, plan)
     return laid, case_works(found, laid)
 
 

@@ -262,9 +262,12 @@ def _passes(op: Op, block: Block, sizes: Sizes) -> tuple[list[Kernel], list[Kern
         f, b = FULL_PASSES[op.kind]
         forward = Kernel("memory", f * out, dtype=of, pieces=there)
         return [forward], [Kernel("memory", b * out, dtype=of, pieces=back)], []
-    moved = _bytes((*op.reads, op.writes), block, sizes)
-    forward = Kernel("memory", moved, dtype=of, pieces=there)
-    return [forward], [Kernel("memory", moved, dtype=of, pieces=back)] if op.saves else [], []
+    picks = any(block.tensors[r].role == "index" for r in op.reads)  # one element of many
+    moved = _bytes([op.writes] if picks else [*op.reads, op.writes], block, sizes)
+    is_loss = op.segment == "loss" and op.kind == "exp"
+    kind, m = ("loss", block.tensors[op.writes].local(sizes)) if is_loss else ("memory", 0)
+    forward = Kernel(kind, moved, m, dtype=of, pieces=there)
+    return [forward], [Kernel(kind, moved, m, dtype=of, pieces=back)] if op.saves else [], []
 
 
 def _passing(op: Op, block: Block, sizes: Sizes) -> list[tuple[str, float]]:

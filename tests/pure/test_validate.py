@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from partita.cli.main import application
 from partita.cost.kernels import Kernel
-from partita.cost.machine import Constants, Software, software_of, table
+from partita.cost.machine import Constants, Software, machine_of, software_of, table
 from partita.parallel.laid import lay
 from partita.simulate.memory import stage_ledger
+from partita.simulate.predict import waiting
 from partita.simulate.published import UnpredictableError, case, measured_seconds
 from partita.simulate.published_memory import other_lines, other_rows
-from partita.simulate.published_works import fullest, in_8_bits
+from partita.simulate.published_works import fullest, in_8_bits, lay_case
 from partita.simulate.stage import unfused_kernels
 from partita.simulate.validate import predict, read_rows, score, summary
 
@@ -83,6 +84,85 @@ def test_two_heads_a_rank_fall_out_of_the_fused_softmax():
     assert sum(k.bytes for k in five) == 18 * 100  # 16-bit scores: 100 bytes
     back = unfused_kernels(Kernel("softmax", 300.0, m=2), "I", era)
     assert sum(k.bytes for k in back) == 20 * 100
+
+
+def test_before_fused_kernels_no_softmax_is_one():
+    scores = Kernel("softmax", 200.0, m=8)
+    assert len(unfused_kernels(scores, "F", software_of("megatron-2019"))) == 5
+
+
+def test_an_unfused_loss_passes_over_wide_logits():
+    """Megatron-LM's mpu/cross_entropy.py: 32 bytes a logit beside maximum and sum, and 14 back."""
+    loss = Kernel("loss", 600.0, m=100)
+    assert unfused_kernels(loss, "F", software_of("current")) == (loss,)
+    era = software_of("megatron-2021")
+    assert sum(k.bytes for k in unfused_kernels(loss, "F", era)) == 32 * 100
+    assert sum(k.bytes for k in unfused_kernels(loss, "I", era)) == 14 * 100
+
+
+def test_a_host_that_waits_for_a_message_starts_anew(rows):
+    found = case(next(r for r in rows if r["group"] == "sc21-t1" and r["pp"] != "1"))
+    machine = machine_of(found.cluster, found.software)
+    assert waiting(1.0, machine) == (1.0 + machine.software.restart_s, 0.0)
+    assert waiting(0.0, machine) == (0.0, 0.0)
+    assert machine.software.restart_s > 0
+    alone = machine_of(found.cluster, "megatron-2024")
+    assert waiting(1.0, alone) == (0.0, 1.0)
+
+
+def test_zero_3_of_2021_gathers_thrice_over_one_adapter(rows):
+    """Where gathers bind: a ring over a node's eight adapters, or one gather fewer, would be far sooner."""
+    row = next(r for r in rows if r["id"] == "sc21-t2-0005")
+    found = case(row)
+    assert found.software == "deepspeed-2021"
+    era = table()["software"]["deepspeed-2021"]
+
+    def seconds(**facts):
+        own = {"software": {**table()["software"], "deepspeed-2021": {**era, **facts}}}
+        return predict(found, {**table(), **own})
+
+    assert seconds(gathers_again=False) < 0.85 * predict(found)
+    assert seconds(leaves_once=False) < 0.7 * predict(found)
+
+
+def test_layers_are_redistributed_as_the_source_did(rows):
+    """One host, 8 stages: stage times of the source say that the head of 256,000 is alone."""
+    splits = {
+        r["vocab"]: case(r).plan.pipeline.split
+        for r in rows
+        if r["group"] == "vocabpar-csv" and "method redis" in r["notes"]
+    }
+    assert splits["256000"] == (4, 4, 4, 5, 5, 5, 5, 0)
+    assert splits["64000"] == (4, 4, 4, 4, 4, 4, 5, 3)
+    assert splits["32000"] == (4,) * 8
+
+
+def test_hfu_beside_mfu_says_that_forward_runs_again(rows):
+    row = next(r for r in rows if "HFU" in r["notes"])
+    assert case(row).plan.recompute.mode == "full"
+    near = {**row, "notes": "HFU 47.0%"}
+    assert case(near).plan.recompute.mode == "none"
+
+
+def test_modules_that_run_again_are_not_kept(rows):
+    row = next(r for r in rows if r["recompute"] == "selective(mlp)")
+    found = case(row)
+    assert found.again == ("mlp",)
+    whole = replace(found, again=())
+    assert fullest(found).at_peak["activations"] < 0.8 * fullest(whole).at_peak["activations"]
+    assert predict(found) > 1.05 * predict(whole)
+    latent = case(next(r for r in rows if r["recompute"] == "selective(mla_up_proj or mlp)"))
+    layer = lay_case(latent, latent.plan).stages[-1].blocks[0]
+    assert not {"qr", "kr", "v"} & layer.kept
+
+
+def test_bubbles_are_those_of_the_sources(rows):
+    """Within the goal of 0.02, absolute."""
+    found, _ = other_rows(
+        [r for r in rows if r["metric"] == "bubble_rate" and r["id"][-1] in "369"]
+    )
+    assert {x["group"] for x in found} == {"zb-t5", "vocabpar-csv"}
+    assert all(line["mape"] <= 0.02 for line in other_lines(found))
 
 
 def test_linears_alone_keep_8_bits_where_the_software_does(rows):
