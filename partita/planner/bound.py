@@ -17,7 +17,7 @@ tables are cached by (tp, sp, cp, method, ep, etp, recompute, micro_batch_size);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,11 +145,12 @@ class Bounds:
 
     def rough(
         self, mesh: MeshChoice, table: Table, leaf: tuple[str, int], micros: np.ndarray
-    ) -> np.ndarray:
-        """From an endless table, seconds of a step at least for each size of a microbatch."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """From an endless table, both bounds of a schedule for each size of a microbatch."""
         rough = self.lies(mesh, leaf)
-        stages = rough.times(self.stages(table, rough.num_stages)) * (SLACK / ENDLESS)
-        return rough(stages, micros, self.space.batch // mesh.dp)
+        stages = rough.times(self.stages(table, rough.num_stages))
+        stages[:, TIMES] *= SLACK / ENDLESS
+        return rough.both(stages, micros, self.space.batch // mesh.dp)
 
     def lies(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Rough:
         """Where a schedule's stages lie."""
@@ -180,10 +181,32 @@ class Bounds:
             self._steps[key] = Rehearsal(make, mesh.pp, m, stages)
         return self._steps[key]
 
+    def quick(
+        self, table: Table, mesh: MeshChoice, leaf: tuple[str, int], m: int
+    ) -> Callable[[Sequence[Meeting], int], float]:
+        """Seconds of the schedule at least for a way to cut states, from a rank's own layers alone: what the
+        stages cost without ZeRO's collectives, and by how much those make the layers longer that it has."""
+        lies = self.lies(mesh, leaf)
+        stages = self.stages(table, lies.num_stages)
+        first, second = (float(x[0]) for x in lies.both(lies.times(stages), np.ones(1), m))
+        times = m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
+        times *= len(table.blocks) - 2
+
+        def seconds(meetings: Sequence[Meeting], zero: int) -> float:
+            if zero < 2 or not self.slows:
+                return max(first, second)
+            each = [
+                b.beside(*self.each_s(b.units, meetings, zero, apart=True)) for b, _ in table.layers
+            ]
+            there, back = (times * min(x) for x in zip(*each, strict=True))
+            return max(first + there + back, second + there + (0.0 if lies.split else back))
+
+        return seconds
+
     def played(self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int) -> float:
         """The schedule's clock at the stages' costs."""
         return self.step(mesh, leaf, m, len(stages)).least(
-            costs_of(self.lies(mesh, leaf).times(stages).tolist())
+            costs_of(self.lies(mesh, leaf).times(stages)[:, TIMES].tolist())
         )
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:

@@ -10,13 +10,14 @@ Stages are taken as all alike, from an endless table; of each group of ranks the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from partita.planner.bound import ENDLESS, SLACK, Bounds
 from partita.planner.space import MeshChoice, Shape
-from partita.planner.table import HIDES, KEPT, Table
+from partita.planner.table import HIDES, KEPT, Cost, Table
 from partita.simulate.links import SLOW
 
 ROOM, SPARSE_ROOM = (
@@ -26,13 +27,36 @@ ROOM, SPARSE_ROOM = (
 
 
 @dataclass(frozen=True)
+class Slower:
+    """A way to cut states, for each size of a microbatch: whether it fits; by how much a rank's forwards and
+    backwards of one are longer, where layers lie evenly; what follows the schedule."""
+
+    fits: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    once: np.ndarray
+
+
+@dataclass(frozen=True)
 class Floor:
     """For each size of a microbatch: seconds of a step at least, infinite where memory allows no way; of them
-    what follows the schedule; and bytes of the fullest rank at least."""
+    what follows the schedule; and bytes of the fullest rank at least. `slower`: the same of each way."""
 
     seconds: np.ndarray
     once: np.ndarray
     num_bytes: np.ndarray
+    slower: tuple[Slower, ...] = ()
+
+    def behind(self, both: Sequence[np.ndarray], halves: bool, times: np.ndarray) -> np.ndarray:
+        """Seconds of a step at least, from both bounds of a schedule at stages without ZeRO's collectives;
+        so many `times` a rank runs its share of the layers. Where weight `halves` are apart, the second bound
+        has none of what makes backwards longer."""
+        found = np.full(len(times), np.inf)
+        for way in self.slower:
+            first = both[0] + times * (way.forward + way.backward)
+            second = both[1] + times * (way.forward if halves else way.forward + way.backward)
+            np.minimum(found, np.maximum(first, second) + way.once, out=found, where=way.fits)
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,7 @@ class Floors:
         samples = micros / (ENDLESS * cp)
         kept = samples * total[KEPT] / mesh.pp
         seconds, once, least = (np.full(len(micros), np.inf) for _ in range(3))
+        slower: list[Slower] = []
         for zero, shards in b.ways(mesh, shape):
             states = shards.standing(total, zero) / mesh.pp
             beside = b.beside(table, zero, shards, samples)
@@ -70,10 +95,22 @@ class Floors:
             if not fits.any():
                 continue
             way = self._way(mesh, shape, table, zero)
-            found = self._seconds(mesh, table, way, samples, paired)
-            for known, new in zip((seconds, once), found, strict=True):
-                np.minimum(known, new, out=known, where=fits)
-        return Floor(seconds, once, least)
+            found, (forward, backward, new) = self._seconds(mesh, table, way, samples, paired)
+            slower.append(Slower(fits, forward, backward, new))
+            np.minimum(seconds, found, out=seconds, where=fits)
+            np.minimum(once, new, out=once, where=fits)
+        return Floor(seconds, once, least, tuple(slower))
+
+    def behind(
+        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int], least: Floor
+    ) -> np.ndarray:
+        """Seconds of a step at least for each size of a microbatch, under a schedule and what states cost at
+        least: a rank's share of the layers is that of the rank with fewest."""
+        b, micros = self.bounds, np.array(self.space.micros(mesh))
+        lies = b.lies(mesh, leaf)
+        fewest = lies.fewest(b.split(table, lies.num_stages))
+        times = fewest * (self.space.batch // mesh.dp) / micros
+        return least.behind(b.rough(mesh, table, leaf, micros), lies.split, times)
 
     def _way(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
         """The cheapest groups for each collective."""
@@ -101,26 +138,51 @@ class Floors:
 
     def _seconds(
         self, mesh: MeshChoice, table: Table, way: _Way, samples: np.ndarray, paired: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of a step with microbatches of each size, and those that follow the schedule."""
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Seconds of a step with microbatches of each size; by how much a rank's forwards and backwards of
+        one are longer for the way, and what follows the schedule."""
         scale, longest = samples * SLACK, 0.0
         layers = scale * (table.blocks[0].seconds + table.blocks[-1].seconds)
+        more_f, more_b = np.full(len(samples), np.inf), np.full(len(samples), np.inf)
         for (layer, n), (forward, backward) in zip(table.layers, way.each, strict=True):
-            back = layer.input + layer.weight
-            longest = max(longest, back)
-            hides = HIDES * layer.travel if paired else 0.0
-            there, here = scale * layer.forward, scale * (back - hides)
-            if self.bounds.slows:  # what is hidden slows what it hides under
-                compute_f, path_f, compute_b, path_b = layer.rooms
-                slower = scale * path_f + SLOW * np.minimum(forward, scale * compute_f)
-                there = np.maximum(there, slower)
-                slower = scale * (path_b - hides) + SLOW * np.minimum(backward, scale * compute_b)
-                here = np.maximum(here, slower)
-            layers += n * np.maximum(there, forward)
-            layers += n * np.maximum(here, 0.0 if paired else backward)
+            longest = max(longest, layer.input + layer.weight)
+            alone, there = self._forward(layer, scale, forward)
+            more_f = np.minimum(more_f, there - alone)
+            back, here = self._backward(layer, scale, backward, paired)
+            more_b = np.minimum(more_b, here - back)
+            layers += n * (there + here)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients
         once = np.maximum(way.once - (hidden if overlaps else 0.0), 0.0)
         times = self.space.batch // mesh.dp / np.array(self.space.micros(mesh)) / mesh.pp
-        return times * layers + once, once
+        share = (len(table.blocks) - 2) / mesh.pp
+        return times * layers + once, (share * more_f, share * more_b, once)
+
+    def _forward(
+        self, layer: Cost, scale: np.ndarray, seconds: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's forward alone, and beside collectives that take so long."""
+        compute, path = layer.rooms[:2]
+        alone = np.maximum(scale * layer.forward, layer.least[0])
+        found = np.maximum(alone, seconds)
+        if self.bounds.slows:  # what is hidden slows what it hides under
+            found = np.maximum(found, scale * path + SLOW * np.minimum(seconds, scale * compute))
+        return alone, found
+
+    def _backward(
+        self, layer: Cost, scale: np.ndarray, seconds: float, paired: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same of its backward, which in a pair hides what rows travel."""
+        hides = HIDES * layer.travel if paired else 0.0
+        compute, path = layer.rooms[2:]
+        alone = scale * (layer.input + layer.weight - hides)
+        if not hides:
+            alone = np.maximum(
+                np.maximum(alone, layer.least[1]), scale * layer.input + layer.least[2]
+            )
+        found = alone if paired else np.maximum(alone, seconds)
+        if self.bounds.slows:
+            slower = scale * (path - hides) + SLOW * np.minimum(seconds, scale * compute)
+            found = np.maximum(found, slower)
+        return alone, found

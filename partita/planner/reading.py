@@ -13,11 +13,12 @@ from dataclasses import replace
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
-from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes
+from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes, tensor_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Cost, Table
 from partita.simulate.memory import transient_bytes
 from partita.simulate.stage import StageTime, Work, stage_time, works_of
+from partita.simulate.work import MATMULS, STATE_BYTES
 from partita.spec.families import program
 from partita.spec.program import Block, Tensor
 
@@ -33,7 +34,8 @@ def cost_of(t: StageTime, late: bool = False) -> Cost:
     back, weight = (0.0, waits) if late else (waits, 0.0)
     travel = t.comm_forward_s.get("ep", 0.0) + t.comm_backward_s.get("ep", 0.0)
     rooms = (t.forward_s, t.paths_s[0], t.backward_s, t.paths_s[1])
-    return Cost(forward, t.input_s + back, t.weight_s + weight, travel=travel, rooms=rooms)
+    times = forward, t.input_s + back, t.weight_s + weight
+    return Cost(*times, travel=travel, rooms=rooms, least=(*t.calls_s, 0.0))
 
 
 def read_table(request: Request, machine: Machine, late: bool) -> Table | Problem:
@@ -91,9 +93,24 @@ def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], 
             "kept": kept_bytes(b, laid.sizes), "inside": transient_bytes(b, laid.sizes),
             "states": _states(rest, each, laid), "experts": _states(experts, each, laid),
             "units": (*_largest(b, alone, each, laid), *_largest(b, experts, each, laid)),
+            "least": _least(b, priced[id(b)].least, laid, machine),
         }  # fmt: skip
         costs.append(replace(priced[id(b)], **known))
     return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]
+
+
+def _least(block: Block, calls: Sequence[float], laid: Laid, machine: Machine) -> tuple[float, ...]:
+    """What forward, backward and its weight half take however few the tokens are: the host's `calls`; and
+    each matmul reads its weight, and adds to a gradient as large (simulate/work.py)."""
+    if machine.cluster.piece_seconds is not None:
+        return calls[0], calls[1], 0.0
+    read = grown = 0.0
+    for op in block.ops():
+        if op.kind in MATMULS:
+            w = block.tensors[op.weights[0]]
+            read += tensor_bytes(w, laid.sizes)
+            grown += 0 if op.frozen else STATE_BYTES * w.local(laid.sizes)
+    return max(calls[0], read / machine.memory_rate), calls[1], grown / machine.memory_rate
 
 
 def _of_experts(weight: Tensor) -> bool:

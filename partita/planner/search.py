@@ -199,7 +199,7 @@ class Search:
                 continue
             kind = self.bounds.lies(mesh, leaf).kind
             if kind not in known:
-                known[kind] = self.bounds.rough(mesh, table, leaf, sizes) + least.once
+                known[kind] = self.floors.behind(mesh, table, leaf, least)
             seconds = np.maximum(known[kind], bound)
             good = (seconds < self._cut).nonzero()[0]
             if not len(good):
@@ -288,24 +288,31 @@ class Search:
     def _states(self, node: Node) -> Iterator[Node]:
         """How states are cut."""
         (table, stages, probe), b, m = self._parts(node), self.bounds, node.mesh
-        named = (node.leaf.schedule, node.leaf.virtual)
+        named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        quick = b.quick(table, m, named, count)
         for dp_shard, zero in self.space.states(m, node.shape):
             cut = zero if dp_shard > 1 else 0
             shards = b.shards(m, node.shape, dp_shard)
+            at = b.meetings(m, node.shape, dp_shard, cut)
+            least = quick(at, cut)
+            if least >= self._cut:
+                continue
+            once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
+            if least + once >= self._cut:
+                continue
             num_bytes = b.memory(stages, probe, cut, shards) + b.beside(table, cut, shards)
             if num_bytes > self.bounds.limit_bytes:
                 self._refuse("memory", 1)
                 continue
-            at = b.meetings(m, node.shape, dp_shard, cut)
-            slower = b.sharded(table, len(stages), at, cut)
-            seconds = b.pipeline(slower, m, named, self._microbatches(node))
-            once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
+            seconds = least
+            if cut > 1:
+                seconds = b.pipeline(b.sharded(table, len(stages), at, cut), m, named, count)
             yield replace(
                 node,
                 level=5,
                 leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero),
                 leaves=1,
-                seconds=max(node.seconds, seconds + once),
+                seconds=max(node.seconds, least + once, seconds + once),
                 once=once,
                 num_bytes=num_bytes,
             )

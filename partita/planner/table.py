@@ -22,8 +22,10 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 class Cost:
     """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
     rest; of each layer's largest unit parameters and gradients, of the rest and of experts; seconds that
-    rows `travel` to experts and back; what lives `inside` one op of a block, which does not add up; and of
-    forward and of backward the compute, with what it waits for (`rooms`: more may run beside that)."""
+    rows `travel` to experts and back; what lives `inside` one op of a block, which does not add up; of
+    forward and of backward the compute, with what it waits for (`rooms`: more may run beside that); and what
+    forward, backward and its weight half take at `least`, however few the tokens are: the host starts every
+    kernel, weights are read, their gradients written."""
 
     forward: float
     input: float
@@ -35,6 +37,7 @@ class Cost:
     travel: float = 0.0
     inside: float = 0.0
     rooms: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    least: Three = (0.0, 0.0, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -53,12 +56,12 @@ class Cost:
     def row(self) -> tuple[float, ...]:
         """What adds up in one row, as the columns below name it."""
         parts = (self.forward, self.input, self.weight, self.kept)
-        return (*parts, *self.states, *self.experts, *self.units, self.travel)
+        return (*parts, *self.states, *self.experts, *self.units, self.travel, *self.least)
 
 
 # columns of a row, or of rows of stages
 TIMES, KEPT, REST, EXPERTS, UNITS = slice(0, 3), 3, slice(4, 7), slice(7, 10), slice(10, 14)
-TRAVEL = 14
+TRAVEL, LEAST = 14, slice(15, 18)
 
 
 class Proportions:
@@ -176,24 +179,39 @@ class Rough:
         self.kind = (self.split, virtual, vee, both, self.paired)  # of those with the same bounds
 
     def times(self, stages: np.ndarray) -> np.ndarray:
-        """[stage, 3]: F, I, W of stages at least, where another microbatch's compute hides what it can."""
-        found = stages[:, TIMES].copy()
-        found[:, 1] -= HIDES * self.paired * stages[:, TRAVEL]
+        """[stage, 6]: F, I, W of stages at least, where another microbatch's compute hides what it can; and
+        what forward, backward and its weight half of any microbatch take."""
+        found = np.concatenate([stages[:, TIMES], stages[:, LEAST]], 1)
+        if self.paired:
+            found[:, 1] -= HIDES * stages[:, TRAVEL]
+            found[stages[:, TRAVEL] > 0, 4:] = 0.0
         return found
 
     def __call__(self, stages: np.ndarray, micros: np.ndarray, samples: int) -> np.ndarray:
-        """Seconds at least for each size; `stages` [stage, 3]: F, I, W of a sample."""
-        forward, back, weight = stages.T
-        through = back if self.split else back + weight
-        before_f = (np.cumsum(forward) - forward)[self.held]
-        before_b = (np.cumsum(through) - through)[self.held]
-        work = samples * np.cumsum(stages.sum(1)[self.held] * self.share, 1)
-        halves = work
-        if self.split:
-            halves = samples * np.cumsum((forward + back)[self.held] * self.share, 1)
-        first = before_f[..., None] * micros + work[..., None]
-        second = (before_f + before_b)[..., None] * micros + halves[..., None]
-        return np.maximum(first, second).max((0, 1))
+        """Seconds at least for each size; `stages` [stage, 6]: F, I, W of a sample, and what a
+        microbatch takes at least."""
+        return np.maximum(*self.both(stages, micros, samples))
+
+    def both(
+        self, stages: np.ndarray, micros: np.ndarray, samples: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The two bounds that those are the larger of: all of a rank's work behind its first forward; and
+        what of it is not a weight half, between the head and the tail."""
+        f, i, w, least_f, least_b, least_w = stages.T[..., None]
+        forward, back = np.maximum(f * micros, least_f), i * micros
+        whole = np.maximum(np.maximum((i + w) * micros, back + least_w), least_b)  # [stage, size]
+        through = back if self.split else whole
+        before_f = (np.cumsum(forward, 0) - forward)[self.held]
+        before_b = (np.cumsum(through, 0) - through)[self.held]
+        times = samples / micros * self.share
+        work = times * np.cumsum((forward + whole)[self.held], 1)
+        halves = times * np.cumsum((forward + back)[self.held], 1) if self.split else work
+        return (before_f + work).max((0, 1)), (before_f + before_b + halves).max((0, 1))
+
+    def fewest(self, split: Sequence[int]) -> float:
+        """Layers that a microbatch meets on the rank with fewest, over those of an even split."""
+        layers = np.array(split)[self.held].sum(1) * self.share
+        return float(layers.min() * len(layers) / sum(split))
 
 
 def probe_of(schedule: Schedule) -> Probe:

@@ -55,6 +55,7 @@ class StageTime:
     host_forward_s: float = 0.0
     host_backward_s: float = 0.0
     paths_s: tuple[float, float] = (0.0, 0.0)  # forward and backward, at least (links.path_seconds)
+    calls_s: tuple[float, float] = (0.0, 0.0)  # of the host, for all that it starts
 
     @property
     def backward_s(self) -> float:
@@ -207,6 +208,7 @@ def stage_time(
     return StageTime(
         total["F"], total["I"] + total["again"], total["W"], dict(comm["F"]), dict(comm["B"]),
         total["host F"], total["host B"], (total["path F"], total["path B"]),
+        (total["calls F"], total["calls B"]),
     )  # fmt: skip
 
 
@@ -260,7 +262,8 @@ def _part_time(
                 seen[where][axis] += s * share / own[name].seconds
     for where in ("F", "B"):
         busy = compute[where] + sum(seen[where].values())
-        found[f"host {where}"] = max(launches[where] * era.host_s - busy, 0.0)
+        found[f"calls {where}"] = launches[where] * era.host_s
+        found[f"host {where}"] = max(found[f"calls {where}"] - busy, 0.0)
     return found, {where: dict(axes) for where, axes in seen.items()}
 
 

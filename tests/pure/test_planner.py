@@ -3,7 +3,6 @@
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from drawn_plans import random_leaf, wide
 
@@ -71,8 +70,9 @@ def bounds_hold(search: Search, node: Node) -> bool:
         b.coarse(mesh),
         b.coarse(mesh, shape, paired),
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[at],
-        b.rough(mesh, endless, named, np.array(micros))[at] + least.once[at],
+        search.floors.behind(mesh, endless, named, least)[at],
         least.seconds[at],
+        b.quick(table, mesh, named, m)(meetings, cut) + once,
         b.pipeline(slower, mesh, named, m) + once,
         b.played(slower, mesh, named, m) + once,
         laid_s,
