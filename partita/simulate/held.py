@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from partita.parallel.laid import Laid
-from partita.parallel.precision.rules import words_to_undo
+from partita.parallel.precision.rules import is_before
+from partita.parallel.read import tensor_bytes
 from partita.record.ledger import CATEGORIES, Ledger
 from partita.record.span import Span
 from partita.schedule.clock import held_over_time
@@ -107,11 +108,10 @@ def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
     """Who holds a place's peak: the ledger's sum by finer names, largest first."""
     at = {c: ledger.at_peak.get(c, 0) for c in CATEGORIES}
     request, stages = laid.request, laid.stages_of(place)
-    masters = 0
-    words, narrow = request.state_words, request.plan.precision.dtype not in ("fp32", "fp64")
-    undo = words_to_undo(request)
-    saved = at["optimizer"] * undo // max(words + narrow + undo, 1)
-    if narrow:
+    masters, words, precision = 0, request.state_words, request.plan.precision
+    before = [t for s in stages for b in s.blocks for n, t in b.tensors.items() if is_before(n)]
+    saved = sum(tensor_bytes(t, laid.sizes) for t in before if t.arena == "device")
+    if precision.dtype not in ("fp32", "fp64") and precision.rounding == "nearest":
         masters = (at["optimizer"] - saved) // (words + 1)
     worst = max((b for s in stages for b in s.blocks), key=lambda b: transient_bytes(b, laid.sizes))
     lent = max((lent_parts(s.blocks, request.plan) for s in stages), key=lambda x: sum(x.values()))

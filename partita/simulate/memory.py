@@ -82,7 +82,7 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     found = Counter[str]()
     for block, times in every:
         found.update({c: times * n for c, n in state_bytes(block, laid.sizes, arena).items()})
-    states = [t for b, _ in every for t in b.tensors.values() if t.role == "optimizer"]
+    states = [t for b, _ in every for n, t in b.tensors.items() if n.endswith(".optimizer")]
     if arena_of(laid.request.plan, "activations") == arena:
         sizes = away.slots(laid, place)
         peak = away.away_peak(laid, place, laid.schedule)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from partita.parallel.offload.arenas import Arenas
-from partita.parallel.offload.cpu import GRADIENT, MASTER, Away, Chunk, HostStream
+from partita.parallel.offload.cpu import GRADIENT, MASTER, WORKING, Away, Chunk, HostStream
 from partita.parallel.offload.nvme import DiskGradients, DiskStream
 from partita.parallel.units import Away as Gradients
 from partita.parallel.units import Unit
 from partita.train.optim import PartOptimizer, state_names
+from partita.train.places import Places
 from partita.train.slots import Slot
 from partita.train.stochastic import Rounding
 
@@ -33,6 +34,7 @@ class AwayUpdate:
     units: Sequence[Unit]
     gradients: DiskGradients | None = None  # where they are read from, if from disk
     rounding: Rounding | None = None  # of weights without masters
+    places: Places | None = None  # where it may be undone
 
     def run(
         self, draw: int, lr: float, factor: float, balance: Callable[[Tensor, Tensor], None],
@@ -50,7 +52,8 @@ class AwayUpdate:
                     balance(master, gradient)
                 else:
                     if factor != 1:
-                        gradient.mul_(factor)
+                        keep = self.places is not None
+                        gradient = gradient * factor if keep else gradient.mul_(factor)
                     done = int(self.optimizer.state[slot.master].get("step", 0))
                     self.parts.step((master, gradient, part), slot.decays, done, lr)
                 if self.rounding is not None:
@@ -60,6 +63,15 @@ class AwayUpdate:
         for slot in (s for unit in units for s in self.slots[unit]):
             if "step" in self.optimizer.state[slot.master]:
                 self.optimizer.state[slot.master]["step"] += 1
+        if self.places is not None:
+            self.places.change()
+
+    def undo(self) -> None:
+        """The last update has not been; counts of steps are the caller's."""
+        assert self.places is not None, "it leaves nothing of before"
+        self.places.change()
+        for away in self.stream.aways:
+            self.stream.link.up_again(away)
 
     def norms(self, counted: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
         """The 2-norms of gradients in a file, a chunk of each at a time."""
@@ -88,10 +100,10 @@ def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
 def make_away(
     arenas: Arenas, slots: Mapping[str, Sequence[Slot]], units: Sequence[Unit],
     optimizer: torch.optim.Optimizer, train: TrainSpec, gradients: Gradients | None,
-    rounding: Rounding | None,
+    rounding: Rounding | None, places: Places | None = None,
 ) -> AwayUpdate | None:  # fmt: skip
     """Allocates moments beside the masters; None where the optimizer lies on the device. `gradients`: where
-    they lie, if elsewhere too. `rounding`: there are no masters."""
+    they lie, if elsewhere too. `rounding`: there are no masters. `places`: an update may be undone."""
     elsewhere = arenas.elsewhere()
     if "optimizer" not in elsewhere:
         return None
@@ -103,14 +115,22 @@ def make_away(
         given = {GRADIENT: unit.gradient} if "gradients" in elsewhere else {}
         working = "parameters" in elsewhere and unit.spec.stage == 3
         held = states if rounding is not None else {MASTER: unit.master, **states}
-        aways.append(Away(unit, held, given, working))
+        second = {} if places is None else places.beside("optimizer", held)
+        if places is not None and rounding is not None and working:
+            second |= places.beside("parameters", {WORKING: unit.shard})
+        aways.append(Away(unit, held, given, working, second))
         for slot in slots[unit.name]:
+            part = slot.part
+            if second and (rounding is None or working):
+                places.follow(slot.master, unit.master, part)
             if slot.balances:
                 continue
-            part = slice(slot.start, slot.start + slot.master.numel())
             own = {n: t[part] for n, t in states.items()}
+            for n in own if second else ():
+                places.follow(own[n], states[n], part)
             count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
             optimizer.state[slot.master] = own | count
     parts = PartOptimizer(train, aways[0].unit.gradient.dtype)
     away = gradients if isinstance(gradients, DiskGradients) else None
-    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, units, away, rounding)
+    stream = arenas.stream(aways)
+    return AwayUpdate(stream, slots, optimizer, parts, units, away, rounding, places)

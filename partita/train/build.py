@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, lay
 from partita.parallel.offload.arenas import Arenas
 from partita.parallel.offload.cpu import Moves
-from partita.parallel.precision.fp8 import product_of
+from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
 from partita.simulate.away import slots
@@ -195,12 +195,12 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     """Units, blocks, executors and reducer of this rank's stages; `fill` sets the units' masters."""
     place, precision = context.coords["pp"], job.plan.precision
     flows = laid.schedule.is_asynchronous
-    dtype, product = DTYPES[precision.dtype], partial(product_of, precision)
+    dtype, products = DTYPES[precision.dtype], Products(precision)
     moves = Moves(context.recorder, context.where)
     arenas = Arenas.of(job.plan, context.where, moves, job.cluster.disk_folder)
     elsewhere = arenas.elsewhere()
     units = make_units(
-        laid, context.rank, dtype, context.device, WeightQueue(), product,
+        laid, context.rank, dtype, context.device, WeightQueue(), products.of,
         flows or "optimizer" in elsewhere, elsewhere,
     )  # fmt: skip
     for unit in units:
@@ -217,7 +217,7 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     row = [block for stage in blocks.values() for block in stage]
     model = Model(
         laid, context, place, row, units, executor, reducer, parameters, step_comms(laid, context),
-        make_evaluator(executor), arenas=arenas,
+        make_evaluator(executor), arenas=arenas, products=products,
     )  # fmt: skip
     if flows:
         model.flow = make_flow(executor, laid, units, parameters, "optimizer" in elsewhere)

@@ -51,20 +51,25 @@ class Found:
 
 @dataclass
 class Saved:
-    """Copies of what an update changes: masters, states, under a loss scale gradients; and counts."""
+    """Copies of what an update changes on the device: masters, states, under a loss scale gradients; and
+    counts. What lies elsewhere keeps what was before in a second place."""
 
     update: Update
 
     def __post_init__(self) -> None:
-        update = self.update
-        scaled = update.model.scaler is not None
-        self._changed = [slot.master for slot in update.slots]
+        update, places = self.update, self.update.places
+        here = update.away is None  # states and gradients
+        scaled = here and update.model.scaler is not None
+        self._changed = [
+            s.master for s in update.slots if places is None or not places.holds(s.master)
+        ]
         self._changed += [slot.gradient for slot in update.slots if scaled]
         self._copies = [torch.empty_like(x) for x in self._changed]
-        own = [slot.master for slot in update.slots if not slot.balances]
+        names = state_names(update.train) if here else ()
         self._states = {
-            x: {name: torch.empty_like(x) for name in state_names(update.train)} for x in own
-        }
+            s.master: {name: torch.empty_like(s.master, dtype=s.gradient.dtype) for name in names}
+            for s in update.slots if not s.balances
+        }  # fmt: skip
         self._steps: dict[Tensor, Any] = {}
 
     def tensors(self) -> list[Tensor]:
@@ -89,6 +94,10 @@ class Saved:
         update = self.update
         for x, copy in zip(self._changed, self._copies, strict=True):
             x.copy_(copy)
+        if update.away is not None:
+            update.away.undo()
+        elif update.places is not None:
+            update.places.change()
         states = update.optimizer.state
         for master, copies in self._states.items():
             if master not in self._steps:
@@ -119,6 +128,7 @@ class _Pending:
     sent: Handle | None
     updated: bool
     scale: float
+    scales: list[Any]  # what those of fp8 had seen before the forwards that follow
 
 
 @dataclass
@@ -180,8 +190,10 @@ class Guess:
         if right:
             update.finish(0.0)
         else:
-            model.parameters.refresh()
-        self._pending = _Pending(batch.step, loss, handle, routed, sent, right, scale)
+            model.parameters.refresh(rounded=update.away is not None)
+        self._pending = _Pending(
+            batch.step, loss, handle, routed, sent, right, scale, model.products.seen()
+        )
         return math.nan
 
     def _hand_on(self, own: Tensor) -> tuple[float, Handle | None]:
@@ -212,7 +224,7 @@ class Guess:
         model.routed, norm = pending.routed(), scaled / pending.scale
         held = math.isfinite(loss) and math.isfinite(norm) and not update.clips(norm)
         if not held:
-            self._undo(pending.updated)
+            self._undo(pending)
             self._finite_loss(pending.loss, pending.step)
             norm = update.finish(scaled)
         self.found = Found(pending.step, loss, norm, update.lr, held)
@@ -222,12 +234,13 @@ class Guess:
             model.begin_forwards()
         return held
 
-    def _undo(self, updated: bool) -> None:
-        """Weights, states and counts are those before the update."""
-        if updated:
+    def _undo(self, pending: _Pending) -> None:
+        """Weights, states and counts are those before the update, fp8's scales those before the forwards."""
+        if pending.updated:
             self.saved.restore()
+        self.model.products.restore(pending.scales)
         self.model.parameters.forget()
-        self.model.parameters.refresh()
+        self.model.parameters.refresh(rounded=self.update.away is not None)
 
     def _sum_loss(self, loss: Tensor) -> Handle:
         """The loss of all ranks, on every rank, under way; those that have none bring zero."""

@@ -27,6 +27,11 @@ class Slot:
     unit: str
 
     @property
+    def part(self) -> slice:
+        """Its elements of what is stored of the unit."""
+        return slice(self.start, self.start + self.master.numel())
+
+    @property
     def balances(self) -> bool:
         """Whether it is a router's bias, which no optimizer moves."""
         return self.name.endswith(BALANCE_BIAS)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.offload.arenas import Arenas
 from partita.parallel.pp.executor import Executor
 from partita.parallel.pp.versions import Flow, Versions
+from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
 from partita.train.away import AwayUpdate, make_away
@@ -40,9 +40,10 @@ from partita.train.optim import (
     norm_of,
     set_learning_rate,
 )
+from partita.train.places import Places
 from partita.train.routing import begin_routing, sum_routing
 from partita.train.slots import BALANCE_BIAS, Slot, slots_of
-from partita.train.stochastic import Rounding, StochasticUpdate
+from partita.train.stochastic import Rounding, StochasticUpdate, shards_of
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Model:
     flow: Flow | None = None  # under an asynchronous schedule
     guess: Guess | None = None  # where updates are made before the norm is known
     arenas: Arenas = field(kw_only=True)  # what lies elsewhere than on the device
+    products: Products = field(kw_only=True)  # how its weights are multiplied
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -249,6 +251,7 @@ class Update:
     lr: float = field(default=0.0)
     away: AwayUpdate | None = None  # of states that lie elsewhere than on the device
     rounded: StochasticUpdate | None = None  # of weights without masters
+    places: Places | None = None  # of what lies elsewhere, where an update may be undone
 
     def step(self) -> float:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
@@ -303,7 +306,7 @@ class Update:
         self.apply_to(versions)
 
     def apply_to(self, versions: Versions) -> None:
-        """Updates the masters of a stage's weights, at the rate of the step under way."""
+        """Updates a stage's masters, at the rate of the step under way."""
         flow, names = self.model.flow, {unit.name for unit in versions.units}
         assert flow is not None, "a step that flushes has one update of all"
         draw = self.updates * flow.per_step + flow.number(versions) + 1
@@ -380,13 +383,15 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     away, optimizer = model.reducer.away, update.optimizer
     stochastic = model.laid.request.plan.precision.rounding == "stochastic"
     rounding = Rounding(model.laid, model.context) if stochastic else None
-    update.away = make_away(model.arenas, by_unit, trained, optimizer, train, away, rounding)
+    undoes = model.laid.request.plan.pipeline.post_validation
+    update.places = places = Places(model.arenas) if undoes else None
+    update.away = make_away(
+        model.arenas, by_unit, trained, optimizer, train, away, rounding, places
+    )
     if rounding is not None and update.away is None:
-        lie = model.parameters.away
-        away_from = [u for u in trained if u.spec.stage == 3] if lie is not None else []
-        bring = {u.name: partial(lie.bring, u) for u in away_from if lie is not None}
-        update.rounded = StochasticUpdate(rounding, slots, optimizer, train, bring)
-    if model.laid.request.plan.pipeline.post_validation:
+        shards = shards_of(model.parameters, trained, slots, places)
+        update.rounded = StochasticUpdate(rounding, slots, optimizer, train, shards)
+    if undoes:
         model.guess = Guess(model, update)
     if model.flow is not None:
         model.executor.update = lambda stage: update.advance()

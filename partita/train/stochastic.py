@@ -14,7 +14,7 @@ fp64 but that weights are what bf16 holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,12 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.comm.seeds import rounded_box
+from partita.parallel.dp.zero import Parameters
 from partita.parallel.laid import Laid
+from partita.parallel.units import Shards, Unit
 from partita.spec.layout import range_boxes
 from partita.train.optim import PartOptimizer, state_names
+from partita.train.places import Places
 from partita.train.slots import Slot
 
 if TYPE_CHECKING:
@@ -55,16 +58,55 @@ class Rounding:
                     at = part.stop
 
 
+@dataclass(frozen=True)
+class ShardsAway:
+    """Shards of weights without masters that lie elsewhere than on the device: of `units` by name, through
+    `lie`. `second`: where an update goes that may be undone."""
+
+    units: Mapping[str, Unit]
+    lie: Shards | None = None
+    second: Mapping[str, Tensor] = field(default_factory=dict)
+    places: Places | None = None
+
+    def bring(self, unit: str) -> Tensor | None:
+        """A copy on the device; None where it is there."""
+        return self.lie.bring(self.units[unit]) if self.lie and unit in self.units else None
+
+    def goes_to(self, slot: Slot) -> Tensor:
+        """Where the updated weights of a slot belong."""
+        return self.second[slot.unit][slot.part] if slot.unit in self.second else slot.master
+
+    def change(self) -> None:
+        """The update is over."""
+        if self.places is not None:
+            self.places.change()
+
+
+def shards_of(
+    parameters: Parameters, units: Sequence[Unit], slots: Sequence[Slot], places: Places | None
+) -> ShardsAway:
+    """Those of a rank's units; `places`: an update may be undone."""
+    if parameters.away is None:
+        return ShardsAway({})
+    own = {unit.name: unit for unit in units if unit.spec.stage == 3}
+    second = {}
+    if places is not None:
+        second = places.beside("parameters", {n: unit.shard for n, unit in own.items()})
+        for slot in (s for s in slots if s.unit in own):
+            places.follow(slot.master, own[slot.unit].shard, slot.part)
+    return ShardsAway(own, parameters.away, second, places)
+
+
 @dataclass
 class StochasticUpdate:
     """Updates `slots`, whose masters are the working weights; moments lie in `optimizer`, which is never
-    stepped itself. `bring`: a unit's shard from where it lies, by its name, if that is not the device."""
+    stepped itself. `shards`: those that lie elsewhere."""
 
     rounding: Rounding
     slots: Sequence[Slot]
     optimizer: torch.optim.Optimizer
     train: TrainSpec
-    bring: Mapping[str, Callable[[], Tensor]]
+    shards: ShardsAway
 
     def __post_init__(self) -> None:
         wide = {slot.gradient.dtype for slot in self.slots} or {torch.float32}
@@ -81,16 +123,12 @@ class StochasticUpdate:
     ) -> None:  # fmt: skip
         """An update of some slots, a unit's together: gradients times `factor`, weights rounded by number
         `draw`. `balance(master, gradient)` moves a router's bias."""
-        unit, brought = "", None
+        unit, shards = "", self.shards
+        brought: Tensor | None = None
         for slot in slots:
             if slot.unit != unit:
-                unit, brought = (
-                    slot.unit,
-                    self.bring[slot.unit]() if slot.unit in self.bring else None,
-                )
-            here = slot.master
-            if brought is not None:
-                here = brought[slot.start : slot.start + slot.master.numel()]
+                unit, brought = slot.unit, shards.bring(slot.unit)
+            here = slot.master if brought is None else brought[slot.part]
             wide = here.to(slot.gradient.dtype)
             if slot.balances:
                 balance(wide, slot.gradient)
@@ -104,4 +142,5 @@ class StochasticUpdate:
                 if "step" in state:
                     state["step"] += 1
             for part, near in self.rounding(slot, wide, draw):
-                slot.master[part] = near
+                shards.goes_to(slot)[part] = near
+        shards.change()

@@ -23,6 +23,7 @@ from partita.parallel.offload.rules import CHUNK
 from partita.parallel.units import Unit
 
 MASTER, GRADIENT = "master", "gradient"
+WORKING = "working"  # the working shard, where it lies elsewhere
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class HostArena:
 @dataclass(frozen=True)
 class Away:
     """A unit whose optimizer lies elsewhere: `states` are flat as its shard, the master among them; `given`
-    too, the gradient where it lies there. `working`: so does the working shard."""
+    too, the gradient where it lies there. `working`: so does the working shard. `second`: where an update
+    goes of what it must leave as it was, states or WORKING."""
 
     unit: Unit
     states: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
     working: bool = False
+    second: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """First and end element of each chunk."""
@@ -112,9 +115,18 @@ class Link:
         """The same of a chunk in host memory."""
         return self._wide[: narrow.numel()].copy_(narrow)
 
-    def up(self, unit: Unit, first: int, master: Tensor) -> None:
+    def up(self, away: Away, first: int, master: Tensor) -> None:
         """Rounds a chunk of the master into the working weights."""
-        unit.shard[first : first + master.numel()].copy_(master)
+        shard = away.second.get(WORKING, away.unit.shard)
+        shard[first : first + master.numel()].copy_(master)
+
+    def up_again(self, away: Away) -> None:
+        """The masters are as they were: so are the working weights."""
+        if MASTER in away.states:
+            start, unit = time.perf_counter(), away.unit
+            unit.shard.copy_(away.states[MASTER])
+            if not away.working:
+                self.moves.note("host", f"{unit.name}:reload", unit.shard.nbytes, start)
 
     def note(self, away: Away, start_s: float) -> None:
         """A whole unit has passed."""
@@ -141,12 +153,15 @@ class HostStream:
             start = time.perf_counter()
             for first, end in away.parts():
                 own = {n: t[first:end] for n, t in {**away.states, **away.given}.items()}
+                own |= {
+                    n: away.second[n][first:end].copy_(own[n]) for n in own.keys() & away.second
+                }
                 if GRADIENT not in own:
                     own[GRADIENT] = self.link.down(away.unit, first, end)
                 if MASTER not in own:
                     own[MASTER] = self.link.weights(away.unit, first, end)
                 yield Chunk(away, first, own)
-                self.link.up(away.unit, first, own[MASTER])
+                self.link.up(away, first, own[MASTER])
             self.link.note(away, start)
 
 

@@ -33,6 +33,7 @@ from partita.comm.protocol import Where
 from partita.parallel.offload.cpu import (
     GRADIENT,
     MASTER,
+    WORKING,
     Away,
     Chunk,
     HostArena,
@@ -43,7 +44,6 @@ from partita.parallel.offload.rules import CHUNK, SETS
 from partita.parallel.units import Unit
 
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be whole of
-WORKING = "working"  # a chunk of the working shard, where it lies on disk
 THREADS = 8  # states of chunks read or written at a time
 
 
@@ -205,6 +205,11 @@ class _Part:
         every = {**self.away.states, **self.away.given, WORKING: self.away.unit.shard}
         return every[name][self.first : self.end]
 
+    def goes_to(self, name: str) -> Tensor:
+        """Where the updated state is written."""
+        second = self.away.second.get(name)
+        return self.lies(name) if second is None else second[self.first : self.end]
+
 
 class DiskStream:
     """As HostStream, of states in files: each chunk is read, yielded, and its states written back."""
@@ -249,7 +254,7 @@ class DiskStream:
                 written.append(WORKING)
                 part.buffers[WORKING].tensor[: part.end - part.first].copy_(own[MASTER])
             else:
-                self.link.up(unit, part.first, own[MASTER])
+                self.link.up(part.away, part.first, own[MASTER])
             following = parts[at + SETS] if at + SETS < len(parts) else None
             turns.append(self._turn(following, written, part))
             if part.end == unit.master.numel():
@@ -267,7 +272,7 @@ class DiskStream:
         assert one is not None
         found = []
         for name, buffer in one.buffers.items():
-            out = goes.lies(name) if goes is not None and name in written else None
+            out = goes.goes_to(name) if goes is not None and name in written else None
             into = comes.lies(name) if comes is not None and comes.reads(name) else None
             found.append(self._threads.submit(self._write_then_read, buffer, out, into))
         return found

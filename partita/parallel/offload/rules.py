@@ -165,8 +165,8 @@ def _moving(block: Block, tied: tuple[str, ...], plan: Plan, last: bool) -> Bloc
     for op in block.regions:
         if op.kind == "gather" and arena_of(plan, "parameters") != "device":
             found.setdefault(op.name.rpartition(":")[0], []).extend(_shard_events(op, plan))
-    for name, t in block.tensors.items():
-        if t.role == "optimizer":
+    for name in block.tensors:
+        if name.endswith(".optimizer"):
             unit = name.removesuffix(".optimizer")
             away = unit in found  # its shard, too
             events = [*_gradient_events(unit, block, plan), *_update_events(unit, plan, away)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from partita.base.errors import PartitaError, Problem
-from partita.parallel.read import flops
+from partita.parallel.read import STATES, flops
 from partita.parallel.room import Request, error, region
 from partita.schedule.check import check
 from partita.schedule.ir import Action, Schedule
@@ -132,20 +132,12 @@ def _cannot_undo(job: Request, made: Schedule) -> Iterator[Problem]:
     if not plan.pipeline.post_validation:
         return
     nearest = str(plan.with_("pipeline", post_validation=False))
-    asked, lacks = "pipeline.post_validation=true", "is not available in this version "
+    asked = "pipeline.post_validation=true"
     for wrong, message, limit in (
         (plan.mesh.pp == 1, "saves the wait of one stage for the others' gradient norm: without a pipeline "
          "there is none", "pp > 1"),
         (made.is_asynchronous, f"is of a step that ends with one update: {made.name} updates stage by stage "
          "and has no norm to wait for", "a schedule that flushes"),
-        (plan.offload.to != "none" and set(plan.offload.targets) != {"activations"},
-         f"{lacks}where states lie elsewhere: the copies that undo an update are the device's",
-         "offload:none, or offload.targets=activations"),
-        (plan.precision.rounding == "stochastic", f"{lacks}with weights that are rounded at random",
-         "precision.rounding=nearest"),
-        (plan.precision.dtype == "fp8" and plan.precision.fp8_scaling != "current",
-         f"runs forwards again where it was wrong: fp8's {plan.precision.fp8_scaling} scales would look back "
-         "at the wrong ones", "precision.fp8_scaling=current"),
     ):  # fmt: skip
         if wrong:
             text = f"{asked} {message}"
@@ -356,7 +348,9 @@ def _sum_between(unit: str, kind: str, axis: str) -> Op:
 def _second_holder(block: Block, weight: str, copied: bool) -> Block:
     """It stores nothing, and only gathers for its own forward and backward. Where microbatches go two ways
     (`copied`), one that comes here does not come to the first holder: its gradient is scattered here."""
-    states = {f"{weight}.{role}" for role in ("parameter", "gradient", "optimizer")}
+    states = {
+        n for n, t in block.tensors.items() if n.rpartition(".")[0] == weight and t.role in STATES
+    }
     tensors = {n: t for n, t in block.tensors.items() if n not in states}
     kinds = ("gather", "scatter") if copied else ("gather",)
     regions: list[Op] = []

@@ -39,10 +39,10 @@ BLOCK = 128
 
 @dataclass
 class Eight:
-    """The matmul of rounded inputs; `_seen` holds largest elements by role, where scaling looks back."""
+    """The matmul of rounded inputs; `seen` holds largest elements by role, where scaling looks back."""
 
     plan: PrecisionPlan
-    _seen: dict[str, deque[Tensor]] = field(default_factory=dict)
+    seen: dict[str, deque[Tensor]] = field(default_factory=dict)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """q(x) q(W).T."""
@@ -72,12 +72,37 @@ class Eight:
         return rounded(x, "e5m2" if gradient else "e4m3", largest)
 
     def _looked_back(self, role: str, largest: Tensor) -> Tensor:
-        seen = self._seen.setdefault(role, deque(maxlen=HISTORY))
+        seen = self.seen.setdefault(role, deque(maxlen=HISTORY))
         if self.plan.fp8_scaling == "static" and seen:
             return seen[0]
         before = torch.stack(list(seen)).amax(0) if seen else largest
         seen.append(largest)
         return before
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of a rank's weights, with what their scales look back at."""
+
+    precision: PrecisionPlan
+    made: list[Eight] = field(default_factory=list)
+
+    def of(self, weight: str) -> Product:
+        """How a weight is multiplied, anew for each caller."""
+        product = product_of(self.precision, weight)
+        if isinstance(product, Eight):
+            self.made.append(product)
+        return product
+
+    def seen(self) -> list[dict[str, deque[Tensor]]]:
+        """What was seen so far; empty where nothing looks back."""
+        return [{role: seen.copy() for role, seen in e.seen.items()} for e in self.made]
+
+    def restore(self, before: list[dict[str, deque[Tensor]]]) -> None:
+        """What was seen since has not been."""
+        for eight, seen in zip(self.made, before, strict=True):
+            eight.seen.clear()
+            eight.seen.update(seen)
 
 
 def product_of(precision: PrecisionPlan, weight: str) -> Product:

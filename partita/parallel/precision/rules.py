@@ -65,17 +65,38 @@ def dtypes(dtype: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def words_to_undo(job: Request) -> int:
-    """Words of each parameter that are kept twice where an update may be undone: master, states and, under
-    a loss scale, which the update takes out of it, the gradient."""
-    after = job.plan.pipeline.post_validation
-    return (job.state_words + 1 + (job.plan.precision.dtype == "fp16")) if after else 0
+def is_before(name: str) -> bool:
+    """Whether a tensor is what an update leaves of before."""
+    return name.endswith((".before", ".before_parameter"))
+
+
+def _before(job: Request, block: Block) -> dict[str, Tensor]:
+    """What is kept where an update may be undone, by name. Beside an optimizer's states: these again, the
+    master, and under a loss scale, which an update on the device takes out of it, the gradient. Beside
+    weights that are their own masters: these."""
+    plan, found = job.plan, {}
+    if not plan.pipeline.post_validation:
+        return found
+    alone = plan.precision.rounding == "stochastic"
+    for name, t in block.tensors.items():
+        if t.role != "optimizer":
+            continue
+        unit = name.removesuffix(".optimizer")
+        scaled = plan.precision.dtype == "fp16" and t.arena == "device"
+        count = Dim("words", job.state_words + (not alone) + scaled)
+        before = replace(t, name=f"{unit}.before", dims=(count, t.dims[-1]))
+        found |= {before.name: before} if count.size else {}
+        if alone:
+            like = block.tensors[f"{unit}.parameter"]
+            kept = replace(t, name=f"{unit}.before_parameter", dims=t.dims[-1:])
+            found[kept.name] = replace(kept, dtype=like.dtype, arena=like.arena)
+    return found
 
 
 def lay(job: Request, program: Program) -> Program:
     """Fills every tensor's dtype in; low precision adds a master word to the optimizer's (not where it
-    rounds at random), and so does states or working weights that lie elsewhere; then what
-    `words_to_undo` says. Cut working weights beside masters, both on the device, are not stored."""
+    rounds at random), and so does states or working weights that lie elsewhere. Then what is kept to undo an
+    update. Cut working weights beside masters, both on the device, are not stored."""
     table = dtypes(job.plan.precision.dtype)
     p = job.plan.precision
     narrow = p.dtype not in ("fp64", "fp32") and p.rounding == "nearest"
@@ -86,7 +107,7 @@ def lay(job: Request, program: Program) -> Program:
         working = block.tensors[f"{t.name.removesuffix('.optimizer')}.parameter"]
         apart = p.rounding == "nearest" and {t.arena, working.arena} != {"device"}
         masters = narrow or apart
-        count = Dim("words", job.state_words + masters + words_to_undo(job))
+        count = Dim("words", job.state_words + masters)
         return replace(t, dims=(count, *t.dims[-1:]), dtype=table[t.role])
 
     def stored(t: Tensor, block: Block) -> bool:
@@ -95,8 +116,9 @@ def lay(job: Request, program: Program) -> Program:
         return apart or not narrow or {states.arena, t.arena} != {"device"}
 
     def one(block: Block) -> Block:
-        kept = {n: words(block, t) for n, t in block.tensors.items() if stored(t, block)}
-        return replace(block, tensors=kept)
+        typed = replace(block, tensors={n: words(block, t) for n, t in block.tensors.items()})
+        kept = {n: t for n, t in typed.tensors.items() if stored(block.tensors[n], block)}
+        return replace(block, tensors={**kept, **_before(job, typed)})
 
     step = {n: replace(t, dtype=table[t.role]) for n, t in program.tensors.items()}
     return replace(program.map(one), tensors=step)
