@@ -85,10 +85,11 @@ def plan(
 
 def _measured(job: Job, answer: Answer, count: int) -> Answer:
     """The best plans run, and the fastest of them first; the others follow as they were."""
-    from partita.tune.measure import compared, measure
+    from partita.tune.measure import compared, feed, measure
 
     found = measure(job, answer.plans[:count])
     note(compared(found))
+    note(feed(job, found))
     ran = {m.prediction.plan: (m.step_time_s, m.peak_bytes) for m in found}
     plans = (*(m.prediction for m in found), *answer.plans[count:])
     return replace(answer, plans=plans, measured=ran)

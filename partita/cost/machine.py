@@ -23,6 +23,7 @@ from typing import Any
 from partita.base.errors import UsageError
 from partita.cost.pieces import ATTENTION, Seconds, between, curve, nearest
 from partita.spec.cluster import Cluster
+from partita.spec.corrected import slowed
 
 Curve = tuple[tuple[float, float], ...]
 FILE = Path(__file__).parent / "constants.toml"
@@ -227,7 +228,9 @@ def software_of(name: str, stated: Mapping[str, Any] | None = None) -> Software:
 def machine_of(
     cluster: Cluster, software: str = "current", stated: Mapping[str, Any] | None = None
 ) -> Machine:
-    """The cluster with the constants of its device and of a software era."""
+    """The cluster, as much slower as plans were on it, with the constants of its device and of a software
+    era."""
+    cluster = slowed(cluster)
     class_ = device_class(cluster.device)
     era = software_of(software, stated)
     if class_ == "CPU":

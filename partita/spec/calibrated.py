@@ -15,6 +15,7 @@ from pathlib import Path
 
 from partita.base.config import to_toml
 from partita.spec.cluster import Cluster
+from partita.spec.corrected import corrected
 
 FOLDER = Path("~/.cache/partita/clusters")
 PRESET = "laptop"
@@ -48,12 +49,14 @@ def _processor() -> str:
 
 
 def calibrated(cluster: Cluster, folder: Path = FOLDER) -> Cluster:
-    """The cluster with this host's measured rates, where it has the preset's and the host was measured."""
+    """The cluster with this host's measured rates, where it has the preset's and the host was measured; and
+    with what plans took here at its rates (corrected.py), where any was run and it does not say itself."""
     base = Cluster.load(PRESET)
-    if _rates(cluster) != _rates(base):
+    if cluster.slower != 1.0:
         return cluster
-    path = calibration_path(base, folder)
-    return adopt(cluster, Cluster.load(path)) if path.exists() else cluster
+    if _rates(cluster) == _rates(base) and (path := calibration_path(base, folder)).exists():
+        cluster = adopt(cluster, Cluster.load(path))
+    return corrected(cluster, folder)
 
 
 def _rates(cluster: Cluster) -> tuple[object, ...]:

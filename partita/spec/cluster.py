@@ -92,6 +92,7 @@ class Cluster:
     collective_seconds: Mapping[str, Mapping[str, Mapping[str, float]]] | None = field(
         default=None, hash=False
     )
+    slower: float = 1.0  # so many times what its rates say plans took here (plan --measure)
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, MAX_DEVICES)
@@ -108,6 +109,7 @@ class Cluster:
         ):
             if (value := getattr(self, name)) is not None:
                 _within(name, value, 1, 1e18)
+        _within("slower", self.slower, 0.01, 100)
         _check_matmuls(self.matmul_flops_per_s or {})
         _check_seconds("piece_seconds", self.piece_seconds or {})
         _check_seconds("collective_seconds", self.collective_seconds or {})
@@ -215,6 +217,8 @@ class Cluster:
     def to_toml(self) -> dict[str, Any]:
         """The cluster file with every field stated."""
         table = encode(self)
+        if self.slower == 1.0:
+            del table["slower"]
         if self.nodes:
             for key in ("devices", "device"):
                 del table[key]

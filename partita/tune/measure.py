@@ -2,7 +2,7 @@
 
 Each plan trains the job's model on random tokens over local ranks, in a folder that is thrown away. A step's
 time is the median of those after WARM (the first steps warm up and are recorded); memory is the fullest
-rank's, from its allocator.
+rank's, from its allocator. What was measured is kept, and the next prediction takes it into account.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
 from partita.record.run import read_ranks
 from partita.simulate.predict import Prediction
+from partita.spec.calibrated import FOLDER
+from partita.spec.corrected import PlanRun, learn
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.train.launch import Launcher, Stops
@@ -88,6 +90,30 @@ def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Sto
     times = [json.loads(line)["step_time_s"] for line in lines]
     peaks = [r.ledger.peak_bytes for r in read_ranks(folder) if r.ledger is not None]
     return Measured(prediction, median(times[WARM:] or times), max(peaks, default=0))
+
+
+def feed(job: Job, found: Sequence[Measured], folder: Path = FOLDER) -> str:
+    """Keeps what the plans took beside the calibration (spec/corrected.py), so that what is predicted next
+    of this machine is nearer; says so, with the mean error of these plans before and after."""
+    now, train = job.cluster.slower, job.train
+    runs = [
+        PlanRun(
+            job.model.name, m.prediction.plan, train.seq_len, train.global_batch_size,
+            (m.prediction.step_time_s or 0.0) / now, m.step_time_s,
+        )
+        for m in found
+    ]  # fmt: skip
+    path, slower = learn(replace(job.cluster, slower=1.0), runs, folder)
+    before, after = (_error(found, by) for by in (1.0, slower / now))
+    return (
+        f"steps take {slower:.3f} times what the rates of {job.cluster.name} say (until now {now:.3f}): "
+        f"mean error of these plans {before:.1%} as predicted, {after:.1%} from now on ({path})"
+    )
+
+
+def _error(found: Sequence[Measured], by: float) -> float:
+    """Mean of |predicted / measured - 1|, predictions made longer."""
+    return fmean(abs(by / m.ratio - 1) for m in found)
 
 
 def compared(found: Sequence[Measured]) -> str:

@@ -7,7 +7,9 @@ import pytest
 
 from partita.base.errors import UsageError
 from partita.cli.main import run
+from partita.cost.machine import machine_of
 from partita.simulate.predict import simulate
+from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
 from partita.tune.measure import measure
 
@@ -19,23 +21,15 @@ train = {global_batch_size = 4, seq_len = 32}
 """
 
 
-def test_the_best_plans_are_run_and_the_fastest_is_first(tmp_path: Path, capsys) -> None:
+def test_the_best_plans_are_run_and_the_fastest_is_first(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
     job = tmp_path / "job.toml"
     job.write_text(JOB)
-    words = [
-        "plan",
-        str(job),
-        "--fix",
-        "fp32",
-        "--fix",
-        "2mb",
-        "--forbid",
-        "cp",
-        "--top",
-        "3",
-        "--measure",
-        "2",
-    ]
+    monkeypatch.setenv("HOME", str(tmp_path))  # of a machine that has measured nothing
+    words = (
+        f"plan {job} --fix fp32 --fix 2mb --forbid cp --forbid zero2 --top 3 --measure 2".split()
+    )
     assert run([*words, "--save", str(tmp_path / "best.toml"), "--json"]) == 0
     out, err = capsys.readouterr()
     plans = json.loads(out)["plans"]
@@ -48,6 +42,18 @@ def test_the_best_plans_are_run_and_the_fastest_is_first(tmp_path: Path, capsys)
             plan["memory"]["peak_bytes"], rel=0.1
         )
     assert not list(tmp_path.glob("runs*"))
+    assert "steps take" in err and "from now on" in err
+    errors = []
+    for cluster in (Job.load(job).cluster, calibrated(Job.load(job).cluster)):
+        again = [
+            simulate(Job.load(job, f"plan={p['plan']}"), machine_of(cluster)) for p in plans[:2]
+        ]
+        pairs = zip(again, ran[:2], strict=True)
+        errors.append(sum(abs(p.step_time_s / r["step_time_s"] - 1) for p, r in pairs))
+    assert errors[1] < errors[0]  # what was measured is known from now on
+    assert not list(
+        (tmp_path / ".cache/partita/clusters").glob("*.toml")
+    )  # no calibration is touched
 
 
 def test_more_ranks_than_a_machine_starts_are_refused() -> None:
