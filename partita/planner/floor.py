@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from partita.base.errors import Problem
 from partita.planner.bound import ENDLESS, SLACK, Bounds
-from partita.planner.space import MeshChoice, Shape
+from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.planner.table import HIDES, KEPT, Cost, Table
 from partita.simulate.links import SLOW
 
@@ -111,6 +112,24 @@ class Floors:
         fewest = lies.fewest(b.split(table, lies.num_stages))
         times = fewest * (self.space.batch // mesh.dp) / micros
         return least.behind(b.rough(mesh, table, leaf, micros), lies.split, times)
+
+    def fewer_parts(
+        self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int], paired: bool, cut: float
+    ) -> float:
+        """Seconds of a step at least, as a sequence cut into fewer parts tells: cut further, a sample takes
+        its devices no fewer seconds (more is sent, over links no faster). From the most parts that a table is
+        known of, until they tell `cut` or more; infinite where memory allows no way."""
+        b, seconds = self.bounds, 0.0
+        parts = [(replace(mesh, cp=c), s) for c, s in shape.narrower(mesh.cp)]
+        known = [i for i, (m, s) in enumerate(parts) if b.knows(m, s, Tokens(*mode, ENDLESS))]
+        for narrow, alike in parts[max(known, default=0) :] if cut < np.inf else ():
+            table = b.endless(narrow, alike, mode)
+            if not isinstance(table, Problem):
+                least = self(mesh, shape, table, mesh.cp // narrow.cp, paired)
+                seconds = float(least.seconds.min())
+            if seconds >= cut:
+                break
+        return seconds
 
     def _way(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
         """The cheapest groups for each collective."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -79,6 +81,22 @@ class Node:
     once: float = 0.0  # of the seconds, those that follow the schedule
     paired: bool = False  # its schedules run a backward beside a forward
     rest: tuple[tuple[float, float, int], ...] = ()  # other microbatches: seconds, once, samples
+
+
+# what follows from a node; how many of the nodes are tried, and what is enough of what they give
+Step = tuple[Callable[[Node], Iterable[Node]], int, int]
+
+
+def beam(nodes: Iterable[Node], steps: Iterable[Step], until: float) -> list[Node]:
+    """The nodes that some steps lead to, best first; at each only the most promising are looked into."""
+    now = list(nodes)
+    for step, tried, enough in steps:
+        found: list[Node] = []
+        for node in sorted(now, key=lambda n: n.seconds)[:tried]:
+            if len(found) < enough and time.perf_counter() < until:
+                found += step(node)
+        now = found
+    return sorted(now, key=lambda n: n.seconds)
 
 
 class Queue:

@@ -19,15 +19,15 @@ from partita.cost.machine import machine_of
 from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_bound
 from partita.planner.floor import Floors
-from partita.planner.nodes import ANY, GOALS, HIDDEN, INF, KEEP, Found, Goal, Node, Queue
+from partita.planner.nodes import ANY, GOALS, HIDDEN, INF, KEEP, Found, Goal, Node, Queue, beam
 from partita.planner.space import Leaf, Shape, Space, Tokens, Words
 from partita.planner.table import PAIRED, Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
-USUAL = ("1f1b", "interleaved_1f1b", "zb_v")
-TRIED, SEEN = 60, 2  # nodes of each level, and plans laid, before the search begins
+USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v")
+METHODS = ("ring", "all_gather")
 
 
 class Search:
@@ -78,30 +78,31 @@ class Search:
         return found
 
     def _usual(self, roots: list[Node], until: float) -> list[Node]:
-        """The most promising of plans as they are usually made (all devices, tp within a node and with sp, a
-        ring of two at most): they give the search a best plan to begin with."""
+        """The most promising of plans as they are usually made (all devices, tp within a node and with sp,
+        four parts of a sequence at most): they give the search a best plan to begin with."""
         wide = max((n.mesh.world for n in roots), default=0)
         most = self.job.cluster.devices_per_node
         counted, self._refused = self._refused, Counter()
         nodes: list[Node] = []
         for root in sorted(roots, key=lambda n: n.seconds):
             m = root.mesh
-            common = m.world == wide and m.tp <= most and m.cp <= 2 and (m.sp or m.tp == 1)
+            common = m.world == wide and m.tp <= most and m.cp <= 4 and (m.sp or m.tp == 1)
             if common and time.perf_counter() < until:
                 nodes += [n for n in self._folds(root) if n.tokens.every == 1]
-        steps = (
-            lambda n: (x for x in self._methods(n) if x.shape.method == "ring"),
-            lambda n: self._rough(n, USUAL),
-            lambda n: (x for x in self._scheduled(n) if x.level == 4),
-            self._states,
-            self._played,
-            self._laid,
+        found = beam(
+            nodes,
+            (
+                (lambda n: (x for x in self._methods(n) if x.shape.method in METHODS), 999, 999),
+                (lambda n: self._rough(n, USUAL), 100, 9999),
+                (lambda n: (x for x in self._scheduled(n) if x.level == 4), 999, 50),
+                (self._states, 60, 9999),
+                (self._played, 60, 9999),
+                (self._laid, 9, 2),
+            ),
+            until,
         )
-        for step, most in zip(steps, (*(TRIED,) * 5, SEEN), strict=True):
-            nodes.sort(key=lambda n: n.seconds)
-            nodes = [x for n in nodes[:most] if time.perf_counter() < until for x in step(n)]
         self._refused = counted
-        return sorted(nodes, key=lambda n: n.seconds)[:1]
+        return found[:1]
 
     def _refuse(self, why: Problem | str, leaves: int) -> None:
         self._refused[why if isinstance(why, str) else f"{why.room} {why.rule}"] += leaves
@@ -176,6 +177,10 @@ class Search:
     def _rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         """Schedules, each with its sizes of microbatches, by what a sample costs at least."""
         mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
+        told = self.floors.fewer_parts(mesh, node.shape, mode, node.paired, self._cut)
+        if told >= self._cut:
+            self._refuse("memory", node.leaves if told == INF else 0)
+            return
         table = self.bounds.endless(mesh, node.shape, mode)
         if isinstance(table, Problem):
             self._refuse(table, node.leaves)

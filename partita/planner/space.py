@@ -129,6 +129,16 @@ class Shape:
     ep: int = 1
     etp: int = 1
 
+    def narrower(self, cp: int) -> Iterator[tuple[int, Shape]]:
+        """Fewer parts into which the same method may cut a sequence, each a divisor; a hybrid of but its own
+        ranks of ulysses is ulysses."""
+        for parts in divisors(cp)[1:-1]:
+            if self.method != "hybrid":
+                yield parts, self
+            elif parts % self.ulysses == 0:
+                alone = parts == self.ulysses
+                yield parts, replace(self, method="ulysses", ulysses=1) if alone else self
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
