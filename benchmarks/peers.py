@@ -11,6 +11,7 @@ from benchmarks.plain import Llama, loss_of
 from partita.spec.model import ModelSpec
 
 BATCH = 8
+HF_EXPERTS = "grouped_mm"  # what transformers takes by itself
 
 
 def inputs(s: ModelSpec, seq_len: int):
@@ -34,17 +35,7 @@ def plain(s: ModelSpec, seq_len: int, bf16: bool, checkpointed: bool = False):
     if checkpointed:
         for i, layer in model.layers.items():
             model.layers[i] = Checkpointed(layer)
-    optimizer = _optimizer(model)
-    ids, targets = inputs(s, seq_len)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        with _autocast(bf16):
-            loss = loss_of(model(ids), targets)
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return _alone(model, model, s, seq_len, bf16)
 
 
 class Checkpointed(torch.nn.Module):
@@ -75,13 +66,36 @@ def hugging_face_experts(s: ModelSpec, seq_len: int, bf16: bool):
         max_position_embeddings=seq_len, tie_word_embeddings=False, decoder_sparse_step=1,
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config)
+    return _alone(model, lambda ids: model(ids).logits, s, seq_len, bf16)
+
+
+def deepseek_experts(s: ModelSpec, seq_len: int, bf16: bool):
+    """Transformers' DeepSeek-V2 MoE of the same sizes in every layer of the plain model, one rank."""
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = DeepseekV2Config(
+        hidden_size=s.hidden, moe_intermediate_size=s.expert_ffn_hidden, n_routed_experts=s.experts,
+        n_shared_experts=s.shared_experts, num_experts_per_tok=s.top_k, topk_method="greedy",
+        routed_scaling_factor=s.router_scale, experts_implementation=HF_EXPERTS,
+    )  # fmt: skip
+    model = Llama(s, seq_len, range(s.layers))
+    for layer in model.layers.values():
+        layer.mlp = DeepseekV2Moe(config)
+        for weight in layer.mlp.parameters():  # its stacked ones are memory as it came
+            torch.nn.init.normal_(weight, std=0.02)
+    return _alone(model, model, s, seq_len, bf16)
+
+
+def _alone(model, logits_of, s: ModelSpec, seq_len: int, bf16: bool):
+    """A step of one rank on the whole batch."""
     optimizer = _optimizer(model)
     ids, targets = inputs(s, seq_len)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         with _autocast(bf16):
-            loss = loss_of(model(ids).logits, targets)
+            loss = loss_of(logits_of(ids), targets)
         loss.backward()
         optimizer.step()
 

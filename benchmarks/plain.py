@@ -60,12 +60,13 @@ class Experts(nn.Module):
         self.router = nn.Linear(s.hidden, s.experts, bias=False)
         self.experts = nn.ModuleList(MLP(one) for _ in range(s.experts))
         self.shared = MLP(shared)
-        self.top_k = s.top_k
+        self.top_k, self.normalises = s.top_k, s.normalise_top_k
 
     def forward(self, x):
         flat = x.flatten(0, 1)
         gates, chosen = self.router(flat).float().softmax(-1).topk(self.top_k, -1)
-        gates = gates / gates.sum(-1, keepdim=True)
+        if self.normalises:
+            gates = gates / gates.sum(-1, keepdim=True)
         y = torch.zeros_like(flat)
         for e, expert in enumerate(self.experts):
             token, pick = (chosen == e).nonzero(as_tuple=True)

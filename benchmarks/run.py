@@ -37,6 +37,8 @@ ROWS = (
     ("one rank", "1mb", peers.plain, 1),
     ("experts", "1mb", peers.plain, 1),
     ("experts hf", "1mb", peers.hugging_face_experts, 1),
+    ("experts deepseek", "1mb", peers.plain, 1),
+    ("experts deepseek hf", "1mb", peers.deepseek_experts, 1),
     ("recompute", "1mb recompute:full", peers.recomputed, 1),
     ("dp", "dp2 1mb", peers.ddp, 2),
     ("zero1", "dp_shard2.zero1 1mb", peers.zero1, 2),
@@ -54,14 +56,17 @@ ROWS = (
 )
 
 HEADER = "size", "row", "dtype", "ours ms", "peer ms", "bound ms", "ratio", "95 %", "ours / bound"
-EXPERTS = {"experts": 8, "top_k": 2, "shared_experts": 1}  # each a fourth as wide as the dense mlp
+# experts, and how much narrower than the dense mlp: a few wide ones; DeepSeek-V2-Lite's many narrow ones
+FEW = {"experts": 8, "top_k": 2, "shared_experts": 1}, 4
+MANY = {"experts": 64, "top_k": 6, "shared_experts": 2, "normalise_top_k": False}, 8
 
 
 def job_of(size: str, row: str, plan: str, folder: str) -> Job:
-    """The benchmark's model under a plan; with experts in the row named after them."""
+    """The benchmark's model under a plan; with experts in the rows named after them."""
     model, seq_len = SIZES[size]
     if row.startswith("experts"):
-        model = {**model, **EXPERTS, "expert_ffn_hidden": model["ffn_hidden"] // 4}
+        experts, part = MANY if "deepseek" in row else FEW
+        model = {**model, **experts, "expert_ffn_hidden": model["ffn_hidden"] // part}
         model |= {"qkv_bias": True, "shared_gate": True} if row == "experts hf" else {}
     path = Path(folder) / f"{size}.npy"
     if not path.exists():

@@ -323,14 +323,15 @@ class Matrix:
         """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]: now, or at the W of a
         split backward, which keeps both until then; nothing where it is frozen."""
         if self.trains:
-            self.queue.add(self._add, dy, x)
+            self.queue.add(add_product, self.gradient, dy, x, self.product)
 
-    def _add(self, dy: Tensor, x: Tensor) -> None:
-        """Exact in the compute dtype, added up in the wide one."""
-        if self.gradient.dtype == dy.dtype:
-            self.gradient.addmm_(dy.t(), x)
-        else:
-            self.gradient.add_(self.product.weight_gradient(dy, x))
+
+def add_product(gradient: Tensor, dy: Tensor, x: Tensor, product: Product) -> None:
+    """gradient += dy.T @ x, exact in the compute dtype, added up in the wide one."""
+    if gradient.dtype == dy.dtype:
+        gradient.addmm_(dy.t(), x)
+    else:
+        gradient.add_(product.weight_gradient(dy, x))
 
 
 def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:

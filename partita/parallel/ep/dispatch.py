@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import embedding_bag, one_hot
 
 from partita.comm.protocol import Done, Handle
 from partita.parallel.ep.counts import experts_of
@@ -227,7 +227,7 @@ class Dispatch(torch.autograd.Function):
         """Adds up the gradients of a token, that have come back."""
         (order,) = ctx.saved_tensors
         rows: Rows = ctx.rows
-        return _over_picks(_by_token(rows.arrived(), order, rows)), None
+        return _by_token(rows.arrived(), order, rows), None
 
 
 class Arrive(torch.autograd.Function):
@@ -271,12 +271,7 @@ class Combine(torch.autograd.Function):
         back = rows.arrived()
         ctx.save_for_backward(back, gates, rows.order)
         ctx.rows = rows
-        picks = zip(_by_token(back, rows.order, rows).unbind(1), gates.split(1, -1), strict=True)
-        row, gate = next(picks)
-        total = row * gate
-        for row, gate in picks:
-            total += row * gate
-        return total.to(back.dtype)
+        return _by_token(back, rows.order, rows, gates)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -291,18 +286,14 @@ class Combine(torch.autograd.Function):
         return _token(back), dgates.view(gates.shape), None
 
 
-def _by_token(x: Tensor, order: Tensor, rows: Rows) -> Tensor:
-    """Rows in `order` -> [tokens, top_k, hidden]; zero where none was sent."""
+def _by_token(x: Tensor, order: Tensor, rows: Rows, gates: Tensor | None = None) -> Tensor:
+    """Rows in `order` -> [tokens, hidden]: those of a token, weighed by its gates [tokens, top_k], added up
+    wide and rounded once; what was not sent is zero."""
+    places = torch.arange(rows.slots, device=order.device)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if order.numel() == rows.slots:  # whole rows are faster read by place than written by place
-        places = torch.empty_like(order).scatter_(
-            0, order, torch.arange(rows.slots, device=order.device)
-        )
-        out = x.index_select(0, places)
+        places = torch.empty_like(order).scatter_(0, order, places)
     else:
-        out = x.new_zeros((rows.slots, x.shape[-1])).index_copy_(0, order, x)
-    return out.view(-1, rows.exchange.top_k, x.shape[-1])
-
-
-def _over_picks(x: Tensor) -> Tensor:
-    """[tokens, top_k, hidden] summed over a token's picks, rounded once."""
-    return torch.add(*x.unbind(1)) if x.shape[1] == 2 else x.sum(1)
+        wide = wide.new_zeros((rows.slots, x.shape[-1])).index_copy_(0, order, wide)
+    picks = places.view(-1, rows.exchange.top_k)
+    return embedding_bag(picks, wide, mode="sum", per_sample_weights=gates).to(x.dtype)

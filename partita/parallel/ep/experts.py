@@ -3,43 +3,71 @@ dropped (MegaBlocks, Gale et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from partita.parallel.lora import LowRank
 from partita.parallel.product import PLAIN, Product
-from partita.parallel.units import Matrix, Weight
+from partita.parallel.units import Weight, add_product
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """x [rows, columns], by expert -> [rows, the expert's rows]; `matrices` are the local experts', `low`
-    what LoRA has beside each."""
+    """x [rows, columns], by expert -> [rows, the expert's rows]. `weight` [experts, ..., columns] are the
+    local experts', `products` how each multiplies, `low` what LoRA has beside each."""
 
-    matrices: tuple[Matrix, ...]
+    weight: Weight
+    products: tuple[Product, ...]
     low: tuple[LowRank, ...] = ()
 
     @staticmethod
-    def of(weight: Weight, columns: int = 1, low: LowRank | None = None) -> Grouped:
-        """Stacked experts; `columns` counts the trailing dims that are contracted, `low` is all experts'."""
-        size, width = prod(weight.shape[1:]), prod(weight.shape[-columns:])
-        firsts = range(weight.first, weight.first + prod(weight.shape), size)
-        shape = (size // width, width)
-        matrices = tuple(weight.unit.matrix(weight.name, first, shape) for first in firsts)
-        return Grouped(matrices, () if low is None else low.split(len(matrices)))
+    def of(weight: Weight, low: LowRank | None = None) -> Grouped:
+        """Stacked experts; `low` is all experts'."""
+        experts = weight.shape[0]
+        products = tuple(weight.unit.product_of(weight.name) for _ in range(experts))
+        return Grouped(weight, products, () if low is None else low.split(experts))
 
     @property
     def trains(self) -> bool:
         """Whether something has a gradient: only then x is kept."""
-        return self.matrices[0].trains or any(low.trains for low in self.low)
+        return self.weight.trains or any(low.trains for low in self.low)
 
     def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """`counts` are the rows of each expert."""
         return _Grouped.apply(x, self, counts)  # type: ignore[return-value]
+
+    def multiply(self, x: Tensor, counts: Sequence[int], back: bool) -> Tensor:
+        """x W.T of each expert, or x W on the way `back`. Views are made for all experts at once: with many
+        narrow ones a view takes as long as a product."""
+        weights = self.weight.value.flatten(1, -2)
+        y = x.new_empty((x.shape[0], weights.shape[2 if back else 1]))
+        rights = (weights if back else weights.mT).unbind(0)
+        each = zip(x.split(counts), rights, y.split(counts), self.products, strict=True)
+        for rows, right, out, product in each:
+            if not rows.shape[0]:
+                continue
+            if product is PLAIN:
+                torch.mm(rows, right, out=out)
+            elif back:
+                out.copy_(product.input_gradient(rows, right))
+            else:
+                out.copy_(product.forward(rows, right.t()))
+        return y
+
+    def accumulate(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+        """Adds every expert's gradient: now, or at the W of a split backward, which keeps both until then."""
+        if self.weight.trains:
+            self.weight.queue.add(self._add, dy, x, counts)
+
+    def _add(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+        gradients = self.weight.gradient.flatten(1, -2).unbind(0)
+        each = zip(gradients, dy.split(counts), x.split(counts), self.products, strict=True)
+        for gradient, d, rows, product in each:
+            if rows.shape[0]:
+                add_product(gradient, d, rows, product)
 
 
 class _Grouped(torch.autograd.Function):
@@ -50,10 +78,7 @@ class _Grouped(torch.autograd.Function):
         """An expert after the other."""
         ctx.save_for_backward(x if layer.trains else None)
         ctx.layer, ctx.counts = layer, counts
-        y = x.new_empty((x.shape[0], layer.matrices[0].shape[0]))
-        for m, rows, out in zip(layer.matrices, x.split(counts), y.split(counts), strict=True):
-            if rows.shape[0]:
-                _multiply(m.product, rows, m.value.t(), out, m.multiply)
+        y = layer.multiply(x, counts, back=False)
         for low, rows, out in zip(layer.low, x.split(counts), y.split(counts), strict=False):
             if rows.shape[0]:
                 low.add(out, rows)
@@ -64,29 +89,13 @@ class _Grouped(torch.autograd.Function):
         """Gradient of the rows, then of the weights."""
         (x,) = ctx.saved_tensors
         layer: Grouped = ctx.layer
-        dx = dy.new_empty((dy.shape[0], layer.matrices[0].shape[1]))
-        slopes, outs = dy.split(ctx.counts), dx.split(ctx.counts)
-        for m, d, out in zip(layer.matrices, slopes, outs, strict=True):
-            if d.shape[0]:
-                _multiply(m.product, d, m.value, out, m.back)
-        each = zip(layer.low, slopes, outs, strict=False)
+        counts: Sequence[int] = ctx.counts
+        dx = layer.multiply(dy, counts, back=True)
+        each = list(zip(layer.low, dy.split(counts), dx.split(counts), strict=False))
         dhs = [low.back(d, out) if d.shape[0] else () for low, d, out in each]
         if x is not None:
-            every = x.split(ctx.counts)
-            for m, d, rows in zip(layer.matrices, slopes, every, strict=True):
+            layer.accumulate(dy, x, counts)
+            for (low, d, _), rows, dh in zip(each, x.split(counts), dhs, strict=False):
                 if rows.shape[0]:
-                    m.accumulate(d, rows)
-            for low, d, rows, dh in zip(layer.low, slopes, every, dhs, strict=False):
-                if rows.shape[0]:
-                    layer.matrices[0].queue.add(low.accumulate, d, rows, dh)
+                    layer.weight.queue.add(low.accumulate, d, rows, dh)
         return dx, None, None
-
-
-def _multiply(
-    product: Product, x: Tensor, right: Tensor, out: Tensor, other: Callable[[Tensor], Tensor]
-) -> None:
-    """A plain matmul goes straight to its place."""
-    if product is PLAIN:
-        torch.mm(x, right, out=out)
-    else:
-        out.copy_(other(x))
