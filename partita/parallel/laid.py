@@ -20,6 +20,7 @@ from partita.parallel.dp import rules as dp
 from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
+from partita.parallel.laid_cut import cut
 from partita.parallel.laid_step import step_sums
 from partita.parallel.offload import rules as offload
 from partita.parallel.pp import rules as pp
@@ -35,8 +36,6 @@ from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.passes import with_communication
 from partita.schedule.residence import with_offload
-from partita.spec.families import program as family_program
-from partita.spec.frozen import freeze
 from partita.spec.layout import Layout, Piece, flat_unit, layout_of
 from partita.spec.mesh import Mesh
 from partita.spec.program import Block, Dim, Op, Program, Tensor, distinct, well_formed
@@ -366,22 +365,18 @@ def lay(request: Request) -> Laid:
         noun = "problem" if len(found) == 1 else "problems"
         raise PlanError(f"{request.plan} cannot run this model ({len(found)} {noun})", found)
     plan = request.plan
-    batch = request.micro_batch_size * plan.data_parallel_size
-    program = family_program(request.model, batch, request.seq_len)
-    program = freeze(program, request.frozen)
-    for room in (split, dp, cp, tp, sp, ep, recompute):
-        program = room.lay(request, program)
+    program = recompute.lay(request, cut(request))
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan, two_ways)
     program = precision.lay(request, offload.lay(request, program))
     wrong = [w for b, _ in distinct(program.blocks) for w in well_formed(b)]
     if wrong:
         raise AssertionError("; ".join(wrong))
-    cut = pp.stages(request, program)
+    parts = pp.stages(request, program)
     stages, flats = [], []
     join, moved = dp.Joins(program.tied, plan.sizes), offload.Made()
     joined: dict[tuple[int, ...], tuple[tuple[Flat, ...], tuple[Block, ...]]] = {}
-    for stage in cut:
+    for stage in parts:
         key = tuple(map(id, stage.blocks))
         if key not in joined:  # stages of equal blocks are cut into the same units
             found_flats = dp.flats(stage.blocks, program.tied, plan, request.model.kv_heads)

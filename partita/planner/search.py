@@ -26,7 +26,7 @@ from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
-USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v")
+USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather")
 
 
@@ -53,7 +53,7 @@ class Search:
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
-        for node in self._usual(queue.roots, start + budget_s / 4):
+        for node in self._usual(queue.roots, start + budget_s / 2):
             prediction = self.predict(self.plan(node))
             if prediction.fits and queue.keep(prediction, measures(prediction)):
                 found.first_s = time.perf_counter() - start
@@ -92,8 +92,8 @@ class Search:
         found = beam(
             nodes,
             (
-                (lambda n: (x for x in self._methods(n) if x.shape.method in METHODS), 999, 999),
-                (lambda n: self._rough(n, USUAL), 100, 9999),
+                (lambda n: (x for x in self._methods(n) if x.shape.method in METHODS), 9999, 9999),
+                (lambda n: self._rough(n, USUAL), 999, 400),
                 (lambda n: (x for x in self._scheduled(n) if x.level == 4), 999, 50),
                 (self._states, 60, 9999),
                 (self._played, 60, 9999),
