@@ -169,8 +169,10 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
 
 
 def _read(block: Block, laid: Laid, matmul_dtype: str) -> tuple[BlockWork, tuple[Call, ...]]:
+    """A block's kernels and calls. The head's matmul stays in 16 bits (as precision/fp8.py leaves it)."""
     dtype = laid.request.plan.precision.dtype
-    work = block_work(block, laid.sizes, matmul_dtype or (dtype if dtype == "fp8" else ""))
+    low = matmul_dtype or (dtype if dtype == "fp8" else "")
+    work = block_work(block, laid.sizes, low if block.name != "head" else "")
     return work, tuple(traffic(block, laid.sizes))
 
 
