@@ -126,7 +126,7 @@ def _constants(found: Validation) -> str:
         lines.append(f"| {device} | {' | '.join(f'{values[n]:.4g}' for n in names)} |")
     lines += [
         "",
-        "| software era | fused attention | host seconds a kernel | facts stated by its authors |",
+        "| software era | fused attention | host seconds a kernel | facts |",
     ]
     lines.append("|---|---|--:|---|")
     for era, values in c["software"].items():
@@ -134,8 +134,14 @@ def _constants(found: Validation) -> str:
         lines.append(
             f"| {era} | {'yes' if values['flash'] else 'no'} | {values.get('host_s', 0.0):.3g} | {facts} |"
         )
-    lines += ["", f"Fitted on: {', '.join(c['fitted_on'].get('groups', []))}."]
+    lines += ["", f"Fitted on: {', '.join(c['fitted_on'].get('groups', []))}.", "", *_facts()]
     return "\n".join(lines)
+
+
+def _facts() -> list[str]:
+    """Where the facts of software eras come from; what is not listed is said in partita/cost/machine.py."""
+    lines = ["| fact | where it comes from |", "|---|---|"]
+    return [*lines, *(f"| {name} | {source} |" for name, source in CAUSES["facts"].items())]
 
 
 if __name__ == "__main__":
