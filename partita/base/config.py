@@ -34,9 +34,8 @@ def read_text(path: str | Path) -> str:
         if path.is_dir():
             raise UsageError(f"{path} is a folder, a file is wanted", file=str(path))
         if not path.is_file():
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = did_you_mean(path.name, beside[:1000]).partition("; known")[0]
-            raise UsageError(f"{path}: no such file{near}", file=str(path))
+            what = "no plain file" if path.exists() else f"no such file{_beside(path)}"
+            raise UsageError(f"{path}: {what}", file=str(path))
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UsageError(
@@ -49,6 +48,13 @@ def read_text(path: str | Path) -> str:
     if "\0" in text:
         raise UsageError(f"{path}: cannot be read: it is binary, not text", file=str(path))
     return text
+
+
+def _beside(path: Path) -> str:
+    """The nearest name in the folder; a link to nothing is not what was meant."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    others = [name for name in names[:1000] if name != path.name]
+    return did_you_mean(path.name, others).partition("; known")[0]
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

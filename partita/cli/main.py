@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ import typer
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
 from partita.cli.out import failure_document, note, write_json, write_text
-from partita.comm.processes import torchrun_rank
+from partita.comm.processes import STOPS, torchrun_rank
 
 VERBS = {
     "draw": "Schedules as text, SVG or HTML, side by side.",
@@ -37,6 +38,7 @@ VERBS = {
     "doctor": "Preflight on the real ranks.",
     "validate": "Holds the simulator against published measurements.",
 }
+AGAIN_S = 0.2
 COMPLETION = "_PARTITA_COMPLETE"  # set by the shell while it completes a line
 
 # The errors of a wrong command line share one base; which library owns it depends on typer's version.
@@ -84,8 +86,54 @@ def _options(
     pass
 
 
-def run(arguments: Sequence[str]) -> int:
+class _Stopped(BaseException):
+    """A signal of STOPS came; like KeyboardInterrupt, no handler of errors takes it."""
+
+
+@dataclass
+class Stop:
+    """Takes SIGTERM and Ctrl-C, of which one is enough: the way out. What a signal raises is lost where it
+    meets a destructor, or a library being imported that asks no questions: an alarm raises it anew until
+    the line is left. `number` is the signal's, once one came."""
+
+    number: int = 0
+
+    def listen(self) -> None:
+        """From now on."""
+        for number in STOPS:
+            if (
+                signal.getsignal(number) is not signal.SIG_IGN
+            ):  # as shells have it for what runs behind
+                signal.signal(number, self._take)
+
+    def done(self) -> None:
+        """No more: what was done stays done."""
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def error(self) -> StoppedError:
+        """What the user is told."""
+        name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        return StoppedError(f"stopped by {name}", self.number)
+
+    def _take(self, number: int, _: object) -> None:
+        self.done()
+        self.number = number
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self._again)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
+        raise _Stopped
+
+    def _again(self, *_: object) -> None:
+        if not isinstance(sys.exception(), _Stopped):  # else all is being cleared away
+            raise _Stopped
+
+
+def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     """Runs one command line; its exit code. Errors are printed: text on stderr, `--json` on stdout."""
+    stop = stop or Stop()
     words = list(arguments)
     if COMPLETION in os.environ:
         words = _words_to_complete(os.environ)
@@ -100,8 +148,8 @@ def run(arguments: Sequence[str]) -> int:
         failure: PartitaError = UsageError(_what_to_type(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
         failure = StoppedError("stopped by Ctrl-C", signal.SIGINT)
-    except _Terminated:
-        failure = StoppedError("stopped by SIGTERM", signal.SIGTERM)
+    except _Stopped:
+        failure = stop.error()
     except PartitaError as error:
         failure = error
     except OSError as error:
@@ -109,6 +157,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         note(traceback.format_exc())
         failure = PartitaError(f"our own fault: {type(error).__name__}: {error}")
+    if stop.number and not isinstance(failure, StoppedError):
+        failure = stop.error()  # what a stop interrupts may say anything
     _print_failure(failure, as_json="--json" in arguments)
     return failure.exit_code
 
@@ -158,20 +208,12 @@ def _first_problem(error: PartitaError, below: list[str]) -> list[str]:
     return [first.room, first.message.splitlines()[0] + hint]
 
 
-class _Terminated(BaseException):
-    """SIGTERM came; like KeyboardInterrupt, no handler of errors takes it."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # one is enough: this is the way out
-    raise _Terminated
-
-
 def main() -> None:
     """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
-    code = run(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was done stays done
+    stop = Stop()
+    stop.listen()
+    code = run(sys.argv[1:], stop)
+    stop.done()
     if code and torchrun_rank() is not None:
         sys.stdout.flush()
         os._exit(code)  # gloo's threads may still wait for a lost peer

@@ -3,6 +3,7 @@
 records/prediction.json   every rank's spans, ledger and traffic, as predicted before the run
 records/rank-N.json       the same of rank N, measured in one step
 records/run.json          facts that belong to no rank: machine, unigram entropy, a sample of text
+metrics.jsonl             a line a step (written by train/metrics.py)
 trace.json                all of it for Chrome's and Perfetto's trace viewers
 """
 
@@ -100,6 +101,23 @@ def read_ranks(folder: Path) -> tuple[RankRecord, ...]:
         if match:
             found[int(match[1])] = decode(RankRecord, _load(path), file=str(path))
     return aligned([found[r] for r in sorted(found)])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, none where it is missing. A line that a kill, a power cut or a full disk
+    left half written is no line."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for x in text.splitlines() if (line := _metrics_line(x)) is not None]
+
+
+def _metrics_line(text: str) -> dict[str, Any] | None:
+    import msgspec
+
+    try:
+        line = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def forget_ranks(folder: Path) -> None:

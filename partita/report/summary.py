@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from partita.record.run import (
     RunFacts,
     read_facts,
     read_forecast,
+    read_metrics,
     read_ranks,
 )
 from partita.spec.job import Job
@@ -104,27 +104,11 @@ def read_run(folder: Path) -> RunSummary:
             f"{folder} is no run folder: it has no job.toml (a run's folder is runs/<name>)",
             file=str(folder),
         )
-    path = folder / "metrics.jsonl"
-    metrics = [_line(path, i, x) for i, x in enumerate(_lines(path)) if x.strip()]
     return RunSummary(
         folder,
         Job.load(folder / "job.toml"),
-        tuple(metrics),
+        tuple(read_metrics(folder / "metrics.jsonl")),
         read_forecast(folder),
         read_ranks(folder),
         read_facts(folder),
     )
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-
-
-def _line(path: Path, index: int, text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or "step" not in value:
-        raise UsageError(f"{path}: line {index + 1} is no metrics line", file=str(path))
-    return value

@@ -11,6 +11,7 @@ path outside the folder, a box outside its tensor, a tensor not covered are Chec
 
 from __future__ import annotations
 
+import errno
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,14 +115,12 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a step folder, checked. Raises CheckpointError naming file and tensor."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        manifest = msgspec.json.decode(_raw(path), type=Manifest)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: no readable {MANIFEST} ({error.strerror}): not a whole checkpoint",
             file=str(path),
         ) from error
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path}: not a manifest: {error}", file=str(path)) from error
     for problem, key in (*_entry_problems(manifest), *_cover_problems(manifest)):
@@ -132,6 +131,15 @@ def read_manifest(folder: Path) -> Manifest:
             file=str(path),
         )
     return manifest
+
+
+def _raw(path: Path) -> bytes:
+    """Of an object alone: what is anything else may be endless, or outside the folder."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    with path.open("rb") as file:
+        head = file.read(1)
+        return head + file.read() if head == b"{" else head
 
 
 def box_text(box: Box) -> str:
@@ -185,8 +193,8 @@ def _digest(manifest: Manifest) -> str:
 def _entry_problems(manifest: Manifest):
     if manifest.format != FORMAT:
         yield f"format {manifest.format}; this version reads format {FORMAT}", None
-    files = {f"rank-{rank}.safetensors" for rank in range(manifest.world)}
-    if {held.file for held in manifest.files} != files:
+    files = {f"rank-{rank}.safetensors" for rank in range(len(manifest.files))}
+    if manifest.world != len(files) or {held.file for held in manifest.files} != files:
         yield f"files of {manifest.world} ranks are expected, each once", None
     for entry in manifest.pieces:
         where = f"{entry.role} of {entry.name}[{box_text(entry.box)}]"

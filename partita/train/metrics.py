@@ -19,37 +19,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from partita.base.units import format_seconds
+from partita.record.run import read_metrics
+from partita.train.tokenizer import write_whole
 
 
 class MetricsFile:
     """Appends one JSON object a line; keeps going, with one warning, when the disk refuses."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._warned = path, False
+        self.path, self._failed = path, False
 
     def truncate_after(self, step: int) -> None:
-        """Drops lines of steps that a resumed run does again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text().splitlines()
-        kept = [x for x in lines if x.strip() and json.loads(x)["step"] <= step]
-        self.path.write_text("".join(f"{x}\n" for x in kept))
+        """Drops lines of steps that a resumed run does again, and what is left of a torn one."""
+        if self.path.exists():
+            kept = [x for x in read_metrics(self.path) if x["step"] <= step]
+            write_whole(self.path, "".join(f"{json.dumps(x)}\n" for x in kept).encode())
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One line; a number that is not finite is null."""
         plain = {k: None if x != x or x in (math.inf, -math.inf) else x for k, x in metrics.items()}
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(plain, allow_nan=False) + "\n")
+            with self.path.open("a") as file:  # the line before may end where the disk was full
+                file.write("\n" * self._failed + json.dumps(plain, allow_nan=False) + "\n")
         except OSError as error:
-            if not self._warned:
+            if not self._failed:
                 logging.warning("cannot write %s (%s); training goes on", self.path, error)
-            self._warned = True
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file."""
-    return [json.loads(x) for x in path.read_text().splitlines() if x.strip()]
+            self._failed = True
 
 
 def log_to(path: Path) -> None:

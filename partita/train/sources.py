@@ -113,6 +113,12 @@ def _found(source: str, key: str) -> list[Path]:
             f"{key} = {source!r}: no such file; accepted: {ACCEPTED}", file=source, key=key
         )
     for p in files:
+        if not p.is_file():
+            raise UsageError(
+                f"{key} = {source!r}: {p} is no plain file: it could not be read again and again",
+                file=str(p),
+                key=key,
+            )
         if p.suffix in OTHER_FORMATS:
             raise UsageError(
                 f"{key} = {source!r}: {p.suffix} is not read as text; accepted: {ACCEPTED}",

@@ -16,7 +16,7 @@ from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.parallel.laid import lay
 from partita.record.run import FOLDER as RECORDS
-from partita.record.run import RunFacts, forget_ranks, write_record, write_trace
+from partita.record.run import RunFacts, forget_ranks, read_metrics, write_record, write_trace
 from partita.simulate.forecast import forecast
 from partita.simulate.predict import Prediction, request_of
 from partita.spec.job import Job
@@ -24,7 +24,6 @@ from partita.train.build import fingerprint, open_job_data
 from partita.train.checkpoint import list_checkpoints, newest_complete
 from partita.train.failure import forget
 from partita.train.manifest import read_manifest
-from partita.train.metrics import read_metrics
 from partita.train.optim import state_names
 from partita.train.recorder import machine
 from partita.train.resume import Stated, check_resumes, header, verify_run
@@ -32,6 +31,7 @@ from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
 
 ROOT = Path("runs")
+WRITTEN = ("job.toml", "metrics.jsonl", "trace.json", "failure.json", "sample.txt")
 PROMPT, SAMPLE_TOKENS = "def ", 96
 TEMPERATURE = 0.8  # the likeliest words of a small model repeat themselves
 
@@ -58,6 +58,9 @@ def run_folder(job: Job, fresh: bool) -> Path:
         probe = folder / ".probe"
         probe.write_text("partita")
         probe.unlink()
+        for path in (*map(folder.joinpath, WRITTEN), *(folder / "logs").iterdir()):
+            if path.exists() and not path.is_file():
+                raise WriteError(f"cannot write {path}: it is no plain file", file=str(path))
     except OSError as error:
         raise WriteError(
             f"cannot write the run folder {folder}: {error.strerror}", file=str(folder)
@@ -122,8 +125,7 @@ def answer(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def finished(job: Job, folder: Path, step: int) -> dict[str, Any]:
     """What a finished run answers when it is started again."""
-    path = folder / "metrics.jsonl"
-    lines = [x for x in read_metrics(path) if x["step"] <= step] if path.exists() else []
+    lines = [x for x in read_metrics(folder / "metrics.jsonl") if x["step"] <= step]
     found = lines[-1] if lines else {"step": step}
     return {**answer(job, folder, found), "already_done": True}
 

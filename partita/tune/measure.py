@@ -7,7 +7,6 @@ rank's, from its allocator. What was measured is kept, and the next prediction t
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from partita.base.errors import UsageError
 from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
-from partita.record.run import read_ranks
+from partita.record.run import read_metrics, read_ranks
 from partita.simulate.predict import Prediction
 from partita.spec.calibrated import FOLDER
 from partita.spec.corrected import PlanRun, learn
@@ -86,8 +85,7 @@ def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Sto
     (folder / "logs").mkdir(parents=True)
     prepare(short, prediction, folder, allow_fallback=False)
     Launcher(RunSpec(short, folder), stops).run()
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    times = [json.loads(line)["step_time_s"] for line in lines]
+    times = [line["step_time_s"] for line in read_metrics(folder / "metrics.jsonl")]
     peaks = [r.ledger.peak_bytes for r in read_ranks(folder) if r.ledger is not None]
     return Measured(prediction, median(times[WARM:] or times), max(peaks, default=0))
 

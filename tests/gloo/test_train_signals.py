@@ -148,3 +148,29 @@ def test_one_ctrl_c_to_the_whole_group_saves_and_leaves(launched):
     assert launched.returncode == 130, err
     newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
     assert newest is not None and newest.name == f"step-{steps_done():08d}"
+
+
+LOST = """
+import os, signal, time, typer
+from partita.cli import main
+
+class Meets:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{signal})
+
+class Verb:
+    def main(self, **_):
+        Meets()
+        time.sleep(60)
+
+typer.main.get_command = lambda _: Verb()
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stop_that_the_code_it_meets_swallows_is_no_less_one(name, code):
+    words = [sys.executable, "-c", LOST.replace("{signal}", name)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].startswith("partita: stopped by ")

@@ -48,6 +48,7 @@ USAGE = {
     "device=cuda": ("device", "sees no GPU on this host; accepted here: auto, cpu"),
     "data.source=nowhere.txt": ("data.source", "no such file; accepted: python-stdlib"),
     "data.source=.": ("data.source", "is a folder"),
+    "data.source=pipe.txt": ("data.source", "is no plain file"),
     "data.source=hf:nowhere": ("data.source", "no such data set in"),
     "data.source=nowhere.idx": ("data.source", "no such file"),
     "data.source=tokens:nowhere.npy": ("data.source", "no such file"),
@@ -79,6 +80,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("job.toml").write_text(to_toml(JOB))
     Path("text.txt").write_text("the cat sat on a mat " * 100)
     Path("empty.txt").write_text("")
+    os.mkfifo("pipe.txt")
     Path("short.txt").write_text("hi")
     Path("binary.txt").write_bytes(b"ab\0" * 100)
     Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
@@ -121,6 +123,20 @@ def test_a_wrong_word_is_2_with_its_key(word: str, folder: Path, capsys) -> None
     error = refused(capsys, 2, word)
     assert error["kind"] == "usage" and error["key"] == key, error
     assert text in error["message"]
+
+
+@pytest.mark.parametrize(("job", "text"), [("pipe.txt", "no plain file"), ("link", "no such file")])
+def test_a_job_that_is_no_file_is_2(job: str, text: str, folder: Path, capsys) -> None:
+    Path("link").symlink_to("nowhere")
+    assert command(["train", job]) == 2
+    assert capsys.readouterr().err == f"partita: {job}: {text}\n"
+
+
+def test_a_run_folder_whose_files_are_none_is_73_at_start(folder: Path, capsys) -> None:
+    Path("runs/job").mkdir(parents=True)
+    os.mkfifo("runs/job/metrics.jsonl")
+    assert command(["train", "job.toml"]) == 73
+    assert "metrics.jsonl: it is no plain file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", DATA)

@@ -13,8 +13,10 @@ import pytest
 from saves import alone, files, is_step, save
 
 from partita.base.errors import BusyError, WriteError
+from partita.record.run import read_metrics
 from partita.train import checkpoint
 from partita.train.lock import OWNER, Owner, RunLock
+from partita.train.metrics import MetricsFile
 
 
 @pytest.mark.parametrize("hurt", [0, 1])
@@ -140,3 +142,18 @@ def test_an_owner_on_another_host_is_not_taken_over(tmp_path):
     with pytest.raises(BusyError, match=r"pid 1 on elsewhere.*\.owner\.json"):
         RunLock(tmp_path)
     assert json.loads((tmp_path / OWNER).read_text())["host"] == "elsewhere"
+
+
+def test_a_line_of_metrics_torn_by_a_kill_or_a_full_disk_is_no_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    metrics = MetricsFile(path)
+    metrics.truncate_after(2)
+    with monkeypatch.context() as full:
+        full.setattr(json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+        metrics.write({"step": 2, "loss": 1.5})
+    path.write_text(path.read_text() + '{"step": 2')  # as much of it as there was room for
+    metrics.write({"step": 3, "loss": 1.0})
+    metrics.write({"step": 4, "loss": float("nan")})
+    assert [x["step"] for x in read_metrics(path)] == [1, 3, 4]

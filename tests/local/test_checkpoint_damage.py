@@ -1,5 +1,6 @@
 """A damaged checkpoint is refused with file and tensor named; an older one needs leave."""
 
+import os
 import pickle
 import shutil
 
@@ -44,6 +45,11 @@ def replace_text(old, new):
     return damage
 
 
+def _emptied(path):
+    path.write_bytes(b"")
+    return path
+
+
 DAMAGE = {
     "truncated": (
         lambda p, o: (p / "rank-1.safetensors").write_bytes(
@@ -66,6 +72,28 @@ DAMAGE = {
         r"rank-1\.safetensors: listed",
     ),
     "no manifest": (lambda p, o: (p / "manifest.json").unlink(), "not a whole checkpoint"),
+    "a manifest that never ends": (
+        lambda p, o: (
+            (p / "manifest.json").unlink(),
+            os.mkfifo(p / "manifest.json"),
+        ),
+        "no plain file",
+    ),
+    "a manifest outside": (
+        lambda p, o: (
+            (p / "manifest.json").unlink(),
+            (p / "manifest.json").symlink_to(o / "manifest.json"),
+        ),
+        "no plain file",
+    ),
+    "a huge hole as a manifest": (
+        lambda p, o: os.truncate(_emptied(p / "manifest.json"), 1 << 40),
+        "not a manifest",
+    ),
+    "more ranks than there can be": (
+        lambda p, o: edit(p, lambda held: msgspec.structs.replace(held, world=10**12)),
+        "files of 1000000000000 ranks are expected",
+    ),
     "half a manifest": (
         lambda p, o: (p / "manifest.json").write_bytes((p / "manifest.json").read_bytes()[:300]),
         "not a manifest",
