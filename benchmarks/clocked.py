@@ -2,11 +2,14 @@
 
 Every F, I and W of a stage sleeps SLOT_S, messages and all else are real: gloo between processes, ours and
 torch.distributed.pipelining's in the same ones, in turn. Prints the least makespan of RUNS each, in slots, by
-the clock's, and what the best of each side takes where a rank may hold so many shares of activations.
+the clock's, and what the best of each side takes where a rank may hold so many shares of activations: of ours
+`auto`'s too, on up to four stages a rank; of torch's, where none of its lists fits, GPipe on as many
+microbatches at a time as do. Beside it what no schedule undercuts: a rank's work.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.peers import SCHEDULES
+from partita.base.text import table
 from partita.comm.processes import start_ranks
 from partita.comm.protocol import Where
 from partita.comm.torch import TorchWorld
@@ -30,12 +34,10 @@ from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
 
 SHAPE, SLOT_S, RUNS = (1, 64), 0.02, 3
+STAGES = 4  # of a rank, at most, that auto may make
+SHARES = (1 / 2, 3 / 4, 1)  # of 1F1B's activations, which auto is held to
 OURS = {"gpipe": "gpipe", "1f1b": "1f1b", "interleaved": "interleaved_1f1b", "zero bubble": "interleaved_zb",
         "zbv": "zb_v", "dualpipev": "dualpipev"}  # fmt: skip
-LOW = {
-    "v_half": 3,
-    "v_min": 2,
-}  # that hold less than any of torch's: they run so many microbatches at a time
 
 
 class Input(torch.autograd.Function):
@@ -159,41 +161,63 @@ def void(_: object) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One schedule's spans on a rank: (start, end) of each run, ours and torch's."""
+class Match:
+    """Ours, and torch's beside it: a kind, or how many microbatches its GPipe takes at a time."""
 
     name: str
-    ours: list[tuple[float, float]]
-    theirs: list[tuple[float, float]]
+    made: Schedule
+    kind: str = ""
+    most: int = 0
+
+    @property
+    def share(self) -> float:
+        """Slots that F, I or W of a rank's whole share take."""
+        return float(self.made.virtual_stages)
+
+    @property
+    def held(self) -> float:
+        """The most shares of activations on a rank of ours."""
+        return max(peak_share(self.made))
+
+    def theirs(self) -> Callable[[], None]:
+        """torch's step."""
+        p, m = self.made.num_ranks, self.made.num_microbatches
+        return theirs(self.kind, p, m) if self.kind else in_groups(p, m, self.most)
 
 
-def rank_of(rank: int, writer: Any, folder: str, ranks: int, m: int) -> None:
-    """One of the processes."""
+def matches(p: int, m: int) -> list[Match]:
+    """All that run: the same schedule on both sides, and ours of less memory, each where it exists."""
+
+    def made(name: str, virtual: int, **options: object) -> Schedule:
+        return schedule(name, num_ranks=p, num_microbatches=m, virtual_stages=virtual, **options)
+
+    found = [Match(kind, made(own, SCHEDULES[kind][1]), kind) for kind, own in OURS.items()]
+    low = [(name, made(name, 2)) for name in ("v_half", "v_min")]
+    limits = sorted({max(1.0, share * p) for share in SHARES})
+    low += [(f"auto {limit:g}", made("auto", STAGES, limit=limit)) for limit in limits]
+    return found + [Match(name, s, most=math.floor(max(peak_share(s)) + 1e-9)) for name, s in low]
+
+
+Runs = list[tuple[float, float]]  # start and end of each on one rank
+
+
+def rank_of(rank: int, writer: Any, folder: str, work: list[Match]) -> None:
+    """One of the processes: runs of ours and of torch's for each match."""
     torch.set_num_threads(1)
-    world = TorchWorld(rank, ranks, Path(folder) / "world")
-    rows = []
-    for name in (*OURS, *LOW):
-        steps = [ours(world, made_of(name, ranks, m))]
-        other = theirs(name, ranks, m) if name in OURS else in_groups(ranks, m, LOW[name])
-        steps.append(other)
-        found: list[list[tuple[float, float]]] = [[], []]
+    world = TorchWorld(rank, work[0].made.num_ranks, Path(folder) / "world")
+    rows: list[tuple[Runs, Runs]] = []
+    for match in work:
+        steps, found = (ours(world, match.made), match.theirs()), ([], [])
         for run in range(RUNS + 1):
-            for times, step in zip(found, steps, strict=False):
+            for times, step in zip(found, steps, strict=True):
                 dist.barrier()
                 start = time.perf_counter()
                 step()
                 if run:  # torch's first asks for shapes
                     times.append((start, time.perf_counter()))
-        rows.append(Row(name, *found))
+        rows.append(found)
     writer.send(rows)
     world.close()
-
-
-def made_of(name: str, ranks: int, m: int) -> Schedule:
-    """Our schedule of that name; two stages a rank where torch's has."""
-    own = OURS.get(name, name)
-    virtual = SCHEDULES[name][1] if name in SCHEDULES else 2
-    return schedule(own, num_ranks=ranks, num_microbatches=m, virtual_stages=virtual)
 
 
 def slots(runs: list[list[tuple[float, float]]]) -> float:
@@ -205,34 +229,47 @@ def slots(runs: list[list[tuple[float, float]]]) -> float:
 def main(ranks: int) -> None:
     """Prints the tables."""
     m = 2 * ranks
+    work = matches(ranks, m)
     with tempfile.TemporaryDirectory() as folder:
-        started = start_ranks(ranks, rank_of, (folder, ranks, m), ["torch"])
+        started = start_ranks(ranks, rank_of, (folder, work), ["torch"])
         found = [reader.recv() for _, reader in started]
         for process, _ in started:
             process.join(10)
     print(f"{ranks} ranks, {m} microbatches: slots of {1e3 * SLOT_S:g} ms")
-    print("schedule       clock   ours  torch's  ours / torch's   held")
-    best: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
-    for rows in zip(*found, strict=True):
-        made = made_of(rows[0].name, ranks, m)
-        share = float(made.virtual_stages)
-        want, held = (
-            makespan(clock(made, Costs.equal(made, share, share, share))),
-            max(peak_share(made)),
-        )
-        own = slots([r.ours for r in rows])
-        best["ours"].append((held, own / share))
-        groups, other = LOW.get(rows[0].name), slots([r.theirs for r in rows])
-        other *= share if groups else 1.0  # one stage a rank there: in slots of ours
-        best["theirs"].append((groups or held, other / share))
-        line = f"{rows[0].name:<13}{want:7.1f}{own:7.1f}{other:9.1f}{own / other:16.3f}{held:7.2f}"
-        print(line + (f"   beside gpipe, {groups} microbatches at a time" if groups else ""))
-    print("held at most   ours   torch's    ratio   (F, I and W of a whole share take 3)")
-    for limit in sorted({h for side in best.values() for h, _ in side}):
-        least = [
-            min((t for h, t in side if h <= limit), default=float("nan")) for side in best.values()
-        ]
-        print(f"{limit:<13.2f}{least[0]:7.1f}{least[1]:9.1f}{least[0] / least[1]:10.3f}")
+    best: dict[str, list[tuple[float, float, str]]] = {"ours": [], "theirs": []}
+    rows = []
+    for match, each in zip(work, zip(*found, strict=True), strict=True):
+        share = match.share
+        want = makespan(clock(match.made, Costs.equal(match.made, share, share, share)))
+        own, other = (slots([rank[side] for rank in each]) for side in (0, 1))
+        best["ours"].append((match.held, own / share, match.name))
+        peer = match.kind or f"gpipe, {match.most} at a time"
+        other *= 1.0 if match.kind else share  # one stage a rank there: in slots of ours
+        best["theirs"].append((match.held if match.kind else match.most, other / share, peer))
+        rows.append(
+            (match.name, peer, f"{match.held:.2f}", want, f"{own:.1f}", f"{other:.1f}",
+             f"{own / want:.3f}", f"{own / other:.3f}")
+        )  # fmt: skip
+    print(table(rows, ("ours", "torch's", "held", "clock", "ours", "torch's", "ours / clock",
+                       "ours / torch's")))  # fmt: skip
+    print(f"the best where a rank holds at most so many shares; a rank's work is {3 * m}")
+    rows = []
+    for limit in sorted({held for side in best.values() for held, _, _ in side}):
+        sides = [[(t, name) for h, t, name in side if h <= limit] for side in best.values()]
+        if all(sides):
+            (a, name), (b, peer) = map(min, sides)
+            rows.append(
+                (
+                    f"{limit:.2f}",
+                    name,
+                    peer,
+                    f"{a:.1f}",
+                    f"{b:.1f}",
+                    f"{a / b:.3f}",
+                    f"{3 * m / b:.3f}",
+                )
+            )
+    print(table(rows, ("held", "ours", "torch's", "ours", "torch's", "ratio", "work / torch's")))
 
 
 if __name__ == "__main__":

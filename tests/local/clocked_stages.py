@@ -57,7 +57,7 @@ def clocked_executor(world: LocalWorld, schedule: Schedule, costs: SimpleNamespa
             channels[what, stage] = Channel(made, f"{stage}:send")
     return Executor(
         {s: module(s) for s in schedule.stages_of(world.rank)}, schedule, world.rank, channels,
-        Where(), lambda stage, batch, what: torch.empty(SHAPE), queue,
+        Where(), lambda stage, batch, what: torch.empty(SHAPE), queue, update=lambda stage: None,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ SLOT_S = 0.02
 EVERY = (
     ("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1),
     ("zb_v", 2), ("v_half", 2), ("v_min", 2), ("interleaved_zb", 2), ("dualpipe", 1), ("dualpipev", 2),
-    ("chimera", 1),
+    ("chimera", 1), ("v_2_3", 2), ("pipedream", 1), ("pipedream_2bw", 1), ("forward", 1),
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_clocked_stages_keep_the_order_and_are_never_faster_than_the_clock(name,
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("p", [2, 8])
+@pytest.mark.parametrize("p", [2, 4, 8])
 @pytest.mark.parametrize(("name", "v"), EVERY)
 def test_clocked_stages(name, v, p):
     ratio = best(name, v, p, tries=4)

@@ -3,6 +3,7 @@
 line           stage s -> rank s               one stage a rank
 loop           stage s -> rank s mod p         v stages a rank
 vee            stage s -> min(s, 2p-1-s)       two stages a rank: rank r holds r and 2p-1-r
+wave           down, up, down ...              v stages a rank; a vee where v is 2
 bidirectional  stage s -> rank s or p-1-s      two copies of every stage, one for each direction
 """
 
@@ -26,12 +27,12 @@ def loop(
 ) -> Schedule:
     """A schedule of v stages a rank: rank r holds stages r, p+r, 2p+r, ..."""
     placement = loop_placement(num_ranks, virtual_stages)
-    return _placed(name, num_ranks, num_microbatches, placement, rank_list)
+    return placed(name, num_ranks, num_microbatches, placement, rank_list)
 
 
 def vee(name: str, num_ranks: int, num_microbatches: int, rank_list: RankList) -> Schedule:
     """A schedule of two stages a rank, down and up again: rank r holds stages r and 2p-1-r."""
-    return _placed(name, num_ranks, num_microbatches, vee_placement(num_ranks), rank_list)
+    return placed(name, num_ranks, num_microbatches, vee_placement(num_ranks), rank_list)
 
 
 def bidirectional(
@@ -51,12 +52,21 @@ def loop_placement(num_ranks: int, virtual_stages: int) -> Placement:
 
 def vee_placement(num_ranks: int) -> Placement:
     """The rank of each of the 2p stages of a vee."""
-    return tuple(min(stage, 2 * num_ranks - 1 - stage) for stage in range(2 * num_ranks))
+    return wave_placement(num_ranks, 2)
 
 
-def _placed(
+def wave_placement(num_ranks: int, virtual_stages: int) -> Placement:
+    """The rank of each of the pv stages that go down the ranks and up again in turn (Liu et al. 2023, Hanayo,
+    arXiv 2308.15762): no message is sent where a wave turns."""
+    down = tuple(range(num_ranks))
+    turns = (down if chunk % 2 == 0 else down[::-1] for chunk in range(virtual_stages))
+    return tuple(rank for turn in turns for rank in turn)
+
+
+def placed(
     name: str, num_ranks: int, num_microbatches: int, placement: Placement, rank_list: RankList
 ) -> Schedule:
+    """A schedule of stages placed anywhere; `rank_list(rank)` are its actions in order."""
     ranks = tuple(tuple(rank_list(rank)) for rank in range(num_ranks))
     return Schedule(name, num_ranks, len(placement), num_microbatches, placement, ranks)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from partita.base.errors import ScheduleError
 from partita.schedule.clock import Costs
-from partita.schedule.ir import Action, Schedule
+from partita.schedule.ir import Action, Placement, Schedule
 from partita.schedule.make.chimera import chimera
 from partita.schedule.make.dualpipe import dualpipe, dualpipev
-from partita.schedule.make.families import line, loop, vee
+from partita.schedule.make.families import line, placed
 from partita.schedule.make.gpipe import gpipe
 from partita.schedule.make.interleaved import interleaved_1f1b
 from partita.schedule.make.interleaved_zb import interleaved_zb
@@ -75,18 +75,16 @@ def lines(m: int, rooms: Sequence[float], until_weights: float, costs: Costs) ->
             )  # fmt: skip
 
 
-def one_at_a_time(p: int, m: int, stages: int, in_a_vee: bool) -> Schedule:
+def one_at_a_time(p: int, m: int, placement: Placement) -> Schedule:
     """Every rank finishes a microbatch before it begins the next: the least memory there is."""
 
     def rank_list(rank: int) -> list[Action]:
-        chunks = [rank, 2 * p - 1 - rank] if in_a_vee else [c * p + rank for c in range(stages)]
-        forward = [Action(s, "F", 0) for s in chunks]
-        backward = [Action(s, kind, 0) for s in reversed(chunks) for kind in "IW"]
+        mine = [stage for stage, place in enumerate(placement) if place == rank]
+        forward = [Action(s, "F", 0) for s in mine]
+        backward = [Action(s, kind, 0) for s in reversed(mine) for kind in "IW"]
         return [a._replace(microbatch=k) for k in range(m) for a in (*forward, *backward)]
 
-    if in_a_vee:
-        return vee("one at a time", p, m, rank_list)
-    return loop("one at a time", p, m, stages, rank_list)
+    return placed("one at a time", p, m, placement, rank_list)
 
 
 def rooms_of(limits: list[float], weights: list[float]) -> list[float]:

@@ -2,10 +2,10 @@
 
 1 seeds     every named schedule that fits, lines of any warm-up, and one microbatch at a time
 2 justify   the best of them by list scheduling forwards and backwards, at the costs asked for
-3 search    shaken priorities
+3 search    building blocks at these costs, then shaken priorities
 4 prove     CP-SAT, where an instance is small enough, from what is best so far
 
-All of it on every placement that the task admits: line, loop, vee and, with two copies of every stage,
+All of it on every placement that the task admits: line, loop, vee, wave and, with two copies of every stage,
 both directions. The answer is never worse than a named schedule that fits.
 """
 
@@ -20,8 +20,9 @@ from typing import Literal
 from partita.base.errors import ScheduleError
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
-from partita.schedule.make.families import loop_placement, vee_placement
+from partita.schedule.make.families import loop_placement, wave_placement
 from partita.schedule.synth import seeds
+from partita.schedule.synth.blocks import from_blocks
 from partita.schedule.synth.bounds import heads_of, lower_bound
 from partita.schedule.synth.exact import optimum
 from partita.schedule.synth.flow import (
@@ -198,26 +199,38 @@ def _seeds(
 ) -> Iterator[Schedule]:
     p, m = task.num_ranks, task.num_microbatches
     yield from seeds.named(p, m, stages, task.copies)
-    yield seeds.one_at_a_time(p, m, stages, in_a_vee=False)
-    if stages == 2:
-        yield seeds.one_at_a_time(p, m, stages, in_a_vee=True)
-    if stages == 1:
+    yield seeds.one_at_a_time(p, m, loop_placement(p, stages))
+    if stages > 1:
+        yield seeds.one_at_a_time(p, m, wave_placement(p, stages))
+    else:
         rooms = seeds.rooms_of(limits, weights)
         if min(rooms) >= 1:
             yield from seeds.lines(m, rooms, task.until_weights, costs)
 
 
 def _search(task: Task, places: list[_Place]) -> None:
-    """Shakes the placements that could still win, the faster ones longer."""
+    """Half of the effort on building blocks on each placement that could still win, half on shaking the best
+    orders of those that are then nearly as fast as the fastest."""
+    for place, effort in _near(task, places, 1.25):
+        made = from_blocks(place.flow, place.bound, effort, task.seed)
+        if made is not None:
+            place.offer(made)
+    for place, effort in _near(task, places, 1.05):
+        place.offer(improved(place.flow, place.best[2], place.bound, effort, task.seed))
+
+
+def _near(task: Task, places: list[_Place], within: float) -> list[tuple[_Place, int]]:
+    """The placements that could still win and are `within` so many times the fastest, each with its part of
+    half the effort."""
     best = min(place.time for place in places)
-    open_places = [place for place in places if place.is_open(best) and place.time < best * 1.25]
-    for place in open_places:
-        size = sum(place.flow.count)
-        usual = max(100 * size, min(600_000, 3_000 * size))
-        effort = usual if task.effort is None else task.effort
-        effort //= len(open_places)
-        _, _, orders = place.best
-        place.offer(improved(place.flow, orders, place.bound, effort, task.seed))
+    near = [place for place in places if place.is_open(best) and place.time < best * within]
+    return [(place, _effort(task, place) // (2 * len(near))) for place in near]
+
+
+def _effort(task: Task, place: _Place) -> int:
+    size = sum(place.flow.count)
+    usual = max(100 * size, min(1_000_000, 3_000 * size))
+    return usual if task.effort is None else task.effort
 
 
 def _prove(task: Task, places: list[_Place]) -> None:
@@ -238,9 +251,8 @@ def _raise_too_small(task: Task) -> None:
         costs = task.costs_of(stages)
         if costs is not None:
             weights = task.weights_of(stages, costs)
-            for placement in {loop_placement(task.num_ranks, stages)} | (
-                {vee_placement(task.num_ranks)} if stages == 2 else set()
-            ):
+            for make in (loop_placement, wave_placement):
+                placement = make(task.num_ranks, stages)
                 held = [0.0] * task.num_ranks
                 for stage, rank in enumerate(placement):
                     held[rank] += weights[stage]

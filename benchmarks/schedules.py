@@ -1,0 +1,151 @@
+"""`python -m benchmarks.schedules [--ranks 2 4 8]`: `auto` beside the best named schedule over a grid.
+
+p ranks, 2p and 4p microbatches; limits of a third, a half, three quarters, one, one and a half and twice
+1F1B's activations; F = I = W, (1, 1.1, 0.9), and heavy ends on the stages of a line or a vee; messages that
+take no time or a tenth of an F; at most so many stages a rank on both sides. A point counts where costs are
+uneven or the limit is below 1F1B's. Prints how many fit no named schedule, how many are more than 2 % faster
+than the best that fits, and how many could be: where the lower bound leaves that. No CP-SAT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from partita.base.text import table
+from partita.schedule.check import over_limit
+from partita.schedule.clock import Costs, StageCosts, clock, makespan
+from partita.schedule.synth.seeds import named
+from partita.schedule.synth.synthesis import Task, synthesise
+
+SHARES = (1 / 3, 1 / 2, 3 / 4, 1, 3 / 2, 2)
+BETTER = 0.98
+
+
+@dataclass(frozen=True)
+class Point:
+    """One instance: the best named schedule that fits (inf where none does), ours and what none undercuts."""
+
+    p: int
+    m: int
+    limit: float
+    costs: str
+    send: float
+    named: float
+    ours: float
+    bound: float
+    processor_s: float
+
+    @property
+    def counts(self) -> bool:
+        """Costs are uneven or the limit is below 1F1B's."""
+        return self.costs != "even" or self.limit < self.p
+
+    @property
+    def fits(self) -> bool:
+        """Whether a named schedule is within the limit."""
+        return math.isfinite(self.named)
+
+    @property
+    def is_better(self) -> bool:
+        """More than 2 % faster than every named schedule that fits."""
+        return self.ours < BETTER * self.named
+
+    @property
+    def could_be(self) -> bool:
+        """The bound leaves more than 2 %."""
+        return self.bound < BETTER * self.named
+
+
+def profiles(p: int) -> dict[str, tuple[StageCosts, ...]]:
+    """Costs by name: a rank's share, or of each stage of a line or a vee (embedding first, head last)."""
+
+    def ends(stages: int, share: float) -> tuple[StageCosts, ...]:
+        return tuple(StageCosts(*(c * share,) * 3) for c in [1.2] + [1.0] * (stages - 2) + [1.5])
+
+    return {
+        "even": (StageCosts(),),
+        "split": (StageCosts(1.0, 1.1, 0.9),),
+        "line": ends(p, 1.0),
+        "vee": ends(2 * p, 0.5),
+    }
+
+
+def tasks(ranks: list[int], stages: int, effort: int | None) -> Iterator[tuple[str, Task]]:
+    """The grid."""
+    for p in ranks:
+        for m, (name, each), share, send in itertools.product(
+            (2 * p, 4 * p), profiles(p).items(), SHARES, (0.0, 0.1)
+        ):
+            if share * p >= 1:
+                costs = Costs(each, send)
+                yield (
+                    name,
+                    Task(p, m, costs, share * p, stages=stages, effort=effort, proof=0.0),
+                )
+
+
+def best_named(task: Task) -> float:
+    """The fastest named schedule within the task's limit, at its costs."""
+    best = math.inf
+    for stages in range(1, task.stages + 1):
+        costs = task.costs_of(stages)
+        for s in named(task.num_ranks, task.num_microbatches, stages, task.copies) if costs else ():
+            assert costs is not None
+            if not over_limit(s, task.limit, task.weights_of(stages, costs)):
+                best = min(best, makespan(clock(s, costs)))
+    return best
+
+
+def point(name: str, task: Task) -> Point:
+    """Both sides of one instance."""
+    start = time.process_time()
+    found = synthesise(task)
+    took = time.process_time() - start
+    return Point(
+        task.num_ranks, task.num_microbatches, task.limit, name, task.costs.send, best_named(task),
+        found.makespan, found.lower_bound, took,
+    )  # fmt: skip
+
+
+def summary(points: list[Point]) -> str:
+    """What the module's docstring says."""
+    counted = [x for x in points if x.counts]
+    fit = [x for x in counted if x.fits]
+    could = [x for x in fit if x.could_be]
+    rows = [
+        ("points", len(points)),
+        ("slower than a named schedule", sum(x.ours > x.named * (1 + 1e-9) for x in points)),
+        ("at the lower bound", sum(x.ours <= x.bound * (1 + 1e-9) for x in points)),
+        ("uneven costs or a binding limit", len(counted)),
+        ("of these: no named schedule fits", len(counted) - len(fit)),
+        ("of the others: more than 2 % faster", sum(x.is_better for x in fit)),
+        ("of the others: could be, by the bound", len(could)),
+        ("of the others", len(fit)),
+    ]
+    return table(rows, ("", "points"))
+
+
+def main() -> None:
+    """Runs the grid."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--effort", type=int, help="items placed; the usual unless told")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    points = [point(name, task) for name, task in tasks(asked.ranks, asked.stages, asked.effort)]
+    print(
+        json.dumps({"format": 1, "points": [asdict(x) for x in points]})
+        if asked.json
+        else summary(points)
+    )
+
+
+if __name__ == "__main__":
+    main()
