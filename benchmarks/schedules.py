@@ -21,7 +21,7 @@ from partita.base.text import table
 from partita.schedule.check import over_limit
 from partita.schedule.clock import Costs, StageCosts, clock, makespan
 from partita.schedule.synth.seeds import named
-from partita.schedule.synth.synthesis import Task, synthesise
+from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 
 SHARES = (1 / 3, 1 / 2, 3 / 4, 1, 3 / 2, 2)
 BETTER = 0.98
@@ -102,15 +102,19 @@ def best_named(task: Task) -> float:
     return best
 
 
-def point(name: str, task: Task) -> Point:
+def point(name: str, task: Task, found: Synthesis, processor_s: float = 0.0) -> Point:
     """Both sides of one instance."""
-    start = time.process_time()
-    found = synthesise(task)
-    took = time.process_time() - start
     return Point(
         task.num_ranks, task.num_microbatches, task.limit, name, task.costs.send, best_named(task),
-        found.makespan, found.lower_bound, took,
+        found.makespan, found.lower_bound, processor_s,
     )  # fmt: skip
+
+
+def timed(name: str, task: Task) -> Point:
+    """The instance made, and what that took."""
+    start = time.process_time()
+    found = synthesise(task)
+    return point(name, task, found, time.process_time() - start)
 
 
 def summary(points: list[Point]) -> str:
@@ -139,7 +143,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    points = [point(name, task) for name, task in tasks(asked.ranks, asked.stages, asked.effort)]
+    points = [timed(name, task) for name, task in tasks(asked.ranks, asked.stages, asked.effort)]
     print(
         json.dumps({"format": 1, "points": [asdict(x) for x in points]})
         if asked.json

@@ -41,6 +41,7 @@ from partita.schedule.synth.search import improved
 
 Goal = Literal["flush", "span"]
 _JUSTIFIED = 4  # seeds of a placement that are improved
+_BLOCK_WALKS, _SHAKEN_WALKS = 2, 3  # short ones find more than a long one
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,21 @@ def _seeds(
 
 def _search(task: Task, places: list[_Place]) -> None:
     """Half of the effort on building blocks on each placement that could still win, half on shaking the best
-    orders of those that are then nearly as fast as the fastest."""
+    orders of those that are then nearly as fast as the fastest; walks of each begin anew."""
     for place, effort in _near(task, places, 1.25):
-        made = from_blocks(place.flow, place.bound, effort, task.seed)
-        if made is not None:
-            place.offer(made)
+        for seed in _seeds_of(task, _BLOCK_WALKS):
+            made = from_blocks(place.flow, place.bound, effort // _BLOCK_WALKS, seed)
+            if made is not None:
+                place.offer(made)
     for place, effort in _near(task, places, 1.05):
-        place.offer(improved(place.flow, place.best[2], place.bound, effort, task.seed))
+        start = place.best[2]
+        for seed in _seeds_of(task, _SHAKEN_WALKS):
+            part = effort // _SHAKEN_WALKS
+            place.offer(improved(place.flow, start, place.bound, part, seed))
+
+
+def _seeds_of(task: Task, walks: int) -> range:
+    return range(task.seed * walks, (task.seed + 1) * walks)
 
 
 def _near(task: Task, places: list[_Place], within: float) -> list[tuple[_Place, int]]:
