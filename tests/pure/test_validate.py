@@ -18,7 +18,8 @@ from partita.simulate.published import UnpredictableError, case, measured_second
 from partita.simulate.published_memory import other_lines, other_rows
 from partita.simulate.published_works import fullest, in_8_bits, lay_case
 from partita.simulate.stage import unfused_kernels
-from partita.simulate.validate import predict, read_rows, score, summary
+from partita.simulate.validate import Scored, predict, read_rows, score, summary
+from validation.grids import grids
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
 # group -> bound of the mean error: what was reached, and a little more
@@ -244,3 +245,22 @@ def read_lines(path):
 def test_a_table_with_missing_columns_is_told(tmp_path):
     result = run(tmp_path, [{"id": "1", "group": "x"}])
     assert "has no column metric, value" in str(result.exception)
+
+
+def test_a_regret_of_shapes_is_told_from_others(rows):
+    """Two plans on each of two questions; one shape is predicted 30 % too fast on both: what the other
+    question's runs of that shape say takes the regret away. A shape that ran nowhere else says nothing."""
+    row = next(r for r in rows if r["group"] == "sc21-t1")
+    found = case(row)
+
+    def ran(batch, tp, predicted, measured):
+        own = {**row, "global_batch": batch, "tp": tp}
+        return Scored(own, found, predicted, measured)
+
+    both = [ran(b, tp, p, m) for b in "12" for tp, p, m in (("1", 0.7, 1.0), ("2", 0.9, 0.9))]
+    for grid in grids(both):
+        assert grid.regret == pytest.approx(1 / 0.9 - 1)
+        assert grid.by_shape == 0
+    (alone,) = grids(both[:2])
+    assert alone.regret > 0.1
+    assert alone.by_shape is None
