@@ -1,10 +1,11 @@
 """Fits the constants of partita/cost/constants.toml on published runs: `python -m validation.fit`.
 
 Gauss-Newton on log(predicted / measured), with the share of the bubble held while slopes are taken.
-Each group weighs the same, whatever its number of rows; a row far
-off weighs less (soft L1 at SCALE); a constant stays near its first guess where the data say nothing
-(one standard deviation: PRIOR of its logarithm). Of vtrain-single every tenth row is used. A constant is
-varied on the rows that depend on it: those of its device, or of its software era.
+Each group weighs the same, whatever its number of rows; a row far off weighs less (soft L1 at SCALE); a
+constant stays near its first guess where the data say nothing (one standard deviation: PRIOR of its
+logarithm). The fit starts at the first guesses too (guesses.toml): the same table and model give the same
+constants, whatever stands in constants.toml. Of vtrain-single every tenth row is used. A constant is varied
+on the rows that depend on it: those of its device, or of its software era.
 
 A group is left out by one Gauss-Newton step from the optimum with its rows' weights set to 0; the
 constants that this changes are written to constants_left_out.toml.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from partita.cost.machine import FILE, Constants, device_class, table
 from partita.simulate.validate import Scored, read_rows, score, work_seconds
 
 HERE = Path(__file__).parent
+GUESSES = HERE / "guesses.toml"
 SCALE, PRIOR, STEP = 0.08, 0.25, 0.02
 THINNED = {"vtrain-single": 10}
 # Groups that take part in no fit: one row, software that nobody else describes, or seconds in every step that
@@ -70,6 +73,9 @@ class Fit:
 
     def __init__(self, rows: Sequence[dict[str, str]]) -> None:
         self.table: dict[str, Any] = copy.deepcopy(table())
+        for kind, members in tomllib.loads(GUESSES.read_text(encoding="utf-8")).items():
+            for member, values in members.items():
+                self.table[kind].setdefault(member, {}).update(values)
         self.rows = rows
         self.scored = score(rows, self.table)[0]
         self.names = names_of(self.scored)
