@@ -141,7 +141,10 @@ class Maker:
             assert future is not None
             found = Explicit(drop, future, window, again)
         turns = self.regions.of("exchange")
-        return Turned(found, turns) if turns else found  # type: ignore[arg-type]
+        if not turns:
+            return found
+        wanted = any(op.name == "attention.core:exchange" for op in replayed(self.block))
+        return Turned(found, turns, self.regions.tape, wanted)  # type: ignore[arg-type]
 
     def slopes(self) -> Tensor:
         """ALiBi's, of the heads that the core sees here: behind exchanges, where there are any."""

@@ -29,6 +29,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "moe ep2 etp2 expert.chunks=2", "alexnet split2",
     ),
     "trains": ("all", "frozen", "lora"),
+    "rounding": ("", "precision.rounding=stochastic"),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 Row = dict[str, str]
@@ -37,7 +38,7 @@ Row = dict[str, str]
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
     cut too, images are cut by no tp or cp, and no gradients are sharded, nor offloaded, where stages
-    update on their own; nor states offloaded where an update may be undone. Images have no LoRA."""
+    update on their own. Images have no LoRA."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
@@ -55,8 +56,6 @@ def legal(row: Row) -> bool:
     need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
     shards = any(z in row["data"] for z in ("zero2", "zero3"))
     if "pipedream" in row["pipeline"] and (shards or "gradients" in row["offload"]):
-        return False
-    if "post_validation" in row["pipeline"] and row["offload"]:
         return False
     if images and row["trains"] == "lora":
         return False
@@ -108,7 +107,7 @@ def line(row: Row) -> str:
     """The plan in one line, fp64. What lies elsewhere takes the shards of stage 3 along."""
     words = [row["data"], row["tensor"], row["context"], row["pipeline"], row["recompute"]]
     shards = bool(row["offload"]) and "zero3" in row["data"]
-    words.append(row["offload"] + shards * ",parameters")
+    words += [row["offload"] + shards * ",parameters", row["rounding"]]
     return " ".join(
         [w for w in words if w]
         + [w for w in row["model"].split() if w.startswith(("ep2", "etp2", "expert.", "split"))]

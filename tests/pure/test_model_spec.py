@@ -87,6 +87,17 @@ def test_counts_that_were_published_rounded(name: str, billions: float) -> None:
     assert round(ModelSpec.from_preset(name).parameters() / 1e9, digits) == billions
 
 
+@pytest.mark.parametrize(("name", "billions"), [("base", 7.4), ("xxl", 395)])
+def test_switch_has_its_published_size_with_its_decoders_cross_attention(
+    name: str, billions: float
+) -> None:
+    """T5's decoder, half of the layers, attends to its encoder besides: four matrices."""
+    model = ModelSpec.from_preset(f"switch-{name}-128")
+    cross = 4 * model.hidden * model.heads * model.head_dim * model.layers // 2
+    digits = len(str(billions).partition(".")[2])
+    assert round((model.parameters() + cross) / 1e9, digits) == billions
+
+
 def test_every_preset_round_trips() -> None:
     for name in ModelSpec.preset_names():
         model = ModelSpec.load(name)

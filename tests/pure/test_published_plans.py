@@ -24,6 +24,7 @@ PUBLISHED = {
     "bloom-176b": "pp12/64mb tp4 dp_shard8.zero1 bf16",  # 2211.05100: 384 A100
     "switch-base-128": "dp_shard32.zero0 ep32 bf16",  # 2101.03961: experts over data parallelism alone
     "switch-large-128": "dp_shard32.zero0 ep32 bf16",
+    "switch-xxl-128": "dp_shard64.zero1 tp8+sp ep64 bf16",
     "switch-c-2048": "dp_shard2048.zero1 ep2048 bf16",
     "mixtral-8x7b": "tp2+sp dp_shard16.zero1 ep8 bf16",
     "deepseek-v2": "pp16:zb_h1/32mb dp_shard8.zero1 ep8 bf16",  # 2405.04434

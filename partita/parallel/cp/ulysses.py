@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from partita.parallel.cp.tile import wide
-from partita.parallel.regions import Region
+from partita.parallel.regions import Region, Tape
 
 Core = Callable[[Tensor, Tensor, Tensor, Any, int, bool], Tensor]
 
@@ -29,6 +29,8 @@ class Turned:
 
     inner: Core
     regions: tuple[Region, Region, Region, Region]
+    tape: Tape
+    again: bool  # whether a replay wants what the last exchange brings
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -36,7 +38,8 @@ class Turned:
         """Attention of this rank's heads over what its ring's rank holds."""
         turned = (_ToHeads.apply(x, r) for x, r in zip((q, k, v), self.regions, strict=False))
         out = self.inner(*turned, batch, step, training)  # type: ignore[arg-type]
-        return _ToSequence.apply(out, self.regions[3])  # type: ignore[return-value]
+        wanted = self.again or not self.tape.reading
+        return _ToSequence.apply(out, self.regions[3], wanted)  # type: ignore[return-value]
 
 
 def to_heads(x: Tensor, region: Region) -> Tensor:
@@ -86,12 +89,15 @@ class _ToSequence(torch.autograd.Function):
     """Forward: the sequence is cut, heads are joined. Backward: the other way."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, region: Region) -> Tensor:
-        """This rank's tokens with all heads."""
-        ctx.region = region
-        return to_sequence(x, region)
+    def forward(ctx, x: Tensor, region: Region, wanted: bool) -> Tensor:
+        """This rank's tokens with all heads; where they are not wanted, any numbers of that shape."""
+        ctx.region, n = region, region.comm.size
+        if wanted:
+            return to_sequence(x, region)
+        b, heads, s, dim = x.shape
+        return x.new_zeros(b, heads * n, s // n, dim)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
         """This rank's heads with all tokens."""
-        return to_heads(g, ctx.region), None
+        return to_heads(g, ctx.region), None, None
