@@ -1,14 +1,24 @@
-"""Layers that are alike are laid, priced and added up once: exactly what each one by itself comes to."""
+"""Layers that are alike are laid, priced and added up once: exactly what each one by itself comes to;
+plans that are cut alike share what they are cut from."""
 
 from dataclasses import replace
 
 import pytest
 
 from partita.cost.machine import machine_of
+from partita.parallel.cp import rules as cp
+from partita.parallel.dp import rules as dp
+from partita.parallel.ep import rules as ep
 from partita.parallel.laid import Laid, lay
+from partita.parallel.laid_cut import cut
+from partita.parallel.sp import rules as sp
+from partita.parallel.split import rules as split
+from partita.parallel.tp import rules as tp
 from partita.planner.remedy import remedies
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.predict import request_of, timed
+from partita.spec.families import program as family_program
+from partita.spec.frozen import freeze
 from partita.spec.job import Job
 from partita.spec.program import distinct
 
@@ -69,3 +79,14 @@ def test_more_layers_are_no_more_blocks(line):
 def test_a_job_of_many_layers_is_told_what_would_fit():
     found = remedies(job_of("dp_shard32.zero1 2mb bf16", 400))
     assert found and all(r.prediction.fits for r in found)
+
+
+@pytest.mark.parametrize("line", [*PLANS, "cp4:hybrid2x2 tp2+sp recompute:selective fp8 8mb"])
+@pytest.mark.parametrize("preset", ["gpt2", "mixtral-8x7b"])
+def test_what_cuts_a_program_reads_mesh_context_and_expert_alone(line, preset):
+    request = request_of(job_of(line, 3, preset))
+    batch = request.micro_batch_size * request.plan.data_parallel_size
+    program = freeze(family_program(request.model, batch, request.seq_len), request.frozen)
+    for room in (split, dp, cp, tp, sp, ep):
+        program = room.lay(request, program)
+    assert program == cut(request)
