@@ -205,9 +205,9 @@ class Bounds:
 
     def played(self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int) -> float:
         """The schedule's clock at the stages' costs."""
-        return self.step(mesh, leaf, m, len(stages)).least(
-            costs_of(self.lies(mesh, leaf).times(stages)[:, TIMES].tolist())
-        )
+        times = self.lies(mesh, leaf).times(stages)[:, TIMES].tolist()
+        costs = Costs(tuple(StageCosts(*stage) for stage in times))
+        return self.step(mesh, leaf, m, len(stages)).least(costs)
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
@@ -251,9 +251,12 @@ class Bounds:
         table = self.table(mesh, shape, Tokens(micro=ENDLESS))
         if isinstance(table, Problem):
             return table
+        return self.evenly(mesh, table, paired)
+
+    def evenly(self, mesh: MeshChoice, table: Table, paired: bool, parts: int = 1) -> float:
+        """Seconds of a step at least, from an endless table of a sequence in so many times fewer parts."""
         whole = table.total[TIMES].sum() - HIDES * (paired and mesh.pp > 1) * table.total[TRAVEL]
-        each = float(whole) / ENDLESS * SLACK
-        return each * self.space.batch / (mesh.dp * mesh.pp)
+        return float(whole) / ENDLESS * SLACK * self.space.batch / (mesh.dp * mesh.pp * parts)
 
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
@@ -391,8 +394,3 @@ class Bounds:
         ranks = shards.states(stages, zero)[probe.held].sum(1)
         moved = update_bytes(dict(zip(STATES, ranks.T, strict=True)))  # type: ignore[arg-type]
         return update_seconds(float(np.max(moved)), self.machine)
-
-
-def costs_of(stages: Sequence[Sequence[float]], send: float = 0.0) -> Costs:
-    """What the clock is told of stages that take so long: F, I and W."""
-    return Costs(tuple(StageCosts(*stage) for stage in stages), send)

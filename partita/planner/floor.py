@@ -124,9 +124,11 @@ class Floors:
         known = [i for i, (m, s) in enumerate(parts) if b.knows(m, s, Tokens(*mode, ENDLESS))]
         for narrow, alike in parts[max(known, default=0) :] if cut < np.inf else ():
             table = b.endless(narrow, alike, mode)
-            if not isinstance(table, Problem):
-                least = self(mesh, shape, table, mesh.cp // narrow.cp, paired)
-                seconds = float(least.seconds.min())
+            if isinstance(table, Problem):
+                continue
+            seconds = b.evenly(mesh, table, paired, fewer := mesh.cp // narrow.cp)
+            if seconds < cut:
+                seconds = float(self(mesh, shape, table, fewer, paired).seconds.min())
             if seconds >= cut:
                 break
         return seconds

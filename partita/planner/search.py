@@ -185,6 +185,8 @@ class Search:
         if isinstance(table, Problem):
             self._refuse(table, node.leaves)
             return
+        if self.bounds.evenly(mesh, table, node.paired) >= self._cut:
+            return
         if mode[0] != "none" and self._same(node, table):
             self._refuse("recompute changes nothing", node.leaves)
             return
