@@ -6,7 +6,8 @@ first.
     twice the tp, cp, pp                    from spare devices, else from data parallelism
     offload:cpu                             optimizer states in host memory
 
-A remedy is a whole plan, simulated: it fits, and takes the time that is said (tests apply each).
+Each is weighed; one that fits is simulated: a remedy is a whole plan that fits, and takes the time that is
+said (tests apply each).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from partita.planner.space import divisors
-from partita.simulate.predict import Prediction, simulate
+from partita.simulate.predict import Prediction, simulate, weigh
 from partita.spec.job import Job
 from partita.spec.plan import Plan, has_fixed_stages
 
@@ -117,24 +118,23 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
         names = tuple(changes(job, job.plan))
         if count == 3:
             names = tuple(sorted(saves, key=lambda n: saves[n])[:HELPFUL])
-        for remedy in _tried(job, names, count):
-            if count == 1:
-                saves[remedy.names[0]] = remedy.peak_bytes
-            if remedy.prediction.fits:
-                found.append(remedy)
+        for chosen, plan in _tried(job, names, count):
+            held = weigh(job.with_plan(plan))  # most do not fit: what they take is never asked
+            if held is not None and count == 1:
+                saves[chosen[0]] = held.peak_bytes
+            if held is not None and held.fits:
+                found.append(Remedy(chosen, simulate(job.with_plan(plan))))
         if found:
             return sorted(found, key=lambda r: r.prediction.step_time_s or 0.0)[:most]
     return []
 
 
-def _tried(job: Job, names: tuple[str, ...], count: int) -> Iterator[Remedy]:
-    """Combinations of so many changes that are legal, each plan once."""
+def _tried(job: Job, names: tuple[str, ...], count: int) -> Iterator[tuple[tuple[str, ...], Plan]]:
+    """Combinations of so many changes, and the plan with them, each plan once."""
     seen: set[Plan] = set()
     for chosen in combinations(names, count):
         plan = _together(job, job.plan, chosen)
         if plan is None or plan in seen or plan.world_size > job.cluster.devices:
             continue
         seen.add(plan)
-        prediction = simulate(job.with_plan(plan))
-        if prediction.step_time_s is not None:
-            yield Remedy(chosen, prediction)
+        yield chosen, plan

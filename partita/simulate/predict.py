@@ -138,6 +138,34 @@ def simulate(job: Job, machine: Machine | None = None, load: Load | None = None)
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What a plan holds: a ledger for each place of pp, and whether all fits. No time is priced."""
+
+    ledgers: tuple[Ledger, ...]
+    fits: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest rank."""
+        return max(x.peak_bytes for x in self.ledgers)
+
+
+def weigh(job: Job) -> Weighed | None:
+    """What `simulate` says of the job's memory alone; None where its plan is illegal."""
+    request = request_of(job)
+    if any(p.severity == "error" for p in (*job.problems(), *problems(request))):
+        return None
+    return _weighed(lay(request), job.cluster)
+
+
+def _weighed(laid: Laid, cluster: Cluster) -> Weighed:
+    limit = int(cluster.memory_limit_bytes)
+    ledgers = tuple(stage_ledger(laid, p, laid.schedule) for p in range(laid.schedule.num_ranks))
+    beside = _fits_beside(laid, cluster)
+    return Weighed(ledgers, all(x.peak_bytes <= limit for x in ledgers) and beside)
+
+
+@dataclass(frozen=True)
 class Timed:
     """The times of a laid plan: stages, the schedule played with their `costs`, and what runs once a step.
     `pipeline_s`: the schedule's, of a rank alone where the next step may begin before all have ended this
@@ -199,7 +227,7 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     cluster, m = job.cluster, job.plan.num_microbatches
     t = timed(laid, machine, m)
     step_s, places = t.seconds, range(laid.schedule.num_ranks)
-    ledgers = tuple(stage_ledger(laid, p, laid.schedule) for p in places)
+    held = _weighed(laid, cluster)
     tokens = job.train.global_batch_size * job.train.seq_len
     peak = cluster.peak(job.plan.precision.dtype)
     devices = min(job.plan.world_size, _units(cluster, job.plan.world_size))
@@ -208,8 +236,8 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     limit = int(cluster.memory_limit_bytes)
     return Prediction(
         plan=str(job.plan), problems=found,
-        fits=all(x.peak_bytes <= limit for x in ledgers) and _fits_beside(laid, cluster),
-        device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played, ledgers=ledgers,
+        fits=held.fits, device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played,
+        ledgers=held.ledgers,
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
         bubble_fraction=(t.pipeline_s - sum(t.played.busy) / len(places)) / step_s if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),

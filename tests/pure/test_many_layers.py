@@ -16,7 +16,7 @@ from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
 from partita.planner.remedy import remedies
 from partita.simulate.memory import arena_ledger, stage_ledger
-from partita.simulate.predict import request_of, timed
+from partita.simulate.predict import request_of, simulate, timed, weigh
 from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.job import Job
@@ -77,8 +77,14 @@ def test_more_layers_are_no_more_blocks(line):
 
 
 def test_a_job_of_many_layers_is_told_what_would_fit():
-    found = remedies(job_of("dp_shard32.zero1 2mb bf16", 400))
+    job = job_of("dp_shard32.zero1 2mb bf16", 400)
+    found = remedies(job)
     assert found and all(r.prediction.fits for r in found)
+    for r in found:  # weighed as it is simulated
+        held = weigh(job.with_plan(r.prediction.plan))
+        assert held is not None and held.fits and held.ledgers == r.prediction.ledgers
+    held = weigh(job)
+    assert held is not None and not held.fits and held.ledgers == simulate(job).ledgers
 
 
 @pytest.mark.parametrize("line", [*PLANS, "cp4:hybrid2x2 tp2+sp recompute:selective fp8 8mb"])
