@@ -141,6 +141,39 @@ def large_and_overlapped(world) -> float:
     return float(total.sum())
 
 
+def mixed_order(world, count: int = 12) -> int:
+    """Many collectives of two crossed groups under way at once, waited for in another order."""
+    n = world.size
+    orders = (tuple(range(n)), (*range(0, n, 2), *range(1, n, 2)))
+    comms = [world.make(ranks, axis=f"axis{i}", lane="dp") for i, ranks in enumerate(orders)]
+    dice, own = random.Random(3), random.Random(world.rank)  # shared; how late this rank is
+    started = []
+    for case in range(count):
+        which, size = dice.randrange(2), dice.choice((1, 7, 300))
+        kind = dice.choice(("all_reduce", "max", "all_gather", "reduce_scatter"))
+        comm, ranks, site = comms[which], orders[which], f"case{case}"
+        every = [tensor_of(r, (n * size, 2), dice.choice(DTYPES), case) for r in ranks]
+        every = [x.to(every[0].dtype) for x in every]
+        mine, total = every[comm.rank], sum(every[1:], every[0])
+        if kind == "all_reduce":
+            started.append((comm.start_all_reduce(mine, site=site), total))
+        elif kind == "max":
+            handle = comm.start_all_reduce(mine, site=site, op="max")
+            started.append((handle, torch.stack(every).amax(0)))
+        elif kind == "all_gather":
+            handle = comm.start_all_gather(mine, site=site, dim=case % 2)
+            started.append((handle, torch.cat(every, case % 2)))
+        else:
+            handle = comm.start_reduce_scatter(mine, site=site)
+            started.append((handle, total.chunk(n)[comm.rank]))
+        if own.random() < 0.3:
+            time.sleep(0.001 * own.random())
+    dice.shuffle(started)
+    for handle, want in started:
+        assert torch.equal(handle.wait(), want)
+    return count
+
+
 def messages(world, count: int = 12, size: int = 70_000) -> int:
     """Keyed messages both ways between neighbours, received in another order than sent."""
     down = world.make(range(world.size), axis="pp", lane="pp_down")

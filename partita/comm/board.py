@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,10 +22,13 @@ _HEAD = struct.Struct("<iii?dii")
 
 
 class Board:
-    """One rank's hold on the board; `path` None keeps it in this process."""
+    """One rank's hold on the board; `path` None keeps it in this process. `here`: the ranks that write on it,
+    all unless it is stated."""
 
-    def __init__(self, path: Path | None, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, path: Path | None, rank: int, size: int, here: Sequence[int] | None = None
+    ) -> None:
+        self.rank, self.size, self.here = rank, size, here or range(size)
         self.status = Status(rank)
         self._pid = os.getpid()
         self._map: mmap.mmap | None = None
@@ -93,8 +97,9 @@ class Board:
 
     def describe(self) -> str:
         """The table of all ranks."""
-        found = [s for s in self.statuses() if s is not None]
-        return describe(found, time.monotonic())
+        found = self.statuses()
+        here = [s for r in self.here if (s := found[r]) is not None]
+        return describe(here, time.monotonic())
 
 
 @lru_cache(maxsize=4096)

@@ -23,6 +23,11 @@ RING = 64
 _BYTES = 4 * 2 * RING
 
 
+def page_bytes(num_ranks: int) -> int:
+    """Bytes of a group's pages."""
+    return -(-num_ranks * _BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 class CallBook:
     """The file of one run, as one rank sees it; `path` None where ranks share no memory."""
 
@@ -34,7 +39,7 @@ class CallBook:
 
     def pages(self, num_ranks: int) -> CallPages:
         """The part of the next group; all ranks make all groups in one order."""
-        need = -(-num_ranks * _BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        need = page_bytes(num_ranks)
         start, self._size = self._size, self._size + need
         if self._descriptor < 0:
             return CallPages(None)

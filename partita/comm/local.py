@@ -11,7 +11,6 @@ knows what everybody waits for. CPU only: on CUDA one autograd thread serves the
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -27,7 +26,7 @@ from torch import Tensor
 from partita.base.errors import CommError, PartitaError
 from partita.comm.blocking import Blocking
 from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, expected_rows, reduce_in_order
-from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where
+from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.single import SingleComm
 
 
@@ -162,7 +161,7 @@ class LocalComm(Blocking):
         key: SlotKey = (*group, self.world.entered[group])
         self.world.entered[group] += 1
         shape = tuple(x.shape) if compare_shapes else ()
-        message = Message(op, shape, str(x.dtype), site, tuple(map(int, extra)))
+        message = message_of(op, shape, x.dtype, site, tuple(map(int, extra)))
         with meeting.lock:
             self._raise_failure()
             self._note(message, key[3])
@@ -185,13 +184,14 @@ class LocalComm(Blocking):
 
     def _compare(self, slot: Slot, number: int) -> None:
         """All must bring the same operation; the lock is held."""
-        messages = {r: m for r, (m, _) in slot.brought.items()}
-        if len(set(messages.values())) == 1:
+        brought = slot.brought
+        (first, _), (last, _) = brought[next(iter(brought))], brought[self.world.rank]
+        if last is first or last == first:  # as did those between them
             return
+        messages = {r: m for r, (m, _) in brought.items()}
         by_message: dict[Message, list[int]] = {}
         for r, m in sorted(messages.items()):
             by_message.setdefault(m, []).append(r)
-        first = next(iter(messages.values()))
         sites = {m.site for m in by_message}
         lines = "".join(
             f"\n  rank {','.join(map(str, rs)):<10} {m}" + (f"  {m.site}" if len(sites) > 1 else "")
@@ -237,7 +237,7 @@ class LocalComm(Blocking):
         copy = x.detach().clone()
         with meeting.lock:
             self._raise_failure()
-            self._note(Message("send", tuple(x.shape), str(x.dtype), site), -1)
+            self._note(message_of("send", x.shape, x.dtype, site), -1)
             meeting.mail.setdefault(place, deque()).append(copy)
             if meeting.blocked.get(target) == ("mail", place):
                 del meeting.blocked[target]
@@ -248,7 +248,7 @@ class LocalComm(Blocking):
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
         """Posts a receive; `wait` blocks until the message with this key is there."""
         place = self._place(self.ranks[source], self.world.rank, key)
-        message = Message("receive", tuple(like.shape), str(like.dtype), site)
+        message = message_of("receive", like.shape, like.dtype, site)
         return _Pending(lambda: self._collect(place, message))
 
     def _place(self, source: int, target: int, key: Key) -> tuple[Any, ...]:
@@ -280,11 +280,8 @@ class LocalComm(Blocking):
         return x
 
     def _note(self, message: Message, number: int) -> None:
-        where, me = self.world.where, self.world.rank
-        frame = sys._getframe(2)
-        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
-            frame = frame.f_back
-        self.world.meeting.status[me].enter(self.axis, message, number, where, frame)
+        status = self.world.meeting.status[self.world.rank]
+        status.enter(self.axis, message, number, self.world.where)
 
     def _timed_out(self, what: str, absent: list[int]) -> None:
         meeting = self.world.meeting

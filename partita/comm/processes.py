@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from partita.base.errors import CommError
 
 _PR_SET_PDEATHSIG = 1
 # torch.optim loads torch._dynamo when it is first used: a second and 26 MB, shared by all ranks this way
@@ -144,10 +147,30 @@ def torchrun_rank() -> tuple[int, int, int] | None:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local
 
 
+def torchrun_agent() -> int:
+    """The process of the agent that started this rank. Raises CommError where it is gone already: a child
+    that has lost its parent is handed to one that is no Python (init, a container's shell)."""
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return parent
+    try:
+        program = Path(f"/proc/{parent}/exe").readlink().name
+    except OSError:  # another user's, such as init
+        program = ""
+    if "python" not in program:
+        raise CommError(f"rank {os.environ.get('RANK')} starts, and torchrun's agent is gone")
+    return parent
+
+
 def datasets_cache() -> Path:
     """Where Hugging Face's `datasets` keeps what it has loaded. Environment: HF_DATASETS_CACHE, HF_HOME."""
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")).expanduser()
+
+
+def this_host() -> str:
+    """Names the ranks that torchrun's agent has started here, as no other agent's."""
+    return f"{socket.gethostname()} {os.getppid()}"
 
 
 def is_one_host() -> bool:

@@ -219,9 +219,11 @@ class Message:
 
 
 @lru_cache(maxsize=4096)
-def message_of(op: str, shape: tuple[int, ...], dtype: object, site: str) -> Message:
+def message_of(
+    op: str, shape: tuple[int, ...], dtype: object, site: str, extra: tuple[int, ...] = ()
+) -> Message:
     """What a call is told as: the same calls come back in every step."""
-    return Message(op, tuple(shape), str(dtype), site)
+    return Message(op, tuple(shape), str(dtype), site, extra)
 
 
 @lru_cache(maxsize=4096)

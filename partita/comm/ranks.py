@@ -108,8 +108,8 @@ def _world(timeout_s: float) -> tuple[World, Where]:
     from partita.comm.stores import rendezvous
     from partita.comm.torch import TorchWorld
 
-    store = rendezvous()
-    found = TorchWorld.from_torchrun(torchrun_store(), store, timeout_s=timeout_s, where=where)
+    roll = rendezvous(timeout_s)
+    found = TorchWorld.from_torchrun(torchrun_store(), roll, timeout_s=timeout_s, where=where)
     atexit.register(_leave, found)
     return found, where
 

@@ -15,14 +15,15 @@ from partita.base.errors import CommError
 from partita.comm.board import Board
 from partita.comm.futex import SPINS, SPINS_OWN_CORE, Words, available
 from partita.comm.protocol import Comm, Where
-from partita.comm.shm_comm import ShmComm, region_bytes
+from partita.comm.shm_comm import SLOT, ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
 __all__ = ["ShmComm", "ShmWorld", "available"]
 
 
 class ShmWorld:
-    """All ranks of a run on one host. `path` names a new file that all can reach, on tmpfs if it may."""
+    """The ranks of a run on one host: all, or `ranks`. `path` names a new file that they can reach, on tmpfs
+    if it may."""
 
     def __init__(
         self,
@@ -32,31 +33,38 @@ class ShmWorld:
         *,
         timeout_s: float = 60.0,
         where: Where | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size, self.where = rank, size, where or Where()
         self.timeout_s = timeout_s
-        self.spins = SPINS_OWN_CORE if size <= len(os.sched_getaffinity(0)) else SPINS
+        here = tuple(ranks or range(size))
+        self.spins = SPINS_OWN_CORE if len(here) <= len(os.sched_getaffinity(0)) else SPINS
         fast = Path("/dev/shm")  # the run's own name keeps runs apart
         name = str(path).strip("/").replace("/", "-")
         self.path = fast / name if fast.is_dir() else path
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         self._offset = 0
-        self.board = Board(self.path.with_suffix(".board"), rank, size)
+        self.board = Board(self.path.with_suffix(".board"), rank, size, here)
         self.comms: list[ShmComm] = []
-        everyone = self._region(tuple(range(size)))
-        words = Words(everyone, 1 + size)
-        words.set(1 + rank, 1)
-        for r in range(size):
-            if not words.wait(1 + r, 1, timeout_s):
-                raise CommError(f"rank {r} did not join the {size} ranks within {timeout_s:g} s")
-        if rank == 0:
+        everyone = self._region(here)
+        words = Words(everyone, 1 + len(here))
+        words.set(1 + here.index(rank), 1)
+        late = next((r for i, r in enumerate(here) if not words.wait(1 + i, 1, timeout_s)), None)
+        if rank == here[0] or late is not None:
             self.path.unlink(missing_ok=True)
             self.board.unlink()
+        if late is not None:
+            raise CommError(
+                f"rank {late} did not join the {len(here)} ranks within {timeout_s:g} s"
+            )
         self._joined = everyone
 
-    def _region(self, ranks: tuple[int, ...]) -> mmap.mmap:
-        """The next part of the file, the same on all ranks since all make all groups in one order."""
-        size = region_bytes(len(ranks))
+    def _region(self, ranks: tuple[int, ...], slot: int = SLOT) -> mmap.mmap:
+        """A group's part of the file."""
+        return self.room(region_bytes(len(ranks), slot))
+
+    def room(self, size: int) -> mmap.mmap:
+        """The next whole pages of the file, the same on all ranks since all make all groups in one order."""
         start, self._offset = self._offset, self._offset + size
         if os.fstat(self._descriptor).st_size < self._offset:
             os.ftruncate(
@@ -68,11 +76,15 @@ class ShmWorld:
         """A Comm over `ranks`; every rank calls it for every group."""
         if len(ranks) == 1:
             return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
-        region = self._region(tuple(ranks))
+        return self.group(ranks, axis, lane)
+
+    def group(self, ranks: Sequence[int], axis: str, lane: str, slot: int = SLOT) -> ShmComm | None:
+        """A Comm over two ranks or more that hand over `slot` bytes at once."""
+        region = self._region(tuple(ranks), slot)
         if self.rank not in ranks:
             region.close()
             return None
-        comm = ShmComm(self, tuple(ranks), axis, lane, region)
+        comm = ShmComm(self, tuple(ranks), axis, lane, region, slot)
         self.comms.append(comm)
         return comm
 

@@ -12,7 +12,6 @@ of operation, shape, dtype and site first.
 from __future__ import annotations
 
 import mmap
-import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -36,9 +35,9 @@ LOOK_S = 0.05  # how often a waiting rank looks whether its peers live
 LOW = (torch.bfloat16, torch.float16)
 
 
-def region_bytes(num_ranks: int) -> int:
+def region_bytes(num_ranks: int, slot: int = SLOT) -> int:
     """Bytes of a group's part of the file: words, slots, rings."""
-    size = PAGE + 2 * num_ranks * SLOT + num_ranks * (num_ranks - 1) * ring_bytes()
+    size = PAGE + 2 * num_ranks * slot + num_ranks * (num_ranks - 1) * ring_bytes()
     return -(-size // PAGE) * PAGE
 
 
@@ -68,10 +67,12 @@ class ShmComm(Blocking):
     """One group on one axis and lane."""
 
     def __init__(
-        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap
-    ) -> None:
+        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap,
+        slot: int = SLOT,
+    ) -> None:  # fmt: skip
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
-        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        self.rank, self.size, self.slot_bytes = ranks.index(world.rank), len(ranks), slot
+        self.called: Message | None = None  # what this call is a part of, where it is one
         n = self.size
         self._words = Words(region, 4 * n, spins=world.spins)  # written, two digests a rank, read
         self._bytes = torch.frombuffer(region, dtype=torch.uint8)
@@ -79,13 +80,13 @@ class ShmComm(Blocking):
         self._sequence = 0
         self._pending: list[_Pending] = []
         self._digests: dict[tuple[object, ...], int] = {}
-        self.mailbox = Mailbox(self, region, PAGE + 2 * n * SLOT)
+        self.mailbox = Mailbox(self, region, PAGE + 2 * n * slot)
 
     # Slots and meetings --------------------------------------------------------------------------
 
     def slot(self, rank: int, meeting: int, size: int) -> Tensor:
         """The first `size` bytes of a rank's buffer for a meeting."""
-        start = PAGE + ((meeting & 1) * self.size + rank) * SLOT
+        start = PAGE + ((meeting & 1) * self.size + rank) * self.slot_bytes
         return self._bytes[start : start + size]
 
     def make_room(self, note: tuple[Message, int]) -> int:
@@ -113,7 +114,7 @@ class ShmComm(Blocking):
         view = self._words.view
         for r in range(self.size):
             if view[self.size + 2 * r + (k & 1)] != digest and view[r] - k < 2:
-                raise self._disagreement(note)
+                raise self.disagreement(note)
 
     def wait_word(
         self, words: Words, index: int, value: int, peer: int, note: tuple[Message, int]
@@ -124,23 +125,25 @@ class ShmComm(Blocking):
             self.world.progress()
             if self.world.board.is_dead(peer):
                 time.sleep(0.1)
-                raise self.failure(f"rank {peer} has died", note)
+                raise self.failure(peer, "has died", note)
             if time.monotonic() > deadline:
-                raise self.failure(
-                    f"rank {peer} did not come within {self.world.timeout_s:g} s", note
-                )
+                late = f"did not come within {self.world.timeout_s:g} s"
+                raise self.failure(peer, late, note)
 
-    def failure(self, cause: str, note: tuple[Message, int]) -> CommError:
+    def failure(self, peer: int, how: str, note: tuple[Message, int]) -> CommError:
         """The error of a wait: the cause first, then what was asked, then every rank's last call."""
         message, number = note
         where = self.world.where
-        return CommError(
-            f"{cause}: {self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, phase "
-            f"{where.phase}, step {where.step}) cannot complete on rank {self.world.rank}\n"
+        error = CommError(
+            f"rank {peer} {how}: {self.axis} {message.op} #{number} of group {self.ranks} ({message.site}, "
+            f"phase {where.phase}, step {where.step}) cannot complete on rank {self.world.rank}\n"
             f"{self.world.board.describe()}"
         )
+        error.rank = peer
+        return error
 
-    def _disagreement(self, note: tuple[Message, int]) -> CommError:
+    def disagreement(self, note: tuple[Message, int]) -> CommError:
+        """The error of ranks that call unlike collectives."""
         message, number = note
         time.sleep(0.02)  # the others' notes are written before they meet
         return CommError(
@@ -151,13 +154,10 @@ class ShmComm(Blocking):
 
     def enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
         """Notes the call on the board."""
-        message = message_of(op, x.shape, x.dtype, site)
+        message = self.called or message_of(op, x.shape, x.dtype, site)
         number, self._sequence = self._sequence, self._sequence + 1
-        frame = sys._getframe(2)
-        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
-            frame = frame.f_back
         status = self.world.board.status
-        status.enter(self.axis, message, number, self.world.where, frame)
+        status.enter(self.axis, message, number, self.world.where)
         self.world.board.enter(status)
         return message, number
 
@@ -223,7 +223,7 @@ class ShmComm(Blocking):
         source = x.detach().contiguous().view(-1)
         out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
-        each = SLOT // x.element_size()
+        each = self.slot_bytes // x.element_size()
         size = x.element_size()
 
         def part(rank: int, meeting: int, count: int) -> Tensor:
@@ -246,7 +246,7 @@ class ShmComm(Blocking):
     ) -> Handle:
         """Every rank copies all slots to their places."""
         note = self.enter("all_gather", x, site)
-        small = x.numel() * x.element_size() <= SLOT
+        small = x.numel() * x.element_size() <= self.slot_bytes
         shape = list(x.shape)
         shape[dim] *= self.size
         out = torch.empty(shape, dtype=x.dtype) if out is None else out
@@ -276,7 +276,7 @@ class ShmComm(Blocking):
             if dim
             else out.view(self.size, -1)
         )
-        each, size = SLOT // x.element_size(), x.element_size()
+        each, size = self.slot_bytes // x.element_size(), x.element_size()
 
         def write(chunk: int, meeting: int) -> None:
             piece = source[chunk * each : (chunk + 1) * each]
@@ -302,7 +302,7 @@ class ShmComm(Blocking):
         note = self.enter("reduce_scatter", x, site)
         parts = x.detach().chunk(self.size, dim)
         shape, count, size = parts[0].shape, parts[0].numel(), x.element_size()
-        each = SLOT // size // self.size
+        each = self.slot_bytes // size // self.size
         out = torch.empty(shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
         whole = count <= each  # then strided parts are copied straight into the slot
@@ -310,7 +310,7 @@ class ShmComm(Blocking):
 
         def place(rank: int, meeting: int, part: int, n: int) -> Tensor:
             start = part * n * size
-            return self.slot(rank, meeting, SLOT)[start : start + n * size].view(x.dtype)
+            return self.slot(rank, meeting, self.slot_bytes)[start : start + n * size].view(x.dtype)
 
         def write(chunk: int, meeting: int) -> None:
             for i, p in enumerate(parts):

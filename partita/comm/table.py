@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from partita.base.text import table
 from partita.comm.protocol import Message, Where
@@ -30,10 +30,11 @@ class Status:
     line: int = 0
     left: bool = False
 
-    def enter(
-        self, axis: str, message: Message, sequence: int, where: Where, frame: FrameType
-    ) -> None:
-        """Notes a call as entered; `frame` is the caller's, outside comm."""
+    def enter(self, axis: str, message: Message, sequence: int, where: Where) -> None:
+        """Notes a call as entered, by the line outside comm that made it."""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and "/comm/" in frame.f_code.co_filename:
+            frame = frame.f_back
         self.axis, self.op, self.site = axis, message.op, message.site
         self.tensor = message.tensor
         self.sequence, self.phase, self.step = sequence, where.phase, where.step

@@ -20,8 +20,9 @@ import torch
 
 from partita.base.errors import PartitaError, WriteError
 from partita.comm import shm
-from partita.comm.processes import STOPS, torchrun_store
+from partita.comm.processes import STOPS, this_host, torchrun_store
 from partita.comm.protocol import Where, World
+from partita.comm.rollcall import RollCall
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
 from partita.train.build import assemble
@@ -44,14 +45,14 @@ def new_scratch() -> Path:
 @dataclass
 class RunSpec:
     """What every rank of a run is given. `scratch` holds what the run needs and nobody keeps; ranks of
-    one host share it. `store` is the rendezvous of ranks on several hosts, else None."""
+    one host share it. `roll` is the rendezvous of ranks on several hosts, else None."""
 
     job: Job
     folder: Path
     checkpoint: Path | None = None
     notices: Sequence[str] = ()
     scratch: Path = field(default_factory=new_scratch)
-    store: Any = None
+    roll: RollCall | None = None
     looks: bool = True  # at the ranks' versions, before anything is built
     takes_ctrl_c: bool = False  # a launcher takes it for its ranks; torchrun's take it themselves
 
@@ -99,7 +100,7 @@ def run_rank(rank: int, channel: Channel, spec: RunSpec) -> None:
     logging.raiseExceptions = False  # a log on a full disk must not write on stderr instead
     where = Where()
     try:
-        own = spec.store is not None
+        own = spec.roll is not None
         world_size = spec.job.plan.world_size
         control = Control(spec.control_path, world_size, create=own, shared=not own)
         where = control.where_of(rank)
@@ -153,17 +154,19 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
 
 
 def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
-    """The world of this rank: alone, shared memory between CPU ranks of one host, gloo where that is
-    missing and between hosts, nccl between GPUs."""
+    """The world of this rank: alone, shared memory between CPU ranks of one host, gloo where that is missing,
+    both where there are several hosts, nccl between GPUs."""
     timeout_s, gpus = spec.job.train.comm_timeout_s, computes_on_gpu(spec.job)
     if world_size == 1:
         return SingleWorld()
-    if spec.store is not None:
+    if spec.roll is not None:
+        from partita.comm.hierarchical import join_hosts
         from partita.comm.torch import TorchWorld
 
-        return TorchWorld.from_torchrun(
-            torchrun_store(), spec.store, timeout_s=timeout_s, where=where, gpus=gpus
+        between = TorchWorld.from_torchrun(
+            torchrun_store(), spec.roll, timeout_s=timeout_s, where=where, gpus=gpus
         )
+        return between if gpus else join_hosts(between, this_host(), timeout_s)
     if shm.available() and not gpus:
         path = spec.scratch / SEGMENT
         return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)

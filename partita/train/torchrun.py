@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from partita.base import errors
 from partita.base.errors import PartitaError, UsageError
-from partita.comm.processes import is_one_host, leave_without
+from partita.comm.processes import is_one_host, leave_without, torchrun_agent
+from partita.comm.rollcall import RollCall
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.train.control import Control
@@ -28,7 +27,6 @@ from partita.train.rank import Report, RunSpec, new_scratch, run_rank
 from partita.train.start import answer, finished, prepare, run_folder, with_text
 
 KEY = "partita/start"
-PREPARE_S = 3600.0  # rank 0 may have a tokenizer to train first
 
 
 class _Sink:
@@ -72,22 +70,22 @@ def train_as_rank(
             f"torchrun started {world} ranks, the plan {job.plan} needs {job.plan.world_size}: "
             "change --nproc-per-node or --nnodes, or the plan"
         )
-    leave_without(os.getppid())
-    store = rendezvous()
+    leave_without(torchrun_agent())
+    roll = rendezvous(job.train.comm_timeout_s)
     if rank > 0:
-        told = _hear(store)
-        return {} if told.step >= job.train.steps else _run(rank, job, told, store, preflight)
+        told = _hear(roll)
+        return {} if told.step >= job.train.steps else _run(rank, job, told, roll, preflight)
     try:
         folder = run_folder(job, fresh)
         lock = RunLock(folder)
     except PartitaError as error:
-        _tell_error(store, error)
+        _tell_error(roll, error)
         raise
     with lock:
         try:
             start = prepare(job, prediction, folder, allow_fallback)
         except PartitaError as error:
-            _tell_error(store, error)
+            _tell_error(roll, error)
             raise
         notices = tuple(x for x in (lock.took_over, *start.notices) if x)
         for notice in notices:
@@ -98,35 +96,37 @@ def train_as_rank(
             scratch = new_scratch()
             Control(RunSpec(job, folder, scratch=scratch).control_path, world, create=True)
             told = replace(told, scratch=str(scratch))
-        store.set(KEY, json.dumps(vars(told)))
+        roll.store.set(KEY, json.dumps(vars(told)))
         if start.step >= job.train.steps:
             return finished(job, folder, start.step)
-        metrics = _run(rank, job, told, store, preflight, notices)
+        metrics = _run(rank, job, told, roll, preflight, notices)
         return with_text(job, folder, answer(job, folder, metrics))
 
 
-def _tell_error(store: Any, error: PartitaError) -> None:
-    store.set(KEY, json.dumps({"kind": type(error).__name__, "message": error.message}))
+def _tell_error(roll: RollCall, error: PartitaError) -> None:
+    told = {"kind": type(error).__name__, "message": error.message}
+    roll.store.set(KEY, json.dumps(told))
 
 
-def _hear(store: Any) -> _Told:
-    store.wait([KEY], timedelta(seconds=PREPARE_S))
-    heard = json.loads(store.get(KEY))
+def _hear(roll: RollCall) -> _Told:
+    heard = json.loads(roll.hear(KEY))
     if "kind" in heard:
         raise getattr(errors, heard["kind"])(heard["message"])
     return _Told(**heard)
 
 
 def _run(
-    rank: int, job: Job, told: _Told, store: Any, looks: bool, notices: tuple[str, ...] = ()
+    rank: int, job: Job, told: _Told, roll: RollCall, looks: bool, notices: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     checkpoint = Path(told.checkpoint) if told.checkpoint else None
     shared = told.scratch is not None
     spec = RunSpec(
         job, Path(told.folder), checkpoint, notices, takes_ctrl_c=True,
         scratch=Path(told.scratch) if told.scratch else new_scratch(),
-        store=None if shared else store, looks=looks,
+        roll=None if shared else roll, looks=looks,
     )  # fmt: skip
+    if shared:
+        roll.close()
     sink = _Sink()
     try:
         run_rank(rank, sink, spec)
@@ -135,6 +135,8 @@ def _run(
     report = sink.reports[-1]
     error = report.error
     if error is not None:
+        if not (shared or error.echoes):
+            roll.call(f"rank {rank} failed: {error.message.splitlines()[0]}")
         step, activity = report.where
         guilty = rank if error.rank is None else error.rank
         Failure(guilty, activity, step, error.key or "", error.message).write(

@@ -382,12 +382,13 @@ def _as_rank(job: Job, needs: Needs, rank: int) -> Diagnosis:
     """One of torchrun's ranks; those of one host meet as they do when they train."""
     from partita.comm.stores import rendezvous
 
-    store = rendezvous()
+    roll = rendezvous(job.train.comm_timeout_s)
     if not is_one_host():
-        return _look(rank, RunSpec(job, Path.cwd(), store=store), needs)
+        return _look(rank, RunSpec(job, Path.cwd(), roll=roll), needs)
     if rank == 0:
-        store.set(KEY, str(new_scratch()))
-    spec = RunSpec(job, Path.cwd(), scratch=Path(store.get(KEY).decode()))
+        roll.store.set(KEY, str(new_scratch()))
+    spec = RunSpec(job, Path.cwd(), scratch=Path(roll.hear(KEY)))
+    roll.close()
     try:
         return _look(rank, spec, needs)
     finally:

@@ -97,6 +97,26 @@ def test_unlike_calls_name_both_sides(how, kind, tmp_path):
     assert any(other in t and "f32[4]" in t for t in told), texts
 
 
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_a_group_that_spans_hosts_names_the_missing_rank(how, tmp_path):
+    """Two hosts of two ranks: the one beside the lost rank sees it die, those of the other host ask."""
+    found = worlds.run("hierarchy", 4, tmp_path, befallen, how, timeout_s=SHORT_S, enough=3)
+    texts = {r: what[1] for r, (kind, what) in enumerate(found) if kind == "ok"}
+    assert set(texts) == {0, 2, 3}, found
+    beside = texts[0].splitlines()[0]
+    dies = "has died" if how == "killed" else f"did not come within {SHORT_S} s"
+    assert beside.startswith(f"rank 1 {dies}: tp all_reduce #2") and SITE in beside, texts
+    assert any(texts[r].startswith("rank 1 did not come: tp all_reduce #2") for r in (2, 3)), texts
+
+
+def test_a_group_that_spans_hosts_names_unlike_calls(tmp_path):
+    found = worlds.run("hierarchy", 4, tmp_path, contract.disagreement, "op", timeout_s=SHORT_S)
+    texts = [what for kind, what in found if kind == "ok" and "ranks disagree" in what]
+    first = max(texts, key=len).splitlines()[0]
+    assert "tp collective #1" in first and "mlp.down:reduce_from" in first, found
+    assert any("all_gather" in t and "all_reduce" in t for t in texts), texts
+
+
 def silent_mismatch(world) -> str:
     """Calls that gloo takes for each other: only their sites differ."""
     comm = world.make(range(world.size), axis="dp", lane="dp")

@@ -54,6 +54,24 @@ def test_clocked_transfers_take_their_time_between_processes(kind, tmp_path):
     contract.best_of(totals, 0.4, 0.44)
 
 
+def all_bodies(world) -> list[int]:
+    """One start of processes for all of them."""
+    bodies = (contract.collectives, contract.uneven, contract.in_place, contract.messages)
+    return [body(world) for body in (*bodies, contract.mixed_order)]
+
+
+def test_groups_that_span_hosts(tmp_path):
+    """Two hosts of two ranks: shared memory within each, gloo between them."""
+    found = worlds.run("hierarchy", 4, tmp_path, all_bodies)
+    assert found == [("ok", [30, 4, 4, 12, 12])] * 4
+
+
+@pytest.mark.slow
+def test_groups_that_span_hosts_with_large_tensors(tmp_path):
+    found = worlds.run("hierarchy", 4, tmp_path, contract.large_and_overlapped)
+    assert {how for how, _ in found} == {"ok"} and len(set(found)) == 1, found
+
+
 def test_nothing_is_left_in_shared_memory(tmp_path):
     worlds.run("shm", 2, tmp_path, contract.messages)
     assert not list(Path("/dev/shm").glob(f"{str(tmp_path).strip('/').replace('/', '-')}*"))

@@ -102,7 +102,7 @@ def test_a_killed_rank_without_restarts(agents) -> None:
     _, err = agent.communicate(timeout=150)
     assert agent.returncode != 0
     told = faults.failure()
-    assert told["message"].startswith("rank 1 has died") and told["rank"] == 0
+    assert told["message"].startswith("rank 1 has died") and told["rank"] == 1
     assert "partita: rank 1 has died" in err
     newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
     assert newest is not None

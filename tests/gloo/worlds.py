@@ -24,16 +24,21 @@ def enter(rank: int, writer: Connection, kind: str, size: int, path: str, body, 
 
 
 def join(rank: int, kind: str, size: int, path: Path, timeout_s: float):
-    """A World of a kind: shm, gloo, or hosts: gloo whose ranks share a store and nothing else."""
+    """A World of a kind: shm, gloo; hosts: gloo whose ranks share a store and nothing else; hierarchy: as
+    those, two ranks a host."""
+    from partita.comm.hierarchical import join_hosts
     from partita.comm.processes import on_loopback
+    from partita.comm.rollcall import RollCall
     from partita.comm.shm import ShmWorld
     from partita.comm.stores import file_store
     from partita.comm.torch import TorchWorld
 
-    if kind != "hosts":
+    if kind not in ("hosts", "hierarchy"):
         return (ShmWorld if kind == "shm" else TorchWorld)(rank, size, path, timeout_s=timeout_s)
     on_loopback()
-    return TorchWorld(rank, size, None, timeout_s=timeout_s, store=file_store(path, size))
+    roll = RollCall(file_store(path, size), rank, size, timeout_s)
+    between = TorchWorld(rank, size, None, timeout_s=timeout_s, roll=roll)
+    return between if kind == "hosts" else join_hosts(between, f"host {rank // 2}", timeout_s)
 
 
 def run(

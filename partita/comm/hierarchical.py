@@ -1,0 +1,341 @@
+"""Groups that span hosts: shared memory within a host, torch.distributed between hosts.
+
+    all_reduce       reduce_scatter inside | all_reduce across, each place its share | all_gather inside
+    reduce_scatter   reduce_scatter inside | reduce_scatter across
+    all_gather       all_gather across, own shards | all_gather inside
+    all_to_all       rows for ranks of this host inside, the others by one exchange of the whole group
+
+`inside` is the group's ranks on this host, `across` those with this rank's place in it on each host: what
+crosses a host's link is what one rank a host would send (Jia et al. 2018, section 3.3). A collective under
+way has begun its first part; the next begin when it is waited for, by all ranks in one order: of a gather it
+is the host's link that is busy meanwhile, of a reduction shared memory. Low precision adds up in fp32 and
+rounds once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.base.errors import CommError
+from partita.comm import shm_comm
+from partita.comm.blocking import Blocking
+from partita.comm.calls import CallPages, page_bytes
+from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, World, message_of
+from partita.comm.shm import ShmWorld, available
+from partita.comm.shm_comm import LOW, ShmComm
+from partita.comm.torch import TorchWorld
+from partita.comm.torch_comm import TorchComm
+
+SLOT = 32 << 20  # a bucket of gradients is handed over at once; pages exist once they are touched
+ROOM = 4 << 30  # of shared memory, for such slots: a container may have 64 MB
+Part = Callable[[Tensor], Handle]
+
+
+def join_hosts(between: TorchWorld, host: str, timeout_s: float) -> World:
+    """The world of ranks that each name the host they are on; `between` where every one is alone there, or
+    a host has no shared memory for them. An all_gather of three numbers a rank."""
+    rank, size = between.rank, between.size
+    comm = between.make(range(size), axis="world", lane="hosts")
+    number = int.from_bytes(hashlib.blake2b(host.encode(), digest_size=7).digest(), "little")
+    mine = torch.tensor([[number, secrets.randbits(56), int(available())]])
+    rows = comm.all_gather(mine, site="hosts").tolist() if comm is not None else []
+    named = [row[0] for row in rows]
+    hosts = [named.index(n) for n in named]
+    if len(set(hosts)) == size or not all(row[2] for row in rows):
+        return between
+    here = [r for r in range(size) if hosts[r] == hosts[rank]]
+    path = Path(tempfile.gettempdir()) / f"partita-{rows[here[0]][1]:014x}"
+    shm = ShmWorld(rank, size, path, timeout_s=timeout_s, where=between.where, ranks=here)
+    return HostsWorld(between, shm, hosts)
+
+
+class HostsWorld:
+    """Ranks of several hosts; `hosts` is each rank's, `shm` what this host's share."""
+
+    def __init__(self, between: TorchWorld, shm: ShmWorld, hosts: Sequence[int]) -> None:
+        self.between, self.shm, self.hosts = between, shm, tuple(hosts)
+        self.rank, self.size, self.where = between.rank, between.size, between.where
+        between.board = shm.board  # one last word a rank
+        memory = shutil.disk_usage(shm.path.parent).total
+        self._slot = SLOT if memory >= ROOM else shm_comm.SLOT
+
+    def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
+        """In shared memory where one host has them all; by hierarchy where each host has as many of them,
+        and more than one; else over torch.distributed."""
+        by_host: dict[int, list[int]] = {}
+        for r in ranks:
+            by_host.setdefault(self.hosts[r], []).append(r)
+        rows, mine = list(by_host.values()), self.hosts[self.rank]
+        if len(rows) == 1:
+            return self.shm.make(ranks, axis=axis, lane=lane) if mine in by_host else None
+        whole = self.between.make(ranks, axis=axis, lane=lane)
+        if len(rows[0]) == 1 or len({len(row) for row in rows}) > 1:
+            return whole
+        across = [
+            self.between.make(column, axis=axis, lane=lane)
+            for column in zip(*rows, strict=True)
+            for _ in range(2)
+        ]
+        inside = [
+            self.shm.group(by_host[mine], axis, lane, self._slot)
+            for _ in range(3)
+            if mine in by_host
+        ]
+        pages = [self.shm.room(page_bytes(len(rows[0]))) for _ in range(mine in by_host)]
+        if self.rank not in ranks:
+            return None
+        found = [c for c in across if c is not None]
+        made = HierarchicalComm(self, tuple(ranks), rows, (axis, lane), (inside, found, whole))
+        made.pages = CallPages(pages[0])
+        return made
+
+    def check(self) -> None:
+        """Of groups between hosts."""
+        self.between.check()
+
+    def close(self, drain: bool = True) -> None:
+        """Leaves both worlds."""
+        self.shm.close(drain)
+        self.between.close(drain)
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """One call of a group: what its parts are told as, and its number."""
+
+    comm: HierarchicalComm
+    message: Message
+    number: int
+    digest: int
+
+    def on(self, comm: Any) -> Callable[..., Any]:
+        """Calls a method of a Comm as a part of this: boards, digests and errors name this."""
+
+        def call(method: str, *args: Any, **words: Any) -> Any:
+            comm.called = self.message
+            try:
+                return getattr(comm, method)(*args, **words)
+            finally:
+                comm.called = None
+
+        return call
+
+    def check(self) -> None:
+        """Raises CommError where another rank of this host called something else under this number."""
+        if self.comm.pages.differ(len(self.comm.mates), self.number, self.digest):
+            raise self.comm.disagreement(self)
+
+
+class _Pending:
+    """A collective under way: its first part, and those to come."""
+
+    def __init__(
+        self, queue: list[_Pending], note: _Note, first: Handle, parts: Sequence[Part],
+        result: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        self._queue, self._handle, self._parts, self._result = queue, first, parts, result
+        self._note = note
+        self._value: Tensor | None = None
+        queue.append(self)
+
+    def wait(self) -> Tensor:
+        """The result; what was started before goes first."""
+        if self._value is None:
+            while self._queue[0] is not self:
+                self._queue[0].wait()
+            try:
+                came = self._handle.wait()
+                for part in self._parts:
+                    came = part(came).wait()
+            except CommError:
+                self._note.check()
+                raise
+            self._value = self._result(came)
+            self._queue.remove(self)
+        return self._value
+
+
+@dataclass(slots=True)
+class _Rows:
+    """An exchange: rows of this host's ranks and those of the others."""
+
+    near: Handle
+    far: Handle
+    joined: Callable[[Tensor, Tensor], Tensor]
+
+    def wait(self) -> Tensor:
+        """All rows, in rank order."""
+        return self.joined(self.near.wait(), self.far.wait())
+
+
+class HierarchicalComm(Blocking):
+    """One group on one axis and lane. See the module."""
+
+    def __init__(
+        self,
+        world: HostsWorld,
+        ranks: tuple[int, ...],
+        rows: Sequence[Sequence[int]],
+        named: tuple[str, str],
+        comms: tuple[Any, Any, Any],
+    ) -> None:
+        self.world, self.ranks, (self.axis, self.lane) = world, ranks, named
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
+        self._order = [[ranks.index(r) for r in row] for row in rows]  # [host][place]
+        self._host = next(h for h, row in enumerate(rows) if world.rank in row)
+        self._inside: ShmComm
+        self._across: TorchComm
+        (self._inside, self._back, self._spread), (self._across, self._ends), self._whole = comms
+        self.mates = self._order[self._host]  # of the group's ranks, those of this host
+        self._reducing: list[_Pending] = []
+        self._gathering: list[_Pending] = []
+        self.pages: CallPages  # of what this host's ranks called
+        self._sequence = 0
+
+    def _enter(self, op: str, x: Tensor, site: str) -> _Note:
+        """Notes a call, and compares it with those of this host's other ranks."""
+        message = message_of(op, x.shape if op != "all_to_all" else (), x.dtype, site)
+        number, self._sequence = self._sequence, self._sequence + 1
+        digest = self.pages.post(self.mates.index(self.rank), number, message)
+        note = _Note(self, message, number, digest)
+        note.check()
+        return note
+
+    def disagreement(self, note: _Note) -> CommError:
+        """The error of ranks that call unlike collectives."""
+        return self._inside.disagreement((note.message, note.number))
+
+    # Collectives ---------------------------------------------------------------------------------
+
+    def start_all_reduce(
+        self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
+    ) -> Handle:
+        """Each place of a host reduces its share between hosts; a maximum is taken of the whole."""
+        note = self._enter("all_reduce", x, site)
+        inside, across, back = map(note.on, (self._inside, self._across, self._back))
+        if op == "max":
+            first = inside("start_all_reduce", x, site=site, op=op)
+            part = [lambda y: across("start_all_reduce", y, site=site, op=op)]
+            return _Pending(self._reducing, note, first, part, lambda y: _into(out, y))
+        n, size = self._inside.size, x.numel()
+        flat = x.new_zeros(-(-size // n) * n, dtype=_wide(x.dtype))
+        flat[:size] = x.detach().reshape(-1)
+        parts: list[Part] = [
+            lambda y: across("start_all_reduce", y, site=site, out=y),
+            lambda y: back("start_all_gather", y.to(x.dtype), site=site),
+        ]
+        first = inside("start_reduce_scatter", flat, site=site)
+        return _Pending(
+            self._reducing, note, first, parts, lambda y: _into(out, y[:size].view(x.shape))
+        )
+
+    def start_reduce_scatter(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
+        """Each place of a host adds up what the ranks in it are due, then sends each its part."""
+        note = self._enter("reduce_scatter", x, site)
+        inside, across = note.on(self._inside), note.on(self._across)
+        parts = x.detach().chunk(self.size, dim)
+        places = list(zip(*self._order, strict=True))
+        due = torch.stack([parts[g] for place in places for g in place]).to(_wide(x.dtype))
+        first = inside("start_reduce_scatter", due, site=site)
+        then: list[Part] = [lambda y: across("start_reduce_scatter", y, site=site)]
+        return _Pending(self._reducing, note, first, then, lambda y: _into(out, y[0].to(x.dtype)))
+
+    def start_all_gather(
+        self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
+    ) -> Handle:
+        """Each place of a host gathers between hosts, then all places inside."""
+        note = self._enter("all_gather", x, site)
+        across, inside = note.on(self._ends), note.on(self._spread)
+        first = across("start_all_gather", x.detach().unsqueeze(0), site=site)
+        then: list[Part] = [lambda y: inside("start_all_gather", y.unsqueeze(0), site=site)]
+
+        def placed(y: Tensor) -> Tensor:
+            """[place, host, ...] in the group's order."""
+            found: list[Any] = [None] * self.size
+            for h, row in enumerate(self._order):
+                for i, g in enumerate(row):
+                    found[g] = y[i, h]
+            return _into(out, torch.cat(found, dim))
+
+        return _Pending(self._gathering, note, first, then, placed)
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Both exchanges are under way at once."""
+        self._enter("all_to_all", x, site)
+        mine = self.mates
+        parts, take = x.detach().split(list(send_counts)), list(receive_counts)
+        near = [parts[g] for g in mine]
+        far = [x.new_empty((0, *x.shape[1:])) if g in mine else p for g, p in enumerate(parts)]
+        from_near = [take[g] for g in mine]
+        from_far = [0 if g in mine else n for g, n in enumerate(take)]
+
+        def exchange(comm: Any, rows: list[Tensor], counts: list[int]) -> Handle:
+            sends = [p.shape[0] for p in rows]
+            return comm.start_all_to_all(
+                torch.cat(rows), site=site, send_counts=sends, receive_counts=counts
+            )
+
+        def joined(inner: Tensor, outer: Tensor) -> Tensor:
+            came = list(outer.split(from_far))
+            for g, part in zip(mine, inner.split(from_near), strict=True):
+                came[g] = part
+            return torch.cat(came)
+
+        return _Rows(
+            exchange(self._inside, near, from_near), exchange(self._whole, far, from_far), joined
+        )
+
+    def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
+        """Between hosts by those in the root's place, then inside."""
+        note = self._enter("broadcast", x, site)
+        host, place = next((h, row.index(root)) for h, row in enumerate(self._order) if root in row)
+        if self._order[self._host][place] == self.rank:
+            x = note.on(self._across)("broadcast", x, site=site, root=host)
+        return note.on(self._inside)("broadcast", x, site=site, root=place)
+
+    def barrier(self, *, site: str) -> None:
+        """This host's ranks, the hosts, and this host's ranks again."""
+        note = self._enter("barrier", torch.empty(0), site)
+        for comm in (self._inside, self._across, self._back):
+            note.on(comm)("barrier", site=site)
+
+    # Point to point ------------------------------------------------------------------------------
+
+    def _way(self, peer: int) -> tuple[Any, int]:
+        """The Comm that reaches a rank of the group, and its place there."""
+        mine = self.mates
+        return (self._inside, mine.index(peer)) if peer in mine else (self._whole, peer)
+
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+        """Inside where the receiver is of this host."""
+        comm, place = self._way(to)
+        return comm.send(x, place, key=key, site=site)
+
+    def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
+        """Inside where the sender is of this host."""
+        comm, place = self._way(source)
+        return comm.receive(like, place, key=key, site=site)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which a dtype is added up."""
+    return torch.float32 if dtype in LOW else dtype
+
+
+def _into(out: Tensor | None, found: Tensor) -> Tensor:
+    """A result where it is wanted."""
+    return found if out is None else out.copy_(found)
