@@ -36,6 +36,7 @@ from partita.record.transfer import TrafficLine
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.passes import with_communication
 from partita.schedule.residence import with_offload
+from partita.schedule.versions import anew
 from partita.spec.layout import Layout, Piece, flat_unit, layout_of
 from partita.spec.mesh import Mesh
 from partita.spec.program import Block, Dim, Op, Program, Tensor, distinct, well_formed
@@ -278,8 +279,8 @@ class Laid:
         place: int,
         mine: list[Action],
     ) -> Iterator[tuple[Call, str, dict[str, int]]]:
-        """What is not in a step's first backward is left out there: the first of all holders of a unit on
-        the place, where microbatches go two ways."""
+        """What is not in the first backward, of a step or since an update, is left out there: the first of
+        all holders of a unit on the place, where microbatches go two ways."""
         for call in calls:
             site = self.site(block, call.site)
             if call.apart:
@@ -287,13 +288,12 @@ class Laid:
                 yield call, site, Counter(gone)
                 continue
             if not call.again:
-                yield call, site, done
+                yield call, site, {**done, "step": min(done["step"], 1)} if call.once else done
                 continue
             tied = site.rpartition(":")[0] in self.program.tied and self.schedule.direction
             every = [a for a in self.schedule.ranks[place] if tied or a.stage == mine[0].stage]
-            first = next(a for a in every if a.kind in ("B", "W"))
-            less = {first.kind: done[first.kind] - 1} if first in mine else {}
-            yield call, site, {**done, **less}
+            new = Counter(a.kind for a in anew(every) if a in mine)
+            yield call, site, {**done, **{kind: done[kind] - n for kind, n in new.items()}}
 
     def stage_calls(self, index: int) -> list[tuple[Call, str]]:
         """Every call of a stage's blocks with its full site; F and B are of one microbatch."""

@@ -54,6 +54,7 @@ class Call:
     parts: int = 1
     again: bool = False
     apart: bool = False
+    once: bool = False
 
 
 def tensor_bytes(t: Tensor, sizes: Sizes) -> int:
@@ -119,7 +120,7 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
             half = "W" if e.weights else "I"
             yield Call(
                 op.axes, e.collective, op.name, as_phase, size, op.lane, e.times, half, e.parts, e.again,
-                e.apart,
+                e.apart, e.once,
             )  # fmt: skip
 
 

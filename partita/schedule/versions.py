@@ -7,8 +7,9 @@ Version v of a stage is its weights after v updates; update j (from 0) makes ver
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 
-from partita.schedule.ir import Schedule
+from partita.schedule.ir import Action, Schedule
 
 Chunk = tuple[int, int]  # stage, microbatch
 
@@ -69,3 +70,12 @@ def staleness(schedule: Schedule) -> list[int]:
                 worst[stage] = max(worst[stage], updates.get(stage, 0) - oldest)
                 updates[stage] = updates.get(stage, 0) + 1
     return worst
+
+
+def anew(actions: Iterable[Action]) -> Iterator[Action]:
+    """The first B, or W, and the first behind each update: those that gradients start anew with."""
+    fresh = True
+    for action in actions:
+        if action.kind in ("B", "W") and fresh:
+            yield action
+        fresh = action.kind == "U" or (fresh and action.kind not in ("B", "W"))

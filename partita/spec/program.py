@@ -103,7 +103,8 @@ class Tensor:
 class Event:
     """One collective of a region. `of` is the tensor this rank hands in: bytes are read off at the
     end, when every room has cut it. `phase` is F, B or step (once a step). Where a schedule splits B,
-    it is of the input half I, or of the weight half W (`weights`). `again`: not in a step's first.
+    it is of the input half I, or of the weight half W (`weights`). `again`: not in the first since an
+    update. `once`: once a step, though it has several updates.
     `beside`: tensors that go in the same call. `apart`: only of a microbatch that leaves between its F and
     its B."""
 
@@ -117,6 +118,7 @@ class Event:
     again: bool = False
     beside: tuple[str, ...] = ()
     apart: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
         make_evaluator(executor), arenas=arenas, products=products,
     )  # fmt: skip
     if flows:
-        model.flow = make_flow(executor, laid, units, parameters, "optimizer" in elsewhere)
+        model.flow = make_flow(executor, laid, units, parameters, reducer, "optimizer" in elsewhere)
     model.scaler = LossScaler() if job.plan.precision.dtype == "fp16" else None
     return model
 

@@ -105,6 +105,7 @@ def make_flow(
     laid: Laid,
     units: Sequence[Unit],
     parameters: Parameters,
+    reducer: Reducer,
     away: bool = False,
 ) -> Flow:
     """How an asynchronous schedule runs on this rank: its own weights, and on the last stage a table that
@@ -113,11 +114,11 @@ def make_flow(
     own = [u for u in units if u not in late and not u.spec.frozen]
     rule = version_rule(laid.schedule)
     alone = laid.request.plan.precision.rounding == "stochastic"
-    flow = Flow(executor, Versions(own, rule, parameters.refresh, away, alone))
+    flow = Flow(executor, Versions(own, rule, parameters.refresh, away, alone, reducer.renew))
     if late:
         rule = version_rule(laid.schedule, tied=True)
-        versions = Versions(late, rule, parameters.refresh, away, alone)
-        flow.late = Late(versions, updates_behind(laid.schedule))
+        versions = Versions(late, rule, parameters.refresh, away, alone, reducer.renew)
+        flow.late = Late(versions, updates_behind(laid.schedule), reducer.spend)
     return flow
 
 

@@ -300,9 +300,9 @@ class Update:
         if flow.late is not None:
             flow.late.update()
 
-    def join(self, versions: Versions) -> None:
+    def join(self, versions: Versions, spent: Sequence[Tensor]) -> None:
         """The late U of units that another stage holds too: their gradients are added up, then applied."""
-        self.model.reducer.add_across(versions.units)
+        self.model.reducer.add_late(versions.units, spent)
         self.apply_to(versions)
 
     def apply_to(self, versions: Versions) -> None:

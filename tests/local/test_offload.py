@@ -48,6 +48,9 @@ PLANS = [
     (f"dp_shard2.zero3 2mb offload:nvme {KEPT},parameters", {}),
     ("2mb bf16 precision.rounding=stochastic offload:cpu", {}),
     (f"pp2:pipedream_2bw/4mb bf16 offload:nvme {KEPT},optimizer", {"tied": True}),
+    pytest.param("pp2:pipedream/4mb bf16 offload:nvme", {"tied": True}, marks=SLOW),
+    pytest.param("pp2:pipedream/4mb dp_shard2.zero1 offload:cpu", {"tied": True}, marks=SLOW),
+    pytest.param("pp2:pipedream_2bw/4mb dp_replicate2 offload:nvme", verify_jobs.EXPERTS, marks=SLOW),
     pytest.param("pp2:pipedream/4mb dp_shard2.zero1 offload:cpu offload.targets=optimizer", {}, marks=SLOW),
     pytest.param(
         "dp_shard2.zero1 tp2 2mb bf16 precision.rounding=stochastic offload:nvme", {"tied": True}, marks=SLOW

@@ -77,10 +77,10 @@ PLANS = (
     "pp2:zb_v/4mb dp_shard2.zero1 bf16",
     f"pp2:zb_h1/4mb dp_shard2.zero1 bf16 {RANDOM}",
     "pp2:zb_h1/4mb dp_shard2.zero1 bf16 offload:cpu",
-    f"pp2:1f1b/4mb bf16 {RANDOM} offload:nvme",
-    "pp2:1f1b/4mb dp_shard2.zero3 offload:nvme offload.targets=parameters,optimizer",
 )
 MORE = (
+    f"pp2:1f1b/4mb bf16 {RANDOM} offload:nvme",
+    "pp2:1f1b/4mb dp_shard2.zero3 offload:nvme offload.targets=parameters,optimizer",
     "pp2:1f1b/4mb fp64", "pp2:dualpipe/4mb dp_replicate2 fp64",
     "pp2:zb_h1/4mb tp2+sp fp64", "pp4:1f1b/4mb dp_shard2.zero1", "pp2:interleaved_1f1bx2/4mb tp2",
     "pp2:zb_h1/4mb dp_shard2.zero3 data.reshard_after_forward=false", "pp2:gpipe/4mb dp_shard2.zero2",

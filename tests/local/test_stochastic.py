@@ -54,9 +54,10 @@ def test_a_box_has_the_bits_of_the_whole():
         pytest.param(
             f"pp4:pipedream_2bw/4mb dp_shard2.zero1 bf16 {RANDOM}", {"tied": True}, marks=SLOW
         ),
-        (
+        pytest.param(
             f"pp2:pipedream/4mb dp_shard2.zero1 bf16 offload:cpu offload.targets=optimizer {RANDOM}",
             {},
+            marks=SLOW,
         ),
         (
             f"dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters,gradients,optimizer {RANDOM}",

@@ -125,7 +125,6 @@ def test_a_streamed_update_takes_the_slowest_of_host_link_and_disk() -> None:
         ("offload:cpu offload.targets=parameters", "shards"),
         ("dp_shard2.zero3 fp8 offload:nvme offload.targets=parameters", "fp8"),
         ("offload:cpu offload.targets=gradients", "optimizer"),
-        ("offload:nvme pp2:pipedream/8mb", "versions"),
     ],
 )
 def test_what_cannot_be_says_why_and_what_can(line: str, rule: str) -> None:

@@ -53,6 +53,7 @@ class Reducer:
     _waiting: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _fresh: set[str] = field(default_factory=set)
     _under_way: list[tuple[Unit, Handle, bool, str]] = field(default_factory=list)
+    _late: dict[str, Tensor] = field(default_factory=dict)  # brought from elsewhere, until spent
 
     def __post_init__(self) -> None:
         self._held: dict[str, list[Unit]] = {}
@@ -77,6 +78,17 @@ class Reducer:
             if self.away is None and unit.spec.stage >= 2:
                 unit.drop_gradient()
         self._fresh = {u.name for u in self.units if self.comes_and_goes(u)}
+
+    def renew(self, units: Sequence[Unit]) -> None:
+        """An update has taken these gradients: the next are not added to them."""
+        for unit in units:
+            if unit.gradients.tensor is not None:
+                unit.gradients.tensor.zero_()
+        self._fresh |= {u.name for u in units if self.comes_and_goes(u)}
+
+    def spend(self, unit: Unit) -> Tensor:
+        """A copy on the device of a late unit's gradient, not yet summed between places of pp."""
+        return unit.gradient.clone() if self.away is None else self._late.pop(unit.name)
 
     def arm(self, blocks: Sequence[str]) -> None:
         """The next backward, or W, of these blocks is the step's last: units are ready as their blocks
@@ -118,7 +130,7 @@ class Reducer:
         self._settle()
         if self.away is not None:
             for unit in self.units:
-                self._sum_away(unit, self.away)
+                self._sum_away(unit, self.away, unit in late)
             self.away.settle()
         else:
             self._sum_here(late)
@@ -135,6 +147,20 @@ class Reducer:
         self._settle()
         self.add_across([unit for unit in self.units if unit not in late])
 
+    def add_late(self, units: Sequence[Unit], spent: Sequence[Tensor]) -> None:
+        """Sums what was spent of late units between the places of pp that hold them; it is their gradient."""
+        for unit, made in zip(units, spent, strict=True):
+            comm = self.comms[unit.name].across
+            assert comm is not None, "late is what two places hold"
+            with self.where.at("step"):
+                site = f"{unit.name}:{_across(comm)}"
+                comm.start_all_reduce(made, site=site, out=made).wait()
+                if self.away is None:
+                    unit.gradient.copy_(made)
+                else:
+                    self.away.store(unit, unit.gradient, made, adds=False)
+                    self.away.settle()
+
     def add_across(self, units: Sequence[Unit]) -> None:
         """Sums units between the places of pp that hold them."""
         for unit in units:
@@ -143,8 +169,9 @@ class Reducer:
                 self._reduce(unit, comm, _across(comm))
         self._settle()
 
-    def _sum_away(self, unit: Unit, away: Away) -> None:
-        """A unit that ranks sum once a step comes for that, and its part goes again."""
+    def _sum_away(self, unit: Unit, away: Away, late: bool) -> None:
+        """A unit that ranks sum once a step comes for that, and its part goes again; a late one's stays until
+        it is spent."""
         comms, stage = self.comms[unit.name], unit.spec.stage
         if not (comms.reduce or comms.across or stage == 1):
             return
@@ -155,10 +182,14 @@ class Reducer:
                 out = torch.empty(unit.gradient.shape, dtype=made.dtype, device=made.device)
                 site = f"{unit.name}:scatter"
                 made = comms.shard.start_reduce_scatter(made, site=site, out=out).wait()
-            for comm, kind in ((comms.reduce, "reduce"), (comms.across, _across(comms.across))):
+            across = None if late else comms.across
+            for comm, kind in ((comms.reduce, "reduce"), (across, _across(across))):
                 if comm is not None:
                     made = comm.start_all_reduce(made, site=f"{unit.name}:{kind}", out=made).wait()
-            away.store(unit, unit.gradient, made, adds=False)
+            if late:
+                self._late[unit.name] = made
+            else:
+                away.store(unit, unit.gradient, made, adds=False)
 
     def _start(self, unit: Unit) -> None:
         comms = self.comms[unit.name]

@@ -90,12 +90,6 @@ def problems(job: Request) -> list[Problem]:
         near = str(plan.with_("offload", targets=("gradients", "optimizer")))
         limit = "offload.targets=gradients,optimizer"
         found.append(error("offload", "optimizer", message, asked=asked, limit=limit, nearest=near))
-    apart = set(targets(plan)) - {"activations", "optimizer"}
-    if apart and plan.mesh.pp > 1 and plan.pipeline.schedule.startswith("pipedream"):
-        message = f"{plan.pipeline.schedule} starts its gradients anew at each of its updates"
-        limit = "offload.targets=optimizer, or a schedule that flushes"
-        near = str(plan.with_("offload", targets=("optimizer",)))
-        found.append(error("offload", "versions", message, asked=asked, limit=limit, nearest=near))
     return found
 
 
@@ -212,7 +206,7 @@ def _gradient_events(unit: str, block: Block, plan: Plan) -> list[Move]:
         found += [
             ("read", Event("B", "copy", made, weights=True, again=True)),
             ("write", Event("B", "copy", made, weights=True)),
-            ("read", _step(shard)),
+            ("read", replace(_step(shard), once=True)),
         ]
         found += [("read", _step(made)), ("write", _step(shard))] if summed else []
     return found

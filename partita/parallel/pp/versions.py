@@ -58,13 +58,14 @@ class Versions:
     gradient and those it was applied to: the largest since it was last set to 0. `refresh` brings the newest
     version into the working weights, where ranks hold shards of the masters. `away`: masters lie elsewhere,
     and an update has brought the newest version when it is over. `alone`: there are no masters, and an
-    update is of the working weights."""
+    update is of the working weights. `renew`: gradients start anew."""
 
     units: Sequence[Unit]
     rule: Callable[[int, int], int]
     refresh: Callable[..., None] | None = None
     away: bool = False
     alone: bool = False
+    renew: Callable[[Sequence[Unit]], None] = lambda units: None
     newest: int = 0
     staleness: int = 0
     stash: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -91,18 +92,16 @@ class Versions:
     def backward(self, microbatch: int) -> None:
         """Puts the version its forward used in place; the first after an update starts from zero."""
         if self._spent:
-            for unit in self.units:
-                assert unit.gradients.tensor is not None, "versions are of whole gradients"
-                unit.gradients.tensor.zero_()
+            self.renew(self.units)
             self._spent = False
         version = self._used.pop(microbatch)
         self.staleness = max(self.staleness, self.newest - version)
         self._load(version)
 
-    def spend(self) -> list[Tensor]:
-        """Gradients since the last update, copied: the next backward starts from zero."""
+    def spend(self, taken: Callable[[Unit], Tensor]) -> list[Tensor]:
+        """Gradients since the last update, `taken`: the next backward starts from zero."""
         self._spent = True
-        return [unit.gradient.clone() for unit in self.units]
+        return [taken(unit) for unit in self.units]
 
     def update(self, apply: Callable[[], None]) -> None:
         """Runs `apply`, which changes the masters; what is still needed of before is stashed."""
@@ -150,17 +149,18 @@ class Versions:
 
 @dataclass
 class Late:
-    """The last stage's copy of a tied table: `join` adds up its gradient with the first stage's and applies
-    the sum, `behind` updates after its own."""
+    """The last stage's copy of a tied table: `join` adds up its gradient, as `taken`, with the first stage's
+    and applies the sum, `behind` updates after its own."""
 
     versions: Versions
     behind: int
-    join: Callable[[Versions], None] = lambda versions: None
+    taken: Callable[[Unit], Tensor]
+    join: Callable[[Versions, Sequence[Tensor]], None] = lambda versions, spent: None
     _waiting: deque[list[Tensor]] = field(default_factory=deque)
 
     def update(self) -> None:
         """The stage's U: this gradient waits, one that has waited long enough is joined."""
-        self._waiting.append(self.versions.spend())
+        self._waiting.append(self.versions.spend(self.taken))
         while len(self._waiting) > self.behind:
             self._join()
 
@@ -170,10 +170,8 @@ class Late:
             self._join()
 
     def _join(self) -> None:
-        units = self.versions.units
-        for unit, gradient in zip(units, self._waiting.popleft(), strict=True):
-            unit.gradient.copy_(gradient)
-        self.versions.update(lambda: self.join(self.versions))
+        spent = self._waiting.popleft()
+        self.versions.update(lambda: self.join(self.versions, spent))
 
 
 @dataclass
