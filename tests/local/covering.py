@@ -37,8 +37,8 @@ Row = dict[str, str]
 
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
-    cut too, images are cut by no tp or cp, and no gradients are sharded where stages update on their own.
-    Images have no LoRA."""
+    cut too, images are cut by no tp or cp, and no gradients are sharded, nor (here) offloaded, where stages
+    update on their own. Images have no LoRA."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
@@ -55,7 +55,7 @@ def legal(row: Row) -> bool:
         return False
     need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
     shards = any(z in row["data"] for z in ("zero2", "zero3"))
-    if "pipedream" in row["pipeline"] and shards:
+    if "pipedream" in row["pipeline"] and (shards or "gradients" in row["offload"]):
         return False
     if images and row["trains"] == "lora":
         return False
