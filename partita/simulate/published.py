@@ -24,7 +24,7 @@ from partita.spec.plan import Plan
 Row = Mapping[str, str]
 STEP_METRICS = ("step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
 GPT2_VOCAB = 50257
-AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again to one that is
+RAN_AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again to one that is
 LORA_RANK = 32  # Megatron-Bridge's default; adapters are below 1 % of the work
 DROPOUT = 0.1  # of GPT models before fused attention
 
@@ -83,9 +83,7 @@ class Case:
     )
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
-    again: tuple[
-        str, ...
-    ] = ()  # modules that selective recomputation names (published_works.AGAIN)
+    again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
 
     def request(self, plan: Plan) -> Request:
         """What the rooms are asked for this case under a plan; with LoRA all but the adapters is frozen."""
@@ -198,7 +196,7 @@ def _recompute(row: Row) -> str:
     text = row["recompute"]
     hardware = re.search(r"HFU (\d+\.?\d*)%", row["notes"])
     if not text and hardware and row["metric"] == "mfu":
-        return "full" if float(hardware[1]) > AGAIN * float(row["value"]) else "none"
+        return "full" if float(hardware[1]) > RAN_AGAIN * float(row["value"]) else "none"
     if text.startswith("full"):
         return "none" if "layer" in text else "full"
     return "selective" if text.startswith("selective") else "none"
