@@ -43,6 +43,7 @@ ROWS = (
     ("dp", "dp2 1mb", peers.ddp, 2),
     ("zero1", "dp_shard2.zero1 1mb", peers.zero1, 2),
     ("zero3", "dp_shard2.zero3 1mb", peers.zero3, 2),
+    ("zero3 least", "dp_shard2.zero3 1mb data.prefetch=0", peers.zero3, 2),
     ("tp", "tp2 1mb", peers.tensor, 2),
     ("tp+sp", "tp2+sp 1mb", peers.tensor, 2),
     ("ring", "cp2:ring 1mb", peers.one_thread, 2),
