@@ -31,7 +31,7 @@ def cut(request: Request) -> Program:
     return _cut(replace(request, plan=alone, state_words=0))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _cut(request: Request) -> Program:
     batch = request.micro_batch_size * request.plan.data_parallel_size
     program = family_program(request.model, batch, request.seq_len)
