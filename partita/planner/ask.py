@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
-from partita.planner.search import KEEP, Found, Search, searcher
+from partita.planner.nodes import KEEP
+from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
@@ -54,6 +56,8 @@ def ask(job: Job, question: Question) -> Answer:
         found = pareto(search, first, second, question.budget_s)
     else:
         found = search.best(goal, question.top, question.budget_s)
+        left = question.budget_s - found.seconds
+        found = widened(search, goal, question.top, found, left) if left > 0 else found
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
         return Answer(found, (), tuple(texts))

@@ -26,7 +26,7 @@ from partita.base.errors import PartitaError, Problem
 from partita.cost.comm import Group, group_seconds
 from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
-from partita.planner.reading import STATES, read_table
+from partita.planner.reading import STATES, on_device, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
     EXPERTS,
@@ -126,7 +126,8 @@ class Bounds:
         plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
         plan = plan.with_("pipeline", num_microbatches=1)
         asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
-        return read_table(asked, self.machine, tokens.micro == ENDLESS)
+        found = read_table(asked, self.machine, tokens.micro == ENDLESS)
+        return on_device(found, self.space.offload)
 
     def _mixed(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """Every k-th layer, from the first one on, of the table that recomputes all; the others of that which

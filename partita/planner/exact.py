@@ -12,6 +12,7 @@ from partita.parallel.read import kept_bytes, state_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Probe
 from partita.schedule.clock import Costs
+from partita.simulate.away import leaves
 from partita.simulate.memory import coming_bytes, lent_bytes, transient_bytes
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import stage_costs
@@ -36,13 +37,16 @@ def laid_bound(
 
 def _laid_memory(laid: Laid, probe: Probe) -> float:
     known: dict[int, tuple[int, int, int, int]] = {}
+    away = leaves(
+        laid
+    )  # what blocks keep is on the device a block at a time, and counts for nothing
     for s in laid.stages:
         for b in s.blocks:
             if id(b) not in known:
                 own, coming = state_bytes(b, laid.sizes), coming_bytes(b, laid.sizes)
                 known[id(b)] = (
                     sum(own.values()) - coming,
-                    kept_bytes(b, laid.sizes),
+                    0 if away else kept_bytes(b, laid.sizes),
                     transient_bytes(b, laid.sizes),
                     coming,
                 )

@@ -61,6 +61,8 @@ def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     for other_mode in others:
         yield f"recompute:{mode}", plan.with_("recompute", mode=other_mode, every=1)
     yield from _states(plan)
+    if plan.offload.to != "none":
+        yield f"offload:{plan.offload.to}", plan.with_("offload", to="none", targets=())
     dtype = plan.precision.dtype
     yield dtype, plan.with_("precision", dtype="bf16" if dtype == "fp32" else "fp32")
 

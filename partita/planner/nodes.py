@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -102,9 +102,11 @@ def beam(nodes: Iterable[Node], steps: Iterable[Step], until: float) -> list[Nod
 class Queue:
     """Nodes by their bound, and by what is hoped of them (until a plan is seen: the deepest), taken in turns
     from one and the other; and the best plans seen: a node that is not better than the last of the `top` of
-    them is left out."""
+    them is left out. `seen`: plans known before."""
 
-    def __init__(self, goal: Goal, refused: Counter[str], top: int = 1) -> None:
+    def __init__(
+        self, goal: Goal, refused: Counter[str], top: int = 1, seen: Sequence[Prediction] = ()
+    ) -> None:
         self.goal, self.refused, self.top = goal, refused, top
         self.best: list[tuple[Key, Prediction]] = []
         self._bounds: list[tuple[Key, int, Node]] = []
@@ -112,6 +114,8 @@ class Queue:
         self._depths: list[tuple[Key, int, Node]] = []
         self._done: set[int] = set()
         self._ties, self._turn = count(), 0
+        for plan in seen:
+            self.keep(plan, measures(plan))
 
     def keep(self, plan: Prediction, measured: tuple[float, float, int]) -> bool:
         """Adds a plan that was simulated; whether it is the best."""
@@ -170,3 +174,9 @@ class Queue:
         _, n, node = heapq.heappop(heap)
         self._done.add(n)
         return node
+
+
+def measures(p: Prediction) -> tuple[float, int, int]:
+    """Step time, bytes of the fullest rank, ranks."""
+    assert p.laid is not None and p.step_time_s is not None
+    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size

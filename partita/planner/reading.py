@@ -13,6 +13,7 @@ from dataclasses import replace
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
+from partita.parallel.offload.rules import targets
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes, tensor_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Cost, Table
@@ -20,6 +21,7 @@ from partita.simulate.memory import transient_bytes
 from partita.simulate.stage import StageTime, Work, stage_time, works_of
 from partita.simulate.work import MATMULS, STATE_BYTES
 from partita.spec.families import program
+from partita.spec.plan import OffloadPlan, Plan
 from partita.spec.program import Block, Tensor
 
 STATES = ("parameters", "gradients", "optimizer")
@@ -48,6 +50,26 @@ def read_table(request: Request, machine: Machine, late: bool) -> Table | Proble
     costs, weight = _block_costs(laid, machine, late)
     order = [0, *(1 + i for i in at), len(costs) - 1]
     return Table(tuple(costs[i] for i in order), tuple(weight[i] for i in order))
+
+
+def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
+    """The table with what stays on the device: states and activations that lie elsewhere are left out. Its
+    times are the same: moves only add to them."""
+    if offload.to == "none" or isinstance(table, Problem):
+        return table
+    gone = targets(replace(Plan(), offload=offload))
+    here = tuple(float(name not in gone) for name in STATES)
+
+    def rest(cost: Cost) -> Cost:
+        states, experts = (
+            tuple(size * stays for size, stays in zip(sizes, here, strict=True))
+            for sizes in (cost.states, cost.experts)
+        )
+        kept = 0.0 if "activations" in gone else cost.kept
+        return replace(cost, states=states, experts=experts, kept=kept)
+
+    made = {id(b): rest(b) for b in table.blocks}
+    return Table(tuple(made[id(b)] for b in table.blocks), table.flops)
 
 
 def _shortest(request: Request) -> tuple[Request, Sequence[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,12 +19,12 @@ from partita.cost.machine import machine_of
 from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_bound
 from partita.planner.floor import Floors
-from partita.planner.nodes import ANY, GOALS, HIDDEN, INF, KEEP, Found, Goal, Node, Queue, beam
-from partita.planner.space import Leaf, Shape, Space, Tokens, Words
+from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, beam, measures
+from partita.planner.space import HERE, Leaf, Shape, Space, Tokens, Words, default_dtype
 from partita.planner.table import PAIRED, Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
-from partita.spec.plan import Plan
+from partita.spec.plan import OffloadPlan, Plan
 
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather")
@@ -33,9 +33,9 @@ METHODS = ("ring", "all_gather")
 class Search:
     """One search of a job's space; tables are shared by all goals."""
 
-    def __init__(self, job: Job, words: Words, dtype: str) -> None:
+    def __init__(self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE) -> None:
         self.job = job
-        self.space = Space(job, words, dtype)
+        self.space = Space(job, words, dtype, offload)
         self.machine = machine_of(job.cluster)
         self.bounds = Bounds(self.space, self.machine)
         self.floors = Floors(self.bounds)
@@ -44,12 +44,18 @@ class Search:
         self.predictions: dict[str, Prediction] = {}
 
     def best(
-        self, goal: Goal = ANY, top: int = 1, budget_s: float = 20.0, first: bool = False
+        self,
+        goal: Goal = ANY,
+        top: int = 1,
+        budget_s: float = 20.0,
+        first: bool = False,
+        seen: Sequence[Prediction] = (),
     ) -> Found:
-        """Searches for the best `top` plans within so many seconds; `first`: any that fits."""
+        """Searches for the best `top` plans within so many seconds; `first`: any that fits. `seen`: plans
+        of another space, which they must beat."""
         start, found = time.perf_counter(), Found()
         self._refused = found.rejected
-        queue, self._cut = Queue(goal, self._refused, top), float("inf")
+        queue, self._cut = Queue(goal, self._refused, top, seen), float("inf")
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
@@ -359,7 +365,8 @@ class Search:
 
     def plan(self, node: Node) -> Plan:
         """The plan of a leaf."""
-        return self.space.plan(node.mesh, node.shape, node.tokens, node.leaf)
+        plan = self.space.plan(node.mesh, node.shape, node.tokens, node.leaf)
+        return replace(plan, offload=self.space.offload)
 
     def _simulate(self, node: Node) -> Prediction | None:
         plan = self.plan(node)
@@ -367,8 +374,11 @@ class Search:
         if prediction.step_time_s is None or measures(prediction)[1] > self.bounds.limit_bytes:
             wrong = [p for p in prediction.problems if p.severity == "error"]
             self._refuse(wrong[0] if wrong else "memory", 1)
-            return None
-        return prediction
+        elif not prediction.fits and measures(prediction)[1] <= prediction.limit_bytes:
+            self._refuse("memory of the host or its disk", 1)
+        else:
+            return prediction
+        return None
 
     def predict(self, plan: Plan) -> Prediction:
         """`simulate`, each plan once."""
@@ -378,22 +388,12 @@ class Search:
         return self.predictions[line]
 
 
-def measures(p: Prediction) -> tuple[float, int, int]:
-    """Step time, bytes of the fullest rank, ranks."""
-    assert p.laid is not None and p.step_time_s is not None
-    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size
-
-
-def default_dtype(job: Job) -> str:
-    """bf16 where the device is faster in it, else fp32."""
-    return "bf16" if job.cluster.peak("bf16") > job.cluster.peak("fp32") else "fp32"
-
-
 def searcher(job: Job, fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Search:
-    """A search under a user's words; precision is fixed to theirs. Raises UsageError."""
+    """A search under a user's words; precision and offload are theirs. Raises UsageError."""
     words = Words.of(fix, forbid)
-    stated = [v for f, v in words.fixed if f == "dtype"]
-    return Search(job, words, str(stated[0]) if stated else default_dtype(job))
+    stated = {f: str(v) for f, v in words.fixed if f in ("dtype", "offload")}
+    offload = OffloadPlan(stated.get("offload", "none"))
+    return Search(job, words, stated.get("dtype", default_dtype(job)), offload)
 
 
-__all__ = ["ANY", "GOALS", "KEEP", "Found", "Goal", "Node", "Search", "measures", "searcher"]
+__all__ = ["ANY", "Found", "Goal", "Node", "Search", "measures", "searcher"]

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 from partita.base.errors import PlanError, UsageError
 from partita.base.units import format_bytes
-from partita.planner.search import GOALS, Found, Goal, Search, measures, searcher
+from partita.planner.elsewhere import widened
+from partita.planner.nodes import GOALS
+from partita.planner.search import ANY, Found, Goal, Search, measures, searcher
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -206,7 +208,10 @@ def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
     """The job with the plan that 'auto' stands for; itself where it has one. Raises PlanError."""
     if not job.auto:
         return job
-    found = searcher(job).best(budget_s=budget_s)
+    search = searcher(job)
+    found = search.best(budget_s=budget_s)
+    if not found.plans:
+        found = widened(search, ANY, 1, found, budget_s / 2)
     if not found.plans:
         lines = nothing_fits(job, searcher, budget_s / 4)
         raise PlanError("\n".join(['plan = "auto" found none', *lines]))

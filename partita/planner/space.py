@@ -21,7 +21,7 @@ from itertools import chain
 
 from partita.base.errors import UsageError
 from partita.spec.job import Job
-from partita.spec.plan import Plan, has_fixed_stages
+from partita.spec.plan import OffloadPlan, Plan, has_fixed_stages
 from partita.spec.plan_table import CHOICES, is_schedule
 
 SCHEDULES = (
@@ -29,6 +29,7 @@ SCHEDULES = (
 )  # fmt: skip
 VIRTUAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zb")
 MOST_VIRTUAL = 8
+HERE = OffloadPlan()  # all on the device
 EVERY = (2, 3, 4)  # full recomputation of only each k-th block
 _AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp)(\d+)?(\+sp)?(?:[:.](\w+))?")
 
@@ -49,8 +50,8 @@ class Words:
 
     @staticmethod
     def of(fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Words:
-        """From words of a plan's line: tp8, tp8+sp, cp2:ring, zb_h1, zero1, recompute:full, bf16, 8mb;
-        an axis alone (cp, sp, recompute, pp) to forbid it. Raises UsageError."""
+        """From words of a plan's line: tp8, tp8+sp, cp2:ring, zb_h1, zero1, recompute:full, bf16, 8mb,
+        offload:cpu; an axis alone (cp, sp, recompute, pp) to forbid it. Raises UsageError."""
         fixed = tuple(chain.from_iterable(map(_read, fix)))
         bare = [word for word in fix if _read(word)[0][1] is None]
         if bare:
@@ -91,6 +92,10 @@ def _read(word: str) -> list[tuple[str, object]]:
         return [("schedule", found[1]), ("virtual", int(found[2]))]
     if is_schedule(word):
         return [("schedule", word)]
+    if word == "offload" or word.startswith("offload:"):
+        to = word[8:] or None
+        if to is None or to in CHOICES["offload", "to"]:
+            return [("offload", to)]
     if word in CHOICES["context", "method"]:
         return [("method", word)]
     found = _AXIS.fullmatch(word)
@@ -160,10 +165,11 @@ class Leaf:
 
 
 class Space:
-    """The choices of a job under a user's words, level by level."""
+    """The choices of a job under a user's words, level by level; what lies elsewhere is the same of all
+    plans."""
 
-    def __init__(self, job: Job, words: Words, dtype: str) -> None:
-        self.job, self.words, self.dtype = job, words, dtype
+    def __init__(self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE) -> None:
+        self.job, self.words, self.dtype, self.offload = job, words, dtype, offload
         self.batch, self.model = job.train.global_batch_size, job.model
         self._micros: dict[int, list[int]] = {}
         self._schedules: dict[int, list[tuple[str, int]]] = {}
@@ -301,7 +307,7 @@ class Space:
         return len(self.schedules(mesh)) * len(self.states(mesh, shape))
 
     def plan(self, mesh: MeshChoice, shape: Shape, tokens: Tokens, leaf: Leaf) -> Plan:
-        """The plan of one leaf."""
+        """The plan of one leaf, with all of it on the device."""
         base = Plan()
         m = self.batch // mesh.dp // tokens.micro
         return replace(
@@ -318,3 +324,8 @@ class Space:
             recompute=replace(base.recompute, mode=tokens.mode, every=tokens.every),
             precision=replace(base.precision, dtype=self.dtype),
         )  # fmt: skip
+
+
+def default_dtype(job: Job) -> str:
+    """bf16 where the device is faster in it, else fp32."""
+    return "bf16" if job.cluster.peak("bf16") > job.cluster.peak("fp32") else "fp32"

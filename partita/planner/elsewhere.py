@@ -1,0 +1,66 @@
+"""Offload among the choices: states and activations in host memory or in files, where that can help.
+
+    needed      nothing fits with all of it on the device
+    small       at most SMALL devices: it may also buy a better plan than the best that fits without
+
+Each way to offload is a space of its own, with the bounds of bound.py over what stays on the device; a plan
+of it must beat the best plans seen before. Where a host has no stated limit, files hold no more than it and
+only add reads and writes to the same copies: those spaces are cut whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from partita.planner.nodes import Found, Goal
+from partita.planner.search import Search
+from partita.spec.plan import OffloadPlan
+
+SMALL = 16
+STATES = ("gradients", "optimizer")
+TARGETS = ((), ("activations", *STATES), ("activations", *STATES, "parameters"))
+NO_BETTER = "files where the host has room"
+
+
+def offloads(search: Search, found: Found) -> Iterator[OffloadPlan]:
+    """The ways to offload that are worth a search, files behind host memory."""
+    words, devices = search.space.words, search.job.cluster.devices
+    stated = search.space.offload.to != "none"
+    if found.plans and devices > SMALL:
+        return
+    for to in ("cpu", "nvme"):
+        wanted = search.space.offload.to == to if stated else words.admit("offload", to)
+        for targets in TARGETS if wanted else ():
+            if (to, targets) != (search.space.offload.to, search.space.offload.targets):
+                yield OffloadPlan(to, targets)
+
+
+def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+    """What was found without, and with what lies elsewhere, as one answer."""
+    end, host = time.perf_counter() + budget_s, search.job.cluster.host_memory_bytes
+    for offload in offloads(search, found):
+        more = Search(search.job, search.space.words, search.space.dtype, offload)
+        if offload.to == "nvme" and host is None and search.space.offload.to == "none":
+            leaves = sum(more.space.leaves(mesh) for mesh in more.space.meshes())
+            found.considered += leaves
+            found.rejected[NO_BETTER] += leaves
+            continue
+        left = end - time.perf_counter()
+        if left <= 0:
+            found.complete = False
+            break
+        there = more.best(goal, top, left, seen=found.plans)
+        _join(found, there)
+    return found
+
+
+def _join(found: Found, there: Found) -> None:
+    found.considered += there.considered
+    found.rejected.update(there.rejected)
+    found.simulated += there.simulated
+    found.seconds += there.seconds
+    found.complete = found.complete and there.complete
+    if there.plans[:1] != found.plans[:1]:
+        found.first_s = found.seconds - there.seconds + there.first_s
+    found.plans = there.plans
