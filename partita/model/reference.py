@@ -21,7 +21,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from partita.comm.seeds import dropout_box
 from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
-from partita.model.rope import halves, rotate, tables
+from partita.model.reference_rope import turns
+from partita.model.rope import halves, rotate
 from partita.parallel.cp.alibi import slopes
 from partita.parallel.precision.fp8 import Multiplied
 from partita.parallel.product import PLAIN, Product
@@ -131,7 +132,7 @@ class Reference:
                 self.norm(f"{name}.attention.k_norm", k),
             )
         if s.rotates and s.latent is None:
-            cos, sin = (t.to(x.device) for t in tables(s, h.shape[1], self.dtype))
+            cos, sin = (t.to(x.device) for t in turns(s, h.shape[1], self.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -172,7 +173,7 @@ class Reference:
         latent = self.norm(f"{name}.kv_norm", self.dense(f"{name}.kv_a", h), eps)
         k, v = self.heads(f"{name}.wk", latent), self.heads(f"{name}.wv", latent)
         k_pe = self.dense(f"{name}.k_pe", h).unsqueeze(1)
-        cos, sin = (t.to(h.device) for t in tables(self.spec, h.shape[1], self.dtype))
+        cos, sin = (t.to(h.device) for t in turns(self.spec, h.shape[1], self.dtype))
         q, q_pe = q.split([k.shape[-1], made.rope], -1)
         q_pe, k_pe = rotate(halves(q_pe), cos, sin), rotate(halves(k_pe), cos, sin)
         k_pe = k_pe.expand(-1, k.shape[1], -1, -1)

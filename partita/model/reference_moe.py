@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, silu
 
-from partita.parallel.ep.router import choose
 from partita.spec.model import ModelSpec
 
 
@@ -69,7 +68,7 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     logits = h.to(wide) @ weight(f"{name}.router.gate").to(wide).t()
     scores = logits.softmax(-1) if spec.router == "softmax" else logits.sigmoid()
     bias = weight(f"{name}.router.balance_bias").to(wide) if spec.router_bias else None
-    chosen = choose(spec, scores.detach(), None if bias is None else bias.detach())
+    chosen = _chosen(spec, scores.detach(), 0 if bias is None else bias.detach())
     gates = scores.gather(-1, chosen)
     if spec.normalise_top_k:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
@@ -106,6 +105,19 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
             made = made * linear(h, weight(f"{name}.shared.gate")).sigmoid()
         y = y + made
     return y
+
+
+def _chosen(spec: ModelSpec, scores: Tensor, bias: Tensor | int) -> Tensor:
+    """The top_k experts [batch, seq, top_k] by score and bias, the best first; with groups those of the best
+    groups alone, which are worth their best expert, under sigmoid their two best."""
+    ranked = scores + bias
+    if spec.router_groups > 1:
+        size, best = spec.experts // spec.router_groups, 1 if spec.router == "softmax" else 2
+        worth = torch.stack([g.topk(best).values.sum(-1) for g in ranked.split(size, -1)], -1)
+        opened = worth.argsort(dim=-1, descending=True, stable=True)[..., : spec.router_top_groups]
+        groups = one_hot(opened, spec.router_groups).sum(-2).bool()
+        ranked = ranked.where(groups.repeat_interleave(size, -1), -torch.inf)
+    return ranked.argsort(dim=-1, descending=True, stable=True)[..., : spec.top_k]
 
 
 def _losses(

@@ -5,6 +5,7 @@ laid program has at that place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def _modules(
                 _, whole = judge[module, sample]
                 part = whole[at]
                 largest = float(whole.abs().max())
-                off = float((values - part).abs().max())
+                off = float((values - part).abs().max().nan_to_num(math.inf))
                 worst = max(worst, off / largest if largest else off)
             if not worst <= tolerance:
                 what = "output" if phase == "forward" else "gradient of the output"

@@ -88,9 +88,9 @@ class Difference:
 
 
 def relative(a: float, b: float) -> float:
-    """|a - b| / |b|; 0 where neither is finite."""
-    if not math.isfinite(a) and not math.isfinite(b):
-        return 0.0
+    """|a - b| / |b|; 0 where neither is finite, inf where one is not."""
+    if not math.isfinite(a) or not math.isfinite(b):
+        return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
     return abs(a - b) / abs(b) if b else abs(a)
 
 

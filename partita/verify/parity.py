@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
-from partita.base.errors import PlanError
+from partita.base.errors import NonFiniteError, PlanError
 from partita.base.text import table
 from partita.comm.local import local
 from partita.parallel.laid import Laid, lay
@@ -192,6 +193,7 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     ranks = run_ranks(job, data, backend, laid)
     starts = [] if delayed or dtype == "fp64" else weights_after(job, ranks)
     judge = run_delayed(job, data) if delayed else run_judge(job, data, starts=starts)[0]
+    _one_device_is_finite(judge, dtype)
     if starts:
         judge = with_own_updates(job, judge, ranks)
     trial = Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
@@ -199,6 +201,15 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
         neighbours = run_neighbours(job, data, starts, ROUNDING[dtype])
         trial.found = differences(judge, ranks, job, neighbours=neighbours)
     return trial
+
+
+def _one_device_is_finite(judge: Sequence[StepSeen], dtype: str) -> None:
+    """Else there is nothing to compare with. A gradient that overflows in fp16 is a step that is skipped."""
+    for i, step in enumerate(judge):
+        norm = 0.0 if dtype == "fp16" else step.norm
+        for what, value in (("loss", step.loss), ("gradient norm", norm)):
+            if not isfinite(value):
+                raise NonFiniteError(f"the {what} of step {i + 1} is {value}, on one device too")
 
 
 def run_ranks(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.base.errors import NonFiniteError
 from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
@@ -101,9 +102,9 @@ def run_rank(
         if step == watched:
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         scale = 1.0 if model.scaler is None else model.scaler.scale
-        loss = model.forward_backward(batch)
+        loss = _finite_or_nan(lambda batch=batch: model.forward_backward(batch))
         gradients = boxes(model, lambda unit: unit.gradient, scale, trained=True)
-        norm = update.step()
+        norm = _finite_or_nan(update.step)
         if flows or step == 0:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         if step == (STEPS - 1 if flows else 0):
@@ -112,6 +113,14 @@ def run_rank(
         after, r = boxes(model, lambda unit: unit.master), model.routed
         seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
     return seen
+
+
+def _finite_or_nan(made: Callable[[], float]) -> float:
+    """Where a plan leaves the numbers is for the comparison to say."""
+    try:
+        return made()
+    except NonFiniteError:
+        return math.nan
 
 
 def _declared(laid: Laid, rank: int) -> list[TrafficLine]:

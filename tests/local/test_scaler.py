@@ -21,6 +21,26 @@ def test_it_halves_at_an_overflow_and_doubles_after_good_steps():
     assert again == scaler
 
 
+def test_it_is_torchs_scaler():
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=GROWTH_INTERVAL)
+    ours, weight, moved = LossScaler(), torch.zeros(1, requires_grad=True), 0
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    dice = torch.rand(3 * GROWTH_INTERVAL, generator=torch.Generator().manual_seed(0)).tolist()
+    for i, die in enumerate(dice):
+        overflows = i < 10 or die < 2e-4
+        theirs.scale(weight.sum()).backward()
+        if overflows:
+            weight.grad.fill_(math.inf)
+        assert ours.scale == theirs.get_scale()
+        before = float(weight.detach())
+        theirs.step(optimizer)
+        assert ours.step(float(weight.grad)) == (float(weight.detach()) != before)
+        theirs.update()
+        optimizer.zero_grad()
+        moved += not overflows
+    assert ours.skipped == len(dice) - moved and ours.scale == theirs.get_scale()
+
+
 def weights(built):
     return [u.master.clone() for u in built.model.units]
 

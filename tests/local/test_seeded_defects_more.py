@@ -10,12 +10,15 @@ from partita.comm.protocol import Done
 from partita.comm.recording import RecordingComm
 from partita.model import transformer
 from partita.model.dropout import Dropout
+from partita.parallel import units
 from partita.parallel.dp.replicate import Reducer
+from partita.parallel.ep import router
+from partita.parallel.ep.router import choose
 from partita.parallel.regions import Region
-from partita.parallel.units import Matrix, Unit
+from partita.parallel.units import Unit
 from partita.train import slots
 from partita.train import step as step_module
-from partita.train.step import Update
+from partita.train.step import Model, Update
 from partita.verify import runs
 from partita.verify.parity import verify
 
@@ -183,14 +186,14 @@ def test_a_gradient_times_1_02_in_bf16_alone(judged, monkeypatch):
 
 
 def test_gradients_added_up_in_bf16(judged, monkeypatch):
-    add = Matrix._add
+    add = units.add_product
 
-    def narrow(self, dy, x):
-        add(self, dy, x)
+    def narrow(gradient, dy, x, product):
+        add(gradient, dy, x, product)
         if dy.dtype == torch.bfloat16:
-            self.gradient.copy_(self.gradient.bfloat16())
+            gradient.copy_(gradient.bfloat16())
 
-    monkeypatch.setattr(Matrix, "_add", narrow)
+    monkeypatch.setattr(units, "add_product", narrow)
     at = judged("tp2 4mb bf16", layers=2)
     assert at.phase == "gradient" and at.module.startswith("blocks.")
 
@@ -219,3 +222,38 @@ def test_the_latent_keys_positional_part_not_reduced_over_tp(plan, op, judged, m
     monkeypatch.setattr(Region, "start_backward", own_heads_only)
     at = judged(f"{plan} fp64", **verify_jobs.MLA)
     assert at.phase == "backward" and at.expected == (op, "tp") and "k_pe" in at.message
+
+
+@pytest.mark.parametrize("plan", ["tp2 fp64", "tp2 bf16"])
+def test_a_number_that_is_none_is_a_difference_with_a_place(plan, judged, monkeypatch):
+    start = Region.start_forward
+    site = "blocks.1.mlp.down:reduce_from"
+    spoilt = lambda self, x: start(self, x * float("nan") if self.site == site else x)  # noqa: E731
+    monkeypatch.setattr(Region, "start_forward", spoilt)
+    at = judged(plan, layers=2)
+    assert (at.phase, at.module) == ("forward", "blocks.1.mlp") and "off by inf" in at.message
+
+
+def test_a_gradient_that_is_none_on_one_rank(judged, monkeypatch):
+    run = Model.forward_backward
+
+    def spoilt(self, batch):
+        loss = run(self, batch)
+        if self.context.rank == 1:
+            self.units[0].gradient[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(Model, "forward_backward", spoilt)
+    at = judged("pp2/2mb fp64", layers=2)
+    assert (at.phase, at.rank) == ("gradient", 1)
+
+
+def test_the_judge_shares_no_angles_and_no_choice_of_experts(judged, monkeypatch):
+    turned = transformer.tables
+    with monkeypatch.context() as m:
+        m.setattr(transformer, "tables", lambda *a: tuple(t * (1 + 1e-6) for t in turned(*a)))
+        assert judged("2mb fp64", layers=2).module == "blocks.0.attention"
+    without_bias = lambda spec, scores, bias: choose(spec, scores, None)  # noqa: E731
+    monkeypatch.setattr(router, "choose", without_bias)
+    at = judged("2mb fp64", **verify_jobs.EXPERTS)
+    assert (at.phase, at.module) == ("forward", "blocks.1.mlp")

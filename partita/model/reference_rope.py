@@ -1,0 +1,46 @@
+"""The judge's rotary angles, one frequency after the other as the papers state them; no line of rope.py."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil, floor, log, pi
+
+import torch
+from torch import Tensor
+
+from partita.spec.model import ModelSpec
+
+
+@lru_cache(maxsize=8)  # of a model, for each of its layers and steps
+def turns(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [seq, rope_dim / 2] of the angles of each position, times what YaRN scales them by."""
+    each = torch.tensor([_turn(spec, i) for i in range(spec.rope_dim // 2)], dtype=torch.float64)
+    around = torch.polar(torch.ones(seq_len, len(each), dtype=torch.float64),
+                         torch.arange(seq_len, dtype=torch.float64)[:, None] * each)  # fmt: skip
+    around = around * (1.0 if spec.rope_scaling is None else spec.rope_scaling.rotation)
+    return around.real.to(dtype), around.imag.to(dtype)
+
+
+def _turn(spec: ModelSpec, i: int) -> float:
+    """The angle of pair i from one position to the next."""
+    plain, scaling = spec.rope_theta ** (-2 * i / spec.rope_dim), spec.rope_scaling
+    if scaling is None:
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "yarn":
+        first = max(floor(_pair_that_turns(spec, scaling.beta_fast)), 0)
+        last = min(ceil(_pair_that_turns(spec, scaling.beta_slow)), spec.rope_dim - 1)
+        share = (i - first) / max(last - first, 0.001)
+        return plain + (slow - plain) * min(max(share, 0.0), 1.0)
+    turned = scaling.original_max_seq_len * plain / (2 * pi)  # times round, over the first context
+    share = (turned - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return slow + (plain - slow) * min(max(share, 0.0), 1.0)
+
+
+def _pair_that_turns(spec: ModelSpec, times: float) -> float:
+    """The pair, between whole ones, that goes round so many times over the first context (2309.00071)."""
+    assert spec.rope_scaling is not None
+    context = spec.rope_scaling.original_max_seq_len / (2 * pi * times)
+    return spec.rope_dim * log(context, spec.rope_theta) / 2
