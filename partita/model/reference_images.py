@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear, local_response_norm, max_pool2d
+from torch.nn.functional import conv2d, local_response_norm, max_pool2d
 
 if TYPE_CHECKING:
     from partita.model.reference import Reference
@@ -33,8 +33,8 @@ def image_logits(judge: Reference, pixels: Tensor, samples: Tensor | None) -> Te
     for i in range(len(image.channels) - 1, image.layers):
         name = f"blocks.{i}"
         weight, bias = (judge.weight(f"{name}.dense.linear{b}") for b in ("", "_bias"))
-        x = linear(x.flatten(1), weight.flatten(0, 1).flatten(1), bias.flatten()).relu()
-        x = judge.drop(f"{name}.dense.dropout", x.unflatten(1, bias.shape), samples)
+        x = judge.linear(x.flatten(1), weight.flatten(0, 1).flatten(1)) + bias.flatten()
+        x = judge.drop(f"{name}.dense.dropout", x.relu().unflatten(1, bias.shape), samples)
         judge.see(name, x)
     classes = judge.weight("head.project").flatten(1)
     return (x.flatten(1) @ classes.t() + judge.weight("head.project_bias")).unsqueeze(1)

@@ -19,7 +19,7 @@ from partita.verify.parity import verify
 from partita.verify.shrink import shrink
 
 PLANS = (
-    "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16",
+    "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16", "split2 2mb fp8",
     "split4 dp_shard2.zero2 2mb recompute:full recompute.every=2 fp64",
     "recompute:selective split2 order:pp,dp_replicate,cp,dp_shard,tp pp2/2mb fp64",
 )  # fmt: skip

@@ -77,6 +77,18 @@ def test_gradients_leave_in_every_microbatch(stage: int) -> None:
     assert found["disk", "write", "step"] == close(3 * shard + shard * summed, rel=1e-4)
 
 
+@pytest.mark.parametrize(("schedule", "updates"), [("pipedream", MB), ("pipedream_2bw", 1)])
+def test_gradients_start_anew_behind_each_update(schedule: str, updates: int) -> None:
+    """On disk only what is added to is read; the norm is read once a step, whatever its updates."""
+    laid = lay(request_of(job(f"pp2:{schedule}/{MB}mb bf16 offload:nvme")))
+    found = moved(laid)
+    gradient = found["disk", "write", "B"] / MB
+    assert gradient == 4 * sum(b.numel() for u in laid.units(0) for _, b, _ in u.weights)
+    assert found["disk", "read", "B"] == (MB - updates) * gradient
+    assert found["disk", "write", "step"] == updates * 3 * gradient  # masters and two moments
+    assert found["disk", "read", "step"] == updates * (3 + 1) * gradient + gradient
+
+
 def test_arenas_add_up_to_eighteen_bytes_a_parameter() -> None:
     parameters = job("").model.parameters()
     for line, host, disk in (

@@ -65,14 +65,6 @@ def problems(job: Request) -> list[Problem]:
         found.append(
             error("split", "axes", message, asked=asked, limit="no tp, cp, ep", nearest=nearest)
         )
-    if job.plan.precision.dtype == "fp8":
-        message = "convolutions are not computed in fp8 in this version"
-        nearest = str(job.plan.with_("precision", dtype="bf16"))
-        found.append(
-            error(
-                "split", "fp8", message, asked="fp8", limit="fp64 fp32 bf16 fp16", nearest=nearest
-            )
-        )
     return found
 
 
