@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from partita.model.maker import Maker
 from partita.parallel.tp.embedding import Lookup
 from partita.parallel.units import Weight
-
-if TYPE_CHECKING:
-    from partita.model.transformer import Maker
 
 
 class EmbeddingBlock:

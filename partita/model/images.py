@@ -10,13 +10,14 @@ Between blocks lie [batch, groups of this rank, channels, height, width] and [ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from partita.model.dropout import Dropout
+from partita.model.maker import Maker
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
 from partita.parallel.regions import IDENTITY, Region
@@ -24,9 +25,6 @@ from partita.parallel.split.conv import Convolution
 from partita.parallel.tp.linear import Column, Row
 from partita.parallel.tp.loss import CrossEntropy
 from partita.spec.image import POOL, POOL_STRIDE, Conv
-
-if TYPE_CHECKING:
-    from partita.model.transformer import Maker
 
 WINDOW, ALPHA, BETA, K = 5, 1e-4, 0.75, 2.0  # of the response norm (sec. 3.3)
 

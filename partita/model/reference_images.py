@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, local_response_norm, max_pool2d
 
-if TYPE_CHECKING:
-    from partita.model.reference import Reference
+from partita.spec.model import ModelSpec
 
 
-def image_logits(judge: Reference, pixels: Tensor, samples: Tensor | None) -> Tensor:
+class Judge(Protocol):
+    """The reference, as images need it."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    see: Callable[[str, Tensor], None]
+
+    def weight(self, name: str) -> Tensor:
+        """A weight in the compute dtype."""
+        ...
+
+    def drop(self, site: str, x: Tensor, samples: Tensor | None) -> Tensor:
+        """Dropout by counter, while training."""
+        ...
+
+
+def image_logits(judge: Judge, pixels: Tensor, samples: Tensor | None) -> Tensor:
     """[batch, 1, classes] of pixels [batch, colors, height, width]."""
     image = judge.spec.image
     assert image is not None

@@ -8,8 +8,6 @@ the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -17,239 +15,21 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
-from partita.model.core import Core, Explicit, Flash, SharedExplicit
-from partita.model.dropout import Dropout
 from partita.model.embedding import EmbeddingBlock
 from partita.model.images import image_block
-from partita.model.latent import LatentAttention
+from partita.model.maker import Maker
 from partita.model.mlp import MLP
-from partita.model.moe import MoE, Shared
+from partita.model.moe import MoE
 from partita.model.rope import tables
-from partita.parallel.cp.alibi import slopes
-from partita.parallel.cp.ring import SharedKeys
-from partita.parallel.cp.tile import wide
-from partita.parallel.cp.travel import Gather, Ring
-from partita.parallel.cp.ulysses import Turned
-from partita.parallel.ep.dispatch import Exchange
-from partita.parallel.ep.experts import Grouped
 from partita.parallel.ep.log import RouterLog
-from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
-from partita.parallel.lora import Drop, LowRank, Now
 from partita.parallel.pp.pieces import Flow, run
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
-from partita.parallel.regions import Region, Regions
-from partita.parallel.sp.norm import Norm
-from partita.parallel.tp.linear import IDENTITY, AddBias, Column, Row
+from partita.parallel.tp.linear import AddBias, Column
 from partita.parallel.tp.loss import CrossEntropy
-from partita.parallel.units import Unit, Weight
-from partita.spec.families.moe import capacity
-from partita.spec.lora import GROUPS, A, B
-from partita.spec.model import Latent, ModelSpec
-from partita.spec.program import Block
-from partita.spec.program import Tensor as Named
-
-
-class Maker:
-    """Hands one block its weights, regions and dropout sites."""
-
-    def __init__(
-        self, laid: Laid, name: str, block: Block, context: Context, weights: dict[str, Weight]
-    ) -> None:
-        self.laid, self.name, self.block, self.context = laid, name, block, context
-        self.spec: ModelSpec = laid.request.model
-        self.regions = Regions(block, name, context)
-        self.now = Now()  # of adapters that drop
-        self._weights = weights
-
-    def weight(self, name: str) -> Weight:
-        """A weight by its name within the block."""
-        return self._weights[self.laid.full_name(self.name, name)]
-
-    def bias(self, name: str) -> Weight | None:
-        """The bias beside a weight, where the block has one."""
-        return self.weight(f"{name}_bias") if f"{name}_bias" in self.block.tensors else None
-
-    def norm(self, name: str, eps: float | None = None) -> Norm:
-        """A norm and its weights."""
-        return Norm(self.weight(name), self.bias(name), self.spec.norm_eps if eps is None else eps)
-
-    def column(self, after: str, *names: str) -> Column:
-        """Linears that read what `after` wrote."""
-        return self.side_by_side(self.regions.at(after), *names)
-
-    def side_by_side(self, region: Region, *names: str) -> Column:
-        """Linears that read one tensor, behind a region."""
-        biases = [b for n in names if (b := self.bias(n)) is not None]
-        weights, low, rows = [self.weight(n) for n in names], [], 0
-        for name, w in zip(names, weights, strict=True):
-            low += [self.low_rank(name, rows)] if self.adapts(name) else []
-            rows += prod(w.shape[:-1])
-        return Column.of(weights, region, biases, low)
-
-    def row(self, name: str) -> Row:
-        """A linear and the region behind it."""
-        low = self.low_rank(name) if self.adapts(name) else None
-        return Row.of(self.weight(name), self.regions.at(name), self.bias(name), low)
-
-    def adapts(self, name: str) -> bool:
-        """Whether a linear has LoRA's A and B beside it."""
-        return f"{name}{A}" in self.block.tensors
-
-    def low_rank(self, name: str, first: int = 0) -> LowRank:
-        """A linear's A and B; its rows begin at `first`."""
-        dims = self.block.tensors[f"{name}{A}"].dims
-        groups = prod(d.local(self.laid.sizes) for d in dims if d.name in GROUPS)
-        a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
-        found = LowRank.of(a, b, groups, self.spec.lora_scale, first)
-        if not self.spec.lora_dropout:
-            return found
-        read = next(op.reads[0] for op in self.block.ops() if op.weights[:1] == (name,))
-        masks = self.masks(f"{name}.lora", read, self.spec.lora_dropout)
-        return replace(found, drop=Drop(masks, self.now))
-
-    def dropout(self, site: str, mask: str) -> Dropout | None:
-        """The site whose mask is the tensor `mask` of the block; its box is this rank's part."""
-        return self.masks(site, mask, self.spec.dropout) if self.spec.dropout else None
-
-    def masks(self, site: str, like: str, probability: float) -> Dropout:
-        """Masks of the shape of a tensor of the block."""
-        tensor = self.block.tensors[like]
-        box = tuple(self._span(d) for d in tensor.dims[1:])
-        shape = tuple(d.size for d in tensor.dims[1:])
-        laid = tuple(d.name in ("seq", "keys") for d in tensor.dims[1:])
-        name = f"{self.name}.{site}"
-        return Dropout(self.context.seed, name, probability, shape, box, laid)
-
-    def core(self, future: Tensor | None, again: bool) -> Core:
-        """Attention proper, by the regions the laid block has around it; `future` is the causal mask of
-        explicit probabilities, which backward makes `again` or not."""
-        window = self.spec.sliding_window
-        drop = self.dropout("attention.core", "p_mask")
-        scale = self.spec.softmax_scale if self.spec.latent else None
-        falls = self.slopes() if self.spec.alibi else None
-        moves = self.regions.of("ring") or self.regions.of("all_gather")
-        found: Core
-        if moves:
-            travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
-            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls)
-            found = shared if drop is None else SharedExplicit(shared, drop, again)
-        elif drop is None:
-            found = Flash(window, scale, falls)
-        else:
-            assert future is not None
-            found = Explicit(drop, future, window, again)
-        turns = self.regions.of("exchange")
-        if not turns:
-            return found
-        wanted = any(op.name == "attention.core:exchange" for op in replayed(self.block))
-        return Turned(found, turns, self.regions.tape, wanted)  # type: ignore[arg-type]
-
-    def slopes(self) -> Tensor:
-        """ALiBi's, of the heads that the core sees here: behind exchanges, where there are any."""
-        core = next(op for op in self.block.ops() if op.name == "attention.core")
-        first, end = self._span(
-            next(d for d in self.block.tensors[core.writes].dims if d.name == "heads")
-        )
-        dtype = wide(self.weight("attention.wq").unit.working.dtype)
-        return slopes(self.spec.heads)[first:end].to(self.context.device, dtype)
-
-    def attention(
-        self, rope: tuple[Tensor, Tensor] | None, future: Tensor | None, remakes: frozenset[str]
-    ) -> Attention | LatentAttention:
-        """The attention segment of a layer."""
-        spec = self.spec
-        if spec.latent is not None:
-            assert rope is not None
-            return self._latent(spec.latent, rope, remakes)
-        norms = None
-        if spec.qk_norm:
-            norms = self.norm("attention.q_norm"), self.norm("attention.k_norm")
-        return Attention(
-            self.norm("attention.norm"),
-            self.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
-            self.row("attention.wo"),
-            self.local("q", "heads"),
-            self.local("k", "kv_heads"),
-            spec.head_dim,
-            rope,
-            self.places("qr" if spec.rotates else "q"),
-            self.core(future, "attention.softmax" in remakes),
-            self.dropout("attention.residual", "ao_mask"),
-            remakes,
-            norms,
-        )
-
-    def _latent(
-        self, made: Latent, rope: tuple[Tensor, Tensor], remakes: frozenset[str]
-    ) -> LatentAttention:
-        names = ["attention.q_a"] * bool(made.q) + ["attention.kv_a", "attention.k_pe"]
-        q_norm = self.norm("attention.q_norm", made.norm_eps) if made.q else None
-        return LatentAttention(
-            made, self.local("q", "heads"), self.norm("attention.norm"),
-            self.side_by_side(IDENTITY, *names), q_norm,
-            self.column("attention.q_norm" if made.q else "attention.norm", "attention.wq"),
-            self.norm("attention.kv_norm", made.norm_eps),
-            self.column("attention.kv_norm", "attention.wk", "attention.wv"),
-            self.regions.at("attention.k_pe"), self.row("attention.wo"), rope, self.places("qr"),
-            self.core(None, False), remakes,
-        )  # fmt: skip
-
-    def places(self, tensor: str) -> tuple[int, int]:
-        """(first, end) of this rank's share of the laid sequence in a tensor."""
-        return self._span(next(d for d in self.block.tensors[tensor].dims if d.name == "seq"))
-
-    def moe(self, remakes: frozenset[str]) -> MoE:
-        """The experts of a layer, as the laid block has them."""
-        spec, at = self.spec, self.regions.at
-        bias = self.weight("router.balance_bias") if spec.router_bias else None
-        microbatches = self.laid.request.plan.num_microbatches
-        together = 1 if spec.balance_over == "sequence" else self.laid.samples // microbatches
-        router = Router(
-            spec, self.weight("router.gate").matrix(), bias, at("router.count"), self.laid.request.seq_len,
-            self.laid.samples, RouterLog(spec.experts, self.context.where), together,
-        )  # fmt: skip
-        exchange = Exchange(
-            spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
-            at("experts.down"), at("experts.back"), at("router.choose"),
-            None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
-            self.laid.request.plan.expert.chunks,
-        )  # fmt: skip
-        shared = None
-        if spec.shared_experts:
-            gate = [self.weight("shared.gate")] if spec.shared_gate else []
-            shared = Shared(
-                self.column("mlp.norm", "shared.gate_up"), self.row("shared.down"),
-                Column.of(gate, IDENTITY) if gate else None,
-            )  # fmt: skip
-        up, down = self.grouped("experts.gate_up"), self.grouped("experts.down")
-        return MoE(self.norm("mlp.norm"), router, exchange, up, down, shared, remakes)
-
-    def grouped(self, name: str) -> Grouped:
-        """A linear of every expert here."""
-        low = self.low_rank(name) if self.adapts(name) else None
-        return Grouped.of(self.weight(name), low=low)
-
-    def _span(self, dim: Any) -> tuple[int, int]:
-        size = dim.local(self.laid.sizes)
-        place = 0
-        for axis in dim.cut:
-            place = place * self.laid.sizes[axis] + self.context.coords[axis]
-        return place * size, (place + 1) * size
-
-    def local(self, tensor: str, dim: str) -> int:
-        """This rank's size of a dim."""
-        found: Named = self.block.tensors[tensor]
-        return next(d for d in found.dims if d.name == dim).local(self.laid.sizes)
-
-    def vocab_range(self, table: str) -> tuple[int, int]:
-        """(first id, real rows) of this rank's part of a table."""
-        full = self.laid.full_name(self.name, table)
-        pieces = self.laid.layouts[full].alone.pieces(self.laid.mesh, self.context.rank)
-        rows = self.weight(table).shape[0]
-        first = rows * self.context.coords["tp"]
-        return first, sum(b - a for (a, b), *_ in (p.box for p in pieces))
+from partita.parallel.units import Unit
+from partita.spec.model import ModelSpec
 
 
 class LayerBlock:

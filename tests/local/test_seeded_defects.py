@@ -7,7 +7,7 @@ import verify_jobs
 
 from partita.comm.protocol import Done
 from partita.model.attention import Attention
-from partita.model.transformer import Maker
+from partita.model.maker import Maker
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.dp.zero import Parameters
 from partita.parallel.regions import Region
