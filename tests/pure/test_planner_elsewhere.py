@@ -8,6 +8,7 @@ from drawn_plans import random_leaf, wide
 from test_planner import bounds_hold, leaves, small
 
 from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
+from partita.planner.explain import binds, why
 from partita.planner.search import ANY, Search, measures, searcher
 from partita.planner.space import Words
 from partita.spec.plan import OffloadPlan
@@ -76,8 +77,9 @@ def test_more_devices_search_it_where_nothing_else_fits_or_it_is_asked_for():
         search = searcher(one, (*words, *extra), ("cp", "recompute"))
         found = widened(search, ANY, 1, search.best(ANY), 30.0)
         assert found.complete and found.plans
-        assert (
-            f"offload:{to}" in found.plans[0].plan if to else "offload" not in found.plans[0].plan
-        )
+        best = found.plans[0]
+        assert f"offload:{to}" in best.plan if to else "offload" not in best.plan
+        reasons = {r.choice for r in why(one, best)}
+        assert (f"offload:{to}" in reasons) == bool(to) and "the its" not in binds(one, best)
     forbidden = searcher(one, words, ("cp", "recompute", "offload"))
     assert not widened(forbidden, ANY, 1, forbidden.best(ANY), 30.0).plans
