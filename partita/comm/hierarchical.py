@@ -3,22 +3,23 @@
     all_reduce       reduce_scatter inside | all_reduce across, each place its share | all_gather inside
     reduce_scatter   reduce_scatter inside | reduce_scatter across
     all_gather       all_gather across, own shards | all_gather inside
-    all_to_all       rows for ranks of this host inside, the others by one exchange of the whole group
+    broadcast        across, by those in the root's place | broadcast inside
 
 `inside` is the group's ranks on this host, `across` those with this rank's place in it on each host: what
-crosses a host's link is what one rank a host would send (Jia et al. 2018, section 3.3). A collective under
-way has begun its first part; the next begin when it is waited for, by all ranks in one order: of a gather it
-is the host's link that is busy meanwhile, of a reduction shared memory. Low precision adds up in fp32 and
-rounds once.
+crosses a host's link is what one rank a host would send (Jia et al. 2018, section 3.3). That is for what is
+waited for at once, and for gathers, whose first part is the one between hosts. A reduction that is only
+started goes over torch.distributed alone: it sends more, and its threads send it under compute, where the
+hierarchy would send it when it is waited for; so does an all_to_all, of which hierarchy saves nothing
+(docs/benchmarks.md). Low precision adds up in fp32 and rounds once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import CommError
-from partita.comm import shm_comm
 from partita.comm.blocking import Blocking
 from partita.comm.calls import CallPages, page_bytes
 from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, World, message_of
@@ -35,10 +35,6 @@ from partita.comm.shm import ShmWorld, available
 from partita.comm.shm_comm import LOW, ShmComm
 from partita.comm.torch import TorchWorld
 from partita.comm.torch_comm import TorchComm
-
-SLOT = 32 << 20  # a bucket of gradients is handed over at once; pages exist once they are touched
-ROOM = 4 << 30  # of shared memory, for such slots: a container may have 64 MB
-Part = Callable[[Tensor], Handle]
 
 
 def join_hosts(between: TorchWorld, host: str, timeout_s: float) -> World:
@@ -66,8 +62,6 @@ class HostsWorld:
         self.between, self.shm, self.hosts = between, shm, tuple(hosts)
         self.rank, self.size, self.where = between.rank, between.size, between.where
         between.board = shm.board  # one last word a rank
-        memory = shutil.disk_usage(shm.path.parent).total
-        self._slot = SLOT if memory >= ROOM else shm_comm.SLOT
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """In shared memory where one host has them all; by hierarchy where each host has as many of them,
@@ -87,9 +81,7 @@ class HostsWorld:
             for _ in range(2)
         ]
         inside = [
-            self.shm.group(by_host[mine], axis, lane, self._slot)
-            for _ in range(3)
-            if mine in by_host
+            self.shm.make(by_host[mine], axis=axis, lane=lane) for _ in range(3) if mine in by_host
         ]
         pages = [self.shm.room(page_bytes(len(rows[0]))) for _ in range(mine in by_host)]
         if self.rank not in ranks:
@@ -124,11 +116,21 @@ class _Note:
         def call(method: str, *args: Any, **words: Any) -> Any:
             comm.called = self.message
             try:
-                return getattr(comm, method)(*args, **words)
+                with self.told():
+                    return getattr(comm, method)(*args, **words)
             finally:
                 comm.called = None
 
         return call
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A failure within is told as unlike calls where it is one."""
+        try:
+            yield
+        except CommError:
+            self.check()
+            raise
 
     def check(self) -> None:
         """Raises CommError where another rank of this host called something else under this number."""
@@ -137,14 +139,12 @@ class _Note:
 
 
 class _Pending:
-    """A collective under way: its first part, and those to come."""
+    """A gather under way: its part between hosts, and how it goes on."""
 
     def __init__(
-        self, queue: list[_Pending], note: _Note, first: Handle, parts: Sequence[Part],
-        result: Callable[[Tensor], Tensor],
-    ) -> None:  # fmt: skip
-        self._queue, self._handle, self._parts, self._result = queue, first, parts, result
-        self._note = note
+        self, queue: list[_Pending], note: _Note, first: Handle, finish: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._queue, self._note, self._first, self._finish = queue, note, first, finish
         self._value: Tensor | None = None
         queue.append(self)
 
@@ -153,29 +153,10 @@ class _Pending:
         if self._value is None:
             while self._queue[0] is not self:
                 self._queue[0].wait()
-            try:
-                came = self._handle.wait()
-                for part in self._parts:
-                    came = part(came).wait()
-            except CommError:
-                self._note.check()
-                raise
-            self._value = self._result(came)
+            with self._note.told():
+                self._value = self._finish(self._first.wait())
             self._queue.remove(self)
         return self._value
-
-
-@dataclass(slots=True)
-class _Rows:
-    """An exchange: rows of this host's ranks and those of the others."""
-
-    near: Handle
-    far: Handle
-    joined: Callable[[Tensor, Tensor], Tensor]
-
-    def wait(self) -> Tensor:
-        """All rows, in rank order."""
-        return self.joined(self.near.wait(), self.far.wait())
 
 
 class HierarchicalComm(Blocking):
@@ -197,7 +178,6 @@ class HierarchicalComm(Blocking):
         self._across: TorchComm
         (self._inside, self._back, self._spread), (self._across, self._ends), self._whole = comms
         self.mates = self._order[self._host]  # of the group's ranks, those of this host
-        self._reducing: list[_Pending] = []
         self._gathering: list[_Pending] = []
         self.pages: CallPages  # of what this host's ranks called
         self._sequence = 0
@@ -220,37 +200,47 @@ class HierarchicalComm(Blocking):
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:
-        """Each place of a host reduces its share between hosts; a maximum is taken of the whole."""
-        note = self._enter("all_reduce", x, site)
-        inside, across, back = map(note.on, (self._inside, self._across, self._back))
-        if op == "max":
-            first = inside("start_all_reduce", x, site=site, op=op)
-            part = [lambda y: across("start_all_reduce", y, site=site, op=op)]
-            return _Pending(self._reducing, note, first, part, lambda y: _into(out, y))
-        n, size = self._inside.size, x.numel()
-        flat = x.new_zeros(-(-size // n) * n, dtype=_wide(x.dtype))
-        flat[:size] = x.detach().reshape(-1)
-        parts: list[Part] = [
-            lambda y: across("start_all_reduce", y, site=site, out=y),
-            lambda y: back("start_all_gather", y.to(x.dtype), site=site),
-        ]
-        first = inside("start_reduce_scatter", flat, site=site)
-        return _Pending(
-            self._reducing, note, first, parts, lambda y: _into(out, y[:size].view(x.shape))
-        )
+        """Over torch.distributed: see the module."""
+        self._enter("all_reduce", x, site)
+        return self._whole.start_all_reduce(x, site=site, op=op, out=out)
 
     def start_reduce_scatter(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
+        """Over torch.distributed: see the module."""
+        self._enter("reduce_scatter", x, site)
+        return self._whole.start_reduce_scatter(x, site=site, dim=dim, out=out)
+
+    def start_all_to_all(
+        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Handle:
+        """Over torch.distributed: see the module."""
+        self._enter("all_to_all", x, site)
+        counts = {"send_counts": send_counts, "receive_counts": receive_counts}
+        return self._whole.start_all_to_all(x, site=site, **counts)
+
+    def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
+        """Each place of a host reduces its share between hosts; a maximum is taken of the whole."""
+        note = self._enter("all_reduce", x, site)
+        inside, across, back = map(note.on, (self._inside, self._across, self._back))
+        if op == "max":
+            mine = inside("all_reduce", x, site=site, op=op)
+            return across("all_reduce", mine, site=site, op=op)
+        n, size = self._inside.size, x.numel()
+        flat = x.new_zeros(-(-size // n) * n, dtype=_wide(x.dtype))
+        flat[:size] = x.detach().reshape(-1)
+        share = inside("reduce_scatter", flat, site=site)
+        share = across("start_all_reduce", share, site=site, out=share).wait().to(x.dtype)
+        return back("all_gather", share, site=site)[:size].view(x.shape)
+
+    def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
         """Each place of a host adds up what the ranks in it are due, then sends each its part."""
         note = self._enter("reduce_scatter", x, site)
-        inside, across = note.on(self._inside), note.on(self._across)
         parts = x.detach().chunk(self.size, dim)
         places = list(zip(*self._order, strict=True))
         due = torch.stack([parts[g] for place in places for g in place]).to(_wide(x.dtype))
-        first = inside("start_reduce_scatter", due, site=site)
-        then: list[Part] = [lambda y: across("start_reduce_scatter", y, site=site)]
-        return _Pending(self._reducing, note, first, then, lambda y: _into(out, y[0].to(x.dtype)))
+        mine = note.on(self._inside)("reduce_scatter", due, site=site)
+        return note.on(self._across)("reduce_scatter", mine, site=site)[0].to(x.dtype)
 
     def start_all_gather(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
@@ -259,45 +249,18 @@ class HierarchicalComm(Blocking):
         note = self._enter("all_gather", x, site)
         across, inside = note.on(self._ends), note.on(self._spread)
         first = across("start_all_gather", x.detach().unsqueeze(0), site=site)
-        then: list[Part] = [lambda y: inside("start_all_gather", y.unsqueeze(0), site=site)]
 
-        def placed(y: Tensor) -> Tensor:
+        def finish(came: Tensor) -> Tensor:
             """[place, host, ...] in the group's order."""
+            every = inside("all_gather", came.unsqueeze(0), site=site)
             found: list[Any] = [None] * self.size
             for h, row in enumerate(self._order):
                 for i, g in enumerate(row):
-                    found[g] = y[i, h]
-            return _into(out, torch.cat(found, dim))
+                    found[g] = every[i, h]
+            whole = torch.cat(found, dim)
+            return whole if out is None else out.copy_(whole)
 
-        return _Pending(self._gathering, note, first, then, placed)
-
-    def start_all_to_all(
-        self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Handle:
-        """Both exchanges are under way at once."""
-        self._enter("all_to_all", x, site)
-        mine = self.mates
-        parts, take = x.detach().split(list(send_counts)), list(receive_counts)
-        near = [parts[g] for g in mine]
-        far = [x.new_empty((0, *x.shape[1:])) if g in mine else p for g, p in enumerate(parts)]
-        from_near = [take[g] for g in mine]
-        from_far = [0 if g in mine else n for g, n in enumerate(take)]
-
-        def exchange(comm: Any, rows: list[Tensor], counts: list[int]) -> Handle:
-            sends = [p.shape[0] for p in rows]
-            return comm.start_all_to_all(
-                torch.cat(rows), site=site, send_counts=sends, receive_counts=counts
-            )
-
-        def joined(inner: Tensor, outer: Tensor) -> Tensor:
-            came = list(outer.split(from_far))
-            for g, part in zip(mine, inner.split(from_near), strict=True):
-                came[g] = part
-            return torch.cat(came)
-
-        return _Rows(
-            exchange(self._inside, near, from_near), exchange(self._whole, far, from_far), joined
-        )
+        return _Pending(self._gathering, note, first, finish)
 
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """Between hosts by those in the root's place, then inside."""
@@ -334,8 +297,3 @@ class HierarchicalComm(Blocking):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """In which a dtype is added up."""
     return torch.float32 if dtype in LOW else dtype
-
-
-def _into(out: Tensor | None, found: Tensor) -> Tensor:
-    """A result where it is wanted."""
-    return found if out is None else out.copy_(found)

@@ -15,7 +15,7 @@ from partita.base.errors import CommError
 from partita.comm.board import Board
 from partita.comm.futex import SPINS, SPINS_OWN_CORE, Words, available
 from partita.comm.protocol import Comm, Where
-from partita.comm.shm_comm import SLOT, ShmComm, region_bytes
+from partita.comm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
 __all__ = ["ShmComm", "ShmWorld", "available"]
@@ -59,9 +59,9 @@ class ShmWorld:
             )
         self._joined = everyone
 
-    def _region(self, ranks: tuple[int, ...], slot: int = SLOT) -> mmap.mmap:
+    def _region(self, ranks: tuple[int, ...]) -> mmap.mmap:
         """A group's part of the file."""
-        return self.room(region_bytes(len(ranks), slot))
+        return self.room(region_bytes(len(ranks)))
 
     def room(self, size: int) -> mmap.mmap:
         """The next whole pages of the file, the same on all ranks since all make all groups in one order."""
@@ -76,15 +76,11 @@ class ShmWorld:
         """A Comm over `ranks`; every rank calls it for every group."""
         if len(ranks) == 1:
             return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
-        return self.group(ranks, axis, lane)
-
-    def group(self, ranks: Sequence[int], axis: str, lane: str, slot: int = SLOT) -> ShmComm | None:
-        """A Comm over two ranks or more that hand over `slot` bytes at once."""
-        region = self._region(tuple(ranks), slot)
+        region = self._region(tuple(ranks))
         if self.rank not in ranks:
             region.close()
             return None
-        comm = ShmComm(self, tuple(ranks), axis, lane, region, slot)
+        comm = ShmComm(self, tuple(ranks), axis, lane, region)
         self.comms.append(comm)
         return comm
 

@@ -35,9 +35,9 @@ LOOK_S = 0.05  # how often a waiting rank looks whether its peers live
 LOW = (torch.bfloat16, torch.float16)
 
 
-def region_bytes(num_ranks: int, slot: int = SLOT) -> int:
+def region_bytes(num_ranks: int) -> int:
     """Bytes of a group's part of the file: words, slots, rings."""
-    size = PAGE + 2 * num_ranks * slot + num_ranks * (num_ranks - 1) * ring_bytes()
+    size = PAGE + 2 * num_ranks * SLOT + num_ranks * (num_ranks - 1) * ring_bytes()
     return -(-size // PAGE) * PAGE
 
 
@@ -67,11 +67,10 @@ class ShmComm(Blocking):
     """One group on one axis and lane."""
 
     def __init__(
-        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap,
-        slot: int = SLOT,
-    ) -> None:  # fmt: skip
+        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap
+    ) -> None:
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
-        self.rank, self.size, self.slot_bytes = ranks.index(world.rank), len(ranks), slot
+        self.rank, self.size = ranks.index(world.rank), len(ranks)
         self.called: Message | None = None  # what this call is a part of, where it is one
         n = self.size
         self._words = Words(region, 4 * n, spins=world.spins)  # written, two digests a rank, read
@@ -80,13 +79,13 @@ class ShmComm(Blocking):
         self._sequence = 0
         self._pending: list[_Pending] = []
         self._digests: dict[tuple[object, ...], int] = {}
-        self.mailbox = Mailbox(self, region, PAGE + 2 * n * slot)
+        self.mailbox = Mailbox(self, region, PAGE + 2 * n * SLOT)
 
     # Slots and meetings --------------------------------------------------------------------------
 
     def slot(self, rank: int, meeting: int, size: int) -> Tensor:
         """The first `size` bytes of a rank's buffer for a meeting."""
-        start = PAGE + ((meeting & 1) * self.size + rank) * self.slot_bytes
+        start = PAGE + ((meeting & 1) * self.size + rank) * SLOT
         return self._bytes[start : start + size]
 
     def make_room(self, note: tuple[Message, int]) -> int:
@@ -223,7 +222,7 @@ class ShmComm(Blocking):
         source = x.detach().contiguous().view(-1)
         out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
-        each = self.slot_bytes // x.element_size()
+        each = SLOT // x.element_size()
         size = x.element_size()
 
         def part(rank: int, meeting: int, count: int) -> Tensor:
@@ -246,7 +245,7 @@ class ShmComm(Blocking):
     ) -> Handle:
         """Every rank copies all slots to their places."""
         note = self.enter("all_gather", x, site)
-        small = x.numel() * x.element_size() <= self.slot_bytes
+        small = x.numel() * x.element_size() <= SLOT
         shape = list(x.shape)
         shape[dim] *= self.size
         out = torch.empty(shape, dtype=x.dtype) if out is None else out
@@ -276,7 +275,7 @@ class ShmComm(Blocking):
             if dim
             else out.view(self.size, -1)
         )
-        each, size = self.slot_bytes // x.element_size(), x.element_size()
+        each, size = SLOT // x.element_size(), x.element_size()
 
         def write(chunk: int, meeting: int) -> None:
             piece = source[chunk * each : (chunk + 1) * each]
@@ -302,7 +301,7 @@ class ShmComm(Blocking):
         note = self.enter("reduce_scatter", x, site)
         parts = x.detach().chunk(self.size, dim)
         shape, count, size = parts[0].shape, parts[0].numel(), x.element_size()
-        each = self.slot_bytes // size // self.size
+        each = SLOT // size // self.size
         out = torch.empty(shape, dtype=x.dtype) if out is None else out
         flat = out.view(-1)
         whole = count <= each  # then strided parts are copied straight into the slot
@@ -310,7 +309,7 @@ class ShmComm(Blocking):
 
         def place(rank: int, meeting: int, part: int, n: int) -> Tensor:
             start = part * n * size
-            return self.slot(rank, meeting, self.slot_bytes)[start : start + n * size].view(x.dtype)
+            return self.slot(rank, meeting, SLOT)[start : start + n * size].view(x.dtype)
 
         def write(chunk: int, meeting: int) -> None:
             for i, p in enumerate(parts):
