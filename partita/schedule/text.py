@@ -12,6 +12,7 @@ from pathlib import Path
 
 from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.ir import COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
+from partita.schedule.staircase import marked
 
 Program = tuple[tuple[Action, ...], ...]
 _ACTION = re.compile(rf"(\d+)({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d*)")
@@ -133,9 +134,16 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
         if len(found) > 1:
             raise ScheduleError(
                 f"{name}: stage {stage} runs on ranks {', '.join(map(str, sorted(found)))}; "
-                "in a file a stage lies on one rank"
+                f"in a file a stage lies on one rank\n{_stray(stage, found, ranks)}"
             )
     return tuple(min(where[stage]) for stage in sorted(where))
+
+
+def _stray(stage: int, found: Iterable[int], ranks: Sequence[Sequence[Action]]) -> str:
+    """A picture of the stage's first action on the rank that has fewest of it."""
+    rank = min(found, key=lambda r: sum(a.stage == stage for a in ranks[r]))
+    place = next(i for i, a in enumerate(ranks[rank]) if a.stage == stage)
+    return marked(rank, ranks[rank], place, f"{ranks[rank][place]} lies elsewhere")
 
 
 def read_schedule(path: str | Path) -> Schedule:

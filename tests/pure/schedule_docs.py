@@ -20,13 +20,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "schedules.md"
 BEGIN, END = "<!-- table: generated -->\n```text\n", "```\n<!-- end of table -->"
 SIZES = ((4, 8), (4, 16), (8, 16), (8, 32))
 VIRTUAL = {"interleaved_1f1b": (2, 4), "looped_bfs": (2,), "interleaved_zb": (2,)}
-EXTRA = ("v_2_3",)
+EXTRA: dict[str, tuple[str, dict[str, object]]] = {
+    "v_2_3": ("v_2_3", {}),
+    "pipedream, vertical": ("pipedream", {"vertical_sync": True}),  # pipeline.vertical_sync
+}
 HEADER = ("schedule", "p", "m", "overhead", "steady", "peak", "peak is at most", "copies")
 BOUND = {
     "gpipe": "m", "1f1b": "min(m, p)", "interleaved_1f1b": "(2(p-1) + (v-1)p + 1)/v", "looped_bfs": "m",
     "zb_h1": "p", "zb_h2": "2p-1", "zb_v": "p", "v_half": "(p+2) div 2", "v_min": "(p+4) div 3",
     "v_2_3": "ceil(2p/3) + 1", "interleaved_zb": "p at v=2", "dualpipe": "p+1", "dualpipev": "p + 1/2",
-    "chimera": "p", "pipedream": "min(m, p)", "pipedream_2bw": "min(m, p)", "forward": "0",
+    "chimera": "p", "pipedream": "min(m, p)",
+    "pipedream, vertical": "min(m, p)", "pipedream_2bw": "min(m, p)", "forward": "0",
 }  # fmt: skip
 
 
@@ -37,8 +41,9 @@ def rows() -> list[tuple[object, ...]]:
     for name in [*(n for n in GENERATORS if n not in ("auto", "forward")), *EXTRA]:
         for v in VIRTUAL.get(name, (1,)):
             for p, m in SIZES:
+                own, options = EXTRA.get(name, (name, {}))
                 try:
-                    s = schedule(name, num_ranks=p, num_microbatches=m, virtual_stages=v)
+                    s = schedule(own, num_ranks=p, num_microbatches=m, virtual_stages=v, **options)
                 except ScheduleError:
                     continue
                 spans = clock(s)

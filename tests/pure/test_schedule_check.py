@@ -139,3 +139,10 @@ def test_memory_is_held_to_its_limit():
     assert over_limit(make("zb_v"), 4.0) == [] and len(over_limit(make("zb_v"), 3.5)) == 4
     assert over_limit(s, 40.0, [10.0] * 4) == []
     assert "bytes" in over_limit(s, 39.0, [10.0] * 4, "bytes")[0].message
+
+
+def test_a_stage_on_two_ranks_is_refused_with_its_stray_action():
+    with pytest.raises(ScheduleError, match="stage 1 runs on ranks 0, 1") as error:
+        parse_schedule("0F0,0F1,1F0,0B0,0B1\n1B0,1F1,1B1")
+    picture = "  rank 0 | 0F0 0F1 1F0 0B0 0B1\n         |         ^-- 1F0 lies elsewhere"
+    assert str(error.value).endswith(picture)
