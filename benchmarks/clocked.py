@@ -204,9 +204,9 @@ Runs = list[tuple[float, float]]  # start and end of each on one rank
 def rank_of(rank: int, writer: Any, folder: str, work: list[Match]) -> None:
     """One of the processes: runs of ours and of torch's for each match."""
     torch.set_num_threads(1)
-    world = TorchWorld(rank, work[0].made.num_ranks, Path(folder) / "world")
     rows: list[tuple[Runs, Runs]] = []
-    for match in work:
+    for number, match in enumerate(work):  # groups have threads: each match its own
+        world = TorchWorld(rank, match.made.num_ranks, Path(folder) / f"world{number}")
         steps, found = (ours(world, match.made), match.theirs()), ([], [])
         for run in range(RUNS + 1):
             for times, step in zip(found, steps, strict=True):
@@ -216,8 +216,8 @@ def rank_of(rank: int, writer: Any, folder: str, work: list[Match]) -> None:
                 if run:  # torch's first asks for shapes
                     times.append((start, time.perf_counter()))
         rows.append(found)
+        world.close()
     writer.send(rows)
-    world.close()
 
 
 def slots(runs: list[list[tuple[float, float]]]) -> float:
