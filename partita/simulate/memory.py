@@ -133,6 +133,8 @@ def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
     stay = sum(n * each[id(b)][0] for b, n in every)
     gathered = [each[id(b)][1] for b in blocks]
     gradients = [size for b, n in every for size in each[id(b)][2] for _ in range(min(n, 2))]
+    if plan.num_microbatches > 1 and len(gradients) == 1:
+        gradients *= 2  # the last microbatch's is on its way
     held = 1 + plan.data.prefetch
     at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
     whole = sum(sorted(gradients)[-min(held, 2) :])
