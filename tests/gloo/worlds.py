@@ -10,6 +10,8 @@ from typing import Any
 
 from partita.comm.processes import start_ranks
 
+JOINED_S = 60  # for ranks to start on a busy machine, whatever their collectives may take
+
 
 def enter(rank: int, writer: Connection, kind: str, size: int, path: str, body, args) -> None:
     import torch
@@ -36,7 +38,7 @@ def join(rank: int, kind: str, size: int, path: Path, timeout_s: float):
     if kind not in ("hosts", "hierarchy"):
         return (ShmWorld if kind == "shm" else TorchWorld)(rank, size, path, timeout_s=timeout_s)
     on_loopback()
-    roll = RollCall(file_store(path, size), rank, size, timeout_s)
+    roll = RollCall(file_store(path, size), rank, size, JOINED_S)
     between = TorchWorld(rank, size, None, timeout_s=timeout_s, roll=roll)
     return between if kind == "hosts" else join_hosts(between, f"host {rank // 2}", timeout_s)
 
