@@ -176,6 +176,6 @@ def binds(job: Job, best: Prediction) -> str:
     assert best.laid is not None
     names = tuple(axis.split("."))
     known = all(a in PRODUCT_ORDER for a in names)
-    name = job.cluster.link_for(group_of(best.laid, names)).name if known else ""
+    name = job.cluster.link_for(group_of(best.laid, names, job.cluster)).name if known else ""
     link = f"the {name} link" if known else "its own link"
     return f"binds: {text}, {axis} {comm[axis] / seconds:.1%} on {link}"

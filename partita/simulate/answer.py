@@ -61,7 +61,9 @@ def _traffic(p: Prediction) -> list[dict[str, Any]]:
     for axis in {t.axis for t in p.traffic}:
         axes = tuple(axis.split("."))
         away = axis in ARENAS
-        links[axis] = axis if away else p.job.cluster.link_for(group_of(p.laid, axes)).name
+        links[axis] = (
+            axis if away else p.job.cluster.link_for(group_of(p.laid, axes, p.job.cluster)).name
+        )
     return [
         {k: v for k, v in asdict(t).items() if k != "rank"} | {"link": links[t.axis]}
         for t in p.traffic

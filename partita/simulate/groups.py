@@ -1,11 +1,13 @@
 """Where a collective's ranks lie: how many on a node, on how many nodes, over which links.
 
-Every group over an axis is alike where the mesh tiles the nodes, so the group of rank 0 stands for all.
+Every group over an axis is alike where the mesh tiles the nodes, so the group of rank 0 stands for all. Where
+it does not (tp 3 on nodes of 8), the group that lies on most nodes does: a step waits for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import product
 
@@ -17,13 +19,14 @@ from partita.spec.cluster import Cluster
 from partita.spec.mesh import FOLD, Mesh
 
 
-def group_of(laid: Laid, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Rank 0's group over a product of axes; 'tied' and 'pp/copy' are the places of pp that hold one
-    weight, 'tp/share' the tp ranks that hold the same kv head."""
+def group_of(laid: Laid, axes: tuple[str, ...], cluster: Cluster) -> tuple[int, ...]:
+    """The group over a product of axes that stands for all: rank 0's, or the one on most nodes. 'tied' and
+    'pp/copy' are the places of pp that hold one weight, 'tp/share' the tp ranks that hold one kv head."""
     for name in ACROSS:
         if name in axes:
             return tuple(laid.mesh.rank_of({"pp": place}) for place in laid.pairs[name][0])
-    return _ranks(_Sizes(laid.sizes), laid.mesh.order, axes, laid.request.model.kv_heads)
+    mesh, kv_heads = laid.mesh, laid.request.model.kv_heads
+    return _slowest(_Sizes(laid.sizes), mesh.order, axes, kv_heads, _Links(cluster))
 
 
 class _Sizes(dict[str, int]):
@@ -34,10 +37,40 @@ class _Sizes(dict[str, int]):
 
 
 @lru_cache(maxsize=4096)
-def _ranks(
-    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int
+def _slowest(
+    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int, links: _Links
 ) -> tuple[int, ...]:
+    first, node = _ranks(Mesh(sizes, order), axes, kv_heads), links.cluster.node_of
+    if len(first) == 1 or links.cluster.num_nodes == 1:
+        return first
+    shifts = _shifts(sizes, order, axes, links.cluster.devices_per_node)
+    groups = (tuple(r + shift for r in first) for shift in shifts)
+    return max(groups, key=lambda ranks: len({node(r) for r in ranks}))
+
+
+def _shifts(
+    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], per_node: int
+) -> tuple[int, ...]:
+    """By how much other groups lie behind rank 0's, one for each place in a node where they may begin. Of
+    experts' groups those that the axes around the refolded ones make."""
+    own = {axis.partition("/")[0] for axis in axes}
+    if own & {"efsdp", "ep", "etp"}:
+        own |= set(FOLD)
     mesh = Mesh(sizes, order)
+    found = {0: 0}  # by place in a node
+    for axis in (a for a in order if a not in own and sizes[a] > 1):
+        stride = mesh.rank_of({axis: 1})
+        steps = range(min(sizes[axis], per_node))
+        found = {
+            (shift + stride * i) % per_node: shift + stride * i
+            for shift in reversed(found.values())
+            for i in reversed(steps)
+        }
+    return tuple(sorted(found.values()))
+
+
+def _ranks(mesh: Mesh, axes: tuple[str, ...], kv_heads: int) -> tuple[int, ...]:
+    sizes = mesh.sizes
     ranges: dict[str, list[int]] = {}
     for axis in axes:
         if axis == "tp/share":
@@ -51,7 +84,7 @@ def _ranks(
     return tuple(sorted(found))
 
 
-def _dense(at: dict[str, int], sizes: _Sizes) -> dict[str, int]:
+def _dense(at: dict[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
     """Coordinates of the experts' view in the dense one: etp innermost of the refolded ranks."""
     if not at.keys() & {"efsdp", "ep", "etp"}:
         return at
@@ -72,7 +105,8 @@ class _Links:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.key = (cluster.devices_per_node, cluster.links, cluster.device)
+        kinds = tuple((n.count, n.devices) for n in cluster.nodes)
+        self.key = (cluster.devices_per_node, cluster.links, cluster.device, kinds)
 
     def __hash__(self) -> int:
         return hash(self.key)

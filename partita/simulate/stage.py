@@ -290,7 +290,7 @@ def _link(call: Call, laid: Laid, machine: Machine) -> str:
     """The name of the link that holds a call up."""
     if is_move(call):
         return call.axes[0]
-    return machine.cluster.link_for(group_of(laid, call.axes)).name
+    return machine.cluster.link_for(group_of(laid, call.axes, machine.cluster)).name
 
 
 def _hides(call: Call) -> bool:
@@ -318,13 +318,13 @@ def _beside(
 
 
 def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
-    """Seconds of one call on rank 0's group; a program that reduces 16-bit gradients sends half of the
-    declared bytes."""
+    """Seconds of one call on the group that stands for all; a program that reduces 16-bit gradients sends
+    half of the declared bytes."""
     if is_move(call):
         return move_seconds(call, machine)
     if call.lane == "dp" and call.collective in REDUCTIONS and machine.software.gradient_bytes < 4:
         call = replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
-    ranks = group_of(laid, call.axes)
+    ranks = group_of(laid, call.axes, machine.cluster)
     if len(ranks) <= 1:
         return 0.0
     group = place(ranks, machine)
@@ -369,7 +369,9 @@ def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> float:
     whole = not laid.request.plan.mesh.sp
     if not (machine.software.scatters_sends and tp > 1 and whole and group.nodes > 1):
         return group_seconds("send", group, size)
-    gathered = group_seconds("all_gather", place(group_of(laid, ("tp",)), machine), size / tp)
+    gathered = group_seconds(
+        "all_gather", place(group_of(laid, ("tp",), machine.cluster), machine), size / tp
+    )
     return group_seconds("send", group, size / tp) + gathered
 
 

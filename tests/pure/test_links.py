@@ -1,6 +1,7 @@
 """Links: who shares them, what that costs, and that one rank stands for all."""
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -166,18 +167,41 @@ def test_the_first_rank_stands_for_all(plan, monkeypatch):
     works, mesh = works_of(laid), laid.mesh
     whole = timed(laid, machine, one.plan.num_microbatches, works)
     costs = []
-    own_group = cache(partial(_own, laid))
+    own_group = cache(partial(_own, laid, one.cluster))
     for rank in range(mesh.world_size):
-        monkeypatch.setattr(stage, "group_of", lambda _, axes, rank=rank: own_group(rank, axes))
+        monkeypatch.setattr(stage, "group_of", lambda _, axes, __, rank=rank: own_group(rank, axes))
         own = [stage.stage_time(w, laid, machine) for w in works.stages]
         costs.append([predict.stage_costs(s, whole.busy, whole.waits_s, turns=True) for s in own])
     assert _played(laid, works, costs, whole.costs.send) == whole.played.seconds
 
 
-def _own(laid, rank, axes):
+@pytest.mark.parametrize(
+    "plan", ["dp_replicate5 tp3 bf16", "pp5:1f1b/8mb dp_shard2.zero1 tp6 bf16"]
+)
+def test_where_groups_do_not_tile_the_nodes_the_one_on_most_stands_for_all(plan):
+    """Every group of an axis, found rank by rank: none lies on more nodes than the one that is priced."""
+    cluster = {"preset": "64xh100"}
+    one = pt.Job.of("llama3-8b", cluster, plan, global_batch_size=80, seq_len=4096)
+    model = replace(one.model, heads=48, kv_heads=12, ffn_hidden=14400, vocab=128256)
+    laid = lay(request_of(replace(one, model=model)))
+    node = one.cluster.node_of
+    crossed = False
+    for axis in ("tp", "dp_replicate", "dp_shard", "pp"):
+        if laid.sizes[axis] == 1:
+            continue
+        groups = laid.mesh.groups(axis)
+        most = max(len({node(r) for r in g}) for g in groups)
+        chosen = group_of(laid, (axis,), one.cluster)
+        assert chosen in groups
+        assert len({node(r) for r in chosen}) == most
+        crossed |= most > len({node(r) for r in groups[0]})
+    assert crossed
+
+
+def _own(laid, cluster, rank, axes):
     """The rank's own group; heads that ranks share are neighbours on tp."""
     if axes == ("tp/share",):
-        return group_of(laid, axes)
+        return group_of(laid, axes, cluster)
     return tuple(sorted(laid.mesh.group(rank, *axes)))
 
 
