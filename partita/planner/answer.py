@@ -64,7 +64,8 @@ def counts(found: Found) -> str:
     refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common())
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
+    turned = f"; {found.turned} other orders of the best plans' axes" if found.turned else ""
     return (
         f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} cut by their "
-        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}"
+        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}{turned}"
     )

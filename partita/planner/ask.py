@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from partita.planner.beyond import turned
 from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
 from partita.planner.nodes import KEEP
@@ -58,6 +59,8 @@ def ask(job: Job, question: Question) -> Answer:
         found = search.best(goal, question.top, question.budget_s)
         left = question.budget_s - found.seconds
         found = widened(search, goal, question.top, found, left) if left > 0 else found
+        left = question.budget_s - found.seconds
+        found = turned(search, goal, question.top, found, left) if left > 0 else found
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
         return Answer(found, (), tuple(texts))

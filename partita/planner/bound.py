@@ -268,7 +268,7 @@ class Bounds:
     def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
         """ZeRO stages in force, with the most parts they cut states into."""
         shards = self.shards(mesh, shape, mesh.dp)
-        stages = {zero if shard > 1 else 0 for shard, zero in self.space.states(mesh, shape)}
+        stages = {zero if shard > 1 else 0 for shard, zero, _ in self.space.states(mesh, shape)}
         return [(zero, shards) for zero in sorted(stages)]
 
     def group(self, stride: int, n: int) -> Group:

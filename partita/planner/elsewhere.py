@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from partita.planner.nodes import Found, Goal
 from partita.planner.search import Search
+from partita.planner.space import Space
 from partita.spec.plan import OffloadPlan
 
 SMALL = 16
@@ -40,7 +41,8 @@ def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float)
     """What was found without, and with what lies elsewhere, as one answer."""
     end, host = time.perf_counter() + budget_s, search.job.cluster.host_memory_bytes
     for offload in offloads(search, found):
-        more = Search(search.job, search.space.words, search.space.dtype, offload)
+        space = search.space
+        more = Search(Space(search.job, space.words, space.dtype, offload))
         if offload.to == "nvme" and host is None and search.space.offload.to == "none":
             leaves = sum(more.space.leaves(mesh) for mesh in more.space.meshes())
             found.considered += leaves
@@ -51,16 +53,5 @@ def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float)
             found.complete = False
             break
         there = more.best(goal, top, left, seen=found.plans)
-        _join(found, there)
+        found.join(there)
     return found
-
-
-def _join(found: Found, there: Found) -> None:
-    found.considered += there.considered
-    found.rejected.update(there.rejected)
-    found.simulated += there.simulated
-    found.seconds += there.seconds
-    found.complete = found.complete and there.complete
-    if there.plans[:1] != found.plans[:1]:
-        found.first_s = found.seconds - there.seconds + there.first_s
-    found.plans = there.plans

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from partita.base.units import format_bytes, format_seconds, sign_of
 from partita.parallel.room import PRODUCT_ORDER
+from partita.planner.orders import another_order
 from partita.planner.search import measures
 from partita.planner.space import divisors
 from partita.simulate.groups import group_of
@@ -63,6 +64,8 @@ def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     yield from _states(plan)
     if plan.offload.to != "none":
         yield f"offload:{plan.offload.to}", plan.with_("offload", to="none", targets=())
+    if order := another_order(m, job.cluster):
+        yield f"order:{','.join(m.order)}", plan.with_("mesh", order=order)
     dtype = plan.precision.dtype
     yield dtype, plan.with_("precision", dtype="bf16" if dtype == "fp32" else "fp32")
 

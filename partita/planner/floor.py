@@ -146,7 +146,7 @@ class Floors:
     def _cheapest(self, mesh: MeshChoice, shape: Shape, table: Table, zero: int) -> _Way:
         b, states = self.bounds, self.space.states(mesh, shape)
         mine = [sum(n * layer.units[i] for layer, n in table.layers) / mesh.pp for i in range(4)]
-        shards = {s for s, z in states if (z if s > 1 else 0) == zero}
+        shards = {s for s, z, _ in states if (z if s > 1 else 0) == zero}
         ways = [b.meetings(mesh, shape, s, zero) for s in shards]
         once = min(b.once_s(mine, at, zero) for at in ways)
         if zero < 2:

@@ -59,11 +59,23 @@ class Found:
     complete: bool = True
     seconds: float = 0.0
     first_s: float = 0.0  # when the best plan was found
+    turned: int = 0  # simulated beside these: best plans with axes in another order
 
     @property
     def bounded(self) -> int:
         """Leaves never simulated because their bound was not below the best."""
         return self.considered - self.rejected.total() - self.simulated
+
+    def join(self, there: Found) -> None:
+        """Takes in what a search of another space found, whose plans had these to beat."""
+        self.considered += there.considered
+        self.rejected.update(there.rejected)
+        self.simulated += there.simulated
+        self.seconds += there.seconds
+        self.complete = self.complete and there.complete
+        if there.plans[:1] != self.plans[:1]:
+            self.first_s = self.seconds - there.seconds + there.first_s
+        self.plans = there.plans
 
 
 @dataclass(frozen=True, slots=True)

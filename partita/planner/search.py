@@ -20,7 +20,8 @@ from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_bound
 from partita.planner.floor import Floors
 from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, beam, measures
-from partita.planner.space import HERE, Leaf, Shape, Space, Tokens, Words, default_dtype
+from partita.planner.orders import nearest
+from partita.planner.space import Leaf, Shape, Space, Tokens, Words, default_dtype
 from partita.planner.table import PAIRED, Probe, Table
 from partita.simulate.predict import Prediction, request_of, simulate
 from partita.spec.job import Job
@@ -33,11 +34,11 @@ METHODS = ("ring", "all_gather")
 class Search:
     """One search of a job's space; tables are shared by all goals."""
 
-    def __init__(self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE) -> None:
-        self.job = job
-        self.space = Space(job, words, dtype, offload)
-        self.machine = machine_of(job.cluster)
-        self.bounds = Bounds(self.space, self.machine)
+    def __init__(self, space: Space) -> None:
+        self.space, self.job = space, space.job
+        self.machine = machine_of(self.job.cluster)
+        turned = space.turned or space.stated is not None
+        self.bounds = Bounds(space, nearest(self.machine, space.model) if turned else self.machine)
         self.floors = Floors(self.bounds)
         self._refused: Counter[str] = Counter()
         self._cut = float("inf")  # a plan that takes longer is not looked for
@@ -303,7 +304,7 @@ class Search:
         (table, stages, probe), b, m = self._parts(node), self.bounds, node.mesh
         named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
         quick = b.quick(table, m, named, count)
-        for dp_shard, zero in self.space.states(m, node.shape):
+        for dp_shard, zero, order in self.space.states(m, node.shape):
             cut = zero if dp_shard > 1 else 0
             shards = b.shards(m, node.shape, dp_shard)
             at = b.meetings(m, node.shape, dp_shard, cut)
@@ -323,7 +324,7 @@ class Search:
             yield replace(
                 node,
                 level=5,
-                leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero),
+                leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero, order=order),
                 leaves=1,
                 seconds=max(node.seconds, least + once, seconds + once),
                 once=once,
@@ -393,7 +394,7 @@ def searcher(job: Job, fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) 
     words = Words.of(fix, forbid)
     stated = {f: str(v) for f, v in words.fixed if f in ("dtype", "offload")}
     offload = OffloadPlan(stated.get("offload", "none"))
-    return Search(job, words, stated.get("dtype", default_dtype(job)), offload)
+    return Search(Space(job, words, stated.get("dtype", default_dtype(job)), offload))
 
 
 __all__ = ["ANY", "Found", "Goal", "Node", "Search", "measures", "searcher"]

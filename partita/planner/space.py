@@ -5,10 +5,11 @@
     fold      ep, etp; recompute
     method    cp's
     schedule  x virtual stages, micro_batch_size all divisors of a replica's samples
-    states    dp = dp_replicate x dp_shard, ZeRO stage
+    states    dp = dp_replicate x dp_shard, ZeRO stage; the order of axes on the links
 
-Sizes are all divisors, not powers of two. The order of axes is the default, the split of the layers the
-balanced one, precision what the user fixes. What a leaf may not be is said by `problems` alone.
+Sizes are all divisors, not powers of two. The order of axes is the default or what the user fixes, or else
+all others (orders.py); the split of the layers is the balanced one, precision what the user fixes. What a
+leaf may not be is said by `problems` alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from functools import lru_cache
 from itertools import chain
 
 from partita.base.errors import UsageError
+from partita.planner.orders import other_orders
 from partita.spec.job import Job
-from partita.spec.plan import OffloadPlan, Plan, has_fixed_stages
+from partita.spec.plan import DEFAULT_ORDER, OffloadPlan, Plan, has_fixed_stages
 from partita.spec.plan_table import CHOICES, is_schedule
 
 SCHEDULES = (
@@ -30,6 +32,8 @@ SCHEDULES = (
 VIRTUAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zb")
 MOST_VIRTUAL = 8
 HERE = OffloadPlan()  # all on the device
+Order = tuple[str, ...]
+State = tuple[int, int, Order]
 EVERY = (2, 3, 4)  # full recomputation of only each k-th block
 _AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp)(\d+)?(\+sp)?(?:[:.](\w+))?")
 
@@ -51,7 +55,8 @@ class Words:
     @staticmethod
     def of(fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Words:
         """From words of a plan's line: tp8, tp8+sp, cp2:ring, zb_h1, zero1, recompute:full, bf16, 8mb,
-        offload:cpu; an axis alone (cp, sp, recompute, pp) to forbid it. Raises UsageError."""
+        offload:cpu, order:pp,tp,cp,dp_shard,dp_replicate; an axis alone (cp, sp, recompute, pp) to forbid
+        it. Raises UsageError."""
         fixed = tuple(chain.from_iterable(map(_read, fix)))
         bare = [word for word in fix if _read(word)[0][1] is None]
         if bare:
@@ -69,7 +74,7 @@ class Words:
         """Whether a field may hold this."""
         if not self.fixed and not self.forbidden:
             return True
-        on = value not in (1, False, "none", None)
+        on = value not in (1, False, "none", None, DEFAULT_ORDER)
         if any(f == name and not (on if v is None else v == value) for f, v in self.fixed):
             return False
         return not any(f == name and (on if v is None else v == value) for f, v in self.forbidden)
@@ -96,6 +101,8 @@ def _read(word: str) -> list[tuple[str, object]]:
         to = word[8:] or None
         if to is None or to in CHOICES["offload", "to"]:
             return [("offload", to)]
+    if word == "order" or word.startswith("order:"):
+        return [("order", Plan.parse(word).mesh.order if word[5:] else None)]
     if word in CHOICES["context", "method"]:
         return [("method", word)]
     found = _AXIS.fullmatch(word)
@@ -162,18 +169,24 @@ class Leaf:
     virtual: int = 1
     dp_shard: int = 1
     zero: int = 3
+    order: Order = DEFAULT_ORDER
 
 
 class Space:
     """The choices of a job under a user's words, level by level; what lies elsewhere is the same of all
-    plans."""
+    plans. `turned`: of plans in every order of axes but the default."""
 
-    def __init__(self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE) -> None:
+    def __init__(
+        self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE, turned: bool = False
+    ) -> None:
         self.job, self.words, self.dtype, self.offload = job, words, dtype, offload
+        stated = [v for f, v in words.fixed if f == "order"]
+        self.stated: Order | None = stated[0] if stated else None  # type: ignore[assignment]
+        self.turned = turned
         self.batch, self.model = job.train.global_batch_size, job.model
         self._micros: dict[int, list[int]] = {}
         self._schedules: dict[int, list[tuple[str, int]]] = {}
-        self._states: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self._states: dict[tuple[int, ...], list[State]] = {}
 
     def worlds(self) -> list[int]:
         """Numbers of ranks, most first."""
@@ -277,14 +290,15 @@ class Space:
             if self.words.admit("schedule", n) and self.words.admit("virtual", v)
         ]
 
-    def states(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
-        """(dp_shard, ZeRO stage); ZeRO 0 on dp_shard only where experts need the axis."""
-        key = (mesh.dp, mesh.cp * mesh.tp, shape.ep, shape.etp)
+    def states(self, mesh: MeshChoice, shape: Shape) -> list[State]:
+        """(dp_shard, ZeRO stage, order of axes); ZeRO 0 on dp_shard only where experts need the axis."""
+        axes = (mesh.pp, mesh.cp, mesh.tp) if self.turned else (mesh.cp * mesh.tp,)
+        key = (mesh.dp, *axes, shape.ep, shape.etp)
         if key not in self._states:
             self._states[key] = self._all_states(mesh, shape)
         return self._states[key]
 
-    def _all_states(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, int]]:
+    def _all_states(self, mesh: MeshChoice, shape: Shape) -> list[State]:
         found = []
         for shard in divisors(mesh.dp):
             fits = self.words.admit("dp_shard", shard) and self.words.admit(
@@ -293,8 +307,16 @@ class Space:
             if not fits or shard * mesh.cp * mesh.tp % (shape.ep * shape.etp):
                 continue
             stages = (3,) if shard == 1 else (1, 2, 3, *((0,) if shape.ep > 1 else ()))
-            found += [(shard, z) for z in stages if self.words.admit("zero", z if shard > 1 else 0)]
+            zeros = [z for z in stages if self.words.admit("zero", z if shard > 1 else 0)]
+            found += [(shard, z, order) for order in self.orders(mesh, shard) for z in zeros]
         return found
+
+    def orders(self, mesh: MeshChoice, shard: int) -> list[Order]:
+        """Orders of axes, innermost first."""
+        if not self.turned:
+            return [self.stated or DEFAULT_ORDER]
+        sizes = (mesh.tp, mesh.cp, shard, mesh.dp // shard, mesh.pp)
+        return [o for o in other_orders(sizes, self.job.cluster) if self.words.admit("order", o)]
 
     def leaves(self, mesh: MeshChoice, shape: Shape | None = None) -> int:
         """How many plans lie below."""
@@ -314,7 +336,7 @@ class Space:
             base,
             mesh=replace(
                 base.mesh, pp=mesh.pp, dp_replicate=mesh.dp // leaf.dp_shard, dp_shard=leaf.dp_shard,
-                cp=mesh.cp, tp=mesh.tp, sp=mesh.sp, ep=shape.ep, etp=shape.etp,
+                cp=mesh.cp, tp=mesh.tp, sp=mesh.sp, ep=shape.ep, etp=shape.etp, order=leaf.order,
             ),
             pipeline=replace(
                 base.pipeline, schedule=leaf.schedule, virtual_stages=leaf.virtual, num_microbatches=m

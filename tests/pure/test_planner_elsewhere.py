@@ -10,7 +10,7 @@ from test_planner import bounds_hold, leaves, small
 from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
 from partita.planner.explain import binds, why
 from partita.planner.search import ANY, Search, measures, searcher
-from partita.planner.space import Words
+from partita.planner.space import Space, Words
 from partita.spec.plan import OffloadPlan
 
 FORBID = (
@@ -32,7 +32,8 @@ EVERY = [OffloadPlan(to, targets) for to in ("cpu", "nvme") for targets in TARGE
 @pytest.mark.parametrize("question", [("tiny-moe", "16xh100", 16), ("tiny", "laptop", 8)], ids=str)
 def test_no_bound_is_above_what_simulate_says(question, offload):
     base = wide(*question, layers=4)
-    search, rng, seen = Search(base.job, Words(), base.space.dtype, offload), random.Random(3), 0
+    space = Space(base.job, Words(), base.space.dtype, offload)
+    search, rng, seen = Search(space), random.Random(3), 0
     meshes = list(search.space.meshes())
     for _ in range(300):
         node = random_leaf(search, rng, meshes)
@@ -61,7 +62,7 @@ def test_the_best_is_that_of_brute_force_wherever_states_lie(memory, host, helps
     fit = [p for p in map(search.predict, map(search.plan, leaves(search))) if p.fits]
     assert bool(fit) == bool(alone.plans)
     for offload in EVERY:
-        other = Search(job, search.space.words, search.space.dtype, offload)
+        other = Search(Space(job, search.space.words, search.space.dtype, offload))
         fit += [p for p in map(other.predict, map(other.plan, leaves(other))) if p.fits]
     assert found.complete and ("offload" in found.plans[0].plan) == helps
     assert ANY.key(*measures(found.plans[0])) == min(ANY.key(*measures(p)) for p in fit)

@@ -1,0 +1,44 @@
+"""What is tried beyond the search, whose answer it has to beat: axes in another order on the links.
+
+at most SMALL devices    every plan in every order that differs on the links, as a space of its own
+                         (with experts, whose rows a bound for every order knows little of: SPARSE)
+more                     the best plans (BEST at most), each in its other orders
+"""
+
+from __future__ import annotations
+
+import time
+
+from partita.planner.nodes import Found, Goal, Queue, measures
+from partita.planner.orders import orders_of
+from partita.planner.search import Search
+from partita.planner.space import Space
+from partita.spec.plan import Plan
+
+SMALL, SPARSE = 16, 8
+BEST = 3
+
+
+def turned(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+    """What was found, and with axes in another order, as one answer."""
+    space, cluster = search.space, search.job.cluster
+    wanted = not space.stated and space.words.admit("order", "another")
+    if not found.plans or len(cluster.links) < 2 or not wanted:
+        return found
+    if cluster.devices <= (SPARSE if space.model.experts else SMALL):
+        offload = Plan.parse(found.plans[0].plan).offload
+        others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
+        found.join(others.best(goal, top, budget_s, seen=found.plans))
+        return found
+    end, queue = time.perf_counter() + budget_s, Queue(goal, found.rejected, top, found.plans)
+    for best in found.plans[: min(top, BEST)]:
+        plan = Plan.parse(best.plan)
+        for order in orders_of(plan.mesh, cluster):
+            if time.perf_counter() > end:
+                break
+            seen = search.predict(plan.with_("mesh", order=order))
+            found.turned += 1
+            if seen.fits and goal.key(*measures(seen)) < goal.key(*measures(best)):
+                queue.keep(seen, measures(seen))
+    found.plans = [p for _, p in queue.best]
+    return found

@@ -1,0 +1,98 @@
+"""Beyond the search: axes in another order on the links, equal to brute force over every order."""
+
+import random
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+from drawn_plans import random_leaf, wide
+from test_planner import bounds_hold, leaves, small
+
+from partita.base.errors import UsageError
+from partita.planner.beyond import turned
+from partita.planner.explain import why
+from partita.planner.orders import other_orders
+from partita.planner.search import ANY, Search, measures, searcher
+from partita.planner.space import Space, Words
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+from partita.spec.plan import DEFAULT_ORDER
+
+FORBID = ("recompute", "v_half", "v_min", "gpipe", "zb_h1", "zb_v", "dualpipe", "dualpipev")
+ORDERS = list(permutations(DEFAULT_ORDER))
+
+
+def nodes_of(job: Job, each: int) -> Job:
+    """On nodes of so many devices, joined by a slow network."""
+    links = job.cluster.links
+    near = replace(links[0], devices=each)
+    far = replace(near, name="far", devices=job.cluster.devices, bytes_per_s=2e9, latency_s=5e-6)
+    return replace(job, cluster=replace(job.cluster, devices_per_node=each, links=(near, far)))
+
+
+def others(search: Search) -> Search:
+    space = search.space
+    return Search(Space(space.job, space.words, space.dtype, turned=True))
+
+
+@pytest.mark.parametrize("question", [("tiny-moe", "16xh100", 16), ("tiny", "32xh100", 8)], ids=str)
+def test_no_bound_is_above_what_simulate_says_in_any_order(question):
+    base = wide(*question, layers=4)
+    job = nodes_of(base.job, 4)
+    search, rng, seen = others(searcher(job)), random.Random(5), 0
+    meshes = list(search.space.meshes())
+    for _ in range(400):
+        node = random_leaf(search, rng, meshes)
+        seen += node is not None and bounds_hold(search, node)
+        if seen == 12:
+            return
+    raise AssertionError("too few plans fit")
+
+
+@pytest.mark.parametrize(
+    ("devices", "each", "fix"),
+    [
+        (4, 2, ("4mb", "fp32")),
+        pytest.param(8, 4, ("1mb", "fp32"), marks=pytest.mark.slow),
+        pytest.param(8, 2, ("1mb", "fp32"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_best_of_all_orders_is_that_of_brute_force(devices, each, fix):
+    job = nodes_of(small(devices, 3e6).job, each)
+    search = searcher(job, fix, (*FORBID, "cp") if devices > 4 else FORBID)
+    found = turned(search, ANY, 1, search.best(ANY), 60.0)
+    keys = []
+    for node in leaves(search):
+        plan = search.plan(node)
+        named = {tuple(a for a in order if plan.sizes[a] > 1): order for order in ORDERS}
+        for order in named.values():
+            p = search.predict(plan.with_("mesh", order=order))
+            keys += [ANY.key(*measures(p))] if p.fits else []
+    assert found.complete and ANY.key(*measures(found.plans[0])) == min(keys)
+    assert found.bounded + found.simulated + found.rejected.total() == found.considered
+
+
+def test_more_devices_turn_the_best_plans_and_words_say_which_orders():
+    job = nodes_of(small(32, 1e9).job, 4)
+    words, forbid = ("1mb", "fp32", "tp4+sp", "pp2:1f1b"), ("cp", "recompute")
+    search = searcher(job, words, forbid)
+    plain = search.best(ANY)
+    found = turned(search, ANY, 1, search.best(ANY), 30.0)
+    assert found.turned and measures(found.plans[0])[0] <= measures(plain.plans[0])[0]
+    assert any(r.choice.startswith("order:") for r in why(job, found.plans[0]))
+    without = searcher(job, words, (*forbid, "order"))
+    assert not turned(without, ANY, 1, without.best(ANY), 30.0).turned
+    order = "pp,tp,cp,dp_shard,dp_replicate"
+    stated = searcher(job, (*words, f"order:{order}"), forbid)
+    told = turned(stated, ANY, 1, stated.best(ANY), 30.0)
+    assert told.complete and not told.turned and all(order in p.plan for p in told.plans)
+    with pytest.raises(UsageError):
+        Words.of(("order:tp,pp",))
+
+
+def test_axes_that_one_link_joins_may_trade_places():
+    links = nodes_of(small(16, 1e9).job, 4).cluster
+    assert other_orders((2, 2, 1, 1, 4), Cluster.load("16xh100")) != ()
+    inside = other_orders((2, 2, 1, 1, 4), links)
+    assert ("cp", "tp", "dp_shard", "dp_replicate", "pp") not in inside and len(inside) == 3
+    assert other_orders((2, 2, 1, 1, 2), Cluster.load("8xh100")) == ()
