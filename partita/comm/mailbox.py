@@ -17,21 +17,52 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from partita.base.errors import CommError
+from partita.comm.board import Board
 from partita.comm.futex import Words
-from partita.comm.protocol import Done, Handle, Key, Message, message_of
-
-if TYPE_CHECKING:
-    from partita.comm.shm_comm import ShmComm
+from partita.comm.protocol import Done, Handle, Key, Message, Where, message_of
 
 CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
 _HEAD = struct.Struct("<IIQQ")
 _HEAD_BYTES = 64
+
+
+class Host(Protocol):
+    """What groups ask of the World they are of."""
+
+    rank: int
+    spins: int
+    timeout_s: float
+    where: Where
+    board: Board
+
+    def progress(self) -> None:
+        """Moves sends that found their ring full."""
+        ...
+
+
+class Group(Protocol):
+    """What a mailbox asks of the group whose messages it carries."""
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    world: Host
+
+    def enter(self, op: str, x: Tensor, site: str) -> tuple[Message, int]:
+        """Notes a call on the board."""
+        ...
+
+    def wait_word(
+        self, words: Words, index: int, value: int, peer: int, note: tuple[Message, int]
+    ) -> None:
+        """Waits on a peer's word, and looks after the peer."""
+        ...
 
 
 def ring_bytes() -> int:
@@ -68,7 +99,7 @@ class _Outgoing:
 class Mailbox:
     """All rings of one group's rank."""
 
-    def __init__(self, comm: ShmComm, region: mmap.mmap, start: int) -> None:
+    def __init__(self, comm: Group, region: mmap.mmap, start: int) -> None:
         self.comm = comm
         n, me = comm.size, comm.rank
         self._rings: dict[tuple[int, int], _Ring] = {}

@@ -15,7 +15,6 @@ import mmap
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,11 +22,8 @@ from torch import Tensor
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.futex import Words
-from partita.comm.mailbox import Mailbox, ring_bytes
+from partita.comm.mailbox import Host, Mailbox, ring_bytes
 from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
-
-if TYPE_CHECKING:
-    from partita.comm.shm import ShmWorld
 
 SLOT = 1 << 20  # bytes a rank hands over at once: both buffers of two ranks stay in the caches
 PAGE = mmap.PAGESIZE
@@ -67,7 +63,7 @@ class ShmComm(Blocking):
     """One group on one axis and lane."""
 
     def __init__(
-        self, world: ShmWorld, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap
+        self, world: Host, ranks: tuple[int, ...], axis: str, lane: str, region: mmap.mmap
     ) -> None:
         self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
         self.rank, self.size = ranks.index(world.rank), len(ranks)

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,33 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
+from partita.comm.board import Board
 from partita.comm.calls import RING, CallPages
-from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
+from partita.comm.protocol import Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.table import Status, describe
 
-if TYPE_CHECKING:
-    from partita.comm.torch import TorchWorld
-
 LOW = (torch.bfloat16, torch.float16)
+
+
+class Members(Protocol):
+    """What a group asks of the World it is of: where the rank is, what others say, what is sent."""
+
+    rank: int
+    size: int
+    where: Where
+    board: Board
+
+    def statuses(self, message: str) -> Sequence[Status | None]:
+        """Every rank's last call; `message` is why this rank fails."""
+        ...
+
+    def started(self, work: Any) -> None:
+        """A send is under way."""
+        ...
+
+    def waited(self, work: Any) -> None:
+        """A send was waited for."""
+        ...
 
 
 @dataclass
@@ -56,7 +75,7 @@ class TorchComm(Blocking):
     """One process group on one axis and lane."""
 
     def __init__(
-        self, world: TorchWorld, ranks: tuple[int, ...], axis: str, lane: str, group: Any,
+        self, world: Members, ranks: tuple[int, ...], axis: str, lane: str, group: Any,
         pages: CallPages,
     ) -> None:  # fmt: skip
         self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partita.cost.machine import device_class, table
 from partita.parallel.room import ARENAS
@@ -11,9 +11,7 @@ from partita.simulate import goodput, jitter, packed
 from partita.simulate.groups import group_of
 from partita.simulate.held import held, holders, shown_bytes
 from partita.simulate.memory import arena_ledger
-
-if TYPE_CHECKING:
-    from partita.simulate.predict import Prediction
+from partita.simulate.predict import Prediction
 
 # of step times: where constants were fitted (docs/validation.md), and elsewhere
 FITTED, UNFITTED = 0.15, 0.3

@@ -18,13 +18,12 @@ from partita.cost.kernels import kernel_seconds
 from partita.cost.machine import Machine
 from partita.schedule.order import turns
 from partita.simulate.jitter import played
+from partita.simulate.predict import Prediction
 from partita.simulate.stage import Work
 from partita.spec.job import Job
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from partita.simulate.predict import Prediction
 
 
 def sequence_shares(documents: np.ndarray, seq_len: int) -> np.ndarray:

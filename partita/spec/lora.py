@@ -19,13 +19,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partita.base.errors import UsageError
+from partita.spec.model_sizes import ModelSizes
 from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
-
-if TYPE_CHECKING:
-    from partita.spec.model import ModelSpec
 
 ADAPTER_CONFIG = "adapter_config.json"
 GROUPS = ("experts", "pair")  # dims of a weight whose entries have an A and a B each
@@ -40,7 +38,7 @@ A, B = "_lora_a", "_lora_b"
 BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
 
 
-def check_lora(spec: ModelSpec) -> None:
+def check_lora(spec: ModelSizes) -> None:
     """UsageError where rank, alpha or targets cannot be."""
     if not spec.lora_rank:
         for key in ("lora_alpha", "lora_targets", "lora_dropout"):
@@ -65,7 +63,7 @@ def check_lora(spec: ModelSpec) -> None:
             raise UsageError(text, key="lora_targets")
 
 
-def widths(spec: ModelSpec) -> dict[str, int]:
+def widths(spec: ModelSizes) -> dict[str, int]:
     """Every linear that LoRA adapts, by the name of its target -> rows and columns of all of them, in all
     layers, added up: what a rank of one costs."""
     if spec.image is not None:
@@ -101,14 +99,14 @@ def target_of(weight: str) -> str:
     return f"{PREFIX[segment]}{last}" if segment in PREFIX else ""
 
 
-def adapt(program: Program, spec: ModelSpec) -> Program:
+def adapt(program: Program, spec: ModelSizes) -> Program:
     """The program with A and B beside every target's weight."""
     if not spec.lora_rank:
         return program
     return program.map(lambda block: _adapt(block, spec))
 
 
-def _adapt(block: Block, spec: ModelSpec) -> Block:
+def _adapt(block: Block, spec: ModelSizes) -> Block:
     rank = Dim("rank", spec.lora_rank)
     new: dict[str, Tensor] = {}
 
@@ -150,7 +148,7 @@ PEFT = {  # the modules of transformers that a target is
 }  # fmt: skip
 
 
-def _modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+def _modules(spec: ModelSizes) -> dict[str, tuple[str, ...]]:
     """Modules of this model that peft adapts by themselves; of a layer with experts not its mlps, which have
     the experts' names."""
     if spec.latent is None:
@@ -167,7 +165,7 @@ NEUTRAL = {  # fields of peft that must say that nothing else is there
 }  # fmt: skip
 
 
-def peft_config(spec: ModelSpec, base: str) -> dict[str, Any]:
+def peft_config(spec: ModelSizes, base: str) -> dict[str, Any]:
     """adapter_config.json. Raises UsageError for targets that peft has not as modules of their own."""
     modules: list[str] = []
     known = _modules(spec)

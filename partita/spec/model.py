@@ -31,8 +31,7 @@ from partita.spec.image import ImageSpec
 from partita.spec.lora import DEFAULT, check_lora, widths
 from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
 from partita.spec.model_parts import Latent, RopeScaling
-
-BIASED = ("gpt2", "gpt_neox", "bloom")  # families with LayerNorm, GELU, biases everywhere
+from partita.spec.model_sizes import ModelSizes
 
 __all__ = ["Latent", "ModelSpec", "RopeScaling"]
 
@@ -41,57 +40,9 @@ Convention = Literal["model_causal", "model_full", "hw"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(ModelSizes):
     """Sizes of a model. kv_heads, head_dim, ffn_hidden (4 * hidden; llama has no default) and tied (gpt2,
     bloom: yes) follow from the others where they are left out. Raises UsageError for sizes that cannot be."""
-
-    family: Literal["llama", "gpt2", "gpt_neox", "bloom", "alexnet"]
-    layers: int
-    hidden: int
-    heads: int
-    vocab: int
-    max_seq_len: int
-    kv_heads: int = 0  # 0: heads
-    head_dim: int = 0  # 0: hidden / heads
-    ffn_hidden: int = 0  # 0: 4 * hidden, not in llama
-    tied: bool = None  # type: ignore[assignment]  # None: gpt2, bloom
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0  # llama, gpt_neox
-    rotary_pct: float = 1.0  # gpt_neox: RoPE turns the first so much of each head
-    parallel_residual: bool = False  # gpt_neox: x + attention(norm(x)) + mlp(norm'(x))
-    gelu: Literal["tanh", "erf"] = "tanh"  # gpt_neox may have the exact one, erf
-    rope_scaling: RopeScaling | None = None  # llama
-    qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
-    qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
-    latent: Latent | None = None  # llama: what keys and values are made of
-    sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
-    dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
-    experts: int = 0  # 0: dense; llama
-    top_k: int = 0  # experts a token is sent to
-    expert_ffn_hidden: int = 0  # 0: ffn_hidden
-    shared_experts: int = 0  # of expert_ffn_hidden each, seen by every token
-    shared_gate: bool = False  # what they make is weighed by a sigmoid of the token (Qwen2-MoE)
-    dense_layers: int = 0  # leading layers without experts
-    expert_every: int = 1  # behind them every so many-th layer of the model has experts (Switch: 2)
-    router: Literal["softmax", "sigmoid"] = "softmax"
-    normalise_top_k: bool = True  # a token's gates add up to router_scale
-    router_scale: float = 1.0
-    router_groups: int = 1  # experts lie in so many groups, a token's in router_top_groups of them
-    router_top_groups: int = 1
-    router_bias: bool = False  # balances the choice without a loss (DeepSeek-V3)
-    router_bias_rate: float = 1e-3  # what the bias moves in an update
-    balance_loss: float = 0.0  # coefficient, of each sequence
-    balance_over: Literal["sequence", "batch"] = (
-        "sequence"  # batch: of each microbatch, on all ranks
-    )
-    z_loss: float = 0.0  # coefficient, of each token
-    capacity_factor: float | None = None  # None: no token is dropped
-    image: ImageSpec | None = None  # alexnet; hidden units and vocab classes, layers as it has them
-    lora_rank: int = 0  # 0: no adapters
-    lora_alpha: float = 0.0  # 0: lora_rank
-    lora_targets: tuple[str, ...] = ()  # linears of a layer by name; empty: wq, wv
-    lora_dropout: float = 0.0  # on what an adapter reads
-    name: str = ""
 
     def __post_init__(self) -> None:
         check_range(self, "layers", "hidden", "heads", "vocab", "max_seq_len")
@@ -121,69 +72,12 @@ class ModelSpec:
         check_lora(self)
 
     @property
-    def has_biases(self) -> bool:
-        """Whether linear layers and norms have biases."""
-        return self.family in BIASED
-
-    @property
-    def has_positions(self) -> bool:
-        """Whether positions are learned (max_seq_len rows)."""
-        return self.family == "gpt2"
-
-    @property
-    def rotates(self) -> bool:
-        """Whether positions are rotated in."""
-        return self.family in ("llama", "gpt_neox")
-
-    @property
-    def alibi(self) -> bool:
-        """Whether positions are what attention's scores fall off by."""
-        return self.family == "bloom"
-
-    @property
-    def embedding_norm(self) -> bool:
-        """Whether a norm stands behind the token table."""
-        return self.family == "bloom"
-
-    @property
-    def v_dim(self) -> int:
-        """Numbers of a head's value."""
-        return self.latent.v if self.latent else self.head_dim
-
-    @property
-    def rope_dim(self) -> int:
-        """Numbers of a head that RoPE turns."""
-        return self.latent.rope if self.latent else int(self.head_dim * self.rotary_pct)
-
-    @property
     def softmax_scale(self) -> float:
         """What the product of a query and a key is multiplied by."""
         scaling = self.rope_scaling
         wide = scaling is not None and self.latent is not None and scaling.mscale_all_dim
         grown = scaling.magnitude(scaling.mscale_all_dim) if scaling is not None and wide else 1.0
         return self.head_dim**-0.5 * grown * grown
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether a layer (from 0) has experts in place of its mlp."""
-        due = (layer + 1) % self.expert_every == 0
-        return self.experts > 0 and layer >= self.dense_layers and due
-
-    @property
-    def expert_layers(self) -> int:
-        """Layers with experts."""
-        return self.experts_before(self.layers)
-
-    def experts_before(self, layer: int) -> int:
-        """Layers with experts before a layer."""
-        every = self.expert_every
-        return max(layer // every - self.dense_layers // every, 0) if self.experts else 0
-
-    @property
-    def dense_widths(self) -> tuple[int, ...]:
-        """Widths of the mlps that every token meets: dense layers', shared experts'."""
-        dense = (self.ffn_hidden,) if self.layers > self.expert_layers else ()
-        shared = self.shared_experts * self.expert_ffn_hidden
-        return (*dense, shared) if shared else dense
 
     @property
     def _attention_weights(self) -> int:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from partita.base.errors import UsageError
-
-if TYPE_CHECKING:
-    from partita.spec.image import ImageSpec
-    from partita.spec.model import ModelSpec
-
-LIMITS = {
-    "layers": 100_000,
-    "hidden": 10_000_000,
-    "heads": 1_000_000,
-    "kv_heads": 1_000_000,
-    "head_dim": 1_000_000,
-    "ffn_hidden": 100_000_000,
-    "vocab": 1_000_000_000,
-    "max_seq_len": 1_000_000_000,
-}
+from partita.spec.image import ImageSpec
+from partita.spec.model_parts import LIMITS
+from partita.spec.model_sizes import ModelSizes
 
 
-def check_range(spec: ModelSpec, *names: str) -> None:
+def check_range(spec: ModelSizes, *names: str) -> None:
     """Sizes are at least 1 and not absurd."""
     for name in names:
         value = getattr(spec, name)
@@ -32,7 +18,7 @@ def check_range(spec: ModelSpec, *names: str) -> None:
             raise UsageError(f"{value} is not within 1..{LIMITS[name]}", key=name)
 
 
-def check_relations(spec: ModelSpec) -> None:
+def check_relations(spec: ModelSizes) -> None:
     """Sizes fit each other and the family."""
     if spec.heads % spec.kv_heads:
         text = f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}"
@@ -66,7 +52,7 @@ OF_FAMILIES = {  # field -> what says nothing, and the families that may say mor
 }  # fmt: skip
 
 
-def _check_positions(spec: ModelSpec) -> None:
+def _check_positions(spec: ModelSizes) -> None:
     """What RoPE turns is whole pairs."""
     if not spec.rotates:
         return
@@ -80,7 +66,7 @@ def _check_positions(spec: ModelSpec) -> None:
         raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
 
 
-def _check_image(spec: ModelSpec, image: ImageSpec) -> None:
+def _check_image(spec: ModelSizes, image: ImageSpec) -> None:
     """Layers are those of the image's; hidden units lie in its groups; nothing of a transformer's."""
     rules = (
         ("layers", spec.layers == image.layers, f"convolutions and dense make {image.layers}"),
@@ -96,7 +82,7 @@ def _check_image(spec: ModelSpec, image: ImageSpec) -> None:
             raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
 
 
-def check_latent(spec: ModelSpec) -> None:
+def check_latent(spec: ModelSizes) -> None:
     """What keys and values are made of, and the parts of a head."""
     made = spec.latent
     if made is None:
@@ -126,7 +112,7 @@ EXPERT_FIELDS = {
 }  # fmt: skip
 
 
-def check_experts(spec: ModelSpec) -> None:
+def check_experts(spec: ModelSizes) -> None:
     """A model with experts says which; one without says nothing of them."""
     if not spec.experts:
         for name, nothing in EXPERT_FIELDS.items():

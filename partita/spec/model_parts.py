@@ -7,7 +7,17 @@ from math import log
 from typing import Literal
 
 from partita.base.errors import UsageError
-from partita.spec.model_check import LIMITS
+
+LIMITS = {
+    "layers": 100_000,
+    "hidden": 10_000_000,
+    "heads": 1_000_000,
+    "kv_heads": 1_000_000,
+    "head_dim": 1_000_000,
+    "ffn_hidden": 100_000_000,
+    "vocab": 1_000_000_000,
+    "max_seq_len": 1_000_000_000,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,8 +42,9 @@ from partita.spec.lora import is_adapter
 from partita.train.data import Dataset, open_dataset
 from partita.train.devices import device_of
 from partita.train.pipeline import data_parallel, make_evaluator, make_executor, make_flow
-from partita.train.step import Microbatch, Model, StepBatch, Update, make_update, step_comms
+from partita.train.step import Microbatch, Model, StepBatch, Update, step_comms
 from partita.train.streams import Batch
+from partita.train.update import make_update
 
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,

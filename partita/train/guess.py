@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,22 +31,9 @@ from partita.comm.protocol import Done, Handle, Key
 from partita.parallel.ep.log import Routed
 from partita.train.optim import norm_of, state_names
 from partita.train.routing import start_routing
-
-if TYPE_CHECKING:
-    from partita.train.step import Model, StepBatch, Update
+from partita.train.step import Found, Model, StepBatch, Update
 
 SURE = 1 + 1e-9  # sums in another order than the norm's differ by less
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is known of a step (counted from 0) in the end; `held`: whether the guess was right."""
-
-    step: int
-    loss: float
-    norm: float
-    lr: float
-    held: bool
 
 
 @dataclass
@@ -144,6 +131,10 @@ class Guess:
     def __post_init__(self) -> None:
         self.saved = Saved(self.update)
 
+    def copies(self) -> list[Tensor]:
+        """All tensors that are held to undo an update."""
+        return self.saved.tensors()
+
     @property
     def waits(self) -> bool:
         """Whether an update is not known to be right."""
@@ -163,7 +154,7 @@ class Guess:
         loss = model.executor.run(batch.microbatches, confirm=confirm)
         model.reducer.finish()
         where.phase, where.activity = "step", "loss"
-        self._sums = batch, self._sum_loss(loss), start_routing(model)
+        self._sums = batch, self._sum_loss(loss), start_routing(model, model.comms.routing)
         if not batch.drains:
             return math.nan
         model.routed = self._sums[2]()

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-from partita.comm.protocol import Done, Handle
+from partita.comm.context import Context
+from partita.comm.protocol import Comm, Done, Handle
 from partita.parallel.ep.log import Routed, RouterLog
+from partita.parallel.laid import Laid
 from partita.parallel.laid_step import ROUTING_SUMS
-
-if TYPE_CHECKING:
-    from partita.train.step import Model
+from partita.parallel.pp.versions import Flow
 
 
-def logs(model: Model) -> Iterator[tuple[str, RouterLog]]:
+class Routing(Protocol):
+    """What is asked of a rank's part of a model: its blocks in a row, their names, where they lie, and what
+    runs ahead under an asynchronous schedule."""
+
+    laid: Laid
+    context: Context
+    blocks: Sequence[Any]
+    flow: Flow | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names of `blocks`."""
+        ...
+
+
+def logs(model: Routing) -> Iterator[tuple[str, RouterLog]]:
     """(block, log) of every layer with experts on this rank."""
     for name, block in zip(model.names, model.blocks, strict=True):
         if getattr(block, "log", None) is not None:
             yield name, block.log
 
 
-def begin_routing(model: Model, loss_scale: float) -> None:
+def begin_routing(model: Routing, loss_scale: float) -> None:
     """Nothing of the step has been routed yet, but by stages of an asynchronous pipeline that ran ahead."""
     flow = model.flow
     for _, log in logs(model):
@@ -31,14 +46,16 @@ def begin_routing(model: Model, loss_scale: float) -> None:
         log.loss_scale = loss_scale * (1.0 if flow is None else flow.per_step)
 
 
-def sum_routing(model: Model, end: int | None = None) -> Routed:
+def sum_routing(model: Routing, comm: Comm | None, end: int | None = None) -> Routed:
     """The step's, the same on every rank; `end`: of the microbatches before that number.
 
     Communicates: all_reduce of 8 bytes a layer and expert, and 3 sums, over what cuts tokens and layers."""
-    return start_routing(model, end)()
+    return start_routing(model, comm, end)()
 
 
-def start_routing(model: Model, end: int | None = None) -> Callable[[], Routed]:
+def start_routing(
+    model: Routing, comm: Comm | None, end: int | None = None
+) -> Callable[[], Routed]:
     """The same under way; called, it waits for the sum."""
     spec = model.laid.request.model
     if not spec.experts:
@@ -53,13 +70,13 @@ def start_routing(model: Model, end: int | None = None) -> Callable[[], Routed]:
             [seen.balance.double().cpu(), seen.z.double().cpu(), torch.tensor(float(seen.dropped))]
         )
         sums[at : at + experts] = seen.counts.double()
-    if model.comms.routing is None:
+    if comm is None:
         return partial(_routed, model, Done(sums))
     site = "step.routing:reduce_from"
-    return partial(_routed, model, model.comms.routing.start_all_reduce(sums, site=site))
+    return partial(_routed, model, comm.start_all_reduce(sums, site=site))
 
 
-def _routed(model: Model, handle: Handle) -> Routed:
+def _routed(model: Routing, handle: Handle) -> Routed:
     sums, spec = handle.wait(), model.laid.request.model
     layers, experts, samples = spec.expert_layers, spec.experts, model.laid.samples
     balance, z, dropped = sums[:ROUTING_SUMS].tolist()

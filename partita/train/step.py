@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,19 +31,12 @@ from partita.parallel.pp.versions import Flow, Versions
 from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
-from partita.train.away import AwayUpdate, make_away
-from partita.train.guess import Guess
-from partita.train.optim import (
-    clip_coefficient,
-    learning_rate,
-    make_optimizer,
-    norm_of,
-    set_learning_rate,
-)
+from partita.train.away import AwayUpdate
+from partita.train.optim import clip_coefficient, learning_rate, norm_of, set_learning_rate
 from partita.train.places import Places
 from partita.train.routing import begin_routing, sum_routing
-from partita.train.slots import BALANCE_BIAS, Slot, slots_of
-from partita.train.stochastic import Rounding, StochasticUpdate, shards_of
+from partita.train.slots import Slot
+from partita.train.stochastic import StochasticUpdate
 
 
 @dataclass(frozen=True)
@@ -109,6 +102,41 @@ def step_comms(laid: Laid, context: Context) -> StepComms:
     )
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is known in the end of a step (counted from 0) whose update was made before; `held`: whether that
+    was right."""
+
+    step: int
+    loss: float
+    norm: float
+    lr: float
+    held: bool
+
+
+class Unproven(Protocol):
+    """Updates that are made before the step's norm is known, and how a step then runs (guess.py)."""
+
+    found: Found | None  # the last step that is known
+
+    @property
+    def waits(self) -> bool:
+        """Whether an update is not known to be right."""
+        ...
+
+    def forward_backward(self, batch: StepBatch) -> float:
+        """As Model's."""
+        ...
+
+    def step(self) -> float:
+        """As Update's."""
+        ...
+
+    def copies(self) -> list[Tensor]:
+        """What is held to undo an update, as long as the run."""
+        ...
+
+
 @dataclass
 class Model:
     """This rank's stages of the model (its `place` is the coordinate on pp), and how a step runs on
@@ -127,7 +155,7 @@ class Model:
     scaler: LossScaler | None = None  # under fp16
     routed: Routed = field(default_factory=Routed)  # the step's, where experts are
     flow: Flow | None = None  # under an asynchronous schedule
-    guess: Guess | None = None  # where updates are made before the norm is known
+    guess: Unproven | None = None  # where updates are made before the norm is known
     arenas: Arenas = field(kw_only=True)  # what lies elsewhere than on the device
     products: Products = field(kw_only=True)  # how its weights are multiplied
 
@@ -155,11 +183,11 @@ class Model:
         if self.flow is not None:
             end = self.flow.first + len(batch.microbatches)
             loss = self.flow.run(batch.microbatches, batch.following)
-            self.routed = sum_routing(self, end)
+            self.routed = sum_routing(self, self.comms.routing, end)
             return self.finish_loss(loss, batch.step)
         loss = self.executor.run(batch.microbatches)
         self.reducer.finish()
-        self.routed = sum_routing(self)
+        self.routed = sum_routing(self, self.comms.routing)
         return self.finish_loss(loss, batch.step)
 
     def evaluate(self, batch: StepBatch) -> float:
@@ -360,41 +388,3 @@ class Update:
             norms = torch.stack(tuple(found)).to(torch.float64).cpu()
             squares[0] = (norms * norms).sum()
         return squares
-
-
-def make_update(model: Model, train: TrainSpec) -> Update:
-    """The optimizer over the masters of this rank's units, and what it counts in the norm."""
-    trained = [unit for unit in model.units if not unit.spec.frozen]
-    by_unit = {unit.name: list(slots_of(unit)) for unit in trained}
-    slots = [slot for found in by_unit.values() for slot in found]
-    laid, coords = model.laid, model.context.coords
-    plane = laid.mesh.rank_of(
-        {a: coords[a] for a in laid.norm_axes}
-    )  # of replicas the first counts
-    counted = [
-        (weight, unit.gradient[piece.start : piece.start + piece.numel()])
-        for unit in trained
-        for weight, *_ in unit.places
-        for piece in laid.pieces(weight, plane)
-        if piece.primary and not weight.endswith(BALANCE_BIAS)
-    ]
-    named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
-    update = Update(model, train, make_optimizer(named, train), slots, counted)
-    away, optimizer = model.reducer.away, update.optimizer
-    stochastic = model.laid.request.plan.precision.rounding == "stochastic"
-    rounding = Rounding(model.laid, model.context) if stochastic else None
-    undoes = model.laid.request.plan.pipeline.post_validation
-    update.places = places = Places(model.arenas) if undoes else None
-    update.away = make_away(
-        model.arenas, by_unit, trained, optimizer, train, away, rounding, places
-    )
-    if rounding is not None and update.away is None:
-        shards = shards_of(model.parameters, trained, slots, places)
-        update.rounded = StochasticUpdate(rounding, slots, optimizer, train, shards)
-    if undoes:
-        model.guess = Guess(model, update)
-    if model.flow is not None:
-        model.executor.update = lambda stage: update.advance()
-        if model.flow.late is not None:
-            model.flow.late.join = update.join
-    return update

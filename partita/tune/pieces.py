@@ -41,7 +41,8 @@ from partita.simulate.step import update_bytes
 from partita.spec.job import Job
 from partita.train.build import make_context, make_model, microbatch
 from partita.train.data import Batch
-from partita.train.step import Model, make_update
+from partita.train.step import Model
+from partita.train.update import make_update
 from partita.tune.timing import median_seconds
 
 # samples, positions, hidden, vocabulary: a microbatch of small and middling blocks

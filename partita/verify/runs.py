@@ -33,7 +33,8 @@ from partita.spec.layout import Box
 from partita.train.build import DTYPES, Built, make_context, make_model
 from partita.train.data import Dataset
 from partita.train.routing import logs
-from partita.train.step import Model, make_update
+from partita.train.step import Model
+from partita.train.update import make_update
 from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.judge import JudgeUpdate, drawn_weights, wide_dtype
 from partita.verify.watch import Watch, share_of, watch_blocks

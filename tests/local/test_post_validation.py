@@ -145,13 +145,15 @@ def undone(laid, rank, forwards):
 def kept(world, made):
     """Bytes kept to undo an update by arena, and those declared; elsewhere there is one."""
     update = assemble(made, world).update
+    guess, places = update.model.guess, update.places
+    assert guess is not None and places is not None
     laid, place = update.model.laid, update.model.place
     declared = Counter()
     for block in (b for s in laid.stages_of(place) for b in s.blocks):
         for name, t in block.tensors.items():
             declared[t.arena == "device"] += tensor_bytes(t, laid.sizes) * is_before(name)
-    here = sum(x.nbytes for x in update.model.guess.saved.tensors())
-    return {True: here, False: sum(x.nbytes for x in update.places.seconds())}, dict(declared)
+    here = sum(x.nbytes for x in guess.copies())
+    return {True: here, False: sum(x.nbytes for x in places.seconds())}, dict(declared)
 
 
 @pytest.mark.parametrize(
