@@ -218,7 +218,7 @@ class Guess:
             self._undo(pending)
             self._finite_loss(pending.loss, pending.step)
             norm = update.finish(scaled)
-        self.found = Found(pending.step, loss, norm, update.lr, held)
+        self.found = Found(pending.step, loss, norm, update.lr, held, model.routed)
         where.step, where.phase, where.activity = before
         model.reducer.begin()
         if not held:

@@ -18,6 +18,7 @@ import torch
 
 from partita.base.errors import CheckpointError, NonFiniteError, WriteError
 from partita.base.units import format_count, format_seconds
+from partita.parallel.ep.log import Routed
 from partita.spec.job import Job
 from partita.train.behind import Behind
 from partita.train.build import Built
@@ -173,7 +174,7 @@ class Loop:
             "peak_memory_bytes": self.recorder.peak_bytes(),
             "wall_time_s": end - start,
             **self._more(),
-            **self._routing(),
+            **self._routing(self.built.model.routed),
         }
         if batch.drains or built.model.guess is None:
             return [*done, line]
@@ -194,7 +195,7 @@ class Loop:
         assert guess is not None and guess.found is not None
         found = guess.found
         seen = self._seen(found.step, found.loss, found.norm, found.lr)
-        return [{**line, **seen, **self._more(), **self._routing()}]
+        return [{**line, **seen, **self._more(), **self._routing(found.routed)}]
 
     def _more(self) -> dict[str, float]:
         """Of fp16 the loss scale, of an asynchronous schedule this rank's largest staleness so far."""
@@ -206,9 +207,9 @@ class Loop:
             found["staleness"] = flow.versions.staleness
         return found
 
-    def _routing(self) -> dict[str, Any]:
+    def _routing(self, routed: Routed) -> dict[str, Any]:
         """Where experts are: their losses as they enter the gradient, rows dropped, and how even they are."""
-        spec, routed = self.job.model, self.built.model.routed
+        spec = self.job.model
         if not spec.experts:
             return {}
         return {

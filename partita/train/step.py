@@ -112,6 +112,7 @@ class Found:
     norm: float
     lr: float
     held: bool
+    routed: Routed
 
 
 class Unproven(Protocol):

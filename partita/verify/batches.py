@@ -1,7 +1,8 @@
 """The batches that verify judges on: the job's own, with targets masked unevenly.
 
-A whole microbatch has no valid target, and so has a whole data-parallel rank in another one; the next ones in
-the next step, so that each has some in one of the two. Of the other samples each keeps a share of its own.
+A whole microbatch has no valid target, and so has a whole data-parallel rank in another one; others in the
+next step, so that each has some in one of the two, and the last one, which drains a pipeline, in the last
+step. Of the other samples each keeps a share of its own.
 The mask belongs to samples: every plan and the judge see the same.
 """
 
@@ -43,7 +44,7 @@ def keep(job: Job, step: int, sample: int, seq_len: int) -> torch.Tensor:
     plan, size = job.plan, job.micro_batch_size
     ways, m = plan.data_parallel_size, plan.num_microbatches
     number, place = divmod(sample, size * ways)
-    empty_microbatch = m > 1 and number == (m // 2 + step) % m
+    empty_microbatch = m > 1 and number == (m + 1) // 2 - min(step, 1)
     empty_rank = ways > 1 and number == 0 and place // size == (ways - 1 + step) % ways
     if empty_microbatch or empty_rank:
         return torch.zeros(seq_len, dtype=torch.bool)

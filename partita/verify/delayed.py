@@ -24,7 +24,7 @@ from partita.train.build import DTYPES
 from partita.train.data import Dataset
 from partita.verify.batches import whole_batch
 from partita.verify.judge import JudgeUpdate, wide_dtype
-from partita.verify.runs import STEPS, StepSeen, product_of
+from partita.verify.runs import StepSeen, product_of, steps_of
 
 Weights = dict[str, Tensor]
 
@@ -35,14 +35,14 @@ def is_delayed(job: Job) -> bool:
 
 
 def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
-    """STEPS steps without a drain between."""
+    """A plan's steps without a drain between."""
     laid, dtype = lay(request_of(job)), DTYPES[job.plan.precision.dtype]
     update = JudgeUpdate.of(job, wide_dtype(job))
     weights, history = update.weights, [_copy(update.weights)]
     m, samples = job.plan.num_microbatches, job.train.global_batch_size
     size = m if laid.schedule.versions == "previous" else 1
     found = []
-    for step in range(STEPS):
+    for step in range(steps_of(job.plan)):
         batches = whole_batch(data, job, step)
         loss, gradients, norm, seen = 0.0, {}, 0.0, Auxiliary()
         for first in range(0, m, size):

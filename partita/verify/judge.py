@@ -28,7 +28,7 @@ def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
     active in both. Delayed updates have no norm to clip by, and are several a step, at smaller rates: AdamW
     turns a rounding into a whole step."""
     active = replace(train, weight_decay=0.1, clip_grad_norm=0.0 if delayed else 0.5, steps=4)
-    rate, small = (0.05, 1e-3) if delayed else (0.5, 1e-2)
+    rate, small = (0.01, 1e-3) if delayed else (0.5, 1e-2)
     sgd = replace(
         active, optimizer="sgd", lr=rate, momentum=0.9, warmup_steps=2, lr_schedule="constant"
     )

@@ -2,7 +2,7 @@
 weights after the step, and the traffic to the byte.
 
     twice    in float64 with the precision set aside; at the plan's own precision against the same casts
-    each     two steps of SGD with momentum at a large rate, two of AdamW; decay and clipping active
+    each     steps (steps_of) of SGD with momentum at a large rate, and of AdamW; decay and clipping active
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from partita.verify.runs import (
     RankSeen,
     StepSeen,
     declare,
+    limited,
     run_judge,
     run_neighbours,
     run_rank,
@@ -164,7 +165,7 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     for dtype in dict.fromkeys(("fp64", own)):
         for train in optimizers(small.train, is_delayed(small)):
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
-            trials.append(_trial(at, data, backend))
+            trials.append(_trial(limited(at, data), data, backend))
             if not trials[-1].equal:
                 break
     first = trials[0].ranks

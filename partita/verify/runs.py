@@ -21,7 +21,9 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.ep.counts import Routing
+from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
+from partita.parallel.pp.rules import schedule_of
 from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.product import PLAIN, Product
@@ -30,6 +32,7 @@ from partita.record.transfer import TrafficLine, joined, summarise
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import Box
+from partita.spec.plan import Plan
 from partita.train.build import DTYPES, Built, make_context, make_model
 from partita.train.data import Dataset
 from partita.train.routing import logs
@@ -39,7 +42,6 @@ from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.judge import JudgeUpdate, drawn_weights, wide_dtype
 from partita.verify.watch import Watch, share_of, watch_blocks
 
-STEPS = 2
 NEIGHBOURS = 16  # runs of the judge that say how far roundings carry
 Boxes = dict[str, list[tuple[Box, Tensor]]]
 Weights = dict[str, Tensor]
@@ -70,11 +72,33 @@ class RankSeen:
     )  # of the first step
 
 
+def steps_of(plan: Plan) -> int:
+    """Two: of weights drawn and of weights updated. Three where one works on weights of before the last
+    update, or has two updates to prove."""
+    return 3 if plan.pipeline.post_validation or schedule_of(plan).is_asynchronous else 2
+
+
+def limited(job: Job, data: Dataset) -> Job:
+    """Where updates are made before the norm is known: clipped by a limit between the largest norm of a
+    step and what its first place knows of it, which therefore guesses wrong."""
+    if not job.plan.pipeline.post_validation:
+        return job
+    free = replace(job, train=replace(job.train, clip_grad_norm=0.0))
+    steps = [s for s in run_judge(free, data)[0][:-1] if math.isfinite(s.norm)]
+    if not steps:
+        return job
+    step, laid = max(steps, key=lambda s: s.norm), lay(request_of(job))
+    squares = {n: float(g.double().square().sum()) for n, g in step.gradients.items()}
+    known = sum(x for n, x in squares.items() if laid.holders(n)[0] == 0) / sum(squares.values())
+    limit = step.norm * math.sqrt((1 + known) / 2)
+    return replace(job, train=replace(job.train, clip_grad_norm=limit))
+
+
 def run_rank(
     world: World, job: Job, data: Dataset, watched: int = -1, device: torch.device | None = None,
     laid: Laid | None = None,
 ) -> RankSeen:  # fmt: skip
-    """STEPS steps of the plan on one rank, on the CPU or `device`; of step `watched` every segment is
+    """A plan's steps on one rank, on the CPU or `device`; of step `watched` every segment is
     seen. `laid` is the job's, where somebody has laid it."""
     laid = laid or lay(request_of(job))
     where = getattr(world, "where", None) or Where()
@@ -95,25 +119,40 @@ def run_rank(
     if watched >= 0:
         watch_blocks(model, seen.watch)
     context.recorder.take()
-    flows = model.flow is not None
-    for step in range(STEPS):
-        batch = rank_batch(built, step)
-        if flows and step + 1 < STEPS:
+    flows, steps = model.flow is not None, steps_of(job.plan)
+    for step in range(steps):
+        batch = replace(rank_batch(built, step), drains=step + 1 == steps)
+        if flows and not batch.drains:
             batch = replace(batch, following=rank_batch(built, step + 1).microbatches)
         if step == watched:
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
-        scale = 1.0 if model.scaler is None else model.scaler.scale
         loss = _finite_or_nan(lambda batch=batch: model.forward_backward(batch))
+        if step:
+            seen.steps[-1] = _proven(seen.steps[-1], model, step - 1)
+        scale = 1.0 if model.scaler is None else model.scaler.scale
         gradients = boxes(model, lambda unit: unit.gradient, scale, trained=True)
         norm = _finite_or_nan(update.step)
         if flows or step == 0:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
-        if step == (STEPS - 1 if flows else 0):
+        if step == (steps - 1 if flows else 0):
             seen.recorded = summarise(context.recorder.take())
         seen.watch.stop()
-        after, r = boxes(model, lambda unit: unit.master), model.routed
-        seen.steps.append(StepSeen(loss, norm, gradients, after, (r.balance, r.z, r.dropped)))
+        after = boxes(model, lambda unit: unit.master)
+        seen.steps.append(StepSeen(loss, norm, gradients, after, _auxiliary(model.routed)))
     return seen
+
+
+def _auxiliary(routed: Routed) -> tuple[float, ...]:
+    return routed.balance, routed.z, routed.dropped
+
+
+def _proven(seen: StepSeen, model: Model, step: int) -> StepSeen:
+    """What a step was in the end, where its update was made before that was known."""
+    found = None if model.guess is None else model.guess.found
+    if found is None or found.step != step:
+        return seen
+    after = boxes(model, lambda unit: unit.master)
+    return StepSeen(found.loss, found.norm, seen.gradients, after, _auxiliary(found.routed))
 
 
 def _finite_or_nan(made: Callable[[], float]) -> float:
@@ -126,7 +165,7 @@ def _finite_or_nan(made: Callable[[], float]) -> float:
 
 def _declared(laid: Laid, rank: int) -> list[TrafficLine]:
     """Of one step; where steps flow into each other, of all."""
-    times = STEPS if laid.schedule.is_asynchronous else 1
+    times = steps_of(laid.request.plan) if laid.schedule.is_asynchronous else 1
     return [replace(t, count=t.count * times, bytes=t.bytes * times) for t in laid.traffic(rank)]
 
 
@@ -137,7 +176,7 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
         laid = lay(request_of(job))
         counts = {k: {r.rank: r.routed[k] for r in ranks if k in r.routed} for k in keys}
         m = job.plan.num_microbatches
-        steps = range(STEPS if laid.schedule.is_asynchronous else 1)
+        steps = range(steps_of(job.plan) if laid.schedule.is_asynchronous else 1)
         of_step = [
             {(n, i - s * m): c for (n, i), c in counts.items() if i // m == s} for s in steps
         ]
@@ -178,7 +217,7 @@ def run_judge(
     scaler = LossScaler() if dtype == torch.float16 else None
     watch = Watch()
     found = []
-    for step in range(STEPS):
+    for step in range(steps_of(job.plan)):
         if step and starts:
             optimizer.restart(starts[step - 1])
         batches = whole_batch(data, job, step)
@@ -232,9 +271,8 @@ def product_of(job: Job) -> Product:
 def weights_after(job: Job, ranks: Sequence[RankSeen]) -> list[Weights]:
     """Every weight of the plan after each step but the last, put together from its ranks' boxes."""
     shapes = weight_shapes(job.model)
-    return [
-        _joined(shapes, [seen.steps[step].weights for seen in ranks]) for step in range(STEPS - 1)
-    ]
+    steps = range(steps_of(job.plan) - 1)
+    return [_joined(shapes, [seen.steps[step].weights for seen in ranks]) for step in steps]
 
 
 def _joined(shapes: Mapping[str, Sequence[int]], parts: Sequence[Boxes]) -> Weights:

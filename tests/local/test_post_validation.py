@@ -225,6 +225,13 @@ def test_verify_proves_it(tmp_path):
     assert found.equal and found.traffic_equal, str(found)
 
 
+def test_what_routers_did_is_of_the_step_that_is_proven(tmp_path):
+    """The auxiliary losses of each step, though the next one's forwards have run when they are known."""
+    found = verify(job(tmp_path, f"pp2:zb_h1/4mb fp64 {AFTER}", **verify_jobs.EXPERTS))
+    assert found.equal, str(found)
+    assert len({s.auxiliary[0] for s in found.trials[0].ranks[0].steps}) == 3
+
+
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
