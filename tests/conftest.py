@@ -12,6 +12,9 @@ import pytest
 
 # Seconds a test of each folder may take; a mark on the test itself goes before.
 DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2e": 300}
+SLOW = (
+    240  # of those marked slow: a starved machine takes many times as long, and that fails nothing
+)
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 FLAGS = (
@@ -24,6 +27,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-browser", action="store_true", help="fail, not skip, where Chromium is missing"
     )
+    parser.addoption(
+        "--hosts", action="store_true", help="make two hosts of network namespaces (root, ip)"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -31,7 +37,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         folder = item.path.relative_to(here).parts[0] if here in item.path.parents else ""
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(DEADLINES.get(folder, 60)))
+            least = SLOW if item.get_closest_marker("slow") else 60
+            item.add_marker(pytest.mark.timeout(max(DEADLINES.get(folder, 60), least)))
 
 
 def pytest_collection_finish():

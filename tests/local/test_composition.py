@@ -10,6 +10,8 @@ import verify_jobs
 from partita.verify.parity import verify
 
 ROWS = covering.rows()
+# The heaviest rows train eight thread ranks for many seconds, on a starved machine for more than a minute
+pytestmark = pytest.mark.timeout(240)
 
 
 def job(folder, row):

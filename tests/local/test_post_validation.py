@@ -204,8 +204,9 @@ def test_an_inf_without_a_scale_ends_the_run_before_the_update(tmp_path):
 
 
 def test_the_wait_is_gone_from_the_prediction():
-    """zb_h2's flush is longer than its span: what waits pays it in every step; what does not pays memory."""
-    line, sizes = "pp4:zb_h2/16mb tp2+sp bf16", {"global_batch_size": 16, "seq_len": 4096}
+    """zb_h2's flush is longer than its span: what waits pays it in every step; what does not pays memory, and
+    the copies, which take as long as sequences of 4096 wait here: those of 8192 wait twice that."""
+    line, sizes = "pp4:zb_h2/16mb tp2+sp bf16", {"global_batch_size": 16, "seq_len": 8192}
     made, waits = (
         Job.of("llama3-8b", "8xh100", plan, **sizes) for plan in (f"{line} {AFTER}", line)
     )
