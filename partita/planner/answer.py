@@ -64,8 +64,13 @@ def counts(found: Found) -> str:
     refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common())
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
-    turned = f"; {found.turned} other orders of the best plans' axes" if found.turned else ""
+    beside = (
+        f"{found.turned} other orders of axes" if found.turned else "",
+        f"{found.split} other splits of layers" if found.split else "",
+    )
+    told = " and ".join(filter(None, beside))
+    told = f"; of the best plans {told}" if told else ""
     return (
         f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} cut by their "
-        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}{turned}"
+        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}{told}"
     )

@@ -11,6 +11,7 @@ from partita.planner.explain import binds, why
 from partita.planner.nodes import KEEP
 from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
+from partita.planner.splits import splits
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 
@@ -57,10 +58,9 @@ def ask(job: Job, question: Question) -> Answer:
         found = pareto(search, first, second, question.budget_s)
     else:
         found = search.best(goal, question.top, question.budget_s)
-        left = question.budget_s - found.seconds
-        found = widened(search, goal, question.top, found, left) if left > 0 else found
-        left = question.budget_s - found.seconds
-        found = turned(search, goal, question.top, found, left) if left > 0 else found
+        for more in (widened, turned, splits):
+            left = question.budget_s - found.seconds
+            found = more(search, goal, question.top, found, left) if left > 0 else found
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
         return Answer(found, (), tuple(texts))

@@ -60,6 +60,7 @@ class Found:
     seconds: float = 0.0
     first_s: float = 0.0  # when the best plan was found
     turned: int = 0  # simulated beside these: best plans with axes in another order
+    split: int = 0  # the same with another split of the layers
 
     @property
     def bounded(self) -> int:

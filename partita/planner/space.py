@@ -101,6 +101,8 @@ def _read(word: str) -> list[tuple[str, object]]:
         to = word[8:] or None
         if to is None or to in CHOICES["offload", "to"]:
             return [("offload", to)]
+    if word == "split":
+        return [("split", None)]
     if word == "order" or word.startswith("order:"):
         return [("order", Plan.parse(word).mesh.order if word[5:] else None)]
     if word in CHOICES["context", "method"]:

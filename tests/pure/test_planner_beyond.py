@@ -1,8 +1,9 @@
 """Beyond the search: axes in another order on the links, equal to brute force over every order."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import permutations
+from itertools import pairwise, permutations, product
 
 import pytest
 from drawn_plans import random_leaf, wide
@@ -14,9 +15,10 @@ from partita.planner.explain import why
 from partita.planner.orders import other_orders
 from partita.planner.search import ANY, Search, measures, searcher
 from partita.planner.space import Space, Words
+from partita.planner.splits import splits
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
-from partita.spec.plan import DEFAULT_ORDER
+from partita.spec.plan import DEFAULT_ORDER, Plan
 
 FORBID = ("recompute", "v_half", "v_min", "gpipe", "zb_h1", "zb_v", "dualpipe", "dualpipev")
 ORDERS = list(permutations(DEFAULT_ORDER))
@@ -96,3 +98,34 @@ def test_axes_that_one_link_joins_may_trade_places():
     inside = other_orders((2, 2, 1, 1, 4), links)
     assert ("cp", "tp", "dp_shard", "dp_replicate", "pp") not in inside and len(inside) == 3
     assert other_orders((2, 2, 1, 1, 2), Cluster.load("8xh100")) == ()
+
+
+def every_split(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """All splits of layers; an end may have none."""
+    for cuts in product(range(layers + 1), repeat=stages - 1):
+        split = tuple(b - a for a, b in pairwise((0, *cuts, layers)))
+        if min(split) >= 0 and all(split[1:-1]):
+            yield split
+
+
+@pytest.mark.parametrize(
+    ("words", "layers", "memory"),
+    [
+        (("pp2:1f1b", "4mb", "fp32"), 6, 1e9),
+        pytest.param(("pp4:zb_h1", "8mb", "fp32"), 7, 1e9, marks=pytest.mark.slow),
+        (("pp2:interleaved_1f1bx2", "4mb", "fp32"), 5, 1e9),
+        (("pp4:1f1b", "2mb", "fp32"), 5, 1e8),
+        pytest.param(("pp4:gpipe", "8mb", "fp32"), 6, 5.4e6, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else str(x),
+)
+def test_the_split_of_a_plan_is_that_of_brute_force(words, layers, memory):
+    devices = 16 if memory == 1e8 else 4  # of more devices a few splits: here too the best
+    search = searcher(small(devices, memory, layers=layers).job, words, ("cp", "recompute", "tp"))
+    plain = search.best(ANY)
+    base = Plan.parse(plain.plans[0].plan)
+    found = splits(search, ANY, 1, search.best(ANY), 60.0)
+    stages = base.mesh.pp * base.pipeline.virtual_stages
+    every = (base.with_("pipeline", split=s) for s in every_split(layers, stages))
+    keys = [ANY.key(*measures(p)) for p in map(search.predict, every) if p.fits]
+    assert ANY.key(*measures(found.plans[0])) == min(keys) and found.split

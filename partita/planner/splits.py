@@ -1,0 +1,127 @@
+"""How many layers each stage has, beyond the balanced split, whose stages have equal FLOPs: times are not
+proportional to those (embedding and head, a first stage that waits for all others), and memory is not.
+
+All splits of a plan are simulated where they are few, else from the balanced one its neighbours (a layer
+moved from a dear stage to a cheap one, or from or to an end), in order of the schedule's bound, until none
+is better: of such plans the best is not proven.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from math import comb
+
+from partita.planner.nodes import Found, Goal, Queue, measures
+from partita.planner.search import Search
+from partita.planner.space import MeshChoice, Shape, Tokens
+from partita.planner.table import TIMES, Table
+from partita.simulate.predict import Prediction
+from partita.spec.plan import Plan
+
+Split = tuple[int, ...]
+ALL, TRIES = (
+    300,
+    12,
+)  # splits of which all are simulated on few devices; neighbours that are, a turn
+FEW, BEST = 8, 3  # devices; plans
+MOST_S = 2.0
+ENDS = 5  # so many of the dearest and of the cheapest stages give and take layers
+
+
+def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+    """What was found, and the best plans with other splits, as one answer."""
+    end = time.perf_counter() + min(budget_s, MOST_S)
+    if not search.space.words.admit("split", "uneven"):
+        return found
+    queue = Queue(goal, found.rejected, top, found.plans)
+    for best in found.plans[: min(top, BEST)]:
+        better = _best_split(search, goal, best, found, end)
+        if better is not best:
+            queue.keep(better, measures(better))
+    found.plans = [p for _, p in queue.best]
+    return found
+
+
+def _best_split(
+    search: Search, goal: Goal, best: Prediction, found: Found, end: float
+) -> Prediction:
+    """The best of the splits looked at, the plan's own first."""
+    plan, at, stages_of = Plan.parse(best.plan), _layers(best), _stages(search, best)
+    if plan.mesh.pp == 1 or sum(at) != search.job.model.layers or stages_of is None:
+        return best
+    few = search.job.cluster.devices <= FEW and _count(sum(at), len(at)) <= ALL
+    seen, now = {at}, best
+    while True:
+        near = _every(at) if few else _near(at, stages_of(at)[0])
+        tries = sorted(near, key=lambda s: stages_of(s)[1])
+        start, tries = now, [s for s in tries if s not in seen][: ALL if few else TRIES]
+        for split in tries:
+            if time.perf_counter() > end:
+                return now
+            seen.add(split)
+            found.split += 1
+            told = search.predict(plan.with_("pipeline", split=split))
+            if told.fits and goal.key(*measures(told)) < goal.key(*measures(now)):
+                now, at = told, split
+        if now is start or few:
+            return now
+
+
+def _layers(prediction: Prediction) -> Split:
+    """Layers of each stage."""
+    laid = prediction.laid
+    stages = laid.stages if laid is not None else ()
+    return tuple(sum(n.startswith("blocks.") for n in s.names) for s in stages)
+
+
+Stages = Callable[[Split], tuple[list[float], float]]
+
+
+def _stages(search: Search, best: Prediction) -> Stages | None:
+    """Of a split the seconds of a microbatch in each stage, and what the schedule takes at least."""
+    plan, bounds = Plan.parse(best.plan), search.bounds
+    m, p = plan.mesh, plan.pipeline
+    mesh = MeshChoice(m.pp, plan.data_parallel_size, m.cp, m.tp, m.sp)
+    shape = Shape(plan.context.method, plan.context.ulysses, m.ep, m.etp)
+    samples = search.space.batch // plan.data_parallel_size // plan.num_microbatches
+    table = bounds.table(mesh, shape, Tokens(plan.recompute.mode, plan.recompute.every, samples))
+    if not isinstance(table, Table):
+        return None
+
+    def told(split: Split) -> tuple[list[float], float]:
+        rows = table.stages(split)
+        named = (p.schedule, p.virtual_stages)
+        seconds = bounds.pipeline(rows, mesh, named, plan.num_microbatches)
+        return rows[:, TIMES].sum(1).tolist(), seconds
+
+    return told
+
+
+def _count(layers: int, stages: int) -> int:
+    return comb(layers - (stages - 2) + stages - 1, stages - 1)
+
+
+def _every(at: Split) -> Iterator[Split]:
+    """All splits, in which only an end may have no layer."""
+
+    def rest(layers: int, stages: int) -> Iterator[Split]:
+        if stages == 1:
+            yield (layers,)
+            return
+        for n in range(0 if stages == len(at) else 1, layers + 1):
+            yield from ((n, *others) for others in rest(layers - n, stages - 1))
+
+    return rest(sum(at), len(at))
+
+
+def _near(at: Split, seconds: Sequence[float]) -> Iterator[Split]:
+    """A layer moved, where stages take so long."""
+    last = len(at) - 1
+    order = sorted(range(last + 1), key=lambda i: seconds[i])
+    for giver in {*order[-ENDS:], 0, last}:
+        for taker in {*order[:ENDS], 0, last} - {giver}:
+            if at[giver] > (0 if giver in (0, last) else 1):
+                moved = list(at)
+                moved[giver], moved[taker] = moved[giver] - 1, moved[taker] + 1
+                yield tuple(moved)
