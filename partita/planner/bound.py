@@ -29,15 +29,14 @@ from partita.parallel.pp.rules import balanced, schedule_of
 from partita.planner.reading import STATES, on_device, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
-    EXPERTS,
     HIDES,
     KEPT,
-    REST,
     TIMES,
     TRAVEL,
     UNITS,
     Probe,
     Rough,
+    Shards,
     Table,
     probe_of,
     spread,
@@ -56,37 +55,17 @@ REHEARSED = 256  # schedules of whole steps that are remembered
 
 
 @dataclass(frozen=True, slots=True)
-class Shards:
-    """Into how many parts ZeRO cuts the states of experts, and at most those of the rest. `narrow`: cut
-    parameters may be no more than their masters."""
-
-    rest: int
-    experts: int
-    narrow: bool = False
-
-    def states(self, rows: np.ndarray, zero: int) -> np.ndarray:
-        """[..., 3]: parameters, gradients and optimizer of a rank at least, of [..., numbers]."""
-        cut = np.array((zero >= 3, zero >= 2, zero >= 1))
-
-        def ways(n: int) -> np.ndarray:
-            return np.where(cut, (np.inf if self.narrow else n, n, n), 1)
-
-        return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
-
-    def standing(self, rows: np.ndarray, zero: int) -> np.ndarray:
-        """[...]: bytes of those that are there all the time: a gradient that is cut comes with a backward, as
-        activations go."""
-        parameters, gradients, optimizer = np.moveaxis(self.states(rows, zero), -1, 0)
-        return parameters + optimizer + (gradients if zero < 2 else 0.0)
-
-
-@dataclass(frozen=True, slots=True)
 class Meeting:
     """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards."""
 
     inner: Group
     cut: int
     outer: Group
+
+
+def _short(mesh: MeshChoice, m: int) -> int:
+    """Microbatches of a step that tells what a schedule holds at once."""
+    return m if m <= 2 * mesh.pp else 2 * mesh.pp + m % mesh.pp
 
 
 class Bounds:
@@ -102,6 +81,7 @@ class Bounds:
         self._meetings: dict[object, tuple[Meeting, ...]] = {}
         self._steps: dict[object, Rehearsal] = {}
         self._groups: dict[tuple[int, int], Group] = {}
+        self._sizes: dict[int, np.ndarray] = {}
         self.request = request_of(space.job)
         self.limit_bytes: float = space.job.cluster.memory_limit_bytes
         self.bucket_bytes = Plan().data.bucket_bytes
@@ -145,13 +125,19 @@ class Bounds:
         return self.table(mesh, shape, Tokens(*mode, ENDLESS))
 
     def rough(
-        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int], micros: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """From an endless table, both bounds of a schedule for each size of a microbatch."""
+        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """From an endless table, the three bounds of a schedule for each size of a microbatch."""
         rough = self.lies(mesh, leaf)
         stages = rough.times(self.stages(table, rough.num_stages))
         stages[:, TIMES] *= SLACK / ENDLESS
-        return rough.both(stages, micros, self.space.batch // mesh.dp)
+        return rough.bounds(stages, self.sizes(mesh), self.space.batch // mesh.dp)
+
+    def sizes(self, mesh: MeshChoice) -> np.ndarray:
+        """[sizes]: samples of a microbatch."""
+        if mesh.dp not in self._sizes:
+            self._sizes[mesh.dp] = np.array(self.space.micros(mesh))
+        return self._sizes[mesh.dp]
 
     def lies(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Rough:
         """Where a schedule's stages lie."""
@@ -189,7 +175,9 @@ class Bounds:
         stages cost without ZeRO's collectives, and by how much those make the layers longer that it has."""
         lies = self.lies(mesh, leaf)
         stages = self.stages(table, lies.num_stages)
-        first, second = (float(x[0]) for x in lies.both(lies.times(stages), np.ones(1), m))
+        found = lies.bounds(lies.times(stages), np.ones(1), m)
+        first, whole, halves = (float(x[0]) for x in found)
+        second = halves if lies.split else whole
         times = m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
         times *= len(table.blocks) - 2
 
@@ -212,7 +200,7 @@ class Bounds:
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
-        short = m if m <= 2 * mesh.pp else 2 * mesh.pp + m % mesh.pp
+        short = _short(mesh, m)
         key = (mesh.pp, schedule, virtual, short)
         if key not in self._probes:
             mesh = MeshChoice(mesh.pp, 1, 1, 1, False)
@@ -224,6 +212,10 @@ class Bounds:
             except PartitaError as wrong:
                 self._probes[key] = Problem("pp", "schedule", wrong.message)
         return self._probes[key]
+
+    def probed(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> bool:
+        """Whether that is there."""
+        return (mesh.pp, schedule, virtual, _short(mesh, m)) in self._probes
 
     def stages(self, table: Table, count: int) -> np.ndarray:
         """[stage, numbers] of balanced stages."""
@@ -375,11 +367,8 @@ class Bounds:
     ) -> np.ndarray:
         """Bytes that come and go, at least, of a rank with a layer: what lives inside an op, `scale` of that
         of the table; whole units, the weights of a layer and the gradients of one."""
-        at = [0, 1] if zero == 3 else [1] if zero == 2 else []
-        at += [i + 2 for i in at] if shards.experts > 1 else []
-        at = at if len(table.blocks) > 3 else []
-        rows = [scale * b.inside + sum(b.units[i] for i in at) for b, _ in table.layers]
-        return np.array(rows).min(0)
+        units = table.units @ shards.whole(zero)
+        return (np.multiply.outer(table.inside, scale).T + units).min(-1)
 
     def memory(
         self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards, scale: float = 1.0

@@ -197,24 +197,23 @@ class Search:
         if mode[0] != "none" and self._same(node, table):
             self._refuse("recompute changes nothing", node.leaves)
             return
-        micros, states = self.space.micros(mesh), len(self.space.states(mesh, node.shape))
+        sizes, states = self.bounds.sizes(mesh), len(self.space.states(mesh, node.shape))
         least = self.floors(mesh, node.shape, table, paired=node.paired)
-        schedules = [x for x in self.space.schedules(mesh) if (x[0] in PAIRED) == node.paired]
-        if not self.space.model.experts:
-            schedules = self.space.schedules(mesh)
-        full = np.isinf(least.seconds)
-        self._refuse("memory", int(full.sum()) * states * len(schedules))
+        schedules = self.space.schedules(mesh)
+        if self.space.model.experts:
+            schedules = [x for x in schedules if (x[0] in PAIRED) == node.paired]
+        self._refuse("memory", int(np.isinf(least.seconds).sum()) * states * len(schedules))
         if least.seconds.min(initial=INF) >= self._cut:
             return
-        sizes, bound = np.array(micros), np.maximum(least.seconds, node.seconds)
-        known: dict[object, np.ndarray] = {}
+        bound = np.maximum(least.seconds, node.seconds)
+        known: dict[object, tuple[np.ndarray, np.ndarray]] = {}
         for leaf in schedules:
             if only and leaf[0] not in only:
                 continue
-            kind = self.bounds.lies(mesh, leaf).kind
-            if kind not in known:
-                known[kind] = self.floors.behind(mesh, table, leaf, least)
-            seconds = np.maximum(known[kind], bound)
+            lies = self.bounds.lies(mesh, leaf)
+            if lies.kind not in known:
+                known[lies.kind] = self.floors.behind(mesh, table, leaf, least)
+            seconds = np.maximum(known[lies.kind][lies.split], bound)
             good = (seconds < self._cut).nonzero()[0]
             if not len(good):
                 continue
@@ -253,7 +252,8 @@ class Search:
         yield from self._next(node, node.leaf, node.rest, states)
         named = (node.leaf.schedule, node.leaf.virtual)
         num_stages = b.lies(mesh, named).num_stages
-        if b.knows(mesh, node.shape, tokens) and self._slow(node, num_stages) >= self._cut:
+        cheap = b.knows(mesh, node.shape, tokens) or not b.probed(mesh, *named, m)
+        if cheap and self._slow(node, num_stages) >= self._cut:  # a table is made sooner
             return
         probe = b.probe(mesh, *named, m)
         if isinstance(probe, Problem):

@@ -64,6 +64,37 @@ TIMES, KEPT, REST, EXPERTS, UNITS = slice(0, 3), 3, slice(4, 7), slice(7, 10), s
 TRAVEL, LEAST = 14, slice(15, 18)
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Into how many parts ZeRO cuts the states of experts, and at most those of the rest. `narrow`: cut
+    parameters may be no more than their masters."""
+
+    rest: int
+    experts: int
+    narrow: bool = False
+
+    def states(self, rows: np.ndarray, zero: int) -> np.ndarray:
+        """[..., 3]: parameters, gradients and optimizer of a rank at least, of [..., numbers]."""
+        cut = np.array((zero >= 3, zero >= 2, zero >= 1))
+
+        def ways(n: int) -> np.ndarray:
+            return np.where(cut, (np.inf if self.narrow else n, n, n), 1)
+
+        return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
+
+    def standing(self, rows: np.ndarray, zero: int) -> np.ndarray:
+        """[...]: bytes of those that are there all the time: a gradient that is cut comes with a backward, as
+        activations go."""
+        parameters, gradients, optimizer = np.moveaxis(self.states(rows, zero), -1, 0)
+        return parameters + optimizer + (gradients if zero < 2 else 0.0)
+
+    def whole(self, zero: int) -> np.ndarray:
+        """[4]: which of a layer's units a rank has whole for a while, as a block's cost names them: weights
+        under ZeRO 3, gradients from 2 on; experts' where they are cut."""
+        made = (zero == 3, zero >= 2)
+        return np.array((*made, *(x and self.experts > 1 for x in made)), float)
+
+
 class Proportions:
     """Numbers that a cache may key by: their hash is worked out once."""
 
@@ -100,6 +131,21 @@ class Table:
         kinds = {id(b): b for b in self.blocks[1:-1]}
         count = Counter(map(id, self.blocks[1:-1]))
         return [(b, count[key]) for key, b in kinds.items()]
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """[kind of layer]: bytes that live inside one op."""
+        return np.array([b.inside for b, _ in self.layers])
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """[kind of layer, 4]: bytes of the largest units, where a rank may have one of two layers."""
+        return np.array([b.units for b, _ in self.layers]) * (len(self.blocks) > 3)
+
+    @cached_property
+    def kinds(self) -> Proportions:
+        """The largest units of each kind of layer."""
+        return Proportions(tuple(x for layer, _ in self.layers for x in layer.units))
 
     @cached_property
     def _prefix(self) -> np.ndarray:
@@ -176,7 +222,12 @@ class Rough:
         self.held = -np.sort(-np.stack(rows, 1), 1)
         self.share = 0.5 if both else 1.0
         self.paired = schedule in PAIRED
-        self.kind = (self.split, virtual, vee, both, self.paired)  # of those with the same bounds
+        self.kind = (
+            virtual,
+            vee,
+            both,
+            self.paired,
+        )  # of those with the same bounds, but for `split`
 
     def times(self, stages: np.ndarray) -> np.ndarray:
         """[stage, 6]: F, I, W of stages at least, where another microbatch's compute hides what it can; and
@@ -190,23 +241,26 @@ class Rough:
     def __call__(self, stages: np.ndarray, micros: np.ndarray, samples: int) -> np.ndarray:
         """Seconds at least for each size; `stages` [stage, 6]: F, I, W of a sample, and what a
         microbatch takes at least."""
-        return np.maximum(*self.both(stages, micros, samples))
+        first, whole, halves = self.bounds(stages, micros, samples)
+        return np.maximum(first, halves) if self.split else whole
 
-    def both(
+    def bounds(
         self, stages: np.ndarray, micros: np.ndarray, samples: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The two bounds that those are the larger of: all of a rank's work behind its first forward; and
-        what of it is not a weight half, between the head and the tail."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Three: all of a rank's work behind its first forward; the same and the tail behind it, where
+        backwards are whole (never below the first); and where weight halves are apart what of it is not one
+        of them, between the head and the tail."""
         f, i, w, least_f, least_b, least_w = stages.T[..., None]
         forward, back = np.maximum(f * micros, least_f), i * micros
         whole = np.maximum(np.maximum((i + w) * micros, back + least_w), least_b)  # [stage, size]
-        through = back if self.split else whole
-        before_f = (np.cumsum(forward, 0) - forward)[self.held]
-        before_b = (np.cumsum(through, 0) - through)[self.held]
+        head = (forward.cumsum(0) - forward)[self.held]
         times = samples / micros * self.share
-        work = times * np.cumsum((forward + whole)[self.held], 1)
-        halves = times * np.cumsum((forward + back)[self.held], 1) if self.split else work
-        return (before_f + work).max((0, 1)), (before_f + before_b + halves).max((0, 1))
+        first = times * (forward + whole)[self.held].cumsum(1)
+        first += head
+        second = times * (forward + back)[self.held].cumsum(1)
+        second += head + (back.cumsum(0) - back)[self.held]
+        tail = (whole.cumsum(0) - whole)[self.held]
+        return first.max((0, 1)), (first + tail).max((0, 1)), second.max((0, 1))
 
     def fewest(self, split: Sequence[int]) -> float:
         """Layers that a microbatch meets on the rank with fewest, over those of an even split."""

@@ -71,7 +71,7 @@ def bounds_hold(search: Search, node: Node) -> bool:
         b.coarse(mesh, shape, paired),
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[at],
         search.floors.fewer_parts(mesh, shape, mode, paired, 1e30),
-        search.floors.behind(mesh, endless, named, least)[at],
+        search.floors.behind(mesh, endless, named, least)[b.lies(mesh, named).split][at],
         least.seconds[at],
         b.quick(table, mesh, named, m)(meetings, cut) + once,
         b.pipeline(slower, mesh, named, m) + once,
