@@ -36,6 +36,7 @@ def plan(
     goal: Annotated[str, typer.Option(help="time, memory, devices, cost.")] = "time",
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
+    precision: Annotated[str, typer.Option(help="To choose from: bf16,fp8.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds the search may take.")] = 60.0,
     pareto: Annotated[str | None, typer.Option(help="A front of two goals: time,memory.")] = None,
     solve: Annotated[
@@ -69,7 +70,8 @@ def plan(
     )  # a plan of the user's is judged without the search
 
     words_of = (tuple(fix or ()), tuple(forbid or ()))
-    question = Question(goal, top, *words_of, budget, pareto or "", solve or "")
+    dtypes = tuple(filter(None, precision.split(",")))
+    question = Question(goal, top, *words_of, budget, pareto or "", solve or "", dtypes)
     answer = ask(job, question)
     if measure and answer.plans:
         answer = _measured(job, answer, measure)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from partita.planner.beyond import turned
+from partita.base.errors import UsageError
+from partita.planner.beyond import precise, turned
 from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
 from partita.planner.nodes import KEEP
@@ -14,12 +15,14 @@ from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.planner.splits import splits
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
+from partita.spec.plan_table import CHOICES
 
 
 @dataclass(frozen=True)
 class Question:
     """What is best (`goal`, or a front of two, 'time,memory'), or how much fits (`solve`); words the plan
-    must have and must not; plans in the answer; seconds the search may take."""
+    must have and must not; plans in the answer; seconds the search may take; precisions to choose from, of
+    which a front and what is solved for take the first."""
 
     goal: str = "time"
     top: int = 5
@@ -28,10 +31,17 @@ class Question:
     budget_s: float = 60.0
     pareto: str = ""
     solve: str = ""
+    precision: tuple[str, ...] = ()
 
     def search(self, job: Job) -> Search:
-        """A search of the job's plans under the words."""
-        return searcher(job, self.fix, self.forbid)
+        """A search of the job's plans under the words, in the first precision. Raises UsageError."""
+        known = CHOICES["precision", "dtype"]
+        for dtype in self.precision:
+            if dtype not in known:
+                raise UsageError(
+                    f"--precision {dtype} is none of {', '.join(known)}", key="precision"
+                )
+        return searcher(job, (*self.fix, *self.precision[:1]), self.forbid)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ def ask(job: Job, question: Question) -> Answer:
         found = pareto(search, first, second, question.budget_s)
     else:
         found = search.best(goal, question.top, question.budget_s)
+        left = question.budget_s - found.seconds
+        search, found = precise(search, question.precision, goal, question.top, found, left)
         for more in (widened, turned, splits):
             left = question.budget_s - found.seconds
             found = more(search, goal, question.top, found, left) if left > 0 else found

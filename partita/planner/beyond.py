@@ -1,4 +1,5 @@
-"""What is tried beyond the search, whose answer it has to beat: axes in another order on the links.
+"""What is tried beyond the search, whose answer it has to beat: other precisions that the user names, each a
+space of its own, and axes in another order on the links:
 
 at most SMALL devices    every plan in every order that differs on the links, as a space of its own
                          (with experts, whose rows a bound for every order knows little of: SPARSE)
@@ -8,6 +9,7 @@ more                     the best plans (BEST at most), each in its other orders
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from partita.planner.nodes import Found, Goal, Queue, measures
 from partita.planner.orders import orders_of
@@ -17,6 +19,22 @@ from partita.spec.plan import Plan
 
 SMALL, SPARSE = 16, 8
 BEST = 3
+
+
+def precise(
+    search: Search, dtypes: Sequence[str], goal: Goal, top: int, found: Found, budget_s: float
+) -> tuple[Search, Found]:
+    """What was found, and in the other of these precisions, as one answer; the search of the best plan."""
+    space, end = search.space, time.perf_counter() + budget_s
+    best = search
+    for dtype in dtypes:
+        if dtype == space.dtype:
+            continue
+        more = Search(Space(space.job, space.words, dtype, space.offload))
+        before = found.plans[:1]
+        found.join(more.best(goal, top, max(end - time.perf_counter(), 0.0), seen=found.plans))
+        best = more if found.plans[:1] != before else best
+    return best, found
 
 
 def turned(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
@@ -30,15 +48,16 @@ def turned(search: Search, goal: Goal, top: int, found: Found, budget_s: float) 
         others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
         found.join(others.best(goal, top, budget_s, seen=found.plans))
         return found
-    end, queue = time.perf_counter() + budget_s, Queue(goal, found.rejected, top, found.plans)
+    start, queue = time.perf_counter(), Queue(goal, found.rejected, top, found.plans)
     for best in found.plans[: min(top, BEST)]:
         plan = Plan.parse(best.plan)
         for order in orders_of(plan.mesh, cluster):
-            if time.perf_counter() > end:
+            if time.perf_counter() - start > budget_s:
                 break
             seen = search.predict(plan.with_("mesh", order=order))
             found.turned += 1
             if seen.fits and goal.key(*measures(seen)) < goal.key(*measures(best)):
                 queue.keep(seen, measures(seen))
     found.plans = [p for _, p in queue.best]
+    found.seconds += time.perf_counter() - start
     return found

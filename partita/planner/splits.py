@@ -31,7 +31,8 @@ ENDS = 5  # so many of the dearest and of the cheapest stages give and take laye
 
 def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
     """What was found, and the best plans with other splits, as one answer."""
-    end = time.perf_counter() + min(budget_s, MOST_S)
+    start = time.perf_counter()
+    end = start + min(budget_s, MOST_S)
     if not search.space.words.admit("split", "uneven"):
         return found
     queue = Queue(goal, found.rejected, top, found.plans)
@@ -40,6 +41,7 @@ def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) 
         if better is not best:
             queue.keep(better, measures(better))
     found.plans = [p for _, p in queue.best]
+    found.seconds += time.perf_counter() - start
     return found
 
 

@@ -10,6 +10,7 @@ from drawn_plans import random_leaf, wide
 from test_planner import bounds_hold, leaves, small
 
 from partita.base.errors import UsageError
+from partita.planner.ask import Question, ask
 from partita.planner.beyond import turned
 from partita.planner.explain import why
 from partita.planner.orders import other_orders
@@ -129,3 +130,15 @@ def test_the_split_of_a_plan_is_that_of_brute_force(words, layers, memory):
     every = (base.with_("pipeline", split=s) for s in every_split(layers, stages))
     keys = [ANY.key(*measures(p)) for p in map(search.predict, every) if p.fits]
     assert ANY.key(*measures(found.plans[0])) == min(keys) and found.split
+
+
+def test_the_best_precision_of_those_named_is_chosen():
+    job, words = small(4, 1e9).job, (("2mb", "pp2:1f1b"), ("cp", "recompute"))
+    alone = [searcher(job, (*words[0], d), words[1]).best(ANY) for d in ("fp32", "bf16", "fp8")]
+    least = min(ANY.key(*measures(f.plans[0])) for f in alone)
+    forbid = (*words[1], "order", "split", "offload")
+    told = ask(job, Question("time", 1, words[0], forbid, precision=("fp32", "bf16", "fp8")))
+    assert ANY.key(*measures(told.plans[0])) == least and told.found.complete
+    assert told.found.considered == sum(f.considered for f in alone)
+    with pytest.raises(UsageError, match="int3"):
+        ask(job, Question(precision=("int3",)))
