@@ -154,6 +154,8 @@ LOST = """
 import os, signal, time, typer
 from partita.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind itself has none
+
 class Meets:
     def __del__(self):
         os.kill(os.getpid(), signal.{signal})

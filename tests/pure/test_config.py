@@ -117,7 +117,7 @@ def test_missing_folder_and_huge(tmp_path: Path) -> None:
     start = time.process_time()
     with pytest.raises(UsageError, match="50000000000 bytes"):
         load_toml(huge)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="no plain file"):
         load_toml("/dev/zero")
     assert time.process_time() - start < 1  # seconds of work
 
