@@ -8,6 +8,7 @@ the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,9 +24,9 @@ from partita.model.moe import MoE
 from partita.model.rope import tables
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.laid import Laid
-from partita.parallel.pp.pieces import Flow, run
+from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
 from partita.parallel.read import replayed
-from partita.parallel.recompute.replay import Recomputed
+from partita.parallel.recompute.replay import Began, Recomputed, read_again, written
 from partita.parallel.tp.linear import AddBias, Column
 from partita.parallel.tp.loss import CrossEntropy
 from partita.parallel.units import Unit
@@ -68,15 +69,37 @@ class LayerBlock:
         return run(self.flow(x, batch))
 
     def flow(self, x: Tensor, batch: Any) -> Flow:
-        """One layer, stopping where rows travel. Under full recomputation x is kept, and what its tape keeps,
-        and it does not stop."""
+        """One layer, stopping where rows travel. Recomputed, it keeps x and what its tape keeps."""
         if self.recomputes and torch.is_grad_enabled():
+            return (yield from self._recomputed(x, batch))
+        return (yield from self._segments(x, batch))
+
+    def _recomputed(self, x: Tensor, batch: Any) -> Flow:
+        """In pieces where others run between them, or as a whole."""
+        begins: Live = ()
+        if isinstance(self.mlp, MoE):
+            remade = Remade(x, partial(self._again, batch))
+            begins = yield remade
+        if not begins:
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
+        brought: list[Tensor] = []
+        around = partial(written, self.tape, brought)
+        y = yield from within(self._segments(begins[0], batch), around)
+        return Began.apply(begins[0], y, remade.begin, *brought)  # type: ignore[return-value]
+
+    def _again(self, batch: Any, saved: Live) -> tuple[Tensor, Flow]:
+        """The replay of a microbatch from what its forward saved."""
+        x, brought = saved[0].detach().requires_grad_(), list(saved[1:])
+        around = partial(read_again, self.tape, brought)
+        return x, within(self._segments(x, batch, True), around)
+
+    def _segments(self, x: Tensor, batch: Any, replay: bool = False) -> Flow:
+        """The segments in order, stopping where rows travel."""
         if not isinstance(self.mlp, MoE):
-            return self.run(x, batch)
+            return self.run(x, batch, replay)
         self._begin(batch)
         x = self.attention(x, batch, batch.step, self.training)
-        return (yield from self.mlp.flow(x, batch, self.training))
+        return (yield from self.mlp.flow(x, batch, self.training, replay))
 
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""

@@ -29,8 +29,7 @@ def laid_bound(
     times = [stage_time(w, laid, machine, known) for w in works.stages]
     send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
     once = step_time(laid, works, times, machine)
-    turns = request.plan.recompute.mode != "full"
-    stages = tuple(stage_costs(t, 1.0, 0.0, turns) for t in times)
+    stages = tuple(stage_costs(t, 1.0, 0.0) for t in times)
     seconds = step.least(Costs(stages, send))
     return seconds + once.seconds, _laid_memory(laid, probe)
 

@@ -23,7 +23,13 @@ from partita.record.span import Span
 from partita.schedule.clock import held_over_time
 from partita.schedule.ir import Schedule
 from partita.simulate.away import leaves, levels
-from partita.simulate.memory import chunk_bytes, lent_parts, standing_gradients, transient_bytes
+from partita.simulate.memory import (
+    chunk_bytes,
+    lent_parts,
+    standing_gradients,
+    transient_bytes,
+    waiting_bytes,
+)
 
 MODEL = 0.05  # of the peak, either way: measured ledgers (tests/local/test_measured_memory.py)
 CONTEXT_BYTES = (0.3e9, 1.5e9)  # [empirical] CUDA's context, NCCL's channels
@@ -115,12 +121,13 @@ def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
         masters = (at["optimizer"] - saved) // (words + 1)
     worst = max((b for s in stages for b in s.blocks), key=lambda b: transient_bytes(b, laid.sizes))
     lent = max((lent_parts(s.blocks, request.plan) for s in stages), key=lambda x: sum(x.values()))
-    scratch = at["buffers"] - sum(lent.values())
+    waits = waiting_bytes(laid, place)
+    scratch = at["buffers"] - sum(lent.values()) - waits
     found = {
         "parameters": at["parameters"], "gradients": at["gradients"],
         "moments": at["optimizer"] - masters - saved, "masters": masters, "to undo an update": saved,
         "activations": at["activations"],
-        **lent, f"inside {worst.name}": scratch,
+        **lent, f"inside {worst.name}": scratch, "a forward whose rows travel": waits,
     }  # fmt: skip
     return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda x: -x[1]))
 

@@ -45,6 +45,7 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
         transient_bytes(b, sizes) for s in stages for b, _ in distinct(s.blocks)
     )
     categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
+    categories["buffers"] += waiting_bytes(laid, place)
     rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
 
@@ -182,3 +183,30 @@ def transient_bytes(block: Block, sizes: Sizes) -> int:
         weights = sum(tensor_bytes(block.tensors[w], sizes) for w in op.weights)
         worst = max(worst, size + weights)
     return again + worst
+
+
+def waiting_bytes(laid: Laid, place: int) -> int:
+    """What a forward holds beside the backward that it is paired with, where layers run again: what their
+    backward keeps is not there yet, what lives while rows travel is (pp/pieces.py)."""
+    if not laid.schedule.paired:
+        return 0
+    blocks = (b for s in laid.stages_of(place) for b, _ in distinct(s.blocks))
+    return max(_paused_bytes(b, laid.sizes) for b in blocks)
+
+
+@once
+def _paused_bytes(block: Block, sizes: Sizes) -> int:
+    """Rows that leave and come, what they were made of, and what is read later, but for what is kept."""
+    if not replayed(block):
+        return 0
+    ops, worst = list(block.ops()), 0
+    writer = {op.writes: op for op in ops}
+    for at, op in enumerate(ops):
+        if op.kind != "all_to_all":
+            continue
+        before = {block.input, *(o.writes for o in ops[:at])}
+        live = {t for o in ops[at + 1 :] for t in o.reads if t in before}
+        live |= {op.writes, *op.reads}
+        live |= {r for t in op.reads if t in writer for r in writer[t].reads}
+        worst = max(worst, sum(tensor_bytes(block.tensors[t], sizes) for t in live - block.kept))
+    return worst

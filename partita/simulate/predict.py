@@ -199,10 +199,9 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
     waits, send_s = waiting(send_s, machine)
-    turns = plan.recompute.mode != "full"  # a layer that is run again runs as a whole
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(stage_costs(s, busy, waits, turns) for s in stages), send_s)
+        costs = Costs(tuple(stage_costs(s, busy, waits) for s in stages), send_s)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -285,14 +284,16 @@ def _units(cluster: Cluster, world: int) -> int:
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
 
 
-def stage_costs(s: StageTime, busy: float, waits: float, turns: bool) -> StageCosts:
-    """What the clock is told of a stage. `waits`: seconds that an action waits for its messages; `turns`:
-    rows of experts travel under compute of the microbatch that is paired (pp/pieces.py)."""
+def stage_costs(s: StageTime, busy: float, waits: float) -> StageCosts:
+    """What the clock is told of a stage. `waits`: seconds that an action waits for its messages. Rows of
+    experts travel under compute of the microbatch that is paired (pp/pieces.py); a forward has pieces for as
+    many legs as it has itself: where layers run again, for half of those that go back."""
     forward = (s.forward_s + sum(s.comm_forward_s.values())) * busy + s.host_forward_s + waits
     rest = sum(s.comm_backward_s.values()) * busy + s.host_backward_s + waits
-    travel = s.comm_forward_s.get("ep", 0.0) + s.comm_backward_s.get("ep", 0.0)
+    there, back = (x.get("ep", 0.0) for x in (s.comm_forward_s, s.comm_backward_s))
+    travel = there + min(there, back)
     compute = (s.forward_s + s.backward_s) * busy
-    hidden = (1 - SLOW) * min(travel, compute) if turns else 0.0
+    hidden = (1 - SLOW) * min(travel, compute)
     return StageCosts(forward, s.input_s * busy + rest, s.weight_s * busy, hidden=hidden)
 
 

@@ -4,6 +4,7 @@ import pytest
 import verify_jobs
 
 from partita.base.errors import PlanError
+from partita.parallel.pp.pieces import Remade
 from partita.verify.parity import verify
 
 PLANS = (
@@ -33,6 +34,29 @@ def test_a_schedule_equals_one_device(plan, family, folder):
     found = verify(verify_jobs.job(folder, f"{plan} fp64", family))
     assert found.equal, str(found)
     assert found.traffic_equal
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "recompute:full",
+        pytest.param("tp2+sp recompute:full recompute.collectives=keep", marks=pytest.mark.slow),
+        pytest.param("recompute:full offload:cpu offload.targets=activations", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_layers_that_run_again_take_turns(more, folder, monkeypatch):
+    """Exact and with the declared traffic, whatever runs between the pieces of a replay."""
+    begun, backward = [], Remade.backward
+
+    def noted(self):
+        begun.append(self)
+        return (yield from backward(self))
+
+    monkeypatch.setattr(Remade, "backward", noted)
+    plan = f"dp_shard2.zero3 ep2 pp2:dualpipev/4mb {more} fp64"
+    found = verify(verify_jobs.job(folder, plan, **verify_jobs.EXPERTS | {"layers": 4}))
+    assert found.equal and found.traffic_equal, str(found)
+    assert begun
 
 
 @pytest.mark.slow

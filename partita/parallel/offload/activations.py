@@ -30,7 +30,7 @@ from partita.parallel.passed import Passed
 from partita.parallel.units import Unit
 
 Live = tuple[Tensor, ...]
-Flow = Generator[Live, Live, Tensor]  # a forward that stops where rows travel
+Flow = Generator[Any, Live, Tensor]  # a forward that stops where rows travel
 BlockKey = tuple[int, int, int]  # stage, microbatch, place of the block in the stage
 
 

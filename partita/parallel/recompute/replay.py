@@ -6,8 +6,8 @@ reduction (parallel/read.replayed), so that traffic and work are what the progra
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +22,10 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, block: Any, batch: Any) -> Tensor:
         """Runs without a graph."""
-        tape: Tape = block.tape
-        tape.brought, tape.writing = [], True
-        y = block.run(x, batch)
-        tape.writing = False
-        ctx.save_for_backward(x, *tape.brought)
-        tape.brought = []
+        brought: list[Tensor] = []
+        with written(block.tape, brought):
+            y = block.run(x, batch)
+        ctx.save_for_backward(x, *brought)
         ctx.block, ctx.batch = block, batch
         return y
 
@@ -35,14 +33,58 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         """Runs again with a graph, then through it."""
         x, *brought = ctx.saved_tensors
-        tape: Tape = ctx.block.tape
-        with torch.enable_grad():
-            again = x.detach().requires_grad_()
-            tape.brought, tape.reading = brought, True
+        again = x.detach().requires_grad_()
+        with read_again(ctx.block.tape, brought):
             y = ctx.block.run(again, ctx.batch, replay=True)
-            tape.reading = False
+        with torch.enable_grad():
             torch.autograd.backward(y, dy)
         return again.grad, None, None
+
+
+class Began(torch.autograd.Function):
+    """y, made of x without a graph, by a part that is run again when its backward is told to begin; keeps x,
+    and what the part's tape keeps, alone. Hands x no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        y: Tensor,
+        begin: Callable[[tuple[Tensor, ...], Tensor], None],
+        *brought: Tensor,
+    ) -> Tensor:
+        """y itself, as a view."""
+        ctx.save_for_backward(x, *brought)
+        ctx.begin = begin
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[None, ...]:
+        """Says with what it begins."""
+        ctx.begin(ctx.saved_tensors, dy)
+        return (None,) * len(ctx.needs_input_grad)
+
+
+@contextmanager
+def written(tape: Tape, brought: list[Tensor]) -> Iterator[None]:
+    """Regions add to `brought` what the replay is not to move again; no graph is made."""
+    tape.brought, tape.writing = brought, True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        tape.brought, tape.writing = [], False
+
+
+@contextmanager
+def read_again(tape: Tape, brought: list[Tensor]) -> Iterator[None]:
+    """Regions take from `brought` what they brought before; a graph is made."""
+    tape.brought, tape.reading = brought, True
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        tape.brought, tape.reading = [], False
 
 
 class Again(torch.autograd.Function):
