@@ -215,7 +215,7 @@ class Guess:
         model.routed, norm = pending.routed(), scaled / pending.scale
         held = math.isfinite(loss) and math.isfinite(norm) and not update.clips(norm)
         if not held:
-            self._undo(pending)
+            self._undo(pending, gathers=not (math.isfinite(loss) and math.isfinite(norm)))
             self._finite_loss(pending.loss, pending.step)
             norm = update.finish(scaled)
         self.found = Found(pending.step, loss, norm, update.lr, held, model.routed)
@@ -225,13 +225,15 @@ class Guess:
             model.begin_forwards()
         return held
 
-    def _undo(self, pending: _Pending) -> None:
-        """Weights, states and counts are those before the update, fp8's scales those before the forwards."""
+    def _undo(self, pending: _Pending, gathers: bool) -> None:
+        """Weights, states and counts are those before the update, fp8's scales those before the forwards.
+        `gathers`: no update follows, which would make the working weights anew."""
         if pending.updated:
             self.saved.restore()
         self.model.products.restore(pending.scales)
         self.model.parameters.forget()
-        self.model.parameters.refresh(rounded=self.update.away is not None)
+        if gathers:
+            self.model.parameters.refresh(rounded=self.update.away is not None)
 
     def _sum_loss(self, loss: Tensor) -> Handle:
         """The loss of all ranks, on every rank, under way; those that have none bring zero."""
