@@ -1,14 +1,17 @@
 """The World of CPU ranks that share one host's memory: one mapped file, a region a group (shm_comm.py).
 
-The file is unlinked once all have mapped it, so that a killed run leaves nothing behind.
+The file is unlinked once all have mapped it, so that a killed run leaves nothing behind. Where all were
+killed before, the next run of the user finds it: nobody holds its lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from partita.base.errors import CommError
@@ -19,6 +22,31 @@ from partita.comm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
 __all__ = ["ShmComm", "ShmWorld", "available"]
+FAST = Path("/dev/shm")
+BOARD = ".board"
+YOUNG_S = 60.0  # a file that may not be locked yet
+
+
+def sweep(folder: Path = FAST) -> list[Path]:
+    """Removes what runs of this user left that were killed before all their ranks had joined: files that are
+    older than YOUNG_S and that no rank holds locked. Returns them."""
+    gone = []
+    for file in folder.glob("*partita-*"):
+        if file.suffix == BOARD:  # goes with its file
+            continue
+        with suppress(OSError):
+            found = file.stat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG_S:
+                continue
+            descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink()
+                file.with_suffix(BOARD).unlink(missing_ok=True)
+                gone.append(file)
+            finally:
+                os.close(descriptor)
+    return gone
 
 
 class ShmWorld:
@@ -39,12 +67,14 @@ class ShmWorld:
         self.timeout_s = timeout_s
         here = tuple(ranks or range(size))
         self.spins = SPINS_OWN_CORE if len(here) <= len(os.sched_getaffinity(0)) else SPINS
-        fast = Path("/dev/shm")  # the run's own name keeps runs apart
-        name = str(path).strip("/").replace("/", "-")
-        self.path = fast / name if fast.is_dir() else path
+        if rank == here[0]:
+            sweep()
+        name = str(path).strip("/").replace("/", "-")  # the run's own name keeps runs apart
+        self.path = FAST / name if FAST.is_dir() else path
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         self._offset = 0
-        self.board = Board(self.path.with_suffix(".board"), rank, size, here)
+        self.board = Board(self.path.with_suffix(BOARD), rank, size, here)
         self.comms: list[ShmComm] = []
         everyone = self._region(here)
         words = Words(everyone, 1 + len(here))

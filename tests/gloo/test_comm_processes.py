@@ -1,3 +1,5 @@
+import fcntl
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -5,6 +7,8 @@ from pathlib import Path
 import comm_contract as contract
 import pytest
 import worlds
+
+from partita.comm.shm import sweep
 
 KINDS = ["shm", "gloo"]
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -75,3 +79,18 @@ def test_groups_that_span_hosts_with_large_tensors(tmp_path):
 def test_nothing_is_left_in_shared_memory(tmp_path):
     worlds.run("shm", 2, tmp_path, contract.messages)
     assert not list(Path("/dev/shm").glob(f"{str(tmp_path).strip('/').replace('/', '-')}*"))
+
+
+def test_what_a_run_left_that_never_joined_is_removed_by_the_next(tmp_path):
+    left, held, young = (tmp_path / f"tmp-partita-{n}-ranks" for n in ("left", "held", "young"))
+    for file in (left, held, young):
+        file.touch()
+        file.with_suffix(".board").touch()
+        if file is not young:
+            os.utime(file, (0, 0))
+    with held.open() as rank:
+        fcntl.flock(rank, fcntl.LOCK_SH)
+        assert sweep(tmp_path) == [left]
+    boards = {f.with_suffix(".board") for f in (held, young)}
+    assert set(tmp_path.iterdir()) == {held, young} | boards
+    assert sweep(tmp_path) == [held]
