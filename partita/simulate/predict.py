@@ -233,12 +233,13 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     model_flops = tokens * job.model.train_flops_per_token(job.train.seq_len, "model_causal")
     again = _replay_flops(laid) * m * job.plan.world_size
     limit = int(cluster.memory_limit_bytes)
+    busy_s = sum(t.played.busy) / len(places)  # rounding may have it above the pipeline's span
     return Prediction(
         plan=str(job.plan), problems=found,
         fits=held.fits, device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played,
         ledgers=held.ledgers,
         step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
-        bubble_fraction=(t.pipeline_s - sum(t.played.busy) / len(places)) / step_s if step_s else 0.0,
+        bubble_fraction=max(t.pipeline_s - busy_s, 0.0) / step_s if step_s else 0.0,
         time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
         hfu=(model_flops + again) / (step_s * devices * peak), job=job, timed=t,
     )  # fmt: skip
