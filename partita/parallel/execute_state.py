@@ -21,7 +21,8 @@ from partita.spec.program import Block, Event, Op
 
 @dataclass
 class Stored:
-    """One flat unit on one rank. `boxes`: where each weight begins in the whole, and the indices held.
+    """One flat unit on one rank. `boxes`: where each weight begins in the whole, and the indices held;
+    `shapes`: as it is laid, padding counted.
 
     `whole` has the unit's parameters and gradients as long as they are there; `shard` what the rank updates:
     parameters, gradients and momentum, `part` of the whole or beside it.
@@ -31,15 +32,17 @@ class Stored:
     size: int
     part: slice
     boxes: dict[str, tuple[int, tuple[range, ...]]]
+    shapes: dict[str, tuple[int, ...]]
     whole: dict[str, Values] = field(default_factory=dict)
     shard: dict[str, Values] = field(default_factory=dict)
 
     def view(self, name: str, role: str) -> Local:
         """A weight's part of the whole, without its padding; writing to it writes to the buffer."""
         start, spans = self.boxes[name]
-        shape = [len(s) for s in spans]
+        shape = self.shapes[name]
         flat = self.whole[role][start : start + prod(shape)]
-        return Local(self.dims(name), spans, flat.reshape(shape))
+        real = flat.reshape(shape)[tuple(slice(len(s)) for s in spans)]
+        return Local(self.dims(name), spans, real)
 
     def dims(self, name: str) -> tuple[str, ...]:
         """Names of a weight's dims."""
@@ -79,12 +82,13 @@ class States:
     def _store(self, rank: int, unit: Unit) -> Stored:
         """Weights are drawn by name and place; padding holds other numbers on every rank."""
         boxes, start = {}, 0
+        shapes = {name: local_shape(t, self.laid.sizes) for name, t, _ in unit.weights}
         for name, tensor, _ in unit.weights:
             boxes[name] = (start, self.world.share(tensor, rank))
-            start += prod(local_shape(tensor, self.laid.sizes))
+            start += prod(shapes[name])
         ways, mine = product_coordinate(self.laid.sizes, self.world.at[rank], unit.shard)
         each = -(-start // ways)
-        found = Stored(unit, each * ways, slice(mine * each, (mine + 1) * each), boxes)
+        found = Stored(unit, each * ways, slice(mine * each, (mine + 1) * each), boxes, shapes)
         found.whole["parameter"] = noise(f"padding parameter {rank}", (range(found.size),))
         for name, (_, spans) in boxes.items():
             found.view(name, "parameter").values[...] = noise(name, spans)

@@ -8,13 +8,14 @@ differently shaped boxes.
 
     wk [2 kv heads, 4, 6] on tp4        rank 0, 1 hold head 0 (0 primary); rank 2, 3 head 1
     table [10, 3], padded to 12, tp4    rows 0-2, 3-5, 6-8, 9-9: padding belongs to no box
+    down [2, 10], padded to 12, tp4     rank 3 stores rows of 3: boxes (0, 9) at 0 and (1, 9) at 3
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 
 from partita.spec.mesh import DENSE, EXPERT, Mesh
@@ -49,6 +50,11 @@ class Section:
             first = at * base + min(at, more)
             end, primary = first + base + (at < more), True
         return self._clip(first * width), self._clip(end * width), primary
+
+    def held(self, ways: int, at: int) -> int:
+        """What the `at`-th of `ways` stores of it, padding counted."""
+        first, end, _ = self.span(ways, at)
+        return self.widest(ways) if self.padded else end - first
 
     def widest(self, ways: int) -> int:
         """What the holder of most stores of it, padding counted."""
@@ -136,23 +142,35 @@ class Layout:
         """Boxes of the local tensor, which is the sections side by side along each cut dim."""
         used = {a for c in self.cuts for a in c.axes} | set(self.flat) | {"pp"}
         primary = at["pp"] == self.stages[0] and all(at[a] == 0 for a in self.view if a not in used)
-        spans: list[list[tuple[int, int, bool]]] = [[(0, n, True)] for n in self.shape]
+        spans: list[list[Span]] = [[(0, n, True, 0)] for n in self.shape]
+        held = list(self.shape)
         for c in self.cuts:
             ways, mine = product_coordinate(mesh.sizes, at, c.axes)
-            spans[c.dim] = [s.span(ways, mine) for s in c.sections]
-        last = max((d for d, s in enumerate(spans) if len(s) > 1), default=0)
+            widths = [s.held(ways, mine) for s in c.sections]
+            starts = accumulate(widths[:-1], initial=0)
+            spans[c.dim] = [
+                (*s.span(ways, mine), x) for s, x in zip(c.sections, starts, strict=True)
+            ]
+            held[c.dim] = sum(widths)
+        broken = (
+            d for d, s in enumerate(spans) if len(s) > 1 or s[0][1] - s[0][0] < held[d]
+        )  # its rows are not neighbours in storage
+        last = max(broken, default=0)
         rows = [_explode(s) if d < last else s for d, s in enumerate(spans)]
-        start = 0
+        strides = [prod(held[d + 1 :]) for d in range(len(held))]
         for choice in product(*rows):
-            box = tuple((a, b) for a, b, _ in choice)
-            piece = Piece(box, start, primary and all(p for *_, p in choice))
-            start += piece.numel()
+            box = tuple((a, b) for a, b, *_ in choice)
+            start = sum(x * stride for (*_, x), stride in zip(choice, strides, strict=True))
+            piece = Piece(box, start, primary and all(p for _, _, p, _ in choice))
             if piece.numel():
                 yield piece
 
 
-def _explode(spans: Sequence[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
-    return [(i, i + 1, flag) for a, b, flag in spans for i in range(a, b)]
+Span = tuple[int, int, bool, int]  # first, end, whether primary, where it starts in the local dim
+
+
+def _explode(spans: Sequence[Span]) -> list[Span]:
+    return [(i, i + 1, flag, x + i - a) for a, b, flag, x in spans for i in range(a, b)]
 
 
 def product_coordinate(sizes: Sizes, at: Mapping[str, int], axes: Sequence[str]) -> tuple[int, int]:
@@ -202,7 +220,8 @@ def layout_of(weight: Tensor, sizes: Sizes, stages: tuple[int, ...] = (0,)) -> L
         if d.cut:
             ways = d.ways(sizes)
             padded = d.local(sizes) * ways if d.padded else 0
-            section = Section(0, d.size, d.size, padded, share=d.size < ways)
+            share = d.size < ways and not d.padded
+            section = Section(0, d.size, d.size, padded, share)
             cuts.append(Cut(i, d.cut, (section,)))
     experts = any(d.name == "experts" for d in weight.dims)
     view = EXPERT if experts else DENSE

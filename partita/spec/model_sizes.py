@@ -115,10 +115,3 @@ class ModelSizes:
         """Layers with experts before a layer."""
         every = self.expert_every
         return max(layer // every - self.dense_layers // every, 0) if self.experts else 0
-
-    @property
-    def dense_widths(self) -> tuple[int, ...]:
-        """Widths of the mlps that every token meets: dense layers', shared experts'."""
-        dense = (self.ffn_hidden,) if self.layers > self.expert_layers else ()
-        shared = self.shared_experts * self.expert_ffn_hidden
-        return (*dense, shared) if shared else dense

@@ -45,7 +45,8 @@ ROLES = (
 @dataclass(frozen=True, slots=True)
 class Dim:
     """A named dim. `cut` lists the mesh axes that cut it, outermost first; `of` the dims it is folded
-    from: cutting one of them cuts it too. `padded`: it is padded until it divides (vocab).
+    from: cutting one of them cuts it too. `padded`: it is padded until it divides
+    (vocab, ffn, expert_ffn).
 
     A fold may be sparse: `slots` are those (expert, sample, position) that a router chose, and how many a
     rank has is data. `sizes` may say it by the dim's name; else it is the even share."""

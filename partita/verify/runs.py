@@ -233,10 +233,8 @@ def run_judge(
         seen = judge.auxiliary
         auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
         kept = {n: g.clone() for n, g in gradients.items()}
-        if scaler is not None and not scaler.step(norm):
-            found.append(StepSeen(loss, norm, kept, {n: w.clone() for n, w in weights.items()}))
-            continue
-        optimizer.step(gradients, norm, step)
+        if scaler is None or scaler.step(norm):
+            optimizer.step(gradients, norm, step)
         after = {n: w.clone() for n, w in weights.items()}
         found.append(StepSeen(loss, norm, kept, after, auxiliary))
     return found, watch

@@ -18,7 +18,7 @@ MLA: dict[str, Any] = {
 }  # fmt: skip
 QWEN = {"qkv_bias": True, "qk_norm": True}
 EXPERTS: dict[str, Any] = {
-    "experts": 4, "top_k": 2, "expert_ffn_hidden": 12, "shared_experts": 1, "dense_layers": 1, "layers": 3,
+    "experts": 4, "top_k": 2, "expert_ffn_hidden": 11, "shared_experts": 1, "dense_layers": 1, "layers": 3,
     "router_bias": True, "balance_loss": 0.1, "z_loss": 0.01,
 }  # fmt: skip
 
@@ -49,9 +49,9 @@ def job(
     seq: int = SEQ,
     **model,
 ) -> Job:
-    """kv_heads 2 (fewer than tp4), vocab 127 (padded), 5 layers (uneven stages)."""
+    """kv_heads 2 (fewer than tp4), vocab 127 and ffn 23 (padded), 5 layers (uneven stages)."""
     spec = {
-        "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 24, "vocab": 127,
+        "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 23, "vocab": 127,
         "max_seq_len": seq, "tied": family in ("gpt2", "bloom"),
     }  # fmt: skip
     if family == "llama":

@@ -20,8 +20,8 @@ SAMPLES, SEQ = 4, 4
 
 
 def model(family: str = "llama", **changes: object) -> ModelSpec:
-    """Small, odd where a plan allows it: 3 layers, a vocabulary of 7."""
-    sizes = {"layers": 3, "hidden": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "ffn_hidden": 4}
+    """Small, odd where a plan allows it: 3 layers, a vocabulary of 7, ffn of 5."""
+    sizes = {"layers": 3, "hidden": 8, "heads": 4, "kv_heads": 4, "head_dim": 2, "ffn_hidden": 5}
     sizes |= {"vocab": 7, "max_seq_len": 5} | changes
     return ModelSpec(family=family, **sizes)  # type: ignore[arg-type]
 
@@ -36,7 +36,7 @@ DROPS = model("gpt2", dropout=0.1, tied=False)
 NEOX = model("gpt_neox", parallel_residual=True)
 BLOOM = model("bloom")
 MOE = model(
-    experts=4, top_k=2, expert_ffn_hidden=4, shared_experts=1, dense_layers=1, router_bias=True,
+    experts=4, top_k=2, expert_ffn_hidden=3, shared_experts=1, dense_layers=1, router_bias=True,
     balance_loss=0.1, z_loss=0.1, shared_gate=True,
 )  # fmt: skip
 

@@ -146,7 +146,6 @@ def test_dropless_dispatch_sends_top_k_rows_a_token_and_no_copies() -> None:
     [
         (model(), "dp2 ep2", "dense"),
         (MOE, "dp_shard3.zero0 ep3", "experts"),
-        (MOE, "dp_shard8.zero0 tp8 etp8", "expert_ffn"),
         (MOE, "dp2 ep4", "fold"),
         (MOE, "tp2", "tp"),
         (MOE, "tp4 etp2", "tp"),

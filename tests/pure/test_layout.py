@@ -170,6 +170,10 @@ def test_shared_heads_and_padding_by_hand() -> None:
     assert boxes == [[((0, 1), True)], [((0, 1), False)], [((1, 2), True)], [((1, 2), False)]]
     rows = [[p.box[0] for p in VOCAB.pieces(mesh, r)] for r in range(4)]
     assert rows == [[(0, 3)], [(3, 6)], [(6, 9)], [(9, 10)]]
+    down = Layout((2, 10), (Cut(1, ("tp",), VOCAB.cuts[0].sections),))
+    boxes = [[(p.box, p.start) for p in down.pieces(mesh, r)] for r in (0, 3)]
+    assert boxes[0] == [(((0, 2), (0, 3)), 0)]
+    assert boxes[1] == [(((0, 1), (9, 10)), 0), (((1, 2), (9, 10)), 3)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=3), st.data())

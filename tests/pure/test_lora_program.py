@@ -73,7 +73,7 @@ def test_layouts_follow_the_base_and_no_region_is_added() -> None:
 
 
 def test_flops_and_parameters_are_those_of_the_formulas() -> None:
-    h, f, kv, r, tokens = 8, 4, 4, 3, 2 * 4
+    h, f, kv, r, tokens = 8, 5, 4, 3, 2 * 4
     elements = r * ((h + h) + 2 * (h + kv) + (h + h) + 2 * (h + f) + (f + h))
     assert LOW.parameters() - LLAMA.parameters() == 3 * elements
     assert program(LOW).parameters() == LOW.parameters()
@@ -104,7 +104,7 @@ def test_rows_of_experts_are_counted_once() -> None:
         for spec, rule in ((MOE, Frozen()), (LOW_MOE, ADAPTERS))
     )
     ours, plain = (flops(x.stages[0].blocks[-2], x.sizes)["F"] for x in (low, base))
-    rows, tokens, r, h, f = 2 * 4 * 4, 4 * 4, 2, 8, 4
+    rows, tokens, r, h, f = 2 * 4 * 4, 4 * 4, 2, 8, 3
     each = r * (3 * (h + f))
     assert ours - plain == 2 * (rows * each + tokens * each + tokens * r * (h + h))
 

@@ -59,7 +59,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
 @pytest.mark.parametrize(
     ("spec", "line", "rooms", "nearest"),
     [
-        (LLAMA, "tp3", ["tp", "tp", "tp"], "tp2"),
+        (LLAMA, "tp3", ["tp", "tp"], "tp2"),
         (model(heads=6, kv_heads=3, hidden=12), "tp2", ["tp"], "1mb"),
         (LLAMA, "pp4", ["pp"], "pp3"),
         (LLAMA, "pp2 pipeline.split=1,1", ["pp"], "pp2"),

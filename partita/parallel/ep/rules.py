@@ -27,7 +27,7 @@ from partita.spec.program import Block, Dim, Event, Op, Program, Sizes, Tensor, 
 
 
 def problems(job: Request) -> list[Problem]:
-    """Experts there are; ep and etp divide them and the ranks; tokens are not computed on twice."""
+    """Experts there are; ep divides them, ep and etp the ranks; tokens are not computed on twice."""
     mesh, m = job.plan.mesh, job.model
     asked = f"ep{mesh.ep} etp{mesh.etp}"
     if not m.experts:
@@ -48,20 +48,14 @@ def problems(job: Request) -> list[Problem]:
         found.append(
             Problem("ep", "balance", text, asked=asked_for, limit="sequence", severity="warning")
         )
-    for rule, axis, size, what in (
-        ("experts", "ep", m.experts, "experts"),
-        ("expert_ffn", "etp", m.expert_ffn_hidden, "columns of an expert"),
-    ):
-        ways = getattr(mesh, axis)
-        if size % ways:
-            near = max(n for n in range(1, ways) if size % n == 0)
-            found.append(
-                error(
-                    "ep", rule, f"{size} {what} cannot lie on {axis} {ways}: {size} % {ways} = {size % ways}",
-                    asked=f"{axis}{ways}", limit=f"a divisor of {size}",
-                    nearest=str(job.plan.with_("mesh", **{axis: near})),
-                )
-            )  # fmt: skip
+    if over := m.experts % mesh.ep:
+        near = max(n for n in range(1, mesh.ep) if m.experts % n == 0)
+        text = f"{m.experts} experts cannot lie on ep {mesh.ep}: {m.experts} % {mesh.ep} = {over}"
+        nearest = str(job.plan.with_("mesh", ep=near))
+        limit = f"a divisor of {m.experts}"
+        found.append(
+            error("ep", "experts", text, asked=f"ep{mesh.ep}", limit=limit, nearest=nearest)
+        )
     fold = mesh.dp_shard * mesh.cp * mesh.tp
     if fold % (mesh.ep * mesh.etp):
         text = (

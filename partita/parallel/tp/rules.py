@@ -3,7 +3,8 @@
 The two rules of room.py find every collective: copy_to before the column-parallel linears, reduce_from
 behind the row-parallel ones, the embedding and the three small sums of the loss: one all-reduce a
 sub-block and direction. Fewer kv heads than ranks: neighbours share one, and its gradient is partial
-over 'tp/share'. A vocabulary that does not divide is padded; padding belongs to no box.
+over 'tp/share'. A vocabulary or an ffn that does not divide is padded; padding belongs to no box, and an
+ffn's is zeros that stay: what they make is zero, and so is their gradient.
 """
 
 from __future__ import annotations
@@ -16,16 +17,13 @@ DIMS = ("heads", "kv_heads", "ffn", "vocab")
 
 
 def problems(job: Request) -> list[Problem]:
-    """tp divides heads and ffn; kv heads divide tp or the other way round; vocab has a row a rank."""
+    """tp divides heads; kv heads divide tp or the other way round; vocab has a row a rank."""
     tp, m = job.plan.mesh.tp, job.model
     found = []
     if tp > 1 and m.heads % tp:
         found.append(_divides("heads", "query heads", m.heads, tp, job))
     if tp > 1 and m.kv_heads % tp and tp % m.kv_heads:
         found.append(_divides("kv_heads", "key/value heads", m.kv_heads, tp, job))
-    for width in m.dense_widths:
-        if tp > 1 and width % tp:
-            found.append(_divides("ffn", "ffn columns", width, tp, job))
     if m.vocab < tp:
         message = f"{m.vocab} vocabulary rows cannot lie on {tp} ranks"
         found.append(error("tp", "vocab", message, asked=f"tp{tp}", limit=f"tp <= {m.vocab}"))
@@ -36,19 +34,15 @@ def legal(job: Request, tp: int) -> bool:
     """Whether every dim of the model lies on tp ranks."""
     m = job.model
     shares = m.kv_heads % tp == 0 or tp % m.kv_heads == 0
-    divides = all(size % tp == 0 for size in (m.heads, *m.dense_widths))
-    return divides and shares and m.vocab >= tp
+    return m.heads % tp == 0 and shares and m.vocab >= tp
 
 
 def _divides(rule: str, what: str, size: int, tp: int, job: Request) -> Problem:
     fits = [n for n in range(1, job.model.heads + 1) if legal(job, n)]
     near = max((n for n in fits if n <= tp), default=1)
     nearest = str(job.plan.with_("mesh", tp=near, sp=job.plan.mesh.sp and near > 1))
-    message = f"{size} {what} cannot lie on {tp} ranks: one must divide the other; tp may be {_list(fits)}"
-    if rule != "kv_heads":
-        message = (
-            f"{size} {what} cannot lie on {tp} ranks: tp must divide them; tp may be {_list(fits)}"
-        )
+    law = "one must divide the other" if rule == "kv_heads" else "tp must divide them"
+    message = f"{size} {what} cannot lie on {tp} ranks: {law}; tp may be {_list(fits)}"
     return error(
         "tp", rule, message, asked=f"tp{tp}", limit=f"tp in {_list(fits)}", nearest=nearest
     )

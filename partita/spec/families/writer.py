@@ -15,7 +15,7 @@ class Writer:
 
     name: str
     sizes: Mapping[str, int]
-    padded: frozenset[str] = frozenset({"vocab"})
+    padded: frozenset[str] = frozenset({"vocab", "ffn", "expert_ffn"})
     folds: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"slots": ("experts", "batch", "seq")}
     )
