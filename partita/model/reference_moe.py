@@ -112,7 +112,8 @@ def _chosen(spec: ModelSpec, scores: Tensor, bias: Tensor | int) -> Tensor:
     groups alone, which are worth their best expert, under sigmoid their two best."""
     ranked = scores + bias
     if spec.router_groups > 1:
-        size, best = spec.experts // spec.router_groups, 1 if spec.router == "softmax" else 2
+        size = spec.experts // spec.router_groups
+        best = min(1 if spec.router == "softmax" else 2, size)
         worth = torch.stack([g.topk(best).values.sum(-1) for g in ranked.split(size, -1)], -1)
         opened = worth.argsort(dim=-1, descending=True, stable=True)[..., : spec.router_top_groups]
         groups = one_hot(opened, spec.router_groups).sum(-2).bool()
