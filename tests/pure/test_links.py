@@ -171,7 +171,7 @@ def test_the_first_rank_stands_for_all(plan, monkeypatch):
     for rank in range(mesh.world_size):
         monkeypatch.setattr(stage, "group_of", lambda _, axes, __, rank=rank: own_group(rank, axes))
         own = [stage.stage_time(w, laid, machine) for w in works.stages]
-        costs.append([predict.stage_costs(s, whole.busy, whole.waits_s, turns=True) for s in own])
+        costs.append([predict.stage_costs(s, whole.busy, whole.waits_s) for s in own])
     assert _played(laid, works, costs, whole.costs.send) == whole.played.seconds
 
 
