@@ -248,9 +248,13 @@ def peak_activations(schedule: Schedule) -> list[int]:
 
 
 def held_over_time(
-    schedule: Schedule, spans: Sequence[Span], sizes: Sequence[float] | None = None
+    schedule: Schedule,
+    spans: Sequence[Span],
+    sizes: Sequence[float] | None = None,
+    deferred: Sequence[float] = (),
 ) -> list[list[tuple[float, float]]]:
-    """For each rank the (time, held from then on) of its activations; `sizes[stage]`: 1/v unless given."""
+    """For each rank the (time, held from then on) of its activations; `sizes[stage]`: 1/v unless given;
+    `deferred[stage]` as above."""
     size = sizes or [1 / schedule.virtual_stages] * schedule.num_stages
     freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
     curves: list[list[tuple[float, float]]] = [[] for _ in schedule.ranks]
@@ -259,8 +263,13 @@ def held_over_time(
         if s.kind == "F" and (s.stage, s.microbatch) in freed:
             held[s.rank] += size[s.stage]
             curves[s.rank].append((s.start_s, held[s.rank]))
+        elif s.kind == "I":
+            held[s.rank] += _more(size, deferred, s.stage)
+            curves[s.rank].append((s.start_s, held[s.rank]))
         elif s.kind in ("B", "W"):
-            held[s.rank] -= size[s.stage]
+            held[s.rank] -= size[s.stage] + (
+                _more(size, deferred, s.stage) if s.kind == "W" else 0.0
+            )
             curves[s.rank].append((s.end_s, held[s.rank]))
     return curves
 
@@ -288,22 +297,34 @@ def peaks_with_gradients(
 
 
 def rank_peak(
-    actions: Sequence[Action], kept: Sequence[float], gradients: Sequence[float]
+    actions: Sequence[Action],
+    kept: Sequence[float],
+    gradients: Sequence[float],
+    deferred: Sequence[float] = (),
 ) -> tuple[float, float]:
-    """The same of one rank's actions."""
+    """The same of one rank's actions. `deferred[stage]`: what a W reads, from its I on, where that is more
+    than F kept."""
     freed = {(stage, m) for stage, kind, m in actions if kind in "BW"}
     held, shards, most, found, there = 0.0, 0.0, 0.0, (0.0, 0.0), set[int]()
     for stage, kind, microbatch in actions:
-        if kind == "F" and (stage, microbatch) in freed:
-            held += kept[stage]
+        if kind in "FI":
+            if kind == "F" and (stage, microbatch) in freed:
+                held += kept[stage]
+            elif kind == "I":
+                held += _more(kept, deferred, stage)
             if held + shards > most:
                 most, found = held + shards, (held, shards)
         elif kind in "BW":
+            goes = kept[stage] + (_more(kept, deferred, stage) if kind == "W" else 0.0)
             if stage not in there:
                 there.add(stage)
-                during = shards + max(gradients[stage] - kept[stage], 0.0)
+                during = shards + max(gradients[stage] - goes, 0.0)
                 if held + during > most:
                     most, found = held + during, (held, during)
                 shards += gradients[stage]
-            held -= kept[stage]
+            held -= goes
     return found
+
+
+def _more(kept: Sequence[float], deferred: Sequence[float], stage: int) -> float:
+    return max(deferred[stage] - kept[stage], 0.0) if deferred else 0.0

@@ -25,6 +25,7 @@ from partita.schedule.ir import Schedule
 from partita.simulate.away import leaves, levels
 from partita.simulate.memory import (
     chunk_bytes,
+    deferred_bytes,
     lent_parts,
     standing_gradients,
     transient_bytes,
@@ -59,12 +60,12 @@ class Held:
 def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledger: Ledger) -> Held:
     """The curve of a place, on the spans that were played."""
     own = [s for s in spans if s.rank == place]
-    kept, coming = chunk_bytes(laid, place)
+    (kept, coming), waits = chunk_bytes(laid, place), deferred_bytes(laid, place)
     away = leaves(laid)
     level = (
         _leaving(laid, place, schedule, own)
         if away
-        else {t: int(n) for t, n in held_over_time(schedule, own, kept)[place]}
+        else {t: int(n) for t, n in held_over_time(schedule, own, kept, waits)[place]}
     )
     runs = {s.end_s: 0 for s in own} | {s.start_s: ledger.at_peak["buffers"] for s in own}
     come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming)

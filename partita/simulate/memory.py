@@ -1,7 +1,8 @@
 """Bytes of a rank by category, read off the laid program and the schedule's lifetimes.
 
 parameters   working weights        gradients   flat units               optimizer   moments, masters
-activations  kept tensors of each block x microbatches in flight (the schedule's peak)
+activations  kept tensors of each block x microbatches in flight (the schedule's peak); from I to W, where
+             backward is in halves, what W reads if that is more (all of it is where blocks run again)
 buffers      what lives inside one op at the worst moment: the tensors it makes and their gradients,
              what a recomputed block makes again, and whole units that come and go under ZeRO
 
@@ -38,7 +39,8 @@ def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
     if away.leaves(laid):
         activations, come = float(away.peak(laid, place, schedule)), sum(coming)
     else:
-        activations, come = rank_peak(schedule.ranks[place], kept, coming)
+        waits = deferred_bytes(laid, place)
+        activations, come = rank_peak(schedule.ranks[place], kept, coming, waits)
     categories["activations"] = int(activations)
     categories["gradients"] = standing_gradients(laid, place) + int(come)
     categories["buffers"] = max(
@@ -59,6 +61,23 @@ def chunk_bytes(laid: Laid, place: int) -> tuple[list[float], list[float]]:
         kept[s.index] = float(sum(n * kept_bytes(b, laid.sizes) for b, n in each))
         coming[s.index] = float(sum(n * coming_bytes(b, laid.sizes) for b, n in each))
     return kept, coming
+
+
+def deferred_bytes(laid: Laid, place: int) -> list[float]:
+    """For each stage, zero where the place does not hold it: what the weight half of a microbatch reads,
+    which the input half leaves for it, whatever F kept."""
+    found = [0.0] * len(laid.stages)
+    for s in laid.stages_of(place):
+        found[s.index] = float(sum(n * _deferred(b, laid.sizes) for b, n in distinct(s.blocks)))
+    return found
+
+
+@once
+def _deferred(block: Block, sizes: Sizes) -> int:
+    """Inputs of a block's products with weights, and gradients of what these and lookups make."""
+    products = [op for op in block.ops() if op.weights and op.kind in ("linear", "lookup")]
+    names = {t for op in products for t in op.saves} | {op.writes for op in products}
+    return sum(tensor_bytes(block.tensors[t], sizes) for t in names)
 
 
 def standing_gradients(laid: Laid, place: int) -> int:

@@ -50,3 +50,21 @@ def test_a_run_measures_what_was_declared(
     assert {e["pid"] for e in trace["traceEvents"]} == set(range(8))
     assert run.facts.unigram_entropy > 0
     assert "all " in report_page(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
+def test_what_weight_halves_wait_for_is_declared(
+    schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Layers that run again keep little for their backward, and all that W reads from I on."""
+    monkeypatch.chdir(tmp_path)
+    wide = JOB["model"] | {"layers": 8, "hidden": 256, "heads": 8, "ffn_hidden": 704, "vocab": 1024}
+    room = {"preset": "laptop", "memory_bytes": 200_000_000}
+    plan = f"pp2:{schedule}/4mb recompute:full"
+    job = JOB | {"plan": plan, "model": wide, "cluster": room}
+    Path("job.toml").write_text(to_toml(job))
+    assert command(["train", "job.toml", "--json"]) == 0, capsys.readouterr().err
+    run = read_run(Path("runs/recorded"))
+    for predicted, record in zip(run.predicted, run.ranks, strict=True):
+        assert record.ledger.peak_bytes == pytest.approx(predicted.ledger.peak_bytes, rel=0.05)

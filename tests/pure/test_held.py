@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 import partita as pt
 from partita import schedule
 from partita.cli.main import application
-from partita.schedule.clock import peaks_with_gradients
+from partita.schedule.clock import peaks_with_gradients, rank_peak
+from partita.schedule.ir import Action
 from partita.simulate.held import held, holders, shown_bytes
 
 PLANS = (
@@ -103,6 +104,14 @@ def test_cut_gradients_come_as_activations_go():
     two = schedule("1f1b", num_ranks=1, num_microbatches=2)
     assert peaks_with_gradients(two, [10], [4]) == [(10, 4)]
     assert peaks_with_gradients(two, [10], [0]) == [(10, 0)]
+
+
+def test_what_a_weight_half_reads_is_held_from_its_input_half_on():
+    """F keeps 10; 25 wait for each W: two of them stand beside a third forward's 10."""
+    order = ("F0", "I0", "F1", "I1", "F2", "W0", "W1", "I2", "W2")
+    actions = [Action(0, kind, int(m)) for kind, m in order]
+    assert rank_peak(actions, [10], [0], [25]) == (60, 0)
+    assert rank_peak(actions, [10], [0], [5]) == rank_peak(actions, [10], [0]) == (30, 0)
 
 
 def test_gradients_of_zero_do_not_stand_beside_all_activations():
