@@ -87,6 +87,15 @@ def test_a_line_that_one_side_lacks_is_different() -> None:
     assert not joined.equal
 
 
+def test_rows_to_experts_are_compared_by_calls() -> None:
+    even, routed, fewer = (
+        TrafficLine(0, "ep", "all_to_all", "blocks.0.dispatch.send:all_to_all", "F", n, size)
+        for n, size in ((4, 4096), (4, 4608), (3, 4096))
+    )
+    assert [p.equal for p in pair_traffic([even], [routed])] == [True]
+    assert [p.equal for p in pair_traffic([even], [fewer])] == [False]
+
+
 def test_no_run_folder_is_the_users_mistake(tmp_path: Path, capsys) -> None:
     with pytest.raises(UsageError, match=r"no job\.toml"):
         read_run(tmp_path)
