@@ -93,11 +93,14 @@ def bounds_hold(search: Search, node: Node) -> bool:
 
 
 def hold_many(search: Search, seed: int, count: int) -> None:
-    """So many random plans that fit."""
+    """So many random plans that fit, of a hundred times as many tried at most."""
     rng, meshes, seen = random.Random(seed), list(search.space.meshes()), 0
-    while seen < count:
+    for _ in range(100 * count):
         node = random_leaf(search, rng, meshes)
         seen += node is not None and bounds_hold(search, node)
+        if seen == count:
+            return
+    raise AssertionError(f"{seen} of {count} plans fit")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """Offload among the choices: bounds hold, brute force finds no better, and it is left where it is no help."""
 
-import random
 from dataclasses import replace
 
 import pytest
-from drawn_plans import random_leaf, wide
-from test_planner import bounds_hold, leaves, small
+from drawn_plans import wide
+from test_planner import hold_many, leaves, small
 
 from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
 from partita.planner.explain import binds, why
@@ -33,14 +32,7 @@ EVERY = [OffloadPlan(to, targets) for to in ("cpu", "nvme") for targets in TARGE
 def test_no_bound_is_above_what_simulate_says(question, offload):
     base = wide(*question, layers=4)
     space = Space(base.job, Words(), base.space.dtype, offload)
-    search, rng, seen = Search(space), random.Random(3), 0
-    meshes = list(search.space.meshes())
-    for _ in range(300):
-        node = random_leaf(search, rng, meshes)
-        seen += node is not None and bounds_hold(search, node)
-        if seen == 4:
-            return
-    raise AssertionError("too few plans fit")
+    hold_many(Search(space), 3, 4)
 
 
 @pytest.mark.parametrize(
