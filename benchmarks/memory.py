@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks import peers
+from benchmarks import run
 from benchmarks.run import SIZES, job_of, ours
 from partita.base.text import table
 from partita.comm.processes import start_ranks
@@ -26,14 +26,10 @@ from partita.comm.shm import ShmWorld
 from tests.local.measured_memory import in_use
 
 STEPS, EVERY_S = 3, 0.0005
-ROWS = (
-    ("dp", "dp2 1mb", peers.ddp),
-    ("zero1", "dp_shard2.zero1 1mb", peers.zero1),
-    ("zero3", "dp_shard2.zero3 1mb", peers.zero3),
-    ("zero3 least", "dp_shard2.zero3 1mb data.prefetch=0", peers.zero3),
-    ("tp", "tp2 1mb", peers.tensor),
-    ("1f1b", "pp2:1f1b/8mb", peers.pipeline("1f1b")),
-)
+ALONE = "ring", "ulysses"  # their peer is one rank
+ROWS = {
+    name: (plan, make) for name, plan, make, ranks in run.ROWS if ranks == 2 and name not in ALONE
+}
 
 
 class Peak:
@@ -63,7 +59,7 @@ class Peak:
 def rank_of(rank: int, writer, folder: str, size: str, name: str, dtype: str, mine: bool) -> None:
     """One rank of one subject: sends the bytes its steps took at most."""
     torch.set_num_threads(1)
-    _, plan, make = next(r for r in ROWS if r[0] == name)
+    plan, make = ROWS[name]
     job, segment = job_of(size, name, f"{plan} {dtype}", folder), 0
     if mine:
         world = ShmWorld(rank, 2, Path(folder) / "world")
@@ -94,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="half", choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--rows", nargs="+", default=[r[0] for r in ROWS])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     out = []

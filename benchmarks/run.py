@@ -2,8 +2,8 @@
 
 Two ranks of one thread, and as many microbatches as the peer has: one, or one a sample under a pipeline.
 A pair is one step of each, the order swapped every time; the figure is the median of pair ratios (ours /
-peer, below 1 is faster) with a 95 % bootstrap interval. Beside it the bound of bounds.py, and how many times
-that ours takes.
+peer, below 1 is faster) with a 95 % bootstrap interval. Beside it the bound of bounds.py, how many times
+that ours takes, and the same ratio of the processor time that all threads of all ranks took in the step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,12 @@ ROWS = (
     ("dualpipev", "pp2:dualpipev/8mb", peers.pipeline("dualpipev"), 2),
 )
 
-HEADER = "size", "row", "dtype", "ours ms", "peer ms", "bound ms", "ratio", "95 %", "ours / bound"
+HEADER = (
+    "size", "row", "dtype", "ours ms", "peer ms", "bound ms", "ratio", "95 %", "ours / bound", "ours CPU ms",
+    "peer CPU ms", "CPU ratio", "95 %",
+)  # fmt: skip
+Took = tuple[list[tuple[float, float]], list[tuple[float, float]]]
+"""Wall and processor seconds of each step of a rank: ours, and the peer's."""
 # experts, and how much narrower than the dense mlp: a few wide ones; DeepSeek-V2-Lite's many narrow ones
 FEW = {"experts": 8, "top_k": 2, "shared_experts": 1}, 4
 MANY = {"experts": 64, "top_k": 6, "shared_experts": 2, "normalise_top_k": False}, 8
@@ -125,18 +131,18 @@ def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
             SingleWorld() if ranks == 1 else ShmWorld(rank, ranks, Path(f"{folder}/world{number}"))
         )
         a, b = ours(job, world), make(job.model, SIZES[size][1], dtype == "bf16")
-        times = {0: [], 1: []}
+        took: Took = [], []
         for i in range(pairs + 2):
             for which in (0, 1) if i % 2 == 0 else (1, 0):
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 (a, b)[which]()
                 if ranks > 1:
                     dist.barrier()
                 if i >= 2:
-                    times[which].append(time.perf_counter() - start)
-        writer.send((size, name, dtype, times[0], times[1], sum(bound(job, *peaks[dtype]))))
+                    used = time.process_time() - used
+                    took[which].append((time.perf_counter() - start, used))
+        writer.send((took, sum(bound(job, *peaks[dtype]))))
         world.close()
-    writer.send(None)
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -144,6 +150,33 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     dice = random.Random(0)
     found = sorted(statistics.median(dice.choices(ratios, k=len(ratios))) for _ in range(1000))
     return found[25], found[974]
+
+
+def compared(size: str, name: str, dtype: str, took: list[Took], least: float) -> dict[str, Any]:
+    """A row: the time of rank 0, and the processor time of all ranks, beside the peer's."""
+    row: dict[str, Any] = {"size": size, "row": name, "dtype": dtype, "pairs": len(took[0][0])}
+    wall = [[w for w, _ in side] for side in took[0]]
+    cpu = [[sum(rank[side][i][1] for rank in took) for i in range(row["pairs"])] for side in (0, 1)]
+    for prefix, (mine, theirs) in (("", wall), ("cpu_", cpu)):
+        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+        row[f"{prefix}ratio"] = statistics.median(ratios)
+        row[f"{prefix}ours_s"], row[f"{prefix}peer_s"] = map(statistics.median, (mine, theirs))
+        row[f"{prefix}interval"] = list(interval(ratios))
+    return {**row, "bound_s": least}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+
+    def ms(*names: str) -> list[str]:
+        return [f"{1e3 * row[name]:.1f}" for name in names]
+
+    def ratio(prefix: str) -> list[str]:
+        return [f"{row[prefix + 'ratio']:.2f}", "{:.2f}-{:.2f}".format(*row[prefix + "interval"])]
+
+    words = [row["size"], row["row"], row["dtype"], *ms("ours_s", "peer_s", "bound_s"), *ratio("")]
+    words.append(f"{row['ours_s'] / row['bound_s']:.2f}")
+    return words + ms("cpu_ours_s", "cpu_peer_s") + ratio("cpu_")
 
 
 def main() -> None:
@@ -155,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    rows, out = [], []
+    rows = []
     for ranks in (1, 2):
         chosen = [r for r in ROWS if r[3] == ranks and (not asked.rows or r[0] in asked.rows)]
         work = [
@@ -166,24 +199,13 @@ def main() -> None:
         ]
         with tempfile.TemporaryDirectory() as folder:
             started = start_ranks(ranks, rank_of, (ranks, folder, work), ["torch"])
-            while (found := started[0][1].recv()) is not None:
-                size, name, dtype, mine, theirs, least = found
-                ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-                low, high = interval(ratios)
-                middle = [statistics.median(x) for x in (ratios, mine, theirs)]
-                facts = {"size": size, "row": name, "dtype": dtype, "pairs": len(ratios)}
-                times = {
-                    "ratio": middle[0],
-                    "ours_s": middle[1],
-                    "peer_s": middle[2],
-                    "bound_s": least,
-                }
-                out.append({**facts, **times, "interval": [low, high]})
-                cells = [f"{1e3 * x:.1f}" for x in (*middle[1:], least)]
-                shares = [f"{middle[0]:.2f}", f"{low:.2f}-{high:.2f}", f"{middle[1] / least:.2f}"]
-                rows.append([size, name, dtype, *cells, *shares])
-                print(*rows[-1], file=sys.stderr, flush=True)  # a run takes minutes
+            for size, name, dtype, _ in work:
+                found = [reader.recv() for _, reader in started]
+                took, least = [took for took, _ in found], found[0][1]
+                rows.append(compared(size, name, dtype, took, least))
+                print(*cells(rows[-1]), file=sys.stderr, flush=True)  # a run takes minutes
             for process, _ in started:
                 process.join(10)
                 process.kill()
-    print(json.dumps({"format": 1, "rows": out}) if asked.json else table(rows, HEADER))
+    document = {"format": 1, "rows": rows}
+    print(json.dumps(document) if asked.json else table([cells(row) for row in rows], HEADER))
