@@ -73,7 +73,7 @@ class Saved:
         for master in self._steps:
             for name, copy in self._states[master].items():
                 copy.copy_(states[master][name])
-        self._counts = update.updates, update.lr
+        self._counts = update.updates, update.made, update.lr
         self._scaler = None if scaler is None else scaler.state()
 
     def restore(self) -> None:
@@ -94,7 +94,7 @@ class Saved:
                 states[master][name].copy_(copy)
             if self._steps[master] is not None:
                 states[master]["step"].fill_(self._steps[master])
-        update.updates, update.lr = self._counts
+        update.updates, update.made, update.lr = self._counts
         if self._scaler is not None:
             assert update.model.scaler is not None
             update.model.scaler.restore(self._scaler)

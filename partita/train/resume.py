@@ -40,12 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a header states beyond the job: layouts by weight, updates done, the fingerprints
-    {'tokenizer': ..., 'data': ...}, and fp16's loss scale."""
+    """What a header states beyond the job: layouts by weight, steps done, the fingerprints {'tokenizer': ...,
+    'data': ...}, updates that the optimizer made in those steps, and fp16's loss scale."""
 
     layouts: Mapping[str, Layout]
     updates: int
     data: dict[str, Any]
+    made: int = 0
     scaler: LossScaler | None = None
 
 
@@ -64,7 +65,7 @@ def header(job: Job, stated: Stated) -> Header:
         tokenizer=stated.data["tokenizer"],
         optimizer=optimizer,
         data=stated.data["data"],
-        state={"updates": stated.updates, "seed": job.seed}
+        state={"updates": stated.updates, "made": stated.made, "seed": job.seed}
         | ({} if stated.scaler is None else {"loss_scaler": stated.scaler.state()}),
     )
 
@@ -128,7 +129,7 @@ def begin_save(
 ) -> Saving:
     """A checkpoint of all ranks, of which nothing is written yet; each calls it."""
     model.context.where.activity = "checkpoint"
-    stated = Stated(model.laid.layouts, update.updates, data, model.scaler)
+    stated = Stated(model.laid.layouts, update.updates, data, update.made, model.scaler)
     return Saving(folder, step, header(job, stated), ranks, job.train.keep_last)
 
 
@@ -199,14 +200,11 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
         for role, values in named
     ]
     load(checkpoint, wanted)
-    update.updates = manifest.step
-    skipped = 0
-    if model.scaler is not None and "loss_scaler" in manifest.header.state:
-        model.scaler.restore(manifest.header.state["loss_scaler"])
-        skipped = model.scaler.skipped
+    state = manifest.header.state
+    if model.scaler is not None and "loss_scaler" in state:
+        model.scaler.restore(state["loss_scaler"])
+    update.updates, update.made = manifest.step, state.get("made", manifest.step)
     for slot in update.slots:
-        done = manifest.step - skipped
-        done *= model.flow.per_step if model.flow is not None else 1
-        restore_state(update.optimizer, slot.master, states[slot.name], done)
+        restore_state(update.optimizer, slot.master, states[slot.name], update.made)
     model.parameters.refresh()
     return manifest.step

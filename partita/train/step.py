@@ -269,7 +269,10 @@ class Model:
 
 @dataclass
 class Update:
-    """The optimizer of this rank's units. `step` clips, updates and rounds working weights."""
+    """The optimizer of this rank's units. `step` clips, updates and rounds working weights.
+
+    `updates` are steps that are done; `made`, the updates that an element has had in them: under fp16 some
+    skip theirs, under an asynchronous schedule each has several."""
 
     model: Model
     train: TrainSpec
@@ -277,6 +280,7 @@ class Update:
     slots: Sequence[Slot]
     counted: Sequence[tuple[str, Tensor]]  # gradients this rank counts in the norm
     updates: int = 0
+    made: int = 0
     lr: float = field(default=0.0)
     away: AwayUpdate | None = None  # of states that lie elsewhere than on the device
     rounded: StochasticUpdate | None = None  # of weights without masters
@@ -307,10 +311,10 @@ class Update:
         if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient norm of step {where.step} is {norm}")
         if self.model.flow is not None:
-            self.updates += 1
+            self.updates, self.made = self.updates + 1, self.made + self.model.flow.per_step
             return norm
         factor *= clip_coefficient(norm, self.train.clip_grad_norm)
-        self.updates += 1
+        self.updates, self.made = self.updates + 1, self.made + 1
         self._apply(self.updates, self.slots, self.updates, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
         return norm

@@ -12,6 +12,8 @@ A step's token counts alike in all of its updates: each starts backward from (up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.train.build import DTYPES
 from partita.train.data import Dataset
+from partita.train.step import Microbatch
 from partita.verify.batches import whole_batch
 from partita.verify.judge import JudgeUpdate, wide_dtype
 from partita.verify.runs import StepSeen, product_of, steps_of
@@ -36,41 +39,46 @@ def is_delayed(job: Job) -> bool:
 
 def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
     """A plan's steps without a drain between."""
-    laid, dtype = lay(request_of(job)), DTYPES[job.plan.precision.dtype]
-    update = JudgeUpdate.of(job, wide_dtype(job))
-    weights, history = update.weights, [_copy(update.weights)]
-    m, samples = job.plan.num_microbatches, job.train.global_batch_size
+    laid, update = lay(request_of(job)), JudgeUpdate.of(job, wide_dtype(job))
+    history, m = [_copy(update.weights)], job.plan.num_microbatches
+    return [
+        delayed_step(laid, update, history, whole_batch(data, job, step), step, step * m)
+        for step in range(steps_of(job.plan))
+    ]
+
+
+def delayed_step(
+    laid: Laid, update: JudgeUpdate, history: list[Weights], batches: Sequence[Microbatch],
+    step: int, begun: int = 0,
+) -> StepSeen:  # fmt: skip
+    """One step, `begun` microbatches after the pipeline was last empty. `history`: the weights at that time
+    and after each update since; this step's are added."""
+    job, m = update.job, len(batches)
+    dtype, weights = DTYPES[job.plan.precision.dtype], update.weights
+    samples = job.train.global_batch_size
     size = m if laid.schedule.versions == "previous" else 1
-    found = []
-    for step in range(steps_of(job.plan)):
-        batches = whole_batch(data, job, step)
-        loss, gradients, norm, seen = 0.0, {}, 0.0, Auxiliary()
-        for first in range(0, m, size):
-            gradients = {
-                n: torch.zeros_like(w) for n, w in weights.items() if n not in update.frozen
-            }
-            for i in range(first, first + size):
-                judge = Reference(
-                    job.model,
-                    _weights_of(laid, history, step * m + i),
-                    dtype,
-                    job.seed,
-                    product=product_of(job),
-                )
-                judge.step = step
-                part, of = loss_and_gradients(
-                    judge, [batches[i]], whole=batches, frozen=update.frozen
-                )
-                loss += part
-                seen.add(judge.auxiliary)
-                for n, g in of.items():
-                    gradients[n] += g * (m // size)
-            norm = update.norm(gradients)
-            update.step(gradients, norm, step, (step * m + first) // size)
-            history.append(_copy(weights))
-        auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
-        found.append(StepSeen(loss, norm, gradients, _copy(weights), auxiliary))
-    return found
+    loss, gradients, norm, seen = 0.0, {}, 0.0, Auxiliary()
+    for first in range(0, m, size):
+        gradients = {n: torch.zeros_like(w) for n, w in weights.items() if n not in update.frozen}
+        for i in range(first, first + size):
+            judge = Reference(
+                job.model,
+                _weights_of(laid, history, begun + i),
+                dtype,
+                job.seed,
+                product=product_of(job),
+            )
+            judge.step = step
+            part, of = loss_and_gradients(judge, [batches[i]], whole=batches, frozen=update.frozen)
+            loss += part
+            seen.add(judge.auxiliary)
+            for n, g in of.items():
+                gradients[n] += g * (m // size)
+        norm = update.norm(gradients)
+        update.step(gradients, norm, step, (step * m + first) // size)
+        history.append(_copy(weights))
+    auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
+    return StepSeen(loss, norm, gradients, _copy(weights), auxiliary)
 
 
 def _copy(weights: Weights) -> Weights:

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import torch
 import verify_jobs
-from saves import save_run
 
 from partita.comm.local import local
 from partita.comm.recording import RecordingComm
@@ -16,8 +14,6 @@ from partita.simulate.predict import request_of
 from partita.spec.model import ModelSpec
 from partita.train import step as step_module
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run
 from partita.train.step import Update
 from partita.verify import runs
 from partita.verify.batches import open_data
@@ -299,32 +295,3 @@ def test_a_balance_bias_that_drifts_on_one_rank(judged, monkeypatch):
 
     monkeypatch.setattr(Update, "_balance", misses)
     assert judged("dp2 ep2").phase in ("optimizer", "forward")
-
-
-def saved_and_loaded(world, job, folder, step):
-    """One step more from a checkpoint of the step before, or from the start; every box of the masters."""
-    built = assemble(job, world)
-    if step:
-        load_run(folder / f"step-{step:08}", job, built.model, built.update, built.fingerprint)
-    built.model.forward_backward(built.batch(step))
-    built.update.step()
-    ranks = Ranks(world.rank, world.size, built.agree)
-    save_run(folder, step + 1, job, built.model, built.update, built.fingerprint, ranks)
-    return runs.boxes(built.model, lambda unit: unit.master)
-
-
-def test_a_checkpoint_of_experts_is_read_by_any_plan(folder, tmp_path):
-    """Two steps under two plans end where one device does; balance biases travel too."""
-    for step, plan in enumerate(("dp2 ep2 2mb fp64", "tp2+sp etp2 2mb fp64")):
-        with local(2, 20) as ranks:
-            seen = ranks.run(saved_and_loaded, job(folder, plan), tmp_path, step)
-    alone = job(folder, "2mb fp64")
-    for step in range(2):
-        (want,) = [saved_and_loaded(verify_jobs.SingleWorld(), alone, tmp_path / "alone", step)]
-    for rank in seen:
-        for name, held in rank.items():
-            ((_, whole),) = want[name]
-            for box, values in held:
-                part = whole[tuple(slice(a, b) for a, b in box)]
-                assert torch.allclose(values, part, rtol=1e-9, atol=1e-12), name
-    assert any(name.endswith("balance_bias") for name in want)

@@ -1,13 +1,19 @@
 """fp16's loss scale: it changes no digit, one rank's overflow skips every rank's update, a resume goes on."""
 
 import math
+from dataclasses import replace
+from itertools import islice
 
 import torch
 import verify_jobs
+from saves import save_run
 
 from partita.comm.local import local
+from partita.comm.single import SingleWorld
 from partita.parallel.precision.scaler import GROWTH_INTERVAL, LossScaler
 from partita.train.build import assemble
+from partita.train.checkpoint import Ranks
+from partita.train.resume import load_run
 
 
 def test_it_halves_at_an_overflow_and_doubles_after_good_steps():
@@ -82,3 +88,38 @@ def test_the_scale_changes_no_digit(tmp_path):
         assert abs(norm_a / norm_b - 1) < 1e-3
         for x, y in zip(a, b, strict=True):
             assert (x - y).abs().max() <= 2e-3 * y.abs().max() + 1e-6
+
+
+def goes_on(job, folder, steps, start=None):
+    """Trains from a scale that overflows, or from a checkpoint; the built run, saved after `steps`."""
+    built = assemble(job, SingleWorld())
+    model, update, data = built.model, built.update, built.fingerprint
+    if start:
+        load_run(start, job, model, update, data)
+    else:
+        model.scaler.scale = 2.0**21
+    for batch in islice(built, steps - update.updates):
+        model.forward_backward(batch)
+        update.step()
+    return built, save_run(folder, steps, job, model, update, data, Ranks())
+
+
+def test_a_resume_goes_on(tmp_path):
+    """With the scale that was left, and the count of the updates that were made; under another precision
+    and back too."""
+    job = verify_jobs.job(tmp_path, "2mb fp16")
+    job = replace(job, train=replace(job.train, steps=9))
+    whole, _ = goes_on(job, tmp_path / "whole", 8)
+    assert 0 < whole.model.scaler.skipped < 5, whole.model.scaler
+    half, saved = goes_on(job, tmp_path / "half", 5)
+    again, _ = goes_on(job, tmp_path / "again", 8, saved)
+    assert again.model.scaler == whole.model.scaler
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    made = 5 - half.model.scaler.skipped
+    for line in ("2mb bf16", "2mb bf16 offload:cpu", "2mb fp16"):
+        made += 1
+        other, saved = goes_on(
+            job.with_plan(line), tmp_path / f"to {made}", made + whole.model.scaler.skipped, saved
+        )
+        states = other.update.optimizer.state.values()
+        assert {float(s["step"]) for s in states} == {made} == {other.update.made}, line

@@ -95,7 +95,7 @@ def trained(world, job, folder, resume):
     return save_run(folder, 2, job, built.model, built.update, built.fingerprint, ranks)
 
 
-LINES = ["dp_shard2.zero3 tp2", "dp_shard4.zero1", "pp2/2mb dp_shard2.zero2", "fp32"]
+LINES = ["dp_shard2.zero3 tp2 bf16", "dp_shard4.zero1 fp16", "pp2/2mb dp_shard2.zero2", "fp32"]
 
 
 def test_any_plan_loads_what_any_plan_saved(tmp_path):
