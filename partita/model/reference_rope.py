@@ -27,6 +27,8 @@ def _turn(spec: ModelSpec, i: int) -> float:
     if scaling is None:
         return plain
     slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
     if scaling.kind == "yarn":
         first = max(floor(_pair_that_turns(spec, scaling.beta_fast)), 0)
         last = min(ceil(_pair_that_turns(spec, scaling.beta_slow)), spec.rope_dim - 1)

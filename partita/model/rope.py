@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), halves rotated as in Llama; llama3's and YaRN's frequency scaling.
+"""Rotary positions (Su et al. 2021), halves rotated as in Llama; linear, llama3's and YaRN's scaling.
 
     [a, b] at position p  ->  [a cos - b sin, b cos + a sin],  angle = p * theta^(-2 i / rope_dim)
 
@@ -28,6 +28,8 @@ def frequencies(spec: ModelSpec) -> Tensor:
     scaling = spec.rope_scaling
     if scaling is None:
         return found
+    if scaling.kind == "linear":
+        return found / scaling.factor
     if scaling.kind == "yarn":
         return _yarn(spec, scaling, found)
     length = 2 * math.pi / found

@@ -196,6 +196,7 @@ KINDS: dict[str, Kind] = {
 
 _LENGTH = {"factor": "factor", "original_max_seq_len": "original_max_position_embeddings"}
 SCALINGS: dict[str, dict[str, str]] = {  # field of RopeScaling -> key
+    "linear": {"factor": "factor"},
     "llama3": _LENGTH | {n: n for n in ("low_freq_factor", "high_freq_factor")},
     "yarn": _LENGTH | {n: n for n in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
 }

@@ -32,9 +32,13 @@ diversity_penalty temperature top_k top_p typical_p repetition_penalty length_pe
 no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values
 exponential_decay_length_penalty is_decoder summary_type summary_use_proj summary_activation
 summary_proj_to_labels summary_first_dropout gradient_checkpointing use_bfloat16 torchscript
-tf_legacy_loss
+tf_legacy_loss _num_labels is_llama_config max_sequence_length
 """
 _NEUTRAL = frozenset(_NEUTRAL_WORDS.split())
+# of RoPE's table; finetuned says how its factor was chosen
+_ROPE = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", "truncate"}
+_ROPE |= {"finetuned"}
+_ADVICE = {"quantization_config": "its weights are quantized: save them dequantized first"}
 
 
 def read_hf_config(path: str | Path) -> ModelSpec:
@@ -147,10 +151,8 @@ def _all_known(config: Mapping[str, Any], read: set[str], file: Path) -> None:
         k for k, v in config.items() if k not in known and v not in (None, False, 0, "", [], {})
     )
     if strange:
-        text = "\n".join(
-            f"{file}: {k}: {config[k]!r} is not known and may change the model; remove the key if it does not"
-            for k in strange
-        )
+        plain = "is not known and may change the model; remove the key if it does not"
+        text = "\n".join(f"{file}: {k}: {config[k]!r} {_ADVICE.get(k, plain)}" for k in strange)
         raise UsageError(text, file=str(file), key=strange[0])
 
 
@@ -172,9 +174,8 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if theta is not None:
         table["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
-    known = ("default", "yarn" if str(config["model_type"]).startswith("deepseek") else "llama3")
-    if kind not in known:
-        raise _refuse(file, "rope_scaling.rope_type", kind, known)
+    if kind != "default" and kind not in SCALINGS:
+        raise _refuse(file, "rope_scaling.rope_type", kind, ("default", *SCALINGS))
     if config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse(
             file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
@@ -182,11 +183,16 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key, only in (("attention_factor", None), ("truncate", True)):
         if rope.get(key) not in (None, only):
             raise _refuse(file, f"rope_scaling.{key}", rope[key], (only,))
+    names = SCALINGS.get(kind, {})
+    for key in rope.keys() - _ROPE - set(names.values()):
+        if rope[key] not in (None, False):
+            raise _refuse(file, f"rope_scaling.{key}", rope[key], ())
     if kind != "default":
-        names = SCALINGS[kind]
-        table["rope_scaling"] = {"kind": kind} | {
-            ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None
-        }
+        scaling = {ours: rope.get(theirs) for ours, theirs in names.items()}
+        if scaling.get("original_max_seq_len", 0) is None:
+            scaling["original_max_seq_len"] = config.get("max_position_embeddings")
+        stated = {ours: value for ours, value in scaling.items() if value is not None}
+        table["rope_scaling"] = {"kind": kind} | stated
     return table
 
 

@@ -22,12 +22,13 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """RoPE for sequences longer than it was trained with: Llama 3's scaling of its frequencies, or YaRN
-    (Peng et al. 2023, 2309.00071), which scales what is attended to too: `mscale` of the rotated part,
-    `mscale_all_dim` of all (DeepSeek-V2)."""
+    """RoPE for sequences longer than it was trained with: Llama 3's scaling of its frequencies, all of them
+    divided (linear: position interpolation, Chen et al. 2023, 2306.15595), or YaRN (Peng et al. 2023,
+    2309.00071), which scales what is attended to too: `mscale` of the rotated part, `mscale_all_dim` of all
+    (DeepSeek-V2)."""
 
     factor: float
-    kind: Literal["llama3", "yarn"] = "llama3"
+    kind: Literal["llama3", "linear", "yarn"] = "llama3"
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
@@ -37,7 +38,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def magnitude(self, mscale: float = 1.0) -> float:
-        """What yarn multiplies by for its factor; 1 under llama3."""
+        """What yarn multiplies by for its factor; 1 under the others."""
         grows = self.kind == "yarn" and self.factor > 1
         return 0.1 * mscale * log(self.factor) + 1.0 if grows else 1.0
 

@@ -4,8 +4,9 @@ in memory at a time.
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,23 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.base.config import decode
+from partita.base.config import decode, load_json
 from partita.base.errors import DataError, UsageError
 from partita.model.families.adapters import TENSORS, merged, write_adapter
-from partita.model.families.export import export
+from partita.model.families.config import NO_SPECIAL_TOKENS
+from partita.model.families.export import GENERATION, export
 from partita.spec.lora import ADAPTER_CONFIG, A, B
 from partita.spec.model import ModelSpec
 from partita.train.build import open_job_data
 from partita.train.manifest import Manifest, read_manifest
 from partita.train.pieces import Wanted, fill
 from partita.train.sample import job_of
+from partita.train.tokenizer import open_tokenizer
 
 EXPORTED = torch.float32  # masters are fp32, fp64 only under fp64
+TOKENIZER = "tokenizer.json"
+BESIDE = (  # what transformers reads beside it
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def export_checkpoint(step_folder: Path, target: Path) -> dict[str, Any]:
     """Writes the model of a step folder, whatever plan wrote it, as a folder that transformers loads,
-    with the run's tokenizer.json where it has one; LoRA merged into its base.
+    with the run's tokenizer.json where it has one; LoRA merged into its base. What the base says of special
+    tokens and generation goes along where its tokenizer does.
 
     Returns tensors, bytes, files and whether the tokenizer is there. Raises CheckpointError for a bad
     checkpoint, UsageError for a target that holds something, WriteError.
@@ -46,14 +54,14 @@ def export_checkpoint(step_folder: Path, target: Path) -> dict[str, Any]:
         return merged(value, stored(f"{name}{A}"), stored(f"{name}{B}"), spec.lora_scale)
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(step_folder, Path(folder))
+        along, special = _along(step_folder, Path(folder))
         plain = replace(spec, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_dropout=0.0)
-        done = export(target, plain, get, dtype=EXPORTED, tokenizer=tokenizer)
+        done = export(target, plain, get, dtype=EXPORTED, along=along, special=special)
     return {
         "tensors": done.tensors,
         "bytes": done.bytes,
         "files": list(done.files),
-        "tokenizer": tokenizer is not None,
+        "tokenizer": any(file.name == TOKENIZER for file in along),
     }
 
 
@@ -91,15 +99,37 @@ def _reader(step_folder: Path, manifest: Manifest) -> Callable[[str], Tensor]:
     return stored
 
 
-def _tokenizer(step_folder: Path, folder: Path) -> Path | None:
-    """The run's tokenizer.json; None for bytes, tokens, or data that is no longer there."""
+def _along(step_folder: Path, folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
+    """Files that go along, and ids of special tokens: the run's tokenizer, with what stands beside it; of the
+    base what generates text, where the tokenizer is the base's or the data were tokens. Nothing for bytes, or
+    for data that is no longer there."""
     if not (step_folder.parent.parent / "job.toml").exists():
-        return None
+        return [], NO_SPECIAL_TOKENS
+    job = job_of(step_folder)
     try:
-        found = open_job_data(job_of(step_folder)).tokenizer
+        used = open_job_data(job).tokenizer
     except (UsageError, DataError):
-        return None  # weights are exported without their data
-    if found is None or found.digest == "byte":
-        return None
-    found.save(folder / "tokenizer.json")
-    return folder / "tokenizer.json"
+        return [], NO_SPECIAL_TOKENS  # weights are exported without their data
+    found: list[Path] = []
+    if used is not None and used.digest != "byte":
+        used.save(folder / TOKENIZER)
+        found.append(folder / TOKENIZER)
+        named = Path(job.data.tokenizer).expanduser()
+        if named.exists():
+            home = named if named.is_dir() else named.parent
+            found += [home / file for file in BESIDE]
+    special = NO_SPECIAL_TOKENS
+    base = Path(job.model_path) if job.model_path else None
+    if base is not None and base.is_dir() and (used is None or used.digest == _digest(base)):
+        config = load_json(base / "config.json")
+        special = {key: config.get(key) for key in NO_SPECIAL_TOKENS}
+        found.append(base / GENERATION)
+    return [file for file in found if file.exists()], special
+
+
+def _digest(base: Path) -> str:
+    """Of the base's tokenizer."""
+    try:
+        return open_tokenizer(str(base), vocab=sys.maxsize).digest
+    except (UsageError, DataError):
+        return ""

@@ -96,6 +96,7 @@ ISLANDS: list[Island] = [
     (bloom, "bloom_gelu_forward", (("0.79788456", 1, "0.7978845608028654"),)),
     (bloom, "bloom_gelu_back", GELU_BACK),
     (ROPE_INIT_FUNCTIONS, "llama3", FLOAT),
+    (ROPE_INIT_FUNCTIONS, "linear", FLOAT),
     (
         ROPE_INIT_FUNCTIONS,
         "yarn",
@@ -174,6 +175,9 @@ def moe_config(config=MixtralConfig, **changes):
     return llama_config(config, experts_implementation="eager", **own | changes)
 
 
+LONG = {  # as Qwen's model cards say
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "beta_fast": 2.0, "mscale": 0.7,
     "mscale_all_dim": 0.5, "original_max_position_embeddings": 16,
@@ -195,9 +199,12 @@ CONFIGS = {
     "llama": llama_config,
     "llama-tied": lambda: llama_config(tie_word_embeddings=True),
     "llama3-rope": lambda: llama_config(rope_parameters=LLAMA3),
+    "llama-linear": lambda: llama_config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
     "mistral": lambda: llama_config(MistralConfig, sliding_window=7),
     "mixtral": lambda: moe_config(intermediate_size=20, sliding_window=None),
-    "qwen2": lambda: llama_config(Qwen2Config, head_dim=8),
+    "qwen2": lambda: llama_config(Qwen2Config, head_dim=8, rope_parameters=LONG),
     "qwen3": lambda: llama_config(Qwen3Config, tie_word_embeddings=True),
     "qwen2-moe": lambda: moe_config(
         Qwen2MoeConfig,

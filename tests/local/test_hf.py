@@ -202,7 +202,7 @@ def test_import_then_export_gives_equal_logits(kind, shard_bytes, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     done = export(
         tmp_path / "out", spec, weights.__getitem__, dtype=torch.float64,
-        tokenizer=tmp_path / "tokenizer.json", shard_bytes=shard_bytes,
+        along=[tmp_path / "tokenizer.json"], shard_bytes=shard_bytes,
     )  # fmt: skip
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(done.files) > 1)
     assert (shard_bytes > 1e6) == (len(done.files) == 1)

@@ -87,15 +87,21 @@ def test_counts_that_were_published_rounded(name: str, billions: float) -> None:
     assert round(ModelSpec.from_preset(name).parameters() / 1e9, digits) == billions
 
 
-@pytest.mark.parametrize(("name", "billions"), [("base", 7.4), ("xxl", 395)])
+@pytest.mark.parametrize(
+    ("name", "columns", "billions"),
+    [("base", 2 * 3072, 7.4), ("large", 2 * 4096, 26), ("xxl", 3 * 10240, 395)],
+)
 def test_switch_has_its_published_size_with_its_decoders_cross_attention(
-    name: str, billions: float
+    name: str, columns: int, billions: float
 ) -> None:
-    """T5's decoder, half of the layers, attends to its encoder besides: four matrices."""
+    """T5's decoder, half of the layers, attends to its encoder besides: four matrices. `columns`: of the
+    matrices of an mlp as they were published with the size."""
     model = ModelSpec.from_preset(f"switch-{name}-128")
     cross = 4 * model.hidden * model.heads * model.head_dim * model.layers // 2
+    mlps = model.layers // 2 * (1 + model.experts)
+    wider = mlps * model.hidden * (3 * model.ffn_hidden - columns)
     digits = len(str(billions).partition(".")[2])
-    assert round((model.parameters() + cross) / 1e9, digits) == billions
+    assert round((model.parameters() + cross - wider) / 1e9, digits) == billions
 
 
 def test_every_preset_round_trips() -> None:
@@ -257,12 +263,16 @@ def test_hugging_face_llama(tmp_path: Path) -> None:
     assert ModelSpec.from_hf_config(write(tmp_path, new)) == expected
     plain = ModelSpec.load(write(tmp_path, old) / "config.json")
     assert (plain.rope_theta, plain.rope_scaling, plain.tied) == (10_000.0, None, False)
+    yarn = {**old, "rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True}}
+    long = ModelSpec.load(write(tmp_path, yarn)).rope_scaling
+    assert long == RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=16)  # the model's
     changed = ModelSpec.from_toml({"path": tmp_path.name, "layers": 5}, folder=tmp_path.parent)
     assert changed.layers == 5
 
 
 def test_hugging_face_gpt2(tmp_path: Path) -> None:
-    model = ModelSpec.load(write(tmp_path, GPT2))
+    said = {"_num_labels": 1, "task_specific_params": {"text-generation": {"do_sample": True}}}
+    model = ModelSpec.load(write(tmp_path, GPT2 | said))
     assert model == ModelSpec(
         family="gpt2", layers=2, hidden=32, heads=2, vocab=50, max_seq_len=16, name=tmp_path.name
     )
@@ -276,7 +286,18 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
             "attention_bias: True is not supported; accepted: False",
         ),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act: 'gelu'"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        (
+            {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not supported; accepted: 'default', 'linear', 'llama3', 'yarn'",
+        ),
+        (
+            {**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1.5}},
+            "rope_scaling.attention_factor: 1.5",
+        ),
+        (
+            {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0, "long_factor": [1.0]}},
+            "rope_scaling.long_factor: [1.0]",
+        ),
         ({**LLAMA, "rope_scaling": 3}, "an object is wanted"),
         ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({**LLAMA, "num_attention_heads": "4"}, "num_attention_heads"),
@@ -286,7 +307,7 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
         ({k: v for k, v in GPT2.items() if k != "attn_pdrop"}, "attn_pdrop: 0.1"),
         ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ({**LLAMA, "sliding_window": 512}, "sliding_window: 512"),
-        ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "save them dequantized first"),
         ({**LLAMA, "logits_scaling": 8.0, "qk_norm": True}, "qk_norm: True is not known"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gpt2"}, "n_layer"),

@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ from partita.model.families.read import INDEX, SINGLE
 from partita.spec.model import ModelSpec
 
 SHARD_BYTES = 5_000_000_000
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,14 @@ def export(
     get: Callable[[str], Tensor],
     *,
     dtype: torch.dtype = torch.float32,
-    tokenizer: Path | None = None,
+    along: Sequence[Path] = (),
+    special: Mapping[str, Any] = NO_SPECIAL_TOKENS,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """Writes the model whose logical tensor `name` is get(name), rounded to `dtype`.
 
-    `folder` is new or empty; `tokenizer` a tokenizer.json that is copied along. Raises UsageError for a
-    folder that holds something, WriteError where the disk cannot be written.
+    `folder` is new or empty; `along` are files that are copied into it, `special` the ids of special
+    tokens. Raises UsageError for a folder that holds something, WriteError where the disk cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -59,11 +61,10 @@ def export(
     try:
         beside.mkdir(parents=True)
         done = _write_tensors(beside, spec, get, dtype, shard_bytes)
-        _write_json(beside / "config.json", hf_config(spec, dtype))
-        generation = {"_from_model_config": True, **NO_SPECIAL_TOKENS}
-        _write_json(beside / "generation_config.json", generation)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, beside / "tokenizer.json")
+        _write_json(beside / "config.json", hf_config(spec, dtype) | dict(special))
+        _write_json(beside / GENERATION, {"_from_model_config": True, **special})
+        for file in along:
+            shutil.copyfile(file, beside / file.name)
         beside.replace(folder)
     except OSError as error:
         text = f"{folder}: the export cannot be written: {error.strerror or error}"
