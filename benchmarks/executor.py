@@ -3,12 +3,14 @@
 Stages add one to a [1, 8] tensor. Without messages: one rank, F and B of 500 microbatches, less the same
 calls in a plain loop, an action. With: two ranks of eight stages in turn (interleaved), so that nearly every
 action has a receive and a send; the whole time an action. Prints the best of five runs, microseconds.
+`wired` are the same stages as plain modules (pp/modules.py), whose tensors go by wires.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from partita.comm.processes import start_ranks
 from partita.comm.protocol import Where
 from partita.comm.single import SingleWorld
 from partita.parallel.pp.executor import Channel, Executor
+from partita.parallel.pp.modules import PipelinedModules
+from partita.parallel.pp.portals import Wire
 from partita.parallel.pp.rules import lane
-from partita.schedule.ir import COMPUTE, Schedule
+from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
 
 SHAPE = (1, 8)
@@ -48,15 +52,27 @@ def executor(world, made: Schedule) -> Executor:
     )  # fmt: skip
 
 
-def per_action(world, made: Schedule) -> float:
+def per_action(world, made: Schedule, run: Callable[[list[None]], object] | None = None) -> float:
     """Seconds an action of this rank, the best of RUNS."""
-    run, m = executor(world, made), made.num_microbatches
+    run = run or executor(world, made).run
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        run.run([None] * m)
+        run([None] * made.num_microbatches)
         times.append(time.perf_counter() - start)
-    return min(times) / sum(a.kind in COMPUTE for a in run.actions)
+    return min(times) / len(made.ranks[world.rank])
+
+
+def wired(world, made: Schedule) -> PipelinedModules:
+    """The same stages as plain modules."""
+    last = made.num_stages - 1
+
+    def stage(s: int):
+        add = module(s == last)
+        return lambda batch, x=None: {"loss" if s == last else "x": add(x, batch)}
+
+    wires = [Wire("x", s, s + 1) for s in range(last)]
+    return PipelinedModules({s: stage(s) for s in made.stages_of(world.rank)}, wires, made, world)
 
 
 def bare(m: int) -> float:
@@ -82,7 +98,7 @@ def rank_of(rank: int, writer, folder: str, backend: str) -> None:
 
         world = TorchWorld(rank, 2, Path(folder) / "world")
     made = schedule("interleaved_1f1b", num_ranks=2, num_microbatches=64, virtual_stages=8)
-    writer.send(per_action(world, made))
+    writer.send((per_action(world, made), per_action(world, made, wired(world, made).run)))
     world.close()
 
 
@@ -100,7 +116,8 @@ def main() -> None:
             found = [reader.recv() for _, reader in started]
             for process, _ in started:
                 process.join(10)
-        print(f"receive and send  {1e6 * max(found):7.1f}   {backend}")
+        own, modules = (1e6 * max(times) for times in zip(*found, strict=True))
+        print(f"receive and send  {own:7.1f}   {backend}   wired {modules:7.1f}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import worlds
 
 from partita.comm.shm import sweep
+from partita.schedule.make import schedule
 
 KINDS = ["shm", "gloo"]
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -94,3 +95,20 @@ def test_what_a_run_left_that_never_joined_is_removed_by_the_next(tmp_path):
     boards = {f.with_suffix(".board") for f in (held, young)}
     assert set(tmp_path.iterdir()) == {held, young} | boards
     assert sweep(tmp_path) == [held]
+
+
+def hourglass_of(world, made) -> bool:
+    """Its losses and gradients are one process's."""
+    import hourglass
+    import torch
+
+    want, gradients = hourglass.one_process()
+    before, loss, mine = hourglass.run(world, made)
+    near = [torch.allclose(g, gradients[s], rtol=1e-12, atol=1e-13) for s, g in mine.items()]
+    return before == loss and abs(loss - want) <= 1e-12 * abs(want) and all(near)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipelines_of_plain_modules(kind, tmp_path):
+    made = schedule("interleaved_1f1b", num_ranks=2, num_microbatches=4, virtual_stages=2)
+    assert worlds.run(kind, 2, tmp_path, hourglass_of, made) == [("ok", True)] * 2

@@ -70,3 +70,37 @@ def test_work_lets_go_of_its_tensors_one_by_one():
     queue.run(0, 0)
     assert seen == ["at once", [True, True, True], [False, True, True], [False, False, True]]
     assert len(queue) == 0
+
+
+def second_as_first(world, job, line, twice):
+    """Gradients by weight where the second layer's weights are copies of the first's, or the first layer runs
+    in its place."""
+    built = assemble(job, world)
+    built.model.executor.actions = actions(line)
+    weights = built.model.units[0].weights()
+    for name, weight in weights.items():
+        if name.startswith("blocks.1"):
+            weight.value.copy_(weights[name.replace("blocks.1", "blocks.0")].value)
+    stage = built.model.executor.modules[0]
+    if twice:
+        blocks = list(stage.blocks)
+        blocks[2] = blocks[1]
+        stage.blocks = tuple(blocks)
+    loss = built.model.forward_backward(built.batch(0))
+    return loss, {name: weight.gradient.clone() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("plan", ["", "recompute:full"])
+def test_a_layer_that_runs_twice_in_a_stage(plan, tmp_path):
+    """Its gradient, in two halves, is the sum of those of two equal layers."""
+    job = verify_jobs.job(tmp_path, f"{plan} fp64 4mb")
+    with local(1) as ranks:
+        ((want, copies),) = ranks.run(second_as_first, job, HALVES, False)
+        ((loss, found),) = ranks.run(second_as_first, job, HALVES, True)
+    assert loss == want
+    for name, gradient in found.items():
+        other = copies[name.replace("blocks.0", "blocks.1")]
+        if name.startswith("blocks.0"):
+            assert torch.allclose(gradient, copies[name] + other, rtol=1e-12, atol=1e-15), name
+        else:
+            assert torch.equal(gradient, torch.zeros_like(gradient)) == name.startswith("blocks.1")
