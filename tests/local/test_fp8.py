@@ -1,4 +1,5 @@
-"""fp8 by emulation: rounding is the format's, scales are powers of two, gradients follow the products."""
+"""fp8, emulated and by a device's kernel: rounding is the format's, scales are powers of two, gradients
+follow the products."""
 
 from dataclasses import replace
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 import verify_jobs
 
+from partita.parallel.precision import fp8
 from partita.parallel.precision.fp8 import (
     HISTORY,
     Eight,
@@ -70,6 +72,46 @@ def test_products_and_gradients_are_those_of_rounded_inputs(granularity):
     dw = dy.reshape(-1, 96).double().t() @ x.detach().reshape(-1, 256).double()
     assert (x.grad - dx).abs().max() < 0.15 * dx.abs().max()
     assert (w.grad - dw).abs().max() < 0.15 * dw.abs().max()
+
+
+def kernel_calls(monkeypatch) -> list[tuple[int, ...]]:
+    """This device's own kernel is taken, as a GPU's would be; shapes it was called with."""
+    seen, own = [], torch._scaled_mm
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: True)
+
+    def noted(a, b, **given):
+        assert a.is_contiguous() and b.t().is_contiguous()  # what a GPU's asks for
+        seen.append((*a.shape, b.shape[1]))
+        return own(a, b, **given)
+
+    monkeypatch.setattr(torch, "_scaled_mm", noted)
+    return seen
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("form", ["hybrid", "e4m3"])
+def test_a_kernel_adds_up_what_the_emulation_does(granularity, form, monkeypatch):
+    plan = replace(PLAN, fp8_granularity=granularity, fp8_format=form)
+
+    def products():
+        x, w = values(2, 24, 64).requires_grad_(), (values(96, 64, seed=1) / 16).requires_grad_()
+        y = Multiplied.apply(x * 37, w, Eight(plan))
+        y.backward(values(2, 24, 96, seed=2) / 3)
+        return y.detach(), x.grad, w.grad
+
+    emulated, calls = products(), kernel_calls(monkeypatch)
+    for want, got in zip(emulated, products(), strict=True):
+        assert (got.double() - want.double()).abs().max() <= 2.0**-8 * want.abs().max()
+    assert calls == [(48, 64, 96), (48, 96, 64), (96, 48, 64)]
+
+
+def test_a_plan_by_the_kernel_computes_what_one_device_does(monkeypatch, tmp_path):
+    """The weight gradient's tokens are no sixteens here: that product is emulated."""
+    calls = kernel_calls(monkeypatch)
+    job = verify_jobs.job(tmp_path, "tp2+sp 2mb fp8", layers=2, hidden=32, ffn_hidden=32, seq=12)
+    found = verify(job)
+    assert found.equal, str(found)
+    assert len(calls) > 50 and all(k % 16 == n % 16 == 0 for _, k, n in calls)
 
 
 def test_delayed_and_static_scaling_look_back():

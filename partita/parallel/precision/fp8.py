@@ -16,14 +16,17 @@ what lies 2^-14 and more below it. No scale is exchanged between ranks: nothing 
                  delayed  from the largest of the last HISTORY, this one left out (it may saturate)
                  static   from the first that is seen
 
-On every device this is an emulation: rounded values are multiplied in bf16, which holds each of them
-exactly, and added up as wide as the device does (fp32). Storage stays bf16.
+Where the device multiplies fp8 (NVIDIA from compute capability 8.9 on), one scale a tensor or row goes to its
+own kernel, `torch._scaled_mm`. Else this is an emulation: rounded values are multiplied in bf16, which holds
+each of them exactly, and added up as wide as the device does (fp32): the same numbers, but for the order of
+sums. Storage stays bf16.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,30 +49,34 @@ class Eight:
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """q(x) q(W).T."""
-        return self._round(x, "x", -1) @ self._weight(weight, -1).t()
+        return self._multiply(self._round(x, "x", -1), self._weight(weight, -1).t())
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """q(dy) q(W)."""
-        return self._round(dy, "dy", -1) @ self._weight(weight, 0)
+        return self._multiply(self._round(dy, "dy", -1), self._weight(weight, 0))
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """q(dy).T q(x)."""
-        return self._round(dy, "dy.W", 0).t() @ self._round(x, "x.W", 0)
+        return self._multiply(self._round(dy, "dy.W", 0).t(), self._round(x, "x.W", 0))
 
-    def _weight(self, weight: Tensor, dim: int) -> Tensor:
+    def _multiply(self, a: Scaled, b: Scaled) -> Tensor:
+        blocks = self.plan.fp8_granularity == "block"
+        return emulated(a, b) if blocks or not has_kernel(a, b) else by_kernel(a, b)
+
+    def _weight(self, weight: Tensor, dim: int) -> Scaled:
         if self.plan.fp8_granularity != "block":
             return self._round(weight, f"w{dim}", dim)
         largest = block_maximum(block_maximum(weight.abs(), 0), 1)
-        return rounded(weight, "e4m3", largest)
+        return scaled(weight, "e4m3", largest)
 
-    def _round(self, x: Tensor, role: str, dim: int) -> Tensor:
+    def _round(self, x: Tensor, role: str, dim: int) -> Scaled:
         if not x.numel():  # rows of an expert that nobody chose
-            return x
+            return Scaled(x, x.new_ones(()), x.dtype)
         gradient = role.startswith("dy") and self.plan.fp8_format == "hybrid"
         largest = maximum(x, self.plan.fp8_granularity, dim)
         if self.plan.fp8_scaling != "current":
             largest = self._looked_back(role, largest)
-        return rounded(x, "e5m2" if gradient else "e4m3", largest)
+        return scaled(x, "e5m2" if gradient else "e4m3", largest)
 
     def _looked_back(self, role: str, largest: Tensor) -> Tensor:
         seen = self.seen.setdefault(role, deque(maxlen=HISTORY))
@@ -129,15 +136,67 @@ def block_maximum(x: Tensor, dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def rounded(x: Tensor, name: str, largest: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor in 8 bits, times a power of two that divides it again; `dtype` is what it was."""
+
+    bits: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def t(self) -> Scaled:
+        """A matrix transposed."""
+        return Scaled(self.bits.t(), self.scale.t() if self.scale.dim() else self.scale, self.dtype)
+
+    def wide(self) -> Tensor:
+        """Its values, as wide as it was."""
+        return self.bits.to(self.dtype) / self.scale
+
+
+def scaled(x: Tensor, name: str, largest: Tensor) -> Scaled:
     """x as the format can say it: times a power of two that brings `largest` under the format's
-    largest, rounded to even, saturated, and divided again. In x's dtype (bf16 or wider), exactly."""
+    largest, rounded to even, saturated. Wide again, in x's dtype (bf16 or wider), its values are exact."""
     dtype, limit = FORMATS[name]
     _, exponent = torch.frexp(largest.float())  # largest < 2^exponent
     top = int(torch.frexp(torch.tensor(limit)).exponent) - 1  # 2^top <= limit
     scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), top - exponent)
     scale = torch.where(largest > 0, scale, torch.ones_like(scale)).to(x.dtype)
-    return (x * scale).clamp(-limit, limit).to(dtype).to(x.dtype) / scale
+    return Scaled((x * scale).clamp(-limit, limit).to(dtype), scale, x.dtype)
+
+
+def rounded(x: Tensor, name: str, largest: Tensor) -> Tensor:
+    """What is left of x in 8 bits, in x's dtype."""
+    return scaled(x, name, largest).wide()
+
+
+def emulated(a: Scaled, b: Scaled) -> Tensor:
+    """a [..., m, k] b [k, n], multiplied as wide as they were."""
+    return a.wide() @ b.wide()
+
+
+@cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has fp8 kernels: NVIDIA's Ada and Hopper, and what came after."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def has_kernel(a: Scaled, b: Scaled) -> bool:
+    """Whether the device's kernel takes these: both of 8 bits, k and n in sixteens."""
+    shapes = {size % 16 for size in b.bits.shape} == {0}
+    return shapes and a.bits.dtype.itemsize == 1 and multiplies_fp8(a.bits.device)
+
+
+def by_kernel(a: Scaled, b: Scaled) -> Tensor:
+    """The same product by the device's own: a's rows and b's columns lie in a row, scales divide the sums."""
+    rows, out = a.bits.shape[:-1], a.dtype
+    left = a.bits.reshape(-1, a.bits.shape[-1]).contiguous()
+    right = b.bits.t().contiguous().t()
+    by_row, by_column = (
+        s.reciprocal().float().reshape(shape if s.dim() else ()).contiguous()
+        for s, shape in ((a.scale, (-1, 1)), (b.scale, (1, -1)))
+    )
+    found = torch._scaled_mm(left, right, scale_a=by_row, scale_b=by_column, out_dtype=out)
+    return found.view(*rows, found.shape[-1])
 
 
 class Multiplied(torch.autograd.Function):
