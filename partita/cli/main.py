@@ -23,6 +23,7 @@ import typer
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
 from partita.cli.out import failure_document, note, write_json, write_text
+from partita.comm.lifeline import Lifeline
 from partita.comm.processes import STOPS, torchrun_rank
 
 VERBS = {
@@ -137,9 +138,15 @@ def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     words = list(arguments)
     if COMPLETION in os.environ:
         words = _words_to_complete(os.environ)
+    line: Lifeline | None = None
     try:
+        line = Lifeline.hold()
         command = typer.main.get_command(application(words))
-        code = command.main(args=list(arguments), prog_name="partita", standalone_mode=False)
+        code = command.main(
+            args=list(arguments), prog_name="partita", standalone_mode=False, obj=line
+        )
+        if line is not None:
+            line.leave()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left
@@ -160,6 +167,8 @@ def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     if stop.number and not isinstance(failure, StoppedError):
         failure = stop.error()  # what a stop interrupts may say anything
     _print_failure(failure, as_json="--json" in arguments)
+    if line is not None:
+        line.leave(str(failure).partition("\n")[0])
     return failure.exit_code
 
 

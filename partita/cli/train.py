@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     job: JobFile,
     overrides: Overrides = None,
     plan: PlanLine = None,
@@ -39,8 +40,9 @@ def train(
     from partita.train.launch import train as run
 
     metrics = run(
-        loaded, force=force, fresh=fresh, allow_fallback=allow_fallback, preflight=not no_preflight
-    )
+        loaded, force=force, fresh=fresh, allow_fallback=allow_fallback, preflight=not no_preflight,
+        line=context.obj,
+    )  # fmt: skip
     if not metrics:  # one of torchrun's ranks: rank 0 speaks for all
         return
     if metrics.get("already_done"):

@@ -104,9 +104,9 @@ def leave_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def leave_without(launcher: int) -> None:
-    """Ends this process within a second of that one's death: a thread looks. The fork server outlives
-    a killed launcher for a moment, and a rank of torchrun has no other tie to its agent."""
+def leave_without(launcher: int, last: Callable[[], None] = lambda: None) -> None:
+    """Ends this process within a second of that one's death, after `last`: a thread looks. The fork server
+    outlives a killed launcher for a moment, and a rank of torchrun has no other tie to its agent."""
     import threading
     import time
 
@@ -114,6 +114,7 @@ def leave_without(launcher: int) -> None:
         while True:
             time.sleep(1.0)
             if not is_alive(launcher):
+                last()
                 os._exit(71)
 
     threading.Thread(target=look, name="launcher-watch", daemon=True).start()

@@ -105,10 +105,11 @@ def _world(timeout_s: float) -> tuple[World, Where]:
     where = Where()
     if torchrun_rank() is None:
         return SingleWorld(), where
+    from partita.comm.lifeline import Lifeline
     from partita.comm.stores import rendezvous
     from partita.comm.torch import TorchWorld
 
-    roll = rendezvous(timeout_s)
+    roll = rendezvous(timeout_s, Lifeline.hold())
     found = TorchWorld.from_torchrun(torchrun_store(), roll, timeout_s=timeout_s, where=where)
     atexit.register(_leave, found)
     return found, where

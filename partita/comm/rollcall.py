@@ -24,6 +24,7 @@ from typing import Any
 from torch.distributed import DistStoreError
 
 from partita.base.errors import CommError
+from partita.comm.lifeline import Lifeline
 from partita.comm.protocol import Where
 from partita.comm.table import Status
 
@@ -35,10 +36,19 @@ CALL, HERE, ALL, BEAT, WORD = (f"partita/{x}" for x in ("call", "here", "all", "
 
 
 class RollCall:
-    """One rank's part in it. `status` tells its last call, `where` its step: set by who knows them."""
+    """One rank's part in it. `status` tells its last call, `where` its step, as `is_for` has it; `line` tells
+    of deaths."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout_s: float = 60.0,
+        line: Lifeline | None = None,
+    ) -> None:
         self.store, self.rank, self.size, self.timeout_s = store, rank, size, timeout_s
+        self.line = line
         self.status: Callable[[], Status] = lambda: Status(rank)
         self.where = Where()
         self._own = store.clone()  # the thread's
@@ -84,8 +94,8 @@ class RollCall:
             if quiet > limit:
                 sys.stderr.write(
                     f"partita: rank {self.rank} on {socket.gethostname()} has not reached the store of "
-                    f"rank 0's host for {limit:g} s, in step {self.where.step} "
-                    f"({self.where.activity}): it leaves; start the job again to resume\n"
+                    f"rank 0's host for {limit:g} s, in {_place(self.where)}: it leaves; start the job "
+                    "again to resume\n"
                 )
                 sys.stderr.flush()
                 os._exit(71)
@@ -102,6 +112,8 @@ class RollCall:
         end = time.monotonic() + WORD_S
         for r in range(self.size):
             name, left = f"{WORD}/{r}", end - time.monotonic()
+            if r in self.dead():
+                continue
             with suppress(DistStoreError):
                 if left > 0:
                     self._own.wait([name], timedelta(seconds=left))
@@ -122,13 +134,19 @@ class RollCall:
         self.found[self.rank] = self.status()
         return self.found
 
+    def dead(self) -> Sequence[int]:
+        """The ranks that are known to have died."""
+        lost = self.line.lost if self.line is not None else None
+        return [lost.rank] if lost is not None and lost.died else []
+
     def hear(self, key: str) -> str:
-        """What rank 0 sets under a key, however late, as long as rank 0 lives."""
+        """What rank 0 sets under a key, however late, as long as all ranks live."""
         beat, since = -1, time.monotonic()
         while True:
             with suppress(DistStoreError), self._reaching():
                 self.store.wait([key], timedelta(seconds=BEAT_S))
                 return self.store.get(key).decode()
+            self._heed_losses()
             with self._reaching():
                 now = self.store.add(BEAT, 0)
             if now != beat:
@@ -146,6 +164,7 @@ class RollCall:
         while True:
             with suppress(DistStoreError), self._reaching():
                 return self.store.wait([ALL], timedelta(seconds=BEAT_S))
+            self._heed_losses()
             with self._reaching():
                 if self.store.check([CALL]):
                     raise CommError(self.store.get(CALL).decode())
@@ -169,12 +188,25 @@ class RollCall:
                 0, f"and its store are out of reach of rank {self.rank}: {text}"
             ) from None
 
+    def _heed_losses(self) -> None:
+        """Raises CommError where a rank has been lost."""
+        lost = self.line.lost if self.line is not None else None
+        if lost is not None:
+            error = CommError(f"{lost.text}; rank {self.rank} was in {_place(self.where)}")
+            error.rank = lost.rank
+            raise error
+
     def _lost(self, rank: int, how: str) -> CommError:
         """The error of a rank that is missing."""
-        where = self.where
-        error = CommError(f"rank {rank} {how} in step {where.step} ({where.activity})")
+        error = CommError(f"rank {rank} {how} in {_place(self.where)}")
         error.rank = rank
         return error
+
+    def is_for(self, status: Callable[[], Status], where: Where) -> None:
+        """From now on this rank's calls and its place are told by these."""
+        self.status, self.where = status, where
+        if self.line is not None:
+            self.line.where = lambda: (where.step, where.activity)
 
     def close(self) -> None:
         """Ends the threads; one that is held by a dead link stays."""
@@ -182,3 +214,7 @@ class RollCall:
         self._wake.set()
         for t in self._threads:
             t.join(1.0)
+
+
+def _place(where: Where) -> str:
+    return f"step {where.step} ({where.activity})"

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from partita.base.errors import CommError
+from partita.comm.lifeline import Lifeline
 from partita.comm.processes import torchrun_store
 from partita.comm.rollcall import RollCall
 
@@ -18,7 +19,7 @@ def file_store(path: Path, size: int) -> Any:
     return dist.FileStore(str(path), size)
 
 
-def rendezvous(timeout_s: float) -> RollCall:
+def rendezvous(timeout_s: float, line: Lifeline | None = None) -> RollCall:
     """The store of the ranks that torchrun (or an environment like its) started; each restart has keys of
     its own, since the agent's store outlives an attempt. Call it once."""
     env = torchrun_store()
@@ -32,4 +33,4 @@ def rendezvous(timeout_s: float) -> RollCall:
             f"rank {env.get('RANK')} cannot reach the store of rank 0's host at {place}: {text}"
         ) from None
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return RollCall(dist.PrefixStore(f"attempt{attempt}", store), rank, size, timeout_s)
+    return RollCall(dist.PrefixStore(f"attempt{attempt}", store), rank, size, timeout_s, line)

@@ -53,7 +53,8 @@ class TorchWorld:
             on_loopback()
             store = file_store(Path(str(path)), size)
         else:
-            roll.status, roll.where, store = lambda: self.board.status, self.where, roll.store
+            store = roll.store
+            roll.is_for(lambda: self.board.status, self.where)
             roll.join()
         self._joined(
             lambda: dist.init_process_group(
@@ -115,6 +116,12 @@ class TorchWorld:
         `message` is why this rank fails."""
         return self.board.statuses() if self.roll is None else self.roll.call(message)
 
+    def dead(self, ranks: Sequence[int]) -> Sequence[int]:
+        """Who of the ranks has died; between hosts who of all."""
+        return [r for r in ranks if self.board.is_dead(r)] or (
+            self.roll.dead() if self.roll else []
+        )
+
     def waited(self, work: Any) -> None:
         """A send that was waited for: gloo would wait for it a second time until the timeout."""
         self.sends.pop(id(work), None)
@@ -142,3 +149,5 @@ class TorchWorld:
             dist.destroy_process_group()
         for comm in self._comms:
             comm.group = None
+        if self.roll is not None and self.roll.line is not None:
+            self.roll.line.leave()

@@ -39,6 +39,10 @@ class Members(Protocol):
         """Every rank's last call; `message` is why this rank fails."""
         ...
 
+    def dead(self, ranks: Sequence[int]) -> Sequence[int]:
+        """Who has died."""
+        ...
+
     def started(self, work: Any) -> None:
         """A send is under way."""
         ...
@@ -116,7 +120,7 @@ class TorchComm(Blocking):
         said = [s for s in found if s is not None]
         # Who is silent was lost, in this group or in one whose ranks could then not come to this
         silent = sorted((r for r in range(self.world.size) if found[r] is None), key=self._is_other)
-        dead = [r for r in self.ranks if board.is_dead(r)]
+        dead = self.world.dead(self.ranks)
         late = [s.rank for s in said if s.rank in self.ranks and s.is_behind(board.status)]
         first = ""
         if dead:

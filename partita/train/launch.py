@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
-from partita.comm.processes import STOPS, end_ranks, start_ranks, torchrun_rank
+from partita.comm.lifeline import Lifeline
+from partita.comm.processes import STOPS, end_ranks, start_ranks
 from partita.planner.judge import fit_error, judged
 from partita.spec.job import Job
 from partita.train.control import Control
@@ -39,14 +40,16 @@ def train(
     fresh: bool = False,
     allow_fallback: bool = False,
     preflight: bool = True,
+    line: Lifeline | None = None,
 ) -> dict[str, Any]:
     """Trains the job under runs/<name>/ of the current folder; returns the last metrics line with
     "run" and "plan", and nothing on a torchrun rank other than 0.
 
-    Starts plan.world_size local ranks, or is one rank under torchrun. Resumes from the newest
-    complete checkpoint; a finished run returns at once, with "already_done". Raises PlanError (illegal,
-    or does not fit unless `force`), UsageError (also where ranks run different versions, unless `preflight`
-    is False), DataError, CheckpointError, PeerError, NonFiniteError, WriteError, BusyError, StoppedError.
+    Starts plan.world_size local ranks, or is one rank under torchrun, whose `line` may be held already.
+    Resumes from the newest complete checkpoint; a finished run returns at once, with "already_done". Raises
+    PlanError (illegal, or does not fit unless `force`), UsageError (also where ranks run different versions,
+    unless `preflight` is False), DataError, CheckpointError, PeerError, NonFiniteError, WriteError,
+    BusyError, StoppedError.
     """
     computes_on_gpu(job)
     prediction = judged(job)
@@ -54,9 +57,9 @@ def train(
         raise PlanError(f"{job.plan} cannot run {job.name}", prediction.problems)
     if not prediction.fits and not force:
         raise fit_error(job, prediction)
-    place = torchrun_rank()
-    if place is not None:
-        return train_as_rank(job, prediction, place, fresh, allow_fallback, preflight)
+    line = line or Lifeline.hold()
+    if line is not None:
+        return train_as_rank(job, prediction, line, fresh, allow_fallback, preflight)
     with Stops() as stops:
         folder = run_folder(job, fresh)
         with RunLock(folder) as lock:

@@ -11,12 +11,14 @@ import json
 import logging
 import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from partita.base import errors
 from partita.base.errors import PartitaError, UsageError
-from partita.comm.processes import is_one_host, leave_without, torchrun_agent
+from partita.comm.lifeline import Lifeline, Lost
+from partita.comm.processes import is_one_host, torchrun_rank
 from partita.comm.rollcall import RollCall
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
@@ -53,7 +55,7 @@ class _Told:
 def train_as_rank(
     job: Job,
     prediction: Prediction,
-    place: tuple[int, int, int],
+    line: Lifeline,
     fresh: bool,
     allow_fallback: bool,
     preflight: bool = True,
@@ -64,19 +66,19 @@ def train_as_rank(
     """
     from partita.comm.stores import rendezvous
 
-    rank, world, _ = place
+    rank, world, _ = torchrun_rank() or (0, 1, 0)
     if world != job.plan.world_size:
         raise UsageError(
             f"torchrun started {world} ranks, the plan {job.plan} needs {job.plan.world_size}: "
             "change --nproc-per-node or --nnodes, or the plan"
         )
-    leave_without(torchrun_agent())
-    roll = rendezvous(job.train.comm_timeout_s)
+    roll = rendezvous(job.train.comm_timeout_s, line)
     if rank > 0:
         told = _hear(roll)
         return {} if told.step >= job.train.steps else _run(rank, job, told, roll, preflight)
     try:
         folder = run_folder(job, fresh)
+        line.last = partial(_note, line, folder)
         lock = RunLock(folder)
     except PartitaError as error:
         _tell_error(roll, error)
@@ -103,6 +105,18 @@ def train_as_rank(
         return with_text(job, folder, answer(job, folder, metrics))
 
 
+def _note(line: Lifeline, folder: Path, lost: Lost) -> None:
+    """What a rank leaves that is ended on account of another."""
+    step, activity = line.where()
+    Failure(lost.rank, activity, step, "", lost.text).write(folder, replace=False)
+
+
+def _end(line: Lifeline, spec: RunSpec, lost: Lost) -> None:
+    """The same of a rank that has begun."""
+    spec.clean()
+    _note(line, spec.folder, lost)
+
+
 def _tell_error(roll: RollCall, error: PartitaError) -> None:
     told = {"kind": type(error).__name__, "message": error.message}
     roll.store.set(KEY, json.dumps(told))
@@ -119,7 +133,7 @@ def _run(
     rank: int, job: Job, told: _Told, roll: RollCall, looks: bool, notices: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     checkpoint = Path(told.checkpoint) if told.checkpoint else None
-    shared = told.scratch is not None
+    shared, line = told.scratch is not None, roll.line
     spec = RunSpec(
         job, Path(told.folder), checkpoint, notices, takes_ctrl_c=True,
         scratch=Path(told.scratch) if told.scratch else new_scratch(),
@@ -127,6 +141,8 @@ def _run(
     )  # fmt: skip
     if shared:
         roll.close()
+    elif line is not None:
+        line.last = partial(_end, line, spec)
     sink = _Sink()
     try:
         run_rank(rank, sink, spec)
