@@ -32,7 +32,7 @@ from partita.comm.processes import is_one_host, leave_without, torchrun_agent, t
 from partita.comm.processes import torchrun_store as environment
 from partita.comm.wire import StoreWire
 
-GRACE_S = 4.0  # from a loss to the end of a rank that is still there
+GRACE_S = 3.5  # from a loss to the end of a rank that is still there
 LOOK_S = 0.2  # between two looks at where this rank is, and two tries to reach the store
 LINK_S = 1.0  # for a rank that leaves at once to be linked first
 STARTING = "starting"  # what a rank does until its first step
@@ -114,23 +114,24 @@ class Lifeline:
         mates = range(rank - local, rank - local + int(env.get("LOCAL_WORLD_SIZE", "1")))
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         line = Lifeline(rank, mates, f"partita/lifeline/{attempt}", store)
-        leave_without(torchrun_agent(), lambda: line.leave("its launcher is gone"))
+        leave_without(torchrun_agent(), lambda: line.leave("its launcher is gone", died=True))
         return line
 
-    def leave(self, word: str = "") -> None:
-        """This rank ends: in order, or for the reason that `word` tells. Once told it is told."""
+    def leave(self, word: str = "", died: bool = False) -> None:
+        """This rank ends: in order, or for the reason that `word` tells; `died`, where others cannot do the
+        same. Once told it is told."""
         if self._left or self._store is None:
             return
         self._left, word = True, word[: LONGEST // 4]
         linked = self._linked.wait(LINK_S) if word else self._linked.is_set()
         if self.rank == 0:
-            told = self._loss(0, self.host, f"failed: {word}") if word else {"leaves": ""}
+            told = self._loss(0, self.host, f"failed: {word}", died) if word else {"leaves": ""}
             self._leave_in_store(told)
             for link in list(self._links):
                 link.send(told)
         elif linked:
             for link in list(self._links):
-                link.send({"leaves": word})
+                link.send({"leaves": word, "died": died})
         elif word and 0 in self.mates:  # rank 0 never came, and was what stopped this one
             how = f"did not start; beside it rank {self.rank}: {word}"
             self._leave_in_store(self._loss(0, self.host, how))
@@ -188,7 +189,7 @@ class Lifeline:
             elif link.rank > 0 and "leaves" in message:
                 link.left = True
                 if message["leaves"]:
-                    self._lose(self._failed(link, str(message["leaves"])))
+                    self._lose(self._failed(link, message))
             elif link.rank > 0 and "where" in message:
                 link.where = str(message["where"])
         if came is None and link.rank > 0 and not link.left:
@@ -196,14 +197,15 @@ class Lifeline:
             self._lose(self._loss(link.rank, link.host, f"has died in {where}", died=True))
         return came is not None and (link.rank > 0 or not came)
 
-    def _failed(self, link: _Link, word: str) -> dict[str, Any]:
+    def _failed(self, link: _Link, message: dict[str, Any]) -> dict[str, Any]:
         """The loss of a rank that says so. One whose neighbour never came was stopped on its account."""
+        word = message["leaves"]
         here = {self.rank, *(x.rank for x in self._links)}
         absent = [r for r in link.mates if r not in here]
         if absent:
             how = f"did not start; beside it rank {link.rank}: {word}"
             return self._loss(absent[0], link.host, how)
-        return self._loss(link.rank, link.host, f"failed: {word}")
+        return self._loss(link.rank, link.host, f"failed: {word}", bool(message.get("died")))
 
     def _follow(self, wire: StoreWire) -> None:
         """Another rank: holds on to rank 0, and hears of losses."""

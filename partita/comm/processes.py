@@ -105,14 +105,14 @@ def leave_with_parent() -> None:
 
 
 def leave_without(launcher: int, last: Callable[[], None] = lambda: None) -> None:
-    """Ends this process within a second of that one's death, after `last`: a thread looks. The fork server
-    outlives a killed launcher for a moment, and a rank of torchrun has no other tie to its agent."""
+    """Ends this process within half a second of that one's death, after `last`: a thread looks. The fork
+    server outlives a killed launcher for a moment, and a rank of torchrun has no other tie to its agent."""
     import threading
     import time
 
     def look() -> None:
         while True:
-            time.sleep(1.0)
+            time.sleep(0.5)
             if not is_alive(launcher):
                 last()
                 os._exit(71)

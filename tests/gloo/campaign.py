@@ -1,9 +1,11 @@
 """`python tests/gloo/campaign.py [WORD...]`: what befalls one of two hosts of a run, and what the others do.
 
-Two hosts of two ranks each, namespaces of this machine (root, `ip`; netns.py), train under torchrun with
-`comm_timeout_s` 8. Each fault strikes one of them in training, as its ranks join the others or as they
-start. Printed: when ranks ended, with what codes, what they said last. The exit is 1 where a rank that is
-able to leave has not. torchrun itself ends a stopped rank half a minute later.
+Two hosts, namespaces of this machine (root, `ip`; netns.py), train under torchrun with `comm_timeout_s` 8,
+one rank on each: nobody beside a lost rank could tell of it. A fault strikes one rank or its agent from
+inside at a stated place (struck.py); two ranks on each, the link, and what is struck as processes start,
+from outside. Printed: when ranks ended, with what codes, what they said last. The exit is 1 where a rank
+that is able to leave has not, or after a death has not within 5 s. torchrun itself ends a stopped rank half
+a minute later.
 """
 
 from __future__ import annotations
@@ -16,25 +18,62 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faults
 import psutil
-from netns import Hosts, missing
+from netns import Hosts, Program, missing
 
 TIMEOUT_S = 8
+DEATH_S = 5.0
 START_S = 15  # for ranks to load what they need, on a busy machine
 DEADLINE_S = TIMEOUT_S + 12 + START_S
 PORT = 29555
+STEP = 3  # that is struck; it ends with an evaluation and a checkpoint
+LAST = 4
+PLACES = {
+    "loading torch": "import:torch",
+    "joining": "call:partita.comm.torch:TorchWorld.__init__",
+    "building": "call:partita.train.rank:assemble",
+    "loading a checkpoint": "call:partita.train.loop:Loop._restore",
+    "data of the first step": "1:data",
+    "first forward": "1:forward",
+    "forward": f"{STEP}:forward",
+    "backward": f"{STEP}:backward",
+    "optimizer": f"{STEP}:optimizer",
+    "evaluation": f"{STEP}:evaluation",
+    "checkpoint": f"{STEP}:checkpoint",
+    "last checkpoint": f"{LAST}:checkpoint",
+}
+FIRST = {  # what rank 0 does alone
+    "preparing": "call:partita.train.start:run_folder",
+    "sampling": "call:partita.train.start:with_text",
+}
+KILL, STOP, TERM = (int(x) for x in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM))
 Strike = Callable[[Hosts], None]
 
 
-def agent(host: int, *words: str) -> list[str]:
-    """The torchrun of one host, two ranks each."""
+@dataclass(frozen=True)
+class Fault:
+    """A signal to a rank, or its agent, at a place; or what is done from outside at a moment of a run."""
+
+    rank: int = 1
+    how: str = str(KILL)
+    place: str = "never"
+    strike: Strike | None = None
+    moment: str = "training"
+    each: int = 1  # ranks of a host
+    dies: bool = True  # a process, which is noticed at once
+
+
+def agent(host: int, *words: str, each: int = 2, module: str = "partita") -> list[str]:
+    """The torchrun of one host."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(each),
         "--rdzv-backend", "c10d", "--rdzv-id", "hosts", "--rdzv-endpoint",
-        f"{Hosts.address(0)}:{PORT}", "--local-addr", Hosts.address(host), "-m", "partita", *words,
+        f"{Hosts.address(0)}:{PORT}", "--local-addr", Hosts.address(host), "-m", module, *words,
     ]  # fmt: skip
 
 
@@ -44,7 +83,7 @@ def ranks_of(hosts: Hosts, host: int) -> list[psutil.Process]:
     for pid in hosts.pids(host):
         try:
             process = psutil.Process(pid)
-            if "RANK" in process.environ() and "partita" in process.cmdline():
+            if "RANK" in process.environ() and "struck" in process.cmdline():
                 found.append(process)
         except psutil.Error:
             continue
@@ -56,22 +95,35 @@ def send(hosts: Hosts, number: int, host: int = 1, rank: int = 0) -> None:
     ranks_of(hosts, host)[rank].send_signal(number)
 
 
-def to_agent(hosts: Hosts, number: int, host: int = 1) -> None:
-    """A signal to the torchrun of a host."""
-    ranks_of(hosts, host)[0].parent().send_signal(number)
+def faults_of_ranks() -> dict[str, Fault]:
+    """By title."""
+    found = {}
+    for name, place in PLACES.items():
+        found[f"rank killed, {name}"] = Fault(1, str(KILL), place)
+        found[f"rank 0 killed, {name}"] = Fault(0, str(KILL), place)
+        found[f"launcher killed, {name}"] = Fault(1, f"a{KILL}", place)
+        found[f"rank stopped, {name}"] = Fault(1, str(STOP), place)
+    for name, place in FIRST.items():
+        found[f"rank 0 killed, {name}"] = Fault(0, str(KILL), place)
+        found[f"rank 0 stopped, {name}"] = Fault(0, str(STOP), place)
+    for name in ("loading torch", "joining", "forward"):
+        found[f"launcher stopped by SIGTERM, {name}"] = Fault(1, f"a{TERM}", PLACES[name])
+        found[f"rank 0's launcher killed, {name}"] = Fault(0, f"a{KILL}", PLACES[name])
+    return found
 
 
-FAULTS: dict[str, Strike] = {
-    "rank killed": lambda h: send(h, signal.SIGKILL),
-    "rank stopped": lambda h: send(h, signal.SIGSTOP),
-    "launcher killed": lambda h: to_agent(h, signal.SIGKILL),
-    "launcher stopped by SIGTERM": lambda h: to_agent(h, signal.SIGTERM),
-    "link down": lambda h: h.link(1, "down"),
-    "first host's rank 0 killed": lambda h: send(h, signal.SIGKILL, 0),
-    "first host's rank 0 stopped": lambda h: send(h, signal.SIGSTOP, 0),
-    "first host's launcher killed": lambda h: to_agent(h, signal.SIGKILL, 0),
+FAULTS = {
+    **faults_of_ranks(),
+    "of two ranks one killed, starting": Fault(
+        strike=lambda h: send(h, KILL), moment="starting", each=2
+    ),
+    "rank 0 of two killed, starting": Fault(
+        strike=lambda h: send(h, KILL, 0), moment="starting", each=2
+    ),
+    "of two ranks one killed, training": Fault(strike=lambda h: send(h, KILL), each=2),
+    "of two ranks one stopped, training": Fault(strike=lambda h: send(h, STOP), each=2),
+    "link down, training": Fault(strike=lambda h: h.link(1, "down"), each=2, dies=False),
 }
-MOMENTS = ("training", "joining", "starting")
 
 
 def is_stopped(process: psutil.Process) -> bool:
@@ -79,51 +131,74 @@ def is_stopped(process: psutil.Process) -> bool:
     return faults.is_alive(process.pid) and process.status() == psutil.STATUS_STOPPED
 
 
-def reached(hosts: Hosts, moment: str) -> bool:
-    """Whether the run has come to a moment: it trains; a rank joins; the ranks' processes are there."""
-    if moment == "training":
+def reached(hosts: Hosts, fault: Fault) -> bool:
+    """Whether the run has come to a fault's moment, or its place."""
+    if fault.strike is None:
+        return Path("struck").exists()
+    if fault.moment == "training":
         path = faults.RUN / "metrics.jsonl"
         return path.exists() and path.read_text().count("\n") >= 3
-    if moment == "joining":
-        return (faults.RUN / "logs" / "rank-2.log").exists()
-    return len(ranks_of(hosts, 0)) == 2 == len(ranks_of(hosts, 1))
+    return all(len(ranks_of(hosts, h)) == fault.each for h in range(2))
 
 
-def run(strike: Strike, moment: str) -> dict[str, Any]:
-    """One row of the campaign."""
+def begin(hosts: Hosts, fault: Fault) -> list[Program]:
+    """The agents of a run."""
+    ends = fault.strike is None
     faults.write_job(
-        plan="dp_replicate2 tp2",
-        train={"comm_timeout_s": TIMEOUT_S, "steps": 100_000, "checkpoint_every": 0},
-    )
+        plan=f"dp_replicate{2 * fault.each}",
+        data={"eval_fraction": 0.05},
+        train={
+            "comm_timeout_s": TIMEOUT_S, "steps": LAST if ends else 100_000, "global_batch_size": 4,
+            "checkpoint_every": STEP if ends else 0, "eval_every": STEP if ends else 0,
+        },
+    )  # fmt: skip
+    words, env = ("train", "job.toml"), {"STRIKE": f"{fault.rank} {fault.how} {fault.place}"}
+    return [
+        hosts.start(
+            h, agent(h, *words, each=fault.each, module="struck"), monotonic_s=9999 * h, env=env
+        )
+        for h in range(2)
+    ]
+
+
+def run(fault: Fault) -> dict[str, Any]:
+    """One row of the campaign."""
     with Hosts() as hosts:
-        agents = [hosts.start(h, agent(h, "train", "job.toml"), monotonic_s=9999 * h)
-                  for h in range(2)]  # fmt: skip
+        agents = begin(hosts, fault)
         limit = time.monotonic() + 90
-        while not reached(hosts, moment):
+        there: dict[int, psutil.Process] = {}
+        while not reached(hosts, fault):
             late = time.monotonic() > limit or any(a.process.poll() is not None for a in agents)
             if late:
                 raise RuntimeError("\n".join(["no start", *(a.err for a in agents)]))
+            if len(there) < 2 * fault.each:
+                there |= {int(p.environ()["RANK"]): p for h in range(2) for p in ranks_of(hosts, h)}
             time.sleep(0.02)
-        started = time.monotonic()
-        there = {int(p.environ()["RANK"]): p for h in range(2) for p in ranks_of(hosts, h)}
-        strike(hosts)
+        started = time.time()
+        if fault.strike is not None:
+            fault.strike(hosts)
         time.sleep(0.1)
-        able = [p for p in there.values() if not is_stopped(p)]
+        there |= {int(p.environ()["RANK"]): p for h in range(2) for p in ranks_of(hosts, h)}
+        able = {r: p for r, p in there.items() if not is_stopped(p)}
         gone: dict[int, float] = {}
-        while time.monotonic() - started < DEADLINE_S and any(faults.is_alive(p.pid) for p in able):
-            now = round(time.monotonic() - started, 1)
+        while time.time() - started < DEADLINE_S and any(
+            faults.is_alive(p.pid) for p in able.values()
+        ):
+            now = round(time.time() - started, 1)
             ended = [r for r, p in there.items() if not faults.is_alive(p.pid)]
             gone.update({r: now for r in ended if r not in gone})
             time.sleep(0.1)
+        gone.update({r: round(time.time() - started, 1) for r in able if r not in gone})
         time.sleep(1.5)  # for the agents to tell
-        orphans = [r for r, p in there.items() if p in able and faults.is_alive(p.pid)]
+        orphans = [r for r, p in able.items() if faults.is_alive(p.pid)]
         codes = [a.process.poll() for a in agents]
         said = [[x for x in a.err.splitlines() if x.startswith("partita: ")] for a in agents]
         ranks = [re.findall(r"rank *: (\d+).*\n *exitcode *: (-?\d+)", a.err) for a in agents]
     told = faults.RUN / "failure.json"
+    deadly = len(able) == len(there) and fault.dies
     return {
-        "left after s": gone, "still there": orphans, "agents' codes": codes, "ranks' codes": ranks,
-        "said": said,
+        "left after s": gone, "still there": orphans, "late": deadly and max(gone.values()) > DEATH_S,
+        "agents' codes": codes, "ranks' codes": ranks, "said": said,
         "failure.json": json.loads(told.read_text()) if told.exists() else None,
     }  # fmt: skip
 
@@ -131,18 +206,17 @@ def run(strike: Strike, moment: str) -> dict[str, Any]:
 def main() -> int:
     if missing():
         sys.exit(f"no hosts on this machine: {missing()}")
-    left = 0
-    for name, strike in FAULTS.items():
-        for moment in MOMENTS:
-            title = f"{name}, {moment}"
-            if len(sys.argv) == 1 or any(w in title for w in sys.argv[1:]):
-                os.chdir(tempfile.mkdtemp(prefix="hosts-"))
-                found = run(strike, moment)
-                left += len(found["still there"])
-                lines = [f"  {what}: {value}" for what, value in found.items()]
-                sys.stdout.write("\n".join([f"== {title}", *lines, ""]))
-                sys.stdout.flush()
-    return int(left > 0)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    bad = 0
+    for title, fault in FAULTS.items():
+        if len(sys.argv) == 1 or any(w in title for w in sys.argv[1:]):
+            os.chdir(tempfile.mkdtemp(prefix="hosts-"))
+            found = run(fault)
+            bad += bool(found["still there"] or found["late"])
+            lines = [f"  {what}: {value}" for what, value in found.items()]
+            sys.stdout.write("\n".join([f"== {title}", *lines, ""]))
+            sys.stdout.flush()
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

@@ -117,20 +117,17 @@ def linked(launch: Launch, others: int) -> None:
     launch.until(hold)
 
 
+DIED = "on {host} has died in step 0 (starting); rank {r} leaves in step 0 (starting)"
+FAILED = "on {host} failed: our own fault: ImportError: a library is missing; rank {r} leaves"
+FIRST = "on the first host has died by step 0 (starting); rank {r} leaves"
+
+
 @pytest.mark.parametrize(
     ("struck", "how", "told"),
     [
-        (
-            2,
-            "kill",
-            "rank 2 on {host} has died in step 0 (starting); rank {r} leaves in step 0 (starting)",
-        ),
-        (
-            2,
-            "raise",
-            "rank 2 on {host} failed: our own fault: ImportError: a library is missing; rank {r}",
-        ),
-        (0, "kill", "rank 0 on the first host has died by step 0 (starting); rank {r} leaves"),
+        (2, "kill", DIED),
+        pytest.param(2, "raise", FAILED, marks=pytest.mark.slow),
+        pytest.param(0, "kill", FIRST, marks=pytest.mark.slow),
     ],
 )
 def test_a_death_while_others_load_is_told_to_all(launch, monkeypatch, struck, how, told) -> None:
@@ -144,9 +141,12 @@ def test_a_death_while_others_load_is_told_to_all(launch, monkeypatch, struck, h
     assert faults.are_gone(others), launch.said()
     host = os.uname().nodename
     for r, said in launch.said().items():
-        assert r == struck or said.startswith("partita: " + told.format(host=host, r=r)), said
+        assert r == struck or said.startswith(
+            f"partita: rank {struck} {told.format(host=host, r=r)}"
+        )
 
 
+@pytest.mark.slow
 def test_a_rank_stopped_for_a_neighbour_that_never_started_names_that(launch) -> None:
     launch.start(0, {0: 0}, 1, 3)
     launch.start(1, {2: 1}, 2, 3)
@@ -158,6 +158,7 @@ def test_a_rank_stopped_for_a_neighbour_that_never_started_names_that(launch) ->
     assert launch.said()[0].startswith("partita: rank 1 on ")
 
 
+@pytest.mark.slow
 def test_ranks_leave_with_their_launcher_and_the_others_hear_so(launch) -> None:
     launch.start(0, {0: 0}, 1, 2)
     launch.start(1, {1: 0}, 1, 2)
