@@ -37,6 +37,15 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:
     )
 
 
+def printable(text: str) -> str:
+    r"""The text with what would move or hide a terminal's line spelled out.
+
+    >>> print(printable("a\x00b"))
+    a\x00b
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def tree(root: str, branches: Tree) -> str:
     """A tree of nested mappings; a leaf's value follows its name.
 

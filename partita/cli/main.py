@@ -22,6 +22,7 @@ import typer
 
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
+from partita.base.text import printable
 from partita.cli.out import failure_document, note, write_json, write_text
 from partita.comm.lifeline import Lifeline
 from partita.comm.processes import STOPS, torchrun_rank
@@ -198,7 +199,7 @@ def _print_failure(error: PartitaError, as_json: bool) -> None:
     place = torchrun_rank()
     if as_json and (place is None or place[0] == 0):  # of torchrun's ranks the first one answers
         write_json(failure_document(error))
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = printable(str(error)).splitlines() or [type(error).__name__]
     if len(lines) > 1:
         note("\n".join(lines))
     cause = ": ".join([lines[0].rstrip(":"), *_first_problem(error, lines[1:2])])

@@ -50,7 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", self.name):
-            text = f"'{self.name[:100]}' names a folder: letters, digits, dot, dash and underscore"
+            text = f"{self.name[:100]!r} names a folder: letters, digits, dot, dash and underscore"
             raise UsageError(text, key="name")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"{self.seed} is not within 0 <= seed < 2^63", key="seed")

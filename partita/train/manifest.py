@@ -6,7 +6,8 @@
 
 A piece is a box of a logical tensor: any plan loads any checkpoint by intersecting boxes. The boxes
 of a tensor's role tile it once. Reading a manifest checks it whole: an older format, an edited field, a
-path outside the folder, a box outside its tensor, a tensor not covered are CheckpointErrors.
+path outside the folder, a box outside its tensor, one that is there twice, a tensor not covered are
+CheckpointErrors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import errno
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -121,9 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no readable {MANIFEST} ({error.strerror}): not a whole checkpoint",
             file=str(path),
         ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a manifest: {error}", file=str(path)) from error
-    for problem, key in (*_entry_problems(manifest), *_cover_problems(manifest)):
+    for problem, key in chain(_entry_problems(manifest), _cover_problems(manifest)):
         raise CheckpointError(f"{path}: {problem}", file=str(path), key=key)
     if manifest.digest != _digest(manifest):
         raise CheckpointError(
@@ -193,6 +196,10 @@ def _digest(manifest: Manifest) -> str:
 def _entry_problems(manifest: Manifest):
     if manifest.format != FORMAT:
         yield f"format {manifest.format}; this version reads format {FORMAT}", None
+    frozen = manifest.header.optimizer.get("frozen", [])
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+        yield f"the frozen weights are {frozen!r:.100}, no list of names", None
+        return
     files = {f"rank-{rank}.safetensors" for rank in range(len(manifest.files))}
     if manifest.world != len(files) or {held.file for held in manifest.files} != files:
         yield f"files of {manifest.world} ranks are expected, each once", None
@@ -219,15 +226,37 @@ def inside(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def _cover_problems(manifest: Manifest):
-    held: defaultdict[tuple[str, str], int] = defaultdict(int)
+    held: defaultdict[tuple[str, str], list[Box]] = defaultdict(list)
     for entry in manifest.pieces:
-        held[entry.name, entry.role] += box_size(entry.box)
+        held[entry.name, entry.role].append(entry.box)
     frozen = manifest.header.frozen()
     for name, shape in manifest.header.tensors.items():
         for role in ("weight",) if name in frozen else manifest.header.roles:
-            if held[name, role] != prod(shape):
+            boxes = held[name, role]
+            size = sum(map(box_size, boxes))
+            if size != prod(shape):
                 yield (
-                    f"{role} of {name}: the pieces hold {held[name, role]} elements, the stated "
+                    f"{role} of {name}: the pieces hold {size} elements, the stated "
                     f"model {prod(shape)} ({list(shape)})",
                     name,
                 )
+            elif twice := overlap(tuple(boxes)):
+                a, b = map(box_text, twice)
+                yield f"{role} of {name}: the pieces [{a}] and [{b}] hold the same elements", name
+
+
+@lru_cache(maxsize=256)  # of equal layers, and of the roles of a weight, boxes are the same
+def overlap(boxes: tuple[Box, ...]) -> tuple[Box, Box] | None:
+    """Two boxes of one tensor that share an element. Swept along the dim in which most of them differ."""
+    if len(boxes) < 2:
+        return None
+    starts = [{side[0] for side in sides} for sides in zip(*boxes, strict=True)]
+    along = max(range(len(starts)), key=lambda d: len(starts[d]), default=0)
+    open_: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box[along]):
+        open_ = [other for other in open_ if other[along][1] > box[along][0]]
+        for other in open_:
+            if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
+                return other, box
+        open_.append(box)
+    return None

@@ -51,6 +51,14 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CONVERTIBLE = {"F32", "F64"}  # masters and optimizer states under plans of other precision
 WORKING = CONVERTIBLE | {"BF16", "F16"}  # weights without masters are stored as they compute
 PICKLES = (b"\x80", b"PK\x03\x04")  # a bare pickle, torch's zip
+PICKLED = (
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+)  # names of files; old pickles are plain text
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +255,8 @@ def _open(folder: Path, file: str, manifest: Manifest) -> Iterator[Any]:
                 )
         if xxhash.xxh3_128_hexdigest(head) != held.head_digest:
             raise _bad(path, "its header differs from its digest: its bytes changed")
+        if path.stat().st_size != held.bytes:
+            raise _bad(path, f"has {path.stat().st_size} bytes, {MANIFEST} says {held.bytes}")
         yield source
 
 
@@ -326,9 +336,9 @@ def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
 def _foreign(folder: Path, manifest: Manifest) -> Iterator[CheckpointError]:
     """Pickles lying beside the pieces: nobody would read them, but the folder is not ours then."""
     known = {MANIFEST, *(f"rank-{rank}.safetensors" for rank in range(manifest.world))}
-    for path in sorted(folder.iterdir()):
-        if path.name in known or not path.is_file():
+    for path in sorted(folder.rglob("*")):
+        if (path.parent == folder and path.name in known) or not path.is_file():
             continue
         with path.open("rb") as raw:
-            if raw.read(4).startswith(PICKLES):
+            if raw.read(4).startswith(PICKLES) or path.name.endswith(PICKLED):
                 yield _bad(path, "a pickle lies in the checkpoint; it is refused, never opened")

@@ -21,6 +21,7 @@ from partita.train import megatron
 
 TOKENS = "tokens:"
 IDX = "idx"  # data.documents: those of a Megatron index
+MAGIC = b"\x93NUMPY"  # how a .npy begins
 IGNORED = -100
 CHUNK = 1 << 22  # ids looked at at once
 
@@ -150,7 +151,7 @@ def open_tokens(source: str, mask: str | None, documents: str | None) -> Stream:
     length differs from the tokens'.
     """
     ids = _array(source.removeprefix(TOKENS), "data.source")
-    return Stream(ids, _beside(ids, mask, "data.mask"), _beside(ids, documents, "data.documents"))
+    return Stream(ids, _mask(ids, mask), _beside(ids, documents, "data.documents"))
 
 
 def open_megatron(prefix: Path, mask: str | None, documents: str | None) -> Stream:
@@ -161,7 +162,16 @@ def open_megatron(prefix: Path, mask: str | None, documents: str | None) -> Stre
         spans: np.ndarray | Spans | None = Spans(held.starts, len(held.ids))
     else:
         spans = _beside(held.ids, documents, "data.documents")
-    return Stream(held.ids, _beside(held.ids, mask, "data.mask"), spans)
+    return Stream(held.ids, _mask(held.ids, mask), spans)
+
+
+def _mask(ids: np.ndarray, path: str | None) -> np.ndarray | None:
+    """Which targets count; some must."""
+    mask = _beside(ids, path, "data.mask")
+    if mask is not None and not mask.any():
+        text = f"{path}: data.mask is 0 everywhere: no target counts"
+        raise DataError(text, file=path, key="data.mask")
+    return mask
 
 
 def _beside(ids: np.ndarray, path: str | None, key: str) -> np.ndarray | None:
@@ -183,7 +193,9 @@ def _array(name: str, key: str) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy: {error}", file=name, key=key) from error
+        with path.open("rb") as file:
+            why = error if file.read(len(MAGIC)) == MAGIC else "it does not begin as one"
+        raise DataError(f"{path}: not a readable .npy: {why}", file=name, key=key) from error
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iub":
         held = (
             f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"

@@ -55,10 +55,14 @@ class Tokenizer:
         return self.arrays([text])[0].tolist()
 
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, as arrays."""
+        """Ids of each text, as arrays. Raises DataError where the tokenizer has none for some text."""
         if self._inner is None:
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        found = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            found = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            text = f"{KEY} = {self.name!r} cannot read the text: {error}"
+            raise DataError(text, file=self.name, key=KEY) from error
         return [np.asarray(e.ids, np.uint32) for e in found]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -148,9 +148,9 @@ def files(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def flip(path, at):
+def flip(path, at, bit=1):
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[at] ^= bit
     path.write_bytes(data)
 
 

@@ -44,6 +44,7 @@ USAGE = {
     "plan=tp0": ("plan", "tp0"),
     "plan=1000000000000mb": ("plan", "within 1.."),
     "name=../up": ("name", "names a folder"),
+    "name=a\nb\0": ("name", r"'a\nb\x00' names a folder"),
     "seed=-1": ("seed", "0 <= seed"),
     "device=cuda": ("device", "sees no GPU on this host; accepted here: auto, cpu"),
     "data.source=nowhere.txt": ("data.source", "no such file; accepted: python-stdlib"),
@@ -70,6 +71,7 @@ DATA = {
     "tokens:float.npy": "a 1-D array of integers is needed",
     "tokens:pickled.npy": "not a readable .npy",
     "tokens:few.npy": "one sequence needs",
+    "tokens:text.txt": "not a readable .npy: it does not begin as one",
 }
 
 
@@ -86,6 +88,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     Path("bad.json").write_text("{")
+    Path("mute.json").write_text(
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}'
+    )
     Path("bad.parquet").write_bytes(b"PAR1" * 9)
     Path("chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     Path("bad.idx").write_bytes(b"PK")
@@ -146,11 +151,20 @@ def test_bad_data_is_65_with_its_file(source: str, folder: Path, capsys) -> None
     assert error["file"] == str(folder / source.removeprefix("tokens:"))
 
 
+def test_a_mask_without_a_target_is_65(folder: Path, capsys) -> None:
+    words = ("data.source=tokens:ids.npy", "data.mask=none.npy")
+    np.save("ids.npy", np.ones(300, np.int64))
+    np.save("none.npy", np.zeros(300, np.bool_))
+    error = refused(capsys, 65, *words)
+    assert error["key"] == "data.mask" and "no target counts" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("word", "text"),
     [
         ("train:1024", "has 1024 ids, the model's vocabulary 256"),
         ("bad.json", "not a tokenizer.json"),
+        ("mute.json", "cannot read the text"),
     ],
 )
 def test_a_bad_tokenizer_is_65(word: str, text: str, folder: Path, capsys) -> None:

@@ -7,10 +7,11 @@ import shutil
 import msgspec
 import pytest
 import torch
-from saves import SHAPES, flip, load, save
+from saves import SHAPES, cut, flip, load, save
 
 from partita.base.errors import CheckpointError
 from partita.train import checkpoint, manifest
+from partita.train.pieces import Piece, write_pieces
 
 
 def edit(path, change):
@@ -28,12 +29,7 @@ def edit_piece(**fields):
 
 
 def edit_model(tensors):
-    def change(held):
-        return msgspec.structs.replace(
-            held, header=msgspec.structs.replace(held.header, tensors=tensors)
-        )
-
-    return lambda path, other: edit(path, change)
+    return lambda path, other: edit(path, lambda held: with_header(held, tensors=tensors))
 
 
 def replace_text(old, new):
@@ -43,6 +39,31 @@ def replace_text(old, new):
         (path / "manifest.json").write_text(text.replace(old, new, 1))
 
     return damage
+
+
+def with_header(held, **fields):
+    return msgspec.structs.replace(held, header=msgspec.structs.replace(held.header, **fields))
+
+
+def with_file(held, **fields):
+    first = msgspec.structs.replace(held.files[0], **fields)
+    return msgspec.structs.replace(held, files=(first, *held.files[1:]))
+
+
+def twice(path, other):
+    """The first rank's half of a tensor in the second's file too, in place of its own."""
+    held = checkpoint.verify(path)
+    mine = [e for e in held.pieces if e.file == "rank-0.safetensors"]
+    parts = [Piece(e.name, e.role, e.box, torch.zeros([b - a for a, b in e.box])) for e in mine]
+    theirs = [p for p in cut(1, 2, 20, 0) if p.name != "blocks.0.norm"]
+    file = path / "rank-1.safetensors"
+    file.unlink()
+    stated = {"format": "partita", "save_id": held.save_id, "step": str(held.step)}
+    parts = [p for p in parts if p.name == "blocks.0.norm"] + theirs
+    wrote = write_pieces(file, parts, stated)
+    files, pieces = (held.files[0], wrote.file), (*mine, *wrote.pieces)
+    sealed = msgspec.structs.replace(held, files=files, pieces=pieces)
+    (path / "manifest.json").write_bytes(manifest.encode(sealed))
 
 
 def _emptied(path):
@@ -142,6 +163,25 @@ DAMAGE = {
         ),
         r"rank-1\.safetensors: is not a whole",
     ),
+    "a byte that is no text": (
+        lambda p, o: flip(
+            p / "manifest.json", (p / "manifest.json").read_bytes().index(b"tp2"), 128
+        ),
+        "not a manifest",
+    ),
+    "a piece twice, another not": (twice, r"\[0:3\] and \[0:3\] hold the same elements"),
+    "frozen weights that are none": (
+        lambda p, o: edit(p, lambda held: with_header(held, optimizer={"frozen": [{}]})),
+        "no list of names",
+    ),
+    "another size": (
+        lambda p, o: edit(p, lambda held: with_file(held, bytes=1)),
+        r"rank-0\.safetensors: has \d+ bytes, manifest.json says 1",
+    ),
+    "an old pickle below": (
+        lambda p, o: ((p / "more").mkdir(), (p / "more/a.pkl").write_bytes(pickle.dumps([1], 0))),
+        r"a\.pkl: a pickle",
+    ),
     "another format": (replace_text('"format": 1', '"format": 2'), "format 2"),
     "an unknown key": (replace_text('"world"', '"wurld"'), "wurld"),
 }
@@ -157,7 +197,7 @@ def test_damage_is_refused_by_name_and_an_older_one_needs_leave(tmp_path, damage
     assert caught.value.exit_code == 66 and str(path) in str(caught.value.file)
     answer = checkpoint.inspect(path, digests=True)
     assert answer.problems and not answer.complete
-    if damage != "a pickle beside":
+    if damage not in ("a pickle beside", "an old pickle below"):
         with pytest.raises(CheckpointError):
             load(path)
     assert checkpoint.newest_complete(tmp_path, allow_fallback=True) == old
