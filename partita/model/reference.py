@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from partita.comm.seeds import dropout_box
+from partita.model.reference_draws import kept
 from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
 from partita.model.reference_rope import turns
@@ -240,10 +240,8 @@ class Reference:
         p = self.spec.dropout if p is None else p
         if not p or not self.training or samples is None:
             return x
-        shape = tuple(x.shape[1:])
-        box = tuple((0, n) for n in shape)
-        mask = dropout_box(self.seed, self.step, site, samples, shape=shape, box=box, p=p)
-        return x * mask * (1.0 / (1.0 - p))
+        mask = kept(self.seed, self.step, site, samples.tolist(), x.shape[1:], p).to(x.device)
+        return x * mask / (1.0 - p)
 
 
 def loss_and_gradients(

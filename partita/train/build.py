@@ -37,7 +37,7 @@ from partita.parallel.units import Unit, make_units
 from partita.simulate.away import slots
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
-from partita.spec.layout import product_coordinate
+from partita.spec.layout import Box, product_coordinate
 from partita.spec.lora import is_adapter
 from partita.train.data import Dataset, open_dataset
 from partita.train.devices import device_of
@@ -226,9 +226,9 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     return model
 
 
-def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
-    """Fills a unit's master: by counter, or from the slices of a Hugging Face folder; LoRA's from one of
-    peft's."""
+def new_values(job: Job, laid: Laid) -> Callable[[str, Box], Tensor]:
+    """The value of a box of a weight before training: by counter, or from the slices of a Hugging Face
+    folder; LoRA's from one of peft's."""
     if job.init == "pretrained" and job.model_path is not None:
         from partita.model.families.read import read_slices
 
@@ -243,7 +243,7 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
         shapes = {n: x.shape for n, x in laid.layouts.items()}
         low = read_adapter(Path(job.adapter_path), job.model, shapes)
 
-    def value(name: str, box: Any) -> Tensor:
+    def value(name: str, box: Box) -> Tensor:
         if is_adapter(name) and low:
             return low[name][tuple(slice(a, b) for a, b in box)]
         if read is not None and not is_adapter(name):
@@ -251,13 +251,17 @@ def filler(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
         shape = laid.layouts[name].shape
         return initial_value(job.seed, name, shape, box, layers=job.model.layers)
 
-    def fill(unit: Unit) -> None:
-        for weight, *_ in unit.places:
-            for piece in laid.pieces(weight, context.rank):
-                part = unit.master[piece.start : piece.start + piece.numel()]
-                part.copy_(value(weight, piece.box).reshape(-1))
+    return value
 
-    return fill
+
+def fill_unit(
+    unit: Unit, laid: Laid, context: Context, value: Callable[[str, Box], Tensor]
+) -> None:
+    """Puts into a unit's master, box by box, what this rank holds of its weights."""
+    for weight, *_ in unit.places:
+        for piece in laid.pieces(weight, context.rank):
+            part = unit.master[piece.start : piece.start + piece.numel()]
+            part.copy_(value(weight, piece.box).reshape(-1))
 
 
 def assemble(
@@ -268,7 +272,8 @@ def assemble(
     laid = lay(request_of(job))
     found = device or device_of(job, world.rank)
     context = make_context(laid, job, world, where or Where(), recorder, found)
-    model = make_model(job, laid, context, filler(job, laid, context))
+    value = new_values(job, laid)
+    model = make_model(job, laid, context, lambda unit: fill_unit(unit, laid, context, value))
     update = make_update(model, job.train)
     data = open_job_data(job)
     return Built(job, context, model, update, data)

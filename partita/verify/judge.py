@@ -1,5 +1,6 @@
-"""The judge's updates, which share no line with those they judge: torch.optim's plain loops, one tensor a
-weight; the rate, the clip and which weights decay as docs/data.md and the job file promise them.
+"""The judge's start and updates, which share no line with those they judge: weights drawn from their
+definition (model/reference_draws.py); torch.optim's plain loops, one tensor a weight; the rate, the clip and
+which weights decay as docs/data.md and the job file promise them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
-from partita.comm.seeds import initial_value, normal_box, rounded_box
 from partita.model.reference import weight_shapes
+from partita.model.reference_draws import new_weight, normals, rounded
 from partita.spec.families import program
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
@@ -65,25 +66,27 @@ def wide_dtype(job: Job) -> torch.dtype:
     return torch.float64 if job.plan.precision.dtype == "fp64" else torch.float32
 
 
-def drawn_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight as it is drawn and perturbed: shared, never to be written to."""
-    return _drawn(job.model, job.seed, dtype)
+def noise(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What every weight is perturbed by, on both sides: shared, never to be written to."""
+    return _noise(job.model, job.seed, dtype)
 
 
 @lru_cache(maxsize=4)  # a plan's ranks, its judge and its trials start alike
-def _drawn(model: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    found = {}
-    for name, shape in weight_shapes(model).items():
-        box = tuple((0, k) for k in shape)
-        value = initial_value(seed, name, shape, box, layers=model.layers, dtype=dtype)
-        found[name] = value + normal_box(seed, f"verify/{name}", shape, box, std=0.05, dtype=dtype)
-    return found
+def _noise(model: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    shapes = weight_shapes(model).items()
+    return {n: normals(seed, f"verify/{n}", shape, 0.05).to(dtype) for n, shape in shapes}
+
+
+@lru_cache(maxsize=4)
+def _new(model: ModelSpec, seed: int) -> dict[str, Tensor]:
+    return {n: new_weight(seed, n, x, model.layers) for n, x in weight_shapes(model).items()}
 
 
 def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every weight as both runs start from it. Frozen ones have no masters, nor has any where updates are
     rounded at random: they are what the compute dtype holds of them."""
-    weights = {n: w.clone() for n, w in drawn_weights(job, dtype).items()}
+    new, off = _new(job.model, job.seed), noise(job, dtype)
+    weights = {n: w.to(dtype) + off[n] for n, w in new.items()}
     compute = DTYPES[job.plan.precision.dtype]
     if job.plan.precision.rounding == "stochastic":
         return {n: w.to(compute).to(dtype) for n, w in weights.items()}
@@ -150,10 +153,5 @@ class JudgeUpdate:
             self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
         if self.job.plan.precision.rounding == "stochastic":
             for n in self.weights.keys() - self.frozen:
-                w, shape = self.weights[n], tuple(self.weights[n].shape)
-                whole = tuple((0, k) for k in shape)
-                w.copy_(
-                    rounded_box(
-                        w, self.job.seed, (step if update is None else update) + 1, n, shape, whole
-                    )
-                )
+                w, number = self.weights[n], (step if update is None else update) + 1
+                w.copy_(rounded(w, self.job.seed, number, n))

@@ -26,7 +26,7 @@ from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import ROUNDING, Difference, differences, walk_of
 from partita.verify.delayed import is_delayed, run_delayed
-from partita.verify.judge import drawn_weights, optimizers, wide_dtype
+from partita.verify.judge import noise, optimizers, wide_dtype
 from partita.verify.processes import run_processes
 from partita.verify.runs import (
     RankSeen,
@@ -218,7 +218,7 @@ def run_ranks(
 ) -> list[RankSeen]:
     """What every rank saw; `laid` is the job's."""
     if backend == "local":
-        drawn_weights(job, wide_dtype(job))  # by one thread, for all
+        noise(job, wide_dtype(job))  # by one thread, for all
         with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
             found = ranks.run(run_rank, job, data, watched, None, laid)
     else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from partita.base.errors import NonFiniteError
+from partita.comm.context import Context
 from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
@@ -33,13 +34,13 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import Box
 from partita.spec.plan import Plan
-from partita.train.build import DTYPES, Built, make_context, make_model
+from partita.train.build import DTYPES, Built, fill_unit, make_context, make_model, new_values
 from partita.train.data import Dataset
 from partita.train.routing import logs
 from partita.train.step import Model
 from partita.train.update import make_update
 from partita.verify.batches import rank_batch, whole_batch
-from partita.verify.judge import JudgeUpdate, drawn_weights, wide_dtype
+from partita.verify.judge import JudgeUpdate, noise, wide_dtype
 from partita.verify.watch import Watch, share_of, watch_blocks
 
 NEIGHBOURS = 16  # runs of the judge that say how far roundings carry
@@ -104,15 +105,7 @@ def run_rank(
     where = getattr(world, "where", None) or Where()
     context = make_context(laid, job, world, where, device=device)
 
-    def fill(unit: Unit) -> None:
-        drawn = drawn_weights(job, unit.gradient.dtype)
-        for weight, *_ in unit.places:
-            for piece in laid.pieces(weight, context.rank):
-                part = unit.master[piece.start : piece.start + piece.numel()]
-                value = drawn[weight][tuple(slice(a, b) for a, b in piece.box)]
-                part.copy_(value.reshape(-1))
-
-    model = make_model(job, laid, context, fill)
+    model = make_model(job, laid, context, _perturbed(job, laid, context))
     update = make_update(model, job.train)
     built = Built(job, context, model, update, data)
     seen = RankSeen(context.rank, declared=_declared(laid, context.rank))
@@ -140,6 +133,21 @@ def run_rank(
         after = boxes(model, lambda unit: unit.master)
         seen.steps.append(StepSeen(loss, norm, gradients, after, _auxiliary(model.routed)))
     return seen
+
+
+def _perturbed(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:
+    """Fills a unit with what a new model starts from, and noise."""
+    new = new_values(replace(job, init="random", adapter_path=None), laid)
+
+    def fill(unit: Unit) -> None:
+        off = noise(job, unit.gradient.dtype)
+
+        def value(name: str, box: Box) -> Tensor:
+            return new(name, box) + off[name][tuple(slice(a, b) for a, b in box)]
+
+        fill_unit(unit, laid, context, value)
+
+    return fill
 
 
 def _auxiliary(routed: Routed) -> tuple[float, ...]:
