@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from partita.parallel.laid import Laid, lay
+from partita.parallel.product import PLAIN
 from partita.parallel.read import backward_factor, op_flops
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
@@ -23,7 +24,7 @@ COPY = 16 << 20  # bytes of the copy whose rate is the bandwidth
 def rates(dtype: torch.dtype, repetitions: int = 15) -> tuple[float, float]:
     """(FLOP/s of a square matmul, bytes/s of a copy) of this rank, as busy as its peers leave the machine."""
     a, b = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(COPY, dtype=torch.uint8)
-    out, into = torch.empty_like(a), torch.empty_like(b)
+    into = torch.empty_like(b)
 
     def seconds(call) -> float:
         times = []
@@ -33,7 +34,7 @@ def rates(dtype: torch.dtype, repetitions: int = 15) -> tuple[float, float]:
             times.append(perf_counter() - start)
         return median(times[2:])
 
-    matmul = seconds(lambda: torch.matmul(a, a, out=out))
+    matmul = seconds(lambda: PLAIN.forward(a, a))
     return 2 * SIDE**3 / matmul, COPY / seconds(lambda: into.copy_(b))
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
-from partita.parallel.product import PLAIN, Product
+from partita.parallel.product import PLAIN, Product, add_steady
 from partita.spec.layout import product_coordinate
 
 Zeros = Callable[
@@ -323,13 +323,19 @@ class Matrix:
         """gradient += dy.T @ x, for dy [tokens, rows] and x [tokens, columns]: now, or at the W of a
         split backward, which keeps both until then; nothing where it is frozen."""
         if self.trains:
-            self.queue.add(add_product, self.gradient, dy, x, self.product)
+            self.queue.add(add_product, self.gradient, dy, x, self.product, True)
 
 
-def add_product(gradient: Tensor, dy: Tensor, x: Tensor, product: Product) -> None:
-    """gradient += dy.T @ x, exact in the compute dtype, added up in the wide one."""
+def add_product(
+    gradient: Tensor, dy: Tensor, x: Tensor, product: Product, steady: bool = False
+) -> None:
+    """gradient += dy.T @ x, exact in the compute dtype, added up in the wide one. `steady`: such numbers of
+    tokens come again."""
     if gradient.dtype == dy.dtype:
-        gradient.addmm_(dy.t(), x)
+        if steady:
+            add_steady(gradient, dy, x)
+        else:
+            gradient.addmm_(dy.t(), x)
     else:
         gradient.add_(product.weight_gradient(dy, x))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from partita.comm.protocol import Comm, Key, Where, World
+from partita.parallel.product import PLAIN
 from partita.train.heap import keep_freed_memory
 from partita.tune.pieces import Made, measure_pieces
 from partita.tune.timing import median_seconds
@@ -112,7 +113,7 @@ def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None
 def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float) -> float:
     """FLOP/s of x[rows, inner] @ w[columns, inner].T, as a linear layer computes it."""
     x, w = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
-    return 2 * rows * inner * columns / median_seconds(lambda: x @ w.T, seconds)
+    return 2 * rows * inner * columns / median_seconds(lambda: PLAIN.forward(x, w), seconds)
 
 
 def _busy(found: Found, setup: Setup, busy: int) -> None:
