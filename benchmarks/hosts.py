@@ -1,4 +1,4 @@
-"""`python -m benchmarks.hosts [--rate 125e6] [--pairs 15]`: by hierarchy against gloo alone, on two hosts.
+"""`python -m benchmarks.hosts [--rate 125e6] [--pairs 15] [--only WORD]`: by hierarchy or by gloo, two hosts.
 
 Two network namespaces of this machine, two ranks each, whose ways out take `rate` bytes a second (tbf); root
 and `ip` are needed. Every rank holds both worlds and runs them in turn (A B, B A, ...); a measurement is one
@@ -36,7 +36,8 @@ PORT, HOSTS, EACH = 29600, 2, 2
 MB = 1 << 20
 ROWS = [(op, size) for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
         for size in (64 << 10, 4 * MB)]  # fmt: skip
-ROWS += [("all_reduce under compute", 4 * MB)]
+UNDER = " under compute"
+ROWS += [(op + UNDER, 4 * MB) for op in ("all_reduce", "reduce_scatter")]
 
 
 def sent() -> int:
@@ -46,14 +47,15 @@ def sent() -> int:
 
 def call(comm: Any, op: str, x: Tensor) -> Callable[[], object]:
     """One call of a world."""
-    if op != "all_reduce under compute":
+    if not op.endswith(UNDER):
         return lambda: getattr(comm, op)(x, site="bench")
+    start = getattr(comm, f"start_{op.removesuffix(UNDER)}")
 
     def under() -> None:
         """Four parts, each started before some milliseconds of work."""
         started = []
         for part in x.chunk(4):
-            started.append(comm.start_all_reduce(part, site="bench"))
+            started.append(start(part, site="bench"))
             end = time.perf_counter() + 0.01
             while time.perf_counter() < end:
                 torch.ones(64, 64) @ torch.ones(64, 64)
@@ -64,9 +66,9 @@ def call(comm: Any, op: str, x: Tensor) -> Callable[[], object]:
 
 
 def of_rank(
-    rank: int, pairs: int, address: str
+    rank: int, pairs: int, address: str, only: str
 ) -> list[tuple[str, int, list[float], list[float], int, int]]:
-    """Every row, as this rank sees it."""
+    """Every row whose name has a word, as this rank sees it."""
     torch.set_num_threads(1)
     size = HOSTS * EACH
     store = TCPStore(address, PORT, size, rank == 0, timedelta(seconds=60))
@@ -74,7 +76,7 @@ def of_rank(
     both = join_hosts(between, f"host {rank // EACH}", 60)
     comms = [w.make(range(size), axis="dp", lane="dp") for w in (both, between)]
     found = []
-    for op, size_bytes in ROWS:
+    for op, size_bytes in (row for row in ROWS if only in row[0]):
         x = torch.ones(size_bytes // 4)
         times: list[list[float]] = [[], []]
         moved = [0, 0]
@@ -98,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", type=float, default=125e6, help="bytes a second out of each host")
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", default="", help="rows whose name has this word")
     parser.add_argument("--rank", type=int, default=-1, help="this process is one of the ranks")
     parser.add_argument("--store", help="the first host's address")
     words = parser.parse_args()
     if words.rank >= 0:
-        rows = of_rank(words.rank, words.pairs, words.store)
+        rows = of_rank(words.rank, words.pairs, words.store, words.only)
         if words.rank == 0:
             sys.stdout.write(json.dumps(rows))
         return
@@ -115,6 +118,8 @@ def main() -> None:
             "benchmarks.hosts",
             "--pairs",
             str(words.pairs),
+            "--only",
+            words.only,
             "--store",
             hosts.address(0),
         ]

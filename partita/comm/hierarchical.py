@@ -6,10 +6,11 @@
     broadcast        across, by those in the root's place | broadcast inside
 
 `inside` is the group's ranks on this host, `across` those with this rank's place in it on each host: what
-crosses a host's link is what one rank a host would send (Jia et al. 2018, section 3.3). That is for what is
-waited for at once, and for gathers, whose first part is the one between hosts. A reduction that is only
-started goes over torch.distributed alone: it sends more, and its threads send it under compute, where the
-hierarchy would send it when it is waited for; so does an all_to_all, of which hierarchy saves nothing
+crosses a host's link is what one rank a host would send (Jia et al. 2018, section 3.3). A reduction that is
+only started goes on by itself under compute, over groups of its own: one thread adds up inside and starts
+what goes between hosts, another takes that in and gathers (turns.py), so that one reduction crosses the
+link while the next is added up. The first part of a gather is the one between hosts, which torch's
+threads send. An all_to_all goes over torch.distributed alone: hierarchy saves nothing of it
 (docs/benchmarks.md). Low precision adds up in fp32 and rounds once.
 """
 
@@ -35,6 +36,7 @@ from partita.comm.shm import ShmWorld, available
 from partita.comm.shm_comm import LOW, ShmComm
 from partita.comm.torch import TorchWorld
 from partita.comm.torch_comm import TorchComm
+from partita.comm.turns import InTurn, Unseen
 
 
 def join_hosts(between: TorchWorld, host: str, timeout_s: float) -> World:
@@ -62,6 +64,7 @@ class HostsWorld:
         self.between, self.shm, self.hosts = between, shm, tuple(hosts)
         self.rank, self.size, self.where = between.rank, between.size, between.where
         between.board = shm.board  # one last word a rank
+        self._made: list[HierarchicalComm] = []
 
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """In shared memory where one host has them all; by hierarchy where each host has as many of them,
@@ -78,10 +81,10 @@ class HostsWorld:
         across = [
             self.between.make(column, axis=axis, lane=lane)
             for column in zip(*rows, strict=True)
-            for _ in range(2)
+            for _ in range(3)
         ]
         inside = [
-            self.shm.make(by_host[mine], axis=axis, lane=lane) for _ in range(3) if mine in by_host
+            self.shm.make(by_host[mine], axis=axis, lane=lane) for _ in range(5) if mine in by_host
         ]
         pages = [self.shm.room(page_bytes(len(rows[0]))) for _ in range(mine in by_host)]
         if self.rank not in ranks:
@@ -89,14 +92,20 @@ class HostsWorld:
         found = [c for c in across if c is not None]
         made = HierarchicalComm(self, tuple(ranks), rows, (axis, lane), (inside, found, whole))
         made.pages = CallPages(pages[0])
+        self._made.append(made)
         return made
 
     def check(self) -> None:
-        """Of groups between hosts."""
+        """Of groups between hosts; of those that a thread calls in, in their turn."""
         self.between.check()
+        for comm in self._made:
+            comm.compare_started()
 
     def close(self, drain: bool = True) -> None:
         """Leaves both worlds."""
+        for comm in self._made:
+            comm.begins.close()
+            comm.ends.close()
         self.shm.close(drain)
         self.between.close(drain)
 
@@ -159,6 +168,35 @@ class _Pending:
         return self._value
 
 
+class _Going:
+    """A reduction that goes on in the group's threads; on the board it is the rank's call."""
+
+    def __init__(
+        self, note: _Note, begin: Callable[[], Handle], finish: Callable[[Handle], Tensor]
+    ) -> None:
+        comm = note.comm
+        self._board = comm.world.shm.board
+        self._board.status.enter(comm.axis, note.message, note.number, comm.world.where)
+        self._board.enter(self._board.status)
+        begun = comm.begins.start(begin)
+        self._running = comm.ends.start(lambda: finish(begun.wait()))
+
+    def wait(self) -> Tensor:
+        """The result."""
+        found = self._running.wait()
+        self._board.leave()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a reduction goes over, in turn."""
+
+    inside: ShmComm
+    across: TorchComm
+    back: ShmComm
+
+
 class HierarchicalComm(Blocking):
     """One group on one axis and lane. See the module."""
 
@@ -174,9 +212,15 @@ class HierarchicalComm(Blocking):
         self.rank, self.size = ranks.index(world.rank), len(ranks)
         self._order = [[ranks.index(r) for r in row] for row in rows]  # [host][place]
         self._host = next(h for h, row in enumerate(rows) if world.rank in row)
-        self._inside: ShmComm
-        self._across: TorchComm
-        (self._inside, self._back, self._spread), (self._across, self._ends), self._whole = comms
+        (inside, back, self._spread, *beside), (across, self._ends, beyond), self._whole = comms
+        self._now, self._started = (
+            _Parts(inside, across, back),
+            _Parts(beside[0], beyond, beside[1]),
+        )
+        self.begins, self.ends = (InTurn(f"{self.axis} {which}") for which in ("begins", "ends"))
+        for comm in (*beside, beyond):
+            comm.world = Unseen(world.shm, world.between)
+        beyond.is_compared = False
         self.mates = self._order[self._host]  # of the group's ranks, those of this host
         self._gathering: list[_Pending] = []
         self.pages: CallPages  # of what this host's ranks called
@@ -193,23 +237,36 @@ class HierarchicalComm(Blocking):
 
     def disagreement(self, note: _Note) -> CommError:
         """The error of ranks that call unlike collectives."""
-        return self._inside.disagreement((note.message, note.number))
+        return self._now.inside.disagreement((note.message, note.number))
+
+    def compare_started(self) -> None:
+        """Raises CommError where ranks have started unlike reductions: 16 bytes, once those are over."""
+        if self.ends.has_begun:
+            self.ends.start(self._started.across.compare_calls).wait()
 
     # Collectives ---------------------------------------------------------------------------------
 
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:
-        """Over torch.distributed: see the module."""
-        self._enter("all_reduce", x, site)
-        return self._whole.start_all_reduce(x, site=site, op=op, out=out)
+        """Its parts go on in turn, behind those of what was started before."""
+        by = self._enter("all_reduce", x, site), self._started
+        return _Going(
+            by[0],
+            lambda: self._begin_all_reduce(x, site, op, by),
+            lambda share: self._finish_all_reduce(share.wait(), x, site, op, out, by),
+        )
 
     def start_reduce_scatter(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
-        """Over torch.distributed: see the module."""
-        self._enter("reduce_scatter", x, site)
-        return self._whole.start_reduce_scatter(x, site=site, dim=dim, out=out)
+        """The same."""
+        by = self._enter("reduce_scatter", x, site), self._started
+        return _Going(
+            by[0],
+            lambda: self._begin_reduce_scatter(x, site, dim, by),
+            lambda mine: _placed(mine.wait()[0].to(x.dtype), out),
+        )
 
     def start_all_to_all(
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
@@ -220,27 +277,65 @@ class HierarchicalComm(Blocking):
         return self._whole.start_all_to_all(x, site=site, **counts)
 
     def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
-        """Each place of a host reduces its share between hosts; a maximum is taken of the whole."""
-        note = self._enter("all_reduce", x, site)
-        inside, across, back = map(note.on, (self._inside, self._across, self._back))
-        if op == "max":
-            mine = inside("all_reduce", x, site=site, op=op)
-            return across("all_reduce", mine, site=site, op=op)
-        n, size = self._inside.size, x.numel()
-        flat = x.new_zeros(-(-size // n) * n, dtype=_wide(x.dtype))
-        flat[:size] = x.detach().reshape(-1)
-        share = inside("reduce_scatter", flat, site=site)
-        share = across("start_all_reduce", share, site=site, out=share).wait().to(x.dtype)
-        return back("all_gather", share, site=site)[:size].view(x.shape)
+        """In this thread."""
+        by = self._enter("all_reduce", x, site), self._now
+        share = self._begin_all_reduce(x, site, op, by)
+        with by[0].told():
+            return self._finish_all_reduce(share.wait(), x, site, op, None, by)
 
     def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
-        """Each place of a host adds up what the ranks in it are due, then sends each its part."""
-        note = self._enter("reduce_scatter", x, site)
-        parts = x.detach().chunk(self.size, dim)
+        """In this thread."""
+        by = self._enter("reduce_scatter", x, site), self._now
+        mine = self._begin_reduce_scatter(x, site, dim, by)
+        with by[0].told():
+            return mine.wait()[0].to(x.dtype)
+
+    def _begin_all_reduce(
+        self, x: Tensor, site: str, op: ReduceOp, by: tuple[_Note, _Parts]
+    ) -> Handle:
+        """Each place of a host adds up its share inside and starts on it between hosts; of a maximum, which
+        is of a few numbers, the whole."""
+        note, parts = by
+        inside, across = note.on(parts.inside), note.on(parts.across)
+        flat = x.detach().reshape(-1)
+        if op == "max":
+            mine = inside("all_reduce", flat, site=site, op=op)
+            return across("start_all_reduce", mine, site=site, op=op)
+        n, size = parts.inside.size, x.numel()
+        if size % n or x.dtype in LOW:
+            flat = x.new_zeros(-(-size // n) * n, dtype=_wide(x.dtype))
+            flat[:size] = x.detach().reshape(-1)
+        share = inside("reduce_scatter", flat, site=site)
+        return across("start_all_reduce", share, site=site, out=share)
+
+    def _finish_all_reduce(
+        self,
+        share: Tensor,
+        x: Tensor,
+        site: str,
+        op: ReduceOp,
+        out: Tensor | None,
+        by: tuple[_Note, _Parts],
+    ) -> Tensor:
+        """All shares, inside."""
+        note, parts = by
+        if op == "sum":
+            direct = out is not None and x.numel() % parts.inside.size == 0
+            whole = out.view(-1) if out is not None and direct else None
+            back = note.on(parts.back)
+            share = back("start_all_gather", share.to(x.dtype), site=site, out=whole).wait()
+        return _placed(share[: x.numel()].view(x.shape), out)
+
+    def _begin_reduce_scatter(
+        self, x: Tensor, site: str, dim: int, by: tuple[_Note, _Parts]
+    ) -> Handle:
+        """Each place of a host adds up what the ranks in it are due, then starts to send each its part."""
+        note, parts = by
+        pieces = x.detach().chunk(self.size, dim)
         places = list(zip(*self._order, strict=True))
-        due = torch.stack([parts[g] for place in places for g in place]).to(_wide(x.dtype))
-        mine = note.on(self._inside)("reduce_scatter", due, site=site)
-        return note.on(self._across)("reduce_scatter", mine, site=site)[0].to(x.dtype)
+        due = torch.stack([pieces[g] for place in places for g in place]).to(_wide(x.dtype))
+        mine = note.on(parts.inside)("reduce_scatter", due, site=site)
+        return note.on(parts.across)("start_reduce_scatter", mine, site=site)
 
     def start_all_gather(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
@@ -267,13 +362,13 @@ class HierarchicalComm(Blocking):
         note = self._enter("broadcast", x, site)
         host, place = next((h, row.index(root)) for h, row in enumerate(self._order) if root in row)
         if self._order[self._host][place] == self.rank:
-            x = note.on(self._across)("broadcast", x, site=site, root=host)
-        return note.on(self._inside)("broadcast", x, site=site, root=place)
+            x = note.on(self._now.across)("broadcast", x, site=site, root=host)
+        return note.on(self._now.inside)("broadcast", x, site=site, root=place)
 
     def barrier(self, *, site: str) -> None:
         """This host's ranks, the hosts, and this host's ranks again."""
         note = self._enter("barrier", torch.empty(0), site)
-        for comm in (self._inside, self._across, self._back):
+        for comm in (self._now.inside, self._now.across, self._now.back):
             note.on(comm)("barrier", site=site)
 
     # Point to point ------------------------------------------------------------------------------
@@ -281,7 +376,7 @@ class HierarchicalComm(Blocking):
     def _way(self, peer: int) -> tuple[Any, int]:
         """The Comm that reaches a rank of the group, and its place there."""
         mine = self.mates
-        return (self._inside, mine.index(peer)) if peer in mine else (self._whole, peer)
+        return (self._now.inside, mine.index(peer)) if peer in mine else (self._whole, peer)
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Inside where the receiver is of this host."""
@@ -297,3 +392,8 @@ class HierarchicalComm(Blocking):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """In which a dtype is added up."""
     return torch.float32 if dtype in LOW else dtype
+
+
+def _placed(found: Tensor, out: Tensor | None) -> Tensor:
+    """A result where it is wanted."""
+    return found if out is None or out.data_ptr() == found.data_ptr() else out.copy_(found)

@@ -42,7 +42,10 @@ class Status:
         self.file, self.line = frame.f_code.co_filename, frame.f_lineno
 
     def is_behind(self, other: Status) -> bool:
-        """Whether this rank's last call is another and an older one than that rank's."""
+        """Whether this rank's last call is another and an older one than that rank's: by number where both
+        are of one group, whose clocks may be of two hosts."""
+        if self.axis == other.axis and min(self.sequence, other.sequence) >= 0:
+            return self.sequence < other.sequence
         mine, theirs = (self.axis, self.sequence, self.op), (other.axis, other.sequence, other.op)
         return mine != theirs and self.at <= other.at
 

@@ -85,6 +85,7 @@ class TorchComm(Blocking):
         self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
         self.rank, self.size, self._pages = ranks.index(world.rank), len(ranks), pages
         self.called: Message | None = None  # what this call is a part of, where it is one
+        self.is_compared = True  # by the World's check
         self._sequence = 0  # of collectives
         self._digests = [0] * RING  # of the newest
         by_number = sorted(
@@ -278,7 +279,7 @@ class TorchComm(Blocking):
         """Tagged by its key, so that orders may differ."""
         note = self._enter("send", x, site)
         source = x.detach().contiguous()
-        there, tag = self._place[to], _tag(key)  # as dist.isend, less its checks
+        there, tag = self._place[to], tag_of(key)  # as dist.isend, less its checks
         work = self.run(lambda: self.group.send([source], there, tag), *note)
         self.world.started(work)
         return _Work(self, work, lambda: source, note, keeps=source)
@@ -287,7 +288,7 @@ class TorchComm(Blocking):
         """Posted now."""
         note = self._enter("receive", like, site)
         out = torch.empty_like(like)
-        there, tag = self._place[source], _tag(key)
+        there, tag = self._place[source], tag_of(key)
         work = self.run(lambda: self.group.recv([out], there, tag), *note)
         return _Work(self, work, lambda: out, note)
 
@@ -312,7 +313,7 @@ def _into(out: Tensor | None, found: Tensor, dtype: torch.dtype) -> Tensor:
     return out if out.data_ptr() == found.data_ptr() else out.copy_(found)
 
 
-def _tag(key: Key) -> int:
+def tag_of(key: Key) -> int:
     """Stage, kind, slot and microbatch in 31 bits."""
     kind = 0 if key.kind == "F" else 1
     return (((key.stage * 2 + kind) * 8 + key.slot) * 65536 + key.microbatch) % 2**31

@@ -25,13 +25,16 @@ class Strike:
     """What befalls this process, and where: a finder of modules that never finds any itself."""
 
     def __init__(self, how: str, place: str) -> None:
-        self.how = how
+        self.how, self.is_over = how, False
         self.kind, self.module, self.name = [*place.split(":"), ""][:3]
         if self.kind.isdigit():
             self.kind, self.module, self.name = "note", CONTROL, place
 
     def hit(self) -> None:
-        """Does it."""
+        """Does it, once: an evaluation is a forward too."""
+        if self.is_over:
+            return
+        self.is_over = True
         Path("struck").write_text(str(time.time()))
         pid = os.getppid() if self.how.startswith("a") else os.getpid()
         os.kill(pid, int(self.how.removeprefix("a")))

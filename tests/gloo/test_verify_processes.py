@@ -5,8 +5,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "local"))
 import verify_jobs
+import worlds
 
+from partita.comm.processes import start_ranks
 from partita.verify.parity import verify
+from partita.verify.processes import _tell
+from partita.verify.runs import run_rank
 
 
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
@@ -84,3 +88,23 @@ def test_context_parallelism_equals_one_device_on_processes(backend, tmp_path):
     job = verify_jobs.job(tmp_path, "cp4:hybrid2x2 2mb fp64", layers=2, packed=True)
     found = verify(job, backend=backend)
     assert found.equal, str(found)
+
+
+def of_two_hosts(rank, writer, job, data, _, path) -> None:
+    """A rank of verify: shared memory within a host of two ranks, gloo between the hosts."""
+    world = worlds.join(rank, "hierarchy", job.plan.world_size, Path(path), 30)
+    _tell(writer, run_rank(world, job, data))
+    world.close()
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp_shard4.zero3 2mb", pytest.param("dp_replicate4 2mb", marks=pytest.mark.slow)]
+)
+def test_groups_that_span_hosts_move_what_is_declared(plan, tmp_path, monkeypatch):
+    """Reductions started under backward, whose parts a thread takes in turn, gathers, norms."""
+    monkeypatch.setattr(
+        "partita.verify.processes.start_ranks",
+        lambda size, _, args: start_ranks(size, of_two_hosts, args),
+    )
+    found = verify(verify_jobs.job(tmp_path, f"{plan} fp64"), backend="gloo")
+    assert found.equal and found.traffic_equal, str(found)
