@@ -2,8 +2,8 @@
 
 Ours and the peer run in processes of their own, two ranks of one thread. A thread samples what malloc has
 handed out (mallinfo2: arenas and mapped blocks) while three steps run; the figure is the highest sample over
-what was there before the model was built, on the rank that has more. Our shared-memory segment, which
-malloc does not see, is added.
+what was there before the model was built, on the rank that has more. Half of our shared-memory segment (the
+pages that were touched), which malloc does not see, is added.
 """
 
 from __future__ import annotations
@@ -60,18 +60,17 @@ def rank_of(rank: int, writer, folder: str, size: str, name: str, dtype: str, mi
     """One rank of one subject: sends the bytes its steps took at most."""
     torch.set_num_threads(1)
     plan, make = ROWS[name]
-    job, segment = job_of(size, name, f"{plan} {dtype}", folder), 0
+    job, world = job_of(size, name, f"{plan} {dtype}", folder), None
     if mine:
         world = ShmWorld(rank, 2, Path(folder) / "world")
-        segment = sum(p.stat().st_size for p in Path("/dev/shm").glob("*world*")) // 2
     else:
         store = dist.FileStore(f"{folder}/store", 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with Peak() as peak:
-        step = ours(job, world) if mine else make(job.model, SIZES[size][1], dtype == "bf16")
+        step = ours(job, world) if world else make(job.model, SIZES[size][1], dtype == "bf16")
         for _ in range(STEPS):
             step()
-    writer.send(peak.grown + segment)
+    writer.send(peak.grown + (world.shared_bytes // 2 if world else 0))
 
 
 def measured(size: str, name: str, dtype: str, mine: bool) -> int:

@@ -102,6 +102,11 @@ class ShmWorld:
             )  # sparse: pages exist once they are touched
         return mmap.mmap(self._descriptor, size, offset=start)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that the ranks' file takes: the pages that any of them has touched."""
+        return 512 * os.fstat(self._descriptor).st_blocks
+
     def make(self, ranks: Sequence[int], *, axis: str, lane: str) -> Comm | None:
         """A Comm over `ranks`; every rank calls it for every group."""
         if len(ranks) == 1:

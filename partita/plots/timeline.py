@@ -38,11 +38,12 @@ def draw(schedule: Schedule, F: float = 1.0, I: float = 1.0, W: float = 1.0) -> 
     return text(clock(schedule, Costs.equal(schedule, F, I, W)))
 
 
-def text(spans: Sequence[Span], width: int | None = None) -> str:
+def text(spans: Sequence[Span], width: int | None = None, longest: float = 0.0) -> str:
     """One row a rank, one cell a unit of time; an action longer than a unit is drawn on with '-'.
 
-    The unit is the largest that every start and end is a multiple of. Where there is none, or the
-    picture is wider than `width` characters, each column is one character: the kind of what runs.
+    The unit is the largest that every start and end is a multiple of. Where there is none, the picture is
+    wider than `width` characters, or it stands beside one of `longest` seconds, each column is one
+    character: the kind of what runs.
     """
     if not spans:
         return "(nothing runs)"
@@ -50,8 +51,13 @@ def text(spans: Sequence[Span], width: int | None = None) -> str:
     cell = max(len(s.name) for s in spans) + 1
     columns = round(makespan(spans) / unit) if unit else 0
     label = len(str(max(s.rank for s in spans)))
-    if not unit or columns > _MAX_COLUMNS or (width and columns * cell + label + 8 > width):
-        return _compact(spans, label, width or 120)
+    if (
+        longest
+        or not unit
+        or columns > _MAX_COLUMNS
+        or (width and columns * cell + label + 8 > width)
+    ):
+        return _compact(spans, label, width or 120, longest)
     start = min(s.start_s for s in spans)
     rows = []
     for rank, own in _rows(spans).items():
@@ -83,9 +89,9 @@ def _unit(spans: Sequence[Span]) -> float:
     return 0.0
 
 
-def _compact(spans: Sequence[Span], label: int, width: int) -> str:
+def _compact(spans: Sequence[Span], label: int, width: int, longest: float) -> str:
     start, columns = min(s.start_s for s in spans), max(width - label - 8, 20)
-    per_column = makespan(spans) / columns or 1.0
+    per_column = max(makespan(spans), longest) / columns or 1.0
     rows = []
     for rank, own in _rows(spans).items():
         line = [" "] * columns

@@ -1,0 +1,169 @@
+"""What `partita draw` shows: schedules and recorded steps as text, pictures and JSON."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from partita.base.errors import Problem
+from partita.base.text import table
+from partita.cli.out import problem_rows, write_file, write_text
+from partita.plots import timeline
+from partita.record.span import Span
+from partita.schedule import clock as clocks
+from partita.schedule.clock import Pair
+from partita.schedule.idle import Idle, idle
+from partita.schedule.ir import Schedule
+from partita.schedule.synth.synthesis import Synthesis
+from partita.schedule.text import cells
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A schedule with its times; no spans and some problems where it cannot run."""
+
+    schedule: Schedule
+    spans: list[Span]
+    problems: list[Problem] | None = None
+    synthesis: Synthesis | None = None
+    pair: Pair = "sequence"
+    split: tuple[int, ...] = ()  # layers of each stage, where they were cut too
+    run: str = ""  # the folder of the run whose measured times these are
+
+    @property
+    def held(self) -> list[list[tuple[float, float]]]:
+        """What each rank holds over time; nothing where the step has other microbatches than its schedule,
+        as one that runs ahead."""
+        made = {a for a in self.schedule.actions() if a.kind in "FBIW"}
+        same = made == {(s.stage, s.kind, s.microbatch) for s in self.spans if s.kind in "FBIW"}
+        return clocks.held_over_time(self.schedule, self.spans) if same else []
+
+    @property
+    def runs(self) -> bool:
+        """Whether it could be clocked."""
+        return not any(p.severity == "error" for p in self.problems or ())
+
+    def document(self) -> dict[str, Any]:
+        """What `--json` answers (contract: draw). Every number is null where it cannot run."""
+        s, spans, runs = self.schedule, self.spans, self.runs
+        out: dict[str, Any] = {"run": self.run} if self.run else {}
+        out |= {
+            "schedule": s.name,
+            "num_ranks": s.num_ranks,
+            "num_stages": s.num_stages,
+            "num_microbatches": s.num_microbatches,
+            "placement": s.placement,
+            "actions": [cells(actions, s.paired) for actions in s.ranks],
+            "direction": s.direction,
+            "makespan": clocks.makespan(spans) if runs else None,
+            "span": clocks.span(spans) if runs else None,
+            "bubble_overhead": clocks.bubble_overhead(spans) if runs else None,
+            "steady_bubble_overhead": clocks.steady_bubble_overhead(spans) if runs else None,
+            "peak_activations": clocks.peak_activations(s) if runs else None,
+            "idle": [asdict(row) for row in idle(s, spans, self.pair)] if runs else None,
+        }
+        if self.synthesis is not None:
+            made = self.synthesis
+            out |= {
+                "lower_bound": made.lower_bound,
+                "gap": made.gap,
+                "proven": made.proven,
+                "seconds": made.seconds,
+            } | ({"split": list(self.split)} if self.split else {})
+        return out if self.problems is None else {**out, "problems": problem_rows(self.problems)}
+
+    @property
+    def name(self) -> str:
+        """The schedule's, and of a run where it was measured."""
+        return f"{self.run} ({self.schedule.name}, measured)" if self.run else self.schedule.name
+
+    def text(self, width: int | None, longest: float = 0.0) -> str:
+        """Title, picture (a row's width is of at least `longest` seconds) and problems."""
+        s = self.schedule
+        title = f"{self.name}   {s.num_ranks} ranks, {s.num_microbatches} microbatches"
+        picture = timeline.text(self.spans, width, longest) if self.runs else str(s)
+        found = [f"  {p.rule}: {p.message}" for p in self.problems or ()]
+        verdict = [] if self.problems is None or found else ["  it can run"]
+        if self.synthesis is not None:
+            made = self.synthesis
+            how = (
+                "proven: nothing else is faster"
+                if made.proven
+                else f"at most {made.gap:.2%} above the optimum"
+            )
+            verdict.append(f"  {how}; made in {made.seconds:.1f} s")
+        if self.split:
+            verdict.append(f"  layers of each stage: {','.join(map(str, self.split))}")
+        return "\n".join([title, picture, *found, *verdict])
+
+
+def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None) -> None:
+    """SVG and page of what runs, on one time axis."""
+    if svg is None and html is None:
+        return
+    pictures: dict[str, list[Span]] = {}
+    held, names = {}, set()
+    for i, d in enumerate(drawings):
+        if d.runs:
+            again = "" if d.name not in names else f" ({i})"
+            names.add(d.name)
+            overhead = clocks.bubble_overhead(d.spans)
+            title = f"{d.name}{again}   bubble overhead {overhead:.1%}"
+            pictures[title] = d.spans
+            if d.held:
+                held[title] = d.held
+    if svg is not None:
+        write_file(svg, timeline.svg(pictures, held=held) + "\n")
+    if html is not None:
+        write_file(html, timeline.html(pictures, title="Pipeline schedules", held=held))
+
+
+def print_drawings(drawings: list[Drawing]) -> None:
+    """Pictures, below them what each takes. Beside a run all have one time axis."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    times = [clocks.makespan(d.spans) for d in drawings]
+    longest = max(times) if any(d.run for d in drawings) else 0.0
+    for drawing in drawings:
+        write_text(drawing.text(width, longest) + "\n")
+    header = ("schedule", "makespan", "span", "bubble overhead", "steady", "peak by rank")
+    rows = [
+        (
+            d.name,
+            f"{clocks.makespan(d.spans):g}",
+            f"{clocks.span(d.spans):g}",
+            f"{clocks.bubble_overhead(d.spans):.4f}",
+            f"{clocks.steady_bubble_overhead(d.spans):.4f}",
+            " ".join(map(str, clocks.peak_activations(d.schedule))),
+        )
+        for d in drawings
+        if d.runs
+    ]
+    if rows:
+        write_text(table(rows, header) + "\n")
+        write_text(table([row for d in drawings if d.runs for row in _idle_rows(d)], _IDLE))
+
+
+_IDLE = (
+    "idle of the rank that idles most",
+    "rank",
+    "warm-up",
+    "waiting",
+    "for rank",
+    "message",
+    "drain",
+)
+
+
+def _idle_rows(d: Drawing) -> list[tuple[str, ...]]:
+    rows = idle(d.schedule, d.spans, d.pair)
+    if not rows:
+        return []
+    most: Idle = max(rows, key=lambda row: row.total)
+    waiting = sum(most.waiting.values())
+    whom = max(most.waiting, key=lambda r: most.waiting[r]) if most.waiting else ""
+    numbers = (most.warm_up, waiting, most.communication, most.drain)
+    warm_up, waited, message, drain = (f"{x:g}" for x in numbers)
+    return [(d.name, str(most.rank), warm_up, waited, str(whom), message, drain)]
