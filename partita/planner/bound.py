@@ -18,19 +18,21 @@ tables are cached by (tp, sp, cp, method, ep, etp, recompute, micro_batch_size);
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from partita.base.errors import PartitaError, Problem
-from partita.cost.comm import Group, group_seconds
 from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
+from partita.planner.kinds import Kinds
+from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, on_device, read_table
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
     HIDES,
     KEPT,
+    READ,
     TIMES,
     TRAVEL,
     UNITS,
@@ -43,24 +45,13 @@ from partita.planner.table import (
 )
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
-from partita.simulate.groups import place
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes, update_seconds
-from partita.spec.plan import Plan
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
 REHEARSED = 256  # schedules of whole steps that are remembered
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards."""
-
-    inner: Group
-    cut: int
-    outer: Group
 
 
 def _short(mesh: MeshChoice, m: int) -> int:
@@ -72,19 +63,17 @@ class Bounds:
     """The bounds of one space on one machine; tables are filled as they are asked for."""
 
     def __init__(self, space: Space, machine: Machine) -> None:
-        self.space, self.machine = space, machine
+        self.space, self.machine, self.links = space, machine, Links(machine, space.model)
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, Probe | Problem] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
         self._stages: dict[tuple[int, int], np.ndarray] = {}
         self._roughs: dict[object, Rough] = {}
-        self._meetings: dict[object, tuple[Meeting, ...]] = {}
+        self._kinds: dict[object, Kinds] = {}
         self._steps: dict[object, Rehearsal] = {}
-        self._groups: dict[tuple[int, int], Group] = {}
         self._sizes: dict[int, np.ndarray] = {}
         self.request = request_of(space.job)
         self.limit_bytes: float = space.job.cluster.memory_limit_bytes
-        self.bucket_bytes = Plan().data.bucket_bytes
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -115,10 +104,7 @@ class Bounds:
         kept, made = (self.table(mesh, shape, Tokens(m, 1, tokens.micro)) for m in ("none", "full"))
         if isinstance(kept, Problem) or isinstance(made, Problem):
             return kept if isinstance(kept, Problem) else made
-        last = len(made.blocks) - 1
-        of = [made if i % tokens.every == 1 or i in (0, last) else kept for i in range(last + 1)]
-        blocks = tuple(t.blocks[i] for i, t in enumerate(of))
-        return Table(blocks, tuple(t.flops[i] for i, t in enumerate(of)))
+        return kept.mixed(made, tokens.every)
 
     def endless(self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int]) -> Table | Problem:
         """The blocks of so large a microbatch that a sample cannot cost less."""
@@ -131,7 +117,9 @@ class Bounds:
         rough = self.lies(mesh, leaf)
         stages = rough.times(self.stages(table, rough.num_stages))
         stages[:, TIMES] *= SLACK / ENDLESS
-        return rough.bounds(stages, self.sizes(mesh), self.space.batch // mesh.dp)
+        sizes = self.sizes(mesh)
+        send = self.links.send(mesh, table.sent / ENDLESS * sizes)
+        return rough.bounds(stages, sizes, self.space.batch // mesh.dp, send)
 
     def sizes(self, mesh: MeshChoice) -> np.ndarray:
         """[sizes]: samples of a microbatch."""
@@ -147,11 +135,21 @@ class Bounds:
         return self._roughs[key]
 
     def pipeline(
-        self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int
+        self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int, sent: float
     ) -> float:
-        """The schedule's bound with stages of these costs, for so many microbatches."""
+        """The schedule's bound with stages of these costs, for so many microbatches, of which so many bytes
+        are sent from rank to rank."""
         rough = self.lies(mesh, leaf)
-        return float(rough(rough.times(stages), np.ones(1), m)[0])
+        return float(rough(rough.times(stages), np.ones(1), m, self.links.send(mesh, sent))[0])
+
+    def kinds(self, mesh: MeshChoice, table: Table) -> Kinds:
+        """Where the stages of all schedules lie, and the layers' splits."""
+        key = (mesh.pp, table.proportions)
+        if key not in self._kinds:
+            roughs = [self.lies(mesh, leaf) for leaf in self.space.schedules(mesh)]
+            splits = [self.split(table, r.num_stages) for r in roughs]
+            self._kinds[key] = Kinds(roughs, splits)
+        return self._kinds[key]
 
     def step(self, mesh: MeshChoice, leaf: tuple[str, int], m: int, stages: int) -> Rehearsal:
         """The schedule of the whole step, to be timed at any costs."""
@@ -175,27 +173,30 @@ class Bounds:
         stages cost without ZeRO's collectives, and by how much those make the layers longer that it has."""
         lies = self.lies(mesh, leaf)
         stages = self.stages(table, lies.num_stages)
-        found = lies.bounds(lies.times(stages), np.ones(1), m)
+        found = lies.bounds(lies.times(stages), np.ones(1), m, self.links.send(mesh, table.sent))
         first, whole, halves = (float(x[0]) for x in found)
         second = halves if lies.split else whole
         times = m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
-        times *= len(table.blocks) - 2
+        times *= len(table.at) - 2
 
         def seconds(meetings: Sequence[Meeting], zero: int) -> float:
             if zero < 2 or not self.slows:
                 return max(first, second)
             each = [
-                b.beside(*self.each_s(b.units, meetings, zero, apart=True)) for b, _ in table.layers
+                b.beside(*self.links.each_s(b.units, meetings, zero, apart=True))
+                for b, _ in table.layers
             ]
             there, back = (times * min(x) for x in zip(*each, strict=True))
             return max(first + there + back, second + there + (0.0 if lies.split else back))
 
         return seconds
 
-    def played(self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int) -> float:
-        """The schedule's clock at the stages' costs."""
+    def played(
+        self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int, sent: float
+    ) -> float:
+        """The schedule's clock at the stages' costs, and messages of so many bytes."""
         times = self.lies(mesh, leaf).times(stages)[:, TIMES].tolist()
-        costs = Costs(tuple(StageCosts(*stage) for stage in times))
+        costs = Costs(tuple(StageCosts(*stage) for stage in times), self.links.send(mesh, sent))
         return self.step(mesh, leaf, m, len(stages)).least(costs)
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
@@ -263,31 +264,6 @@ class Bounds:
         stages = {zero if shard > 1 else 0 for shard, zero, _ in self.space.states(mesh, shape)}
         return [(zero, shards) for zero in sorted(stages)]
 
-    def group(self, stride: int, n: int) -> Group:
-        """`n` ranks, each `stride` behind the one before."""
-        key = (stride, n)
-        if key not in self._groups:
-            self._groups[key] = place(tuple(range(0, stride * n, stride)), self.machine)
-        return self._groups[key]
-
-    def meetings(
-        self, mesh: MeshChoice, shape: Shape, shard: int, zero: int
-    ) -> tuple[Meeting, ...]:
-        """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force."""
-        fold, replicas = shape.ep * shape.etp, mesh.dp // shard
-        key = (mesh.tp, mesh.cp, fold, shard, replicas, bool(zero))
-        if key not in self._meetings:
-            rows = [(mesh.tp, shard * mesh.cp)]
-            if self.space.model.experts:
-                rows.append((fold, shard * mesh.cp * mesh.tp // fold))
-            found = []
-            for stride, ranks in rows:
-                cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
-                wide = shard * mesh.cp * mesh.tp if zero else stride
-                found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
-            self._meetings[key] = tuple(found)
-        return self._meetings[key]
-
     def reduced(
         self, stages: np.ndarray, probe: Probe, meetings: Sequence[Meeting], zero: int
     ) -> float:
@@ -304,35 +280,8 @@ class Bounds:
         units: dict[tuple[float, ...], float] = {}
         for row, hidden in zip(ranks[:, UNITS].tolist(), room.tolist(), strict=True):
             units[tuple(row)] = min(hidden, units.get(tuple(row), hidden))
-        seen = (self.once_s(row, meetings, zero) - hidden for row, hidden in units.items())
+        seen = (self.links.once_s(row, meetings, zero) - hidden for row, hidden in units.items())
         return max(0.0, *seen)
-
-    def once_s(self, units: Sequence[float], meetings: Sequence[Meeting], zero: int) -> float:
-        """Seconds of a step's collectives on units of a rank, each kind in one call."""
-        fewer, total = min(self.machine.software.gradient_bytes / 4, 1.0), 0.0
-        for i, at in enumerate(meetings):
-            weights, gradients = units[2 * i], fewer * units[2 * i + 1]
-            total += group_seconds("all_reduce", at.outer, gradients / at.cut)
-            if zero == 1:
-                total += group_seconds("reduce_scatter", at.inner, gradients)
-            if zero in (1, 2):
-                total += group_seconds("all_gather", at.inner, weights / at.cut)
-        return total
-
-    def each_s(
-        self, units: Sequence[float], meetings: Sequence[Meeting], zero: int, apart: bool = False
-    ) -> tuple[float, float]:
-        """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward. `apart`:
-        those alone that are too large to be joined with other layers'."""
-        forward = backward = 0.0
-        least = 1.01 * self.bucket_bytes if apart and zero < 3 else 0.0
-        for i, at in enumerate(meetings):
-            weights, gradients = units[2 * i] / at.cut, units[2 * i + 1]
-            gather = group_seconds("all_gather", at.inner, weights) if zero == 3 else 0.0
-            made = gradients if zero > 1 and gradients > least else 0.0
-            scatter = group_seconds("reduce_scatter", at.inner, made) if made else 0.0
-            forward, backward = forward + gather, backward + gather + scatter
-        return forward, backward
 
     @property
     def slows(self) -> bool:
@@ -348,16 +297,14 @@ class Bounds:
         if zero < 2 or self.machine.class_ == "CPU":
             return stages
         units = [tuple(row) for row in stages[:, UNITS].tolist()]
-        known = {row: self.each_s(row, meetings, zero) for row in set(units)}
+        known = {row: self.links.each_s(row, meetings, zero) for row in set(units)}
         found, (forward, back) = stages.copy(), np.array([known[row] for row in units]).T
         if self.slows:
-            kinds = {id(b): b for b in table.blocks}
-            longer = {
-                key: b.beside(*self.each_s(b.units, meetings, zero, apart=True))
-                for key, b in kinds.items()
-            }
-            every = np.array([longer[id(b)] for b in table.blocks])
-            found[:, :2] += spread(every, self.split(table, count))
+            longer = [
+                b.beside(*self.links.each_s(b.units, meetings, zero, apart=True))
+                for b in table.kinds
+            ]
+            found[:, :2] += spread(np.array(longer)[table.at], self.split(table, count))
         found[:, 0] = np.maximum(found[:, 0], forward)
         found[:, 1] = np.maximum(found[:, 1], back - stages[:, 2])
         return found
@@ -376,7 +323,7 @@ class Bounds:
         """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
         parameters, gradients, optimizer = shards.states(stages, zero)[probe.held].sum(1).T
         coming = gradients * (zero >= 2)
-        most = probe.most(scale * stages[:, KEPT], coming)
+        most = probe.most(scale * stages[:, KEPT], scale * stages[:, READ], coming)
         return float((parameters + gradients - coming + optimizer + most).max())
 
     def update(self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards) -> float:

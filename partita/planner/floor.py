@@ -11,7 +11,7 @@ Stages are taken as all alike, from an endless table; of each group of ranks the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,7 @@ class Floor:
 
 def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
     """Of the ways that fit."""
-    return np.where(fits, found, np.inf).min(0)
+    return np.where(fits, found, np.inf).min(-2)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,18 @@ class Floors:
         times = fewest * (self.space.batch // mesh.dp) / b.sizes(mesh)
         return least.behind(b.rough(mesh, table, leaf), times)
 
+    def kinds(
+        self, mesh: MeshChoice, table: Table, least: Floor
+    ) -> tuple[Mapping[object, int], tuple[np.ndarray, np.ndarray]]:
+        """The same of all schedules at once, as the last rank alone tells: the row of each kind, and [kind,
+        size]."""
+        b = self.bounds
+        kinds, sizes, samples = b.kinds(mesh, table), b.sizes(mesh), self.space.batch // mesh.dp
+        send = b.links.send(mesh, table.sent / ENDLESS * sizes)
+        found = kinds(table, SLACK / ENDLESS, sizes, samples, send)
+        times = kinds.fewest * samples / sizes
+        return kinds.place, least.behind([x[:, None] for x in found], times[:, None])
+
     def fewer_parts(
         self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int], paired: bool, cut: float
     ) -> float:
@@ -144,7 +156,7 @@ class Floors:
         return seconds
 
     def _ways(self, mesh: MeshChoice, shape: Shape, table: Table) -> _Ways:
-        key = (mesh.pp, mesh.dp, mesh.cp, mesh.tp, shape.ep, shape.etp, table.kinds)
+        key = (mesh.pp, mesh.dp, mesh.cp, mesh.tp, shape.ep, shape.etp, table.largest)
         if key not in self._known:
             ways = self.bounds.ways(mesh, shape)
             each = np.eye(len(table.total))
@@ -174,13 +186,13 @@ class Floors:
             return [none] * len(table.layers), 0.0
         mine = [sum(n * layer.units[i] for layer, n in table.layers) / mesh.pp for i in range(4)]
         shards = {s for s, z, _ in states if (z if s > 1 else 0) == zero}
-        ways = [b.meetings(mesh, shape, s, zero) for s in shards]
-        once = min(b.once_s(mine, at, zero) for at in ways)
+        ways = [b.links.meetings(mesh, shape, s, zero) for s in shards]
+        once = min(b.links.once_s(mine, at, zero) for at in ways)
         if zero < 2:
             return [none] * len(table.layers), once
         each = []
         for layer, _ in table.layers:
-            found = [b.each_s(layer.units, at, zero, apart=True) for at in ways]
+            found = [b.links.each_s(layer.units, at, zero, apart=True) for at in ways]
             each.append((min(f for f, _ in found), min(back for _, back in found)))
         return each, once
 
@@ -190,7 +202,7 @@ class Floors:
         """[way, size]: seconds of a step; by how much a rank's forwards and backwards of a microbatch are
         longer for the way, and what follows the schedule."""
         scale, longest = samples * SLACK, 0.0
-        layers = scale * (table.blocks[0].seconds + table.blocks[-1].seconds)
+        layers = scale * sum(b.seconds for b in table.ends)
         more_f, more_b = [], []
         seconds = zip(table.layers, ways.forward, ways.backward, strict=True)
         for (layer, n), forward, backward in seconds:
@@ -205,7 +217,7 @@ class Floors:
         overlaps = self.bounds.machine.software.overlaps_gradients
         once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0)
         times = self.space.batch // mesh.dp / self.bounds.sizes(mesh) / mesh.pp
-        share = (len(table.blocks) - 2) / mesh.pp
+        share = (len(table.at) - 2) / mesh.pp
         longer_f, longer_b = (share * functools.reduce(np.minimum, x) for x in (more_f, more_b))
         return times * layers + once, longer_f, longer_b, once
 

@@ -17,7 +17,7 @@ from partita.parallel.offload.rules import targets
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes, tensor_bytes
 from partita.parallel.room import Request
 from partita.planner.table import Cost, Table
-from partita.simulate.memory import transient_bytes
+from partita.simulate.memory import read_later_bytes, transient_bytes
 from partita.simulate.stage import StageTime, Work, stage_time, works_of
 from partita.simulate.work import MATMULS, STATE_BYTES
 from partita.spec.families import program
@@ -49,7 +49,7 @@ def read_table(request: Request, machine: Machine, late: bool) -> Table | Proble
         return wrong.problems[0]
     costs, weight = _block_costs(laid, machine, late)
     order = [0, *(1 + i for i in at), len(costs) - 1]
-    return Table(tuple(costs[i] for i in order), tuple(weight[i] for i in order))
+    return Table.of([costs[i] for i in order], [weight[i] for i in order])
 
 
 def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
@@ -65,11 +65,11 @@ def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
             tuple(size * stays for size, stays in zip(sizes, here, strict=True))
             for sizes in (cost.states, cost.experts)
         )
-        kept = 0.0 if "activations" in gone else cost.kept
-        return replace(cost, states=states, experts=experts, kept=kept)
+        if "activations" in gone:
+            cost = replace(cost, kept=0.0, read=0.0)
+        return replace(cost, states=states, experts=experts)
 
-    made = {id(b): rest(b) for b in table.blocks}
-    return Table(tuple(made[id(b)] for b in table.blocks), table.flops)
+    return replace(table, kinds=tuple(map(rest, table.kinds)))
 
 
 def _shortest(request: Request) -> tuple[Request, Sequence[int]]:
@@ -112,7 +112,9 @@ def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], 
         rest = [w for w in ws if not _of_experts(w)]
         alone = [] if i == 0 else [w for w in rest if w.name not in tied]
         known = {
-            "kept": kept_bytes(b, laid.sizes), "inside": transient_bytes(b, laid.sizes),
+            "kept": kept_bytes(b, laid.sizes), "read": read_later_bytes(b, laid.sizes),
+            "inside": transient_bytes(b, laid.sizes),
+            "sent": tensor_bytes(b.tensors[b.output], laid.sizes),
             "states": _states(rest, each, laid), "experts": _states(experts, each, laid),
             "units": (*_largest(b, alone, each, laid), *_largest(b, experts, each, laid)),
             "least": _least(b, priced[id(b)].least, laid, machine),

@@ -94,7 +94,7 @@ def _stages(search: Search, best: Prediction) -> Stages | None:
     def told(split: Split) -> tuple[list[float], float]:
         rows = table.stages(split)
         named = (p.schedule, p.virtual_stages)
-        seconds = bounds.pipeline(rows, mesh, named, plan.num_microbatches)
+        seconds = bounds.pipeline(rows, mesh, named, plan.num_microbatches, table.sent)
         return rows[:, TIMES].sum(1).tolist(), seconds
 
     return told

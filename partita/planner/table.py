@@ -20,9 +20,10 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of a microbatch by part, and bytes: kept activations; states by category, of experts and of the
-    rest; of each layer's largest unit parameters and gradients, of the rest and of experts; seconds that
-    rows `travel` to experts and back; what lives `inside` one op of a block, which does not add up; of
+    """Seconds of a microbatch by part, and bytes: kept activations, and what a weight half reads, which is
+    held from its input half on; states by category, of experts and of the rest; of each layer's largest unit
+    parameters and gradients, of the rest and of experts; seconds that rows `travel` to experts and back; what
+    lives `inside` one op of a block, and what of it would be `sent` to a next stage, which do not add up; of
     forward and of backward the compute, with what it waits for (`rooms`: more may run beside that); and what
     forward, backward and its weight half take at `least`, however few the tokens are: the host starts every
     kernel, weights are read, their gradients written."""
@@ -31,11 +32,13 @@ class Cost:
     input: float
     weight: float
     kept: float = 0.0
+    read: float = 0.0
     states: Three = (0.0, 0.0, 0.0)
     experts: Three = (0.0, 0.0, 0.0)
     units: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     travel: float = 0.0
     inside: float = 0.0
+    sent: float = 0.0
     rooms: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     least: Three = (0.0, 0.0, 0.0)
 
@@ -55,13 +58,13 @@ class Cost:
     @property
     def row(self) -> tuple[float, ...]:
         """What adds up in one row, as the columns below name it."""
-        parts = (self.forward, self.input, self.weight, self.kept)
+        parts = (self.forward, self.input, self.weight, self.kept, self.read)
         return (*parts, *self.states, *self.experts, *self.units, self.travel, *self.least)
 
 
 # columns of a row, or of rows of stages
-TIMES, KEPT, REST, EXPERTS, UNITS = slice(0, 3), 3, slice(4, 7), slice(7, 10), slice(10, 14)
-TRAVEL, LEAST = 14, slice(15, 18)
+TIMES, KEPT, READ, REST, EXPERTS = slice(0, 3), 3, 4, slice(5, 8), slice(8, 11)
+UNITS, TRAVEL, LEAST = slice(11, 15), 15, slice(16, 19)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Shards:
 class Proportions:
     """Numbers that a cache may key by: their hash is worked out once."""
 
-    def __init__(self, values: tuple[float, ...]) -> None:
+    def __init__(self, values: tuple[object, ...]) -> None:
         self.values, self._hash = values, hash(values)
 
     def __hash__(self) -> int:
@@ -108,29 +111,65 @@ class Proportions:
         return isinstance(other, Proportions) and self.values == other.values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """The blocks of a model in order, each with its cost, and the FLOPs by which stages are balanced."""
+    """The blocks of a model: the cost of each kind, and the FLOPs by which stages are balanced; `at` [block]
+    of which kind each is, in order."""
 
-    blocks: tuple[Cost, ...]
-    flops: tuple[float, ...]
+    kinds: tuple[Cost, ...]
+    weights: tuple[float, ...]
+    at: np.ndarray
+
+    @staticmethod
+    def of(blocks: Sequence[Cost], flops: Sequence[float]) -> Table:
+        """From each block's."""
+        found = {pair: i for i, pair in enumerate(dict.fromkeys(zip(blocks, flops, strict=True)))}
+        at = np.array([found[pair] for pair in zip(blocks, flops, strict=True)])
+        return Table(tuple(b for b, _ in found), tuple(f for _, f in found), at)
+
+    def mixed(self, other: Table, every: int) -> Table:
+        """One of every so many layers, from the first one on, and what is no layer, of the other."""
+        theirs = np.arange(len(self.at)) % every == 1
+        theirs[[0, -1]] = True
+        at = np.where(theirs, other.at + len(self.kinds), self.at)
+        return Table((*self.kinds, *other.kinds), (*self.weights, *other.weights), at)
+
+    @property
+    def blocks(self) -> tuple[Cost, ...]:
+        """The cost of each block."""
+        return tuple(self.kinds[i] for i in self.at)
+
+    @cached_property
+    def flops(self) -> tuple[float, ...]:
+        """Those of each block."""
+        return tuple(self.weights[i] for i in self.at)
+
+    @cached_property
+    def ends(self) -> tuple[Cost, Cost]:
+        """What is no layer: embedding and head."""
+        return self.kinds[self.at[0]], self.kinds[self.at[-1]]
 
     @cached_property
     def proportions(self) -> Proportions:
         """The FLOPs of the blocks by that of a layer."""
-        return Proportions(tuple(round(f / self.flops[1], 9) for f in self.flops))
+        one = self.weights[self.at[1]]
+        return Proportions((*(round(f / one, 9) for f in self.weights), self.at.tobytes()))
 
     @cached_property
     def total(self) -> np.ndarray:
         """[numbers] of all blocks."""
-        return self._prefix[-1]
+        return np.bincount(self.at, minlength=len(self.kinds)) @ self._rows
 
     @cached_property
     def layers(self) -> list[tuple[Cost, int]]:
         """Each kind of layer, and how many there are."""
-        kinds = {id(b): b for b in self.blocks[1:-1]}
-        count = Counter(map(id, self.blocks[1:-1]))
-        return [(b, count[key]) for key, b in kinds.items()]
+        count = np.bincount(self.at[1:-1], minlength=len(self.kinds)).tolist()
+        return [(b, n) for b, n in zip(self.kinds, count, strict=True) if n]
+
+    @cached_property
+    def sent(self) -> float:
+        """Bytes from stage to stage, at least."""
+        return min(b.sent for b, _ in self.layers)
 
     @cached_property
     def inside(self) -> np.ndarray:
@@ -140,22 +179,26 @@ class Table:
     @cached_property
     def units(self) -> np.ndarray:
         """[kind of layer, 4]: bytes of the largest units, where a rank may have one of two layers."""
-        return np.array([b.units for b, _ in self.layers]) * (len(self.blocks) > 3)
+        return np.array([b.units for b, _ in self.layers]) * (len(self.at) > 3)
 
     @cached_property
-    def kinds(self) -> Proportions:
+    def largest(self) -> Proportions:
         """The largest units of each kind of layer."""
         return Proportions(tuple(x for layer, _ in self.layers for x in layer.units))
 
     @cached_property
-    def _prefix(self) -> np.ndarray:
+    def _rows(self) -> np.ndarray:
+        """[kinds, numbers]."""
+        return np.array([b.row for b in self.kinds])
+
+    @cached_property
+    def prefix(self) -> np.ndarray:
         """[blocks + 1, numbers]: sums of the rows before each block."""
-        rows = {id(b): b.row for b in self.blocks}
-        return _prefix_of(np.array([rows[id(b)] for b in self.blocks]))
+        return _prefix_of(self._rows[self.at])
 
     def stages(self, split: Sequence[int]) -> np.ndarray:
         """[stage, numbers] of a split of the layers."""
-        return _between(self._prefix, split)
+        return _between(self.prefix, split)
 
 
 def _prefix_of(rows: np.ndarray) -> np.ndarray:
@@ -176,19 +219,24 @@ def spread(rows: np.ndarray, split: Sequence[int]) -> np.ndarray:
 @dataclass(frozen=True)
 class Probe:
     """What a schedule says of itself on a short step: `held` [rank, stage of its own] who holds which stage;
-    `share` of the microbatches, that each of a rank's copies runs; `chunks` [rank, stage] at once where a
-    rank holds most, and `later`, behind a first backward of all its stages; whether backward is in halves."""
+    `share` of the microbatches, that each of a rank's copies runs; `chunks` [moment, rank, stage] at once,
+    and those of them that `wait` for their weight half, where a rank holds most as one or the other weighs
+    more; `later` [rank, stage] where it does behind a first backward of all its stages; whether backward is
+    in halves."""
 
+    schedule: Schedule
     held: np.ndarray
     share: tuple[float, ...]
     chunks: np.ndarray
+    wait: np.ndarray
     later: np.ndarray
     split: bool
 
-    def most(self, kept: np.ndarray, coming: np.ndarray) -> np.ndarray:
+    def most(self, kept: np.ndarray, read: np.ndarray, coming: np.ndarray) -> np.ndarray:
         """[rank] bytes of activations, and of gradients that come with a first backward, at least: `kept`
-        [stage] of a chunk, `coming` [rank]."""
-        return np.maximum(self.chunks @ kept, coming + self.later @ kept)
+        [stage] of a chunk, `read` by its weight half, `coming` [rank]."""
+        held = (self.chunks @ kept + self.wait @ np.maximum(read - kept, 0.0)).max(0)
+        return np.maximum(held, coming + self.later @ kept)
 
 
 HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
@@ -204,7 +252,7 @@ PAIRED = (
 class Rough:
     """No schedule of this kind ends sooner, for many microbatch sizes at once:
 
-        step >= max over ranks and stages of  micro * (head + tail) + samples * work
+        step >= max over ranks and stages of  micro * (head + tail) + messages + samples * work
 
     From where its stages lie alone, which needs no schedule to be made: in a line or a loop, in a vee, or,
     for dualpipe, a copy at either end.
@@ -220,6 +268,10 @@ class Rough:
         both = schedule == "dualpipe" and ranks > 1
         rows = [at, ranks - 1 - at] if both else rows
         self.held = -np.sort(-np.stack(rows, 1), 1)
+        hops = np.arange(self.num_stages) * (ranks > 1)
+        self.hops = (hops - (vee & (hops >= ranks)))[
+            :, None
+        ]  # ranks that a first microbatch leaves
         self.share = 0.5 if both else 1.0
         self.paired = schedule in PAIRED
         self.kind = (
@@ -238,14 +290,16 @@ class Rough:
             found[stages[:, TRAVEL] > 0, 4:] = 0.0
         return found
 
-    def __call__(self, stages: np.ndarray, micros: np.ndarray, samples: int) -> np.ndarray:
+    def __call__(
+        self, stages: np.ndarray, micros: np.ndarray, samples: int, send: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         """Seconds at least for each size; `stages` [stage, 6]: F, I, W of a sample, and what a
-        microbatch takes at least."""
-        first, whole, halves = self.bounds(stages, micros, samples)
+        microbatch takes at least; `send` of a message from rank to rank."""
+        first, whole, halves = self.bounds(stages, micros, samples, send)
         return np.maximum(first, halves) if self.split else whole
 
     def bounds(
-        self, stages: np.ndarray, micros: np.ndarray, samples: int
+        self, stages: np.ndarray, micros: np.ndarray, samples: int, send: np.ndarray | float = 0.0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Three: all of a rank's work behind its first forward; the same and the tail behind it, where
         backwards are whole (never below the first); and where weight halves are apart what of it is not one
@@ -253,13 +307,14 @@ class Rough:
         f, i, w, least_f, least_b, least_w = stages.T[..., None]
         forward, back = np.maximum(f * micros, least_f), i * micros
         whole = np.maximum(np.maximum((i + w) * micros, back + least_w), least_b)  # [stage, size]
-        head = (forward.cumsum(0) - forward)[self.held]
+        messages = self.hops * send
+        head = (forward.cumsum(0) - forward + messages)[self.held]
         times = samples / micros * self.share
         first = times * (forward + whole)[self.held].cumsum(1)
         first += head
         second = times * (forward + back)[self.held].cumsum(1)
-        second += head + (back.cumsum(0) - back)[self.held]
-        tail = (whole.cumsum(0) - whole)[self.held]
+        second += head + (back.cumsum(0) - back + messages)[self.held]
+        tail = (whole.cumsum(0) - whole + messages)[self.held]
         return first.max((0, 1)), (first + tail).max((0, 1)), second.max((0, 1))
 
     def fewest(self, split: Sequence[int]) -> float:
@@ -268,29 +323,51 @@ class Rough:
         return float(layers.min() * len(layers) / sum(split))
 
 
+WEIGHTS = (
+    0,
+    1,
+    16,
+)  # of a chunk that waits for its weight half: what recomputes keeps little before
+
+
 def probe_of(schedule: Schedule) -> Probe:
     """Reads a schedule."""
-    held, share, chunks, later = [], [], [], []
-    kinds = {a.kind for a in schedule.actions()}
+    held, share, later = [], [], []
+    kinds, stages = {a.kind for a in schedule.actions()}, range(schedule.num_stages)
+    split = "W" in kinds
+    moments = [[_most(actions, w) for actions in schedule.ranks] for w in WEIGHTS[: 1 + 2 * split]]
     for actions in schedule.ranks:
         count = Counter(a.stage for a in actions if a.kind == "F")
         held.append(sorted(count, reverse=True))
         share.append(min(count.values()) / schedule.num_microbatches)
-        for most, into in ((_most(actions), chunks), (_most(actions, count), later)):
-            into.append([most[s] for s in range(schedule.num_stages)])
-    return Probe(np.array(held), tuple(share), np.array(chunks), np.array(later), "W" in kinds)
+        most, _ = _most(actions, before=count)
+        later.append([most[s] for s in stages])
+    chunks, wait = (
+        np.array([[[found[i][s] for s in stages] for found in moment] for moment in moments])
+        for i in (0, 1)
+    )
+    return Probe(schedule, np.array(held), tuple(share), chunks, wait, np.array(later), split)
 
 
-def _most(actions: Sequence[Action], before: Iterable[int] = ()) -> Counter[int]:
-    """The chunks of each stage that a rank holds where it holds most, behind a first backward of the stages
-    `before`."""
-    now, found, most, waits = Counter[int](), Counter[int](), 0, set(before)
+def _most(
+    actions: Sequence[Action], weight: int = 0, before: Iterable[int] = ()
+) -> tuple[Counter[int], Counter[int]]:
+    """The chunks of each stage that a rank holds, and of them those that wait for their weight half, where it
+    holds most, behind a first backward of the stages `before`; one that waits weighs so much more."""
+    now, wait, most, waits = Counter[int](), Counter[int](), 0, set(before)
+    total, found = 0, (Counter[int](), Counter[int]())
     for stage, kind, _ in actions:
         if kind == "F":
             now[stage] += 1
-            if now.total() > most and not waits:
-                most, found = now.total(), Counter(now)
+            total += 1
+        elif kind == "I":
+            wait[stage] += 1
+            total += weight
         elif kind in "BW":
             now[stage] -= 1
+            wait[stage] -= kind == "W"
+            total -= 1 + weight * (kind == "W")
             waits.discard(stage)
+        if total > most and not waits:
+            most, found = total, (Counter(now), Counter(wait))
     return found

@@ -68,13 +68,16 @@ def deferred_bytes(laid: Laid, place: int) -> list[float]:
     which the input half leaves for it, whatever F kept."""
     found = [0.0] * len(laid.stages)
     for s in laid.stages_of(place):
-        found[s.index] = float(sum(n * _deferred(b, laid.sizes) for b, n in distinct(s.blocks)))
+        found[s.index] = float(
+            sum(n * read_later_bytes(b, laid.sizes) for b, n in distinct(s.blocks))
+        )
     return found
 
 
 @once
-def _deferred(block: Block, sizes: Sizes) -> int:
-    """Inputs of a block's products with weights, and gradients of what these and lookups make."""
+def read_later_bytes(block: Block, sizes: Sizes) -> int:
+    """What a weight half reads: inputs of a block's products with weights, and gradients of what these and
+    lookups make."""
     products = [op for op in block.ops() if op.weights and op.kind in ("linear", "lookup")]
     names = {t for op in products for t in op.saves} | {op.writes for op in products}
     return sum(tensor_bytes(block.tensors[t], sizes) for t in names)

@@ -7,8 +7,9 @@ import pytest
 from drawn_plans import random_leaf, wide
 
 from partita.base.errors import Problem, UsageError
+from partita.parallel.laid import lay
 from partita.planner.bound import ENDLESS
-from partita.planner.exact import laid_bound
+from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
 from partita.planner.table import PAIRED, Rough, Table, probe_of
@@ -57,13 +58,16 @@ def bounds_hold(search: Search, node: Node) -> bool:
     endless, whole = b.endless(mesh, shape, mode), b.endless(replace(mesh, cp=1), fold, mode)
     assert isinstance(table, Table) and isinstance(endless, Table) and isinstance(whole, Table)
     assert not isinstance(probe, Problem)
-    num_stages, micros = probe.chunks.shape[1], search.space.micros(mesh)
+    num_stages, micros = probe.chunks.shape[-1], search.space.micros(mesh)
     paired = leaf.schedule in PAIRED
     stages, at = b.stages(table, num_stages), micros.index(tokens.micro)
     least = search.floors(mesh, shape, endless, paired=paired)
     step = b.step(mesh, named, m, num_stages)
-    laid_s, laid_bytes = laid_bound(request_of(job), search.machine, probe, step)
-    meetings = b.meetings(mesh, shape, leaf.dp_shard, cut)
+    laid = lay(request_of(job))
+    laid_s, laid_bytes = laid_seconds(laid, search.machine, step), laid_memory(laid, probe)
+    meetings = b.links.meetings(mesh, shape, leaf.dp_shard, cut)
+    row, kinds = search.floors.kinds(mesh, endless, least)
+    lies = b.lies(mesh, named)
     slower = b.sharded(table, num_stages, meetings, cut)
     once = b.update(stages, probe, *way) + b.reduced(stages, probe, meetings, cut)
     for low in (
@@ -71,11 +75,12 @@ def bounds_hold(search: Search, node: Node) -> bool:
         b.coarse(mesh, shape, paired),
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[at],
         search.floors.fewer_parts(mesh, shape, mode, paired, 1e30),
-        search.floors.behind(mesh, endless, named, least)[b.lies(mesh, named).split][at],
+        kinds[lies.split][row[lies.kind], at],
+        search.floors.behind(mesh, endless, named, least)[lies.split][at],
         least.seconds[at],
         b.quick(table, mesh, named, m)(meetings, cut) + once,
-        b.pipeline(slower, mesh, named, m) + once,
-        b.played(slower, mesh, named, m) + once,
+        b.pipeline(slower, mesh, named, m, table.sent) + once,
+        b.played(slower, mesh, named, m, table.sent) + once,
         laid_s,
     ):
         assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
@@ -143,7 +148,7 @@ def test_where_stages_lie_is_what_the_schedules_say():
     ):
         made = schedule(name, num_ranks=4, num_microbatches=16, virtual_stages=virtual)
         rough, probe = Rough(name, 4, virtual), probe_of(made)
-        assert rough.split == probe.split and rough.num_stages == probe.chunks.shape[1], name
+        assert rough.split == probe.split and rough.num_stages == probe.chunks.shape[-1], name
         assert rough.held.tolist() == probe.held.tolist(), name
         assert all(rough.share == share for share in probe.share), name
 

@@ -1,0 +1,297 @@
+"""What follows from a node of the search, level by level: its parts, or itself with a better bound.
+
+folds      where experts lie, what is recomputed       scheduled  a schedule at one size of microbatch
+methods    how attention sees a cut sequence           states     how states are cut
+rough      schedules, with sizes of microbatches       played     the schedule's clock
+                                                           laid       the laid plan's own
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from partita.base.errors import PlanError, Problem
+from partita.cost.machine import Machine
+from partita.parallel.laid import lay
+from partita.planner.bound import ENDLESS, Bounds
+from partita.planner.exact import laid_memory, laid_seconds
+from partita.planner.floor import Floors
+from partita.planner.nodes import INF, Node
+from partita.planner.orders import nearest
+from partita.planner.space import Leaf, Shape, Space, Tokens
+from partita.planner.table import PAIRED, Probe, Table
+from partita.simulate.predict import request_of
+from partita.spec.plan import Plan
+
+
+class Levels:
+    """The steps down from a mesh to a plan. `cut`: seconds from which on nothing is looked for; `refused`:
+    how many plans were, and why."""
+
+    def __init__(self, space: Space, machine: Machine) -> None:
+        self.space, self.job, self.machine = space, space.job, machine
+        turned = space.turned or space.stated is not None
+        self.bounds = Bounds(space, nearest(machine, space.model) if turned else machine)
+        self.floors = Floors(self.bounds)
+        self.refused: Counter[str] = Counter()
+        self.cut = INF
+
+    def refuse(self, why: Problem | str, leaves: int) -> None:
+        """Counts plans that cannot be."""
+        self.refused[why if isinstance(why, str) else f"{why.room} {why.rule}"] += leaves
+
+    def expand(self, node: Node) -> Iterator[Node]:
+        """What follows from a node: its parts, or itself with a better bound."""
+        steps = (
+            self.folds,
+            self.methods,
+            self.rough,
+            self.scheduled,
+            self.states,
+            self.played,
+            self.laid,
+        )
+        return steps[node.level](node)
+
+    def folds(self, node: Node) -> Iterator[Node]:
+        """Where experts lie and what is recomputed, as if a sequence were cut for nothing."""
+        mesh, space = node.mesh, self.space
+        kinds = Counter(n in PAIRED and bool(space.model.experts) for n, _ in space.schedules(mesh))
+        sizes = len(space.methods(mesh)) * len(space.micros(mesh))
+        for shape in (Shape(ep=ep, etp=etp) for ep, etp in space.folds(mesh)):
+            states = sizes * len(space.states(mesh, shape))
+            for paired, schedules in kinds.items() if states else ():
+                yield from self._modes(
+                    replace(node, shape=shape, paired=paired), states * schedules
+                )
+
+    def _modes(self, node: Node, leaves: int) -> Iterator[Node]:
+        """What is recomputed; so many plans lie below each."""
+        mesh, modes = node.mesh, self.space.modes()
+        alone = replace(mesh, cp=1)
+        least = self.bounds.coarse(alone, node.shape, node.paired)
+        if isinstance(least, Problem):
+            self.refuse(least, leaves * len(modes))
+        elif least / mesh.cp < self.cut:
+            for mode in modes:
+                table = self.bounds.endless(alone, node.shape, mode)
+                assert isinstance(table, Table)
+                least = self.floors(mesh, node.shape, table, mesh.cp, node.paired)
+                seconds = max(float(least.seconds.min()), node.seconds)
+                if seconds == INF:
+                    self.refuse("memory", leaves)
+                    continue
+                yield replace(
+                    node,
+                    level=1,
+                    seconds=seconds,
+                    num_bytes=float(least.num_bytes.min()),
+                    leaves=leaves,
+                    tokens=Tokens(*mode, 0),
+                )
+
+    def methods(self, node: Node) -> Iterator[Node]:
+        """Children that are not looked at yet: a table is laid only for what comes to its turn."""
+        methods = self.space.methods(node.mesh)
+        for method, ulysses in methods:
+            shape = replace(node.shape, method=method, ulysses=ulysses)
+            yield replace(node, level=2, shape=shape, leaves=node.leaves // len(methods))
+
+    def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
+        """Schedules, each with its sizes of microbatches, by what a sample costs at least."""
+        mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
+        told = self.floors.fewer_parts(mesh, node.shape, mode, node.paired, self.cut)
+        if told >= self.cut:
+            self.refuse("memory", node.leaves if told == INF else 0)
+            return
+        table = self.bounds.endless(mesh, node.shape, mode)
+        if isinstance(table, Problem):
+            self.refuse(table, node.leaves)
+            return
+        if self.bounds.evenly(mesh, table, node.paired) >= self.cut:
+            return
+        if mode[0] != "none" and self._same(node, table):
+            self.refuse("recompute changes nothing", node.leaves)
+            return
+        sizes, states = self.bounds.sizes(mesh), len(self.space.states(mesh, node.shape))
+        least = self.floors(mesh, node.shape, table, paired=node.paired)
+        schedules = self.space.schedules(mesh)
+        if self.space.model.experts:
+            schedules = [x for x in schedules if (x[0] in PAIRED) == node.paired]
+        self.refuse("memory", int(np.isinf(least.seconds).sum()) * states * len(schedules))
+        if least.seconds.min(initial=INF) >= self.cut:
+            return
+        bound = np.maximum(least.seconds, node.seconds)
+        known: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        row, told = self.floors.kinds(mesh, table, least)
+        cut = np.minimum.reduce(np.maximum(told, bound), -1) >= self.cut  # [halves, kind]
+        for leaf in schedules:
+            lies = self.bounds.lies(mesh, leaf)
+            if (only and leaf[0] not in only) or cut[int(lies.split), row[lies.kind]]:
+                continue
+            if lies.kind not in known:
+                known[lies.kind] = self.floors.behind(mesh, table, leaf, least)
+            seconds = np.maximum(known[lies.kind][lies.split], bound)
+            good = (seconds < self.cut).nonzero()[0]
+            if not len(good):
+                continue
+            rows = zip(*(x[good].tolist() for x in (seconds, least.once, sizes)), strict=True)
+            yield from self._next(node, Leaf(*leaf), tuple(sorted(rows)), states)
+
+    def _next(
+        self, node: Node, leaf: Leaf, rest: tuple[tuple[float, float, int], ...], states: int
+    ) -> Iterator[Node]:
+        """A node of the most promising of some sizes of microbatches, which keeps the others."""
+        if rest and rest[0][0] < INF:
+            (seconds, once, micro), *others = rest
+            tokens = replace(node.tokens, micro=micro)
+            yield replace(
+                node,
+                level=3,
+                seconds=seconds,
+                leaves=states * len(rest),
+                tokens=tokens,
+                leaf=leaf,
+                once=once,
+                rest=tuple(others),
+            )
+
+    def _same(self, node: Node, table: Table) -> bool:
+        """Whether the blocks cost what they do without recomputation, which is then among the choices."""
+        if not self.space.words.admit("recompute", "none"):
+            return False
+        plain = self.bounds.endless(node.mesh, node.shape, ("none", 1))
+        return isinstance(plain, Table) and plain.layers == table.layers
+
+    def scheduled(self, node: Node) -> Iterator[Node]:
+        """A schedule with one size of microbatch; then the others."""
+        mesh, tokens, b, m = node.mesh, node.tokens, self.bounds, self._microbatches(node)
+        states = node.leaves // (1 + len(node.rest))
+        yield from self._next(node, node.leaf, node.rest, states)
+        named = (node.leaf.schedule, node.leaf.virtual)
+        num_stages = b.lies(mesh, named).num_stages
+        cheap = b.knows(mesh, node.shape, tokens) or not b.probed(mesh, *named, m)
+        if cheap and self._slow(node, num_stages) >= self.cut:  # a table is made sooner
+            return
+        probe = b.probe(mesh, *named, m)
+        if isinstance(probe, Problem):
+            self.refuse(probe, states)
+            return
+        endless = b.endless(mesh, node.shape, (tokens.mode, tokens.every))
+        assert isinstance(endless, Table)
+        stages, scale = b.stages(endless, num_stages), tokens.micro / ENDLESS
+        num_bytes = min(  # what a chunk keeps grows with its samples
+            b.memory(stages, probe, *way, scale=scale) + b.beside(endless, *way, scale)
+            for way in b.ways(mesh, node.shape)
+        )
+        if num_bytes > self.bounds.limit_bytes:
+            self.refuse("memory", states)
+            return
+        table = b.table(mesh, node.shape, tokens)
+        if isinstance(table, Problem):
+            self.refuse(table, states)
+            return
+        seconds = self._slow(node, num_stages)
+        if seconds < self.cut:
+            yield replace(
+                node, level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=()
+            )
+
+    def _slow(self, node: Node, num_stages: int) -> float:
+        """Seconds of a step at least, where its table is there."""
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        if isinstance(table, Problem):
+            return node.seconds
+        named, m = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        stages = self.bounds.stages(table, num_stages)
+        told = self.bounds.pipeline(stages, node.mesh, named, m, table.sent)
+        return max(told + node.once, node.seconds)
+
+    def _microbatches(self, node: Node) -> int:
+        return self.space.batch // node.mesh.dp // node.tokens.micro
+
+    def _parts(self, node: Node) -> tuple[Table, np.ndarray, Probe]:
+        """Of a node whose table and schedule are there."""
+        leaf, m = node.leaf, self._microbatches(node)
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        probe = self.bounds.probe(node.mesh, leaf.schedule, leaf.virtual, m)
+        assert isinstance(table, Table) and isinstance(probe, Probe)
+        return table, self.bounds.stages(table, probe.chunks.shape[-1]), probe
+
+    def states(self, node: Node) -> Iterator[Node]:
+        """How states are cut."""
+        (table, stages, probe), b, m = self._parts(node), self.bounds, node.mesh
+        named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        quick = b.quick(table, m, named, count)
+        for dp_shard, zero, order in self.space.states(m, node.shape):
+            cut = zero if dp_shard > 1 else 0
+            shards = b.shards(m, node.shape, dp_shard)
+            at = b.links.meetings(m, node.shape, dp_shard, cut)
+            least = quick(at, cut)
+            if least >= self.cut:
+                continue
+            once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
+            if least + once >= self.cut:
+                continue
+            num_bytes = b.memory(stages, probe, cut, shards) + b.beside(table, cut, shards)
+            if num_bytes > self.bounds.limit_bytes:
+                self.refuse("memory", 1)
+                continue
+            seconds = least
+            if cut > 1:
+                slower = b.sharded(table, len(stages), at, cut)
+                seconds = b.pipeline(slower, m, named, count, table.sent)
+            yield replace(
+                node,
+                level=5,
+                leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero, order=order),
+                leaves=1,
+                seconds=max(node.seconds, least + once, seconds + once),
+                once=once,
+                num_bytes=num_bytes,
+            )
+
+    def played(self, node: Node) -> Iterator[Node]:
+        """The schedule's clock at what the stages cost at least."""
+        (table, stages, _), leaf, b = self._parts(node), node.leaf, self.bounds
+        cut = leaf.zero if leaf.dp_shard > 1 else 0
+        at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
+        named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
+        slower = b.sharded(table, len(stages), at, cut)
+        seconds = b.played(slower, node.mesh, named, m, table.sent) + node.once
+        yield replace(node, level=6, seconds=max(seconds, node.seconds))
+
+    def laid(self, node: Node) -> Iterator[Node]:
+        """The laid plan's own time and memory."""
+        _, stages, probe = self._parts(node)
+        named = (node.leaf.schedule, node.leaf.virtual)
+        job = self.job.with_plan(self.plan(node))
+        wrong = [p for p in job.problems() if p.severity == "error"]
+        try:
+            if wrong:
+                raise PlanError("", wrong)
+            laid = lay(request_of(job))
+        except PlanError as refused:
+            self.refuse(refused.problems[0], 1)
+            return
+        num_bytes = laid_memory(laid, probe)
+        if num_bytes > self.bounds.limit_bytes:
+            self.refuse("memory", 1)
+            return
+        step = self.bounds.step(node.mesh, named, self._microbatches(node), len(stages))
+        seconds = laid_seconds(laid, self.machine, step)
+        yield replace(
+            node,
+            level=7,
+            seconds=max(seconds, node.seconds),
+            num_bytes=max(num_bytes, node.num_bytes),
+        )
+
+    def plan(self, node: Node) -> Plan:
+        """The plan of a leaf."""
+        plan = self.space.plan(node.mesh, node.shape, node.tokens, node.leaf)
+        return replace(plan, offload=self.space.offload)

@@ -1,0 +1,104 @@
+"""What plans send over a cluster's links, before one is laid: who meets to cut and to reduce states, what
+that takes, and a message from stage to stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from partita.cost.comm import Group, group_seconds
+from partita.cost.machine import Machine
+from partita.planner.space import MeshChoice, Shape
+from partita.simulate.groups import place
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+
+T = TypeVar("T", float, np.ndarray)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards."""
+
+    inner: Group
+    cut: int
+    outer: Group
+
+
+class Links:
+    """The links of a machine, as plans of a model meet on them; groups are kept."""
+
+    def __init__(self, machine: Machine, model: ModelSpec) -> None:
+        self.machine, self.model = machine, model
+        self.bucket_bytes = Plan().data.bucket_bytes
+        self._meetings: dict[object, tuple[Meeting, ...]] = {}
+        self._groups: dict[tuple[int, int], Group] = {}
+        self._hops: dict[tuple[int, int], Group] = {}
+
+    def group(self, stride: int, n: int) -> Group:
+        """`n` ranks, each `stride` behind the one before."""
+        key = (stride, n)
+        if key not in self._groups:
+            self._groups[key] = place(tuple(range(0, stride * n, stride)), self.machine)
+        return self._groups[key]
+
+    def meetings(
+        self, mesh: MeshChoice, shape: Shape, shard: int, zero: int
+    ) -> tuple[Meeting, ...]:
+        """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force."""
+        fold, replicas = shape.ep * shape.etp, mesh.dp // shard
+        key = (mesh.tp, mesh.cp, fold, shard, replicas, bool(zero))
+        if key not in self._meetings:
+            rows = [(mesh.tp, shard * mesh.cp)]
+            if self.model.experts:
+                rows.append((fold, shard * mesh.cp * mesh.tp // fold))
+            found = []
+            for stride, ranks in rows:
+                cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
+                wide = shard * mesh.cp * mesh.tp if zero else stride
+                found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
+            self._meetings[key] = tuple(found)
+        return self._meetings[key]
+
+    def once_s(self, units: Sequence[float], meetings: Sequence[Meeting], zero: int) -> float:
+        """Seconds of a step's collectives on units of a rank, each kind in one call."""
+        fewer, total = min(self.machine.software.gradient_bytes / 4, 1.0), 0.0
+        for i, at in enumerate(meetings):
+            weights, gradients = units[2 * i], fewer * units[2 * i + 1]
+            total += group_seconds("all_reduce", at.outer, gradients / at.cut)
+            if zero == 1:
+                total += group_seconds("reduce_scatter", at.inner, gradients)
+            if zero in (1, 2):
+                total += group_seconds("all_gather", at.inner, weights / at.cut)
+        return total
+
+    def each_s(
+        self, units: Sequence[float], meetings: Sequence[Meeting], zero: int, apart: bool = False
+    ) -> tuple[float, float]:
+        """Seconds of ZeRO's collectives of a microbatch on units, in a call each: forward, backward. `apart`:
+        those alone that are too large to be joined with other layers'."""
+        forward = backward = 0.0
+        least = 1.01 * self.bucket_bytes if apart and zero < 3 else 0.0
+        for i, at in enumerate(meetings):
+            weights, gradients = units[2 * i] / at.cut, units[2 * i + 1]
+            gather = group_seconds("all_gather", at.inner, weights) if zero == 3 else 0.0
+            made = gradients if zero > 1 and gradients > least else 0.0
+            scatter = group_seconds("reduce_scatter", at.inner, made) if made else 0.0
+            forward, backward = forward + gather, backward + gather + scatter
+        return forward, backward
+
+    def send(self, mesh: MeshChoice, sent: T) -> T | float:
+        """Seconds of a message of so many bytes between neighbouring stages, at least."""
+        if mesh.pp == 1 or self.machine.class_ == "CPU" or self.machine.software.sends_block:
+            return 0.0
+        stride = mesh.dp * mesh.cp * mesh.tp
+        if (stride, mesh.pp) not in self._hops:
+            pairs = [(i * stride, (i + 1) * stride) for i in range(mesh.pp - 1)]
+            groups = {place(pair, self.machine) for pair in pairs}
+            self._hops[stride, mesh.pp] = max(groups, key=lambda g: group_seconds("send", g, 1e6))
+        shares = 1 if mesh.sp or not self.machine.software.scatters_sends else mesh.tp
+        return group_seconds("send", self._hops[stride, mesh.pp], sent / shares)  # type: ignore[arg-type, return-value]
