@@ -45,7 +45,7 @@ def with_auto(job: Job) -> Job:
     """The job with the plan that 'auto' stands for, which is told."""
     if not job.auto:
         return job
-    from partita.planner.solve import resolved
+    from partita.planner.ask import resolved
 
     found = resolved(job)
     note(f'plan = "auto" is {found.plan}')

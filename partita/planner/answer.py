@@ -61,7 +61,7 @@ def ranked(plans: Sequence[Prediction]) -> str:
 
 def counts(found: Found) -> str:
     """How much was cut, and by what."""
-    refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common())
+    refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common() if n)
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
     beside = (

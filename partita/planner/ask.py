@@ -1,21 +1,24 @@
-"""A question to the planner and its answer: what `partita plan` asks, in one value each."""
+"""A question to the planner and its answer: what `partita plan` asks, in one value each; and `plan = "auto"`,
+which asks for the best."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from partita.base.errors import UsageError
+from partita.base.errors import PlanError, UsageError
 from partita.planner.beyond import precise, turned
 from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
-from partita.planner.nodes import KEEP
+from partita.planner.nodes import ANY, KEEP, Goal
 from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.planner.splits import splits
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.spec.plan_table import CHOICES
+
+AUTO_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,30 @@ class Answer:
     measured: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
+def searched(search: Search, goal: Goal, question: Question) -> Found:
+    """The best plans over all choices: of the search's own space, then of what is beyond it."""
+    top, budget_s = question.top, question.budget_s
+    found = search.best(goal, top, budget_s)
+    left = budget_s - found.seconds
+    search, found = precise(search, question.precision, goal, top, found, left)
+    for more in (widened, turned, splits):
+        left = budget_s - found.seconds
+        found = more(search, goal, top, found, left) if left > 0 else found
+    return found
+
+
+def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
+    """The job with the plan that 'auto' stands for; itself where it has one. Raises PlanError."""
+    if not job.auto:
+        return job
+    question = Question(top=1, budget_s=budget_s)
+    found = searched(searcher(job), ANY, question)
+    if not found.plans:
+        lines = nothing_fits(job, searcher, budget_s / 4)
+        raise PlanError("\n".join(['plan = "auto" found none', *lines]))
+    return job.with_plan(found.plans[0].plan)
+
+
 def ask(job: Job, question: Question) -> Answer:
     """Searches. Raises UsageError where the question cannot be."""
     if question.solve:
@@ -67,12 +94,7 @@ def ask(job: Job, question: Question) -> Answer:
         first, _, second = question.pareto.partition(",")
         found = pareto(search, first, second, question.budget_s)
     else:
-        found = search.best(goal, question.top, question.budget_s)
-        left = question.budget_s - found.seconds
-        search, found = precise(search, question.precision, goal, question.top, found, left)
-        for more in (widened, turned, splits):
-            left = question.budget_s - found.seconds
-            found = more(search, goal, question.top, found, left) if left > 0 else found
+        found = searched(search, goal, question)
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
         return Answer(found, (), tuple(texts))

@@ -45,6 +45,7 @@ from partita.planner.table import (
 )
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
+from partita.simulate.moves import STATE_PASSES, host_memory_rate
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes, update_seconds
@@ -328,6 +329,11 @@ class Bounds:
 
     def update(self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least."""
-        ranks = shards.states(stages, zero)[probe.held].sum(1)
-        moved = update_bytes(dict(zip(STATES, ranks.T, strict=True)))  # type: ignore[arg-type]
-        return update_seconds(float(np.max(moved)), self.machine)
+        return self.updated(stages[probe.held].sum(1), zero, shards)
+
+    def updated(self, ranks: np.ndarray, zero: int, shards: Shards) -> float:
+        """The same of [rank, numbers]: on the device, or what passes through the memory of its host."""
+        states = dict(zip(STATES, shards.states(ranks, zero).T, strict=True))
+        here = update_seconds(float(np.max(update_bytes(states))), self.machine)  # type: ignore[arg-type]
+        passes = STATE_PASSES * float(shards.away(ranks, zero).max())
+        return max(here, passes / host_memory_rate(self.machine))

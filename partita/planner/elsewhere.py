@@ -19,6 +19,7 @@ from partita.planner.space import Space
 from partita.spec.plan import OffloadPlan
 
 SMALL = 16
+WITHOUT = 1 << 62  # bytes of a device, where its limit does not count
 STATES = ("gradients", "optimizer")
 TARGETS = ((), ("activations", *STATES), ("activations", *STATES, "parameters"))
 NO_BETTER = "files where the host has room"
@@ -54,4 +55,19 @@ def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float)
             break
         there = more.best(goal, top, left, seen=found.plans)
         found.join(there)
+    return found
+
+
+def least_memory(search: Search, budget_s: float) -> Found:
+    """The plan that needs least of a device, whatever its limit, with all on it or what may lie elsewhere
+    there: with files a device holds no less."""
+    end, goal = time.perf_counter() + budget_s, Goal("memory")
+    search.bounds.limit_bytes = WITHOUT
+    found = search.best(goal, budget_s=budget_s)
+    ways = list(offloads(search, Found()))
+    for offload in (way for way in ways if way.to == ways[0].to):
+        more = Search(Space(search.job, search.space.words, search.space.dtype, offload))
+        more.bounds.limit_bytes = WITHOUT
+        left = max(end - time.perf_counter(), 0.0)
+        found.join(more.best(goal, budget_s=left, seen=found.plans))
     return found

@@ -73,13 +73,15 @@ def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
 class _Ways:
     """The ways to cut states. `standing` [way, numbers]: what share of each number of a table is there all
     the time; `units` [way, kind of layer]: bytes that come and go; `forward`, `backward` [kind of layer, way,
-    1]: seconds of a layer's collectives in a microbatch; `once` [way, 1]: of all of a rank's in a step."""
+    1]: seconds of a layer's collectives in a microbatch; `once` [way, 1]: of all of a rank's in a step;
+    `update` [way, 1]: of the optimizer."""
 
     standing: np.ndarray
     units: np.ndarray
     forward: np.ndarray
     backward: np.ndarray
     once: np.ndarray
+    update: np.ndarray
 
 
 class Floors:
@@ -163,6 +165,8 @@ class Floors:
             standing = [shards.standing(each, zero) for zero, shards in ways]
             units = [table.units @ shards.whole(zero) for zero, shards in ways]
             seconds = [self._cheapest(mesh, shape, table, zero) for zero, _ in ways]
+            even = table.total[None] / mesh.pp
+            update = [self.bounds.updated(even, zero, shards) for zero, shards in ways]
             layers, shape_of = len(table.layers), (len(ways), len(table.layers), 2)
             found = (
                 np.array([s for s, _ in seconds]).reshape(shape_of).transpose(2, 1, 0)[..., None]
@@ -173,6 +177,7 @@ class Floors:
                 found[0],
                 found[1],
                 np.array([s for _, s in seconds]).reshape(len(ways), 1),
+                np.array(update).reshape(len(ways), 1),
             )
         return self._known[key]
 
@@ -215,7 +220,7 @@ class Floors:
         most = SPARSE_ROOM if self.space.model.experts else ROOM
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients
-        once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0)
+        once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0) + ways.update
         times = self.space.batch // mesh.dp / self.bounds.sizes(mesh) / mesh.pp
         share = (len(table.at) - 2) / mesh.pp
         longer_f, longer_b = (share * functools.reduce(np.minimum, x) for x in (more_f, more_b))

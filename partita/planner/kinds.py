@@ -18,7 +18,7 @@ class Kinds:
 
     def __init__(self, roughs: Sequence[Rough], splits: Sequence[Sequence[int]]) -> None:
         first = {r.kind: i for i, r in reversed(list(enumerate(roughs)))}
-        self.place = {kind: k for k, kind in enumerate(first)}
+        self.place: dict[object, int] = {kind: k for k, kind in enumerate(first)}
         mine = [(roughs[i], splits[i]) for i in first.values()]
         blocks = sum(splits[0]) + 2
         self._before = np.zeros(len(mine), int)  # [kind]: blocks of the stages before the rank's

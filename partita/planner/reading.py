@@ -54,7 +54,7 @@ def read_table(request: Request, machine: Machine, late: bool) -> Table | Proble
 
 def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
     """The table with what stays on the device: states and activations that lie elsewhere are left out. Its
-    times are the same: moves only add to them."""
+    times are the same: moves only add to them, and an update elsewhere follows (`Bounds.updated`)."""
     if offload.to == "none" or isinstance(table, Problem):
         return table
     gone = targets(replace(Plan(), offload=offload))
@@ -67,7 +67,8 @@ def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
         )
         if "activations" in gone:
             cost = replace(cost, kept=0.0, read=0.0)
-        return replace(cost, states=states, experts=experts)
+        away = (cost.states[2], cost.experts[2]) if "optimizer" in gone else (0.0, 0.0)
+        return replace(cost, states=states, experts=experts, away=away)
 
     return replace(table, kinds=tuple(map(rest, table.kinds)))
 

@@ -1,5 +1,5 @@
 """Questions around the search: the fewest devices, the longest sequence, the biggest batch or model that
-fits; a front of two goals; what to do where nothing fits; `plan = "auto"`.
+fits; a front of two goals; what to do where nothing fits.
 
 A quantity is doubled (or halved) until its answer changes, then bisected down to its unit. Where a search
 stopped by its budget, the answer is a bound that was reached, and `proven` is false.
@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from partita.base.errors import PlanError, UsageError
+from partita.base.errors import UsageError
 from partita.base.units import format_bytes
-from partita.planner.elsewhere import widened
+from partita.planner.elsewhere import least_memory
 from partita.planner.nodes import GOALS
-from partita.planner.search import ANY, Found, Goal, Search, measures, searcher
+from partita.planner.search import Found, Goal, Search, measures
+from partita.planner.space import Space, Words
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 
 FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
+SIZES = ("pp", "dp", "cp", "tp")
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
-AUTO_S = 20.0
 Makes = Callable[[Job], Search]
 
 
@@ -174,10 +175,8 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
 
 def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers."""
-    search = makes(job)
-    search.bounds.limit_bytes = 1 << 62
-    least = search.best(Goal("memory"), budget_s=budget_s)
-    lines = []
+    search, lines = makes(job), list[str]()
+    least = least_memory(search, budget_s)
     if least.plans:
         needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
         lines.append(
@@ -186,7 +185,7 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
             f"({needs / limit:.2f} times)"
         )
     elif least.complete:
-        lines.append("nothing fits: no plan is legal under these words")
+        lines.append("nothing fits: no plan is legal under these words" + _which(search.space))
     else:
         lines.append(f"nothing fits; by how much was not found in {budget_s:g} s")
     for field in FIELDS:
@@ -200,19 +199,18 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     return lines
 
 
+def _which(space: Space) -> str:
+    """Which of the words leaves no plan by itself, and what there is instead."""
+    every, found = Space(space.job, Words(), space.dtype), list[str]()
+    for name, value in space.words.fixed:
+        alone = Space(space.job, Words(((name, value),)), space.dtype)
+        if any(alone.leaves(mesh) for mesh in alone.meshes()):
+            continue
+        sizes = {getattr(m, name) for m in every.meshes()} if name in SIZES else set()
+        there = f" (there are {', '.join(map(str, sorted(sizes)))})" if sizes else ""
+        found.append(f"none has {name} {value}{there}")
+    return ": " + "; ".join(found) if found else ""
+
+
 def _grows(cluster: Cluster) -> bool:
     return bool(cluster.links) and not cluster.nodes
-
-
-def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
-    """The job with the plan that 'auto' stands for; itself where it has one. Raises PlanError."""
-    if not job.auto:
-        return job
-    search = searcher(job)
-    found = search.best(budget_s=budget_s)
-    if not found.plans:
-        found = widened(search, ANY, 1, found, budget_s / 2)
-    if not found.plans:
-        lines = nothing_fits(job, searcher, budget_s / 4)
-        raise PlanError("\n".join(['plan = "auto" found none', *lines]))
-    return job.with_plan(found.plans[0].plan)

@@ -21,7 +21,8 @@ Three = tuple[float, ...]  # parameters, gradients, optimizer
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds of a microbatch by part, and bytes: kept activations, and what a weight half reads, which is
-    held from its input half on; states by category, of experts and of the rest; of each layer's largest unit
+    held from its input half on; states by category, of experts and of the rest, and of the optimizer's those
+    that lie `away` from the device, of the rest and of experts; of each layer's largest unit
     parameters and gradients, of the rest and of experts; seconds that rows `travel` to experts and back; what
     lives `inside` one op of a block, and what of it would be `sent` to a next stage, which do not add up; of
     forward and of backward the compute, with what it waits for (`rooms`: more may run beside that); and what
@@ -41,6 +42,7 @@ class Cost:
     sent: float = 0.0
     rooms: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     least: Three = (0.0, 0.0, 0.0)
+    away: tuple[float, float] = (0.0, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -59,12 +61,20 @@ class Cost:
     def row(self) -> tuple[float, ...]:
         """What adds up in one row, as the columns below name it."""
         parts = (self.forward, self.input, self.weight, self.kept, self.read)
-        return (*parts, *self.states, *self.experts, *self.units, self.travel, *self.least)
+        return (
+            *parts,
+            *self.states,
+            *self.experts,
+            *self.units,
+            self.travel,
+            *self.least,
+            *self.away,
+        )
 
 
 # columns of a row, or of rows of stages
 TIMES, KEPT, READ, REST, EXPERTS = slice(0, 3), 3, 4, slice(5, 8), slice(8, 11)
-UNITS, TRAVEL, LEAST = slice(11, 15), 15, slice(16, 19)
+UNITS, TRAVEL, LEAST, AWAY = slice(11, 15), 15, slice(16, 19), slice(19, 21)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,10 @@ class Shards:
             return np.where(cut, (np.inf if self.narrow else n, n, n), 1)
 
         return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
+
+    def away(self, rows: np.ndarray, zero: int) -> np.ndarray:
+        """[...]: bytes of a rank's optimizer states elsewhere, at least, of [..., numbers]."""
+        return (rows[..., AWAY] / ((self.rest, self.experts) if zero else (1, 1))).sum(-1)
 
     def standing(self, rows: np.ndarray, zero: int) -> np.ndarray:
         """[...]: bytes of those that are there all the time: a gradient that is cut comes with a backward, as

@@ -26,7 +26,7 @@ def _auto(job: Job) -> Iterator[Problem]:
         yield Problem(
             "plan",
             "auto",
-            "plan = 'auto' stands for no plan until partita.planner.solve.resolved(job) has searched",
+            "plan = 'auto' stands for no plan until partita.planner.ask.resolved(job) has searched",
             asked="auto",
             limit="a plan",
         )

@@ -8,10 +8,10 @@ import pytest
 from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
 from partita.planner.answer import ranked
-from partita.planner.ask import Question, ask
+from partita.planner.ask import Question, ask, resolved
 from partita.planner.explain import binds, causes, why
 from partita.planner.search import Search, measures, searcher
-from partita.planner.solve import nothing_fits, pareto, resolved, solve
+from partita.planner.solve import nothing_fits, pareto, solve
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
