@@ -124,7 +124,7 @@ def _judge(job: Job, json: bool) -> None:
     start = time.perf_counter()
     found = judged(job)
     illegal = any(p.severity == "error" for p in found.problems)
-    why = [] if found.fits else _why(job, found, illegal)
+    why = _why(job, found, illegal)
     if json:
         write_json(_document(found, why, time.perf_counter() - start))
     else:
@@ -135,9 +135,13 @@ def _judge(job: Job, json: bool) -> None:
 
 
 def _why(job: Job, found: Prediction, illegal: bool) -> list[str]:
-    if not illegal:
+    if illegal:
+        return would_be_legal(found)
+    if not found.fits:
         return str(fit_error(job, found)).splitlines()
-    return would_be_legal(found)
+    from partita.planner.explain import beside
+
+    return beside(job, found)
 
 
 def _document(found: Prediction, why: list[str], seconds: float) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def counts(found: Found) -> str:
     refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common() if n)
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
+    if found.more:
+        proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (
         f"{found.turned} other orders of axes" if found.turned else "",
         f"{found.split} other splits of layers" if found.split else "",

@@ -158,9 +158,28 @@ def reason(job: Job, best: Prediction, choice: str, plan: Plan) -> Reason:
 def why(job: Job, best: Prediction) -> list[Reason]:
     """A reason for every choice of a plan that was simulated."""
     plan = Plan.parse(best.plan)
-    return [
-        reason(job, best, choice, other) for choice, other in changes(job, plan) if other != plan
-    ]
+    others = ((choice, _plain(other)) for choice, other in changes(job, plan))
+    return [reason(job, best, choice, other) for choice, other in others if other != plan]
+
+
+def _plain(plan: Plan) -> Plan:
+    """The plan without a ZeRO stage that has nothing to cut."""
+    return plan if plan.mesh.dp_shard > 1 else plan.with_("data", zero_stage=Plan().data.zero_stage)
+
+
+def beside(job: Job, named: Prediction) -> list[str]:
+    """Of a plan that a user names and that fits: what binds, the change of one choice that makes it fastest,
+    and the reason for every choice."""
+    reasons, (ours, _, _) = why(job, named), measures(named)
+    fits = [r for r in reasons if r.changed.fits and r.changed.step_time_s is not None]
+    best = min(fits, key=lambda r: measures(r.changed)[0], default=None)
+    told = "no change of one choice alone makes it faster"
+    if best is not None and (seconds := measures(best.changed)[0]) < ours:
+        told = (
+            f"faster by one change, of {best.choice}: {best.changed.plan} takes {format_seconds(seconds)} "
+            f"({seconds / ours - 1:+.1%})"
+        )
+    return [binds(job, named), told, *(r.text for r in reasons)]
 
 
 def binds(job: Job, best: Prediction) -> str:

@@ -61,6 +61,7 @@ class Found:
     first_s: float = 0.0  # when the best plan was found
     turned: int = 0  # simulated beside these: best plans with axes in another order
     split: int = 0  # the same with another split of the layers
+    more: bool = False  # a front may have more plans
 
     @property
     def bounded(self) -> int:

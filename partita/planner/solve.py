@@ -79,21 +79,34 @@ def solve(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
 def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
     devices, end = job.cluster.devices, time.perf_counter() + budget_s
     while devices <= MOST_DEVICES and time.perf_counter() < end:
-        found = makes(_with(job, "devices", devices)).best(Goal("devices"), budget_s=budget_s)
+        search = makes(_with(job, "devices", devices))
+        found = search.best(Goal("devices"), budget_s=budget_s)
         if found.plans:
+            found = _fewer(job, makes, found, set(search.space.worlds()), end)
             world = measures(found.plans[0])[2]
-            return Solved(
-                "devices",
-                world,
-                1,
-                found,
-                found.complete,
-                f"{world} devices: {found.plans[0].plan}",
-            )
+            text = f"{world} devices: {found.plans[0].plan}"
+            return Solved("devices", world, 1, found, found.complete, text)
         devices *= 2
     return Solved(
         "devices", None, 1, Found(), False, f"no plan was found on less than {devices:,} devices"
     )
+
+
+def _fewer(job: Job, makes: Makes, found: Found, tried: set[int], end: float) -> Found:
+    """What was found, or what fits on fewer devices than those `tried`: of a node any number, then whole
+    nodes."""
+    world, node = measures(found.plans[0])[2], job.cluster.devices_per_node
+    for devices in (*range(1, min(node, world)), *range(node, world, node)):
+        if devices in tried:
+            continue
+        if time.perf_counter() > end:
+            return replace(found, complete=False)
+        search = makes(_with(job, "devices", devices))
+        less = search.best(Goal("devices"), budget_s=end - time.perf_counter())
+        if less.plans:
+            return replace(less, complete=less.complete and found.complete)
+        found = replace(found, complete=found.complete and less.complete)
+    return found
 
 
 def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
@@ -127,6 +140,8 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         return Solved(field, None, unit, shown, proven, f"no {field} of at least {unit} fits")
+    fastest = makes(_with(job, field, low)).best(budget_s=max(end - time.perf_counter(), 0.0))
+    shown = fastest if fastest.plans else shown
     text = f"{field} {low:,} fits ({shown.plans[0].plan}), {high:,} does not (steps of {unit})"
     return Solved(field, low, unit, shown, proven, text)
 
@@ -148,7 +163,8 @@ def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:
 
 
 def pareto(search: Search, first: str, second: str, budget_s: float, most: int = 8) -> Found:
-    """Plans none of which is beaten in both goals, best in the first one first."""
+    """Plans none of which is beaten in both goals, best in the first one first; of more than so many the last
+    is the best in the second."""
     for name in (first, second):
         if name not in GOALS or first == second:
             raise UsageError(f"--pareto {first},{second}: two of {', '.join(GOALS)}", key="pareto")
@@ -161,6 +177,7 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         if not front:
             whole = found
         whole.complete = whole.complete and found.complete
+        whole.seconds += found.seconds if front else 0.0
         if not found.plans:
             break
         front.append(found.plans[0])
@@ -168,9 +185,24 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         measured = (seconds, num_bytes, world, world * seconds * goal.price)
         under[GOALS.index(second)] = measured[GOALS.index(second)]
     else:
-        whole.complete = False  # there may be more
-    whole.plans = front
+        whole.complete, whole.more = False, True
+        end = search.best(goal_of(search.job, second), budget_s=budget_s / most)
+        front[-1:] = end.plans[:1] or front[-1:]
+        whole.seconds += end.seconds
+    whole.plans = [p for p in front if not any(_beats(q, p, first, second) for q in front)]
     return whole
+
+
+def _beats(one: Prediction, other: Prediction, *goals: str) -> bool:
+    """Whether a plan is better in one goal and no worse in the other: of searches that ended too soon."""
+    pairs = [(_measured(one, goal), _measured(other, goal)) for goal in goals]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _measured(p: Prediction, goal: str) -> float:
+    """Of a goal; the price of a device and second is the same for all."""
+    seconds, num_bytes, world = measures(p)
+    return (seconds, num_bytes, world, world * seconds)[GOALS.index(goal)]
 
 
 def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:

@@ -9,7 +9,7 @@ from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
 from partita.planner.answer import ranked
 from partita.planner.ask import Question, ask, resolved
-from partita.planner.explain import binds, causes, why
+from partita.planner.explain import beside, binds, causes, why
 from partita.planner.search import Search, measures, searcher
 from partita.planner.solve import nothing_fits, pareto, solve
 from partita.simulate.predict import simulate
@@ -49,6 +49,25 @@ def test_why_has_the_numbers_of_two_simulations():
             assert f"({theirs / seconds - 1:+.1%})" in r.text
     assert f"({num_bytes / best.limit_bytes:.0%})" in binds(job, best)
     assert sum(causes(best).values()) == pytest.approx(seconds)
+
+
+def test_a_named_plan_is_told_which_change_makes_it_fastest():
+    job = job_of(4, 3e6).with_plan("tp4 4mb recompute:full")
+    named = simulate(job)
+    told = beside(job, named)
+    fit = [r.changed for r in why(job, named) if r.changed.fits]
+    best = min(fit, key=lambda p: measures(p)[0])
+    change = measures(best)[0] / measures(named)[0] - 1
+    assert change < 0 and best.plan in told[1] and f"({change:+.1%})" in told[1]
+    assert told[2:] == [r.text for r in why(job, named)]
+    fastest = searcher(job_of(4, 3e6)).best().plans[0]
+    assert beside(job.with_plan(fastest.plan), fastest)[1].startswith("no change of one choice")
+
+
+def test_words_that_leave_no_plan_are_named():
+    job = job_of(4, 3e6)
+    lines = nothing_fits(job, lambda j: searcher(j, fix=("tp3", "2mb")), 1.0)
+    assert "none has tp 3 (there are 1, 2, 4)" in lines[0]
 
 
 def test_why_speaks_of_every_choice_of_a_plan_with_experts():
@@ -102,6 +121,13 @@ def test_solve_devices_finds_the_edge():
     assert solved.proven and solved.value is not None and solved.value > 2
     below = makes(job_of(solved.value - 1, 1.2e6)).best(first=True)
     assert below.complete and not below.plans
+    job = job_of(4, 2.8e6)  # three, no divisor of the four that are asked for
+    job = replace(job, train=replace(job.train, global_batch_size=12))
+    fewer = {"fix": ("1mb", "bf16"), "forbid": (*WORDS["forbid"], "recompute")}
+    solved = solve(job, "devices", lambda j: searcher(j, **fewer), 20)
+    assert solved.proven and solved.value == 3
+    cluster = replace(job.cluster, devices=2)
+    assert not searcher(replace(job, cluster=cluster), **fewer).best(first=True).plans
 
 
 def test_solve_layers_finds_the_edge():
