@@ -140,7 +140,9 @@ class Levels:
             if not len(good):
                 continue
             rows = zip(*(x[good].tolist() for x in (seconds, least.once, sizes)), strict=True)
-            yield from self._next(node, Leaf(*leaf), tuple(sorted(rows)), states)
+            num_bytes = max(node.num_bytes, float(least.num_bytes[good].min()))
+            here = replace(node, num_bytes=num_bytes)
+            yield from self._next(here, Leaf(*leaf), tuple(sorted(rows)), states)
 
     def _next(
         self, node: Node, leaf: Leaf, rest: tuple[tuple[float, float, int], ...], states: int
