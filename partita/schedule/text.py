@@ -15,7 +15,7 @@ from partita.schedule.ir import COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
 from partita.schedule.staircase import marked
 
 Program = tuple[tuple[Action, ...], ...]
-_ACTION = re.compile(rf"(\d+)({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d*)")
+_ACTION = re.compile(rf"(\d{{1,18}})({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d{{0,18}})")
 _OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
 
 
@@ -83,6 +83,7 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         raise UsageError(
             f"{name} holds no forward; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1"
         )
+    _hold_numbers(name, ranks)
     made = Schedule(
         name=name,
         num_ranks=len(ranks),
@@ -95,6 +96,21 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
     )
     sends = any(a.is_send or a.is_receive for row in program for a in row)
     return made, tuple(program) if sends else None
+
+
+def _hold_numbers(name: str, ranks: Sequence[Sequence[Action]]) -> None:
+    """Raises ScheduleError where a stage or microbatch is numbered beyond what so many actions can have:
+    what is missing below it is then not worth listing."""
+    count = sum(map(len, ranks))
+    for rank, actions in enumerate(ranks):
+        for place, action in enumerate(actions):
+            largest = max(action.stage, action.microbatch)
+            if largest >= count:
+                raise ScheduleError(
+                    f"{name}: rank {rank} runs {action}, but each of stages or microbatches 0 to {largest} "
+                    f"needs a forward, and the file has {count} actions\n"
+                    + marked(rank, actions, place, f"a number below {count} is wanted")
+                )
 
 
 def _updates_early(actions: Sequence[Action]) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.base.errors import ScheduleError
+from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.check import check, checked, over_limit
 from partita.schedule.make import schedule
 from partita.schedule.passes import with_communication
@@ -146,3 +146,14 @@ def test_a_stage_on_two_ranks_is_refused_with_its_stray_action():
         parse_schedule("0F0,0F1,1F0,0B0,0B1\n1B0,1F1,1B1")
     picture = "  rank 0 | 0F0 0F1 1F0 0B0 0B1\n         |         ^-- 1F0 lies elsewhere"
     assert str(error.value).endswith(picture)
+
+
+@pytest.mark.parametrize("cell", ["0F9999999999999", "9999999999999F0", "0F4"])
+def test_a_number_beyond_all_actions_is_refused_at_once(cell):
+    with pytest.raises(
+        ScheduleError, match=rf"rank 0 runs {cell}, .* the file has 4 actions"
+    ) as error:
+        parse_schedule(f"0F0,{cell},0B0\n1F0")
+    assert "^-- a number below 4 is wanted" in str(error.value)
+    with pytest.raises(UsageError, match="is not an action"):
+        parse_schedule("0F" + "9" * 5000)
