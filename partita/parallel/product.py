@@ -20,6 +20,7 @@ LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
 NARROW = 64  # rows or columns of a weight: fewer do not fill its kernels
 PIECE = 1 << 20  # elements of a weight's gradient that are made at a time
+STEP = 16  # tokens whose number varies are given to oneDNN by multiples of so many
 
 
 class Product(Protocol):
@@ -96,6 +97,32 @@ def add_steady(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
     each = max(PIECE // columns, 1)
     for into, part in zip(gradient.split(each), dy.split(each, 1), strict=True):
         into.add_(_onednn(part.t(), right))
+
+
+def known(x: Tensor, rows: int, least: int = LEAST) -> int:
+    """How many of x's tokens [tokens, columns], whose number varies, oneDNN multiplies by a weight of `rows`,
+    or for its gradient: a kernel for a number that it has not met takes 400 us to make."""
+    tokens, columns = x.shape
+    tokens -= tokens % STEP
+    return tokens if is_wide(x.dtype, x.device, (tokens, rows, columns), least) else 0
+
+
+def times_into(out: Tensor, x: Tensor, right: Tensor) -> None:
+    """out [tokens, rows] = x [tokens, columns] by right [columns, rows], for tokens whose number varies."""
+    whole = known(x, right.shape[1])
+    if whole:
+        out[:whole].copy_(_onednn(x[:whole], right.t()))
+        x, out = x[whole:], out[whole:]
+    torch.mm(x, right, out=out)
+
+
+def add_varied(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
+    """As add_steady, for tokens whose number varies."""
+    whole = known(x, dy.shape[1], LEAST_ADDED)
+    if whole:
+        add_steady(gradient, dy[:whole], x[:whole])
+        dy, x = dy[whole:], x[whole:]
+    gradient.addmm_(dy.t(), x)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
-from partita.parallel.product import PLAIN, Product, add_steady
+from partita.parallel.product import PLAIN, Product, add_steady, add_varied
 from partita.spec.layout import product_coordinate
 
 Zeros = Callable[
@@ -335,7 +335,7 @@ def add_product(
         if steady:
             add_steady(gradient, dy, x)
         else:
-            gradient.addmm_(dy.t(), x)
+            add_varied(gradient, dy, x)
     else:
         gradient.add_(product.weight_gradient(dy, x))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from partita.parallel import product
-from partita.parallel.product import PLAIN, add_steady
+from partita.parallel.product import PLAIN, add_steady, add_varied, times_into
 
 SIZES = ((1, 1024, 1024), (48, 640, 96), (64, 64, 512), (3, 5, 7), (64, 2100, 640))
 
@@ -73,3 +73,16 @@ def test_intels_own_cpus_keep_mkl(monkeypatch):
         monkeypatch.setattr(product.Path, "read_text", lambda path, text=text: text)
         found = product.has_wider_kernels.__wrapped__()
         assert found == (wider and torch.backends.mkldnn.is_available())
+
+
+def test_tokens_whose_number_varies(calls):
+    """Multiples of 16 are oneDNN's, the rest torch's: no kernel for each number."""
+    for tokens, whole in ((7, 0), (150, 144), (160, 160)):
+        x, right, dy = (torch.randn(s) for s in ((tokens, 96), (96, 160), (tokens, 160)))
+        out, gradient = torch.empty(tokens, 160), torch.ones(160, 96)
+        calls.clear()
+        times_into(out, x, right)
+        add_varied(gradient, dy, x)
+        near(out, x.double() @ right.double())
+        near(gradient, 1 + dy.double().t() @ x.double())
+        assert calls == ([(whole, 96, 160, 96), (160, whole, 96, whole)] if whole else [])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partita.parallel.lora import LowRank
-from partita.parallel.product import PLAIN, Product
+from partita.parallel.product import LEAST, PLAIN, Product, is_wide, times_into
 from partita.parallel.units import Weight, add_product
 
 
@@ -45,12 +45,14 @@ class Grouped:
         weights = self.weight.value.flatten(1, -2)
         y = x.new_empty((x.shape[0], weights.shape[2 if back else 1]))
         rights = (weights if back else weights.mT).unbind(0)
+        sizes = max(counts), weights.shape[1], weights.shape[2]
+        multiply = times_into if is_wide(x.dtype, x.device, sizes, LEAST) else mm_into
         each = zip(x.split(counts), rights, y.split(counts), self.products, strict=True)
         for rows, right, out, product in each:
             if not rows.shape[0]:
                 continue
             if product is PLAIN:
-                torch.mm(rows, right, out=out)
+                multiply(out, rows, right)
             elif back:
                 out.copy_(product.input_gradient(rows, right))
             else:
@@ -68,6 +70,11 @@ class Grouped:
         for gradient, d, rows, product in each:
             if rows.shape[0]:
                 add_product(gradient, d, rows, product)
+
+
+def mm_into(out: Tensor, x: Tensor, right: Tensor) -> None:
+    """out = x by right, by torch's own kernel."""
+    torch.mm(x, right, out=out)
 
 
 class _Grouped(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from partita.parallel.ep.log import RouterLog
+from partita.parallel.product import times
 from partita.parallel.regions import Region
 from partita.parallel.units import Matrix, Weight
 from partita.spec.model import ModelSpec
@@ -71,7 +72,7 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(x if layer.gate.trains else None)
         ctx.layer, ctx.dtype = layer, x.dtype
         wide = layer.gate.gradient.dtype
-        return x.to(wide) @ layer.gate.value.to(wide).t()
+        return times(x.to(wide), layer.gate.value.to(wide))
 
     @staticmethod
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor, None]:
@@ -81,7 +82,7 @@ class _Gate(torch.autograd.Function):
         wide = dlogits.dtype
         if x is not None:
             gate.accumulate(dlogits.flatten(0, -2), x.flatten(0, -2).to(wide))
-        return (dlogits @ gate.value.to(wide)).to(ctx.dtype), None
+        return times(dlogits, gate.value.to(wide).t()).to(ctx.dtype), None
 
 
 class _Route(torch.autograd.Function):
