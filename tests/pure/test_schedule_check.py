@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.base.errors import ScheduleError, UsageError
+from partita.parallel.pp.rules import problems
 from partita.schedule.check import check, checked, over_limit
 from partita.schedule.make import schedule
 from partita.schedule.passes import with_communication
 from partita.schedule.rendezvous import waits
 from partita.schedule.text import parse_program, parse_schedule, print_ranks
+from partita.simulate.predict import request_of
+from partita.spec.job import Job
 
 NAMES = ["1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_v", "v_half", "dualpipe", "chimera"]
 
@@ -157,3 +160,17 @@ def test_a_number_beyond_all_actions_is_refused_at_once(cell):
     assert "^-- a number below 4 is wanted" in str(error.value)
     with pytest.raises(UsageError, match="is not an action"):
         parse_schedule("0F" + "9" * 5000)
+
+
+def test_a_plan_names_what_its_file_lacks(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("0F0,0F1,0B0\n1F0,1B0,1F1,1B1\n")
+    plan = f'pp2:"file:{path}"/2mb'
+    job = Job.of("quickstart", "laptop", plan, global_batch_size=2, seq_len=64)
+    found = [p for p in problems(request_of(job)) if p.severity == "error"]
+    (problem,) = found
+    assert (problem.room, problem.rule) == ("pp", "complete")
+    assert (
+        problem.message.startswith("never done: 0B1\n")
+        and "missing from here on" in problem.message
+    )

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from partita.base.errors import PartitaError, Problem
+from partita.base.errors import PartitaError, Problem, ScheduleError
 from partita.parallel.read import STATES, flops
 from partita.parallel.room import Request, error, region
-from partita.schedule.check import check
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make import schedule as make_schedule
 from partita.spec.plan import Plan
@@ -152,6 +151,11 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
     try:
         made = schedule_of(plan)
     except PartitaError as found:
+        if isinstance(found, ScheduleError) and found.problems:  # a file's
+            return [
+                replace(p, room="pp", asked=p.asked or asked, nearest=nearest)
+                for p in found.problems
+            ]
         limit = "partita draw shows each schedule's rule"
         return [error("pp", "schedule", found.message, asked=asked, limit=limit, nearest=nearest)]
     if made.is_forward_only:
@@ -164,8 +168,7 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
         )
         limit = "F and B, or F, I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
-    wrong = check(made) if pipe.schedule.strip('"').startswith("file:") else []
-    return [replace(p, room="pp", asked=p.asked or asked, nearest=nearest) for p in wrong]
+    return []
 
 
 def _empty_stage(job: Request) -> Problem:
