@@ -37,7 +37,7 @@ def plan(
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
     precision: Annotated[str, typer.Option(help="To choose from: bf16,fp8.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds the search may take.")] = 60.0,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds the search may take.")] = 60.0,
     pareto: Annotated[str | None, typer.Option(help="A front of two goals: time,memory.")] = None,
     solve: Annotated[
         str | None,

@@ -266,13 +266,13 @@ class Bounds:
         return [(zero, shards) for zero in sorted(stages)]
 
     def reduced(
-        self, stages: np.ndarray, probe: Probe, meetings: Sequence[Meeting], zero: int
+        self, stages: np.ndarray, held: np.ndarray, meetings: Sequence[Meeting], zero: int
     ) -> float:
         """Seconds at least that the step's reductions of gradients, and gathers of parameters, are seen: the
         largest units of a rank's layers in one call, beyond a whole backward of the rank."""
         if self.machine.class_ == "CPU":
             return 0.0
-        ranks = stages[probe.held].sum(1)
+        ranks = stages[held].sum(1)
         room = (
             ranks[:, 1] + ranks[:, 2]
             if self.machine.software.overlaps_gradients
@@ -327,9 +327,9 @@ class Bounds:
         most = probe.most(scale * stages[:, KEPT], scale * stages[:, READ], coming)
         return float((parameters + gradients - coming + optimizer + most).max())
 
-    def update(self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards) -> float:
-        """Seconds of the optimizer, at least."""
-        return self.updated(stages[probe.held].sum(1), zero, shards)
+    def update(self, stages: np.ndarray, held: np.ndarray, zero: int, shards: Shards) -> float:
+        """Seconds of the optimizer, at least; `held` as a probe says."""
+        return self.updated(stages[held].sum(1), zero, shards)
 
     def updated(self, ranks: np.ndarray, zero: int, shards: Shards) -> float:
         """The same of [rank, numbers]: on the device, or what passes through the memory of its host."""

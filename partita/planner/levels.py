@@ -9,8 +9,9 @@ rough      schedules, with sizes of microbatches       played     the schedule's
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,12 +21,25 @@ from partita.parallel.laid import lay
 from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.floor import Floors
+from partita.planner.links import Meeting
 from partita.planner.nodes import INF, Node
 from partita.planner.orders import nearest
-from partita.planner.space import Leaf, Shape, Space, Tokens
-from partita.planner.table import PAIRED, Probe, Table
+from partita.planner.space import Leaf, Shape, Space, State, Tokens
+from partita.planner.table import PAIRED, Probe, Shards, Table
 from partita.simulate.predict import request_of
 from partita.spec.plan import Plan
+
+
+class Way(NamedTuple):
+    """A way to cut states: as the space names it, the ZeRO stage in force, the parts, who meets; seconds of
+    the schedule at least, and of what follows it."""
+
+    state: State
+    cut: int
+    shards: Shards
+    at: Sequence[Meeting]
+    least: float
+    once: float
 
 
 class Levels:
@@ -179,6 +193,8 @@ class Levels:
         cheap = b.knows(mesh, node.shape, tokens) or not b.probed(mesh, *named, m)
         if cheap and self._slow(node, num_stages) >= self.cut:  # a table is made sooner
             return
+        if not b.probed(mesh, *named, m) and self._slower(node, num_stages) >= self.cut:
+            return
         probe = b.probe(mesh, *named, m)
         if isinstance(probe, Problem):
             self.refuse(probe, states)
@@ -213,6 +229,30 @@ class Levels:
         told = self.bounds.pipeline(stages, node.mesh, named, m, table.sent)
         return max(told + node.once, node.seconds)
 
+    def _slower(self, node: Node, num_stages: int) -> float:
+        """The same with the best way to cut states, infinite where none is below the cut."""
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        if isinstance(table, Problem):
+            return node.seconds
+        stages = self.bounds.stages(table, num_stages)
+        return min((w.least + w.once for w in self._ways(node, table, stages)), default=INF)
+
+    def _ways(self, node: Node, table: Table, stages: np.ndarray) -> Iterator[Way]:
+        """The ways to cut states that are below the cut."""
+        b, m = self.bounds, node.mesh
+        named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        quick, held = b.quick(table, m, named, count), b.lies(m, named).held
+        for state in self.space.states(m, node.shape):
+            cut = state[1] if state[0] > 1 else 0
+            shards = b.shards(m, node.shape, state[0])
+            at = b.links.meetings(m, node.shape, state[0], cut)
+            least = quick(at, cut)
+            if least >= self.cut:
+                continue
+            once = b.update(stages, held, cut, shards) + b.reduced(stages, held, at, cut)
+            if least + once < self.cut:
+                yield Way(state, cut, shards, at, least, once)
+
     def _microbatches(self, node: Node) -> int:
         return self.space.batch // node.mesh.dp // node.tokens.micro
 
@@ -228,17 +268,9 @@ class Levels:
         """How states are cut."""
         (table, stages, probe), b, m = self._parts(node), self.bounds, node.mesh
         named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
-        quick = b.quick(table, m, named, count)
-        for dp_shard, zero, order in self.space.states(m, node.shape):
-            cut = zero if dp_shard > 1 else 0
-            shards = b.shards(m, node.shape, dp_shard)
-            at = b.links.meetings(m, node.shape, dp_shard, cut)
-            least = quick(at, cut)
-            if least >= self.cut:
-                continue
-            once = b.update(stages, probe, cut, shards) + b.reduced(stages, probe, at, cut)
-            if least + once >= self.cut:
-                continue
+        for (dp_shard, zero, order), cut, shards, at, least, once in self._ways(
+            node, table, stages
+        ):
             num_bytes = b.memory(stages, probe, cut, shards) + b.beside(table, cut, shards)
             if num_bytes > self.bounds.limit_bytes:
                 self.refuse("memory", 1)

@@ -16,12 +16,13 @@ from partita.base.units import format_bytes
 from partita.planner.elsewhere import least_memory
 from partita.planner.nodes import GOALS
 from partita.planner.search import Found, Goal, Search, measures
-from partita.planner.space import Space, Words
+from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 
 FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
+SEARCHED = (*SCHEDULES, *VIRTUAL, "chimera", "v_<num>_<den>")
 SIZES = ("pp", "dp", "cp", "tp")
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
@@ -238,8 +239,9 @@ def _which(space: Space) -> str:
         alone = Space(space.job, Words(((name, value),)), space.dtype)
         if any(alone.leaves(mesh) for mesh in alone.meshes()):
             continue
-        sizes = {getattr(m, name) for m in every.meshes()} if name in SIZES else set()
-        there = f" (there are {', '.join(map(str, sorted(sizes)))})" if sizes else ""
+        known = sorted({getattr(m, name) for m in every.meshes()}) if name in SIZES else []
+        known = SEARCHED if name == "schedule" else known
+        there = f" (there may be {', '.join(map(str, known))})" if known else ""
         found.append(f"none has {name} {value}{there}")
     return ": " + "; ".join(found) if found else ""
 

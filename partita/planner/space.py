@@ -286,11 +286,18 @@ class Space:
         found = [(n, 2 if has_fixed_stages(n) else 1) for n in SCHEDULES]
         found = [(n, v) for n, v in found if v <= max(most, 1)]
         found += [(n, v) for n in VIRTUAL for v in range(2, most + 1)]
+        found += [(n, v) for n, v in self._named() if v <= most]
         return [
             (n, v)
             for n, v in found
             if self.words.admit("schedule", n) and self.words.admit("virtual", v)
         ]
+
+    def _named(self) -> list[tuple[str, int]]:
+        """Schedules that are searched where they are fixed alone: chimera, a vee of a stated memory."""
+        names = [str(v) for f, v in self.words.fixed if f == "schedule"]
+        vees = [(n, 2) for n in names if has_fixed_stages(n) and n not in SCHEDULES]
+        return [*vees, *((n, 1) for n in names if n == "chimera")]
 
     def states(self, mesh: MeshChoice, shape: Shape) -> list[State]:
         """(dp_shard, ZeRO stage, order of axes); ZeRO 0 on dp_shard only where experts need the axis."""

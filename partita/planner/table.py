@@ -269,17 +269,17 @@ class Rough:
         step >= max over ranks and stages of  micro * (head + tail) + messages + samples * work
 
     From where its stages lie alone, which needs no schedule to be made: in a line or a loop, in a vee, or,
-    for dualpipe, a copy at either end.
+    for dualpipe and chimera, a copy at either end.
     """
 
     def __init__(self, schedule: str, ranks: int, virtual: int) -> None:
-        self.split = schedule in HALVES
+        self.split = schedule in HALVES or has_fixed_stages(schedule)
         self.num_stages = ranks * virtual
         at, vee = np.arange(ranks), has_fixed_stages(schedule) and virtual == 2
         rows = [at + i * ranks for i in range(virtual)]
         if vee:
             rows = [at, 2 * ranks - 1 - at]
-        both = schedule == "dualpipe" and ranks > 1
+        both = schedule in ("dualpipe", "chimera") and ranks > 1
         rows = [at, ranks - 1 - at] if both else rows
         self.held = -np.sort(-np.stack(rows, 1), 1)
         hops = np.arange(self.num_stages) * (ranks > 1)

@@ -69,7 +69,8 @@ def bounds_hold(search: Search, node: Node) -> bool:
     row, kinds = search.floors.kinds(mesh, endless, least)
     lies = b.lies(mesh, named)
     slower = b.sharded(table, num_stages, meetings, cut)
-    once = b.update(stages, probe, *way) + b.reduced(stages, probe, meetings, cut)
+    held = probe.held
+    once = b.update(stages, held, *way) + b.reduced(stages, held, meetings, cut)
     for low in (
         b.coarse(mesh),
         b.coarse(mesh, shape, paired),
@@ -121,6 +122,11 @@ def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
     hold_many(wide(model, cluster, batch), 7, count)
 
 
+@pytest.mark.parametrize("word", ["pp4:v_2_3", "pp2:chimera"])
+def test_schedules_that_are_fixed_alone_have_bounds(word):
+    hold_many(searcher(wide("tiny", "8xh100", 16).job, fix=(word,)), 7, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "seed"), [("tiny", 1), ("tiny-moe", 2)])
 def test_no_bound_of_many_plans_is_above_what_simulate_says(model, seed):
@@ -142,8 +148,8 @@ def test_a_table_of_every_third_block_is_what_is_laid():
 
 def test_where_stages_lie_is_what_the_schedules_say():
     for name, virtual in (
-        *((n, 1) for n in ("1f1b", "gpipe", "zb_h1", "zb_h2", "dualpipe")),
-        *((n, 2) for n in ("zb_v", "v_half", "v_min", "dualpipev")),
+        *((n, 1) for n in ("1f1b", "gpipe", "zb_h1", "zb_h2", "dualpipe", "chimera")),
+        *((n, 2) for n in ("zb_v", "v_half", "v_min", "v_2_3", "dualpipev")),
         *((n, v) for n in VIRTUAL for v in (2, 3)),
     ):
         made = schedule(name, num_ranks=4, num_microbatches=16, virtual_stages=virtual)

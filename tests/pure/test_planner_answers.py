@@ -67,7 +67,7 @@ def test_a_named_plan_is_told_which_change_makes_it_fastest():
 def test_words_that_leave_no_plan_are_named():
     job = job_of(4, 3e6)
     lines = nothing_fits(job, lambda j: searcher(j, fix=("tp3", "2mb")), 1.0)
-    assert "none has tp 3 (there are 1, 2, 4)" in lines[0]
+    assert "none has tp 3 (there may be 1, 2, 4)" in lines[0]
 
 
 def test_why_speaks_of_every_choice_of_a_plan_with_experts():
