@@ -34,7 +34,9 @@ from partita.comm.wire import StoreWire
 
 GRACE_S = 3.5  # from a loss to the end of a rank that is still there
 LOOK_S = 0.2  # between two looks at where this rank is, and two tries to reach the store
-LINK_S = 1.0  # for a rank that leaves at once to be linked first
+LINK_S = 5.0  # for a rank that leaves at once to be linked first
+ANSWER_S = 1.0  # for the store to answer one that leaves, or is left
+LEAVES: dict[str, Any] = {"leaves": ""}  # in order
 STARTING = "starting"  # what a rank does until its first step
 LONGEST = 4096  # bytes of a message; who sends more is no rank
 
@@ -95,6 +97,7 @@ class Lifeline:
         self._key, self._store = key, store
         self._left, self._linked = False, threading.Event()
         self._links: list[_Link] = []  # of rank 0; of another the one to it
+        self._came = {rank}  # to rank 0
         self._deadline = 0.0
         if store is not None:
             work = partial(self._hold, store)
@@ -125,10 +128,7 @@ class Lifeline:
         self._left, word = True, word[: LONGEST // 4]
         linked = self._linked.wait(LINK_S) if word else self._linked.is_set()
         if self.rank == 0:
-            told = self._loss(0, self.host, f"failed: {word}", died) if word else {"leaves": ""}
-            self._leave_in_store(told)
-            for link in list(self._links):
-                link.send(told)
+            self._let_go(self._loss(0, self.host, f"failed: {word}", died) if word else LEAVES)
         elif linked:
             for link in list(self._links):
                 link.send({"leaves": word, "died": died})
@@ -139,12 +139,15 @@ class Lifeline:
     # The thread ----------------------------------------------------------------------------------
 
     def _hold(self, store: tuple[str, int]) -> None:
-        with suppress(OSError, ValueError, KeyError):  # a store of another kind: timeouts are left
+        try:
             wire = _reach(store)
             if self.rank == 0:
                 self._serve(wire, is_named=not store[0].startswith(("127.", "localhost")))
             else:
                 self._follow(wire)
+        except Exception:  # a store of another kind: timeouts are left, and rank 0 has not died
+            if self.rank == 0 and self.lost is None:
+                self._let_go(LEAVES)
         while self.lost is not None:
             self._mind()
             time.sleep(LOOK_S)
@@ -168,9 +171,7 @@ class Lifeline:
             while True:
                 for key, _ in sources.select(LOOK_S):
                     if key.fileobj is door:
-                        link = _Link(door.accept()[0])
-                        self._links.append(link)
-                        sources.register(link.socket, selectors.EVENT_READ, link)
+                        self._admit(door, sources)
                     elif not self._hear(key.data, token):
                         sources.unregister(key.fileobj)
                         self._links.remove(key.data)
@@ -184,6 +185,7 @@ class Lifeline:
             if message.get("token") == token:
                 link.rank, link.host = int(message["rank"]), str(message["host"])
                 link.mates = tuple(message["mates"])
+                self._came.add(link.rank)
                 if self.lost is not None:
                     link.send(asdict(self.lost))
             elif link.rank > 0 and "leaves" in message:
@@ -200,17 +202,26 @@ class Lifeline:
     def _failed(self, link: _Link, message: dict[str, Any]) -> dict[str, Any]:
         """The loss of a rank that says so. One whose neighbour never came was stopped on its account."""
         word = message["leaves"]
-        here = {self.rank, *(x.rank for x in self._links)}
-        absent = [r for r in link.mates if r not in here]
+        absent = [r for r in link.mates if r not in self._came]
         if absent:
             how = f"did not start; beside it rank {link.rank}: {word}"
             return self._loss(absent[0], link.host, how)
         return self._loss(link.rank, link.host, f"failed: {word}", bool(message.get("died")))
 
+    def _admit(self, door: socket.socket, sources: selectors.BaseSelector) -> None:
+        """Takes a connection; where there is no room for one, what is held goes on."""
+        try:
+            link = _Link(door.accept()[0])
+        except OSError:
+            return time.sleep(LOOK_S)
+        self._links.append(link)
+        sources.register(link.socket, selectors.EVENT_READ, link)
+        return None
+
     def _follow(self, wire: StoreWire) -> None:
         """Another rank: holds on to rank 0, and hears of losses."""
         told = json.loads(wire.get(self._key))
-        wire.socket.settimeout(LINK_S)
+        wire.socket.settimeout(ANSWER_S)
         if "port" not in told:
             return self._first_is_gone(wire)
         host = told["host"]
@@ -261,11 +272,17 @@ class Lifeline:
         for link in self._links if self.rank == 0 else ():
             link.send(told)
 
+    def _let_go(self, told: dict[str, Any]) -> None:
+        """Rank 0: the last that the others are told, those too that are not linked yet."""
+        self._leave_in_store(told)
+        for link in list(self._links):
+            link.send(told)
+
     def _leave_in_store(self, told: dict[str, Any]) -> None:
         """For those who are not linked yet."""
         assert self._store is not None
         with suppress(OSError):
-            wire = StoreWire(*self._store, LINK_S)
+            wire = StoreWire(*self._store, ANSWER_S)
             wire.set(self._key, json.dumps(told))
             wire.close()
 

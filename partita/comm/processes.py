@@ -150,7 +150,8 @@ def torchrun_rank() -> tuple[int, int, int] | None:
 
 def torchrun_agent() -> int:
     """The process of the agent that started this rank. Raises CommError where it is gone already: a child
-    that has lost its parent is handed to one that is no Python (init, a container's shell)."""
+    that has lost its parent is handed to one that is no Python (init, a container's shell). A shell in
+    between, which the agent started in a session of its own, is as good."""
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return parent
@@ -158,7 +159,7 @@ def torchrun_agent() -> int:
         program = Path(f"/proc/{parent}/exe").readlink().name
     except OSError:  # another user's, such as init
         program = ""
-    if "python" not in program:
+    if "python" not in program and os.getsid(parent) != os.getsid(0):
         raise CommError(f"rank {os.environ.get('RANK')} starts, and torchrun's agent is gone")
     return parent
 

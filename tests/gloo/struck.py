@@ -26,7 +26,7 @@ class Strike:
 
     def __init__(self, how: str, place: str) -> None:
         self.how, self.is_over = how, False
-        self.kind, self.module, self.name = [*place.split(":"), ""][:3]
+        self.kind, self.module, self.name = [*place.split(":"), "", ""][:3]
         if self.kind.isdigit():
             self.kind, self.module, self.name = "note", CONTROL, place
 

@@ -25,8 +25,9 @@ SEEN_BETWEEN_HOSTS = (
 SITE = "blocks.3.attention.wo:reduce_from"
 
 
-def befallen(world, how: str) -> tuple[float, str]:
-    """Rank 1 is struck before its third collective; (seconds, the error's text) on the others."""
+def befallen(world, how: str, starts: bool = False) -> tuple[float, str]:
+    """Rank 1 is struck before its third collective, which the others may only start at first; (seconds, the
+    error's text) on these."""
     comm = world.make(range(world.size), axis="tp", lane="tp")
     world.where.step, world.where.phase = 7, "B"
     for _ in range(2):
@@ -41,7 +42,10 @@ def befallen(world, how: str) -> tuple[float, str]:
             os._exit(0)
         time.sleep(SHORT_S + SLACK_S)  # stuck in data loading; who has enough does not wait for it
     try:
-        comm.all_reduce(torch.ones(8), site=SITE)
+        if starts:
+            comm.start_all_reduce(torch.ones(8), site=SITE).wait()
+        else:
+            comm.all_reduce(torch.ones(8), site=SITE)
     except Exception as error:
         return time.monotonic() - start, str(error)
     return 0.0, ""
@@ -97,16 +101,26 @@ def test_unlike_calls_name_both_sides(how, kind, tmp_path):
     assert any(other in t and "f32[4]" in t for t in told), texts
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
-def test_a_group_that_spans_hosts_names_the_missing_rank(how, tmp_path):
-    """Two hosts of two ranks: the one beside the lost rank sees it die, those of the other host ask."""
-    found = worlds.run("hierarchy", 4, tmp_path, befallen, how, timeout_s=SHORT_S, enough=3)
+@pytest.mark.parametrize(
+    ("how", "starts"),
+    [
+        ("killed", True),
+        pytest.param("killed", False, marks=pytest.mark.slow),
+        pytest.param("stopped", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_group_that_spans_hosts_names_the_missing_rank(how, starts, tmp_path):
+    """Two hosts of two ranks: the one beside the lost rank sees it die, those of the other host ask. What is
+    only started fails in its thread, and tells whoever waits for it."""
+    found = worlds.run("hierarchy", 4, tmp_path, befallen, how, starts, timeout_s=SHORT_S, enough=3)
     texts = {r: what[1] for r, (kind, what) in enumerate(found) if kind == "ok"}
     assert set(texts) == {0, 2, 3}, found
     beside = texts[0].splitlines()[0]
     dies = "has died" if how == "killed" else f"did not come within {SHORT_S} s"
-    assert beside.startswith(f"rank 1 {dies}: tp all_reduce #2") and SITE in beside, texts
-    assert any(texts[r].startswith("rank 1 did not come: tp all_reduce #2") for r in (2, 3)), texts
+    number = 0 if starts else 2  # of those that a thread has made of the group's
+    call = f"tp all_reduce #{number}"
+    assert beside.startswith(f"rank 1 {dies}: {call}") and SITE in beside, texts
+    assert any(texts[r].startswith(f"rank 1 did not come: {call}") for r in (2, 3)), texts
 
 
 def test_a_group_that_spans_hosts_names_unlike_calls(tmp_path):

@@ -42,6 +42,7 @@ for env, words, path in json.loads(sys.argv[1]):
 time.sleep(600)
 """
 STARTED_S = 60  # for a busy machine
+pytestmark = pytest.mark.timeout(150)
 
 
 class Launch:
@@ -192,3 +193,19 @@ def test_the_wire_is_torchs(use_libuv) -> None:
     store.set("c", "said later")
     assert wire.get("c") == "said later"
     wire.close()
+
+
+@pytest.mark.parametrize(("script", "told"), [("{}; true", "agent "), ("{} & exit", "CommError")])
+def test_a_shell_may_stand_between_agent_and_rank_as_long_as_it_lives(script, told) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from partita.comm.processes import torchrun_agent\n"
+        "parent = int(sys.argv[1])\n"
+        f"while {script.endswith('exit')} and os.getppid() == parent: time.sleep(0.01)\n"
+        "try: print('agent', torchrun_agent() == parent)\n"
+        "except Exception as error: print(type(error).__name__)\n"
+    )
+    shell = ["sh", "-c", script.format('"$0" -c "$1" $$'), sys.executable, code]
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "hosts"}
+    found = subprocess.run(shell, env=env, start_new_session=True, capture_output=True, text=True)
+    assert found.stdout.startswith(told) and "False" not in found.stdout, found
