@@ -35,7 +35,7 @@ THINNED = {"vtrain-single": 10}
 # no kernel, collective or bubble explains (docs/validation.md says how many)
 REPORTED_ONLY = (
     "megatron-v1", "palm", "opt", "nnscaler", "zero", "sc21-fig18", "ds-ulysses", "mt-nlg", "sc21-t2",
-    "deepseek-v3", "mcore-moe",
+    "deepseek-v3", "mcore-moe", "pytorch-fsdp",
 )  # fmt: skip
 HEADER = "# Fitted by `python -m validation.fit`; docs/validation.md says on what.\n"
 

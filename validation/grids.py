@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from partita.simulate.published import Row
-from partita.simulate.published_works import fullest
+from partita.simulate.published import Row, case
+from partita.simulate.published_works import fits, fullest
 from partita.simulate.validate import Scored, read_rows, score
+from partita.spec.hardware import shown_bytes
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "grids.md"
@@ -130,18 +131,23 @@ def _left(
 
 
 def too_big(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
-    """Runs that happened and are predicted to hold more than a device has, with how many times."""
+    """Runs that happened and are predicted to hold more than their device shows, with how many times."""
     found = []
     for s in scored:
-        case = s.case
-        peak = fullest(case).peak_bytes
-        if peak > case.cluster.memory_bytes:
-            found.append((s.row, peak / case.cluster.memory_bytes))
+        if not fits(s.case):
+            cluster = s.case.cluster
+            shown = shown_bytes(cluster.device, cluster.memory_bytes)
+            found.append((s.row, fullest(s.case).peak_bytes / shown))
     return found
 
 
-def page(found: Sequence[Grid], big: Sequence[tuple[Row, float]], total: int) -> str:
-    """The page's text."""
+def ran_out(rows: Sequence[Row]) -> list[tuple[Row, bool]]:
+    """Runs that ran out of memory, with whether each is predicted to fit."""
+    return [(r, fits(case(r))) for r in rows if r["metric"] == "x_oom" and r["quality"] != "C"]
+
+
+def page(found: Sequence[Grid], memory: Sequence[str]) -> str:
+    """The page's text; `memory`: what it says of memory."""
     exact = sum(g.regret == 0 for g in found)
     mean = fmean(g.regret for g in found)
     beyond = sum(g.regret > REGRET and g.lead > g.error for g in found)
@@ -174,24 +180,24 @@ def page(found: Sequence[Grid], big: Sequence[tuple[Row, float]], total: int) ->
             f"| {name} | {len(g.plans)} | {g.regret:.1%} | {g.lead:.1%} | {g.error:.1%} | {within} | "
             f"{'' if g.by_shape is None else f'{g.by_shape:.1%}'} | {_cause(g)} | {g.differs} |"
         )
-    lines += ["", "## What ran, fits", ""]
+    return "\n".join([*lines, *memory]) + "\n"
+
+
+def memory_lines(
+    big: Sequence[tuple[Row, float]], total: int, out: Sequence[tuple[Row, bool]]
+) -> list[str]:
+    """What ran, fits, and what ran out of memory does not."""
+    lines = ["", "## What ran, fits; what ran out of memory does not", ""]
     lines.append(
-        f"Of {total} runs {total - len(big)} are predicted to hold at most what their device has; "
-        f"{len(big)} are not. Memory is that of hardware.csv: an H100's 80 GB are 80e9 bytes, where it shows "
-        "85.5e9."
+        f"Of {total} runs {total - len(big)} are predicted to hold at most what their device shows "
+        f"(`SHOWN_MIB` of partita/spec/hardware.py: 81,559 MiB of an H100's 80 GB), {len(big)} more. Of "
+        f"{len(out)} that ran out of memory {sum(fit for _, fit in out)} are predicted to fit."
     )
-    by: dict[str, list[float]] = defaultdict(list)
-    for row, times in big:
-        by[row["group"]].append(times)
     why = CAUSES["memory"]
-    lines += [
-        "",
-        *(
-            f"* {g}: {len(t)}, up to {max(t):.3g} times: {why.get(g, 'not found')}"
-            for g, t in by.items()
-        ),
+    named = [
+        f"* {row['id']}: {times:.3g} times: {why.get(row['id'], 'not found')}" for row, times in big
     ]
-    return "\n".join(lines) + "\n"
+    return [*lines, "", *named]
 
 
 def _cause(g: Grid) -> str:
@@ -203,8 +209,10 @@ def _cause(g: Grid) -> str:
 
 def main() -> None:
     """Predicts every run and writes the page."""
-    scored, _ = score(read_rows(HERE / "measurements.csv"))
-    PAGE.write_text(page(grids(scored), too_big(scored), len(scored)), encoding="utf-8")
+    rows = read_rows(HERE / "measurements.csv")
+    scored, _ = score(rows)
+    memory = memory_lines(too_big(scored), len(scored), ran_out(rows))
+    PAGE.write_text(page(grids(scored), memory), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from partita.simulate.published import STEP_METRICS
-from partita.simulate.validate import read_rows
-from partita.simulate.validation import Validation, validation
+from partita.simulate.validate import read_rows, score
+from partita.simulate.validation import Validation, left_out_constants, merged, validation
 from validation.collectives import collective_lines
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "validation.md"
-# group, or the beginning of its name -> the goal in the fit
+# group, or the beginning of its name -> the goal in the fit, and left out of it
 GOALS = (
-    ("korthikanti-t5", 0.036), ("vtrain-multi", 0.08), ("vtrain-single", 0.08), ("sc21-t1", 0.08),
-    ("sc21-t2", 0.08), ("mt-nlg", 0.08), ("llama3", 0.08), ("megatron-2020", 0.08), ("zb-t4", 0.05),
-    ("nemo-", 0.10), ("titan-", 0.10), ("pytorch-fsdp", 0.10), ("maxtext", 0.10),
+    ("korthikanti-t5", 0.036, 0.06), ("vtrain-", 0.08, 0.10), ("sc21-", 0.08, 0.10),
+    ("mt-nlg", 0.08, 0.10), ("llama3", 0.08, 0.10), ("megatron-", 0.08, 0.10), ("zb-t4", 0.05, 0.05),
+    ("nemo-", 0.10, 0.13), ("titan-", 0.10, 0.13), ("pytorch-fsdp", 0.10, 0.13),
+    ("maxtext", 0.10, 0.13),
 )  # fmt: skip
+LARGEST = {"korthikanti-t5": 0.088}  # the goal of the largest error
 # group, metric -> the goal of a number that is no step time; of a bubble, absolute
 OTHER_GOALS = {
     ("korthikanti-mem", "x_act_mem_GB"): 0.02, ("korthikanti-mem", "x_act_pct"): 0.02,
@@ -50,17 +53,23 @@ def main() -> None:
 
 def page(found: Validation) -> str:
     """The page's text."""
-    lines = ["| group | metric | n | error | median | max | baseline | over | left out | goal | |"]
+    lines = [
+        "| group | metric | n | error | median | max | baseline | over | left out | goal (left out) | |"
+    ]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|")
     missed = []
     for g in found.groups:
         goal = _goal(g)
-        says = "" if goal is None else "met" if g["mape"] <= goal else "missed"
+        says = "" if goal is None else "met" if _is_met(g, *goal) else "missed"
         over = _over(g)
         if says == "missed" or over or (goal is None and g["group"] in CAUSES):
             missed.append((g["group"], g["n"]))
         shown = [_percent(g[k]) for k in ("mape", "median", "max", "baseline_mape")]
-        shown += [_percent(over), _percent(g["left_out_mape"]), _percent(goal)]
+        shown += [
+            _percent(over),
+            _percent(g["left_out_mape"]),
+            "" if goal is None else f"{goal[0]:.1%} ({goal[1]:.1%})",
+        ]
         row = [g["group"], g["metric"], str(g["n"]), *shown, says]
         lines.append(f"| {' | '.join(row)} |")
     parts = [HEAD + "\n".join(lines), "## Bridge: dense and with experts", _kinds(found)]
@@ -73,15 +82,26 @@ def page(found: Validation) -> str:
 def _kinds(found: Validation) -> str:
     """Rows of the bridge groups, dense models and those with experts apart."""
     rows = {r["id"]: r for r in read_rows(HERE / "measurements.csv")}
-    kinds: dict[str, list[float]] = {"dense (goal 10 %)": [], "experts (goal 15 %)": []}
+    kinds: dict[str, dict[str, list[float]]] = {d: {"": [], "experts": []} for d in ("in", "out")}
+    bridge = [r for r in rows.values() if r["group"].startswith("bridge-")]
     for row in found.rows:
         own = rows[row["id"]]
         if own["group"].startswith("bridge-") and own["metric"] in STEP_METRICS:
-            kind = "experts (goal 15 %)" if own["experts"] else "dense (goal 10 %)"
-            kinds[kind].append(abs(row["error"]))
-    lines = ["| bridge-* | n | error | max |", "|---|--:|--:|--:|"]
-    for kind, e in kinds.items():
-        lines.append(f"| {kind} | {len(e)} | {sum(e) / len(e):.1%} | {max(e):.1%} |")
+            kinds["in"]["experts" if own["experts"] else ""].append(abs(row["error"]))
+    for group in {r["group"] for r in bridge}:
+        mine = [r for r in bridge if r["group"] == group]
+        for s in score(mine, merged(left_out_constants().get(group, {})))[0]:
+            kinds["out"]["experts" if s.row["experts"] else ""].append(abs(s.error))
+    lines = [
+        "| bridge-* | n | error | max | left out | goal (left out) | |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for kind, name, goal, other in (("", "dense", 0.10, 0.13), ("experts", "experts", 0.15, 0.18)):
+        e, left = kinds["in"][kind], fmean(kinds["out"][kind])
+        met = "met" if fmean(e) <= goal and left <= other else "missed"
+        shown = [_percent(x) for x in (fmean(e), max(e), left)]
+        row = [name, str(len(e)), *shown, f"{goal:.0%} ({other:.0%})", met]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -94,10 +114,16 @@ def _over(g: dict[str, Any]) -> float | None:
     return g["mape"] - allowed if g["mape"] > allowed else None
 
 
-def _goal(g: dict[str, Any]) -> float | None:
+def _goal(g: dict[str, Any]) -> tuple[float, float] | None:
     if g["metric"] != "step_time_s":
-        return OTHER_GOALS.get((g["group"], g["metric"]))
-    return next((goal for start, goal in GOALS if g["group"].startswith(start)), None)
+        other = OTHER_GOALS.get((g["group"], g["metric"]))
+        return None if other is None else (other, other)
+    return next(((a, b) for start, a, b in GOALS if g["group"].startswith(start)), None)
+
+
+def _is_met(g: dict[str, Any], goal: float, left_out: float) -> bool:
+    largest = LARGEST.get(g["group"], g["max"])
+    return g["mape"] <= goal and (g["left_out_mape"] or 0.0) <= left_out and g["max"] <= largest
 
 
 def _percent(value: float | None) -> str:

@@ -88,9 +88,12 @@ class Software:
         False  # ZeRO-3: a layer that is run again is gathered for that, and after it
     )
     leaves_once: bool = False  # a collective's ring leaves a node once, over one adapter
+    overlaps_exchanges: bool = False  # experts' rows travel beside another microbatch's compute
     overlaps_rings: bool = True  # cp's messages beside attention
     gradient_bytes: int = 4  # an element of a gradient, that waits and that is reduced
     keeps_fp8: bool = False  # under fp8 linears keep their inputs in 8 bits (TransformerEngine)
+    keeps_gates_fp8: bool = False  # and what gates read too
+    moment_bytes: int = 4  # an element of an optimizer's moment
     weighs_inside: bool = (
         False  # gates weigh what experts activate: what they hand back is not kept
     )

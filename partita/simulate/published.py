@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from partita.base.errors import PartitaError, PlanError
+from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
+from partita.simulate.recipes import UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
 from partita.spec.hardware import find_hardware
@@ -84,11 +86,23 @@ class Case:
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
     again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
+    stated: Recipe = UNSTATED  # what configurations say and no column does
 
     def request(self, plan: Plan) -> Request:
         """What the rooms are asked for this case under a plan; with LoRA all but the adapters is frozen."""
         frozen = ADAPTERS if self.model.lora_rank else Frozen()
         return Request(plan, self.model, self.seq_len, self.micro_batch_size, frozen=frozen)
+
+    def machine(self, constants: Mapping[str, Any] | None = None) -> Machine:
+        """The cluster with the constants of its device and its software."""
+        found = machine_of(self.cluster, self.software, constants)
+        era, stated = found.software, self.stated
+        era = replace(
+            era,
+            overlaps_exchanges=stated.beside,
+            sends_rows_once=era.sends_rows_once and not stated.each,
+        )
+        return replace(found, software=era)
 
     @property
     def tokens(self) -> int:
@@ -130,9 +144,11 @@ def case(row: Row) -> Case:
         raise UnpredictableError("quality C")
     if method(row) not in ("", "baseline", "redis", *SPREAD):
         raise UnpredictableError(f"a method that is not described: {method(row)}")
-    seq, batch = number(row, "seq_len"), number(row, "global_batch")
+    seq, batch, stated = number(row, "seq_len"), global_batch(row), recipe_of(row)
     spec = model(row, seq)
-    plan, micro = plan_of(row, batch)
+    plan, micro = plan_of(
+        {**row, "microbatch_size": str(stated.micro)} if stated.micro else row, batch
+    )
     return Case(
         spec,
         plan,
@@ -145,8 +161,16 @@ def case(row: Row) -> Case:
         "LoRA" in row["notes"],
         method(row) in SPREAD,
         _recompute(row),
-        _again(row),
+        _again(row) if row["recompute"] else stated.again,
+        stated,
     )
+
+
+def global_batch(row: Row) -> int:
+    """Sequences of a step; where they are not printed and there is no pipeline, a microbatch a rank."""
+    if row.get("global_batch") or not row.get("microbatch_size") or number(row, "pp", 1) > 1:
+        return number(row, "global_batch")
+    return number(row, "microbatch_size") * number(row, "dp")
 
 
 def model(row: Row, seq: int) -> ModelSpec:
@@ -154,8 +178,6 @@ def model(row: Row, seq: int) -> ModelSpec:
     mlp, name = row["mlp"], row["model_name"]
     if mlp not in ("gelu", "relu2", "swiglu"):
         raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
-    from partita.cost.machine import software_of
-
     experts: dict[str, Any] = {}
     if row.get("experts"):
         ffn = number(row, "moe_ffn_hidden")

@@ -18,7 +18,6 @@ from statistics import fmean, median
 from typing import Any
 
 from partita.base.errors import PlanError, UsageError
-from partita.cost.machine import machine_of
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import schedule_of
 from partita.parallel.read import kept_bytes, state_bytes
@@ -32,19 +31,22 @@ from partita.simulate.published_works import case_works, fullest
 from partita.spec.plan import Plan
 from partita.spec.program import Block
 
-METRICS = ("x_act_mem_GB", "x_act_pct", "x_paramopt_mem_GB", "peak_mem_GB", "bubble_rate")
+BUBBLE = "bubble_rate"
+METRICS = ("x_act_mem_GB", "x_act_pct", "x_paramopt_mem_GB", "peak_mem_GB", BUBBLE)
 GIB = 2**30
 ROUNDS = 4  # of the pipeline, where no batch is printed
 
 
-def other_rows(rows: Iterable[Row]) -> tuple[list[dict[str, Any]], list[tuple[Row, str]]]:
+def other_rows(
+    rows: Iterable[Row], constants: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], list[tuple[Row, str]]]:
     """(id, group, metric, predicted, measured, error) of each row, and the reasons of those without."""
     found, skipped = [], []
     for row in rows:
         if row["metric"] not in METRICS:
             continue
         try:
-            predicted = _predicted(row)
+            predicted = _predicted(row, constants)
         except UnpredictableError as error:
             skipped.append((row, str(error)))
             continue
@@ -55,7 +57,7 @@ def other_rows(rows: Iterable[Row]) -> tuple[list[dict[str, Any]], list[tuple[Ro
             skipped.append((row, f"refused, {error}"))
             continue
         measured = float(row["value"])
-        is_bubble = row["metric"] == "bubble_rate"
+        is_bubble = row["metric"] == BUBBLE
         error = predicted - measured if is_bubble else predicted / measured - 1
         found.append({
             "id": row["id"], "group": row["group"], "metric": row["metric"],
@@ -64,14 +66,18 @@ def other_rows(rows: Iterable[Row]) -> tuple[list[dict[str, Any]], list[tuple[Ro
     return found, skipped
 
 
-def other_lines(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each group and metric."""
+def other_lines(
+    found: Iterable[Mapping[str, Any]], left_out: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """A line for each group and metric. `left_out`: errors of groups' bubbles; no constant is in memory,
+    which has one error, in and out."""
     by: dict[tuple[str, str], list[float]] = {}
     for row in found:
         by.setdefault((row["group"], row["metric"]), []).append(abs(row["error"]))
     return [
         {"group": group, "metric": metric, "n": len(e), "mape": sum(e) / len(e), "median": median(e),
-         "max": max(e), "baseline_mape": None, "left_out_mape": None}
+         "max": max(e), "baseline_mape": None,
+         "left_out_mape": (left_out or {}).get(group) if metric == BUBBLE else sum(e) / len(e)}
         for (group, metric), e in sorted(by.items())
     ]  # fmt: skip
 
@@ -84,10 +90,10 @@ def _filled(row: Row) -> Row:
     return {**row, "global_batch": str(micro * dp * ROUNDS * pp)}
 
 
-def _predicted(row: Row) -> float:
+def _predicted(row: Row, constants: Mapping[str, Any] | None) -> float:
     found, metric = case(_filled(row)), row["metric"]
-    if metric == "bubble_rate":
-        return _bubble(found, bool(method(row)))
+    if metric == BUBBLE:
+        return _bubble(found, bool(method(row)), constants)
     if metric == "peak_mem_GB":
         return fullest(found).peak_bytes / (GIB if "GiB" in row["notes"] else 1e9)
     laid = _laid(found, found.plan)
@@ -110,12 +116,12 @@ def _layers(laid: Laid) -> list[Block]:
     return [b for b in blocks if b.name not in ("embedding", "head")]
 
 
-def _bubble(found: Case, of_the_mean: bool) -> float:
+def _bubble(found: Case, of_the_mean: bool, constants: Mapping[str, Any] | None = None) -> float:
     """Of the busiest rank and the schedule, as the zero-bubble papers, whose scheduler puts messages between
     stages that do not wait for them, and knows one time of an F, a B and a W: that of the mean stage; or of
     the mean rank and the step, where what a stage waits for its messages is no work."""
     laid, m = _laid(found, found.plan), found.plan.num_microbatches
-    machine = machine_of(found.cluster, found.software)
+    machine = found.machine(constants)
     if not of_the_mean:
         machine = replace(machine, software=replace(machine.software, sends_block=False))
     t = timed(laid, machine, m, case_works(found, laid))

@@ -10,9 +10,10 @@ from dataclasses import replace
 from partita.cost.machine import Software, software_of
 from partita.parallel.laid import Laid, lay
 from partita.record.ledger import Ledger
-from partita.simulate.memory import lent_parts, stage_ledger
+from partita.simulate.memory import chunk_bytes, lent_parts, stage_ledger
 from partita.simulate.published import Case
 from partita.simulate.stage import Work, Works, works_of
+from partita.spec.hardware import shown_bytes
 from partita.spec.plan import Plan
 from partita.spec.program import Block
 
@@ -73,9 +74,27 @@ def fullest(found: Case) -> Ledger:
     if era.weighs_inside:
         laid = _changed(laid, lambda b: replace(b, kept=b.kept - _handed_back(b)))
     if era.keeps_fp8 and found.plan.precision.dtype == "fp8":
-        laid = in_8_bits(laid)
-    each = (_narrow(laid, p, era) for p in range(laid.sizes["pp"]))
+        laid = in_8_bits(laid, era.keeps_gates_fp8)
+    each = (_left(_narrow(laid, p, era), laid, found) for p in range(laid.sizes["pp"]))
     return max(each, key=lambda x: x.peak_bytes)
+
+
+def _left(ledger: Ledger, laid: Laid, found: Case) -> Ledger:
+    """Without the activations of layers that go to the host, but for one that is on its way. Layers of a case
+    are alike, and no such case has a pipeline."""
+    gone = found.stated.leaves - 1
+    if gone <= 0:
+        return ledger
+    layer = chunk_bytes(laid, 0)[0][0] / found.model.layers
+    at = {**ledger.at_peak, "activations": int(ledger.at_peak["activations"] - gone * layer)}
+    return replace(ledger, at_peak=at)
+
+
+def fits(found: Case) -> bool:
+    """Whether the fullest rank holds no more than its device shows. Raises PlanError."""
+    return fullest(found).peak_bytes <= shown_bytes(
+        found.cluster.device, found.cluster.memory_bytes
+    )
 
 
 def _handed_back(block: Block) -> set[str]:
@@ -96,15 +115,20 @@ def _changed(laid: Laid, change: Callable[[Block], Block]) -> Laid:
     return replace(laid, stages=stages)
 
 
-def in_8_bits(laid: Laid) -> Laid:
-    """What linears of layers alone keep, in 8 bits; what another op wants too stays as it is."""
+def in_8_bits(laid: Laid, gates: bool = False) -> Laid:
+    """What linears of layers alone keep (and `gates`), in 8 bits; what another op wants too stays as it is. A
+    weight half that comes later multiplies gradients in 8 bits, which wait as such."""
+    narrowed = {"linear", "act"} if gates else {"linear"}
+    halves = any(a.kind == "W" for rank in laid.schedule.ranks for a in rank)
 
     def narrow(block: Block) -> Block:
         savers: dict[str, set[str]] = {}
         for op in block.ops():
             for name in op.saves:
-                savers.setdefault(name, set()).add(op.kind)
-        alone = {n for n in block.kept if savers.get(n) == {"linear"} and n != block.input}
+                savers.setdefault(name, set()).add("act" if op.name.endswith(".act") else op.kind)
+        alone = {n for n in block.kept if savers.get(n, {""}) <= narrowed and n != block.input}
+        if halves:
+            alone |= {op.writes for op in block.ops() if op.kind == "linear"} - block.kept
         tensors = {
             n: replace(t, dtype="fp8") if n in alone and t.dtype == "bf16" else t
             for n, t in block.tensors.items()
@@ -121,7 +145,8 @@ def _narrow(laid: Laid, place: int, era: Software) -> Ledger:
     gone = 4 - era.gradient_bytes
     whole = max(lent_parts(s.blocks, plan)["whole gradients"] for s in laid.stages_of(place))
     gradients = ledger.at_peak.get("gradients", 0) * era.gradient_bytes // 4
-    optimizer = ledger.at_peak.get("optimizer", 0) * (10 if era.keeps_remainders else 12) // 12
+    states = 4 + 2 * era.moment_bytes - 2 * era.keeps_remainders
+    optimizer = ledger.at_peak.get("optimizer", 0) * states // 12
     gradients //= laid.sizes["dp_shard"] if era.shards_gradients else 1
     buffers = ledger.at_peak.get("buffers", 0) - whole * gone // 4
     at = {**ledger.at_peak, "gradients": gradients, "buffers": buffers, "optimizer": optimizer}

@@ -301,7 +301,8 @@ def _beside(
     where: str, lane: str, each: Mapping[str, list[tuple[str, float]]], era: Software
 ) -> float:
     """Seconds of compute of a block that a lane's collectives may run beside: matmuls for tp (weight
-    gradients in backward), attention for the rings of cp, everything for dp."""
+    gradients in backward), attention for the rings of cp, everything for dp; for ep, where a forward runs
+    beside the backward of another microbatch, half of what the two compute."""
 
     def total(parts: tuple[str, ...], *kinds: str) -> float:
         return sum(s for p in parts for kind, s in each[p] if not kinds or kind in kinds)
@@ -314,6 +315,8 @@ def _beside(
         return total(halves, "matmul") if era.overlaps_backward else 0.0
     if lane == "cp":
         return total(parts, "attention") if era.overlaps_rings else 0.0
+    if lane == "ep":
+        return total(("F", "I", "W", "again")) / 2 if era.overlaps_exchanges else 0.0
     return total(parts) if lane == "dp" and era.overlaps_gradients else 0.0
 
 

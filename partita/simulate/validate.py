@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 from partita.base.errors import PlanError, UsageError
-from partita.cost.machine import machine_of
 from partita.parallel.laid import Laid
 from partita.simulate.predict import timed
 from partita.simulate.published import (
@@ -75,7 +74,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
     """Seconds of a step of a published configuration."""
-    machine = machine_of(found.cluster, found.software, constants)
+    machine = found.machine(constants)
     plan = found.plan
     laid, works = _laid(_shortest(plan), found)
     return timed(laid, machine, plan.num_microbatches, works).seconds
@@ -83,7 +82,7 @@ def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
 
 def work_seconds(found: Case, constants: Mapping[str, Any]) -> float:
     """Seconds of the busiest rank's work in a step, and of what follows it."""
-    machine = machine_of(found.cluster, found.software, constants)
+    machine = found.machine(constants)
     laid, works = _laid(_shortest(found.plan), found)
     known: PartTimes = {}
     stages = [stage_time(w, laid, machine, known) for w in works.stages]

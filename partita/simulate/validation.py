@@ -12,7 +12,7 @@ from typing import Any
 from partita.cost import machine
 from partita.cost.machine import constants_of, device_class, table
 from partita.simulate.published import Row
-from partita.simulate.published_memory import other_lines, other_rows
+from partita.simulate.published_memory import BUBBLE, other_lines, other_rows
 from partita.simulate.validate import Scored, Skip, mape, read_rows, reasons, score, summary
 
 LEFT_OUT = machine.FILE.parent / "constants_left_out.toml"
@@ -41,7 +41,8 @@ def validation(path: Path) -> Validation:
     rows = read_rows(path)
     scored, skipped = score(rows)
     others, without = other_rows(rows)
-    lines = summary(scored, _left_out(rows, scored)) + other_lines(others)
+    lines = summary(scored, _left_out(rows, scored))
+    lines += other_lines(others, _bubbles_left_out(rows, others))
     out = [
         {"id": s.row["id"], "predicted": s.predicted_s, "measured": s.measured_s, "error": s.error}
         for s in scored
@@ -75,6 +76,18 @@ def _left_out(rows: list[dict[str, str]], scored: list[Scored]) -> dict[str, flo
             found[group] = mape(score(own, merged(known[group]))[0])
         else:
             found[group] = mape([s for s in scored if s.row["group"] == group])
+    return found
+
+
+def _bubbles_left_out(rows: list[dict[str, str]], others: list[dict[str, Any]]) -> dict[str, float]:
+    """Errors of bubbles as `_left_out` has those of step times."""
+    known, found = left_out_constants(), {}
+    for group in {row["group"] for row in others if row["metric"] == BUBBLE}:
+        own = [row for row in others if (row["group"], row["metric"]) == (group, BUBBLE)]
+        if group in known:
+            mine = [r for r in rows if (r["group"], r["metric"]) == (group, BUBBLE)]
+            own, _ = other_rows(mine, merged(known[group]))
+        found[group] = sum(abs(row["error"]) for row in own) / len(own)
     return found
 
 

@@ -35,6 +35,18 @@ HOST_LINKS = {
     "GH": 450e9, "GB": 450e9,
 }  # fmt: skip
 
+# MiB that nvidia-smi shows of a device, where the table's hbm_GB is its name's round number; by the beginning
+# of the device's name
+SHOWN_MIB = {
+    "V100-32": 32768, "A100-80": 81920, "H100-80": 81559, "H800": 81559, "H200": 143771, "B200": 183359,
+    "GB200": 189471, "B300": 275040, "GB300": 284208,
+}  # fmt: skip
+
+
+def shown_bytes(device: str, stated: int) -> int:
+    """Bytes that a device shows of its memory, of which `stated` are in its name."""
+    return next((mib * 2**20 for name, mib in SHOWN_MIB.items() if device.startswith(name)), stated)
+
 
 def host_link(device: str) -> float:
     """Bytes a second of the bus between a device and its host."""

@@ -16,10 +16,11 @@ from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import waiting
 from partita.simulate.published import UnpredictableError, case, measured_seconds
 from partita.simulate.published_memory import other_lines, other_rows
-from partita.simulate.published_works import fullest, in_8_bits, lay_case
+from partita.simulate.published_works import fits, fullest, in_8_bits, lay_case
+from partita.simulate.recipes import Recipe
 from partita.simulate.stage import unfused_kernels
 from partita.simulate.validate import Scored, predict, read_rows, score, summary
-from validation.grids import grids
+from validation.grids import CAUSES, grids, ran_out
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
 # group -> bound of the mean error: what was reached, and a little more
@@ -199,8 +200,43 @@ def test_a_value_in_each_metric_is_one_step_time(rows):
         assert first == pytest.approx(second, rel=0.02)
 
 
+def test_what_ran_fits_and_what_ran_out_of_memory_does_not(rows):
+    """Runs at the edge, each by what its source says: layers whose activations leave, microbatches of one,
+    gates and moments as DeepSeek-V3 keeps them, the bytes that a device shows. One exception, named."""
+    known = {r["id"]: r for r in rows}
+    ran = ("bridge-25.11-0023", "bridge-25.09-0007", "bridge-26.04-0041", "deepseek-v3-0001",
+           "llama3-0001", "nemo-24.07-0077")  # fmt: skip
+    assert all(fits(case(known[i])) for i in ran)
+    offloaded = case(known["bridge-25.11-0023"])
+    assert not fits(replace(offloaded, stated=Recipe()))
+    assert [fit for _, fit in ran_out(rows)] == [False]
+    assert not fits(case(known["bridge-26.02.01-0001"]))
+    assert set(CAUSES["memory"]) == {"bridge-26.02.01-0001"}
+
+
+def test_what_configurations_state_is_taken_where_no_column_says(rows):
+    row = next(r for r in rows if r["id"] == "bridge-26.04-0061")
+    found = case(row)
+    assert found.stated == Recipe(beside=True, each=True)
+    era = found.machine().software
+    assert era.overlaps_exchanges
+    assert not era.sends_rows_once
+    alone = predict(replace(found, stated=Recipe(each=True)))
+    once = predict(replace(found, stated=Recipe(beside=True)))
+    assert once < 0.8 * predict(found) < 0.64 * alone
+    light = case(next(r for r in rows if r["model_name"] == "GPT OSS 120B" and not r["recompute"]))
+    assert light.again in ((), ("layernorm", "moe_act"))
+
+
+def test_a_batch_that_is_not_printed_is_a_microbatch_a_rank(rows):
+    row = next(r for r in rows if r["group"] == "pytorch-fsdp" and r["microbatch_size"] == "2")
+    assert case(row).global_batch_size == 2 * 128
+    with pytest.raises(UnpredictableError, match="global_batch"):
+        case({**row, "pp": "2", "dp": "64"})
+
+
 def test_reasons_are_told(rows):
-    row = next(r for r in rows if r["group"] == "sc21-t1")
+    row = next(r for r in rows if r["group"] == "sc21-t1" and int(r["pp"] or 1) > 1)
     for change, words in (
         ({"quality": "C"}, "quality C"),
         ({"global_batch": ""}, "missing column: global_batch"),
