@@ -25,7 +25,8 @@ which those almost cancel weighs most and is rounded worst. A gradient beyond th
 itself at neighbouring weights (run_neighbours), SPREAD times the root mean square of how far it lies there.
 
 Weights at low precision are held to what the judge's optimizer makes of the plan's own gradients: exact up to
-fp32, where the judge's gradients would leave AdamW a whole step of freedom. Under delayed updates, where the
+fp32, where the judge's gradients would leave AdamW a whole step of freedom; and what is computed with, to
+its masters rounded to nearest, on the rank itself. Under delayed updates, where the
 judge goes its own way from the first update on, the table holds for all. A step that overflowed in fp16 must
 have done so on both sides; its gradients are not looked at.
 """
@@ -123,6 +124,8 @@ def differences(
             elif math.isfinite(want.norm):
                 limits = (bound.tensor, bound.floor * want.norm)
                 found += _tensors("gradients", mine.gradients, want.gradients, limits, seen.rank, i)
+            if mine.misrounded:
+                found.append(Difference("weights", mine.misrounded, seen.rank, i, u, bad=True))
             floor = bound.floor * want.norm if math.isfinite(want.norm) else 0.0
             limits = (
                 (UPDATE, UPDATE_LR * job.train.lr)

@@ -57,6 +57,7 @@ class StepSeen:
     gradients: Any  # Boxes of a rank, or name -> tensor of the judge
     weights: Any
     auxiliary: tuple[float, ...] = ()  # balance loss, z-loss, dropped rows, where experts are
+    misrounded: str = ""  # a weight whose working values are not its masters, rounded to nearest
 
 
 @dataclass
@@ -131,8 +132,24 @@ def run_rank(
             seen.recorded = summarise(context.recorder.take())
         seen.watch.stop()
         after = boxes(model, lambda unit: unit.master)
-        seen.steps.append(StepSeen(loss, norm, gradients, after, _auxiliary(model.routed)))
+        of_experts, wrong = _auxiliary(model.routed), _misrounded(model)
+        seen.steps.append(StepSeen(loss, norm, gradients, after, of_experts, wrong))
     return seen
+
+
+def _misrounded(model: Model) -> str:
+    """A weight of this rank that is computed with as something else than its masters, rounded to nearest:
+    less than gradients show. Not where a version, or a guess, may stand in its place."""
+    if model.flow is not None or model.guess is not None:
+        return ""
+    if model.laid.request.plan.precision.rounding == "stochastic":
+        return ""
+    for unit in (u for u in model.units if u.spec.stage < 3):
+        wrong = unit.shard.cpu() != unit.master.to(unit.working.dtype).cpu()
+        if wrong.any():
+            at = int(wrong.nonzero()[0]) + unit.part.start
+            return [name for name, first, _ in unit.places if first <= at][-1]
+    return ""
 
 
 def _perturbed(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:

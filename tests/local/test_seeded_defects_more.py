@@ -170,6 +170,16 @@ def test_masters_rounded_to_bf16_are_seen_though_gradients_are_only_close(judged
     assert judged("2mb bf16").phase == "optimizer"
 
 
+def test_working_weights_cut_off_instead_of_rounded(judged, monkeypatch):
+    def cut_off(self):
+        if self.working.dtype == torch.bfloat16:
+            bits = self.master.detach().view(torch.int32) & -65536
+            self.shard.copy_(bits.view(torch.float32))
+
+    monkeypatch.setattr(Unit, "round_working", cut_off)
+    assert judged("dp_shard2.zero1 bf16").phase == "optimizer"
+
+
 def test_a_gradient_times_1_02_in_bf16_alone(judged, monkeypatch):
     finish = Reducer.finish
 
