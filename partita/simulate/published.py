@@ -117,7 +117,21 @@ def number(row: Row, column: str, default: int | None = None) -> int:
         if default is None:
             raise UnpredictableError(f"missing column: {column}")
         return default
-    return int(float(text))
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise UnpredictableError(f"not a number: {column} = {text}") from None
+
+
+def value_of(row: Row) -> float:
+    """What was measured. Raises UnpredictableError where it is no number above zero."""
+    try:
+        value = float(row["value"])
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UnpredictableError(f"not a number above zero: value = {row['value']}")
+    return value
 
 
 def software(row: Row) -> str:
@@ -330,7 +344,7 @@ def cluster(row: Row) -> Cluster:
 
 def measured_seconds(row: Row, found: Case, convention: Convention) -> float:
     """The row's value as the seconds of a step, its FLOPs counted by `convention`."""
-    value, devices = float(row["value"]), found.cluster.devices
+    value, devices = value_of(row), found.cluster.devices
     if row["metric"] == "step_time_s":
         return value
     if row["metric"] == "tokens_per_s_per_gpu":

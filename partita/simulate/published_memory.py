@@ -26,7 +26,17 @@ from partita.schedule.ir import Schedule
 from partita.simulate.memory import stage_ledger
 from partita.simulate.pipeline import play
 from partita.simulate.predict import Timed, timed
-from partita.simulate.published import Case, Row, UnpredictableError, case, method, number, refusal
+from partita.simulate.published import (
+    STEP_METRICS,
+    Case,
+    Row,
+    UnpredictableError,
+    case,
+    method,
+    number,
+    refusal,
+    value_of,
+)
 from partita.simulate.published_works import case_works, fullest
 from partita.spec.plan import Plan
 from partita.spec.program import Block
@@ -44,8 +54,11 @@ def other_rows(
     found, skipped = [], []
     for row in rows:
         if row["metric"] not in METRICS:
+            if row["metric"] not in STEP_METRICS and not row["metric"].startswith("x_"):
+                skipped.append((row, f"a metric that is not known: {row['metric']}"))
             continue
         try:
+            measured = value_of(row)
             predicted = _predicted(row, constants)
         except UnpredictableError as error:
             skipped.append((row, str(error)))
@@ -56,7 +69,6 @@ def other_rows(
         except UsageError as error:
             skipped.append((row, f"refused, {error}"))
             continue
-        measured = float(row["value"])
         is_bubble = row["metric"] == BUBBLE
         error = predicted - measured if is_bubble else predicted / measured - 1
         found.append({

@@ -29,6 +29,7 @@ from partita.simulate.published import (
     measured_seconds,
     method,
     refusal,
+    value_of,
 )
 from partita.simulate.published_works import case_works, lay_case
 from partita.simulate.stage import PartTimes, Works, stage_time
@@ -41,6 +42,11 @@ CONFIGURATION = (
     "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus", "tp", "pp",
     "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule", "microbatch_size", "global_batch",
     "precision", "recompute", "seqpar", "group",
+)  # fmt: skip
+# columns that a table may lack: as if they were empty
+OPTIONAL = (
+    *CONFIGURATION, "kv_heads", "ffn_hidden", "experts", "topk", "moe_ffn_hidden", "gpus_per_node", "mlp",
+    "quality", "notes", "flops_conv", "use_for",
 )  # fmt: skip
 
 
@@ -69,7 +75,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if missing or not rows:
         text = f"{path} has no column {', '.join(missing)}" if missing else f"{path} has no rows"
         raise UsageError(text, key="FILE", file=str(path))
-    return [{k: v or "" for k, v in row.items() if k} for row in rows]
+    blank = dict.fromkeys(OPTIONAL, "")
+    return [{**blank, **{k: v or "" for k, v in row.items() if k}} for row in rows]
 
 
 def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
@@ -123,6 +130,7 @@ def score(
     seconds: dict[tuple[str, ...], float] = {}
     for row in _once(rows):
         try:
+            value_of(row)
             one = case(row)
             key = (*(row.get(c, "") for c in CONFIGURATION), method(row))
             if key not in seconds:

@@ -283,6 +283,26 @@ def test_a_table_with_missing_columns_is_told(tmp_path):
     assert "has no column metric, value" in str(result.exception)
 
 
+def test_a_table_of_ones_own_is_answered_row_by_row(tmp_path):
+    """Columns it lacks are empty; what is no number, no device or no metric is told as a reason."""
+    base = {
+        "id": "1", "group": "mine", "metric": "step_time_s", "value": "3", "gpu_type": "a100-80gb",
+        "n_gpus": "8", "seq_len": "2048", "global_batch": "64", "layers": "4", "hidden": "512",
+        "ffn_hidden": "2048", "heads": "8", "mlp": "gelu", "tp": "2",
+    }  # fmt: skip
+    wrong = {
+        "metric": "step_time_ms", "value": "3 s", "gpu_type": "abacus", "seq_len": "2k", "layers": "",
+    }  # fmt: skip
+    rows = [base] + [{**base, "id": c, "group": c, c: v} for c, v in wrong.items()]
+    document = json.loads(run(tmp_path, rows, "--json").stdout)
+    (line,) = document["groups"]
+    assert (line["group"], line["n"]) == ("mine", 1)
+    told = " ".join(document["skipped"])
+    for words in ("metric that is not known: step_time_ms", "not a number above zero: value = 3 s",
+                  "abacus", "not a number: seq_len = 2k", "missing column: layers"):  # fmt: skip
+        assert words in told
+
+
 def test_a_regret_of_shapes_is_told_from_others(rows):
     """Two plans on each of two questions; one shape is predicted 30 % too fast on both: what the other
     question's runs of that shape say takes the regret away. A shape that ran nowhere else says nothing."""
