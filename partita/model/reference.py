@@ -6,7 +6,7 @@ docs/map.md). Under bf16 it makes the casts that every plan makes, and no others
     weights       fp32, rounded to bf16 where they are used; gradients come back in fp32
     activations   bf16; norms compute in fp32, round, then scale; softmax and loss in fp32
 
-and under fp8 those of precision/fp8.py in the layers' matmuls.
+and under fp8 those of reference_fp8.py in the layers' matmuls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from partita.model.reference_draws import kept
 from partita.model.reference_images import image_logits
 from partita.model.reference_moe import Auxiliary, moe
-from partita.model.reference_rope import turns
-from partita.model.rope import halves, rotate
-from partita.parallel.cp.alibi import slopes
-from partita.parallel.precision.fp8 import Multiplied
-from partita.parallel.product import PLAIN, Product
+from partita.model.reference_rope import pairs_apart, slopes, turned, turns
 from partita.spec.families import program
 from partita.spec.model import ModelSpec
 
@@ -55,6 +51,11 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """x W.T as it is."""
+    return x @ weight.t()
+
+
 class Reference:
     """The whole model. `dtype` is what it computes in; `see(name, x)` is told every segment's output."""
 
@@ -65,10 +66,10 @@ class Reference:
         dtype: torch.dtype | None = None,
         seed: int = 0,
         see: Callable[[str, Tensor], None] = lambda name, x: None,
-        product: Product = PLAIN,
+        linear: Callable[[Tensor, Tensor], Tensor] = times,
     ) -> None:
         self.spec, self.weights, self.seed, self.see = spec, weights, seed, see
-        self.product = product  # of a layer's matmuls
+        self.linear = linear  # x W.T of a layer's matmuls
         self.dtype = dtype or next(iter(weights.values())).dtype
         self.training, self.step = True, 0
         self._samples: Tensor | None = None  # of the pass, for what adapters drop
@@ -133,7 +134,7 @@ class Reference:
             )
         if s.rotates and s.latent is None:
             cos, sin = (t.to(x.device) for t in turns(s, h.shape[1], self.dtype))
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = turned(q, cos, sin), turned(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -175,7 +176,7 @@ class Reference:
         k_pe = self.dense(f"{name}.k_pe", h).unsqueeze(1)
         cos, sin = (t.to(h.device) for t in turns(self.spec, h.shape[1], self.dtype))
         q, q_pe = q.split([k.shape[-1], made.rope], -1)
-        q_pe, k_pe = rotate(halves(q_pe), cos, sin), rotate(halves(k_pe), cos, sin)
+        q_pe, k_pe = (turned(pairs_apart(x), cos, sin) for x in (q_pe, k_pe))
         k_pe = k_pe.expand(-1, k.shape[1], -1, -1)
         return torch.cat([q, q_pe], -1), torch.cat([k, k_pe], -1), v
 
@@ -186,11 +187,6 @@ class Reference:
         if f"{name}_bias" in self.weights:
             y = y + self.weight(f"{name}_bias").flatten()
         return y.unflatten(-1, w.shape[:2]).transpose(1, 2)
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W.T, plainly or of rounded inputs."""
-        plain = self.product is PLAIN
-        return x @ weight.t() if plain else Multiplied.apply(x, weight, self.product)  # type: ignore
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         """Norm, then experts, SwiGLU, or GELU with biases."""
@@ -258,7 +254,7 @@ def loss_and_gradients(
     step, `whole` are: loss and gradients are then these ones' part."""
     leaves = {n: w.detach().requires_grad_(n not in frozen) for n, w in reference.weights.items()}
     judge = Reference(
-        reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.product
+        reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.linear
     )
     judge.step, judge.training = reference.step, reference.training
     whole = whole or microbatches

@@ -18,6 +18,7 @@ class Judge(Protocol):
     spec: ModelSpec
     dtype: torch.dtype
     see: Callable[[str, Tensor], None]
+    linear: Callable[[Tensor, Tensor], Tensor]  # x W.T, at the plan's precision
 
     def weight(self, name: str) -> Tensor:
         """A weight in the compute dtype."""

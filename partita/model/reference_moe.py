@@ -10,6 +10,7 @@ z         of each sequence the mean of logsumexp(logits)^2 (ST-MoE, eq. 5)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Protocol
@@ -45,13 +46,10 @@ class Judge(Protocol):
 
     spec: ModelSpec
     auxiliary: Auxiliary
+    linear: Callable[[Tensor, Tensor], Tensor]  # x W.T, at the plan's precision
 
     def weight(self, name: str) -> Tensor:
         """A weight in the compute dtype."""
-        ...
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W.T, at the plan's precision."""
         ...
 
     def adapted(

@@ -1,4 +1,5 @@
-"""The judge's rotary angles, one frequency after the other as the papers state them; no line of rope.py."""
+"""The judge's positions, as the papers state them: rotary angles, one frequency after the other, and ALiBi's
+slopes, one head after the other. No line of rope.py or cp/alibi.py."""
 
 from __future__ import annotations
 
@@ -19,6 +20,27 @@ def turns(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Te
                          torch.arange(seq_len, dtype=torch.float64)[:, None] * each)  # fmt: skip
     around = around * (1.0 if spec.rope_scaling is None else spec.rope_scaling.rotation)
     return around.real.to(dtype), around.imag.to(dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first rope_dim numbers of each head turned, number i with number i + rope_dim / 2."""
+    half = cos.shape[-1]
+    head, rest = x[..., : 2 * half], x[..., 2 * half :]
+    across = torch.cat([-head[..., half:], head[..., :half]], -1)
+    return torch.cat([head * cos.repeat(1, 2) + across * sin.repeat(1, 2), rest], -1)
+
+
+def pairs_apart(x: Tensor) -> Tensor:
+    """Where number 2 i is turned with number 2 i + 1: the even ones, then the odd ones."""
+    return torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+
+
+def slopes(heads: int) -> Tensor:
+    """[heads] fp64, by the authors' rule: with n heads, a power of two, head i has 2^(-8 (i + 1) / n); else
+    the first n = 2^k < heads have those of n, the others every second one of 2 n."""
+    n = 1 << (heads.bit_length() - 1)
+    powers = [8 * (i + 1) / n if i < n else 8 * (2 * (i - n) + 1) / (2 * n) for i in range(heads)]
+    return torch.tensor([0.5**power for power in powers], dtype=torch.float64)
 
 
 def _turn(spec: ModelSpec, i: int) -> float:

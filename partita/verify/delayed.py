@@ -27,7 +27,7 @@ from partita.train.data import Dataset
 from partita.train.step import Microbatch
 from partita.verify.batches import whole_batch
 from partita.verify.judge import JudgeUpdate, wide_dtype
-from partita.verify.runs import StepSeen, product_of, steps_of
+from partita.verify.runs import StepSeen, linear_of, steps_of
 
 Weights = dict[str, Tensor]
 
@@ -66,7 +66,7 @@ def delayed_step(
                 _weights_of(laid, history, begun + i),
                 dtype,
                 job.seed,
-                product=product_of(job),
+                linear=linear_of(job),
             )
             judge.step = step
             part, of = loss_and_gradients(judge, [batches[i]], whole=batches, frozen=update.frozen)

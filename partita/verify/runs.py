@@ -20,14 +20,13 @@ from partita.base.errors import NonFiniteError
 from partita.comm.context import Context
 from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
-from partita.model.reference import Reference, loss_and_gradients, weight_shapes
+from partita.model.reference import Reference, loss_and_gradients, times, weight_shapes
+from partita.model.reference_fp8 import RoundedProduct
 from partita.parallel.ep.counts import Routing
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import schedule_of
-from partita.parallel.precision.fp8 import Eight
 from partita.parallel.precision.scaler import LossScaler
-from partita.parallel.product import PLAIN, Product
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, joined, summarise
 from partita.simulate.predict import request_of
@@ -246,7 +245,7 @@ def run_judge(
         if step and starts:
             optimizer.restart(starts[step - 1])
         batches = whole_batch(data, job, step)
-        judge = Reference(job.model, moved(weights), dtype, job.seed, product=product_of(job))
+        judge = Reference(job.model, moved(weights), dtype, job.seed, linear=linear_of(job))
         judge.step = step
         if step == watched:
             watch.start(batches)
@@ -284,11 +283,10 @@ def run_neighbours(
     ]
 
 
-def product_of(job: Job) -> Product:
+def linear_of(job: Job) -> Callable[[Tensor, Tensor], Tensor]:
     """How the judge multiplies in layers: under fp8 with scales of each tensor as it is."""
     precision = job.plan.precision
-    eight = precision.dtype == "fp8"
-    return Eight(replace(precision, fp8_scaling="current")) if eight else PLAIN
+    return RoundedProduct(precision) if precision.dtype == "fp8" else times
 
 
 def weights_after(job: Job, ranks: Sequence[RankSeen]) -> list[Weights]:
