@@ -42,11 +42,11 @@ def sharded(world, kind, prefetch):
     for step in range(3):
         optimizer.zero_grad()
         loss = model(batch(step).chunk(world.size)[world.rank]).square().sum()
-        held.append(sum(f.untyped_storage().nbytes() > 0 for f in model._flats))
+        held.append(sum(u.flat.untyped_storage().nbytes() > 0 for u in model.units))
         loss.backward()
         model.finish()
         optimizer.step()
-        held.append(sum(f.untyped_storage().nbytes() > 0 for f in model._flats))
+        held.append(sum(u.flat.untyped_storage().nbytes() > 0 for u in model.units))
     return [s.detach() for s in model.parameters()], held
 
 
@@ -59,3 +59,59 @@ def test_any_optimizer_on_shards_is_one_process(kind, size, prefetch):
         got = torch.cat([shards[i] for shards, _ in found])[: whole.numel()]
         assert torch.allclose(got, whole, rtol=1e-12, atol=1e-13)
     assert all(held == [0] * 6 for _, held in found)
+
+
+def shared_blocks() -> list[nn.Module]:
+    """A frozen block first, one without parameters, one that is partly frozen, a table at both ends."""
+    first, act, middle, last = (*blocks()[:1], nn.Tanh(), *blocks()[1:3])
+    first.requires_grad_(False)
+    middle[0].weight.requires_grad_(False)
+    table = nn.Linear(5, 5, bias=False).double()
+    table.weight.data.copy_(torch.linspace(-1, 1, 25, dtype=torch.float64).view(5, 5))
+    return [first, act, nn.Sequential(table, nn.Tanh()), middle, last, table]
+
+
+def clipped(world, prefetch):
+    """Two microbatches a step, both forwards before the backwards; the norm is the whole gradient's."""
+    model = ShardedModules(shared_blocks(), world.comm("dp_shard", "dp"), prefetch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.3)
+    norms = []
+    for step in range(2):
+        optimizer.zero_grad()
+        share = [batch(10 * step + m).chunk(world.size)[world.rank] for m in range(2)]
+        for loss in [model(x).square().sum() for x in share]:
+            loss.backward()
+        model.finish()
+        norms.append(float(model.clip_grad_norm(0.5)))
+        optimizer.step()
+    assert not any(u.flat.untyped_storage().nbytes() for u in model.units)
+    return norms, [(u.parameters, u.shard.detach()) for u in model.units]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 9])
+def test_frozen_and_tied_parameters_and_a_clipped_norm(prefetch):
+    model = nn.Sequential(*shared_blocks())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.3)
+    norms = []
+    for step in range(2):
+        optimizer.zero_grad()
+        sum(model(batch(10 * step + m)).square().sum() for m in range(2)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained, 0.5)))
+        optimizer.step()
+    with local(3, 20) as ranks:
+        found = ranks.run(clipped, prefetch)
+    assert min(norms) > 0.5 and all(got == pytest.approx(norms, rel=1e-10) for got, _ in found)
+    shards = zip(*([shard for _, shard in units] for _, units in found), strict=True)
+    whole = [torch.cat(each) for each in shards]
+    assert len(whole) == 5
+    got = [
+        x.tolist()
+        for flat, (parameters, _) in zip(whole, found[0][1], strict=True)
+        for x in flat[: sum(p.shape.numel() for p in parameters)].split(
+            [p.shape.numel() for p in parameters]
+        )
+    ]
+    want = sorted(p.detach().reshape(-1).tolist() for p in model.parameters())
+    for a, b in zip(sorted(got), want, strict=True):
+        assert a == pytest.approx(b, rel=1e-9, abs=1e-11)

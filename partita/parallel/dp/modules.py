@@ -2,15 +2,18 @@
 
     sharded = ShardedModules(blocks, comm)
     optimizer = torch.optim.Adam(sharded.parameters())      any optimizer that is element-wise
-    sharded(x).sum().backward(); sharded.finish(); optimizer.step(); optimizer.zero_grad()
+    sharded(x).sum().backward(); sharded.finish(); sharded.clip_grad_norm(1.0)
+    optimizer.step(); optimizer.zero_grad()
 
-A block's parameters are views of one flat buffer whose memory is there while the block runs. Each rank
-stores, and its optimizer sees, one flat shard a block; gradients are *summed* over the ranks.
+Parameters of a block lie in flat units, whose memory is there while a block that uses them runs: one for
+each dtype, for what is trained and what is frozen, and for what several blocks share (tied weights). Each
+rank stores one flat shard a unit, and its optimizer sees the trained; gradients are *summed* over the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,40 +23,63 @@ from partita.comm.protocol import Comm, Handle
 from partita.parallel.passed import Passed
 
 
+@dataclass(eq=False)
+class _Unit:
+    """Parameters that come and go together; `first` of the blocks that use them is the last in backward."""
+
+    parameters: list[nn.Parameter]
+    first: int
+    flat: Tensor
+    shard: nn.Parameter
+    under_way: Handle | None = None
+    held: set[int] = field(default_factory=set)  # blocks that it is there for
+
+
 class ShardedModules:
-    """Sends, on `comm`: an all_gather of a block's shard before its forward and before its backward, a
-    reduce_scatter of its gradient behind it. `prefetch` blocks are gathered ahead. Each block takes and
-    returns one tensor. All ranks hand in equal parameters."""
+    """Sends, on `comm`: an all_gather of a unit's shard before a block's forward and before its backward, a
+    reduce_scatter of its gradient, if it is trained, behind the backward of the first block that uses it.
+    `prefetch` blocks are gathered ahead. Each block takes and returns one tensor. All ranks hand in equal
+    parameters."""
 
     def __init__(self, blocks: Sequence[nn.Module], comm: Comm, prefetch: int = 1) -> None:
         self.blocks, self.comm, self.prefetch = list(blocks), comm, prefetch
-        self.shards: list[nn.Parameter] = []
-        self._flats: list[Tensor] = []
-        self._under_way: dict[int, Handle] = {}
-        for block in self.blocks:
-            self._cut(list(block.parameters()))
+        users: dict[nn.Parameter, list[int]] = {}
+        for at, block in enumerate(self.blocks):
+            for p in block.parameters():
+                users.setdefault(p, []).append(at)
+        alike: dict[tuple[object, ...], list[nn.Parameter]] = {}
+        for p, at in users.items():
+            alike.setdefault((*at, p.dtype, p.requires_grad), []).append(p)
+        self.units = [self._cut(found, users[found[0]][0]) for found in alike.values()]
+        self._of: list[list[_Unit]] = [[] for _ in self.blocks]
+        for unit in self.units:
+            for at in users[unit.parameters[0]]:
+                self._of[at].append(unit)
+        self._due: list[_Unit] = []  # whose gradient a backward is to bring
 
-    def _cut(self, parameters: list[nn.Parameter]) -> None:
+    def _cut(self, parameters: list[nn.Parameter], first: int) -> _Unit:
         size = sum(p.numel() for p in parameters)
         each = -(-size // self.comm.size)
         flat = parameters[0].new_zeros(each * self.comm.size).detach()
-        first = 0
+        start = 0
         for p in parameters:
-            place = flat[first : first + p.numel()].view(p.shape)
+            place = flat[start : start + p.numel()].view(p.shape)
             place.copy_(p.detach())
             p.data = place
-            first += p.numel()
-        mine = flat[self.comm.rank * each : (self.comm.rank + 1) * each]
-        self.shards.append(nn.Parameter(mine.clone()))
-        self._flats.append(flat)
-        self._free(len(self._flats) - 1)
+            start += p.numel()
+        mine = flat[self.comm.rank * each : (self.comm.rank + 1) * each].clone()
+        flat.untyped_storage().resize_(0)
+        shard = nn.Parameter(mine, requires_grad=parameters[0].requires_grad)
+        return _Unit(parameters, first, flat, shard)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """One flat shard a block: what an optimizer updates."""
-        return iter(self.shards)
+        """One flat shard a unit that is trained: what an optimizer updates."""
+        return (u.shard for u in self.units if u.shard.requires_grad)
 
     def __call__(self, x: Tensor) -> Tensor:
         """All blocks in a row."""
+        if torch.is_grad_enabled():
+            self._due += [u for u in self.units if u.shard.requires_grad]
         for at, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and x.requires_grad:
                 x = Passed.apply(x, partial(self.backward_done, at))  # type: ignore[assignment]
@@ -69,34 +95,59 @@ class ShardedModules:
         self._bring(range(at, max(at - 1 - self.prefetch, -1), -1))
 
     def backward_done(self, at: int) -> None:
-        """Sums the block's gradient into this rank's shard, and lets go of both."""
-        parameters, shard = list(self.blocks[at].parameters()), self.shards[at]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        whole = torch.cat([g.reshape(-1) for g in grads])
-        whole = nn.functional.pad(whole, (0, self._flats[at].numel() - whole.numel()))
-        mine = self.comm.reduce_scatter(whole, site=f"modules.{at}:scatter")
-        shard.grad = mine if shard.grad is None else shard.grad.add_(mine)
-        for p in parameters:
-            p.grad = None
+        """Sums the gradients that are whole now into this rank's shards, and lets go of both."""
+        self._reduce(u for u in self._due if u.first == at)
         self._free(at)
 
     def finish(self) -> None:
         """Behind backward: blocks whose input has no gradient are done too."""
-        for at in range(len(self.blocks) - 1, -1, -1):
-            if self._flats[at].untyped_storage().nbytes():
-                self.backward_done(at)
+        self._reduce(reversed(self._due))
+        self._due.clear()
+        for at in range(len(self.blocks)):
+            self._free(at)
+
+    def clip_grad_norm(self, most: float) -> Tensor:
+        """The 2-norm of the whole gradient, behind `finish`; where it is more than `most`, gradients are
+        scaled as torch's clip_grad_norm_ does. Sends one all_reduce of one number."""
+        grads = [s.grad for s in self.parameters() if s.grad is not None]
+        mine = sum((g.double().square().sum() for g in grads), torch.zeros((), dtype=torch.float64))
+        place = self.units[0].flat.device
+        norm = self.comm.all_reduce(mine.to(place), site="modules.norm:reduce_from").sqrt()
+        for g in grads:
+            g.mul_((most / (norm + 1e-6)).clamp(max=1.0).to(g.dtype))
+        return norm
+
+    def _reduce(self, units: Iterable[_Unit]) -> None:
+        for unit in dict.fromkeys(units):
+            self._due.remove(unit)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.parameters]
+            whole = torch.cat([g.reshape(-1) for g in grads])
+            whole = nn.functional.pad(whole, (0, unit.flat.numel() - whole.numel()))
+            mine = self.comm.reduce_scatter(whole, site=f"modules.{unit.first}:scatter")
+            shard = unit.shard
+            shard.grad = mine if shard.grad is None else shard.grad.add_(mine)
+            for p in unit.parameters:
+                p.grad = None
 
     def _bring(self, order: range) -> None:
         for at in order:
-            flat, shard = self._flats[at], self.shards[at]
-            if at not in self._under_way and not flat.untyped_storage().nbytes():
-                flat.untyped_storage().resize_(flat.numel() * flat.element_size())
-                self._under_way[at] = self.comm.start_all_gather(
-                    shard.detach(), site=f"modules.{at}:gather", out=flat
-                )
-        handle = self._under_way.pop(order[0], None)
-        if handle is not None:
-            handle.wait()
+            for unit in self._of[at]:
+                if not unit.held:
+                    flat, shard = unit.flat, unit.shard.detach()
+                    flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+                    site = f"modules.{unit.first}:gather"
+                    unit.under_way = self.comm.start_all_gather(shard, site=site, out=flat)
+                unit.held.add(at)
+        for unit in self._of[order[0]]:
+            if unit.under_way is not None:
+                unit.under_way.wait()
+                unit.under_way = None
 
     def _free(self, at: int) -> None:
-        self._flats[at].untyped_storage().resize_(0)
+        for unit in self._of[at]:
+            unit.held.discard(at)
+            if not unit.held:
+                if unit.under_way is not None:  # nobody came to use it
+                    unit.under_way.wait()
+                    unit.under_way = None
+                unit.flat.untyped_storage().resize_(0)
