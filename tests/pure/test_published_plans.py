@@ -32,6 +32,7 @@ PUBLISHED = {
     "qwen3-235b-a22b": "pp8/32mb tp4+sp dp_shard16.zero1 ep16 bf16",
     "qwen3-30b-a3b": "dp_shard16.zero1 ep8 bf16",
     "qwen2-72b": "pp4/16mb tp8+sp dp_shard8.zero1 bf16",
+    "alexnet": "split2",  # 2012: two GTX 580
     "tiny": "2mb",
     "quickstart": "pp2:1f1b/16mb tp2+sp",
 }
@@ -41,9 +42,8 @@ PUBLISHED = {
 def test_a_preset_at_its_plan(name: str) -> None:
     start = time.process_time()
     model = ModelSpec.from_preset(name)
-    if model.image is not None:
-        pytest.skip("images have no sequence")
-    asked = Request(parse(PUBLISHED.get(name, ONE_BOX)), model, min(model.max_seq_len, 4096))
+    seq_len = 1 if model.image is not None else min(model.max_seq_len, 4096)
+    asked = Request(parse(PUBLISHED.get(name, ONE_BOX)), model, seq_len)
     assert problems(asked) == []
     laid = lay(asked)
     for rank in {0, laid.mesh.world_size // 2, laid.mesh.world_size - 1}:
