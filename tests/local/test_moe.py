@@ -48,8 +48,10 @@ def test_a_plan_equals_one_device(plan, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_five_dimensions(folder):
-    found = verify(job(folder, "dp_replicate2 dp_shard2.zero0 cp2 tp2+sp pp2/2mb ep4 fp64"))
+@pytest.mark.parametrize("replicas", ["dp_replicate2 ", ""])
+def test_five_dimensions(replicas, folder):
+    """32 ranks and 16; stage 3, as `dp_shard2` alone says."""
+    found = verify(job(folder, f"{replicas}dp_shard2 cp2 tp2+sp pp2/2mb ep4 fp64"))
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -224,11 +226,12 @@ def test_router_gradients_not_reduced_over_tp_under_sp(judged, monkeypatch):
     assert at.phase == "gradient" and at.expected == ("all_reduce", "tp")
 
 
-def test_auxiliary_loss_scaled_by_tp(judged, monkeypatch):
+@pytest.mark.parametrize("plan", ["tp2+sp ep2", "cp2:ring ep2"])
+def test_auxiliary_loss_scaled_by_tp_or_cp(plan, judged, monkeypatch):
     """Its seed counts the tokens of a rank in place of the sequence's."""
     seed = router.Router.seed
     monkeypatch.setattr(router.Router, "seed", lambda self, c: 2 * seed(self, c))
-    at = judged("tp2+sp ep2")
+    at = judged(plan)
     assert at.phase in ("backward", "gradient")
 
 

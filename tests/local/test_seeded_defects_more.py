@@ -1,5 +1,6 @@
 """More planted faults, other ways to be wrong than the sixteen: verify sees each where it begins."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from partita.parallel import units
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.ep import router
 from partita.parallel.ep.router import choose
+from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.regions import Region
 from partita.parallel.units import Unit
 from partita.train import slots
@@ -156,6 +158,37 @@ def test_masks_of_the_first_step_again_in_the_second(judged, monkeypatch):
     call = Dropout.__call__
     monkeypatch.setattr(Dropout, "__call__", lambda self, x, step, batch: call(self, x, 0, batch))
     assert judged("2mb fp64", "gpt2", dropout=0.2).module == "embedding"
+
+
+def test_a_replay_that_draws_other_masks(judged, monkeypatch):
+    """Forward makes no graph under full recomputation, the replay does."""
+    call = Dropout.__call__
+
+    def other(self, x, step, batch):
+        again = torch.is_grad_enabled() and "blocks.2.attention.residual" in self.site
+        return call(self, x, step + again, batch)
+
+    monkeypatch.setattr(Dropout, "__call__", other)
+    at = judged("2mb recompute:full fp64", "gpt2", dropout=0.2)
+    assert at.phase in ("backward", "gradient") and at.module.startswith("blocks.2.")
+
+
+def test_an_overflow_that_one_rank_sees_alone(judged, monkeypatch):
+    """It skips the update and halves its scale; the others go on."""
+    make, right, alone = runs.make_model, LossScaler.step, []
+
+    def made(job, laid, context, fill):
+        model = make(job, laid, context, fill)
+        alone.extend([model.scaler] * (context.rank == 1))
+        return model
+
+    def sees(self, norm):
+        return right(self, math.inf if any(self is a for a in alone) else norm)
+
+    monkeypatch.setattr(runs, "make_model", made)
+    monkeypatch.setattr(LossScaler, "step", sees)
+    at = judged("tp2 fp16", layers=2)
+    assert (at.phase, at.rank) == ("optimizer", 1)
 
 
 def test_masters_rounded_to_bf16_are_seen_though_gradients_are_only_close(judged, monkeypatch):

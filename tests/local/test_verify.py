@@ -111,6 +111,16 @@ def test_microbatches_that_do_not_divide_the_stages(folder):
 
 
 @pytest.mark.slow
+def test_the_four_dimensions_of_llama_3(folder):
+    """Innermost to outermost tp, cp, pp, dp (2407.21783, fig. 5); packed documents, keys gathered."""
+    line = "pp2:interleaved_1f1bx2/4mb dp_shard2.zero1 cp2:all_gather tp2+sp"
+    order = "order:tp,cp,pp,dp_shard,dp_replicate"
+    made = verify_jobs.job(folder, f"{line} {order} fp64", packed=True)
+    found = verify(made)
+    assert found.equal and found.traffic_equal and made.plan.world_size == 16, str(found)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_sixty_four_ranks(folder):
     found = verify(verify_jobs.job(folder, "tp8+sp pp4:1f1b/4mb dp2 fp64", heads=8, hidden=32))
