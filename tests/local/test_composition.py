@@ -1,6 +1,10 @@
 """Features compose: plans that hold every legal pair of them, each equal to one device in float64."""
 
+import shutil
+import subprocess
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import covering
 import image_jobs
@@ -12,6 +16,16 @@ from partita.verify.parity import verify
 ROWS = covering.rows()
 # The heaviest rows train eight thread ranks for many seconds, on a starved machine for more than a minute
 pytestmark = pytest.mark.timeout(240)
+
+
+@cache
+def third():
+    """Which third of the plans `make test` runs: another for each commit, one for all workers of a run."""
+    if shutil.which("git") is None:
+        return 0
+    asked = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return int(done.stdout[:8] or "0", 16) % 3
 
 
 def job(folder, row):
@@ -56,7 +70,10 @@ def test_every_legal_pair_stands_in_a_plan():
 
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(r, marks=[] if i % 9 == 0 else pytest.mark.slow) for i, r in enumerate(ROWS)],
+    [
+        pytest.param(r, marks=[] if i % 3 == third() else pytest.mark.slow)
+        for i, r in enumerate(ROWS)
+    ],
     ids=lambda row: f"{row['model']}, {row['trains']}: {covering.line(row)}",
 )
 def test_a_plan_of_many_features_equals_one_device(row, tmp_path):

@@ -23,8 +23,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("verify")
 
 
-@pytest.mark.parametrize("recompute", ["", "recompute:full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family, recompute",
+    [
+        ("llama", ""),
+        ("gpt2", "recompute:full"),
+        pytest.param("llama", "recompute:full", marks=pytest.mark.slow),
+        pytest.param("gpt2", "", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_equals_one_device(plan, family, recompute, folder):
     found = verify(verify_jobs.job(folder, f"{plan} {recompute} fp64", family))
