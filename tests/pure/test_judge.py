@@ -33,6 +33,22 @@ def test_what_would_be_legal_is_legal_as_a_whole(line: str) -> None:
             assert [p for p in again if p.severity == "error"] == []
 
 
+def test_two_stages_more_than_layers_are_told_the_split_that_fills_them() -> None:
+    """Llama 3 405B: 126 layers, embedding and head are the 128 stages of 16 ranks (Llama Team 2024)."""
+    line = "pp16:interleaved_1f1bx8/16mb dp_shard128.zero1 tp8+sp bf16"
+    asked = Job.of("llama3-405b", "16384xh100", line, global_batch_size=2048, seq_len=8192)
+    (wrong,) = judged(asked).problems
+    assert "126 layers cannot fill 128 stages, unless" in wrong.message
+    assert wrong.nearest is not None and line in wrong.nearest
+    found = simulate(asked.with_plan(wrong.nearest))
+    assert found.laid is not None and found.step_time_s is not None
+    names = [s.names for s in found.laid.stages]
+    assert names[:2] == [("embedding",), ("blocks.0",)] and names[-2:] == [
+        ("blocks.125",),
+        ("head",),
+    ]
+
+
 @pytest.mark.parametrize("verb", ["simulate", "plan"])
 def test_an_illegal_plan_is_told_on_the_last_line(verb: str, capsys) -> None:
     words = [verb, "tiny", "8xh100", "--plan", "tp3 cp3", *ASKED]

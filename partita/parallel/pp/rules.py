@@ -85,14 +85,7 @@ def problems(job: Request) -> list[Problem]:
     found += _cannot_undo(job, made)
     stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
-        message = f"{layers} layers cannot fill {stages} stages"
-        each = stages // plan.mesh.pp
-        near = plan.with_("mesh", pp=min(plan.mesh.pp, layers))
-        if each > 1:
-            near = near.with_("pipeline", schedule="1f1b", virtual_stages=1)
-        asked = f"pp{plan.mesh.pp}" + (f" x {each} stages" if each > 1 else "")
-        limit = f"at most {layers} stages"
-        found.append(error("pp", "layers", message, asked=asked, limit=limit, nearest=str(near)))
+        found.append(_too_few_layers(job, stages))
     if split and len(split) == stages and sum(split) == layers and 0 in split[1:-1]:
         found.append(_empty_stage(job))
     elif split and (len(split) != stages or sum(split) != layers or min(split) < 0):
@@ -104,6 +97,25 @@ def problems(job: Request) -> list[Problem]:
         limit = f"{stages} numbers that add up to {layers}"
         found.append(error("pp", "split", message, asked=str(split), limit=limit, nearest=nearest))
     return found
+
+
+def _too_few_layers(job: Request, stages: int) -> Problem:
+    """More stages than layers. Embedding and head may be stages of their own (Llama 3's layout), if the plan
+    says so: two stages more than layers have a split, which is the way out."""
+    plan, layers = job.plan, job.model.layers
+    each = stages // plan.mesh.pp
+    message, limit = f"{layers} layers cannot fill {stages} stages", f"at most {layers} stages"
+    if stages == layers + 2:
+        split = (0, *(1,) * layers, 0)
+        near = plan.with_("pipeline", split=split)
+        message += ", unless embedding and head are stages of their own: pipeline.split=0,1,...,1,0"
+        limit += f", or {stages} with pipeline.split=0,1,...,1,0"
+    else:
+        near = plan.with_("mesh", pp=min(plan.mesh.pp, layers))
+        if each > 1:
+            near = near.with_("pipeline", schedule="1f1b", virtual_stages=1)
+    asked = f"pp{plan.mesh.pp}" + (f" x {each} stages" if each > 1 else "")
+    return error("pp", "layers", message, asked=asked, limit=limit, nearest=str(near))
 
 
 def _needs_flush(job: Request) -> Iterator[Problem]:
