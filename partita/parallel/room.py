@@ -197,8 +197,9 @@ def copy_rule(block: Block, axis: str) -> Block:
                 if y not in new:
                     new[y] = replace(block.tensors[x], name=y)
                     before.append(copy_to(writer.get(x, "input"), (axis,), x, y))
-        reads = tuple(renamed.get(x, x) for x in op.reads)
-        return (*before, replace(op, reads=reads))
+        if not renamed:
+            return (op,)
+        return (*before, replace(op, reads=tuple(renamed.get(x, x) for x in op.reads)))
 
     return rewrite(block, change, new)
 

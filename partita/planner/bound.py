@@ -25,9 +25,10 @@ import numpy as np
 from partita.base.errors import PartitaError, Problem
 from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
+from partita.parallel.room import Request
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
-from partita.planner.reading import STATES, on_device, read_table
+from partita.planner.reading import STATES, Reader, on_device
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
     HIDES,
@@ -65,6 +66,7 @@ class Bounds:
 
     def __init__(self, space: Space, machine: Machine) -> None:
         self.space, self.machine, self.links = space, machine, Links(machine, space.model)
+        self._read = Reader(machine)
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, Probe | Problem] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
@@ -90,14 +92,17 @@ class Bounds:
 
     def laid_table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The table of a laid model."""
+        found = self._read(self.asked(mesh, shape, tokens), tokens.micro == ENDLESS)
+        return on_device(found, self.space.offload)
+
+    def asked(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Request:
+        """The plan of a table: one microbatch, no pipeline, states that are not cut."""
         fold = mesh.cp * mesh.tp
         shard = next(d for d in range(1, 10**7) if d * fold % (shape.ep * shape.etp) == 0)
         alone = MeshChoice(1, shard, mesh.cp, mesh.tp, mesh.sp)
         plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
         plan = plan.with_("pipeline", num_microbatches=1)
-        asked = replace(self.request, plan=plan, micro_batch_size=tokens.micro)
-        found = read_table(asked, self.machine, tokens.micro == ENDLESS)
-        return on_device(found, self.space.offload)
+        return replace(self.request, plan=plan, micro_batch_size=tokens.micro)
 
     def _mixed(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """Every k-th layer, from the first one on, of the table that recomputes all; the others of that which

@@ -1,5 +1,8 @@
 """Tables of blocks, read off a laid model of as few layers as differ.
 
+What is recomputed changes what layers keep, and nothing else of a plan whose states are not cut: a model is
+laid once for every choice of it, and blocks that it leaves alone are priced once.
+
 Units: of each layer the largest flat unit of its experts and of all else, which ZeRO cuts and gathers over
 different ranks (parallel/dp/rules.py). Weights that are tied, and the embedding's, count as states alone.
 """
@@ -15,16 +18,18 @@ from partita.cost.machine import Machine
 from partita.parallel.laid import Laid, lay
 from partita.parallel.offload.rules import targets
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes, tensor_bytes
+from partita.parallel.recompute import rules as recompute
 from partita.parallel.room import Request
 from partita.planner.table import Cost, Table
 from partita.simulate.memory import read_later_bytes, transient_bytes
-from partita.simulate.stage import StageTime, Work, stage_time, works_of
+from partita.simulate.stage import StageTime, Work, stage_time, stage_work
 from partita.simulate.work import MATMULS, STATE_BYTES
 from partita.spec.families import program
-from partita.spec.plan import OffloadPlan, Plan
-from partita.spec.program import Block, Tensor
+from partita.spec.plan import OffloadPlan, Plan, RecomputePlan
+from partita.spec.program import Block, Tensor, distinct
 
 STATES = ("parameters", "gradients", "optimizer")
+REMEMBERED = 256  # models laid
 
 
 def cost_of(t: StageTime, late: bool = False) -> Cost:
@@ -40,16 +45,40 @@ def cost_of(t: StageTime, late: bool = False) -> Cost:
     return Cost(*times, travel=travel, rooms=rooms, least=(*t.calls_s, 0.0))
 
 
-def read_table(request: Request, machine: Machine, late: bool) -> Table | Problem:
-    """The table of a model under a plan without a pipeline, or why it cannot be laid."""
-    short, at = _shortest(request)
-    try:
-        laid = lay(short)
-    except PlanError as wrong:
-        return wrong.problems[0]
-    costs, weight = _block_costs(laid, machine, late)
-    order = [0, *(1 + i for i in at), len(costs) - 1]
-    return Table.of([costs[i] for i in order], [weight[i] for i in order])
+Priced = dict[int, tuple[Block, Cost]]  # by id, which the block keeps
+
+
+class Reader:
+    """Tables of models on one machine, under plans without a pipeline or ZeRO."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._plain: dict[tuple[Request, bool], tuple[Laid, Priced]] = {}
+
+    def __call__(self, request: Request, late: bool) -> Table | Problem:
+        """The table of a model, or why it cannot be laid. `late`: as `cost_of` takes it."""
+        short, at = _shortest(request)
+        try:
+            plain, known = self._laid(short, late)
+        except PlanError as wrong:
+            return wrong.problems[0]
+        blocks = recompute.lay(short, plain.program).blocks
+        costs, weight = _block_costs(plain, blocks, known, self.machine, late)
+        order = [0, *(1 + i for i in at), len(costs) - 1]
+        return Table.of([costs[i] for i in order], [weight[i] for i in order])
+
+    def _laid(self, short: Request, late: bool) -> tuple[Laid, Priced]:
+        """The model with nothing recomputed, its blocks as its only stage has them; what they cost."""
+        key = replace(short, plan=replace(short.plan, recompute=RecomputePlan())), late
+        if key not in self._plain:
+            if len(self._plain) >= REMEMBERED:
+                self._plain.pop(next(iter(self._plain)))
+            laid = lay(key[0])
+            program = replace(laid.program, blocks=laid.stages[0].blocks)
+            laid, known = replace(laid, program=program), Priced()
+            _price(laid, program.blocks, known, self.machine, late)
+            self._plain[key] = laid, known
+        return self._plain[key]
 
 
 def on_device(table: Table | Problem, offload: OffloadPlan) -> Table | Problem:
@@ -87,9 +116,24 @@ def _shortest(request: Request) -> tuple[Request, Sequence[int]]:
     return request, range(model.layers)
 
 
-def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], list[float]]:
-    """The cost and the FLOPs of each block. States go by weights: units may join several blocks."""
-    blocks, parts = laid.stages[0].blocks, works_of(laid).stages[0].parts
+def _price(
+    laid: Laid, blocks: Sequence[Block], known: Priced, machine: Machine, late: bool
+) -> None:
+    """Adds what a microbatch takes in those of the blocks that are not known yet."""
+    new = tuple(b for b, _ in distinct(blocks) if id(b) not in known)
+    alone = replace(laid, stages=(replace(laid.stages[0], blocks=new),))
+    for block, part in zip(new, stage_work(alone, 0).parts, strict=True):
+        work = Work((replace(part, times=1),), (), Counter())
+        known[id(block)] = block, cost_of(stage_time(work, alone, machine), late)
+
+
+def _block_costs(
+    laid: Laid, blocks: Sequence[Block], plain: Priced, machine: Machine, late: bool
+) -> tuple[list[Cost], list[float]]:
+    """The cost and the FLOPs of each block. States go by weights: units may join several blocks. `plain`:
+    what those cost that are as they were laid."""
+    known = dict(plain)
+    _price(laid, blocks, known, machine, late)
     total = sum((state_bytes(b, laid.sizes) for b in blocks), Counter[str]())
     tied, seen = set(laid.program.tied), set[str]()
     held: list[list[Tensor]] = []
@@ -101,26 +145,20 @@ def _block_costs(laid: Laid, machine: Machine, late: bool) -> tuple[list[Cost], 
     each = [
         total[s] / max(sum(n), 1) for s, n in zip(STATES, (whole, trained, trained), strict=True)
     ]
-    priced = {
-        key: cost_of(
-            stage_time(Work((replace(part, times=1),), (), Counter()), laid, machine), late
-        )
-        for key, part in zip(dict.fromkeys(map(id, blocks)), parts, strict=True)
-    }
     costs = []
     for i, (b, ws) in enumerate(zip(blocks, held, strict=True)):
         experts = [w for w in ws if _of_experts(w)]
         rest = [w for w in ws if not _of_experts(w)]
         alone = [] if i == 0 else [w for w in rest if w.name not in tied]
-        known = {
+        read = {
             "kept": kept_bytes(b, laid.sizes), "read": read_later_bytes(b, laid.sizes),
             "inside": transient_bytes(b, laid.sizes),
             "sent": tensor_bytes(b.tensors[b.output], laid.sizes),
             "states": _states(rest, each, laid), "experts": _states(experts, each, laid),
             "units": (*_largest(b, alone, each, laid), *_largest(b, experts, each, laid)),
-            "least": _least(b, priced[id(b)].least, laid, machine),
+            "least": _least(b, known[id(b)][1].least, laid, machine),
         }  # fmt: skip
-        costs.append(replace(priced[id(b)], **known))
+        costs.append(replace(known[id(b)][1], **read))
     return costs, [float(sum(flops(b, laid.sizes).values())) for b in blocks]
 
 

@@ -1,6 +1,7 @@
 """The search: bounds never above what `simulate` says, and the best plan equal to brute force over it."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,15 +9,20 @@ from drawn_plans import random_leaf, wide
 
 from partita.base.errors import Problem, UsageError
 from partita.parallel.laid import lay
+from partita.parallel.read import flops, kept_bytes, state_bytes
 from partita.planner.bound import ENDLESS
 from partita.planner.exact import laid_memory, laid_seconds
+from partita.planner.reading import cost_of
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
 from partita.planner.table import PAIRED, Rough, Table, probe_of
 from partita.schedule.make import schedule
+from partita.simulate.memory import read_later_bytes, transient_bytes
 from partita.simulate.predict import request_of, simulate
+from partita.simulate.stage import Work, stage_time, works_of
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.program import distinct
 
 H100 = {"global_batch_size": 16, "seq_len": 2048}
 
@@ -144,6 +150,44 @@ def test_a_table_of_every_third_block_is_what_is_laid():
         for ours, theirs in zip(mixed.blocks, laid.blocks, strict=True):
             assert (ours.seconds, ours.kept) == pytest.approx((theirs.seconds, theirs.kept))
             assert ours.row == pytest.approx(theirs.row)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_a_model_laid_once_for_what_is_recomputed_costs_what_each_plan_does(model):
+    rng, search = random.Random(5), wide(model, "16xh100", 16, layers=3)
+    b, meshes, seen = search.bounds, list(search.space.meshes()), set[str]()
+    modes = ["none", "selective", "full"]
+    for _ in range(12):
+        mesh, late = rng.choice(meshes), rng.random() < 0.5
+        shape = rng.choice(search.space.shapes(mesh))
+        rng.shuffle(modes)
+        for mode in modes:
+            tokens = Tokens(mode, 1, ENDLESS if late else 2)
+            table = b.laid_table(mesh, shape, tokens)
+            if isinstance(table, Problem):
+                continue
+            laid = lay(b.asked(mesh, shape, tokens))
+            blocks, sizes, known = laid.stages[0].blocks, laid.sizes, {}
+            parts = works_of(laid).stages[0].parts
+            for (block, _), part in zip(distinct(blocks), parts, strict=True):
+                work = Work((replace(part, times=1),), (), Counter())
+                known[id(block)] = cost_of(stage_time(work, laid, b.machine), late)
+            for block, cost in zip(blocks, table.blocks, strict=True):
+                own = known[id(block)]
+                assert (cost.row[:3], cost.travel, cost.rooms) == (
+                    own.row[:3],
+                    own.travel,
+                    own.rooms,
+                )
+                assert cost.kept == kept_bytes(block, sizes)
+                assert cost.read == read_later_bytes(block, sizes)
+                assert cost.inside == transient_bytes(block, sizes)
+            assert table.flops == tuple(sum(flops(x, sizes).values()) for x in blocks)
+            assert table.total[5:11].sum() == pytest.approx(
+                sum(sum(state_bytes(x, sizes).values()) for x in blocks)
+            )
+            seen.add(mode)
+    assert seen == set(modes)
 
 
 def test_where_stages_lie_is_what_the_schedules_say():

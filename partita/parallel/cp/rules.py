@@ -157,6 +157,8 @@ def _travel(block: Block, ring: int, gathers: bool) -> Block:
 
     def change(op: Op) -> Iterable[Op]:
         moved = _must_travel(block, op, "cp")
+        if not moved:
+            return (op,)
         name = {x: f"{x}>cp" for x in moved}
         reads = tuple(name.get(x, x) for x in op.reads)
         whole = tuple((name.get(x, x), d) for x, d in op.whole)
