@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
-from math import exp, expm1, inf, sqrt
+from math import exp, expm1, inf, isinf, log, log1p, sqrt
 from typing import Any
 
 from partita.spec.cluster import Cluster
 
 FAILURES = 4000  # drawn for the simulated share
 RUNS = 200  # of the job's own length
+DRAWN = 1_000_000  # failures of all of those runs together, and a tenth of it of one, at most
+OFTEN = 6.0  # restarts longer than so many times M fail hundreds of times each
 SEED = 0
 
 
@@ -73,10 +75,9 @@ def played(f: Faults, interval_s: float, failures: int = FAILURES, seed: int = S
 
 
 def wall_seconds(f: Faults, interval_s: float, work_s: float, draw: random.Random) -> float:
-    """Wall time of one run of `work_s` seconds of work; its last checkpoint is the result. inf where
-    failures leave it no chance."""
+    """Wall time of one run of `work_s` seconds of work; its last checkpoint is the result."""
     left, wall = work_s, 0.0
-    for _ in range(100 * FAILURES):
+    while not isinf(wall):
         whole, rest = divmod(left, interval_s)
         needed = left + f.checkpoint_s * (whole + (rest > 0)) + f.behind_s
         up, down = _life(f, draw)
@@ -84,12 +85,24 @@ def wall_seconds(f: Faults, interval_s: float, work_s: float, draw: random.Rando
             return wall + needed
         left -= min(f.safe(up, interval_s), left)
         wall += up + down
-    return inf
+    return wall
+
+
+def failures_of(f: Faults, interval_s: float, work_s: float) -> float:
+    """Failures that a run of so much work sees, on average; inf where goodput is below what a float holds."""
+    share = goodput(f, interval_s)
+    return work_s / share / f.mtbf_s * exp(-f.restart_s / f.mtbf_s) if share else inf
 
 
 def _life(f: Faults, draw: random.Random) -> tuple[float, float]:
-    """Seconds up until the next failure, and down until work goes on."""
+    """Seconds up until the next failure, and down until work goes on. Of a restart that fails hundreds of
+    times their number is drawn, and each takes the mean of those that fail."""
     up, down = draw.expovariate(1 / f.mtbf_s), 0.0
+    held = f.restart_s / f.mtbf_s
+    if held > OFTEN:
+        succeeds = exp(-held)
+        tries = log(1 - draw.random()) / log1p(-succeeds) // 1 if succeeds else inf
+        return up, f.restart_s + tries * (f.mtbf_s - f.restart_s * succeeds / (1 - succeeds))
     while (again := draw.expovariate(1 / f.mtbf_s)) < f.restart_s:
         down += again
     return up, down + f.restart_s
@@ -108,8 +121,12 @@ def outlook(
     f = Faults(r.device_mtbf_s / devices, stands, r.restart_s, behind)
     best = max(daly(f), behind, step_s)
     interval = steps[1] * step_s or best
-    draw = random.Random(SEED)
-    walls = sorted(wall_seconds(f, interval, steps[0] * step_s, draw) for _ in range(RUNS))
+    draw, work = random.Random(SEED), steps[0] * step_s
+    each = failures_of(f, min(interval, work), work)
+    runs = min(RUNS, max(int(DRAWN / max(each, 1.0)), 10))
+    never = each > DRAWN / 10
+    walls = [inf if never else wall_seconds(f, interval, work, draw) for _ in range(runs)]
+    walls.sort()
     return asdict(f) | {
         "interval_s": interval,
         "goodput": goodput(f, interval),
@@ -120,11 +137,11 @@ def outlook(
             "seed": SEED,
             "failures": FAILURES,
             "goodput": played(f, interval),
-            "runs": RUNS,
+            "runs": runs,
             "run_s": {
-                "mean": sum(walls) / RUNS,
-                "p50": walls[RUNS // 2],
-                "p90": walls[RUNS * 9 // 10],
+                "mean": sum(walls) / runs,
+                "p50": walls[runs // 2],
+                "p90": walls[runs * 9 // 10],
             },
         },
     }

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from math import exp
+from math import exp, expm1, inf
 from statistics import NormalDist
 
 import numpy as np
@@ -71,6 +71,24 @@ def test_a_job_that_cannot_get_through_says_so():
     assert g.goodput(hopeless, 1000.0) == 0.0
     with pytest.raises(UsageError, match="not above 0"):
         Reliability(device_mtbf_s=0)
+    never = replace(job().cluster, reliability=Reliability(device_mtbf_s=1e4, restart_s=1e6))
+    found = g.outlook(never, 16, 10**10, 1.0, (100, 0))
+    assert found["goodput"] == found["simulated"]["goodput"] == 0.0
+    assert found["simulated"]["run_s"]["mean"] == inf
+    alone = g.outlook(never, 1, 10**6, 1.0, (10, 10**9))["simulated"]["run_s"]
+    assert alone["p50"] == pytest.approx(10.0, rel=0.01), "a run that ends before it is ever saved"
+
+
+def test_restarts_that_fail_hundreds_of_times_take_the_closed_forms_time():
+    faults = g.Faults(mtbf_s=100.0, checkpoint_s=1.0, restart_s=650.0)
+    assert faults.restart_s > g.OFTEN * faults.mtbf_s
+    drawn = g.played(faults, 20.0, failures=40_000)
+    assert drawn == pytest.approx(g.goodput(faults, 20.0), rel=0.03)
+    draw, work = random.Random(1), 50_000.0
+    lives = work / (20 / expm1(0.21))  # what each leaves of work: 20 s, on average 4.3 times
+    assert g.failures_of(faults, 20.0, work) == pytest.approx(lives)
+    walls = [g.wall_seconds(faults, 20.0, work, draw) for _ in range(40)]
+    assert sum(walls) / 40 == pytest.approx(work / g.goodput(faults, 20.0), rel=0.03)
 
 
 SCHEDULES = (("1f1b", 4, 1), ("zb_h1", 4, 1), ("interleaved_1f1b", 2, 2), ("dualpipev", 2, 2))
