@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -169,7 +170,8 @@ def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
         failure = stop.error()  # what a stop interrupts may say anything
     _print_failure(failure, as_json="--json" in arguments)
     if line is not None:
-        line.leave(str(failure).partition("\n")[0])
+        with suppress(_Stopped):
+            line.leave(str(failure).partition("\n")[0])
     return failure.exit_code
 
 

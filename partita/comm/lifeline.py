@@ -11,10 +11,15 @@ say itself what it waited for, then its thread ends the process with 71: it may 
 data, or in a call that nothing ends. While ranks start one that fails is a loss too, since no others can
 begin without it; later those that fail together end each by itself. A stopped process or a cut
 link closes nothing: the timeouts of rollcall.py are for those.
+
+Agents of several hosts count restarts each by itself, and the store outlives an attempt. So where one may
+restart, what the store says may be of ranks that are gone: rank r asks again until rank 0 welcomes it, the
+token of that connection names the attempt, and who dies before is its agent's.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import selectors
@@ -23,22 +28,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from partita.base.errors import CommError
+from partita.base.text import printable
+from partita.comm.link import WORD, Link, is_loopback, listening
 from partita.comm.processes import is_one_host, leave_without, torchrun_agent, torchrun_rank
 from partita.comm.processes import torchrun_store as environment
 from partita.comm.wire import StoreWire
 
 GRACE_S = 3.5  # from a loss to the end of a rank that is still there
 LOOK_S = 0.2  # between two looks at where this rank is, and two tries to reach the store
-LINK_S = 5.0  # for a rank that leaves at once to be linked first
+LINK_S = 2.0  # for a rank that leaves at once to be linked first
 ANSWER_S = 1.0  # for the store to answer one that leaves, or is left
 LEAVES: dict[str, Any] = {"leaves": ""}  # in order
+WELCOME: dict[str, Any] = {"welcome": ""}  # the answer to a rank's first message
+FAILED = "/failed"  # behind the key: what one that rank 0 never met has said
 STARTING = "starting"  # what a rank does until its first step
-LONGEST = 4096  # bytes of a message; who sends more is no rank
+CALLS = itertools.count()  # of `hold`: a program may train twice
 
 
 @dataclass(frozen=True)
@@ -50,82 +60,64 @@ class Lost:
     died: bool
 
 
-@dataclass
-class _Link:
-    """One end of a connection; at rank 0 with who the other is, `rank` -1 until that is said."""
-
-    socket: socket.socket
-    rank: int = -1
-    host: str = ""
-    mates: tuple[int, ...] = ()  # the ranks of its host
-    where: str = ""
-    left: bool = False
-    rest: bytes = b""
-
-    def take(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None at the end of the connection, or where it is no rank's."""
-        try:
-            came = self.socket.recv(LONGEST)
-        except TimeoutError:
-            return []
-        except OSError:
-            came = b""
-        *lines, self.rest = (self.rest + came).split(b"\n")
-        try:
-            found = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        whole = came and len(self.rest) < LONGEST and all(isinstance(x, dict) for x in found)
-        return found if whole else None
-
-    def send(self, message: dict[str, Any]) -> None:
-        """One line; who is gone wants nothing more."""
-        with suppress(OSError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-
 class Lifeline:
     """One rank's hold. `lost` is the first loss; `where` tells the rank's step and what it does in it; `last`
     is called with a loss before the process is ended. `store` None: all ranks are under one agent, which
-    ends them itself."""
+    ends them itself. `restarts`: an agent may start ranks anew."""
 
-    def __init__(self, rank: int, mates: range, key: str, store: tuple[str, int] | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        mates: range,
+        key: str,
+        store: tuple[str, int] | None,
+        restarts: bool = False,
+    ) -> None:
         self.rank, self.mates, self.host = rank, mates, socket.gethostname()
         self.where: Callable[[], tuple[int, str]] = lambda: (0, STARTING)
         self.lost: Lost | None = None
         self.last: Callable[[Lost], None] = lambda lost: None
-        self._key, self._store = key, store
-        self._left, self._linked = False, threading.Event()
-        self._links: list[_Link] = []  # of rank 0; of another the one to it
+        self._key, self._store, self._restarts = key, store, restarts
+        self._token = ""  # of the connections
+        self._left, self._linked, self._over = False, threading.Event(), threading.Event()
+        self._links: list[Link] = []  # of rank 0; of another the one to it
         self._came = {rank}  # to rank 0
         self._deadline = 0.0
         if store is not None:
             work = partial(self._hold, store)
-            threading.Thread(target=work, name="lifeline", daemon=True).start()
+            self.thread = threading.Thread(target=work, name="lifeline", daemon=True)
+            self.thread.start()
 
     @staticmethod
     def hold() -> Lifeline | None:
         """That of this process, if torchrun (or an environment like its) started it; ties it to its agent
-        too. Call it once. Raises CommError where the agent is gone."""
+        too. Every rank calls it as often. Raises CommError where the agent is gone."""
         place = torchrun_rank()
         if place is None:
             return None
         env, (rank, _, local) = environment(), place
-        store = None
-        if not is_one_host() and "MASTER_PORT" in env:
-            store = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        store = None if is_one_host() else _store_of(env)
         mates = range(rank - local, rank - local + int(env.get("LOCAL_WORLD_SIZE", "1")))
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        line = Lifeline(rank, mates, f"partita/lifeline/{attempt}", store)
+        restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        line = Lifeline(rank, mates, f"partita/lifeline/{next(CALLS)}", store, restarts)
         leave_without(torchrun_agent(), lambda: line.leave("its launcher is gone", died=True))
         return line
+
+    def attempt(self, own: str, timeout_s: float) -> str:
+        """The name that all ranks have for this attempt; `own` is the agent's, which does where there is one
+        agent. Raises CommError where rank 0 is waited for in vain."""
+        if self._store is None or not self._restarts:
+            return own
+        if not (self._linked.wait(timeout_s) and self._token):
+            raise CommError(f"rank {self.rank} found no rank 0 within {timeout_s:g} s")
+        return self._token
 
     def leave(self, word: str = "", died: bool = False) -> None:
         """This rank ends: in order, or for the reason that `word` tells; `died`, where others cannot do the
         same. Once told it is told."""
         if self._left or self._store is None:
             return
-        self._left, word = True, word[: LONGEST // 4]
+        self._left, word = True, word[:WORD]
         linked = self._linked.wait(LINK_S) if word else self._linked.is_set()
         if self.rank == 0:
             self._let_go(self._loss(0, self.host, f"failed: {word}", died) if word else LEAVES)
@@ -135,57 +127,67 @@ class Lifeline:
         elif word and 0 in self.mates:  # rank 0 never came, and was what stopped this one
             how = f"did not start; beside it rank {self.rank}: {word}"
             self._leave_in_store(self._loss(0, self.host, how))
+        elif word and not self._restarts:  # for rank 0, when it comes
+            told = self._loss(self.rank, self.host, f"failed: {word}", died)
+            self._leave_in_store(told, FAILED)
+        self._over.set()
 
     # The thread ----------------------------------------------------------------------------------
 
     def _hold(self, store: tuple[str, int]) -> None:
         try:
-            wire = _reach(store)
-            if self.rank == 0:
-                self._serve(wire, is_named=not store[0].startswith(("127.", "localhost")))
-            else:
-                self._follow(wire)
+            with closing(_reach(store)) as wire:
+                if self.rank == 0:
+                    self._serve(wire, is_named=not is_loopback(store[0]))
+                else:
+                    self._follow(wire)
         except Exception:  # a store of another kind: timeouts are left, and rank 0 has not died
             if self.rank == 0 and self.lost is None:
                 self._let_go(LEAVES)
-        while self.lost is not None:
+        while self.lost is not None and not self._over.is_set():
             self._mind()
             time.sleep(LOOK_S)
 
     def _serve(self, wire: StoreWire, is_named: bool) -> None:
         """Rank 0: takes the others' connections, and tells all of the first that ends without a word. A name
         of this host may stand for a loopback address here, and elsewhere for that which others reach."""
-        own = wire.socket.getsockname()[0]
-        by_name = own.startswith("127.") and is_named
-        family = socket.AF_INET6 if ":" in own else socket.AF_INET
-        with (
-            socket.create_server(("" if by_name else own, 0), family=family, backlog=4096) as door,
-            selectors.DefaultSelector() as sources,
-        ):
+        own, token = wire.socket.getsockname()[0], os.urandom(8).hex()
+        with listening(own, is_named) as door, selectors.DefaultSelector() as sources:
             sources.register(door, selectors.EVENT_READ)
-            token = os.urandom(8).hex()
             place = {"host": own, "port": door.getsockname()[1], "token": token}
             if not self._left:
                 wire.set(self._key, json.dumps(place))
+            self._token = token
             self._linked.set()
-            while True:
+            wire.ask(self._key + FAILED)
+            sources.register(wire.socket, selectors.EVENT_READ)
+            while not self._over.is_set():
                 for key, _ in sources.select(LOOK_S):
                     if key.fileobj is door:
                         self._admit(door, sources)
-                    elif not self._hear(key.data, token):
+                    elif key.fileobj is wire.socket:
+                        sources.unregister(wire.socket)
+                        with suppress(OSError):  # the store is gone
+                            self._lose(json.loads(wire.answer(self._key + FAILED)))
+                    elif not self._hear(key.data):
                         sources.unregister(key.fileobj)
                         self._links.remove(key.data)
                         key.data.socket.close()
                 self._mind()
+            for link in self._links:
+                link.socket.close()
 
-    def _hear(self, link: _Link, token: str) -> bool:
+    def _hear(self, link: Link) -> bool:
         """What a rank says to rank 0; False where it has gone, or is none."""
         came = link.take()
         for message in came or ():
-            if message.get("token") == token:
+            if message.get("token") == self._token:
+                if message["rank"] in self._came or (self._restarts and self.lost is not None):
+                    return False  # of another attempt
                 link.rank, link.host = int(message["rank"]), str(message["host"])
                 link.mates = tuple(message["mates"])
                 self._came.add(link.rank)
+                link.send(WELCOME)
                 if self.lost is not None:
                     link.send(asdict(self.lost))
             elif link.rank > 0 and "leaves" in message:
@@ -199,7 +201,7 @@ class Lifeline:
             self._lose(self._loss(link.rank, link.host, f"has died in {where}", died=True))
         return came is not None and (link.rank > 0 or not came)
 
-    def _failed(self, link: _Link, message: dict[str, Any]) -> dict[str, Any]:
+    def _failed(self, link: Link, message: dict[str, Any]) -> dict[str, Any]:
         """The loss of a rank that says so. One whose neighbour never came was stopped on its account."""
         word = message["leaves"]
         absent = [r for r in link.mates if r not in self._came]
@@ -211,7 +213,7 @@ class Lifeline:
     def _admit(self, door: socket.socket, sources: selectors.BaseSelector) -> None:
         """Takes a connection; where there is no room for one, what is held goes on."""
         try:
-            link = _Link(door.accept()[0])
+            link = Link(door.accept()[0])
         except OSError:
             return time.sleep(LOOK_S)
         self._links.append(link)
@@ -219,38 +221,54 @@ class Lifeline:
         return None
 
     def _follow(self, wire: StoreWire) -> None:
-        """Another rank: holds on to rank 0, and hears of losses."""
-        told = json.loads(wire.get(self._key))
-        wire.socket.settimeout(ANSWER_S)
+        """Another rank: finds rank 0, holds on to it, and hears of losses."""
+        while not self._held(wire, json.loads(wire.get(self._key))):
+            if self._linked.is_set() or not self._restarts:
+                return self._first_is_gone(wire)
+            time.sleep(LOOK_S)
+        return None
+
+    def _held(self, wire: StoreWire, told: dict[str, Any]) -> bool:
+        """The connection to the rank 0 that the store tells of, to its end: True where that is in order,
+        False where it is not, or never began."""
+        if self._over.is_set():
+            return True
         if "port" not in told:
-            return self._first_is_gone(wire)
+            return False
         host = told["host"]
-        if host.startswith("127."):  # rank 0 and the store share a host: as this one names that
+        if is_loopback(host):  # rank 0 and the store share a host: as this one names that
             host = wire.socket.getpeername()[0]
         try:
-            link = _Link(socket.create_connection((host, told["port"])))
-        except ConnectionRefusedError:
-            return self._first_is_gone(wire)
+            link = Link(socket.create_connection((host, told["port"])))
+        except OSError as error:
+            if self._restarts or isinstance(error, ConnectionRefusedError):
+                return False
+            raise
         link.socket.settimeout(LOOK_S)
         mates = list(self.mates)
         link.send({"token": told["token"], "rank": self.rank, "host": self.host, "mates": mates})
-        self._links.append(link)
-        self._linked.set()
         said = ""
-        while (came := link.take()) is not None:
-            for message in came:
-                if "leaves" in message:
-                    return None
-                self._lose(message)
-            if (now := self._place()) != said:
-                said = now
-                link.send({"where": said})
-            self._mind()
-        return self._first_is_gone(wire)
+        with link.socket:
+            while not self._over.is_set() and (came := link.take()) is not None:
+                for message in came:
+                    if "leaves" in message:
+                        return True
+                    if message == WELCOME:
+                        self._token = told["token"]
+                        self._links.append(link)
+                        self._linked.set()
+                    else:
+                        self._lose(message)
+                if self._links and (now := self._place()) != said:
+                    said = now
+                    link.send({"where": said})
+                self._mind()
+        return self._over.is_set()
 
     def _first_is_gone(self, wire: StoreWire) -> None:
         """Rank 0 has left in order, or failed, and said so in the store; or it has died."""
         self._linked.set()
+        wire.socket.settimeout(ANSWER_S)
         told: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             told = json.loads(wire.get(self._key))
@@ -268,7 +286,7 @@ class Lifeline:
         if self.lost is not None:
             return
         self._deadline = time.monotonic() + GRACE_S
-        self.lost = Lost(**told)
+        self.lost = Lost(**{**told, "text": printable(told["text"])})
         for link in self._links if self.rank == 0 else ():
             link.send(told)
 
@@ -278,13 +296,11 @@ class Lifeline:
         for link in list(self._links):
             link.send(told)
 
-    def _leave_in_store(self, told: dict[str, Any]) -> None:
+    def _leave_in_store(self, told: dict[str, Any], where: str = "") -> None:
         """For those who are not linked yet."""
         assert self._store is not None
-        with suppress(OSError):
-            wire = StoreWire(*self._store, ANSWER_S)
-            wire.set(self._key, json.dumps(told))
-            wire.close()
+        with suppress(OSError), closing(StoreWire(*self._store, ANSWER_S)) as wire:
+            wire.set(self._key + where, json.dumps(told))
 
     def _place(self) -> str:
         return "step {} ({})".format(*self.where())
@@ -304,6 +320,12 @@ class Lifeline:
         with suppress(Exception):
             self.last(lost)
         os._exit(71)
+
+
+def _store_of(env: dict[str, str]) -> tuple[str, int] | None:
+    """Where an environment says that the ranks' store is; None where it does not: who needs it says so."""
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
+    return (host, int(port)) if host and port.isdecimal() else None
 
 
 def _reach(store: tuple[str, int]) -> StoreWire:

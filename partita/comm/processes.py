@@ -176,14 +176,15 @@ def this_host() -> str:
 
 
 def is_one_host() -> bool:
-    """Whether torchrun started all ranks on this host, under one agent."""
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
+    """Whether torchrun started all ranks on this host, under one agent; or there is but one."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == size
 
 
 def torchrun_store() -> dict[str, str]:
     """Rendezvous of torchrun: rank, world, ranks of this host, address, port, the restart count."""
     names = (
         "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
     )  # fmt: skip
     return {n: os.environ[n] for n in names if n in os.environ}

@@ -19,6 +19,7 @@ from typing import Any
 
 from partita.base.errors import UsageError
 from partita.comm.context import Context
+from partita.comm.lifeline import Lifeline
 from partita.comm.local import LocalRanks, LocalWorld, RankThread
 from partita.comm.meeting import DEADLINE_S
 from partita.comm.processes import torchrun_rank, torchrun_store
@@ -105,17 +106,20 @@ def _world(timeout_s: float) -> tuple[World, Where]:
     where = Where()
     if torchrun_rank() is None:
         return SingleWorld(), where
-    from partita.comm.lifeline import Lifeline
     from partita.comm.stores import rendezvous
     from partita.comm.torch import TorchWorld
 
-    roll = rendezvous(timeout_s, Lifeline.hold())
+    line = Lifeline.hold()
+    roll = rendezvous(timeout_s, line)
     found = TorchWorld.from_torchrun(torchrun_store(), roll, timeout_s=timeout_s, where=where)
-    atexit.register(_leave, found)
+    atexit.register(_leave, found, line)
     return found, where
 
 
-def _leave(world: World) -> None:
+def _leave(world: World, line: Lifeline | None) -> None:
     """A loop that never closed its world ends too: gloo's threads, left to themselves, abort a process
     now and then while Python ends. After an error they may wait for a lost peer, and stay."""
-    world.close(drain=not hasattr(sys, "last_type"))
+    error: BaseException | None = getattr(sys, "last_value", None)
+    world.close(drain=error is None)
+    if error is not None and line is not None:
+        line.leave(f"{type(error).__name__}: {error}".partition("\n")[0], died=True)

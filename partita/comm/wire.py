@@ -29,14 +29,22 @@ class StoreWire:
         """Sets a key."""
         self.socket.sendall(bytes([_SET]) + _text("/" + key) + _text(value))
 
-    def get(self, key: str) -> str:
-        """The value of a key, once there is one."""
+    def ask(self, key: str) -> None:
+        """Asks for a key; the answer comes once there is one."""
         self.socket.sendall(bytes([_WAIT]) + struct.pack("<Q", 1) + _text("/" + key))
+
+    def answer(self, key: str) -> str:
+        """The value of what was asked for."""
         if self._take(1) != b"\0":
             raise ConnectionError("the store gave up a wait")
         self.socket.sendall(bytes([_GET]) + _text("/" + key))
         (size,) = struct.unpack("<Q", self._take(8))
         return self._take(size).decode()
+
+    def get(self, key: str) -> str:
+        """The value of a key, once there is one."""
+        self.ask(key)
+        return self.answer(key)
 
     def _take(self, size: int) -> bytes:
         found = b""

@@ -181,6 +181,18 @@ def test_an_error_before_torch_ends_the_others(launch) -> None:
     assert " failed: missing.toml" in launch.said()[0] and "; rank 0 leaves" in launch.said()[0]
 
 
+@pytest.mark.slow
+def test_a_stop_while_a_failure_is_told_changes_nothing(launch) -> None:
+    """Rank 0 is not there to tell it to: the rank waits for it."""
+    launch.start(1, {1: 0}, 1, 2, "train", "missing.toml")
+    launch.until(lambda: Path("err-1").exists() and "missing.toml" in Path("err-1").read_text())
+    found = psutil.Process(launch.agents[1].pid).children()
+    for process in found:
+        process.terminate()
+    assert faults.are_gone(found)
+    assert "Traceback" not in Path("err-1").read_text()
+
+
 @pytest.mark.parametrize("use_libuv", [True, False])
 def test_the_wire_is_torchs(use_libuv) -> None:
     """What either of torch's servers is told by one is read by the other."""

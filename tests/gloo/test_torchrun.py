@@ -128,6 +128,22 @@ def test_a_killed_agent_leaves_no_orphans(agents) -> None:
     assert faults.are_gone(family)
 
 
+TWICE = """
+import partita as pt
+for name in ("once", "again"):
+    pt.train(pt.Job.load("job.toml", f"name={name}"))
+"""
+
+
+@pytest.mark.slow
+def test_a_program_may_train_twice(agents) -> None:
+    Path("twice.py").write_text(TWICE)
+    agent = start(agents, *ONE_HOST, "twice.py")
+    _, err = agent.communicate(timeout=150)
+    assert agent.returncode == 0, err
+    assert faults.metrics(Path("runs/once")) == faults.metrics(Path("runs/again"))
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -136,17 +152,21 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_two_agents_are_two_hosts(agents, monkeypatch) -> None:
-    """Ranks under two agents share no memory: gloo carries them, and the numbers are nearly those."""
+    """Ranks under two agents share no memory: gloo carries them, and the numbers are nearly those. One that
+    dies is started anew with the others, though each agent counts that by itself."""
     words = [
         "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two",
-        "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1",
+        "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", "--max-restarts", "3",
     ]  # fmt: skip
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    first, second = (start(agents, *words, *JOB, "--json") for _ in range(2))
+    steps = "train.steps=40"
+    first, second = (start(agents, *words, *JOB, "--json", steps) for _ in range(2))
+    (lost,) = [p for a in (first, second) for p in ranks_of(a, 1) if p.environ()["RANK"] == "1"]
+    lost.kill()
     answers = [x.communicate(timeout=150) for x in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), answers
     assert sorted(bool(out) for out, _ in answers) == [False, True]
     gloo = faults.metrics()
-    assert faults.train("name=local") == 0
+    assert faults.train("name=local", steps) == 0
     for one, other in zip(gloo, faults.metrics(Path("runs/local")), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
