@@ -112,7 +112,8 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
         found["activations"] = sum(sizes) if arena == "disk" else peak
     if arena_of(laid.request.plan, "activations") == "disk" and arena == "host":
         found["buffers"] += KEPT_BUFFERS * max(away.slots(laid, place), default=0)
-    if arena == "host" and states and {"optimizer", "parameters"} & set(targets(laid.request.plan)):
+    gone = {"optimizer", "gradients", "parameters"} & set(targets(laid.request.plan))
+    if arena == "host" and states and gone:
         largest = max(states, key=lambda t: t.local(laid.sizes))
         words, width = largest.dims[0].size, BYTES[largest.dtype]
         elements = largest.local(laid.sizes) // max(words, 1)

@@ -1,6 +1,7 @@
 """Seconds of copies between arenas: the device and its host, the host and its disk.
 
     update on the host, streamed        max(states through host memory, gradient down + working up, disk)
+    gradients to an update elsewhere    through host memory for the norm, then max(link, disk)
 
 The three run side by side, chunk by chunk. A host's memory and disk are shared by the ranks of its node.
 Rates that a cluster does not state are those of its device's bus and [assumed] ones.
@@ -57,7 +58,8 @@ def update_away(
 ) -> dict[str, float]:
     """Seconds of an update on the host by cause: 'optimizer', what passes through host memory; then what
     the slower of link and disk takes beyond that, by its axis. `away`: bytes of states elsewhere; `once`:
-    how often the step's calls are made. Where the device updates, its copies alone."""
+    how often the step's calls are made. Where the device updates, its copies, behind the norm of gradients
+    that lie elsewhere."""
     found: dict[str, float] = defaultdict(float)
     down = 0
     for call in filter(is_move, once):
@@ -65,7 +67,11 @@ def update_away(
         down += once[call] * call.bytes if call.axes == ("host",) else 0
     if not found:
         return {}
-    passes = STATE_PASSES * away["optimizer"] + 2 * down if away.get("optimizer") else 0
-    compute = passes / host_memory_rate(machine)
     axis = max(found, key=lambda a: found[a])
+    if not away.get("optimizer"):
+        return {
+            "optimizer": away.get("gradients", 0) / host_memory_rate(machine),
+            axis: found[axis],
+        }
+    compute = (STATE_PASSES * away["optimizer"] + 2 * down) / host_memory_rate(machine)
     return {"optimizer": compute, axis: max(found[axis] - compute, 0.0)}

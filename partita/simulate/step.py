@@ -21,6 +21,7 @@ from partita.simulate.moves import is_move, update_away
 from partita.simulate.stage import StageTime, Works, call_seconds
 
 GRADIENT_PASSES = 4  # zeroed, measured for the norm, scaled, read by the update
+BROUGHT_PASSES = 3  # written as it comes, scaled, read
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def step_time(
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, machine)
         moved = sum(update_bytes(works.stages[i].states) for i in mine)
+        if not away["optimizer"]:
+            moved += BROUGHT_PASSES * away["gradients"]
         own = update_seconds(moved, machine)
         update = max(update, own + beyond.pop("optimizer", 0.0))
         found |= beyond

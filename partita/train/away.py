@@ -1,9 +1,11 @@
-"""The update of states that lie elsewhere than the device: chunk by chunk, on the host."""
+"""What an update is given and changes that lies elsewhere than on the device: states, updated on the host
+chunk by chunk; gradients, brought to an optimizer on the device unit by unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,8 +33,6 @@ class AwayUpdate:
     slots: Mapping[str, Sequence[Slot]]
     optimizer: torch.optim.Optimizer
     parts: PartOptimizer
-    units: Sequence[Unit]
-    gradients: DiskGradients | None = None  # where they are read from, if from disk
     rounding: Rounding | None = None  # of weights without masters
     places: Places | None = None  # where it may be undone
 
@@ -73,19 +73,42 @@ class AwayUpdate:
         for away in self.stream.aways:
             self.stream.link.up_again(away)
 
-    def norms(self, counted: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-        """The 2-norms of gradients in a file, a chunk of each at a time."""
-        assert self.gradients is not None
+
+@dataclass(frozen=True)
+class Given:
+    """The gradients of `units` as the step left them, for the norm and for an optimizer on the device.
+    `away`: where they lie, if elsewhere."""
+
+    units: Sequence[Unit]
+    away: Gradients | None = None
+
+    def norms(self, counted: list[Tensor]) -> Sequence[Tensor]:
+        """The 2-norms of parts of them, taken where they lie: in a file, of a chunk of each at a time."""
+        if not counted or not isinstance(self.away, DiskGradients):
+            return torch._foreach_norm(counted) if counted else ()
         found = []
         for unit in self.units:
             own = unit.gradient
             begin, width = own.data_ptr(), own.element_size()
-            places = [((g.data_ptr() - begin) // width, g.numel()) for _, g in counted]
-            for first, part in self.gradients.chunks(unit, own):
+            places = [((g.data_ptr() - begin) // width, g.numel()) for g in counted]
+            for first, part in self.away.chunks(unit, own):
                 for start, size in places:
                     a, b = max(start - first, 0), min(start + size - first, part.numel())
                     found += [torch.linalg.vector_norm(part[a:b])] if a < b else []
         return found
+
+    def update(self, slots: Sequence[Slot], apply: Callable[[Sequence[Slot]], None]) -> None:
+        """Applies what is on the device at once; else of one unit after another a copy that is brought there,
+        and freed: what lies elsewhere stays as it is. Moves each unit's part of the gradient, site
+        '<unit>:reload' (from a file ':read' too)."""
+        if self.away is None:
+            apply(slots)
+            return
+        units = {unit.name: unit for unit in self.units}
+        for name, own in groupby(slots, key=lambda slot: slot.unit):
+            here = self.away.fetch(units[name], units[name].gradient)
+            apply([replace(slot, gradient=here[slot.part]) for slot in own])
+            del here  # before the next comes
 
 
 def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
@@ -99,11 +122,11 @@ def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:
 
 def make_away(
     arenas: Arenas, slots: Mapping[str, Sequence[Slot]], units: Sequence[Unit],
-    optimizer: torch.optim.Optimizer, train: TrainSpec, gradients: Gradients | None,
-    rounding: Rounding | None, places: Places | None = None,
+    optimizer: torch.optim.Optimizer, train: TrainSpec, rounding: Rounding | None,
+    places: Places | None = None,
 ) -> AwayUpdate | None:  # fmt: skip
-    """Allocates moments beside the masters; None where the optimizer lies on the device. `gradients`: where
-    they lie, if elsewhere too. `rounding`: there are no masters. `places`: an update may be undone."""
+    """Allocates moments beside the masters; None where the optimizer lies on the device. `rounding`:
+    there are no masters. `places`: an update may be undone."""
     elsewhere = arenas.elsewhere()
     if "optimizer" not in elsewhere:
         return None
@@ -131,6 +154,4 @@ def make_away(
             count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
             optimizer.state[slot.master] = own | count
     parts = PartOptimizer(train, aways[0].unit.gradient.dtype)
-    away = gradients if isinstance(gradients, DiskGradients) else None
-    stream = arenas.stream(aways)
-    return AwayUpdate(stream, slots, optimizer, parts, units, away, rounding, places)
+    return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, rounding, places)

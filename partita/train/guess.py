@@ -45,8 +45,8 @@ class Saved:
 
     def __post_init__(self) -> None:
         update, places = self.update, self.update.places
-        here = update.away is None  # states and gradients
-        scaled = here and update.model.scaler is not None
+        here = update.away is None  # states
+        scaled = here and update.given.away is None and update.model.scaler is not None
         self._changed = [
             s.master for s in update.slots if places is None or not places.holds(s.master)
         ]

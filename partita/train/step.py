@@ -31,7 +31,7 @@ from partita.parallel.pp.versions import Flow, Versions
 from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
-from partita.train.away import AwayUpdate
+from partita.train.away import AwayUpdate, Given
 from partita.train.optim import clip_coefficient, learning_rate, norm_of, set_learning_rate
 from partita.train.places import Places
 from partita.train.routing import begin_routing, sum_routing
@@ -278,7 +278,8 @@ class Update:
     train: TrainSpec
     optimizer: torch.optim.Optimizer
     slots: Sequence[Slot]
-    counted: Sequence[tuple[str, Tensor]]  # gradients this rank counts in the norm
+    counted: list[Tensor]  # parts of gradients that this rank counts in the norm
+    given: Given
     updates: int = 0
     made: int = 0
     lr: float = field(default=0.0)
@@ -351,18 +352,23 @@ class Update:
         if self.away is not None:
             self.away.run(draw, self.lr, factor, self._balance, {slot.unit for slot in slots})
             return
+        self.given.update(slots, lambda own: self._apply_here(own, draw, factor))
+        if self.rounded is not None:
+            self.rounded.shards.change()
+
+    def _apply_here(self, slots: Sequence[Slot], draw: int, factor: float) -> None:
+        """The same of slots whose gradients are on the device."""
         if self.rounded is not None:
             self.rounded.run(slots, draw, self.lr, factor, self._balance)
             return
         if factor != 1:
             torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
         set_learning_rate(self.optimizer, self.lr)
-        for slot in self.slots:
-            slot.master.grad = None
         for slot in slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
         for slot in slots:
+            slot.master.grad = None
             if slot.balances:
                 self._balance(slot.master, slot.gradient)
 
@@ -385,10 +391,7 @@ class Update:
     def squares(self) -> Tensor:
         """The sum of squares of what this rank counts, fp64 [1]."""
         squares = torch.zeros(1, dtype=torch.float64)
-        if self.away is not None and self.away.gradients is not None:
-            found = self.away.norms(self.counted)
-        else:
-            found = torch._foreach_norm([g for _, g in self.counted]) if self.counted else ()
+        found = self.given.norms(self.counted)
         if found:
             norms = torch.stack(tuple(found)).to(torch.float64).cpu()
             squares[0] = (norms * norms).sum()

@@ -110,10 +110,13 @@ class StochasticUpdate:
 
     def __post_init__(self) -> None:
         wide = {slot.gradient.dtype for slot in self.slots} or {torch.float32}
-        self._parts = PartOptimizer(self.train, *wide)
+        self._parts, device = PartOptimizer(self.train, *wide), self.rounding.context.device
         for slot in self.slots:
             if not slot.balances:
-                moments = {n: torch.zeros_like(slot.gradient) for n in state_names(self.train)}
+                moments = {
+                    n: torch.zeros_like(slot.gradient, device=device)
+                    for n in state_names(self.train)
+                }
                 count = {"step": torch.tensor(0.0)} if self.train.optimizer == "adamw" else {}
                 self.optimizer.state[slot.master] = {**count, **moments}
 
@@ -122,7 +125,7 @@ class StochasticUpdate:
         balance: Callable[[Tensor, Tensor], None],
     ) -> None:  # fmt: skip
         """An update of some slots, a unit's together: gradients times `factor`, weights rounded by number
-        `draw`. `balance(master, gradient)` moves a router's bias."""
+        `draw`. `balance(master, gradient)` moves a router's bias. Behind the last `shards.change` is due."""
         unit, shards = "", self.shards
         brought: Tensor | None = None
         for slot in slots:
@@ -143,4 +146,3 @@ class StochasticUpdate:
                     state["step"] += 1
             for part, near in self.rounding(slot, wide, draw):
                 shards.goes_to(slot)[part] = near
-        shards.change()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partita.spec.job import TrainSpec
-from partita.train.away import make_away
+from partita.train.away import Given, make_away
 from partita.train.guess import Guess
 from partita.train.optim import make_optimizer
 from partita.train.places import Places
@@ -22,25 +22,25 @@ def make_update(model: Model, train: TrainSpec) -> Update:
         {a: coords[a] for a in laid.norm_axes}
     )  # of replicas the first counts
     counted = [
-        (weight, unit.gradient[piece.start : piece.start + piece.numel()])
+        unit.gradient[piece.start : piece.start + piece.numel()]
         for unit in trained
         for weight, *_ in unit.places
         for piece in laid.pieces(weight, plane)
         if piece.primary and not weight.endswith(BALANCE_BIAS)
     ]
     named = [(slot.name, slot.master, slot.decays) for slot in slots if not slot.balances]
-    update = Update(model, train, make_optimizer(named, train), slots, counted)
-    away, optimizer = model.reducer.away, update.optimizer
+    given = Given(trained, model.reducer.away)
+    update = Update(model, train, make_optimizer(named, train), slots, counted, given)
     stochastic = model.laid.request.plan.precision.rounding == "stochastic"
     rounding = Rounding(model.laid, model.context) if stochastic else None
     undoes = model.laid.request.plan.pipeline.post_validation
     update.places = places = Places(model.arenas) if undoes else None
     update.away = make_away(
-        model.arenas, by_unit, trained, optimizer, train, away, rounding, places
+        model.arenas, by_unit, trained, update.optimizer, train, rounding, places
     )
     if rounding is not None and update.away is None:
         shards = shards_of(model.parameters, trained, slots, places)
-        update.rounded = StochasticUpdate(rounding, slots, optimizer, train, shards)
+        update.rounded = StochasticUpdate(rounding, slots, update.optimizer, train, shards)
     if undoes:
         model.guess = Guess(model, update)
     if model.flow is not None:

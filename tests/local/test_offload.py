@@ -31,6 +31,8 @@ from partita.verify.parity import verify
 SLOW = pytest.mark.slow
 KEPT = "offload.targets=activations"
 SHARDS = "offload.targets=parameters,gradients,optimizer"
+GIVEN = "offload.targets=gradients"
+RANDOM = "precision.rounding=stochastic"
 PLANS = [
     ("2mb offload:cpu offload.targets=optimizer", {}),
     ("dp_shard2.zero3 tp2 2mb bf16 offload:nvme", {"tied": True}),
@@ -60,6 +62,21 @@ PLANS = [
         f"{KEPT},parameters,gradients,optimizer", {"tied": True}, marks=SLOW,
     ),
     pytest.param(f"cp2:ring pp2:gpipe/2mb dp_shard2.zero3 fp8 offload:cpu {KEPT}", {}, marks=SLOW),
+    (f"dp_shard2.zero1 2mb bf16 {RANDOM} offload:nvme {GIVEN}", {}),
+    (f"pp2:zb_h1/2mb dp_shard2.zero2 fp64 offload:nvme {GIVEN}", {"tied": True}),
+    pytest.param(f"2mb fp64 offload:cpu {GIVEN}", {}, marks=SLOW),
+    pytest.param(
+        f"dp_shard2.zero3 tp2+sp 2mb bf16 offload:cpu {GIVEN},parameters,activations",
+        {"tied": True}, marks=SLOW,
+    ),
+    pytest.param(f"dp_shard2.zero3 2mb bf16 {RANDOM} offload:cpu {GIVEN},parameters", {}, marks=SLOW),
+    pytest.param(f"dp_shard2.zero1 tp2 2mb fp64 offload:nvme {GIVEN}", {"tied": True}, marks=SLOW),
+    pytest.param(
+        f"dp_replicate2 dp_shard2.zero2 ep2 2mb fp64 offload:cpu {GIVEN}", verify_jobs.EXPERTS, marks=SLOW
+    ),
+    pytest.param(f"pp2:1f1b/4mb fp16 offload:cpu {GIVEN}", {}, marks=SLOW),
+    pytest.param(f"pp2:pipedream/4mb fp64 offload:nvme {GIVEN}", {"tied": True}, marks=SLOW),
+    pytest.param(f"pp2:pipedream_2bw/4mb dp_shard2.zero1 bf16 offload:cpu {GIVEN}", {}, marks=SLOW),
 ]  # fmt: skip
 
 
@@ -119,13 +136,21 @@ def test_a_resumed_run_has_every_bit_wherever_the_states_lie(to, tmp_path, short
         assert value.allclose(device[key], rtol=1e-6, atol=1e-9), key
 
 
-@pytest.mark.parametrize("to", ["cpu", "nvme"])
-def test_arenas_hold_what_is_declared(to, tmp_path):
+@pytest.mark.parametrize(
+    "to, categories",
+    [
+        ("cpu", ("gradients", "optimizer")),
+        ("nvme", ("gradients", "optimizer")),
+        ("cpu", ("gradients",)),
+    ],
+)
+def test_arenas_hold_what_is_declared(to, categories, tmp_path):
     """Weights on the device, gradients, masters and moments in their arena, whichever memory it is."""
+    targets = f"offload.targets={','.join(categories)}"
     job = verify_jobs.job(tmp_path, f"dp_shard2.zero1 2mb bf16 offload:{to}", hidden=64, seq=16)
     gc.collect()
     with local(1, 20) as ranks:  # a rank's ledger is that of its process: one rank
-        one = job.with_plan(f"2mb bf16 offload:{to}")
+        one = job.with_plan(f"2mb bf16 offload:{to} {targets}")
         ((_, record),) = ranks.run(trained, one, tmp_path, 2)
     laid = lay(request_of(one))
     blocks = [b for s in laid.stages for b in s.blocks]
@@ -136,7 +161,7 @@ def test_arenas_hold_what_is_declared(to, tmp_path):
     assert record.ledger is not None and record.host_ledger is not None
     device, host, disk = record.ledger.at_peak, record.host_ledger.at_peak, record.disk_ledger
     assert device["parameters"] == declared("device")["parameters"] > 50_000
-    for category in ("gradients", "optimizer"):
+    for category in categories:
         assert category not in declared("device") and device.get(category, 0) < 1000
         if to == "cpu":
             assert host[category] == declared("host")[category] > 100_000

@@ -73,6 +73,7 @@ def assert_same(found, want):
 
 
 RANDOM = "precision.rounding=stochastic"
+GIVEN = "offload:cpu offload.targets=gradients"
 PLANS = (
     "pp4:zb_h2/8mb fp64",
     "pp2:zb_v/4mb dp_shard2.zero1 bf16",
@@ -91,6 +92,7 @@ MORE = (
     f"pp2:1f1b/4mb dp_shard2.zero3 bf16 offload:cpu offload.targets=parameters,optimizer {RANDOM}",
     f"pp2:1f1b/4mb dp_shard2.zero3 bf16 offload:nvme offload.targets=parameters,gradients,optimizer {RANDOM}",
     "pp2:v_half/4mb", "pp4:zb_h2/8mb recompute:full", "pp2:gpipe/4mb offload:cpu offload.targets=activations",
+    f"pp2:zb_h1/4mb fp16 {GIVEN}", f"pp2:1f1b/4mb dp_shard2.zero3 bf16 {GIVEN},parameters {RANDOM}",
 )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def kept(world, made):
 @pytest.mark.parametrize(
     "plan",
     [
-        "pp2:1f1b/2mb fp16", "pp2:1f1b/2mb fp16 offload:cpu",
+        "pp2:1f1b/2mb fp16", "pp2:1f1b/2mb fp16 offload:cpu", f"pp2:1f1b/2mb fp16 {GIVEN}",
         "pp2:1f1b/2mb dp_shard2.zero1 bf16 offload:nvme",
         f"pp2:1f1b/2mb dp_shard2.zero1 bf16 {RANDOM} offload:cpu offload.targets=optimizer",
         f"pp2:1f1b/2mb dp_shard2.zero3 bf16 {RANDOM} offload:cpu offload.targets=parameters",

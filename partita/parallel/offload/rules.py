@@ -7,7 +7,8 @@ ZeRO-Infinity, Rajbhandari et al. 2021).
     optimizer   moments and masters    step: the gradient's shard down, the working shard up; from disk every
                                        state is read, and written
     gradients   as stored, summed up   B: down, added to what lies there, and the device's is freed; step: up
-                                       and down again where ranks still sum it
+                                       and down again where ranks still sum it; its shard up, unit by unit,
+                                       where the optimizer is on the device
     parameters  shards of stage 3      before each gather: up; step: down (nothing, where the update is there)
     activations what a block keeps     F: down, when the block has run; B: up, a block ahead of its backward.
                                        A stage's last block waits for its B, unless other work comes between:
@@ -56,9 +57,10 @@ def staging_bytes(plan: Plan, words: int, largest: int, width: int, working: int
     """Host memory that moves pass through, of a rank whose largest unit has `largest` elements of `width`
     bytes and `words` states each: a chunk of a gradient, and SETS of all that lies on disk, `working` bytes
     an element of weights among it, and of the shards that are read ahead."""
-    if "optimizer" not in targets(plan):
-        return SETS * largest * working if plan.offload.to == "nvme" else 0
     gradients, chunk = "gradients" in targets(plan), min(largest, CHUNK)
+    if "optimizer" not in targets(plan):
+        buffers = SETS if plan.offload.to == "nvme" else 1
+        return gradients * buffers * chunk * width + SETS * largest * working
     rounded = plan.precision.rounding == "stochastic"  # a chunk of weights, as they are and widened
     narrow = width if plan.precision.dtype == "fp64" else BF16
     files = SETS * (words + 2 * gradients) + (not gradients)
@@ -68,29 +70,17 @@ def staging_bytes(plan: Plan, words: int, largest: int, width: int, working: int
 
 
 def problems(job: Request) -> list[Problem]:
-    """Targets without a place to go, and what cannot be updated there."""
+    """Targets without a place to go, and shards that cannot be there."""
     plan = job.plan
-    to, asked = plan.offload.to, f"offload:{plan.offload.to}"
+    if plan.offload.to != "none":
+        return _shards(job, f"offload:{plan.offload.to}")
+    if not plan.offload.targets:
+        return []
+    named = ",".join(plan.offload.targets)
+    message = f"offload.targets={named} names no arena to go to"
     nearest = str(plan.with_("offload", to="none", targets=()))
-    found = []
-    if to == "none":
-        if plan.offload.targets:
-            named = ",".join(plan.offload.targets)
-            message = f"offload.targets={named} names no arena to go to"
-            limit = "offload:cpu or offload:nvme beside it"
-            found.append(
-                error("offload", "arena", message, asked=named, limit=limit, nearest=nearest)
-            )
-        return found
-    found += _shards(job, asked)
-    if "gradients" in targets(plan) and "optimizer" not in targets(plan):
-        message = (
-            "gradients that lie elsewhere are updated there, by an optimizer that lies there too"
-        )
-        near = str(plan.with_("offload", targets=("gradients", "optimizer")))
-        limit = "offload.targets=gradients,optimizer"
-        found.append(error("offload", "optimizer", message, asked=asked, limit=limit, nearest=near))
-    return found
+    limit = "offload:cpu or offload:nvme beside it"
+    return [error("offload", "arena", message, asked=named, limit=limit, nearest=nearest)]
 
 
 def _shards(job: Request, asked: str) -> list[Problem]:
@@ -226,8 +216,8 @@ def _shard_events(gather: Op, plan: Plan) -> list[Move]:
 
 def _update_events(unit: str, plan: Plan, shard_is_away: bool) -> list[Move]:
     """What an update on the host moves: the gradient's shard comes, the working one goes; what lies on disk
-    is read, and states are written; without masters the working shard comes too. One on the device sends a
-    working shard that lies elsewhere; without masters it has come."""
+    is read, and states are written; without masters the working shard comes too. To one on the device the
+    gradient's shard comes from elsewhere; a working shard goes there, and without masters comes."""
     arena, alone = arena_of(plan, "optimizer"), plan.precision.rounding == "stochastic"
     gradient, shard = _step(f"{unit}.shard_gradient"), _step(f"{unit}.shard_parameter")
     found: list[Move] = []
@@ -235,7 +225,9 @@ def _update_events(unit: str, plan: Plan, shard_is_away: bool) -> list[Move]:
         found += [("write", shard), *([("read", shard)] if alone else [])]
     if arena == "device":
         goes: list[Move] = [("offload", shard), *([("reload", shard)] if alone else [])]
-        return found + (goes if shard_is_away else [])
+        comes = {"device": [], "host": ["reload"], "disk": ["reload", "read"]}
+        found += goes if shard_is_away else []
+        return found + [(kind, gradient) for kind in comes[arena_of(plan, "gradients")]]
     if not shard_is_away:
         found += [("reload", shard), *([("offload", shard)] if alone else [])]
     come = {"device": [("offload", gradient)], "host": [], "disk": [("read", gradient)]}

@@ -82,7 +82,8 @@ def _before(job: Request, block: Block) -> dict[str, Tensor]:
         if t.role != "optimizer":
             continue
         unit = name.removesuffix(".optimizer")
-        scaled = plan.precision.dtype == "fp16" and t.arena == "device"
+        here = {t.arena, block.tensors[f"{unit}.gradient"].arena} == {"device"}
+        scaled = plan.precision.dtype == "fp16" and here
         count = Dim("words", job.state_words + (not alone) + scaled)
         before = replace(t, name=f"{unit}.before", dims=(count, t.dims[-1]))
         found |= {before.name: before} if count.size else {}
