@@ -7,9 +7,11 @@ the best is proven. The other adds what a level usually still hides, so that goo
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from partita.base.errors import Problem
 from partita.cost.machine import machine_of
@@ -22,6 +24,19 @@ from partita.spec.plan import OffloadPlan, Plan
 
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather")
+RARELY = 50_000  # objects made between two looks for cycles
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """What a search makes it keeps, in no cycles: looking for them again and again among all that is kept
+    takes time and finds nothing. Where collection is off it stays off."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0] and max(before[0], RARELY))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class Search:
@@ -34,6 +49,7 @@ class Search:
         self.bounds, self.floors = self.levels.bounds, self.levels.floors
         self.predictions: dict[str, Prediction] = {}
 
+    @rarely_collected()
     def best(
         self,
         goal: Goal = ANY,

@@ -1,5 +1,6 @@
 """The search: bounds never above what `simulate` says, and the best plan equal to brute force over it."""
 
+import gc
 import random
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,16 @@ from partita.parallel.read import flops, kept_bytes, state_bytes
 from partita.planner.bound import ENDLESS
 from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.reading import cost_of
-from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
+from partita.planner.search import (
+    ANY,
+    RARELY,
+    Goal,
+    Node,
+    Search,
+    measures,
+    rarely_collected,
+    searcher,
+)
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
 from partita.planner.table import PAIRED, Rough, Table, probe_of
 from partita.schedule.make import schedule
@@ -261,6 +271,21 @@ def test_words_restrict_the_space():
 def test_a_budget_of_nothing_is_said():
     found = small(8, 1e9).best(ANY, budget_s=0.0)
     assert not found.complete and found.plans == []
+
+
+def test_a_search_looks_for_cycles_rarely_and_leaves_the_collector_as_it_was():
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), rarely_collected():
+        assert gc.get_threshold()[0] >= RARELY
+        raise KeyError
+    small(2, 1e5).best()
+    assert gc.get_threshold() == before
+    gc.set_threshold(0)
+    try:
+        with rarely_collected():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_nothing_fits_where_memory_holds_no_layer():
