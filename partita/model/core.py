@@ -59,7 +59,8 @@ class Flash:
                 return biased(self.slopes, tokens, tokens, self.window)
             return visible(tokens, tokens, self.window).unsqueeze(1)
 
-        if v.shape[-1] != q.shape[-1] or self.slopes is not None or is_short(q):
+        masked = not plain and q.device.type == "cpu"
+        if v.shape[-1] != q.shape[-1] or self.slopes is not None or is_short(q) or masked:
             return Tiled.apply(q, k, v, None if plain else mask, self.scale)  # type: ignore[return-value]
         return scaled_dot_product_attention(
             q,
@@ -74,8 +75,8 @@ class Flash:
 
 class Tiled(torch.autograd.Function):
     """Flash for what torch has no kernel on every device: values narrower than keys (latent attention),
-    scores that something is added to (ALiBi); and where its backward is slow. Causal where there is no
-    mask; backward makes it again."""
+    scores that something is added to (ALiBi); where its backward is slow; and, on the CPU, wherever there is
+    a mask, which torch's would keep. Causal where there is none; backward makes it again."""
 
     @staticmethod
     def forward(
@@ -128,8 +129,9 @@ class Explicit:
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            return self.drop(probs, step, batch) @ v
+            # Added, not filled in: a sum keeps nothing for backward
+            added = scores.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            return self.drop((scores + added).softmax(-1), step, batch) @ v
 
         if self.again and torch.is_grad_enabled():
             return Again.apply(explicit, q, k, v)  # type: ignore[return-value]

@@ -81,7 +81,7 @@ def steps_of(plan: Plan) -> int:
 
 def limited(job: Job, data: Dataset) -> Job:
     """Where updates are made before the norm is known: clipped by a limit between the largest norm of a
-    step and what its first place knows of it, which therefore guesses wrong."""
+    step and what its first place knows of it, which therefore guesses wrong; no other step is clipped."""
     if not job.plan.pipeline.post_validation:
         return job
     free = replace(job, train=replace(job.train, clip_grad_norm=0.0))
@@ -91,7 +91,8 @@ def limited(job: Job, data: Dataset) -> Job:
     step, laid = max(steps, key=lambda s: s.norm), lay(request_of(job))
     squares = {n: float(g.double().square().sum()) for n, g in step.gradients.items()}
     known = sum(x for n, x in squares.items() if laid.holders(n)[0] == 0) / sum(squares.values())
-    limit = step.norm * math.sqrt((1 + known) / 2)
+    others = max((s.norm for s in steps if s is not step), default=0.0)
+    limit = math.sqrt((step.norm**2 + max(known * step.norm**2, others**2)) / 2)
     return replace(job, train=replace(job.train, clip_grad_norm=limit))
 
 
@@ -113,6 +114,7 @@ def run_rank(
         watch_blocks(model, seen.watch)
     context.recorder.take()
     flows, steps = model.flow is not None, steps_of(job.plan)
+    undone = False  # the first step's update, whose traffic is then no step's that is declared: the last's is
     for step in range(steps):
         batch = replace(rank_batch(built, step), drains=step + 1 == steps)
         if flows and not batch.drains:
@@ -120,14 +122,16 @@ def run_rank(
         if step == watched:
             seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
         loss = _finite_or_nan(lambda batch=batch: model.forward_backward(batch))
+        if step == 1 and model.guess is not None and model.guess.found is not None:
+            undone = not model.guess.found.held
         if step:
             seen.steps[-1] = _proven(seen.steps[-1], model, step - 1)
         scale = 1.0 if model.scaler is None else model.scaler.scale
         gradients = boxes(model, lambda unit: unit.gradient, scale, trained=True)
         norm = _finite_or_nan(update.step)
-        if flows or step == 0:
+        if flows or step == 0 or undone:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
-        if step == (steps - 1 if flows else 0):
+        if step == (steps - 1 if flows else 0) or undone:
             seen.recorded = summarise(context.recorder.take())
         seen.watch.stop()
         after = boxes(model, lambda unit: unit.master)

@@ -28,22 +28,24 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla ep2",
         "moe ep2 etp2 expert.chunks=2", "alexnet split2",
     ),
+    "sees": ("", "documents", "window"),
     "trains": ("all", "frozen", "lora"),
     "rounding": ("", "precision.rounding=stochastic"),
 }  # fmt: skip
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
+SEED = 39  # of forty, the one of which came the fewest ranks in all
 Row = dict[str, str]
 
 
 def legal(row: Row) -> bool:
     """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
     cut too, images are cut by no tp or cp, and no gradients are sharded, nor (here) offloaded, where stages
-    update on their own. Images have no LoRA."""
+    update on their own. Images have no LoRA, and nothing that is seen of a sequence."""
     experts = row["model"].startswith("moe")
     fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
     fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
     images = row["model"].startswith("alexnet")
-    if images and (row["tensor"] or row["context"]):
+    if images and (row["tensor"] or row["context"] or row["sees"]):
         return False
     world = (
         (2 if images else 1)
@@ -88,7 +90,7 @@ def _completed(part: Row, draw: random.Random) -> Row | None:
 
 def rows() -> list[Row]:
     """Greedy, the same every time: each row is the best of some that hold a pair not yet covered."""
-    draw, left, found = random.Random(1), wanted(), []
+    draw, left, found = random.Random(SEED), wanted(), []
     while left:
         best: tuple[int, Row] | None = None
         for a, x, b, y in draw.sample(sorted(left), min(100, len(left))):

@@ -32,10 +32,11 @@ def both(context, job):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom"])
 def test_a_tp_sp_layer_compiles(family):
+    own = {"llama": {"kv_heads": 2, "sliding_window": 8}}
     job = pt.Job.load(
         {
             "plan": "tp2+sp fp64",
-            "model": {"family": family, **SIZES} | ({"kv_heads": 2} if family == "llama" else {}),
+            "model": {"family": family, **SIZES, **own.get(family, {})},
             "cluster": {"preset": "laptop"},
             "data": {"source": "python-stdlib", "tokenizer": "byte"},
             "train": {"steps": 1, "global_batch_size": 2, "seq_len": 32},

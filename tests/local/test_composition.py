@@ -46,12 +46,16 @@ def job(folder, row):
         model["dropout"] = 0.1 if "dropout" in words else 0.0
     if "tied" in words:
         model["tied"] = True
+    if row["sees"] == "window":
+        model["sliding_window"] = 3
     if row["trains"] == "lora":
         targets = ("wq", "wo", *(("expert_gate_up", "expert_down") if "experts" in model else ()))
         model |= {"lora_rank": 2, "lora_targets": targets}
+        model |= {} if "experts" in model else {"lora_dropout": 0.1}
     if family == "alexnet":
         return trained(row, image_jobs.job(folder, covering.line(row), batch=16))
-    made = verify_jobs.job(folder, covering.line(row), family, batch=16, **model)
+    packed = row["sees"] == "documents"
+    made = verify_jobs.job(folder, covering.line(row), family, 16, packed, **model)
     return trained(row, made)
 
 
@@ -74,7 +78,7 @@ def test_every_legal_pair_stands_in_a_plan():
         pytest.param(r, marks=[] if i % 3 == third() else pytest.mark.slow)
         for i, r in enumerate(ROWS)
     ],
-    ids=lambda row: f"{row['model']}, {row['trains']}: {covering.line(row)}",
+    ids=lambda row: f"{row['model']}, {row['trains']}, {row['sees']}: {covering.line(row)}",
 )
 def test_a_plan_of_many_features_equals_one_device(row, tmp_path):
     found = verify(job(tmp_path, row))

@@ -26,9 +26,9 @@ CONTEXT = ("cp2:ring", "cp2:ulysses tp2", "cp2:all_gather", "cp4:hybrid2x2", "cp
 LATENT = {**verify_jobs.MLA, "layers": 2}
 CASES = [
     ("llama", {}),
-    ("llama", {"tied": True, "qkv_bias": True, "qk_norm": True}),
+    ("llama", {"tied": True, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
     ("gpt2", {}),
-    ("gpt2", {"dropout": 0.1}),
+    ("gpt2", {"dropout": 0.1, "sliding_window": 3}),
 ]
 
 
