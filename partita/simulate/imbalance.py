@@ -35,7 +35,10 @@ class Load:
 
     @staticmethod
     def zipf(experts: int, exponent: float) -> Load:
-        """The k-th most chosen gets a share as k^-exponent; which expert that is, is drawn once."""
+        """The k-th most chosen gets a share as k^-exponent; which expert that is, is drawn once. Raises
+        ValueError below 0 and above 100, where no second expert gets any."""
+        if not 0 <= exponent <= 100:
+            raise ValueError(exponent)
         weights = [k**-exponent for k in range(1, experts + 1)]
         random.Random(SEED).shuffle(weights)
         return Load.counts(weights)
@@ -63,7 +66,7 @@ class Load:
                 return Load.counts(_read(Path(rest), experts))
         except ValueError:
             pass
-        wanted = "balanced, zipf:EXPONENT or counts:FILE"
+        wanted = "balanced, zipf:EXPONENT (0 to 100) or counts:FILE"
         raise UsageError(f"'{text}' is no routing: {wanted}", key="routing")
 
     def limited(self, capacity_factor: float | None) -> Load:

@@ -75,7 +75,9 @@ def test_loads_are_read_and_refused(tmp_path):
     assert Load.parse(f"counts:{path}", 2).shares == (0.25, 0.75)
     assert Load.parse("zipf:0", 4) == Load.balanced(4)
     for text, words in (
-        ("even", "zipf:EXPONENT"), ("zipf:x", "is no routing"), (f"counts:{path}", "2 counts for 3"),
+        ("even", "zipf:EXPONENT"), ("zipf:x", "is no routing"),
+        ("zipf:nan", "is no routing"), ("zipf:-1", "0 to 100"), ("zipf:inf", "is no routing"),
+        (f"counts:{path}", "2 counts for 3"),
         (f"counts:{tmp_path}/none", "no such file"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
