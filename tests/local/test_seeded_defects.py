@@ -68,7 +68,7 @@ def test_04_replicated_parameters_counted_tp_times_in_the_norm(judged, monkeypat
 
     def counts_all(model, train):
         update = make(model, train)
-        update.counted = [(n, u.gradient[a : a + k]) for u in model.units for n, a, k in u.places]
+        update.counted = [u.gradient[a : a + k] for u in model.units for _, a, k in u.places]
         return update
 
     monkeypatch.setattr(runs, "make_update", counts_all)

@@ -83,7 +83,7 @@ def restored_but(what):
             self._changed[0].copy_(kept)
         elif what == "moments":
             states = self.update.optimizer.state
-            kept = {x: dict(s) for x, s in states.items()}
+            kept = {x: {n: v.clone() for n, v in s.items()} for x, s in states.items()}
             restore(self)
             states |= kept
         else:
