@@ -83,8 +83,9 @@ class Given:
     away: Gradients | None = None
 
     def norms(self, counted: list[Tensor]) -> Sequence[Tensor]:
-        """The 2-norms of parts of them, taken where they lie: in a file, of a chunk of each at a time."""
-        if not counted or not isinstance(self.away, DiskGradients):
+        """The 2-norms of parts of them, taken where they lie: in a file, of a chunk of each at a time, also
+        on ranks that count nothing, as is declared."""
+        if not isinstance(self.away, DiskGradients):
             return torch._foreach_norm(counted) if counted else ()
         found = []
         for unit in self.units:
