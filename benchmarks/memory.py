@@ -3,7 +3,8 @@
 Ours and the peer run in processes of their own, two ranks of one thread. A thread samples what malloc has
 handed out (mallinfo2: arenas and mapped blocks) while three steps run; the figure is the highest sample over
 what was there before the model was built, on the rank that has more. Half of our shared-memory segment (the
-pages that were touched), which malloc does not see, is added.
+pages that were touched), which malloc does not see, is added. `--markdown` prints the lines of
+docs/benchmarks.md instead of a table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,12 @@ from tests.local.measured_memory import in_use
 
 STEPS, EVERY_S = 3, 0.0005
 ALONE = "ring", "ulysses"  # their peer is one rank
+GOALS = {"zero3": 0.85, **dict.fromkeys(run.PIPELINES, 1.0)}  # ratios
+HEADER = ["size", "row", "dtype", "ours MB", "peer MB", "ratio", "goal", "met"]
 ROWS = {
-    name: (plan, make) for name, plan, make, ranks in run.ROWS if ranks == 2 and name not in ALONE
+    name: (plan, make)
+    for name, plan, make, ranks in run.ROWS
+    if ranks == 2 and name not in (*ALONE, *run.NAMED)
 }
 
 
@@ -84,6 +90,15 @@ def measured(size: str, name: str, dtype: str, mine: bool) -> int:
     return found
 
 
+def cells(size: str, row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    ours_bytes, peer_bytes, goal = row["ours_bytes"], row["peer_bytes"], GOALS.get(row["row"])
+    ratio = ours_bytes / peer_bytes
+    judged = ["", ""] if goal is None else [f"{goal:g}", "yes" if ratio <= goal else "no"]
+    sizes = [f"{x / 1e6:.0f}" for x in (ours_bytes, peer_bytes)]
+    return [size, row["row"], row["dtype"], *sizes, f"{ratio:.2f}", *judged]
+
+
 def main() -> None:
     """Runs the table and prints it."""
     parser = argparse.ArgumentParser()
@@ -91,19 +106,20 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
     out = []
     for name in asked.rows:
         for dtype in asked.dtypes:
             a, b = (measured(asked.size, name, dtype, mine) for mine in (True, False))
             out.append({"row": name, "dtype": dtype, "ours_bytes": a, "peer_bytes": b})
-    rows = [
-        [x["row"], x["dtype"], f"{x['ours_bytes'] / 1e6:.0f}", f"{x['peer_bytes'] / 1e6:.0f}",
-         f"{x['ours_bytes'] / x['peer_bytes']:.2f}"]
-        for x in out
-    ]  # fmt: skip
-    header = ["row", "dtype", "ours MB", "peer MB", "ratio"]
-    print(json.dumps({"format": 1, "rows": out}) if asked.json else table(rows, header))
+    rows = [cells(asked.size, x) for x in out]
+    if asked.json:
+        print(json.dumps({"format": 1, "rows": out}))
+    elif asked.markdown:
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    else:
+        print(table(rows, HEADER))
 
 
 if __name__ == "__main__":

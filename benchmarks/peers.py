@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -139,6 +141,39 @@ def zero3(s: ModelSpec, seq_len: int, bf16: bool):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return _replicated(model, _optimizer(model), s, seq_len, False)
+
+
+def deepspeed(stage: int):
+    """DeepSpeed's ZeRO on its CPU accelerator, in the group there is; its first start compiles its own
+    shared-memory collectives (80 s)."""
+
+    def make(s: ModelSpec, seq_len: int, bf16: bool):
+        import deepspeed
+
+        rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_SIZE=ranks)
+        deepspeed.init_distributed(dist_backend="gloo")
+        model = Llama(s, seq_len, range(s.layers))
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model),
+            config={
+                "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # torch's fused one, as everybody's here
+                "zero_optimization": {"stage": stage},
+                "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+            },
+        )
+        ids, targets = (t.chunk(2)[dist.get_rank()] for t in inputs(s, seq_len))
+
+        def step():
+            engine.backward(loss_of(engine(ids), targets))
+            engine.step()
+
+        return step
+
+    return make
 
 
 def _replicated(model, optimizer, s: ModelSpec, seq_len: int, bf16: bool):

@@ -1,17 +1,22 @@
 """Plans predicted from this machine's calibration, then run: step time and memory, predicted beside measured.
 
-python -m benchmarks.predictions [--steps 8] [--page docs/predictions.md] [--svg docs/predictions.svg]
+python -m benchmarks.predictions [--rounds 3] [--steps 8] [--page docs/predictions.md]
+                                 [--svg docs/predictions.svg] [--note TEXT]
 
-Calibration measures pieces of layers, memory and collectives alone; no plan of this list is in it. The chosen
-plan of a group is the one predicted fastest; its regret is what it takes over the fastest measured one.
+Calibration measures pieces of layers, memory and collectives alone; no plan of this list is in it. In each
+round the machine is calibrated, then every plan is predicted and run: rounds are minutes apart, so that what
+the machine does for a moment is in one of them. Medians of the rounds count, and how far a plan's own
+measurements lie apart stands beside its error. The chosen plan of a group is the one predicted fastest; its
+regret is what it takes over the fastest measured one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -57,8 +62,54 @@ def job_of(cluster: Cluster, model: Mapping[str, object], line: str) -> Job:
     return replace(job, cluster=rates)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A plan in every round: seconds of a step, predicted and measured; bytes of its fullest rank."""
+
+    group: str
+    rounds: tuple[Measured, ...]
+
+    @property
+    def plan(self) -> str:
+        """As a line."""
+        return self.rounds[0].prediction.plan
+
+    @property
+    def ranks(self) -> int:
+        """Of the plan."""
+        laid = self.rounds[0].prediction.laid
+        assert laid is not None
+        return laid.mesh.world_size
+
+    @property
+    def predicted_s(self) -> float:
+        """Median of the rounds."""
+        return median(m.prediction.step_time_s or 0.0 for m in self.rounds)
+
+    @property
+    def measured_s(self) -> float:
+        """Median of the rounds."""
+        return median(m.step_time_s for m in self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """The slowest round over the fastest, less 1: what the plan differs from itself by."""
+        times = [m.step_time_s for m in self.rounds]
+        return max(times) / min(times) - 1
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The same in every round."""
+        return self.rounds[0].predicted_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of a round."""
+        return max(m.peak_bytes for m in self.rounds)
+
+
 def run_all(cluster: Cluster, steps: int) -> list[tuple[str, Measured]]:
-    """Every plan, predicted and run, by its group."""
+    """A round: every plan, predicted and run, with its group."""
     found = []
     for group, model, lines in (
         ("dense", MODEL, DENSE_PLANS),
@@ -82,59 +133,69 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def times(found: Sequence[tuple[str, Measured]]) -> list[tuple[float, float]]:
+def times(rows: Sequence[Row]) -> list[tuple[float, float]]:
     """Predicted and measured seconds."""
-    return [(m.prediction.step_time_s or 0.0, m.step_time_s) for _, m in found]
+    return [(r.predicted_s, r.measured_s) for r in rows]
 
 
-def world(m: Measured) -> int:
-    """Ranks of the plan."""
-    assert m.prediction.laid is not None
-    return m.prediction.laid.mesh.world_size
+def figures(rows: Sequence[Row], cores: int) -> list[str]:
+    """Errors over all plans, and what was chosen, as lines of a list."""
+    few = [r for r in rows if r.ranks <= cores]
+    many = [r for r in rows if r.ranks > cores]
+    memory = [(float(r.predicted_bytes), float(r.peak_bytes)) for r in rows]
+    unsteady = sum(r.spread > 0.1 for r in rows)
+    lines = [
+        f"* {len(rows)} plans on {cores} compute units, 1 to {max(r.ranks for r in rows)} ranks, "
+        f"{len(rows[0].rounds)} rounds",
+        f"* step time, ranks <= units: mean error {error(times(few)):.1%} of {len(few)} plans (goal 12 %)",
+        f"* step time, more ranks than units: mean error {error(times(many)):.1%} of {len(many)} (goal 20 %)",
+        f"* memory of the fullest rank: mean error {error(memory):.1%} (goal 5 %)",
+        f"* Spearman of step times: {spearman(times(rows)):.3f} (goal 0.9)",
+        f"* spread of a plan's own rounds: median {median(r.spread for r in rows):.1%}, above 10 % for "
+        f"{unsteady}",
+    ]
+    for group in dict.fromkeys(r.group for r in rows):
+        mine = [r for r in rows if r.group == group]
+        chosen = min(mine, key=lambda r: r.predicted_s)
+        best = min(mine, key=lambda r: r.measured_s)
+        lines.append(
+            f"* chosen, {group}: `{chosen.plan}`, {chosen.measured_s / best.measured_s - 1:.1%} over the "
+            f"fastest, `{best.plan}`, whose spread is {best.spread:.1%}"
+        )
+    return lines
 
 
-def page(found: Sequence[tuple[str, Measured]], cores: int, note: str = "") -> str:
+def page(rows: Sequence[Row], cores: int, note: str = "") -> str:
     """The page: figures over all plans, then a line a plan."""
-    few = [x for x in found if world(x[1]) <= cores]
-    many = [x for x in found if world(x[1]) > cores]
-    memory = [(float(m.predicted_bytes), float(m.peak_bytes)) for _, m in found]
     lines = [
         "# Predicted, then run",
         "",
         "Written by `python -m benchmarks.predictions`: the machine is calibrated (pieces of layers, memory",
-        "and collectives alone), each plan is predicted, then run for a few steps over local ranks.",
+        "and collectives alone), each plan is predicted, then run for a few steps over local ranks; all",
+        "of it in rounds, of which medians count. Spread is a plan's slowest round over its fastest.",
         "",
-        f"* {len(found)} plans on {cores} compute units, 1 to {max(world(m) for _, m in found)} ranks",
-        f"* step time, ranks <= units: mean error {error(times(few)):.1%} of {len(few)} plans (goal 12 %)",
-        f"* step time, more ranks than units: mean error {error(times(many)):.1%} of {len(many)} (goal 20 %)",
-        f"* memory of the fullest rank: mean error {error(memory):.1%} (goal 5 %)",
-        f"* Spearman of step times: {spearman(times(found)):.3f} (goal 0.9)",
+        *figures(rows, cores),
+        *([f"* {note}"] if note else []),
+        "",
+        "![predicted against measured](predictions.svg)",
+        "",
+        "```",
     ]
-    for group in dict.fromkeys(g for g, _ in found):
-        mine = [m for g, m in found if g == group]
-        chosen = min(mine, key=lambda m: m.prediction.step_time_s or 0.0)
-        best = min(mine, key=lambda m: m.step_time_s)
-        regret = chosen.step_time_s / best.step_time_s - 1
-        lines.append(
-            f"* chosen, {group}: `{chosen.prediction.plan}`, {regret:.1%} over the fastest, "
-            f"`{best.prediction.plan}`"
-        )
-    rows = [
+    cells = [
         [
-            group, m.prediction.plan, f"{1e3 * (m.prediction.step_time_s or 0.0):.0f}",
-            f"{1e3 * m.step_time_s:.0f}", f"{(m.prediction.step_time_s or 0.0) / m.step_time_s:.2f}",
-            format_bytes(m.predicted_bytes), format_bytes(m.peak_bytes),
+            r.group, r.plan, f"{1e3 * r.predicted_s:.0f}", f"{1e3 * r.measured_s:.0f}",
+            f"{r.predicted_s / r.measured_s:.2f}", f"{r.spread:.0%}", format_bytes(r.predicted_bytes),
+            format_bytes(r.peak_bytes),
         ]
-        for group, m in found
+        for r in rows
     ]  # fmt: skip
-    header = ("", "plan", "predicted ms", "measured ms", "ratio", "memory predicted", "measured")
-    return (
-        "\n".join([*lines, "", "![predicted against measured](predictions.svg)", "", "```"])
-        + f"\n{table(rows, header=header)}\n```\n"
-    )
+    header = (
+        "", "plan", "predicted ms", "measured ms", "ratio", "spread", "memory predicted", "measured",
+    )  # fmt: skip
+    return "\n".join(lines) + f"\n{table(cells, header=header)}\n```\n"
 
 
-def draw(path: Path, found: Sequence[tuple[str, Measured]], cores: int) -> None:
+def draw(path: Path, rows: Sequence[Row], cores: int) -> None:
     """Predicted against measured step times, on equal axes."""
     import matplotlib
 
@@ -144,12 +205,12 @@ def draw(path: Path, found: Sequence[tuple[str, Measured]], cores: int) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 6))
     for name, marker, chosen in (
-        (f"ranks <= {cores}", "o", [x for x in found if world(x[1]) <= cores]),
-        (f"ranks > {cores}", "s", [x for x in found if world(x[1]) > cores]),
+        (f"ranks <= {cores}", "o", [r for r in rows if r.ranks <= cores]),
+        (f"ranks > {cores}", "s", [r for r in rows if r.ranks > cores]),
     ):
         both = times(chosen)
         axes.scatter([m for _, m in both], [p for p, _ in both], marker=marker, label=name)
-    every = [t for pair in times(found) for t in pair]
+    every = [t for pair in times(rows) for t in pair]
     ends = [0.9 * min(every), 1.1 * max(every)]
     axes.plot(ends, ends, color="#888", linewidth=1)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
@@ -159,18 +220,22 @@ def draw(path: Path, found: Sequence[tuple[str, Measured]], cores: int) -> None:
 
 
 def main() -> None:
-    """Calibrates, predicts, runs, writes."""
+    """Calibrates, predicts, runs, in each round; writes."""
     read = argparse.ArgumentParser(description=__doc__)
+    read.add_argument("--rounds", type=int, default=3)
     read.add_argument("--steps", type=int, default=8)
     read.add_argument("--page", type=Path, default=Path("docs/predictions.md"))
     read.add_argument("--note", default="", help="What to know of this run: a line of the page.")
     read.add_argument("--svg", type=Path, default=Path("docs/predictions.svg"))
     args = read.parse_args()
-    cluster = calibrate(Cluster.load("laptop")).cluster
-    found = run_all(cluster, args.steps)
-    cores = cluster.cores_shared or 1
-    args.page.write_text(page(found, cores, args.note), encoding="utf-8")
-    draw(args.svg, found, cores)
+    rounds, cores = [], 1
+    for _ in range(args.rounds):
+        cluster = calibrate(Cluster.load("laptop")).cluster
+        cores = cluster.cores_shared or 1
+        rounds.append(run_all(cluster, args.steps))
+    rows = [Row(each[0][0], tuple(m for _, m in each)) for each in zip(*rounds, strict=True)]
+    args.page.write_text(page(rows, cores, args.note), encoding="utf-8")
+    draw(args.svg, rows, cores)
     print(args.page.read_text(encoding="utf-8"))
 
 

@@ -2,8 +2,8 @@
 
     python examples/alexnet.py        # half a minute on two cores
 
-Trains a narrow AlexNet on scikit-learn's digits (1797 images of 8 x 8 pixels), an eighth of them held out,
-and prints how many of the held-out ones it knows.
+Trains a narrow AlexNet on scikit-learn's digits (1797 images of 8 x 8 pixels), 125 of them held out, and
+prints how many of those it knows.
 """
 
 import json

@@ -33,7 +33,7 @@ LIMIT_BYTES = STATE_BYTES // 3
 
 
 def job_of(plan: str) -> pt.Job:
-    """Two steps of a 13.8M-parameter Llama on the standard library's sources, a byte a token."""
+    """Three steps of a 13.8M-parameter Llama on the standard library's sources, a byte a token."""
     return pt.Job.load(
         {
             "name": "nvme-offload",

@@ -130,6 +130,7 @@ def large_and_overlapped(world) -> float:
     assert torch.equal(whole.chunk(n, 1)[world.rank], big[:600_000].view(200, 3000))
     for turn in range(20):
         x = torch.full((4092,), float(world.rank + turn))
+        assert comm.moves(x.nbytes)
         first = comm.start_all_reduce(x, site="a")
         second = comm.start_all_gather(x[:5], site="b")
         third = comm.start_reduce_scatter(x, site="c")

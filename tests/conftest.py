@@ -28,6 +28,11 @@ def pytest_addoption(parser):
         "--require-browser", action="store_true", help="fail, not skip, where Chromium is missing"
     )
     parser.addoption(
+        "--every",
+        action="store_true",
+        help="run all chosen plans on processes, not a third of them",
+    )
+    parser.addoption(
         "--hosts", action="store_true", help="make two hosts of network namespaces (root, ip)"
     )
 

@@ -43,9 +43,9 @@ measured one, minus 1.
 SHAPE = ("group", "hidden", "tp", "microbatch_size")
 CAUSE = f"""Cause *shape*: all runs of that hidden size, tensor parallelism and microbatch size are off by as
 much, whatever their batch, pipeline and data parallelism. With the mean error of the runs of that shape on
-*other* grids taken off, regret is at most {REGRET:.0%} (*by shape*). What the library chooses for one shape
-of matmuls and all-reduces jumps by up to 20 % between neighbours (validation.md, vtrain-single), and no
-constant of a device says it."""
+*other* grids taken off, regret is at most {REGRET:.0%} (*by shape*). The source's times are sums over one
+profile of each such shape: what that profile had by chance, up to 20 % between
+neighbours, decides between two plans of different shapes, and no constant of a device says it."""
 CAUSES = tomllib.loads((HERE / "causes.toml").read_text(encoding="utf-8"))
 
 
@@ -166,7 +166,7 @@ def page(found: Sequence[Grid], memory: Sequence[str]) -> str:
             f"{sum(g.regret == 0 for g in own)} | {fmean(g.regret for g in own):.1%} | "
             f"{sum(g.regret <= REGRET for g in own)} |"
         )
-    lines += ["", CAUSE]
+    lines += ["", f"{CAUSE} What is known of vtrain-single: {CAUSES['vtrain-single']}"]
     missed = sorted((g for g in found if g.regret > REGRET), key=lambda g: -g.regret)
     lines += ["", f"## Regret above {REGRET:.0%}: {len(missed)} of {len(found)} grids", ""]
     lines.append(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Tree = Mapping[str, Any]
 
 
+NUMBER = re.compile(r"[+-]?\.?\d[\d.,]*(e[+-]?\d+)?[%x]?( .*)?")
+
+
 def _is_number(cell: str) -> bool:
-    """Whether the cell starts like a number, so that its column stands on the right."""
-    return bool(cell) and (cell[0].isdigit() or (cell[0] in "+-." and cell[1:2].isdigit()))
+    """Whether the cell is a number, perhaps of a unit, so that its column stands on the right; no plan that
+    begins with '8mb' is."""
+    return NUMBER.fullmatch(cell) is not None
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""`partita checkpoint inspect|verify DIR`, `export|convert SOURCE TARGET`."""
+"""`partita checkpoint inspect|verify DIR`, `export|convert DIR TARGET`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A step folder, or a run folder (its newest).")
 ]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")]
 
 
 def inspect(folder: Folder, json: Json = False) -> None:
@@ -67,7 +68,7 @@ def _answer(folder: Path, digests: bool, json: bool) -> None:
 
 def export(
     source: Folder,
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
+    target: Target,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="LoRA's matrices alone, in the format of peft.")
     ] = False,
@@ -87,8 +88,10 @@ def export(
 
 
 def convert(
-    source: Folder,
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="As of export, or a torch checkpoint's folder.")
+    ],
+    target: Target,
     plan: PlanLine = None,
     to: Annotated[
         Literal["partita", "dcp"],
@@ -97,7 +100,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Writes the checkpoint as the ranks of another plan would have (--plan "pp2 tp2"), or to or from
-    torch's distributed checkpoint: --to dcp, or a SOURCE that is one."""
+    torch's distributed checkpoint: --to dcp, or a DIR that is one."""
     from partita.train.dcp import export_dcp, import_dcp, is_dcp
 
     wanted = Plan.parse(plan) if plan is not None else None

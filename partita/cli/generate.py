@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from partita.base.text import printable
 from partita.cli.checkpoint import _step_folder
 from partita.cli.jobs import Json
 from partita.cli.out import write_json, write_text
@@ -30,4 +32,4 @@ def generate(
     if json:
         write_json({"text": found.text, "token_ids": found.token_ids})
     else:
-        write_text(found.text)
+        write_text(printable(found.text) if sys.stdout.isatty() else found.text)

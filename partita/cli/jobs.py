@@ -65,6 +65,10 @@ def _measured(job: Job) -> Job:
 def from_words(words: list[str], plan: str | None, batch: dict[str, Any]) -> Job:
     """`JOB.toml [overrides]`, or `MODEL CLUSTER` with --plan, --global-batch-size and --seq-len,
     which is 1 of images."""
+    alone = len(words) == 1 or "=" in words[1]
+    if alone and not words[0].endswith(".toml") and not Path(words[0]).exists():
+        text = f"{words[0]} alone is no job file; a model takes a cluster behind it: {words[0]} 16xh100"
+        raise UsageError(text)
     if len(words) < 2 or "=" in words[1] or _is_job(words[0]):
         extra = [f"train.{k}={v}" for k, v in batch.items() if v is not None]
         return _load(words[0], [*words[1:], *extra], plan)

@@ -30,7 +30,7 @@ def plan(
     global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a microbatch and rank.")
+        int | None, typer.Option(help="Sequences a microbatch and replica.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Plans in the answer.")] = 5,
     goal: Annotated[str, typer.Option(help="time, memory, devices, cost.")] = "time",
@@ -128,7 +128,8 @@ def _judge(job: Job, json: bool) -> None:
     if json:
         write_json(_document(found, why, time.perf_counter() - start))
     else:
-        write_text("\n".join([str(found), *why]))
+        text = str(found) if illegal or found.fits else found.head()  # else `why` has the ledger
+        write_text("\n".join([text, *why]))
     if not found.fits:
         note(f"partita: {found.verdict}")
         raise typer.Exit(1)

@@ -27,7 +27,7 @@ def simulate(
     global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a microbatch and rank.")
+        int | None, typer.Option(help="Sequences a microbatch and replica.")
     ] = None,
     routing: Annotated[
         str | None,

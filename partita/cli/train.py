@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from partita.base.text import printable
 from partita.cli.jobs import JobFile, Json, Overrides, PlanLine, load
 from partita.cli.out import note, write_json, write_text
 
@@ -46,7 +47,10 @@ def train(
     if not metrics:  # one of torchrun's ranks: rank 0 speaks for all
         return
     if metrics.get("already_done"):
-        note(f"{metrics['run']} is finished: step {metrics['step']}; --fresh starts anew")
+        plan = metrics["plan"]
+        note(
+            f"{metrics['run']} is finished: step {metrics['step']}, trained under {plan}; --fresh starts anew"
+        )
     if json:
         write_json(metrics)
         return
@@ -55,13 +59,15 @@ def train(
 
 def _summary(metrics: dict[str, object]) -> str:
     lines = [f"trained  {metrics['run']}  plan {metrics['plan']}  step {metrics['step']}"]
-    if "loss" in metrics:
+    if metrics.get("loss") is not None:
         lines.append(f"loss     {metrics['loss']:.4f}")
-    if metrics.get("eval_loss") is not None and "unigram_entropy" in metrics:
+    held, unigram = metrics.get("eval_loss"), metrics.get("unigram_entropy")
+    if isinstance(held, float) and isinstance(unigram, float):
+        side = "below" if held < unigram else "above"
         lines.append(
-            f"held out {metrics['eval_loss']:.4f} nats a token; unigram entropy "
-            f"{metrics['unigram_entropy']:.4f} ({metrics['unigram_entropy'] - metrics['eval_loss']:+.4f})"  # type: ignore[operator]
+            f"held out {held:.4f} nats a token, {abs(unigram - held):.4f} {side} the unigram entropy "
+            f"({unigram:.4f})"
         )
     if metrics.get("sample"):
-        lines += ["", "what it writes:", str(metrics["sample"])]
+        lines += ["", "what it writes:", printable(str(metrics["sample"]))]
     return "\n".join(lines)

@@ -14,7 +14,9 @@ from partita.cli.jobs import Json
 from partita.cli.out import write_file, write_json, write_text
 
 Validated = Annotated[Path, typer.Argument(metavar="FILE.csv", help="A table of published runs.")]
-Rows = Annotated[Path | None, typer.Option("--rows", help="Write a line a row: id, predicted ...")]
+Rows = Annotated[
+    Path | None, typer.Option("--rows", help="Write a CSV: id, predicted, measured, error.")
+]
 
 
 def register(app: typer.Typer) -> None:

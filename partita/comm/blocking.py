@@ -19,6 +19,10 @@ class Blocking:
     start_reduce_scatter: Any
     start_all_to_all: Any
 
+    def moves(self, size: int) -> bool:
+        """What is started moves by itself."""
+        return True
+
     def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
         """Sum or maximum, in a new tensor."""
         return self.start_all_reduce(x, site=site, op=op).wait()

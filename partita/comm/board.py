@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from partita.comm.processes import is_alive
+from partita.comm.processes import is_alive, is_stopped
 from partita.comm.table import Status, describe
 
 SLOT = 512
@@ -86,6 +86,13 @@ class Board:
         """Whether the rank was here and its process is gone."""
         pid, _ = self.read(rank)
         return bool(pid) and not is_alive(pid)
+
+    def waits(self, rank: int, seconds: float) -> bool:
+        """Whether the rank itself is held in a call, for less than that: it will tell for whom it waits. One
+        that is stopped will not."""
+        pid, status = self.read(rank)
+        held = not status.completed and time.monotonic() - status.at < seconds
+        return held and not is_stopped(pid)
 
     def statuses(self) -> list[Status | None]:
         """What every rank did last, and whether it is gone."""

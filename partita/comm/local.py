@@ -26,8 +26,11 @@ from torch import Tensor
 from partita.base.errors import CommError, PartitaError
 from partita.comm.blocking import Blocking
 from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, expected_rows, reduce_in_order
+from partita.comm.patience import Patience
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.single import SingleComm
+
+LOOK_S = 0.5  # between two looks at a wait
 
 
 class LocalWorld:
@@ -213,10 +216,10 @@ class LocalComm(Blocking):
                 if slot.absent():
                     meeting.blocked[me] = ("slot", key)
                     meeting.check()
-                deadline = time.monotonic() + meeting.timeout_s
+                patience = Patience(meeting.timeout_s)
                 while slot.results is None and meeting.failure is None:
-                    if not slot.wake.wait(max(0.0, deadline - time.monotonic())):
-                        self._timed_out(f"{self.axis} collective #{key[3]}", slot.absent())
+                    if not slot.wake.wait(min(LOOK_S, patience.left_s)) and patience.is_over():
+                        meeting.late(me, "slot", key)
                 meeting.blocked.pop(me, None)
             if slot.results is None:
                 self._raise_failure()
@@ -262,10 +265,10 @@ class LocalComm(Blocking):
             if not meeting.mail.get(place):
                 meeting.blocked[me] = ("mail", place)
                 meeting.check()
-                deadline = time.monotonic() + meeting.timeout_s
+                patience, wake = Patience(meeting.timeout_s), meeting.mail_wake[me]
                 while not meeting.mail.get(place) and meeting.failure is None:
-                    if not meeting.mail_wake[me].wait(max(0.0, deadline - time.monotonic())):
-                        self._timed_out(f"receive {place[5]} on {self.axis}", [place[3]])
+                    if not wake.wait(min(LOOK_S, patience.left_s)) and patience.is_over():
+                        meeting.late(me, "mail", place)
                 meeting.blocked.pop(me, None)
             self._raise_failure()
             x = meeting.mail[place].popleft()
@@ -282,14 +285,6 @@ class LocalComm(Blocking):
     def _note(self, message: Message, number: int) -> None:
         status = self.world.meeting.status[self.world.rank]
         status.enter(self.axis, message, number, self.world.where)
-
-    def _timed_out(self, what: str, absent: list[int]) -> None:
-        meeting = self.world.meeting
-        ranks = ", ".join(map(str, absent))
-        meeting.fail(
-            f"rank {ranks} did not come to {what} of group {self.ranks} within {meeting.timeout_s:g} s"
-        )
-        self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self.world.meeting.failure is not None:

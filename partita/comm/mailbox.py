@@ -84,6 +84,9 @@ class _Ring:
         return (self.at % CHUNKS) * (CHUNK + _HEAD_BYTES)
 
 
+SENT = Done(torch.empty(0))  # of every message
+
+
 @dataclass(slots=True)
 class _Outgoing:
     """A message that is on its way: `sent` bytes of `total` are in the ring."""
@@ -120,7 +123,7 @@ class Mailbox:
         self._exchanges = 0
 
     def send(self, x: Tensor, to: int, key: Key, site: str) -> Handle:
-        """Queues a copy and moves what fits."""
+        """Queues a copy and moves what fits; the handle does not hold x."""
         self.comm.enter("send", x, site)
         data = x.detach().contiguous()
         message = _Outgoing(data, data.numel() * data.element_size(), _digest(key), _kind(x.dtype))
@@ -129,7 +132,7 @@ class Mailbox:
         if not message.done:  # the ring is full: the caller may change its tensor
             message.data = data.clone()
         self.comm.world.board.leave()
-        return Done(x)
+        return SENT
 
     def exchange(self, parts: Sequence[Tensor], counts: Sequence[int], site: str) -> Parts:
         """Sends every rank its part; `counts` are the rows that come from each.

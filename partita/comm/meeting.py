@@ -65,28 +65,47 @@ class Meeting:
         for rank, (kind, what) in self.blocked.items():
             gone = [r for r in self._waits_for(kind, what) if r in self.finished]
             if gone:
-                axis, name = self._named(kind, what)
                 self.fail(
-                    f"rank {gone[0]} has left and is missing in {name} on {axis}, "
-                    f"for which rank {rank} waits"
+                    f"rank {gone[0]} has left: {self.named(kind, what)} cannot complete on rank {rank}"
                 )
                 return
         if len(self.blocked) + len(self.finished) == self.size and self.blocked:
             rank, (kind, what) = min(self.blocked.items())
-            axis, name = self._named(kind, what)
             absent = ", ".join(map(str, self._waits_for(kind, what)))
             self.fail(
-                f"deadlock: every rank waits. rank {rank} waits in {name} on {axis} for rank {absent}"
+                f"deadlock: every rank waits. rank {rank} waits for rank {absent} in "
+                f"{self.named(kind, what)}"
             )
 
     def _waits_for(self, kind: str, what: Any) -> list[int]:
         return self.slots[what].absent() if kind == "slot" else [what[3]]
 
-    def _named(self, kind: str, what: Any) -> tuple[str, str]:
+    def late(self, rank: int, kind: str, what: Any) -> None:
+        """A rank has waited in vain: stops everybody, naming the absent at the end of the chain, who wait for
+        nobody themselves; the lock is held."""
+        seen: set[int] = set()
+        while True:
+            absent = self._waits_for(kind, what)
+            free = [r for r in absent if r not in self.blocked]
+            if free or absent[0] in seen:
+                break
+            rank = absent[0]
+            seen.add(rank)
+            kind, what = self.blocked[rank]
+        ranks = ", ".join(map(str, free or absent))
+        self.fail(
+            f"rank {ranks} did not come within {self.timeout_s:g} s: {self.named(kind, what)} cannot "
+            f"complete on rank {rank}"
+        )
+
+    def named(self, kind: str, what: Any) -> str:
+        """The call that a rank waits in, and its group."""
         if kind == "mail":
-            return what[0], f"receive {what[5]}"
+            axis, _, ranks, _, _, key = what
+            return f"{axis} receive {key} of group {ranks}"
+        ranks, axis, _, number = what
         message = next(iter(self.slots[what].brought.values()))[0]
-        return what[1], f"collective #{what[3]} {message.op} ({message.site})"
+        return f"{axis} {message.op} #{number} of group {ranks} ({message.site})"
 
     def leave(self, rank: int) -> None:
         """The rank's function has returned or raised."""

@@ -10,12 +10,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from partita.base.errors import CommError
@@ -24,6 +27,7 @@ _PR_SET_PDEATHSIG = 1
 # torch.optim loads torch._dynamo when it is first used: a second and 26 MB, shared by all ranks this way
 PRELOAD = ("torch", "torch._dynamo", "partita.train.rank")
 STOPS = (signal.SIGTERM, signal.SIGINT)
+MAIN = "__main__"
 
 
 def start_ranks(
@@ -35,7 +39,8 @@ def start_ranks(
     """Starts target(rank, connection, *args) in `num_ranks` processes.
 
     Returns each process with the launcher's end of a one-way connection from it. `target` must be a
-    module's function. Environment: OMP_NUM_THREADS=1 where the user did not set it.
+    module's function; no rank runs the main module, unless `target` is of it. Environment:
+    OMP_NUM_THREADS=1 where the user did not set it.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,6 +49,15 @@ def start_ranks(
     resource_tracker.ensure_running()  # it opens the signals that are held back
     with _held_back():
         forkserver.ensure_running()
+    with ExitStack() as hidden:
+        if target.__module__ != MAIN:
+            hidden.enter_context(_main_hidden())
+        return _start(context, num_ranks, target, args)
+
+
+def _start(
+    context: ForkServerContext, num_ranks: int, target: Callable[..., None], args: Sequence[Any]
+) -> list[tuple[BaseProcess, Connection]]:
     found: list[tuple[BaseProcess, Connection]] = []
     try:
         for rank in range(num_ranks):
@@ -69,6 +83,34 @@ def end_ranks(ranks: Sequence[tuple[BaseProcess, Connection]]) -> None:
             process.kill()
     for process, _ in ranks:
         process.join(5)
+
+
+# The exit code that multiprocessing gives a process whose fork server did not tell it
+UNKNOWN = 255
+
+
+def server_is_gone(within_s: float = 2.0) -> bool:
+    """Whether the fork server has died: its ranks ended with it, and left no exit codes. Its pipes close some
+    time before the system has it dead."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    until = time.monotonic() + within_s
+    while server is not None and is_alive(server):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return server is not None
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """multiprocessing has a new process run the main module of the one that starts it: a user's script
+    without `if __name__ == "__main__"` would start its run again in every rank."""
+    main = sys.modules[MAIN]
+    sys.modules[MAIN] = ModuleType(MAIN)
+    try:
+        yield
+    finally:
+        sys.modules[MAIN] = main
 
 
 @contextmanager
@@ -121,8 +163,19 @@ def leave_without(launcher: int, last: Callable[[], None] = lambda: None) -> Non
 
 
 def on_loopback() -> None:
-    """Keeps this process's gloo sockets to this host. Environment: GLOO_SOCKET_IFNAME, unless set."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    """Keeps this process's sockets to this host. Environment: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, unless
+    set."""
+    for library in ("GLOO", "NCCL"):
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+
+
+def for_gpu() -> None:
+    """Before this process first uses its GPU. Environment, unless set: CUDA_DEVICE_MAX_CONNECTIONS, a queue
+    for every lane, since in one that two share a message waits behind another; CUBLAS_WORKSPACE_CONFIG, by
+    which products repeat bit for bit."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def is_alive(pid: int) -> bool:
@@ -133,11 +186,21 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    return _state(pid) != "Z"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP or a debugger; False where the system does not tell."""
+    return _state(pid) in ("T", "t")
+
+
+def _state(pid: int) -> str:
+    """The letter by which Linux tells what a process does; empty elsewhere."""
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 (a pseudo file)
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+            return file.read().rpartition(")")[2].split()[0]
     except OSError:
-        return True
+        return ""
 
 
 def torchrun_rank() -> tuple[int, int, int] | None:

@@ -136,6 +136,11 @@ class Comm(Protocol):
         """Returns when all ranks of the group have entered. Moves no bytes, is not recorded."""
         ...
 
+    def moves(self, size: int) -> bool:
+        """Whether a collective that is handed `size` bytes and only started moves while this rank computes.
+        Else all of it happens in `wait`, and to start it early holds memory for nothing."""
+        ...
+
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:

@@ -83,9 +83,10 @@ def context_of(world: World, plan: Plan, where: Where) -> Context:
     )
 
 
-def here(plan: Plan, timeout_s: float = DEADLINE_S) -> tuple[World, Where]:
-    """The World of the calling rank, and where it is in its step. The plan's ranks must be there."""
-    world, where = _world(timeout_s)
+def here(plan: Plan, timeout_s: float = DEADLINE_S, gpus: bool = False) -> tuple[World, Where]:
+    """The World of the calling rank, and where it is in its step. The plan's ranks must be there; with `gpus`
+    processes have one each."""
+    world, where = _world(timeout_s, gpus)
     require_ranks(plan, world)
     return world, where
 
@@ -99,7 +100,7 @@ def require_ranks(plan: Plan, world: World) -> None:
         )
 
 
-def _world(timeout_s: float) -> tuple[World, Where]:
+def _world(timeout_s: float, gpus: bool) -> tuple[World, Where]:
     thread = threading.current_thread()
     if isinstance(thread, RankThread):
         return thread.world, thread.world.where
@@ -111,7 +112,9 @@ def _world(timeout_s: float) -> tuple[World, Where]:
 
     line = Lifeline.hold()
     roll = rendezvous(timeout_s, line)
-    found = TorchWorld.from_torchrun(torchrun_store(), roll, timeout_s=timeout_s, where=where)
+    found = TorchWorld.from_torchrun(
+        torchrun_store(), roll, timeout_s=timeout_s, where=where, gpus=gpus
+    )
     atexit.register(_leave, found, line)
     return found, where
 

@@ -148,6 +148,10 @@ class RecordingComm:
         """Moves no bytes: not recorded."""
         self.inner.barrier(site=site)
 
+    def moves(self, size: int) -> bool:
+        """As inside."""
+        return self.inner.moves(size)
+
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:

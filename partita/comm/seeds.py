@@ -22,13 +22,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from partita.spec.program import DRAWN_AT_ONCE
+
 Box = Sequence[tuple[int, int]]
 
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123 philox.h, PHILOX_M4x32_0 and _1
 WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, PHILOX_W32_0 and _1
-CHUNK = 1 << 17  # elements worked on at once: 1 MB an int64 temporary, which stays in cache
+CHUNK = DRAWN_AT_ONCE
 RUN = 8  # shorter contiguous runs are drawn element by element
 
 INIT_STD = 0.02  # GPT-2's; residual outputs are divided by sqrt(2 * layers), Radford et al. 2019
@@ -170,6 +172,19 @@ def dropout_box(
         part = words.reshape(out.shape[0], -1)
         out[:, first : first + part.shape[1]] = part >= _threshold(p)
     return out.view(-1, *size)
+
+
+def dropout_rows(
+    seed: int, step: int, site: str, samples: Tensor, first: Tensor, width: int, p: float
+) -> Tensor:
+    """dropout_mask of rows of many samples: bool [rows, width], elements first .. first + width - 1 of the
+    logical tensor of each row's sample. `samples` and `first` are int64 [rows]."""
+    key, each = key_of(seed, "dropout", site), max(1, CHUNK // max(width, 1))
+    found = [
+        _run_words(key, at.unsqueeze(-1), width, of.unsqueeze(-1), step, None) >= _threshold(p)
+        for at, of in zip(first.split(each), samples.split(each), strict=True)
+    ]
+    return torch.cat(found)
 
 
 def _threshold(p: float) -> int:

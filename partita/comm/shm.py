@@ -21,32 +21,36 @@ from partita.comm.protocol import Comm, Where
 from partita.comm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
-__all__ = ["ShmComm", "ShmWorld", "available"]
+__all__ = ["ShmComm", "ShmWorld", "available", "is_abandoned"]
 FAST = Path("/dev/shm")
 BOARD = ".board"
 YOUNG_S = 60.0  # a file that may not be locked yet
 
 
 def sweep(folder: Path = FAST) -> list[Path]:
-    """Removes what runs of this user left that were killed before all their ranks had joined: files that are
-    older than YOUNG_S and that no rank holds locked. Returns them."""
+    """Removes what runs of this user left that were killed before all their ranks had joined. Returns the
+    files."""
     gone = []
     for file in folder.glob("*partita-*"):
-        if file.suffix == BOARD:  # goes with its file
-            continue
-        with suppress(OSError):
-            found = file.stat()
-            if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG_S:
-                continue
+        if file.suffix != BOARD and is_abandoned(file):  # a board goes with its file
+            file.unlink(missing_ok=True)
+            file.with_suffix(BOARD).unlink(missing_ok=True)
+            gone.append(file)
+    return gone
+
+
+def is_abandoned(file: Path) -> bool:
+    """Whether a file of this user is older than YOUNG_S and nobody holds it locked."""
+    with suppress(OSError):
+        found = file.stat()
+        if found.st_uid == os.getuid() and time.time() - found.st_mtime >= YOUNG_S:
             descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.unlink()
-                file.with_suffix(BOARD).unlink(missing_ok=True)
-                gone.append(file)
+                return True
             finally:
                 os.close(descriptor)
-    return gone
+    return False
 
 
 class ShmWorld:

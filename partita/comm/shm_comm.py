@@ -23,11 +23,14 @@ from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.futex import Words
 from partita.comm.mailbox import Host, Mailbox, ring_bytes
+from partita.comm.patience import Patience
 from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
+from partita.spec.hardware import SHARED_CHUNK_BYTES
 
-SLOT = 1 << 20  # bytes a rank hands over at once: both buffers of two ranks stay in the caches
+SLOT = SHARED_CHUNK_BYTES  # both buffers of two ranks stay in the caches
 PAGE = mmap.PAGESIZE
 LOOK_S = 0.05  # how often a waiting rank looks whether its peers live
+TELL_S = 3.5  # for a rank that waited in vain to say so: between hosts it asks all others first
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -77,6 +80,10 @@ class ShmComm(Blocking):
         self._digests: dict[tuple[object, ...], int] = {}
         self.mailbox = Mailbox(self, region, PAGE + 2 * n * SLOT)
 
+    def moves(self, size: int) -> bool:
+        """One chunk is handed over at once; of more, a rank copies each when it waits."""
+        return size <= SLOT
+
     # Slots and meetings --------------------------------------------------------------------------
 
     def slot(self, rank: int, meeting: int, size: int) -> Tensor:
@@ -114,16 +121,19 @@ class ShmComm(Blocking):
     def wait_word(
         self, words: Words, index: int, value: int, peer: int, note: tuple[Message, int]
     ) -> None:
-        """Waits on a peer's word; looks after the peer, and moves own sends, meanwhile."""
-        deadline = time.monotonic() + self.world.timeout_s
+        """Waits on a peer's word; looks after the peer, and moves own sends, meanwhile. A peer that waits
+        too, since later, is not who is missing: it is left the time to tell who is."""
+        patience, timeout_s = Patience(self.world.timeout_s), self.world.timeout_s
         while not words.wait(index, value, LOOK_S):
             self.world.progress()
             if self.world.board.is_dead(peer):
                 time.sleep(0.1)
                 raise self.failure(peer, "has died", note)
-            if time.monotonic() > deadline:
-                late = f"did not come within {self.world.timeout_s:g} s"
-                raise self.failure(peer, late, note)
+            told_s = timeout_s + TELL_S
+            if patience.is_over() and (
+                patience.left_s < -told_s or not self.world.board.waits(peer, told_s)
+            ):
+                raise self.failure(peer, f"did not come within {timeout_s:g} s", note)
 
     def failure(self, peer: int, how: str, note: tuple[Message, int]) -> CommError:
         """The error of a wait: the cause first, then what was asked, then every rank's last call."""

@@ -54,6 +54,10 @@ class SingleComm:
     def barrier(self, *, site: str) -> None:
         """Nobody to wait for."""
 
+    def moves(self, size: int) -> bool:
+        """Nothing has to."""
+        return True
+
     def start_all_reduce(
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:

@@ -2,6 +2,12 @@
 
 Every rank makes every group (torch_comm.py), in one order. Ranks of one host have a file between them; those
 of several a store, through which one that fails asks who is still there (rollcall.py).
+
+nccl connects the ranks of a group at its first collective, and two ranks at their first message, and holds
+their processes until all have come: what is only started, or posted early, might then wait for what stands
+behind it. So groups on GPUs are connected as they are made, in one order on all ranks. It knows no keys
+either: between two ranks a group carries messages in one row, whichever way they go. So those to lower
+places have a group of their own; the order on each way is a schedule's to prove (schedule/rendezvous.py).
 """
 
 from __future__ import annotations
@@ -10,9 +16,11 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from partita.comm.board import Board
@@ -25,7 +33,10 @@ from partita.comm.stores import file_store
 from partita.comm.table import Status
 from partita.comm.torch_comm import TorchComm, first_line, lost
 
-BOTH = "cpu:gloo,cuda:nccl"  # each tensor goes by where it lies
+BOTH, GPU = "cpu:gloo,cuda:nccl", "cuda"  # each tensor goes by where it lies
+NEAR = ("pp_down", "pp_up", "cp")  # lanes on which each rank sends to the next, or the one before
+FAR = ("wire",)  # and to any
+ON_HOST = ("compute", "host", "validate", "preflight", "doctor")  # lanes of what lies on no GPU
 
 
 class TorchWorld:
@@ -48,7 +59,7 @@ class TorchWorld:
         self.sends: OrderedDict[int, Any] = OrderedDict()  # under way, by id, oldest first
         self.board = Board(None if path is None else path.with_suffix(".board"), rank, size)
         self.book = CallBook(None if path is None else path.with_suffix(".calls"))
-        self.roll, self._comms = roll, list[TorchComm]()
+        self.roll, self._comms, self._gpus = roll, list[TorchComm](), gpus
         if roll is None:
             on_loopback()
             store = file_store(Path(str(path)), size)
@@ -99,12 +110,19 @@ class TorchWorld:
         """A Comm over `ranks`; every rank calls it for every group."""
         if len(ranks) == 1:
             return SingleComm(axis, lane, tuple(ranks)) if self.rank in ranks else None
-        group = self._joined(lambda: dist.new_group(list(ranks), timeout=self.timeout), ranks)
+        pairs = pairs_of(lane, len(ranks)) if self._gpus else []
+        down, *up = [
+            self._joined(lambda: dist.new_group(list(ranks), timeout=self.timeout), ranks)
+            for _ in range(1 + bool(pairs))
+        ]
         pages = self.book.pages(len(ranks))
         if self.rank not in ranks:
             return None
-        self._comms.append(TorchComm(self, tuple(ranks), axis, lane, group, pages))
-        return self._comms[-1]
+        made = TorchComm(self, tuple(ranks), axis, lane, down, pages, up[0] if up else down)
+        if self._gpus and lane not in ON_HOST:
+            self._joined(lambda: made.connect(torch.zeros(1, device=GPU), pairs), ranks)
+        self._comms.append(made)
+        return made
 
     def check(self) -> None:
         """Between hosts each group compares what it has called: 16 bytes a group."""
@@ -149,6 +167,16 @@ class TorchWorld:
         if dist.is_initialized():
             dist.destroy_process_group()
         for comm in self._comms:
-            comm.group = None
+            comm.group = comm.up = None
         if self.roll is not None and self.roll.line is not None:
             self.roll.line.leave()
+
+
+def pairs_of(lane: str, size: int) -> list[tuple[int, int]]:
+    """The places of a group that send to each other on a lane, the lower first, in one order on all ranks."""
+    kind = lane.partition(".")[0]
+    if kind in FAR:
+        return list(combinations(range(size), 2))
+    rows = [*range(0, size, 2), *range(1, size, 2)] if kind in NEAR else []
+    ends = ((r, (r + 1) % size) for r in rows)
+    return list(dict.fromkeys((min(a, b), max(a, b)) for a, b in ends))

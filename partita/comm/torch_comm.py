@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,9 @@ from partita.comm.protocol import Handle, Key, Message, ReduceOp, Where, message
 from partita.comm.table import Status, describe
 
 LOW = (torch.bfloat16, torch.float16)
+GATHER = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)  # its name since torch 2.13
 
 
 class Members(Protocol):
@@ -76,13 +80,14 @@ class _Work:
 
 
 class TorchComm(Blocking):
-    """One process group on one axis and lane."""
+    """One process group on one axis and lane; `up` is that of messages to lower places."""
 
     def __init__(
         self, world: Members, ranks: tuple[int, ...], axis: str, lane: str, group: Any,
-        pages: CallPages,
+        pages: CallPages, up: Any,
     ) -> None:  # fmt: skip
-        self.world, self.ranks, self.axis, self.lane, self.group = world, ranks, axis, lane, group
+        self.world, self.ranks, self.axis, self.lane = world, ranks, axis, lane
+        self.group, self.up = group, up
         self.rank, self.size, self._pages = ranks.index(world.rank), len(ranks), pages
         self.called: Message | None = None  # what this call is a part of, where it is one
         self.is_compared = True  # by the World's check
@@ -207,16 +212,28 @@ class TorchComm(Blocking):
     def start_all_gather(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
-        """Gathers into the places of `out` where they are contiguous, else into buffers."""
+        """Gathers into the places of the result where they are contiguous, else into buffers. nccl would make
+        a second result of a list of places: it is given one tensor where the ranks are in its order."""
         note = self._enter("all_gather", x, site)
         source = x.detach().contiguous()
-        direct = out is not None and dim == 0
-        places = out.chunk(self.size) if direct else [torch.empty_like(source) for _ in self.ranks]
+        whole = None
+        if dim == 0:
+            rows = (self.size * source.shape[0], *source.shape[1:])
+            whole = source.new_empty(rows) if out is None else out
+        places = (
+            [torch.empty_like(source) for _ in self.ranks]
+            if whole is None
+            else whole.chunk(self.size)
+        )
         parts = [places[i] for i in self._ours]
-        work = self.run(lambda: dist.all_gather(parts, source, self.group, async_op=True), *note)
+        if whole is not None and self._ours == list(range(self.size)):
+            call = partial(GATHER, whole, source)
+        else:
+            call = partial(dist.all_gather, parts, source)
+        work = self.run(lambda: call(group=self.group, async_op=True), *note)
 
         def joined() -> Tensor:
-            return out if direct else _into(out, torch.cat(places, dim), x.dtype)
+            return whole if whole is not None else _into(out, torch.cat(places, dim), x.dtype)
 
         return _Work(self, work, joined, note, keeps=source)
 
@@ -278,19 +295,35 @@ class TorchComm(Blocking):
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Tagged by its key, so that orders may differ."""
         note = self._enter("send", x, site)
-        source = x.detach().contiguous()
+        source, group = x.detach().contiguous(), self._way(self.rank, to)
         there, tag = self._place[to], tag_of(key)  # as dist.isend, less its checks
-        work = self.run(lambda: self.group.send([source], there, tag), *note)
+        work = self.run(lambda: group.send([source], there, tag), *note)
         self.world.started(work)
         return _Work(self, work, lambda: source, note, keeps=source)
 
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
         """Posted now."""
         note = self._enter("receive", like, site)
-        out = torch.empty_like(like)
+        out, group = torch.empty_like(like), self._way(source, self.rank)
         there, tag = self._place[source], tag_of(key)
-        work = self.run(lambda: self.group.recv([out], there, tag), *note)
+        work = self.run(lambda: group.recv([out], there, tag), *note)
         return _Work(self, work, lambda: out, note)
+
+    def _way(self, source: int, to: int) -> Any:
+        """The group of messages from a place to another."""
+        return self.group if source < to else self.up
+
+    def connect(self, word: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Has nccl connect the group's ranks, and `pairs` of them, in one order on all ranks, for messages: a
+        sum of `word`, and a message of it each way."""
+        dist.all_reduce(word, group=self.group)
+        for a, b in (pair for pair in pairs if self.rank in pair):
+            for source, to in ((a, b), (b, a)):
+                group = self._way(source, to)
+                if self.rank == source:
+                    group.send([word], self._place[to], 0).wait()
+                else:
+                    group.recv([word], self._place[source], 0).wait()
 
 
 def first_line(error: RuntimeError) -> str:

@@ -103,7 +103,7 @@ class _Unwritten:
 
     def __init__(self, board: Board) -> None:
         self.status = Status(board.rank)
-        self.is_dead, self.describe = board.is_dead, board.describe
+        self.is_dead, self.waits, self.describe = board.is_dead, board.waits, board.describe
 
     def enter(self, status: Status) -> None:
         """Not noted."""

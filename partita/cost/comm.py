@@ -37,9 +37,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, inf, log2
 
-BASE, HOP = 3.0, 0.3  # [empirical] in latencies of the link; nccl-tests on A100 (collectives.csv)
-TREE = 0.9  # [empirical] of a ring's rate
-FILL = 0.4  # [empirical] nccl-tests on A100: 197, 212, 222, 229 GB/s of bus at 2, 3, 4, 8 ranks
+from partita.cost.empirical import BASE, FILL, HOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ def group_seconds(collective: str, group: Group, size: float, top_k: int = 1) ->
     if group.nodes == 1:
         return base + min(within + through / group.rate, added)
     ring = rounds * HOP * link.latency_s * (group.nodes - 1) + through / group.rate
-    tree = rounds * HOP * link.latency_s * 2 * ceil(log2(group.nodes)) + through / group.rate / TREE
+    tree = rounds * HOP * link.latency_s * 2 * ceil(log2(group.nodes)) + through / group.rate
     return base + min(within + min(ring, tree), added)
 
 

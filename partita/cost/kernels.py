@@ -6,7 +6,7 @@ A matmul [m, k] @ [k, n] is cut into tiles of its output; each compute unit make
     waves   = ceil(tiles / units)                      the last wave may be nearly empty
     seconds = waves * 2 tm tn (k + RAMP) / (rate / units * how well such a tile does)
 
-over the tile that is fastest, split along k where tiles are few. RAMP is what filling and draining a
+over the tile that is fastest, split along k or not. RAMP is what filling and draining a
 tile costs, in elements of k. A kernel never takes less than moving its bytes does, and `launch_s` more.
 Without counted units (CPU, systolic arrays) a matmul is its FLOPs over the rate, or over what products of
 its size were measured to reach (seconds between two measured sizes lie on a line).
@@ -20,23 +20,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from partita.cost.machine import Curve, Machine
+from partita.cost.empirical import LONG, RAMP, TILE, UNALIGNED
+from partita.cost.machine import Curve, Machine, Software
 from partita.cost.pieces import on_curve
 
-# (rows, columns, how well: smaller tiles read their operands more often)
-TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.92), (128, 64, 0.72), (64, 64, 0.5))
-RAMP = 96  # [empirical] elements of k
+SHAPES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
+# (rows, columns, how well: a smaller tile reads its operands more often, m n / (m + n) FLOPs an element)
+TILES = tuple((m, n, (m * n / (m + n) * (1 / 256 + 1 / 128)) ** TILE) for m, n in SHAPES)
 SPLITS = (1, 2, 4)
-LONG = 384  # [empirical] keys at which fused attention reaches half of what long sequences do
+VECTOR = 16  # bytes: where a row of an operand begins between two multiples, loads are narrower
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One launch: matmul (m, n, k, `count` of them), attention (`flops`), memory; the softmax of m matrices
-    of scores, or the exponentials of m logits, which are memory. `bytes` is what it must move; dtype that of
-    its operands. `pieces` are what it is of a layer's software: names, and sizes of each of the `count`."""
+    of scores, the exponentials of m logits, m elements that become ones of 8 bits, which are memory. `bytes`
+    is what it must move; dtype that of its operands. `pieces` are what it is of a layer's software: names,
+    and sizes of each of the `count`."""
 
-    kind: str  # matmul | attention | memory | softmax | loss
+    kind: str  # matmul | attention | memory | softmax | loss | cast
     bytes: float = 0.0
     m: int = 0
     n: int = 0
@@ -45,7 +47,17 @@ class Kernel:
     flops: float = 0.0
     dtype: str = "bf16"
     well: float = 1.0  # of what such a matmul reaches elsewhere
+    aligned: bool = True  # each row of its operands begins where a wide load may
+    each: int = 1  # experts it serves: a program without grouped kernels starts one for each
+    adds: bool = False  # to a gradient that is stored
+    routed: bool = False  # from where rows go to experts to where they are added
     pieces: tuple[tuple[str, float], ...] = ()
+
+
+def is_aligned(*rows: float) -> bool:
+    """Whether rows of so many bytes all begin where a wide load may: of 50,304 numbers in 16 bits they do, of
+    50,257 they do not (NVIDIA, Matrix Multiplication Background, on tensor cores)."""
+    return all(row % VECTOR == 0 for row in rows)
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
@@ -53,7 +65,14 @@ def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
     if (measured := _measured(kernel, machine)) is not None:
         return measured
     key = (machine.units, machine.rate(kernel.dtype), machine.attention_rate, machine.memory_rate)
-    return machine.constants.launch_s + _seconds(kernel, *key, machine.reached(kernel.dtype))
+    seconds = _seconds(kernel, *key, machine.reached(kernel.dtype))
+    return launches(kernel, machine.software) * machine.constants.launch_s + seconds
+
+
+def launches(kernel: Kernel, era: Software) -> int:
+    """How often it is started: for each of the experts that it serves, where the program has no grouped
+    kernels."""
+    return kernel.each if era.starts_each_expert else 1
 
 
 def _measured(kernel: Kernel, machine: Machine) -> float | None:
@@ -74,7 +93,7 @@ def _seconds(
     k: Kernel, units: int, rate: float, attention: float, memory: float, reached: Curve
 ) -> float:
     moving = k.bytes / memory
-    if k.kind in ("memory", "softmax", "loss"):
+    if k.kind in ("memory", "softmax", "loss", "cast"):
         return moving
     if k.kind == "attention":
         return max(k.flops / (attention * k.k / (k.k + LONG)) if k.flops else 0.0, moving)
@@ -84,11 +103,11 @@ def _seconds(
 def _matmul(k: Kernel, units: int, rate: float, reached: Curve) -> float:
     if not units:
         return _on_curve(2.0 * k.m * k.n * k.k, rate, reached) * k.count / k.well
-    best = float("inf")
+    best, rate = float("inf"), rate if k.aligned else UNALIGNED * rate
     for tm, tn, well in TILES:
         tiles = ceil(k.m / tm) * ceil(k.n / tn) * k.count
         one = 2.0 * tm * tn / (rate / units * well * k.well)
-        for split in SPLITS if tiles < units else (1,):
+        for split in SPLITS:
             waves = ceil(tiles * split / units)
             depth = k.k / split + RAMP * (1 if split == 1 else 2)
             best = min(best, waves * one * depth)

@@ -1,13 +1,13 @@
 """What a device and its software really reach: facts of the device, and a few fitted constants.
 
-    facts       compute units, the tiles its matmuls are made of: public data, nothing fitted
+    facts       compute units of a device; what a program fuses, overlaps and keeps (software.toml): public
+                data and source code, nothing fitted
     Constants   at most eight a device, fitted once on published runs by `python -m validation.fit`
-    Software    at most two a software era: whether attention is fused, and the host's seconds a kernel;
-                what it overlaps is a fact its authors state
+    Software    at most two a software era, fitted, or inferred of it
 
-All constants stand in constants.toml; `partita validate` prints them. A machine that was measured
-(`partita calibrate`) has no constants: its rates are what programs reach, and pieces of layers take what was
-measured of them.
+All constants stand in constants.toml, what every device shares in empirical.py; `partita validate` prints
+them. A machine that was measured (`partita calibrate`) has no constants: its rates are what programs reach,
+and pieces of layers take what was measured of them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.errors import UsageError
-from partita.cost.pieces import ATTENTION, Seconds, between, curve, nearest
+from partita.cost.empirical import HOST_S, RESTART
+from partita.cost.pieces import ATTENTION, CROWDED, Seconds, between, curve, nearest
 from partita.spec.cluster import Cluster
 from partita.spec.corrected import slowed
+from partita.spec.hardware import sustained
 
 Curve = tuple[tuple[float, float], ...]
 FILE = Path(__file__).parent / "constants.toml"
+FACTS = Path(__file__).parent / "software.toml"
 
 # compute units of a device (SMs, CUs); 0: no tiles to count, a measured CPU or a systolic array
 UNITS = {
-    "V100": 80, "A100": 108, "H100": 132, "H100-500W": 132, "B200": 148, "B300": 148,
+    "V100": 80, "A100": 108, "H100": 132, "B200": 148, "B300": 148,
     "MI250X": 208, "MI300X": 304, "TPU": 0, "CPU": 0, "GPU": 108,
 }  # fmt: skip
 # rows of hardware.csv that share constants, by the beginning of their name; the first that fits counts
 CLASSES = (
-    ("H100-96GB-HBM2e-500W", "H100-500W"), ("H100", "H100"), ("H200", "H100"), ("H800", "H100"),
+    ("H100", "H100"), ("H200", "H100"), ("H800", "H100"),
     ("GH200", "H100"), ("A100", "A100"), ("A800", "A100"), ("V100", "V100"), ("GB200", "B200"),
     ("B200", "B200"), ("GB300", "B300"), ("B300", "B300"), ("MI250X", "MI250X"),
     ("MI300X", "MI300X"), ("TPU", "TPU"), ("CPU", "CPU"),
@@ -46,14 +49,14 @@ CLASSES = (
 class Constants:
     """Fractions of published rates that programs reach, and two times. At most eight a device."""
 
-    matmul: float = 0.75  # of the 16-bit peak (and wider), by large matmuls
-    matmul_fp8: float = 0.6  # of the fp8 peak
-    matmul_fp4: float = 0.4  # of the fp4 peak
-    attention: float = 0.5  # of the 16-bit peak, by fused attention of long sequences
-    memory: float = 0.8  # of the memory's rate
-    inner: float = 0.75  # of the inner link's rate
-    outer: float = 0.8  # of the outer links' rates
-    launch_s: float = 4e-6  # between two kernels on the device
+    matmul: float  # of the 16-bit peak (and wider), by large matmuls
+    matmul_fp8: float  # of the fp8 peak
+    matmul_fp4: float  # of the fp4 peak
+    attention: float  # of the 16-bit peak, by fused attention of long sequences
+    memory: float  # of the memory's rate
+    inner: float  # of the inner link's rate
+    outer: float  # of the outer links' rates
+    launch_s: float  # between two kernels on the device
 
     def with_(self, **changes: float) -> Constants:
         """Some of them changed."""
@@ -68,10 +71,9 @@ class Software:
 
     name: str = "current"
     flash: bool = True
-    host_s: float = 0.0
-    experts: float = (
-        1.0  # a layer with experts takes so many times what its kernels and exchanges do
-    )
+    host_s: float = HOST_S
+    # every kernel from dispatch to combine but matmuls, and the exchanges, take so many times as long
+    experts: float = 1.0
     overlaps_backward: bool = True  # tp's collectives beside the weight gradients
     overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
     softmax_of: int = 1  # scores' matrices that one kernel scales, masks and normalises at a time
@@ -87,7 +89,9 @@ class Software:
     gathers_again: bool = (
         False  # ZeRO-3: a layer that is run again is gathered for that, and after it
     )
-    leaves_once: bool = False  # a collective's ring leaves a node once, over one adapter
+    gathers_one_ahead: bool = False  # ZeRO-3: a matrix beside the compute of the one before
+    leaves_once: bool = False  # rings leave a node over one adapter, each once
+    reduces_whole: bool = False  # ZeRO-1 adds whole gradients everywhere, and keeps a part
     overlaps_exchanges: bool = False  # experts' rows travel beside another microbatch's compute
     overlaps_rings: bool = True  # cp's messages beside attention
     gradient_bytes: int = 4  # an element of a gradient, that waits and that is reduced
@@ -99,7 +103,12 @@ class Software:
     )
     keeps_remainders: bool = False  # of a master the 16 bits that its bf16 weight has not (apex)
     shards_gradients: bool = False  # FSDP that gathers once a step keeps shards of gradients alone
+    added_bytes: int = 0  # moved to add an element of a weight's new gradient; 0: its matmul adds
+    cast_bytes: int = 4  # moved as an element becomes one of 8 bits
+    starts_each_expert: bool = False  # what experts multiply is a kernel for each of them
+    starts_experts: bool = False  # the host does, whatever else of a layer a graph holds
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
+    sorts_rows: bool = False  # and elsewhere rows are put by expert where they arrive
 
     @property
     def restart_s(self) -> float:
@@ -107,9 +116,6 @@ class Software:
         return RESTART * self.host_s if self.syncs_host else 0.0
 
 
-RESTART = (
-    8  # [empirical] kernels' worth of host time: 0.4 ms of 0.6 an exchange (vocabpar, baseline)
-)
 MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
 
 
@@ -134,11 +140,12 @@ class Machine:
 
     def rate(self, dtype: str) -> float:
         """FLOP/s that large matmuls of a dtype reach."""
-        c = self.constants
+        c, clock = self.constants, sustained(self.cluster.device)
         if dtype == "fp4" and "fp4" in self.cluster.peak_flops:
-            return self.cluster.peak_flops["fp4"] * c.matmul_fp4
+            return clock * self.cluster.peak_flops["fp4"] * c.matmul_fp4
         low = dtype in ("fp8", "fp4")
-        return self.cluster.peak("fp8" if low else dtype) * (c.matmul_fp8 if low else c.matmul)
+        part = c.matmul_fp8 if low else c.matmul
+        return clock * self.cluster.peak("fp8" if low else dtype) * part
 
     def reached(self, dtype: str) -> Curve:
         """What measured matmuls of a dtype reach: (FLOPs, FLOP/s) by size; empty where none was measured."""
@@ -178,8 +185,12 @@ class Machine:
                 found.setdefault((head, dtype), {})[int(keys)] = seconds
         return found
 
-    def collective(self, name: str, ranks: int) -> Seconds | None:
-        """Measured seconds of a collective by bytes handed in, over the number of ranks that is nearest."""
+    def collective(self, name: str, ranks: int, crowded: bool = False) -> Seconds | None:
+        """Measured seconds of a collective by bytes handed in, over the number of ranks that is nearest; of a
+        `crowded` one beside groups with which it takes turns, where that was measured."""
+        beside = self._collectives.get(name + CROWDED, {})
+        if crowded and ranks in beside:
+            return beside[ranks]
         by_ranks = self._collectives.get(name)
         return nearest(ranks, by_ranks) if by_ranks else None
 
@@ -194,7 +205,8 @@ class Machine:
     @property
     def attention_rate(self) -> float:
         """FLOP/s of fused attention in 16 bits; it never runs in fewer."""
-        return self.cluster.peak("bf16") * self.constants.attention
+        peak = sustained(self.cluster.device) * self.cluster.peak("bf16")
+        return peak * self.constants.attention
 
 
 def device_class(device: str) -> str:
@@ -204,8 +216,23 @@ def device_class(device: str) -> str:
 
 @cache
 def table(file: Path = FILE) -> dict[str, Any]:
-    """The constants as stated: {'device': {class: {...}}, 'software': {name: {...}}}."""
-    return tomllib.loads(file.read_text(encoding="utf-8"))
+    """The constants as stated, with each era's facts: {'device': {class: ...}, 'software': {name: ...}}."""
+    found = tomllib.loads(file.read_text(encoding="utf-8"))
+    eras = facts()
+    fitted = found.get("software", {})
+    return {**found, "software": {n: {**own, **fitted.get(n, {})} for n, own in eras.items()}}
+
+
+@cache
+def facts() -> dict[str, dict[str, Any]]:
+    """What each software era does, those it is like included."""
+    stated = tomllib.loads(FACTS.read_text(encoding="utf-8"))
+
+    def whole(name: str) -> dict[str, Any]:
+        own = dict(stated[name])
+        return {**(whole(own.pop("like")) if "like" in own else {}), **own}
+
+    return {name: whole(name) for name in stated}
 
 
 def constants_of(class_: str, stated: Mapping[str, Any] | None = None) -> Constants:
@@ -240,6 +267,6 @@ def machine_of(
         # its cores copy what they send: nothing travels under compute
         era = replace(
             era, host_s=0.0, overlaps_backward=False, overlaps_forward=False, overlaps_gradients=False,
-            overlaps_rings=False,
+            overlaps_rings=False, sends_block=True,
         )  # fmt: skip
     return Machine(cluster, class_, constants_of(class_, stated), era)

@@ -16,6 +16,7 @@ from math import log
 Seconds = tuple[tuple[float, float], ...]  # (size, seconds), by size; neither ever falls
 BACK = ".back"  # of a piece's backward, or of the half of it for its input
 WEIGHT = ".weight"  # of a linear's weight gradient
+CROWDED = " crowded"  # of a collective, while ranks of other groups take turns with its own
 ATTENTION = "attention"  # 'attention 128': with so many keys
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
+from partita.parallel.chain import Link
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
-from partita.parallel.cp.tile import attend, attend_back, is_short
+from partita.parallel.cp.tile import attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.recompute.replay import Again
 
@@ -50,33 +51,42 @@ class Flash:
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
         """Causal without a mask where nothing else hides a key."""
-        s = q.shape[-2]
-        plain = batch.documents is None and not 0 < self.window < s and self.slopes is None
-
-        def mask() -> Tensor:
-            tokens = Tokens.first(s, batch.documents, q.device)
-            if self.slopes is not None:
-                return biased(self.slopes, tokens, tokens, self.window)
-            return visible(tokens, tokens, self.window).unsqueeze(1)
-
-        masked = not plain and q.device.type == "cpu"
-        if v.shape[-1] != q.shape[-1] or self.slopes is not None or is_short(q) or masked:
-            return Tiled.apply(q, k, v, None if plain else mask, self.scale)  # type: ignore[return-value]
+        mask = self._mask(q.shape[-2], batch, q.device)
+        if q.device.type == "cpu" or v.shape[-1] != q.shape[-1] or self.slopes is not None:
+            return Tiled.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
         return scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if plain else mask(),
-            is_causal=plain,
+            attn_mask=mask and mask(),
+            is_causal=mask is None,
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
+    def link(self, seq: int, batch: Any) -> Link:
+        """The same of `seq` tokens as a link of a chain, on a CPU."""
+        return Tiled, self._mask(seq, batch, torch.device("cpu")), self.scale
+
+    def _mask(self, seq: int, batch: Any, device: torch.device) -> Callable[[], Tensor] | None:
+        """What makes the mask; None where attention is causal and nothing else."""
+        if batch.documents is None and not 0 < self.window < seq and self.slopes is None:
+            return None
+
+        def mask() -> Tensor:
+            tokens = Tokens.first(seq, batch.documents, device)
+            if self.slopes is not None:
+                return biased(self.slopes, tokens, tokens, self.window)
+            return visible(tokens, tokens, self.window).unsqueeze(1)
+
+        return mask
+
 
 class Tiled(torch.autograd.Function):
     """Flash for what torch has no kernel on every device: values narrower than keys (latent attention),
-    scores that something is added to (ALiBi); where its backward is slow; and, on the CPU, wherever there is
-    a mask, which torch's would keep. Causal where there is none; backward makes it again."""
+    scores that something is added to (ALiBi); and, on the CPU, all: torch's kernel called as it is, whose
+    backward is slow where few queries are of 16 bits, and a mask is not kept. Causal where there is none;
+    backward makes it again."""
 
     @staticmethod
     def forward(
@@ -100,6 +110,21 @@ class Tiled(torch.autograd.Function):
         mask = ctx.mask
         seen = mask and mask()
         return *attend_back(g, (q, k, v), out, lse, seen, mask is None, ctx.scale), None, None
+
+
+class Merge(torch.autograd.Function):
+    """[batch, heads, seq, head_dim] -> [batch, seq, heads head_dim]; a view where seq lies outside."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, heads: int) -> Tensor:
+        """Heads side by side."""
+        ctx.heads = heads
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """Apart again."""
+        return dy.unflatten(2, (ctx.heads, -1)).transpose(1, 2), None
 
 
 @dataclass(frozen=True)

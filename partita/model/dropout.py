@@ -6,13 +6,14 @@ stream agree, under sp each rank draws its own positions, and a replay draws the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from partita.comm.seeds import dropout_box
+from partita.comm.seeds import dropout_box, dropout_rows
 from partita.parallel.cp.balance import Order
 from partita.spec.layout import Box
 
@@ -62,3 +63,28 @@ class Dropout:
     def __call__(self, x: Tensor, step: int, batch: Any) -> Tensor:
         """x with elements dropped, the others scaled by 1 / (1 - p); keeps the mask."""
         return x * self.mask(step, batch) * (1.0 / (1.0 - self.probability))
+
+
+@dataclass(frozen=True)
+class RowDropout:
+    """One site of rows of experts. A sample's logical tensor is [experts, seq, columns]; this rank's experts
+    begin at `expert`; it has `columns` of `whole`, from `column`."""
+
+    seed: int
+    site: str
+    probability: float
+    seq: int
+    whole: int
+    expert: int
+    column: int
+    columns: int
+
+    def mask(self, step: int, counts: Sequence[int], tokens: Tensor) -> Tensor:
+        """bool [rows, columns], True where an element stays: of this rank's experts `counts` rows each, one
+        behind the other. `tokens` int64 [rows] are theirs, sample * seq + position."""
+        many = torch.tensor(counts, device=tokens.device)
+        expert = torch.arange(len(counts), device=tokens.device).repeat_interleave(many)
+        samples, positions = tokens // self.seq, tokens % self.seq
+        first = ((self.expert + expert) * self.seq + positions) * self.whole + self.column
+        p = self.probability
+        return dropout_rows(self.seed, step, self.site, samples, first, self.columns, p)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
+from partita.model.beside import Joined
 from partita.model.core import Core, Explicit, Flash, SharedExplicit
-from partita.model.dropout import Dropout
+from partita.model.dropout import Dropout, RowDropout
 from partita.model.latent import LatentAttention
 from partita.model.moe import MoE, Shared
 from partita.parallel.cp.alibi import slopes
@@ -59,7 +60,8 @@ class Maker:
 
     def norm(self, name: str, eps: float | None = None) -> Norm:
         """A norm and its weights."""
-        return Norm(self.weight(name), self.bias(name), self.spec.norm_eps if eps is None else eps)
+        epsilon = self.spec.norm_eps if eps is None else eps
+        return Norm.of(self.weight(name), self.bias(name), epsilon)
 
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
@@ -77,7 +79,13 @@ class Maker:
     def row(self, name: str) -> Row:
         """A linear and the region behind it."""
         low = self.low_rank(name) if self.adapts(name) else None
-        return Row.of(self.weight(name), self.regions.at(name), self.bias(name), low)
+        bias = None if self.spec.parallel_residual else self.bias(name)  # else behind the sum
+        return Row.of(self.weight(name), self.regions.at(name), bias, low)
+
+    def joined(self) -> Joined:
+        """What adds up attention and mlp where they stand side by side."""
+        biases = [self.bias(name) for name in ("attention.wo", "mlp.fc2")]
+        return Joined(self.regions.at("mlp.join"), tuple(b for b in biases if b is not None))
 
     def adapts(self, name: str) -> bool:
         """Whether a linear has LoRA's A and B beside it."""
@@ -85,15 +93,18 @@ class Maker:
 
     def low_rank(self, name: str, first: int = 0) -> LowRank:
         """A linear's A and B; its rows begin at `first`."""
-        dims = self.block.tensors[f"{name}{A}"].dims
-        groups = prod(d.local(self.laid.sizes) for d in dims if d.name in GROUPS)
-        a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
-        found = LowRank.of(a, b, groups, self.spec.lora_scale, first)
+        found = self._low_rank(name, first)
         if not self.spec.lora_dropout:
             return found
         read = next(op.reads[0] for op in self.block.ops() if op.weights[:1] == (name,))
         masks = self.masks(f"{name}.lora", read, self.spec.lora_dropout)
         return replace(found, drop=Drop(masks, self.now))
+
+    def _low_rank(self, name: str, first: int = 0) -> LowRank:
+        dims = self.block.tensors[f"{name}{A}"].dims
+        groups = prod(d.local(self.laid.sizes) for d in dims if d.name in GROUPS)
+        a, b = self.weight(f"{name}{A}"), self.weight(f"{name}{B}")
+        return LowRank.of(a, b, groups, self.spec.lora_scale, first)
 
     def dropout(self, site: str, mask: str) -> Dropout | None:
         """The site whose mask is the tensor `mask` of the block; its box is this rank's part."""
@@ -200,7 +211,7 @@ class Maker:
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),
             at("experts.down"), at("experts.back"), at("router.choose"),
             None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
-            self.laid.request.plan.expert.chunks,
+            self.laid.request.plan.expert.chunks, at("dispatch.mark"), at("dispatch.marked"),
         )  # fmt: skip
         shared = None
         if spec.shared_experts:
@@ -210,12 +221,22 @@ class Maker:
                 Column.of(gate, IDENTITY) if gate else None,
             )  # fmt: skip
         up, down = self.grouped("experts.gate_up"), self.grouped("experts.down")
-        return MoE(self.norm("mlp.norm"), router, exchange, up, down, shared, remakes)
+        norm, places = self.norm("mlp.norm"), self.places("chosen")
+        return MoE(norm, router, exchange, up, down, shared, remakes, places)
 
     def grouped(self, name: str) -> Grouped:
         """A linear of every expert here."""
-        low = self.low_rank(name) if self.adapts(name) else None
-        return Grouped.of(self.weight(name), low=low)
+        if not self.adapts(name):
+            return Grouped.of(self.weight(name))
+        if not self.spec.lora_dropout:
+            return Grouped.of(self.weight(name), self._low_rank(name))
+        w = self.block.tensors[name]
+        expert, columns = w.dims[0], w.dims[-1]
+        masks = RowDropout(
+            self.context.seed, f"{self.name}.{name}.lora", self.spec.lora_dropout, self.laid.request.seq_len,
+            columns.size, self._span(expert)[0], self._span(columns)[0], columns.local(self.laid.sizes),
+        )  # fmt: skip
+        return Grouped.of(self.weight(name), self._low_rank(name), masks)
 
     def _span(self, dim: Any) -> tuple[int, int]:
         size = dim.local(self.laid.sizes)

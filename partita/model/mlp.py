@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from partita.model.dropout import Dropout
+from partita.parallel.chain import Residual
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -26,28 +27,31 @@ class MLP:
     drop_residual: Dropout | None = None
     remakes: frozenset[str] = frozenset()  # ops that backward runs again
     gelu: Literal["tanh", "erf"] = "tanh"
+    chained: bool = True  # one node of autograd, where its parts allow it
 
     def __call__(
-        self,
-        x: Tensor,
-        batch: Any,
-        step: int,
-        training: bool,
-        replay: bool = False,
-        read: Tensor | None = None,
+        self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
-        """x + mlp(norm(x)), or x + mlp(norm(read)) beside attention, which read the same; `replay`: only
-        what backward needs is made (see Row)."""
-        of = x if read is None else read
-        n = self.norm(of)
-        with made_again(n, lambda: self.norm(of), "mlp.norm" in self.remakes):
+        """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
+        whole = self.gated and self.drop_residual is None and not self.remakes
+        if self.chained and whole:
+            links = self.norm.link, self.up.link, (SwiGLU,), *self.down.links(replay)
+            return Residual.apply(x, *links)  # type: ignore[return-value]
+        return x + self.made(x, batch, step, training, replay)
+
+    def made(
+        self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
+    ) -> Tensor:
+        """mlp(norm(x))."""
+        n = self.norm(x)
+        with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
             h = self.up(n)
         a = self.activate(h)
         with made_again(a, lambda: self.activate(h), "mlp.act" in self.remakes):
             y = self.down(a, replay)
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch)
-        return x + y
+        return y
 
     def activate(self, h: Tensor) -> Tensor:
         """SwiGLU of (gate, up), or GELU."""

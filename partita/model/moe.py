@@ -72,6 +72,7 @@ class MoE:
     down: Grouped
     shared: Shared | None
     remakes: frozenset[str] = frozenset()  # ops that backward runs again
+    places: tuple[int, int] = (0, 0)  # of the laid sequence, that this rank has
 
     @property
     def log(self) -> RouterLog:
@@ -99,10 +100,23 @@ class MoE:
         chunks = self.exchange.plan(chosen, positions)
         if records:
             self.log.rows(chosen, [n for rows in chunks for n in rows.sent])
+        if training and (self.gate_up.masks or self.down.masks):
+            chunks = self.marked(chunks, batch)
         stays = (x,) if y is None else (x, y)
         routed, *stay = yield from self.experts(n.flatten(0, 1), gates.flatten(0, 1), chunks, stays)
         x, *shared = stay
         return x + sum(shared, routed.view(x.shape))
+
+    def marked(self, chunks: Sequence[Rows], batch: Any) -> list[Rows]:
+        """The chunks, of whose rows this rank's experts know the tokens."""
+        first, end = self.places
+        if batch.split is None:
+            at = torch.arange(first, end, device=batch.samples.device).unsqueeze(0)
+        else:
+            at = batch.split.tokens.positions[:, first:end]
+        tokens = (batch.samples.unsqueeze(1) * self.router.seq_len + at).flatten()
+        each = zip(chunks, tokens.split([rows.tokens for rows in chunks]), strict=True)
+        return [rows.marked(batch.step, mine) for rows, mine in each]
 
     def experts(
         self, x: Tensor, gates: Tensor, chunks: Sequence[Rows], stays: Live = ()
@@ -123,8 +137,8 @@ class MoE:
 
     def compute(self, coming: Tensor, rows: Rows) -> Tensor:
         """The experts of one chunk, from its arrival until it leaves."""
-        h = self.gate_up(Arrive.apply(coming, rows), rows.counts)  # type: ignore[arg-type]
+        h = self.gate_up(Arrive.apply(coming, rows), rows.counts, rows.marks)  # type: ignore
         a = SwiGLU.apply(h)
         with made_again(a, lambda: SwiGLU.apply(h), "experts.act" in self.remakes):  # type: ignore[arg-type]
-            made = self.down(a, rows.counts)  # type: ignore[arg-type]
+            made = self.down(a, rows.counts, rows.marks)  # type: ignore[arg-type]
         return Leave.apply(made, rows)  # type: ignore[return-value]

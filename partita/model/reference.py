@@ -20,7 +20,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from partita.model.reference_draws import kept
 from partita.model.reference_images import image_logits
-from partita.model.reference_moe import Auxiliary, moe
+from partita.model.reference_moe import Auxiliary, Told, moe
 from partita.model.reference_rope import pairs_apart, slopes, turned, turns
 from partita.spec.families import program
 from partita.spec.model import ModelSpec
@@ -67,12 +67,14 @@ class Reference:
         seed: int = 0,
         see: Callable[[str, Tensor], None] = lambda name, x: None,
         linear: Callable[[Tensor, Tensor], Tensor] = times,
+        told: Told | None = None,
     ) -> None:
         self.spec, self.weights, self.seed, self.see = spec, weights, seed, see
         self.linear = linear  # x W.T of a layer's matmuls
+        self.told = told  # experts that another run chose
         self.dtype = dtype or next(iter(weights.values())).dtype
         self.training, self.step = True, 0
-        self._samples: Tensor | None = None  # of the pass, for what adapters drop
+        self.samples: Tensor | None = None  # of the pass, for what adapters drop
         self.auxiliary = Auxiliary()  # of the experts, since `loss` or `logits` was called last
 
     def weight(self, name: str) -> Tensor:
@@ -81,7 +83,7 @@ class Reference:
 
     def hidden(self, ids: Tensor, documents: Tensor | None, samples: Tensor | None) -> Tensor:
         """[batch, seq, hidden] before the head."""
-        s, self.auxiliary, self._samples = self.spec, Auxiliary(), samples
+        s, self.auxiliary, self.samples = self.spec, Auxiliary(), samples
         x = self.weight("embedding.table")[ids.clamp(min=0)]
         if s.embedding_norm:
             x = self.norm("embedding.norm", x)
@@ -94,8 +96,9 @@ class Reference:
             x = x + self.drop(
                 f"{name}.attention.residual", self.attention(name, x, documents, samples), samples
             )
-            self.see(f"{name}.attention", x)
-            read = read if s.parallel_residual else x
+            if not s.parallel_residual:
+                self.see(f"{name}.attention", x)
+                read = x
             x = x + self.drop(f"{name}.mlp.residual", self.mlp(name, read), samples)
             self.see(f"{name}.mlp", x)
         return x
@@ -207,14 +210,23 @@ class Reference:
         return self.adapted(name, x, self.linear(x, w if part is None else w[part]), part)
 
     def adapted(
-        self, name: str, x: Tensor, y: Tensor, part: int | tuple[int, ...] | None = None
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        part: int | tuple[int, ...] | None = None,
+        stays: Tensor | None = None,
     ) -> Tensor:
-        """y + (alpha / rank) B A x, where the linear has LoRA's A and B."""
+        """y + (alpha / rank) B A x, where the linear has LoRA's A and B; x times `stays`, where that is
+        given, in the place of its own dropout."""
         if f"{name}_lora_a" not in self.weights:
             return y
         a, b = self.weight(f"{name}_lora_a"), self.weight(f"{name}_lora_b")
         a, b = (a, b) if part is None else (a[part], b[part])
-        x = self.drop(f"{name}.lora", x, self._samples, self.spec.lora_dropout)
+        if stays is None:
+            x = self.drop(f"{name}.lora", x, self.samples, self.spec.lora_dropout)
+        else:
+            x = (x * stays).to(x.dtype)
         h = x @ a.flatten(1).t()
         return torch.add(y, h @ b.flatten(0, -2).t(), alpha=self.spec.lora_scale)
 
@@ -254,8 +266,9 @@ def loss_and_gradients(
     step, `whole` are: loss and gradients are then these ones' part."""
     leaves = {n: w.detach().requires_grad_(n not in frozen) for n, w in reference.weights.items()}
     judge = Reference(
-        reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.linear
-    )
+        reference.spec, leaves, reference.dtype, reference.seed, reference.see, reference.linear,
+        reference.told,
+    )  # fmt: skip
     judge.step, judge.training = reference.step, reference.training
     whole = whole or microbatches
     total = max(sum(int(counted(b).sum()) for b in whole), 1)

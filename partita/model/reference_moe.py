@@ -10,7 +10,7 @@ z         of each sequence the mean of logsumexp(logits)^2 (ST-MoE, eq. 5)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Protocol
@@ -41,11 +41,33 @@ class Auxiliary:
             self.counts[name] = self.counts.get(name, 0) + counts
 
 
+@dataclass(frozen=True)
+class Told:
+    """What another run chose, [seq, top_k] by (step, layer, sample). At low precision its scores are not the
+    judge's to the last bit: where they may be `near` apart and its choice be right, the judge takes it, as a
+    token at another expert is no rounding to either. Else it keeps its own."""
+
+    chosen: Mapping[tuple[int, str, int], Tensor]
+    near: float
+
+    def follow(self, judge: Judge, name: str, ranked: Tensor, own: Tensor) -> Tensor:
+        """The experts of a layer's tokens, whose scores are `ranked` and choice `own`."""
+        assert judge.samples is not None
+        theirs = torch.stack([self.chosen[judge.step, name, i] for i in judge.samples.tolist()])
+        towards = 2 * one_hot(theirs, judge.spec.experts).sum(-2) - 1
+        best = choice(judge.spec, ranked + self.near * towards)
+        may = (best.sort(-1).values == theirs.sort(-1).values).all(-1, keepdim=True)
+        return theirs.where(may, own)
+
+
 class Judge(Protocol):
     """The reference, as the experts need it."""
 
     spec: ModelSpec
     auxiliary: Auxiliary
+    step: int
+    samples: Tensor | None  # of the pass, places in the step's global batch
+    told: Told | None
     linear: Callable[[Tensor, Tensor], Tensor]  # x W.T, at the plan's precision
 
     def weight(self, name: str) -> Tensor:
@@ -53,9 +75,18 @@ class Judge(Protocol):
         ...
 
     def adapted(
-        self, name: str, x: Tensor, y: Tensor, part: int | tuple[int, ...] | None = None
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        part: int | tuple[int, ...] | None = None,
+        stays: Tensor | None = None,
     ) -> Tensor:
-        """y and what LoRA adds."""
+        """y and what LoRA adds; x times `stays`, where that is given, in the place of its own dropout."""
+        ...
+
+    def drop(self, site: str, x: Tensor, samples: Tensor | None, p: float | None = None) -> Tensor:
+        """Dropout by counter, while training."""
         ...
 
 
@@ -66,7 +97,10 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     logits = h.to(wide) @ weight(f"{name}.router.gate").to(wide).t()
     scores = logits.softmax(-1) if spec.router == "softmax" else logits.sigmoid()
     bias = weight(f"{name}.router.balance_bias").to(wide) if spec.router_bias else None
-    chosen = _chosen(spec, scores.detach(), 0 if bias is None else bias.detach())
+    ranked = scores.detach() if bias is None else scores.detach() + bias.detach()
+    chosen = choice(spec, ranked)
+    if judge.told is not None:
+        chosen = judge.told.follow(judge, name, ranked, chosen)
     gates = scores.gather(-1, chosen)
     if spec.normalise_top_k:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
@@ -80,15 +114,20 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
         aux.dropped += int((picked - sent).sum())
     y = torch.zeros_like(h, dtype=wide)
     gate_up, down = weight(f"{name}.experts.gate_up"), weight(f"{name}.experts.down")
+    stays = {
+        w: _stays(judge, f"{name}.experts.{w}.lora", y, width)
+        for w, width in (("gate_up", spec.hidden), ("down", spec.expert_ffn_hidden))
+    }
     for e in range(spec.experts):
         rows = sent[..., e].bool()
+        of_up, of_down = (stays[w][:, e][rows] for w in ("gate_up", "down"))
         mine = (gates * (chosen == e)).sum(-1)[rows].unsqueeze(-1)
         gate, up = (
-            judge.adapted(f"{name}.experts.gate_up", h[rows], linear(h[rows], w), (e, i))
+            judge.adapted(f"{name}.experts.gate_up", h[rows], linear(h[rows], w), (e, i), of_up)
             for i, w in enumerate(gate_up[e])
         )
         act, out = silu(gate) * up, torch.zeros_like(y)
-        made = judge.adapted(f"{name}.experts.down", act, linear(act, down[e]), e)
+        made = judge.adapted(f"{name}.experts.down", act, linear(act, down[e]), e, of_down)
         out[rows] = mine * made.to(wide)
         y = y + out
     y = y.to(h.dtype)
@@ -105,10 +144,16 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
     return y
 
 
-def _chosen(spec: ModelSpec, scores: Tensor, bias: Tensor | int) -> Tensor:
-    """The top_k experts [batch, seq, top_k] by score and bias, the best first; with groups those of the best
-    groups alone, which are worth their best expert, under sigmoid their two best."""
-    ranked = scores + bias
+def _stays(judge: Judge, site: str, y: Tensor, width: int) -> Tensor:
+    """[batch, experts, seq, width]: what each element that an adapter of each expert might read is times;
+    y [batch, seq, hidden] says how many and how wide."""
+    whole = y.new_ones(y.shape[0], judge.spec.experts, y.shape[1], width)
+    return judge.drop(site, whole, judge.samples, judge.spec.lora_dropout)
+
+
+def choice(spec: ModelSpec, ranked: Tensor) -> Tensor:
+    """The top_k experts [batch, seq, top_k] by score (and bias), the best first; with groups those of the
+    best groups alone, which are worth their best expert, under sigmoid their two best."""
     if spec.router_groups > 1:
         size = spec.experts // spec.router_groups
         best = min(1 if spec.router == "softmax" else 2, size)
@@ -127,7 +172,7 @@ def _losses(
     aux.counts[name] = picked.sum((0, 1))
     if spec.balance_loss:
         probability = scores / scores.sum(-1, keepdim=True) if spec.router == "sigmoid" else scores
-        rows = picked.sum(1)
+        rows = picked.sum(1).to(scores.dtype)  # integers times a float are float32
         if spec.balance_over == "batch":
             rows = rows.sum(0, keepdim=True) / rows.shape[0]
         share = rows * (spec.experts / (spec.top_k * seq))

@@ -99,30 +99,35 @@ class SplitRotate(torch.autograd.Function):
         ctx, qkv: Tensor, heads: tuple[int, int], cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`heads`: of q, and of k and v each."""
-        ctx.tables, each = (cos, sin), (*heads, heads[1])
-        q, k, v = qkv.unflatten(-1, (sum(each), -1)).split(each, -2)
-        q, k = _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
-        v = v.contiguous()  # a view would keep the unrotated q and k alive
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ctx.tables, (queries, others) = (cos, sin), heads
+        both, v = qkv.unflatten(-1, (queries + 2 * others, -1)).split(
+            [queries + others, others], -2
+        )
+        q, k = _rotate(both, cos, sin, 1).transpose(1, 2).split(heads, 1)
+        return q, k, v.contiguous().transpose(1, 2)  # a view would keep the unrotated q and k alive
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         """Rotates back."""
-        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
-        dq, dk = _rotate(dq, *ctx.tables, -1), _rotate(dk, *ctx.tables, -1)
-        return torch.cat([dq, dk, dv], -2).flatten(-2), None, None, None
+        out = torch.cat([x.transpose(1, 2) for x in (dq, dk, dv)], -2)
+        _rotate(out.narrow(2, 0, dq.shape[1] + dk.shape[1]), *ctx.tables, -1, in_place=True)
+        return out.flatten(-2), None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    """rotate, one way or the other, bit for bit, in four kernels instead of seven."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int, in_place: bool = False) -> Tensor:
+    """rotate, one way or the other, bit for bit, in four kernels instead of seven; `in_place`: x is not
+    needed as it was."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
-        return torch.cat([_rotate(x[..., :turned], cos, sin, way), x[..., turned:]], -1)
-    halves = x.unflatten(-1, (2, -1))
-    out, across = halves * cos.unsqueeze(-2), halves * sin.unsqueeze(-2)
+        part = _rotate(x[..., :turned], cos, sin, way, in_place)
+        return x if in_place else torch.cat([part, x[..., turned:]], -1)
+    halves, cos, sin = x.unflatten(-1, (2, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)
+    across = halves * sin
+    out = halves.mul_(cos) if in_place else halves * cos
     (c, d), (a, b) = out.unbind(-2), across.unbind(-2)
     if x.element_size() == 2 and halves.shape[-1] < VECTOR:
-        return out.add_(torch.stack([b.neg(), a], -2), alpha=way).flatten(-2)
-    c.sub_(b, alpha=way)
-    d.add_(a, alpha=way)
-    return out.flatten(-2)
+        out.add_(torch.stack([b.neg(), a], -2), alpha=way)
+    else:
+        c.sub_(b, alpha=way)
+        d.add_(a, alpha=way)
+    return x if in_place else out.flatten(-2)

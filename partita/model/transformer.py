@@ -16,6 +16,7 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
+from partita.model.beside import Beside
 from partita.model.embedding import EmbeddingBlock
 from partita.model.images import image_block
 from partita.model.maker import Maker
@@ -42,7 +43,8 @@ class LayerBlock:
         self.training, self.loss_scale = True, 1.0
         spec = make.spec
         self.now = make.now if spec.lora_dropout else None
-        gated, self.parallel = spec.family == "llama", spec.parallel_residual
+        gated = spec.family == "llama"
+        self.beside: Beside | None = None  # both segments, where they read one x
         self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
         again = frozenset(op.name for op in replayed(make.block))
         self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
@@ -63,6 +65,8 @@ class LayerBlock:
             remakes,
             spec.gelu,
         )
+        if spec.parallel_residual:
+            self.beside = Beside(cast(Attention, self.attention), self.mlp, make.joined())
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """One layer."""
@@ -104,12 +108,10 @@ class LayerBlock:
     def run(self, x: Tensor, batch: Any, replay: bool = False) -> Tensor:
         """The segments in order; `replay` leaves out what backward does not need."""
         self._begin(batch)
-        if not self.parallel:
-            x = self.attention(x, batch, batch.step, self.training)
-            return self.mlp(x, batch, batch.step, self.training, replay)
-        attention, mlp = cast(Attention, self.attention), cast(MLP, self.mlp)
-        y = attention(x, batch, batch.step, self.training, replay)  # nothing reads what it makes
-        return mlp(y, batch, batch.step, self.training, replay, x)
+        if self.beside is not None:
+            return self.beside(x, batch, batch.step, self.training, replay)
+        x = self.attention(x, batch, batch.step, self.training)
+        return self.mlp(x, batch, batch.step, self.training, replay)
 
     def _begin(self, batch: Any) -> None:
         if self.now is not None:

@@ -293,7 +293,7 @@ class BlockRun:
 
     def _viewed(self, parts: Sequence[Local], y: str, rank: int) -> Local:
         """What comes, where it belongs; tables of counts have no values here."""
-        if self.tensors[y].role == "route":
+        if not any(d.of for d in self.block.tensors[y].dims):
             return self.places[rank].filled(y)
         return exchange(parts, self._spans(y, rank))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from partita.parallel.execute_algebra import (
     ExecuteError,
@@ -144,6 +145,20 @@ def squares_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     """Needs its input."""
     x = get(op.reads[0])
     return {op.reads[0]: times(contract(x.dims, x, g), 2)}
+
+
+def mark(op: Op, at: Place, get: Get) -> Found:
+    """The number of each row's token; 0 where no row is."""
+    picked = _picked(get(op.reads[0]), at.size(op.writes, "experts"), "experts")
+    rows = contract(at.dims(op.writes), picked)
+    return {op.writes: times(rows, numbers(at, op.writes))}
+
+
+def numbers(at: Place, name: str) -> NDArray[np.int64]:
+    """Of every token that rows [experts, batch, seq] may be of, from 1."""
+    _, batch, seq = at.share(at.tensors[name])
+    samples = np.arange(batch.start, batch.stop) + at.first
+    return (samples[:, None] * len(at.order) + at.positions(seq) + 1)[None]
 
 
 def dispatch(op: Op, at: Place, get: Get) -> Found:

@@ -40,13 +40,21 @@ def linear(op: Op, at: Place, get: Get) -> Found:
     """Needs its input for the weight's gradient; LoRA's B A x is added."""
     out, x = at.dims(op.writes), get(op.reads[0])
     y = contract(out, x, get(op.weights[0]))
-    low = [contract(out, x, *_masks(op, at), *map(get, op.weights[1:]))] if op.extra else []
+    low = [contract(out, x, *_masks(op, at, get), *map(get, op.weights[1:]))] if op.extra else []
     return {op.writes: total(out, y, *low)}
 
 
-def _masks(op: Op, at: Place) -> list[Local]:
-    """What an adapter's input is dropped by, the same wherever and whenever it is drawn."""
-    return [at.drawn(op.reads[0], f"{at.block} {op.name} lora")] if at.drops else []
+def _masks(op: Op, at: Place, get: Get) -> list[Local]:
+    """What an adapter's input is dropped by, the same wherever and whenever it is drawn; of experts' rows by
+    their marks."""
+    if not at.drops:
+        return []
+    found = [at.drawn(op.reads[0], f"{at.block} {op.name} lora")]
+    for name in op.reads[1:]:
+        marks = get(name)
+        known = (marks.values == moe.numbers(at, name)).astype(np.int64)
+        found.append(replace(marks, values=known))
+    return found
 
 
 def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
@@ -55,9 +63,9 @@ def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     dx = contract(at.dims(x), g, get(w))
     found: Found = {} if op.frozen else {w: contract(at.dims(w), g, get(x))}
     if op.extra:
-        (a, b), masks = op.weights[1:], _masks(op, at)
+        (a, b), masks = op.weights[1:], _masks(op, at, get)
         dx = total(at.dims(x), dx, contract(at.dims(x), g, *masks, get(a), get(b)))
-        if op.saves:
+        if any(at.tensors[n].role != "route" for n in op.saves):
             found[a] = contract(at.dims(a), g, get(x), *masks, get(b))
             found[b] = contract(at.dims(b), g, get(x), *masks, get(a))
     return found | {x: dx}
@@ -259,7 +267,7 @@ FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "lookup": lookup, "mask": mask, "attention": attention, "exp": exp, "reduce": summing,
     "scores": exp, "choose": moe.choose, "count": moe.count, "load": moe.count, "limit": moe.limit,
     "balance": moe.balance, "z": moe.squares,
-    "dispatch": moe.dispatch, "combine": moe.combine,
+    "mark": moe.mark, "dispatch": moe.dispatch, "combine": moe.combine,
     "conv": image.conv, "relu": image.relu, "response": image.response, "pool": image.pool,
     "join": image.join,
 }  # fmt: skip

@@ -99,7 +99,7 @@ class States:
             return self._checked(rank, found)
         found.shard["momentum"] = np.zeros(each, np.int64)
         found.shard["gradient"] = np.zeros(each, np.int64)
-        if unit.stage < 2:
+        if not unit.cuts_gradient:
             found.shard["gradient"] = found.fresh_gradient(f"{rank}")[found.part]
         return self._checked(rank, found)
 
@@ -183,7 +183,7 @@ class States:
                     self._record(r, (name, op, event), block, every[0].size, told or phase)
                 for r, whole in summed.items():
                     mine = self.units[r, unit]
-                    if mine.unit.stage < 2:
+                    if not mine.unit.cuts_gradient:
                         mine.shard["gradient"][:] = whole[mine.part]
                         continue
                     held = mine.shard["gradient"]
@@ -276,9 +276,9 @@ class States:
             v["momentum"][:] = (3 * v["momentum"] + v["gradient"] * norms[r]) % P
             v["parameter"][:] = (v["parameter"] - 7 * v["momentum"]) % P
             v["gradient"][:] = 0
-            if stored.unit.stage < 2:
+            if not stored.unit.cuts_gradient:
                 v["gradient"] = stored.fresh_gradient(f"{r}")[stored.part]
-            stored.whole.pop("gradient" if stored.unit.stage >= 2 else "", None)
+            stored.whole.pop("gradient" if stored.unit.cuts_gradient else "", None)
         return found
 
     def held(self, role: str) -> dict[tuple[int, str], tuple[Local, ...]]:

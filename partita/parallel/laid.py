@@ -49,9 +49,10 @@ class Unit:
     """Weights that lie in one flat buffer: parameters, gradients, optimizer states.
 
     `axes`: the gradient is partial over them; `shard`: those of them over which the states are cut as ZeRO's
-    `stage` says (dp/rules.py). `blocks`: the names of its holders on this place of pp, the first of which
-    names it. `across`: the gradient is then summed between the two places of pp that hold it, 'tied' or
-    'pp/copy' ('' where there is one). `weights`: (full name, laid tensor, layout), in storage order.
+    `stage` says (dp/rules.py), the gradient where `cuts_gradient`. `blocks`: the names of its holders on this
+    place of pp, the first of which names it. `across`: the gradient is then summed between the two places of
+    pp that hold it, 'tied' or 'pp/copy' ('' where there is one). `weights`: (full name, laid tensor, layout),
+    in storage order.
     `frozen`: none of them has a gradient.
     """
 
@@ -61,6 +62,7 @@ class Unit:
     blocks: tuple[str, ...]
     shard: tuple[str, ...] = ()
     stage: int = 0
+    cuts_gradient: bool = False
     across: str = ""
     frozen: bool = False
 
@@ -221,6 +223,7 @@ class Laid:
             tuple(stage.names[at] for at in flat.blocks),
             flat.shard,
             dp.zero_stage(self.request.plan) if flat.shard else 0,
+            bool(flat.shard) and dp.cuts_gradients(self.request.plan),
             "" if flat.frozen else self._across(next(iter(held))),
             flat.frozen,
         )

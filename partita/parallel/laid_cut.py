@@ -8,6 +8,7 @@ schedule, precision or offload share it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -21,7 +22,7 @@ from partita.parallel.tp import rules as tp
 from partita.spec.families import program as family_program
 from partita.spec.frozen import freeze
 from partita.spec.plan import Plan
-from partita.spec.program import Program
+from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
 
 
 def cut(request: Request) -> Program:
@@ -33,9 +34,63 @@ def cut(request: Request) -> Program:
 
 @lru_cache(maxsize=256)
 def _cut(request: Request) -> Program:
+    return cut_blocks(request, whole(request))
+
+
+def whole(request: Request) -> Program:
+    """The program before any room has cut it, its frozen weights marked."""
     batch = request.micro_batch_size * request.plan.data_parallel_size
-    program = family_program(request.model, batch, request.seq_len)
-    program = freeze(program, request.frozen)
+    found = freeze(family_program(request.model, batch, request.seq_len), request.frozen)
+    return found.map(_masked) if request.packed else found
+
+
+def _masked(block: Block) -> Block:
+    """With what attention holds of each sample where documents are packed: which keys a query sees, and what
+    is added to its scores (cp/visible.py, cp/tile.py), with ALiBi apart from what all samples share."""
+    tensors = dict(block.tensors)
+
+    def change(op: Op) -> Iterator[Op]:
+        if op.kind == "attention" and len(op.reads) == 3:
+            of = {d.name: d for d in op.space}
+            dims = tuple(of[n] for n in ("batch", "seq", "keys"))
+            tensors["seen"], added = Tensor("seen", dims, "mask"), Tensor("added", dims)
+            if "falls" in tensors:
+                added = replace(
+                    tensors["falls"], name="added", dims=(of["batch"], *tensors["falls"].dims)
+                )
+            tensors["added"] = added
+            op = replace(op, scratch=(*op.scratch, "seen", "added"))
+        yield op
+
+    return rewrite(block, change, tensors)
+
+
+def cut_blocks(request: Request, program: Program) -> Program:
+    """Some blocks with every dim cut: what becomes of one does not depend on the others."""
     for room in (split, dp, cp, tp, sp, ep):
         program = room.lay(request, program)
     return program
+
+
+def with_samples(block: Block, times: int) -> Block:
+    """A cut block whose microbatch has so many times the samples: rooms ask nothing of their number."""
+    if times == 1:
+        return block
+
+    def more(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        return _more_dims(dims, times)
+
+    tensors = {n: t.with_dims(more(t.dims)) for n, t in block.tensors.items()}
+    return rewrite(block, lambda op: (op.over(more),), tensors)
+
+
+def _more_dims(dims: tuple[Dim, ...], times: int) -> tuple[Dim, ...]:
+    if not any(d.name == "batch" or "batch" in d.of for d in dims):
+        return dims
+    return tuple(_more(d, times) for d in dims)
+
+
+@lru_cache(maxsize=65_536)
+def _more(d: Dim, times: int) -> Dim:
+    of_samples = d.name == "batch" or "batch" in d.of
+    return replace(d, size=d.size * times) if of_samples else d

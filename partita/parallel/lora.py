@@ -12,7 +12,7 @@ Sends nothing: a column-parallel linear moves x before both, a row-parallel one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -58,8 +58,26 @@ class Drop:
         """x with elements dropped, and the gradient of that; nothing is dropped where it does not train."""
         if not self.now.training:
             return _whole
-        batch, scale = self.now.batch, 1.0 / (1.0 - self.masks.probability)
-        return lambda x: x * self.masks.mask(batch.step, batch).view(x.shape) * scale
+        batch, masks = self.now.batch, self.masks
+        return lambda x: masked(masks.mask(batch.step, batch), masks.probability)(x)
+
+
+class RowMasks(Protocol):
+    """Masks of rows of experts as pure functions of step, sample and element (model/dropout.py)."""
+
+    @property
+    def probability(self) -> float:
+        """Of an element to be dropped."""
+        ...
+
+    def mask(self, step: int, counts: Sequence[int], tokens: Tensor) -> Tensor:
+        """True where an element stays, of each expert's rows one behind the other."""
+        ...
+
+
+def masked(stays: Tensor, probability: float) -> Callable[[Tensor], Tensor]:
+    """x with elements dropped, and the gradient of that."""
+    return lambda x: x * stays.view(x.shape) * (1.0 / (1.0 - probability))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 MKL, which torch's fp32 products call, keeps to 256-bit vectors on CPUs of other makers than Intel, where
 oneDNN fills AVX-512's: 105 against 220 GFLOP/s of a core of Zen 5. There dense layers' fp32 products go
-through oneDNN, of operands as they lie. Which kernel makes a product follows from the CPU and from the
+through oneDNN, of operands as they lie, and by small matrices through its kernel for these (brgemm.py), as
+experts' do. Which kernel makes a product follows from the CPU and from the
 product's sizes alone, so that a run repeats itself bit for bit.
 """
 
@@ -10,16 +11,27 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from partita.parallel import brgemm
 
 LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer to begin
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
+LITTLE = 1 << 16  # of one that oneDNN's small-matrix kernel makes
+THIN = 16  # rows or columns that it takes at least
 NARROW = 64  # rows or columns of a weight: fewer do not fill its kernels
 PIECE = 1 << 20  # elements of a weight's gradient that are made at a time
+WIDENED = 1 << 18  # elements of a narrower product that are added at a time
+FEW = (
+    3 << 19
+)  # multiplications of a 16-bit gradient that fp32's kernel, its operands widened, is not slower at
 STEP = 16  # tokens whose number varies are given to oneDNN by multiples of so many
 
 
@@ -70,18 +82,49 @@ def has_wider_kernels() -> bool:
 
 
 def is_wide(
-    dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int], least: int
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: tuple[int, int, int],
+    least: int,
+    narrow: int = NARROW,
 ) -> bool:
     """Whether oneDNN makes a product of (tokens, rows, columns): of `least` multiplications or more."""
     tokens, rows, columns = sizes
-    large = tokens * rows * columns >= least and min(rows, columns) >= NARROW
+    large = tokens * rows * columns >= least and min(rows, columns) >= narrow
     return large and dtype == torch.float32 and device.type == "cpu" and has_wider_kernels()
+
+
+def is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
+    """Whether oneDNN's small-matrix kernel makes a product of (tokens, rows, columns), on this thread
+    alone: a rank has no others."""
+    if sizes[1] * sizes[2] > brgemm.FITS or not is_wide(dtype, device, sizes, LITTLE, THIN):
+        return False
+    return brgemm.kernels() is not None and not _is_watched()
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees this thread's operators (to count FLOPs, or to run them on nothing), who would
+    not see a kernel that is not torch's. Who looks at storages alone sees them: a step that is measured
+    computes as any other. torch's is_in_torch_dispatch_mode is one flag for all threads."""
+    if not _len_torch_dispatch_stack():
+        return False
+    return not all(hasattr(m, "watches_storages") for m in _get_current_dispatch_mode_stack())
+
+
+def are_little(x: Tensor, sizes: tuple[int, int, int]) -> bool:
+    """Whether it makes those of experts: of x in fp32, and of 16 bits, widened, where a call of the 16-bit
+    kernel takes longer."""
+    few = x.element_size() == 2 and prod(sizes) < FEW
+    return (few or x.dtype == torch.float32) and is_little(torch.float32, x.device, sizes)
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., columns] by weight [rows, columns]: x W.T."""
     rows, columns = weight.shape
-    if is_wide(x.dtype, x.device, (x.numel() // columns, rows, columns), LEAST):
+    sizes = x.numel() // columns, rows, columns
+    if is_little(x.dtype, x.device, sizes):
+        return brgemm.times(x, weight)
+    if is_wide(x.dtype, x.device, sizes, LEAST):
         return _onednn(x, weight)
     return x @ weight.t()
 
@@ -90,11 +133,17 @@ def add_steady(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
     """gradient [rows, columns] += dy.T x, all in one dtype, for numbers of tokens that come again: oneDNN
     makes a kernel for each. Some rows are made at a time, so that little memory is held."""
     rows, columns = gradient.shape
+    if is_little(dy.dtype, dy.device, (dy.shape[0], rows, columns)):
+        brgemm.add(gradient, dy, x)
+        return
     if not is_wide(dy.dtype, dy.device, (dy.shape[0], rows, columns), LEAST_ADDED):
         gradient.addmm_(dy.t(), x)
         return
     right = x.contiguous().t()
     each = max(PIECE // columns, 1)
+    if rows <= each:
+        gradient.add_(_onednn(dy.t(), right))
+        return
     for into, part in zip(gradient.split(each), dy.split(each, 1), strict=True):
         into.add_(_onednn(part.t(), right))
 
@@ -123,6 +172,30 @@ def add_varied(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
         add_steady(gradient, dy[:whole], x[:whole])
         dy, x = dy[whole:], x[whole:]
     gradient.addmm_(dy.t(), x)
+
+
+def add_narrow(gradient: Tensor, made: Tensor) -> None:
+    """gradient [rows, columns] += made, of a narrower dtype: on a CPU some rows at a time, as torch first
+    copies all it is given in the wide one."""
+    if made.device.type != "cpu" or made.numel() <= WIDENED:
+        gradient.add_(made)
+        return
+    each = max(WIDENED // made.shape[1], 1)
+    for into, part in zip(gradient.split(each), made.split(each), strict=True):
+        into.add_(part)
+
+
+def is_small(dy: Tensor, x: Tensor) -> bool:
+    """Whether a weight's gradient of 16-bit dy [tokens, rows], x [tokens, columns] is so small that a call of
+    oneDNN's 16-bit kernel takes longer than widened operands do, which then are little too."""
+    tokens, rows, columns = *dy.shape, x.shape[1]
+    few = tokens * rows * columns < FEW and min(rows, columns) >= NARROW
+    return few and dy.element_size() == 2 and dy.device.type == "cpu"
+
+
+def add_small(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
+    """gradient += dy.T x of narrower operands, multiplied and added up in the gradient's dtype."""
+    gradient.addmm_(dy.to(gradient.dtype).t(), x.to(gradient.dtype))
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,15 +24,25 @@ R = TypeVar("R")
 def once(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
     """The reader, which remembers on a block what it answered: equal blocks of all stages are one object, and
     are read once. Answers are shared: nobody changes one."""
+    return _remembering(reader, lambda block: block.known)
 
+
+def once_of_ops(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
+    """The same of a reader that does not ask what is kept: of all that may be recomputed it reads once."""
+    return _remembering(reader, lambda block: block.known_of_ops)
+
+
+def _remembering(
+    reader: Callable[Concatenate[Block, P], R], where: Callable[[Block], dict[object, R]]
+) -> Callable[Concatenate[Block, P], R]:
     @wraps(reader)
     def read(block: Block, *args: P.args, **kwargs: P.kwargs) -> R:
         given = (*args, *kwargs.items())
         plain = (tuple(a.items()) if isinstance(a, Mapping) else a for a in given)
-        key = (reader.__qualname__, *plain)
-        if key not in block.known:
-            block.known[key] = reader(block, *args, **kwargs)
-        return block.known[key]
+        key, known = (reader.__qualname__, *plain), where(block)
+        if key not in known:
+            known[key] = reader(block, *args, **kwargs)
+        return known[key]
 
     return read
 
@@ -105,12 +115,20 @@ def replayed(block: Block) -> list[Op]:
 def traffic(block: Block, sizes: Sizes) -> list[Call]:
     """Every collective of the block, in the order of phases F, B (replay first), step. F and B are of
     one microbatch."""
-    ops = [*block.ops(), *block.regions]
+    forward, backward, step = _own_calls(block, sizes)
     again = [c for op in replayed(block) for c in _calls(block, op, "F", "B", sizes)]
-    out = [c for op in ops for c in _calls(block, op, "F", "F", sizes)]
-    out += again
-    out += [c for op in reversed(ops) for c in _calls(block, op, "B", "B", sizes)]
-    return out + [c for op in ops for c in _calls(block, op, "step", "step", sizes)]
+    return [*forward, *again, *backward, *step]
+
+
+@once_of_ops
+def _own_calls(block: Block, sizes: Sizes) -> tuple[list[Call], list[Call], list[Call]]:
+    """Of F, B and step, but for what is replayed."""
+    ops = [*block.ops(), *block.regions]
+    return (
+        [c for op in ops for c in _calls(block, op, "F", "F", sizes)],
+        [c for op in reversed(ops) for c in _calls(block, op, "B", "B", sizes)],
+        [c for op in ops for c in _calls(block, op, "step", "step", sizes)],
+    )
 
 
 def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Iterator[Call]:
@@ -124,10 +142,17 @@ def _calls(block: Block, op: Op, phase: str, as_phase: str, sizes: Sizes) -> Ite
             )  # fmt: skip
 
 
+@once_of_ops
+def bytes_of(block: Block, sizes: Sizes) -> dict[str, int]:
+    """Bytes of each tensor on the rank that holds most."""
+    return {name: tensor_bytes(t, sizes) for name, t in block.tensors.items()}
+
+
 @once
 def kept_bytes(block: Block, sizes: Sizes) -> int:
     """Activation bytes one microbatch of this block keeps for backward."""
-    return sum(tensor_bytes(block.tensors[t], sizes) for t in block.kept)
+    each = bytes_of(block, sizes)
+    return sum(each[t] for t in block.kept)
 
 
 @once
@@ -142,7 +167,7 @@ def leaving_bytes(block: Block, sizes: Sizes) -> int:
     )
 
 
-@once
+@once_of_ops
 def state_bytes(block: Block, sizes: Sizes, arena: str = "device") -> Counter[str]:
     """Bytes by ledger category of what lives in an arena for the whole run."""
     found: Counter[str] = Counter()
@@ -179,8 +204,14 @@ def backward_flops(op: Op, sizes: Sizes) -> float:
 @once
 def flops(block: Block, sizes: Sizes) -> dict[str, float]:
     """FLOPs of one microbatch by phase: F, B, and replay, what recomputation adds to B."""
-    return {
-        "F": sum(op_flops(op, sizes) for op in block.ops()),
-        "B": sum(backward_flops(op, sizes) for op in block.ops()),
-        "replay": sum(op_flops(op, sizes) for op in replayed(block)),
-    }
+    forward, backward = _own_flops(block, sizes)
+    again = sum(forward[op.name] for op in replayed(block))
+    return {"F": sum(forward.values()), "B": backward, "replay": again}
+
+
+@once_of_ops
+def _own_flops(block: Block, sizes: Sizes) -> tuple[dict[str, int], float]:
+    """Of each op's forward, and of backward."""
+    ops = block.ops()
+    backward = sum(backward_flops(op, sizes) for op in ops)
+    return {op.name: op_flops(op, sizes) for op in ops}, backward

@@ -5,15 +5,17 @@ A room answers two pure questions about its own axes:
     lay(plan, program)  the program with dims cut and regions inserted
 
 It reads dims, cuts, partial sums and regions on its own axes and never asks which room made them. Two
-moves make them all: `cut` a dim wherever it appears, and `insert a region`. Two rules say where:
+moves make them all: `cut` a dim wherever it appears, and `insert a region`. Three rules say where:
 
     sum_rule    an op that sums a dim cut by the axis writes a partial sum   -> reduce_from behind it
+    sum_once    partial sums that are added up are reduced as one        -> reduce_from behind what adds
     copy_rule   a tensor whole on the axis, read by an op cut by it: its     -> copy_to before its readers
                 gradient is a partial sum
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -38,7 +40,8 @@ class Request:
     """What a room is asked about: a plan for a model at a batch, and how states are stored.
 
     `state_words` is the number of fp32 values an optimizer keeps for a parameter (AdamW 2; SGD 1 with
-    momentum, else 0); masters are the precision room's. `frozen` says which weights have no gradient.
+    momentum, else 0); masters are the precision room's. `frozen` says which weights have no gradient;
+    `packed`, that samples are packed of documents, so that each has a mask of its own.
     """
 
     plan: Plan
@@ -47,6 +50,7 @@ class Request:
     micro_batch_size: int = 1
     state_words: int = 2
     frozen: Frozen = field(default_factory=Frozen)
+    packed: bool = False
 
 
 class Room(Protocol):
@@ -77,8 +81,7 @@ def axis_size(axis: str, sizes: Sizes, kv_heads: int = 0) -> int:
 
 def cut_tensor(t: Tensor, dims: Iterable[str], axis: str) -> Tensor:
     """Cuts nest as they come; heads belong to tp, so its cut is the outermost there."""
-    cuts = _cut_dims(t.dims, frozenset(dims), axis)
-    return t if cuts == t.dims else replace(t, dims=cuts)
+    return t.with_dims(_cut_dims(t.dims, frozenset(dims), axis))
 
 
 def _cut_dims(dims: tuple[Dim, ...], names: frozenset[str], axis: str) -> tuple[Dim, ...]:
@@ -106,14 +109,8 @@ def cut(
 
 def cut_space(op: Op, dims: Iterable[str], axis: str) -> Op:
     """Cuts an op's iteration space: FLOPs are its local points."""
-    if not op.space:
-        return op
     names = frozenset(dims)
-    space = _cut_dims(op.space, names, axis)
-    if space == op.space and not op.extra:
-        return op
-    extra = tuple((_cut_dims(s, names, axis), f) for s, f in op.extra)
-    return replace(op, space=space, extra=extra)
+    return op.over(lambda space: _cut_dims(space, names, axis)) if op.space else op
 
 
 def cut_everywhere(block: Block, dims: Iterable[str], axis: str) -> Block:
@@ -176,6 +173,32 @@ def sum_rule(block: Block, axis: str) -> Block:
         return (replace(op, writes=part), reduce_from(op.name, (axis,), part, op.writes))
 
     return rewrite(block, change, new)
+
+
+def sum_once(block: Block, axis: str) -> Block:
+    """What adds up tensors that are reduced over `axis`, each for it alone, adds their partial sums: one
+    region behind it."""
+    reduced = {o.writes: o for o in block.ops() if o.kind == "reduce_from" and o.axes == (axis,)}
+    readers = Counter(x for op in block.ops() for x in op.reads)
+    joins = [
+        op for op in block.ops()
+        if op.kind == "map" and len(op.reads) > 1 and not op.weights
+        and all(x in reduced and readers[x] == 1 for x in op.reads)
+    ]  # fmt: skip
+    gone = {x for op in joins for x in op.reads}
+    new: dict[str, Tensor] = {}
+
+    def change(op: Op) -> Iterable[Op]:
+        if op.is_region and op.writes in gone:
+            return ()
+        if op not in joins:
+            return (op,)
+        y, part = op.writes, f"{op.writes}~{axis}"
+        new[part] = replace(block.tensors[y], name=part, partial=(axis,))
+        own = replace(op, reads=tuple(reduced[x].reads[0] for x in op.reads), writes=part)
+        return own, reduce_from(op.name, (axis,), part, y)
+
+    return rewrite(block, change, new) if joins else block
 
 
 def copy_rule(block: Block, axis: str) -> Block:

@@ -31,7 +31,15 @@ from torch import Tensor
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
-from partita.parallel.product import PLAIN, Product, add_steady, add_varied
+from partita.parallel.product import (
+    PLAIN,
+    Product,
+    add_narrow,
+    add_small,
+    add_steady,
+    add_varied,
+    is_small,
+)
 from partita.spec.layout import product_coordinate
 
 Zeros = Callable[
@@ -291,8 +299,8 @@ def _allocate(
     if spec.frozen:
         none = torch.empty(0, dtype=wide, device=device)
         return working, master, none, none, values, gradients
-    sums = gradient = zeros("gradients", each if stage >= 2 else size, wide)
-    if stage < 2:
+    sums = gradient = zeros("gradients", each if spec.cuts_gradient else size, wide)
+    if not spec.cuts_gradient:
         if "gradients" not in elsewhere:
             gradients.lend(gradient)
         gradient = gradient[part]
@@ -329,15 +337,17 @@ class Matrix:
 def add_product(
     gradient: Tensor, dy: Tensor, x: Tensor, product: Product, steady: bool = False
 ) -> None:
-    """gradient += dy.T @ x, exact in the compute dtype, added up in the wide one. `steady`: such numbers of
-    tokens come again."""
+    """gradient += dy.T @ x, exact in the compute dtype, added up in the wide one; small ones in the wide one
+    throughout. `steady`: such numbers of tokens come again."""
     if gradient.dtype == dy.dtype:
         if steady:
             add_steady(gradient, dy, x)
         else:
             add_varied(gradient, dy, x)
+    elif product is PLAIN and is_small(dy, x):
+        add_small(gradient, dy, x)
     else:
-        gradient.add_(product.weight_gradient(dy, x))
+        add_narrow(gradient, product.weight_gradient(dy, x))
 
 
 def matrices(weights: Sequence[Weight], columns: int = 1) -> list[Matrix]:

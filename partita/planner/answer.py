@@ -50,29 +50,34 @@ def ranked(plans: Sequence[Prediction]) -> str:
         cells = [f"{p.mfu:.1%}", f"{p.bubble_fraction:.1%}", str(world)]
         if prices is not None:
             each = world * seconds / p.tokens_per_step * 1e6
-            cells += [
-                f"{each * prices.money_per_s:.4g} {prices.currency}",
-                f"{each * prices.watts / 3.6e6:.4g} kWh",
-            ]
+            cells.append(f"{each * prices.money_per_s:.4g} {prices.currency}")
+            cells += [f"{each * prices.watts / 3.6e6:.4g} kWh"] if prices.watts else []
         rows.append([str(i + 1), p.plan, format_seconds(seconds), format_bytes(num_bytes), *cells])
-    header = (*HEADER, "a million tokens", "") if prices is not None else HEADER
+    header = (*HEADER, "a million tokens") if prices is not None else HEADER
+    header += ("",) if prices is not None and prices.watts else ()
     return table(rows, header=header)
 
 
 def counts(found: Found) -> str:
     """How much was cut, and by what."""
-    refused = ", ".join(f"{n:,} {why}" for why, n in found.rejected.most_common() if n)
+    refused = ", ".join(f"{why} ({n:,})" for why, n in found.rejected.most_common() if n)
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
     if found.more:
         proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (
-        f"{found.turned} other orders of axes" if found.turned else "",
-        f"{found.split} other splits of layers" if found.split else "",
+        _many(found.near, "change of one choice", "changes of one choice"),
+        _many(found.turned, "other order of axes", "other orders of axes"),
+        _many(found.split, "other split of layers", "other splits of layers"),
     )
-    told = " and ".join(filter(None, beside))
+    told = ", ".join(filter(None, beside))
     told = f"; of the best plans {told}" if told else ""
+    cut = "cut by their bound" + ("" if found.complete else " or not looked at")
     return (
-        f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} cut by their "
-        f"bound, {found.simulated:,} simulated, refused {refused or 'none'}; {proof}{told}"
+        f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} {cut}, "
+        f"{found.simulated:,} simulated, refused: {refused or 'none'}; {proof}{told}"
     )
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}" if count else ""

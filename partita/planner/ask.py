@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from partita.base.errors import PlanError, UsageError
-from partita.planner.beyond import precise, turned
+from partita.planner.beyond import precise
 from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
+from partita.planner.nearby import nearby
 from partita.planner.nodes import ANY, KEEP, Goal
 from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
-from partita.planner.splits import splits
+from partita.planner.splits import finished
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.spec.plan_table import CHOICES
 
 AUTO_S = 20.0
+NEAR_S = 3.0  # of a search that ended by its budget, for what is close to its best
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,17 @@ def searched(search: Search, goal: Goal, question: Question) -> Found:
     found = search.best(goal, top, budget_s)
     left = budget_s - found.seconds
     search, found = precise(search, question.precision, goal, top, found, left)
-    for more in (widened, turned, splits):
-        left = budget_s - found.seconds
-        found = more(search, goal, top, found, left) if left > 0 else found
-    return found
+    left = budget_s - found.seconds
+    found = widened(search, goal, top, found, left) if left > 0 else found
+    found = nearby(search, goal, top, found, NEAR_S)
+    return finished(search, goal, top, found, budget_s - found.seconds, every=True)
 
 
 def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
     """The job with the plan that 'auto' stands for; itself where it has one. Raises PlanError."""
     if not job.auto:
         return job
+    _hold_job(job)
     question = Question(top=1, budget_s=budget_s)
     found = searched(searcher(job), ANY, question)
     if not found.plans:
@@ -83,15 +86,23 @@ def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
     return job.with_plan(found.plans[0].plan)
 
 
+def _hold_job(job: Job) -> None:
+    """Raises PlanError where the model refuses the job under whatever plan."""
+    wrong = [p for p in job.problems() if p.room == "model" and p.severity == "error"]
+    if wrong:
+        raise PlanError("no plan is legal: the model refuses each", wrong)
+
+
 def ask(job: Job, question: Question) -> Answer:
-    """Searches. Raises UsageError where the question cannot be."""
+    """Searches. Raises UsageError where the question cannot be, PlanError where no plan can."""
     if question.solve:
         solved = solve(job, question.solve, question.search, question.budget_s)
         return Answer(solved.found, tuple(solved.found.plans[: question.top]), (), solved)
+    _hold_job(job)
+    first, _, second = question.pareto.partition(",")
     goal = goal_of(job, question.goal)
     search = question.search(job)
     if question.pareto:
-        first, _, second = question.pareto.partition(",")
         found = pareto(search, first, second, question.budget_s)
     else:
         found = searched(search, goal, question)
@@ -101,6 +112,6 @@ def ask(job: Job, question: Question) -> Answer:
             texts = [f"no plan was found in {question.budget_s:g} s: not proven", *texts]
         return Answer(found, (), tuple(texts))
     best = found.plans[0]
-    texts = [binds(job, best), *(r.text for r in why(job, best))]
+    texts = [binds(job, best), *(r.text for r in why(job, best, first or goal.name))]
     most = KEEP if question.pareto else question.top
     return Answer(found, tuple(found.plans[:most]), tuple(texts))

@@ -9,12 +9,13 @@ more                     the best plans (BEST at most), each in its other orders
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from partita.planner.nodes import Found, Goal, Queue, measures
 from partita.planner.orders import orders_of
 from partita.planner.search import Search
 from partita.planner.space import Space
+from partita.simulate.predict import Prediction
 from partita.spec.plan import Plan
 
 SMALL, SPARSE = 16, 8
@@ -37,13 +38,31 @@ def precise(
     return best, found
 
 
-def turned(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
-    """What was found, and with axes in another order, as one answer."""
+def keep_better(
+    search: Search, queue: Queue, best: Prediction, others: Iterable[Plan], end_s: float
+) -> int:
+    """Predicts plans, until the clock says `end_s`, and keeps those that are better than `best`; how many it
+    predicted."""
+    count = 0
+    for other in others:
+        if time.perf_counter() > end_s:
+            break
+        told, count = search.predict(other), count + 1
+        if told.fits and queue.goal.key(*measures(told)) < queue.goal.key(*measures(best)):
+            queue.keep(told, measures(told))
+    return count
+
+
+def turned(
+    search: Search, goal: Goal, top: int, found: Found, budget_s: float, every: bool = True
+) -> Found:
+    """What was found, and with axes in another order, as one answer; `every` plan of few devices, else the
+    best."""
     space, cluster = search.space, search.job.cluster
     wanted = not space.stated and space.words.admit("order", "another")
     if not found.plans or len(cluster.links) < 2 or not wanted:
         return found
-    if cluster.devices <= (SPARSE if space.model.experts else SMALL):
+    if every and cluster.devices <= (SPARSE if space.model.experts else SMALL):
         offload = Plan.parse(found.plans[0].plan).offload
         others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
         found.join(others.best(goal, top, budget_s, seen=found.plans))
@@ -51,13 +70,8 @@ def turned(search: Search, goal: Goal, top: int, found: Found, budget_s: float) 
     start, queue = time.perf_counter(), Queue(goal, found.rejected, top, found.plans)
     for best in found.plans[: min(top, BEST)]:
         plan = Plan.parse(best.plan)
-        for order in orders_of(plan.mesh, cluster):
-            if time.perf_counter() - start > budget_s:
-                break
-            seen = search.predict(plan.with_("mesh", order=order))
-            found.turned += 1
-            if seen.fits and goal.key(*measures(seen)) < goal.key(*measures(best)):
-                queue.keep(seen, measures(seen))
+        orders = (plan.with_("mesh", order=order) for order in orders_of(plan.mesh, cluster))
+        found.turned += keep_better(search, queue, best, orders, start + budget_s)
     found.plans = [p for _, p in queue.best]
     found.seconds += time.perf_counter() - start
     return found

@@ -24,21 +24,22 @@ import numpy as np
 
 from partita.base.errors import PartitaError, Problem
 from partita.cost.machine import Machine
+from partita.parallel.offload.rules import targets
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.parallel.room import Request
+from partita.planner.holds import Holds
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, Reader, on_device
+from partita.planner.rough import HIDES, Rough
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
-    HIDES,
     KEPT,
     READ,
     TIMES,
     TRAVEL,
     UNITS,
     Probe,
-    Rough,
     Shards,
     Table,
     probe_of,
@@ -50,9 +51,11 @@ from partita.simulate.moves import STATE_PASSES, host_memory_rate
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes, update_seconds
+from partita.spec.plan import Plan
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
+EAGER = 8192  # forwards of a schedule that is soon made
 REHEARSED = 256  # schedules of whole steps that are remembered
 
 
@@ -65,12 +68,15 @@ class Bounds:
     """The bounds of one space on one machine; tables are filled as they are asked for."""
 
     def __init__(self, space: Space, machine: Machine) -> None:
-        self.space, self.machine, self.links = space, machine, Links(machine, space.model)
+        self.space, self.machine = space, machine
+        self.links = Links(machine, space.model, bool(space.job.frozen))
         self._read = Reader(machine)
         self._tables: dict[object, Table | Problem] = {}
-        self._probes: dict[object, Probe | Problem] = {}
+        self._probes: dict[object, dict[int, Probe | Problem]] = {}
+        self._holds: dict[object, tuple[int, Holds | None]] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
         self._stages: dict[tuple[int, int], np.ndarray] = {}
+        self._inside: dict[tuple[int, int, bool], np.ndarray] = {}
         self._roughs: dict[object, Rough] = {}
         self._kinds: dict[object, Kinds] = {}
         self._steps: dict[object, Rehearsal] = {}
@@ -83,7 +89,11 @@ class Bounds:
         key = (mesh.tp, mesh.sp, mesh.cp, shape, tokens)
         if key not in self._tables:
             make = self._mixed if tokens.every > 1 else self.laid_table
-            self._tables[key] = make(mesh, shape, tokens)
+            made = make(mesh, shape, tokens)
+            plain = self._tables.get((*key[:-1], tokens._replace(mode="none")))
+            if isinstance(plain, Table) and plain.is_like(made):
+                made = plain  # nothing is made again
+            self._tables[key] = made
         return self._tables[key]
 
     def knows(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> bool:
@@ -121,11 +131,10 @@ class Bounds:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """From an endless table, the three bounds of a schedule for each size of a microbatch."""
         rough = self.lies(mesh, leaf)
-        stages = rough.times(self.stages(table, rough.num_stages))
-        stages[:, TIMES] *= SLACK / ENDLESS
         sizes = self.sizes(mesh)
         send = self.links.send(mesh, table.sent / ENDLESS * sizes)
-        return rough.bounds(stages, sizes, self.space.batch // mesh.dp, send)
+        stages, times = self.stages(table, rough.num_stages), self.space.batch // mesh.dp / sizes
+        return rough.bounds(stages, SLACK / ENDLESS * sizes, times, send)
 
     def sizes(self, mesh: MeshChoice) -> np.ndarray:
         """[sizes]: samples of a microbatch."""
@@ -146,7 +155,7 @@ class Bounds:
         """The schedule's bound with stages of these costs, for so many microbatches, of which so many bytes
         are sent from rank to rank."""
         rough = self.lies(mesh, leaf)
-        return float(rough(rough.times(stages), np.ones(1), m, self.links.send(mesh, sent))[0])
+        return float(rough(stages, np.ones(1), m, self.links.send(mesh, sent))[0])
 
     def kinds(self, mesh: MeshChoice, table: Table) -> Kinds:
         """Where the stages of all schedules lie, and the layers' splits."""
@@ -179,9 +188,9 @@ class Bounds:
         stages cost without ZeRO's collectives, and by how much those make the layers longer that it has."""
         lies = self.lies(mesh, leaf)
         stages = self.stages(table, lies.num_stages)
-        found = lies.bounds(lies.times(stages), np.ones(1), m, self.links.send(mesh, table.sent))
-        first, whole, halves = (float(x[0]) for x in found)
-        second = halves if lies.split else whole
+        found = lies.bounds(stages, np.ones(1), m, self.links.send(mesh, table.sent))
+        first, whole, split = (float(x[0]) for x in found)
+        second = split if lies.split else whole
         times = m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
         times *= len(table.at) - 2
 
@@ -200,29 +209,56 @@ class Bounds:
     def played(
         self, stages: np.ndarray, mesh: MeshChoice, leaf: tuple[str, int], m: int, sent: float
     ) -> float:
-        """The schedule's clock at the stages' costs, and messages of so many bytes."""
-        times = self.lies(mesh, leaf).times(stages)[:, TIMES].tolist()
-        costs = Costs(tuple(StageCosts(*stage) for stage in times), self.links.send(mesh, sent))
+        """The schedule's clock at the stages' costs, and messages of so many bytes: rows of experts travel
+        under compute in the backwards alone that stand beside a forward."""
+        rows = zip(stages[:, TIMES].tolist(), (HIDES * stages[:, TRAVEL]).tolist(), strict=True)
+        each = tuple(StageCosts(*times, hidden=hidden) for times, hidden in rows)
+        costs = Costs(each, self.links.send(mesh, sent))
         return self.step(mesh, leaf, m, len(stages)).least(costs)
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
-        short = _short(mesh, m)
-        key = (mesh.pp, schedule, virtual, short)
-        if key not in self._probes:
+        short, probes = _short(mesh, m), self._probes_of(mesh, schedule, virtual)
+        if short not in probes:
             mesh = MeshChoice(mesh.pp, 1, 1, 1, False)
             plan = self.space.plan(mesh, Shape(), Tokens(), Leaf(schedule, virtual, 1))
             try:
-                self._probes[key] = probe_of(
+                probes[short] = probe_of(
                     schedule_of(plan.with_("pipeline", num_microbatches=short))
                 )
             except PartitaError as wrong:
-                self._probes[key] = Problem("pp", "schedule", wrong.message)
-        return self._probes[key]
+                probes[short] = Problem("pp", "schedule", wrong.message)
+        return probes[short]
 
     def probed(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> bool:
         """Whether that is there."""
-        return (mesh.pp, schedule, virtual, _short(mesh, m)) in self._probes
+        return _short(mesh, m) in self._probes_of(mesh, schedule, virtual)
+
+    def _probes_of(
+        self, mesh: MeshChoice, schedule: str, virtual: int
+    ) -> dict[int, Probe | Problem]:
+        """By the microbatches of a short step."""
+        return self._probes.setdefault((mesh.pp, schedule, virtual), {})
+
+    def prepare(self, mesh: MeshChoice, leaf: tuple[str, int], sizes: np.ndarray) -> None:
+        """Makes the probes of some sizes of a microbatch where that is soon done."""
+        most = EAGER // self.lies(mesh, leaf).num_stages
+        for micro in sizes.tolist():
+            m = self.space.batch // mesh.dp // micro
+            if _short(mesh, m) <= most:
+                self.probe(mesh, *leaf, m)
+
+    def holds(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Holds | None:
+        """What the schedule holds of each size of a microbatch, as far as its probes are there."""
+        key, probes = (mesh.pp, mesh.dp, *leaf), self._probes_of(mesh, *leaf)
+        known, found = self._holds.get(key, (0, None))
+        if known < len(probes):
+            counts = [self.space.batch // mesh.dp // b for b in self.space.micros(mesh)]
+            told = [probes.get(_short(mesh, m)) for m in counts]
+            there = [p if isinstance(p, Probe) else None for p in told]
+            found = Holds.of(there, self.lies(mesh, leaf).held)
+            self._holds[key] = len(probes), found
+        return found
 
     def stages(self, table: Table, count: int) -> np.ndarray:
         """[stage, numbers] of balanced stages."""
@@ -243,7 +279,7 @@ class Bounds:
     ) -> float | Problem:
         """Seconds of a step at least, whatever else is chosen. `paired`: of schedules of pairs too."""
         if shape is None:  # without cp and with the experts on one rank
-            alone = replace(mesh, cp=1)
+            alone = mesh._replace(cp=1)
             etps = {1, mesh.tp} if self.space.model.experts else {1}
             found = [self.coarse(alone, Shape(etp=e), paired) for e in etps]
             good = [f for f in found if not isinstance(f, Problem)]
@@ -255,13 +291,15 @@ class Bounds:
 
     def evenly(self, mesh: MeshChoice, table: Table, paired: bool, parts: int = 1) -> float:
         """Seconds of a step at least, from an endless table of a sequence in so many times fewer parts."""
-        whole = table.total[TIMES].sum() - HIDES * (paired and mesh.pp > 1) * table.total[TRAVEL]
-        return float(whole) / ENDLESS * SLACK * self.space.batch / (mesh.dp * mesh.pp * parts)
+        seconds, travel = table.even
+        whole = seconds - (HIDES * travel if paired and mesh.pp > 1 else 0.0)
+        return whole / ENDLESS * SLACK * self.space.batch / (mesh.dp * mesh.pp * parts)
 
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
         cut = dp_shard * mesh.cp
-        narrow = self.space.dtype not in ("fp64", "fp32")
+        away = "optimizer" in targets(replace(Plan(), offload=self.space.offload))
+        narrow = self.space.dtype not in ("fp64", "fp32") and not away  # masters are here
         return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1), narrow)
 
     def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
@@ -315,22 +353,35 @@ class Bounds:
         found[:, 1] = np.maximum(found[:, 1], back - stages[:, 2])
         return found
 
-    def beside(
-        self, table: Table, zero: int, shards: Shards, scale: np.ndarray | float = 1.0
+    def inside(self, table: Table, held: np.ndarray, halves: bool) -> np.ndarray:
+        """[rank] bytes of a microbatch beyond what is kept of it, at least; `held` as a probe says, `halves`
+        of backward."""
+        count = int(held.max()) + 1
+        key = id(table), count, halves
+        if key not in self._inside:
+            self._inside[key] = table.worst(self.split(table, count), halves)
+        return self._inside[key][held].max(1)
+
+    def whole(
+        self, table: Table, held: np.ndarray, ways: Sequence[tuple[int, Shards]]
     ) -> np.ndarray:
-        """Bytes that come and go, at least, of a rank with a layer: what lives inside an op, `scale` of that
-        of the table; whole units, the weights of a layer and the gradients of one."""
-        units = table.units @ shards.whole(zero)
-        return (np.multiply.outer(table.inside, scale).T + units).min(-1)
+        """[way, rank] bytes of a layer's units that come and go, at least: its weights and its gradients."""
+        parts = np.array([shards.whole(zero) for zero, shards in ways])
+        if not parts.any():
+            return np.zeros((len(parts), len(held)))
+        return table.whole(self.split(table, int(held.max()) + 1), parts)[:, held].max(2)
 
     def memory(
-        self, stages: np.ndarray, probe: Probe, zero: int, shards: Shards, scale: float = 1.0
+        self, table: Table, probe: Probe, zero: int, shards: Shards, scale: float = 1.0
     ) -> float:
-        """Bytes of the fullest rank, at least; `scale` of a chunk to that of the stages."""
-        parameters, gradients, optimizer = shards.states(stages, zero)[probe.held].sum(1).T
+        """Bytes of the fullest rank, at least; `scale` of a microbatch to that of the table."""
+        held, stages = probe.held, self.stages(table, probe.chunks.shape[-1])
+        parameters, gradients, optimizer = shards.states(stages, zero)[held].sum(1).T
         coming = gradients * (zero >= 2)
         most = probe.most(scale * stages[:, KEPT], scale * stages[:, READ], coming)
-        return float((parameters + gradients - coming + optimizer + most).max())
+        most += scale * self.inside(table, held, probe.split)
+        stays = parameters + gradients - coming + optimizer
+        return float((stays + most + self.whole(table, held, [(zero, shards)])[0]).max())
 
     def update(self, stages: np.ndarray, held: np.ndarray, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least; `held` as a probe says."""

@@ -13,12 +13,13 @@ from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import stage_costs
 from partita.simulate.stage import PartTimes, send_seconds, stage_time, works_of
 from partita.simulate.step import step_time
+from partita.spec.cluster import Cluster
 
 
-def laid_memory(laid: Laid, probe: Probe) -> float:
+def laid_memory(laid: Laid, probe: Probe, cluster: Cluster) -> float:
     """Bytes of the fullest rank at least, as the schedule of a short step says."""
     places = range(probe.schedule.num_ranks)
-    return float(max(stage_ledger(laid, p, probe.schedule).peak_bytes for p in places))
+    return float(max(stage_ledger(laid, p, probe.schedule, cluster).peak_bytes for p in places))
 
 
 def laid_seconds(laid: Laid, machine: Machine, step: Rehearsal) -> float:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from partita.base.units import format_bytes, format_seconds, sign_of
 from partita.parallel.room import PRODUCT_ORDER
+from partita.planner.nodes import measures
 from partita.planner.orders import another_order
-from partita.planner.search import measures
 from partita.planner.space import divisors
 from partita.simulate.groups import group_of
 from partita.simulate.predict import Prediction, simulate
@@ -31,7 +31,18 @@ class Reason:
 
 
 def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Each choice of the plan with a plan that differs in it alone."""
+    """Each choice of the plan with a plan that differs in it alone; other stages have the balanced split."""
+    for choice, other in _changes(job, plan):
+        alike = _stages(other) == _stages(plan)
+        yield choice, other if alike else other.with_("pipeline", split=())
+
+
+def _stages(plan: Plan) -> int:
+    """How many a split of the layers is of."""
+    return plan.mesh.pp * plan.pipeline.virtual_stages
+
+
+def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     m = plan.mesh
     for axis in ("tp", "pp", "cp"):
         other = _moved(job, plan, axis)
@@ -128,7 +139,7 @@ def causes(p: Prediction) -> dict[str, float]:
     return found | {f"{axis} traffic": s for axis, s in p.time["exposed_comm_s"].items()}
 
 
-def reason(job: Job, best: Prediction, choice: str, plan: Plan) -> Reason:
+def reason(job: Job, best: Prediction, choice: str, plan: Plan, goal: str = "time") -> Reason:
     """What the change would do."""
     other = simulate(job.with_plan(plan))
     lead = f"{choice}: {other.plan}"
@@ -147,19 +158,23 @@ def reason(job: Job, best: Prediction, choice: str, plan: Plan) -> Reason:
     more = {k: theirs.get(k, 0.0) - mine.get(k, 0.0) for k in {*mine, *theirs}}
     sign = 1 if seconds >= ours else -1
     most = max(sorted(more), key=lambda k: sign * more[k])
-    text = (
-        f"{lead} takes {format_seconds(seconds)} instead of {format_seconds(ours)} "
-        f"({seconds / ours - 1:+.1%}), {most} {sign_of(more[most])}; "
-        f"memory {format_bytes(num_bytes)} instead of {format_bytes(own_bytes)}"
+    takes = (
+        f"takes {format_seconds(seconds)} instead of {format_seconds(ours)} "
+        f"({seconds / ours - 1:+z.1%}), {most} {sign_of(more[most])}"
     )
-    return Reason(choice, text, other)
+    needs, here = format_bytes(num_bytes), format_bytes(own_bytes)
+    if goal == "memory":
+        needs = f"needs {needs} instead of {here} ({num_bytes / own_bytes - 1:+z.1%})"
+        return Reason(choice, f"{lead} {needs}; {takes}", other)
+    memory = f"memory {needs} instead of {here}" if needs != here else f"memory {here} as here"
+    return Reason(choice, f"{lead} {takes}; {memory}", other)
 
 
-def why(job: Job, best: Prediction) -> list[Reason]:
-    """A reason for every choice of a plan that was simulated."""
+def why(job: Job, best: Prediction, goal: str = "time") -> list[Reason]:
+    """A reason for every choice of a plan that was simulated; memory comes first where it is the goal."""
     plan = Plan.parse(best.plan)
     others = ((choice, _plain(other)) for choice, other in changes(job, plan))
-    return [reason(job, best, choice, other) for choice, other in others if other != plan]
+    return [reason(job, best, choice, other, goal) for choice, other in others if other != plan]
 
 
 def _plain(plan: Plan) -> Plan:
@@ -174,10 +189,10 @@ def beside(job: Job, named: Prediction) -> list[str]:
     fits = [r for r in reasons if r.changed.fits and r.changed.step_time_s is not None]
     best = min(fits, key=lambda r: measures(r.changed)[0], default=None)
     told = "no change of one choice alone makes it faster"
-    if best is not None and (seconds := measures(best.changed)[0]) < ours:
+    if best is not None and round((seconds := measures(best.changed)[0]) / ours, 3) < 1:
         told = (
             f"faster by one change, of {best.choice}: {best.changed.plan} takes {format_seconds(seconds)} "
-            f"({seconds / ours - 1:+.1%})"
+            f"({seconds / ours - 1:+z.1%})"
         )
     return [binds(job, named), told, *(r.text for r in reasons)]
 
@@ -188,8 +203,8 @@ def binds(job: Job, best: Prediction) -> str:
     found = causes(best)
     text = (
         f"memory {format_bytes(num_bytes)} of {format_bytes(best.limit_bytes)} "
-        f"({num_bytes / best.limit_bytes:.0%}), compute {found['compute'] / seconds:.1%} of the step, "
-        f"bubble {found['bubble'] / seconds:.1%}"
+        f"({num_bytes / best.limit_bytes:.0%}); of the step of the critical rank compute "
+        f"{found['compute'] / seconds:.1%}, bubble {found['bubble'] / seconds:.1%}"
     )
     comm = best.time["exposed_comm_s"]
     if not any(comm.values()):

@@ -10,17 +10,18 @@ Stages are taken as all alike, from an endless table; of each group of ranks the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from partita.base.errors import Problem
+from partita.cost.empirical import SLOW
 from partita.planner.bound import ENDLESS, SLACK, Bounds
+from partita.planner.rough import HIDES, Halves, halves
 from partita.planner.space import MeshChoice, Shape, Tokens
-from partita.planner.table import HIDES, KEPT, Cost, Table
-from partita.simulate.links import SLOW
+from partita.planner.table import KEPT, READ, TRAVEL, Shards, Table
 
 ROOM, SPARSE_ROOM = (
     2.0,
@@ -50,18 +51,20 @@ class Floor:
     slower: Slower | None = None
 
     def behind(
-        self, bounds: Sequence[np.ndarray], times: np.ndarray
+        self, bounds: Sequence[np.ndarray], times: np.ndarray, fits: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a step at least where backwards are whole, and where weight halves are apart, from the
         bounds of a schedule at stages without ZeRO's collectives; so many `times` a rank runs its share of
-        the layers. The bound of halves has none of what makes backwards longer."""
+        the layers. The bound of halves has none of what makes backwards longer. `fits`: the ways that do
+        under the schedule."""
         way, (first, whole, halves) = self.slower, bounds
         if way is None:
             return self.seconds, self.seconds
         forward = times * way.forward
         longer = forward + times * way.backward + way.once
         split = np.maximum(first + longer, halves + forward + way.once)
-        return _least(whole + longer, way.fits), _least(split, way.fits)
+        fits = way.fits if fits is None else fits
+        return _least(whole + longer, fits), _least(split, fits)
 
 
 def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
@@ -70,18 +73,44 @@ def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Of schedules whose stages lie alike: the `bounds` of time for each size of a microbatch, and how many
+    `times` the rank with fewest layers runs its share of them, as `Floor.behind` takes them; bytes of states
+    [way, 1, rank], `standing` and `coming`; of a chunk those kept, and what its weight half reads beyond,
+    [rank, stage of its own], and the most `inside` one [rank], of so many samples as the table has, whose
+    part `samples` [size, 1] is; and bytes of whole `units` [way, 1, rank]."""
+
+    bounds: Sequence[np.ndarray]
+    times: np.ndarray
+    standing: np.ndarray
+    coming: np.ndarray
+    chunks: tuple[np.ndarray, np.ndarray]
+    inside: np.ndarray
+    samples: np.ndarray
+    units: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Ways:
     """The ways to cut states. `standing` [way, numbers]: what share of each number of a table is there all
-    the time; `units` [way, kind of layer]: bytes that come and go; `forward`, `backward` [kind of layer, way,
-    1]: seconds of a layer's collectives in a microbatch; `once` [way, 1]: of all of a rank's in a step;
-    `update` [way, 1]: of the optimizer."""
+    the time, `coming` what comes with a first backward; `units` [way, kind of layer]: bytes that come and
+    go; `forward`, `backward` [kind of layer, way, 1]: seconds of a layer's collectives in a microbatch;
+    `once` [way, 1]: of all of a rank's in a step; `update` [way, 1]: of the optimizer."""
 
     standing: np.ndarray
+    coming: np.ndarray
     units: np.ndarray
     forward: np.ndarray
     backward: np.ndarray
     once: np.ndarray
     update: np.ndarray
+
+
+@lru_cache(maxsize=4096)
+def _shares(shards: Shards, zero: int, numbers: int) -> tuple[np.ndarray, np.ndarray]:
+    """[numbers]: what share of each number of a row is there all the time; what comes with a backward."""
+    each = np.eye(numbers)
+    return shards.standing(each, zero), shards.states(each, zero)[:, 1] * (zero > 1)
 
 
 class Floors:
@@ -99,7 +128,9 @@ class Floors:
         b, ways = self.bounds, self._ways(mesh, shape, table)
         samples = b.sizes(mesh) / (ENDLESS * cp)
         states = (ways.standing @ table.total / mesh.pp)[:, None]
-        beside = (samples * table.inside[:, None] + ways.units[..., None]).min(1)
+        units = ways.units[..., None]
+        layer, last = ((samples * x[:, None] + units).min(1) for x in table.inside)
+        beside = last + (layer - last) * (1 - 1 / mesh.pp)  # of the mean rank
         num_bytes = states + beside + samples * (table.total[KEPT] / mesh.pp)
         least, fits = num_bytes.min(0, initial=np.inf), num_bytes <= b.limit_bytes
         if not fits.any():
@@ -109,17 +140,32 @@ class Floors:
         slower = Slower(fits, forward, backward, once)
         return Floor(_least(found, fits), _least(once, fits), least, slower)
 
-    def behind(
-        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int], least: Floor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of a step at least for each size of a microbatch, under a schedule with whole backwards or
-        with weight halves, and what states cost at least: a rank's share of the layers is that of the rank
-        with fewest."""
+    def kind(self, mesh: MeshChoice, shape: Shape, table: Table, leaf: tuple[str, int]) -> Kind:
+        """What is the same of all schedules whose stages lie alike."""
         b = self.bounds
         lies = b.lies(mesh, leaf)
         fewest = lies.fewest(b.split(table, lies.num_stages))
         times = fewest * (self.space.batch // mesh.dp) / b.sizes(mesh)
-        return least.behind(b.rough(mesh, table, leaf), times)
+        ways, stages = self._ways(mesh, shape, table), b.stages(table, lies.num_stages)
+        ranks, samples = stages[lies.held].sum(1), b.sizes(mesh)[:, None] / ENDLESS
+        standing, coming = ((x @ ranks.T)[:, None] for x in (ways.standing, ways.coming))
+        kept, read = stages[:, KEPT], stages[:, READ]
+        chunks = kept[lies.held], np.maximum(read - kept, 0.0)[lies.held]
+        inside = b.inside(table, lies.held, lies.split)
+        units = b.whole(table, lies.held, b.ways(mesh, shape))[:, None]
+        rough = b.rough(mesh, table, leaf)
+        return Kind(rough, times, standing, coming, chunks, inside, samples, units)
+
+    def held(
+        self, mesh: MeshChoice, leaf: tuple[str, int], kind: Kind, least: Floor
+    ) -> np.ndarray | None:
+        """[way, size]: bytes of the fullest rank at least, as far as the schedule's probes are there."""
+        holds = self.bounds.holds(mesh, leaf)
+        if holds is None or least.slower is None:
+            return None
+        chunks, later = (kind.samples * x for x in holds.most(*kind.chunks))
+        most = np.maximum(chunks, kind.coming + later) + kind.samples * kind.inside
+        return (kind.standing + most + kind.units).max(-1)
 
     def kinds(
         self, mesh: MeshChoice, table: Table, least: Floor
@@ -138,12 +184,18 @@ class Floors:
     ) -> float:
         """Seconds of a step at least, as a sequence cut into fewer parts tells: cut further, a sample takes
         its devices no fewer seconds (more is sent, over links no faster). From the most parts that a table is
-        known of, until they tell `cut` or more; infinite where memory allows no way."""
+        known of, until they tell `cut` or more; infinite where memory allows no way. What is known of none
+        made again tells first: it takes no longer."""
         b, seconds = self.bounds, 0.0
         if cut == np.inf:
             return seconds
-        parts, tokens = [(c, s) for c, s in shape.narrower(mesh.cp)], Tokens(*mode, ENDLESS)
+        parts, tokens = shape.narrower(mesh.cp), Tokens(*mode, ENDLESS)
         meshes = [MeshChoice(mesh.pp, mesh.dp, c, mesh.tp, mesh.sp) for c, _ in parts]
+        if mode[0] != "none":
+            cuts = [*zip(meshes, (s for _, s in parts), strict=True), (mesh, shape)]
+            seconds = self._plain(mesh, paired, cuts)
+            if seconds >= cut:
+                return seconds
         known = [i for i, (_, s) in enumerate(parts) if b.knows(meshes[i], s, tokens)]
         first = max(known, default=0)
         for narrow, (_, alike) in zip(meshes[first:], parts[first:], strict=True):
@@ -157,12 +209,25 @@ class Floors:
                 break
         return seconds
 
+    def _plain(
+        self, mesh: MeshChoice, paired: bool, cuts: Sequence[tuple[MeshChoice, Shape]]
+    ) -> float:
+        """Seconds of a step at least, as the last known of the tables where nothing is made again tells."""
+        b, tokens = self.bounds, Tokens(micro=ENDLESS)
+        for narrow, alike in reversed(cuts):
+            if b.knows(narrow, alike, tokens):
+                table = b.table(narrow, alike, tokens)
+                known = isinstance(table, Table)
+                return b.evenly(mesh, table, paired, mesh.cp // narrow.cp) if known else 0.0
+        return 0.0
+
     def _ways(self, mesh: MeshChoice, shape: Shape, table: Table) -> _Ways:
         key = (mesh.pp, mesh.dp, mesh.cp, mesh.tp, shape.ep, shape.etp, table.largest)
         if key not in self._known:
             ways = self.bounds.ways(mesh, shape)
-            each = np.eye(len(table.total))
-            standing = [shards.standing(each, zero) for zero, shards in ways]
+            numbers = len(table.total)
+            shares = [_shares(s, zero, numbers) for zero, s in ways]
+            standing, coming = np.array(shares).reshape(len(ways), 2, numbers).swapaxes(0, 1)
             units = [table.units @ shards.whole(zero) for zero, shards in ways]
             seconds = [self._cheapest(mesh, shape, table, zero) for zero, _ in ways]
             even = table.total[None] / mesh.pp
@@ -172,7 +237,8 @@ class Floors:
                 np.array([s for s, _ in seconds]).reshape(shape_of).transpose(2, 1, 0)[..., None]
             )
             self._known[key] = _Ways(
-                np.array(standing).reshape(len(ways), len(each)),
+                standing,
+                coming,
                 np.array(units).reshape(len(ways), layers),
                 found[0],
                 found[1],
@@ -206,50 +272,46 @@ class Floors:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """[way, size]: seconds of a step; by how much a rank's forwards and backwards of a microbatch are
         longer for the way, and what follows the schedule."""
-        scale, longest = samples * SLACK, 0.0
-        layers = scale * sum(b.seconds for b in table.ends)
-        more_f, more_b = [], []
-        seconds = zip(table.layers, ways.forward, ways.backward, strict=True)
-        for (layer, n), forward, backward in seconds:
-            longest = max(longest, layer.input + layer.weight)
-            alone, there = self._forward(layer, scale, forward)
-            more_f.append(there - alone)
-            back, here = self._backward(layer, scale, backward, paired)
-            more_b.append(here - back)
-            layers = layers + n * (there + here)
+        scale, rows, at = samples * SLACK, table.rows, table.layers_at
+        alone = halves(rows, scale, HIDES * paired * (rows[:, TRAVEL] > 0))
+        both = alone.forward + alone.whole
+        mine = alone.at(at)
+        there = self._forward(table, mine, scale, ways.forward)
+        here = self._backward(table, mine, scale, ways.backward, paired)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
+        longest = (rows[at, 1] + rows[at, 2]).max()
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients
         once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0) + ways.update
         times = self.space.batch // mesh.dp / self.bounds.sizes(mesh) / mesh.pp
+        layers = both[table.at[0]] + both[table.at[-1]]
+        layers = layers + np.einsum("l,lws->ws", table.counts, there + here)
         share = (len(table.at) - 2) / mesh.pp
-        longer_f, longer_b = (share * functools.reduce(np.minimum, x) for x in (more_f, more_b))
+        longer_f = share * (there - mine.forward[:, None]).min(0)
+        longer_b = share * (here - mine.whole[:, None]).min(0)
         return times * layers + once, longer_f, longer_b, once
 
     def _forward(
-        self, layer: Cost, scale: np.ndarray, seconds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A layer's forward alone, and beside collectives that take so long."""
-        compute, path = layer.rooms[:2]
-        alone = np.maximum(scale * layer.forward, layer.least[0])
-        found = np.maximum(alone, seconds)
+        self, table: Table, alone: Halves, scale: np.ndarray, seconds: np.ndarray
+    ) -> np.ndarray:
+        """[kind of layer, way, size]: its forward beside collectives that take so long."""
+        compute, path = table.rooms[:2]
+        found = np.maximum(alone.forward[:, None], seconds)
         if self.bounds.slows:  # what is hidden slows what it hides under
-            found = np.maximum(found, scale * path + SLOW * np.minimum(seconds, scale * compute))
-        return alone, found
+            least = np.maximum(scale * path, alone.lines[0])[:, None]
+            longer = SLOW * np.minimum(seconds, (scale * compute)[:, None])
+            found = np.maximum(found, least + longer)
+        return found
 
     def _backward(
-        self, layer: Cost, scale: np.ndarray, seconds: np.ndarray, paired: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, table: Table, alone: Halves, scale: np.ndarray, seconds: np.ndarray, paired: bool
+    ) -> np.ndarray:
         """The same of its backward, which in a pair hides what rows travel."""
-        hides = HIDES * layer.travel if paired else 0.0
-        compute, path = layer.rooms[2:]
-        alone = scale * (layer.input + layer.weight - hides)
-        if not hides:
-            alone = np.maximum(
-                np.maximum(alone, layer.least[1]), scale * layer.input + layer.least[2]
-            )
-        found = np.maximum(alone, 0.0 * seconds if paired else seconds)
+        compute, path = table.rooms[2:]
+        found = np.maximum(alone.whole[:, None], 0.0 * seconds if paired else seconds)
         if self.bounds.slows:
-            slower = scale * (path - hides) + SLOW * np.minimum(seconds, scale * compute)
-            found = np.maximum(found, slower)
-        return alone, found
+            hides = HIDES * table.rows[table.layers_at, TRAVEL][:, None] if paired else 0.0
+            least = np.maximum(scale * (path - hides), alone.lines[1])[:, None]
+            longer = SLOW * np.minimum(seconds, (scale * compute)[:, None])
+            found = np.maximum(found, least + longer)
+        return found

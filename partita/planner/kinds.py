@@ -1,4 +1,4 @@
-"""All kinds of schedules of a pipeline at once, as its last rank sees them: of the bounds of table.Rough the
+"""All kinds of schedules of a pipeline at once, as its last rank sees them: of the bounds of rough.Rough the
 one of that rank and all of its stages, wherever these may lie. It cuts most schedules.
 """
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partita.planner.table import HIDES, LEAST, TIMES, TRAVEL, Rough, Table
+from partita.planner.rough import HIDES, Rough, halves
+from partita.planner.table import Table
 
 Bounds3 = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -39,24 +40,11 @@ class Kinds:
         self, table: Table, scale: float, micros: np.ndarray, samples: int, send: np.ndarray | float
     ) -> Bounds3:
         """[kind, size]: the three bounds of `Rough.bounds`; a sample takes `scale` of the table's seconds."""
-        forward_h, back_h = self._times(table.prefix[self._before], scale, micros)
-        forward, back = self._times(self._own @ table.prefix, scale, micros)
+        share = scale * micros
+        before = halves(table.prefix[self._before], share, self._hides)
+        own = halves(self._own @ table.prefix, share, self._hides)
         messages = self.hops * send
         times = samples / micros * self.share
-        first = times * (forward + back[0]) + forward_h + messages
-        second = times * (forward + back[1]) + forward_h + back_h[1] + 2 * messages
-        return first, first + back_h[0] + messages, second
-
-    def _times(
-        self, rows: np.ndarray, scale: float, micros: np.ndarray
-    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """[kind, size]: forward, and backward whole and without weight halves, of each row."""
-        f, i, w = rows[:, TIMES].T * scale
-        least_f, least_b, least_w = rows[:, LEAST].T
-        travels = self._hides * rows[:, TRAVEL]
-        i = i - scale * travels
-        least_b, least_w = (np.where(travels > 0, 0.0, x) for x in (least_b, least_w))
-        forward = np.maximum(np.multiply.outer(f, micros), least_f[:, None])
-        back = np.multiply.outer(i, micros)
-        whole = np.maximum(np.multiply.outer(i + w, micros), back + least_w[:, None])
-        return forward, (np.maximum(whole, least_b[:, None]), back)
+        first = times * (own.forward + own.whole) + before.forward + messages
+        second = times * (own.forward + own.back) + before.forward + before.back + 2 * messages
+        return first, first + before.whole + messages, second

@@ -20,12 +20,13 @@ from partita.cost.machine import Machine
 from partita.parallel.laid import lay
 from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.exact import laid_memory, laid_seconds
-from partita.planner.floor import Floors
+from partita.planner.floor import Floor, Floors, Kind
 from partita.planner.links import Meeting
 from partita.planner.nodes import INF, Node
 from partita.planner.orders import nearest
+from partita.planner.rough import PAIRED
 from partita.planner.space import Leaf, Shape, Space, State, Tokens
-from partita.planner.table import PAIRED, Probe, Shards, Table
+from partita.planner.table import Probe, Shards, Table
 from partita.simulate.predict import request_of
 from partita.spec.plan import Plan
 
@@ -43,8 +44,8 @@ class Way(NamedTuple):
 
 
 class Levels:
-    """The steps down from a mesh to a plan. `cut`: seconds from which on nothing is looked for; `refused`:
-    how many plans were, and why."""
+    """The steps down from a mesh to a plan. `cut`: seconds from which on nothing is looked for, `cut_bytes`:
+    bytes of the fullest rank beyond which nothing is; `refused`: how many plans were, and why."""
 
     def __init__(self, space: Space, machine: Machine) -> None:
         self.space, self.job, self.machine = space, space.job, machine
@@ -52,7 +53,7 @@ class Levels:
         self.bounds = Bounds(space, nearest(machine, space.model) if turned else machine)
         self.floors = Floors(self.bounds)
         self.refused: Counter[str] = Counter()
-        self.cut = INF
+        self.cut = self.cut_bytes = INF
 
     def refuse(self, why: Problem | str, leaves: int) -> None:
         """Counts plans that cannot be."""
@@ -62,7 +63,7 @@ class Levels:
         """What follows from a node: its parts, or itself with a better bound."""
         steps = (
             self.folds,
-            self.methods,
+            self.each_method,
             self.rough,
             self.scheduled,
             self.states,
@@ -80,27 +81,31 @@ class Levels:
             states = sizes * len(space.states(mesh, shape))
             for paired, schedules in kinds.items() if states else ():
                 yield from self._modes(
-                    replace(node, shape=shape, paired=paired), states * schedules
+                    node._replace(shape=shape, paired=paired), states * schedules
                 )
 
     def _modes(self, node: Node, leaves: int) -> Iterator[Node]:
         """What is recomputed; so many plans lie below each."""
         mesh, modes = node.mesh, self.space.modes()
-        alone = replace(mesh, cp=1)
+        alone = mesh._replace(cp=1)
         least = self.bounds.coarse(alone, node.shape, node.paired)
         if isinstance(least, Problem):
             self.refuse(least, leaves * len(modes))
         elif least / mesh.cp < self.cut:
+            known = dict[int, Floor]()
             for mode in modes:
                 table = self.bounds.endless(alone, node.shape, mode)
                 assert isinstance(table, Table)
-                least = self.floors(mesh, node.shape, table, mesh.cp, node.paired)
+                if self.bounds.evenly(mesh, table, node.paired, mesh.cp) >= self.cut:
+                    continue
+                if id(table) not in known:
+                    known[id(table)] = self.floors(mesh, node.shape, table, mesh.cp, node.paired)
+                least = known[id(table)]
                 seconds = max(float(least.seconds.min()), node.seconds)
                 if seconds == INF:
                     self.refuse("memory", leaves)
                     continue
-                yield replace(
-                    node,
+                yield node._replace(
                     level=1,
                     seconds=seconds,
                     num_bytes=float(least.num_bytes.min()),
@@ -108,12 +113,17 @@ class Levels:
                     tokens=Tokens(*mode, 0),
                 )
 
+    def each_method(self, node: Node) -> Iterator[Node]:
+        """What follows from its methods, of which none has a better bound than the node itself."""
+        for child in self.methods(node):
+            yield from self.rough(child)
+
     def methods(self, node: Node) -> Iterator[Node]:
-        """Children that are not looked at yet: a table is laid only for what comes to its turn."""
+        """How attention sees a cut sequence: children that are not looked at yet."""
         methods = self.space.methods(node.mesh)
         for method, ulysses in methods:
-            shape = replace(node.shape, method=method, ulysses=ulysses)
-            yield replace(node, level=2, shape=shape, leaves=node.leaves // len(methods))
+            shape = node.shape._replace(method=method, ulysses=ulysses)
+            yield node._replace(level=2, shape=shape, leaves=node.leaves // len(methods))
 
     def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         """Schedules, each with its sizes of microbatches, by what a sample costs at least."""
@@ -140,7 +150,7 @@ class Levels:
         if least.seconds.min(initial=INF) >= self.cut:
             return
         bound = np.maximum(least.seconds, node.seconds)
-        known: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        known: dict[object, Kind] = {}
         row, told = self.floors.kinds(mesh, table, least)
         cut = np.minimum.reduce(np.maximum(told, bound), -1) >= self.cut  # [halves, kind]
         for leaf in schedules:
@@ -148,14 +158,27 @@ class Levels:
             if (only and leaf[0] not in only) or cut[int(lies.split), row[lies.kind]]:
                 continue
             if lies.kind not in known:
-                known[lies.kind] = self.floors.behind(mesh, table, leaf, least)
-            seconds = np.maximum(known[lies.kind][lies.split], bound)
-            good = (seconds < self.cut).nonzero()[0]
+                known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf)
+            kind = known[lies.kind]
+            seconds = np.maximum(least.behind(kind.bounds, kind.times)[lies.split], bound)
+            if seconds.min() >= self.cut:
+                continue
+            if not only:
+                self.bounds.prepare(mesh, leaf, sizes[seconds < self.cut])
+            held = self.floors.held(mesh, leaf, kind, least)
+            fits = None if held is None else held <= self.bounds.limit_bytes
+            if fits is not None and not fits.all():
+                told = least.behind(kind.bounds, kind.times, fits)[lies.split]
+                seconds = np.maximum(told, bound)
+            most = least.num_bytes if held is None else held.min(0)
+            good = ((seconds < self.cut) & (most <= self.cut_bytes)).nonzero()[0]
+            if fits is not None:
+                none = int((np.isfinite(least.seconds) & ~fits.any(0)).sum())
+                self.refuse("memory", none * states)
             if not len(good):
                 continue
             rows = zip(*(x[good].tolist() for x in (seconds, least.once, sizes)), strict=True)
-            num_bytes = max(node.num_bytes, float(least.num_bytes[good].min()))
-            here = replace(node, num_bytes=num_bytes)
+            here = node._replace(num_bytes=max(node.num_bytes, float(most[good].min())))
             yield from self._next(here, Leaf(*leaf), tuple(sorted(rows)), states)
 
     def _next(
@@ -164,9 +187,8 @@ class Levels:
         """A node of the most promising of some sizes of microbatches, which keeps the others."""
         if rest and rest[0][0] < INF:
             (seconds, once, micro), *others = rest
-            tokens = replace(node.tokens, micro=micro)
-            yield replace(
-                node,
+            tokens = node.tokens._replace(micro=micro)
+            yield node._replace(
                 level=3,
                 seconds=seconds,
                 leaves=states * len(rest),
@@ -201,13 +223,14 @@ class Levels:
             return
         endless = b.endless(mesh, node.shape, (tokens.mode, tokens.every))
         assert isinstance(endless, Table)
-        stages, scale = b.stages(endless, num_stages), tokens.micro / ENDLESS
-        num_bytes = min(  # what a chunk keeps grows with its samples
-            b.memory(stages, probe, *way, scale=scale) + b.beside(endless, *way, scale)
-            for way in b.ways(mesh, node.shape)
-        )
+        scale = tokens.micro / ENDLESS  # what a chunk keeps grows with its samples
+        num_bytes = min(b.memory(endless, probe, *way, scale) for way in b.ways(mesh, node.shape))
         if num_bytes > self.bounds.limit_bytes:
             self.refuse("memory", states)
+            return
+        if num_bytes > self.cut_bytes:
+            return
+        if tokens.every > 1 and self.plain(node, endless, num_stages) >= self.cut:
             return
         table = b.table(mesh, node.shape, tokens)
         if isinstance(table, Problem):
@@ -215,9 +238,20 @@ class Levels:
             return
         seconds = self._slow(node, num_stages)
         if seconds < self.cut:
-            yield replace(
-                node, level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=()
+            yield node._replace(
+                level=4, seconds=seconds, num_bytes=num_bytes, leaves=states, rest=()
             )
+
+    def plain(self, node: Node, endless: Table, num_stages: int) -> float:
+        """Seconds of a step at least where some layers run again, as the same stages tell without: a table
+        that is wanted anyway."""
+        tokens = node.tokens._replace(mode="none", every=1)
+        table, b = self.bounds.table(node.mesh, node.shape, tokens), self.bounds
+        if isinstance(table, Problem):
+            return node.seconds
+        named, m = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
+        stages = table.stages(b.split(endless, num_stages))
+        return b.pipeline(stages, node.mesh, named, m, table.sent) + node.once
 
     def _slow(self, node: Node, num_stages: int) -> float:
         """Seconds of a step at least, where its table is there."""
@@ -271,18 +305,19 @@ class Levels:
         for (dp_shard, zero, order), cut, shards, at, least, once in self._ways(
             node, table, stages
         ):
-            num_bytes = b.memory(stages, probe, cut, shards) + b.beside(table, cut, shards)
+            num_bytes = b.memory(table, probe, cut, shards)
             if num_bytes > self.bounds.limit_bytes:
                 self.refuse("memory", 1)
+                continue
+            if num_bytes > self.cut_bytes:
                 continue
             seconds = least
             if cut > 1:
                 slower = b.sharded(table, len(stages), at, cut)
                 seconds = b.pipeline(slower, m, named, count, table.sent)
-            yield replace(
-                node,
+            yield node._replace(
                 level=5,
-                leaf=replace(node.leaf, dp_shard=dp_shard, zero=zero, order=order),
+                leaf=node.leaf._replace(dp_shard=dp_shard, zero=zero, order=order),
                 leaves=1,
                 seconds=max(node.seconds, least + once, seconds + once),
                 once=once,
@@ -297,7 +332,7 @@ class Levels:
         named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
         slower = b.sharded(table, len(stages), at, cut)
         seconds = b.played(slower, node.mesh, named, m, table.sent) + node.once
-        yield replace(node, level=6, seconds=max(seconds, node.seconds))
+        yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def laid(self, node: Node) -> Iterator[Node]:
         """The laid plan's own time and memory."""
@@ -312,14 +347,15 @@ class Levels:
         except PlanError as refused:
             self.refuse(refused.problems[0], 1)
             return
-        num_bytes = laid_memory(laid, probe)
+        num_bytes = laid_memory(laid, probe, job.cluster)
         if num_bytes > self.bounds.limit_bytes:
             self.refuse("memory", 1)
             return
+        if num_bytes > self.cut_bytes:
+            return
         step = self.bounds.step(node.mesh, named, self._microbatches(node), len(stages))
         seconds = laid_seconds(laid, self.machine, step)
-        yield replace(
-            node,
+        yield node._replace(
             level=7,
             seconds=max(seconds, node.seconds),
             num_bytes=max(num_bytes, node.num_bytes),

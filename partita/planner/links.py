@@ -20,9 +20,10 @@ from partita.spec.plan import Plan
 T = TypeVar("T", float, np.ndarray)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Meeting:
-    """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards."""
+    """The ranks over which a unit is cut (`inner`, `cut` of them), and those that reduce its shards: one
+    object for the same ranks."""
 
     inner: Group
     cut: int
@@ -30,12 +31,16 @@ class Meeting:
 
 
 class Links:
-    """The links of a machine, as plans of a model meet on them; groups are kept."""
+    """The links of a machine, as plans of a model meet on them; groups are kept. `partly`: some of its
+    weights are frozen, which ZeRO 1 and 2 neither cut nor gather: the largest unit may be one of them."""
 
-    def __init__(self, machine: Machine, model: ModelSpec) -> None:
-        self.machine, self.model = machine, model
+    def __init__(self, machine: Machine, model: ModelSpec, partly: bool = False) -> None:
+        self.machine, self.model, self.partly = machine, model, partly
         self.bucket_bytes = Plan().data.bucket_bytes
         self._meetings: dict[object, tuple[Meeting, ...]] = {}
+        self._each: dict[object, Meeting] = {}
+        self._once: dict[tuple[Meeting, float, float, int], float] = {}
+        self._cut: dict[tuple[int, float, float], tuple[float, float]] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self._hops: dict[tuple[int, int], Group] = {}
 
@@ -60,20 +65,31 @@ class Links:
             for stride, ranks in rows:
                 cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
                 wide = shard * mesh.cp * mesh.tp if zero else stride
-                found.append(Meeting(self.group(stride, cut), cut, self.group(wide, rest)))
+                row = stride, cut, wide, rest
+                if row not in self._each:
+                    meeting = Meeting(self.group(stride, cut), cut, self.group(wide, rest))
+                    self._each[row] = meeting
+                found.append(self._each[row])
             self._meetings[key] = tuple(found)
         return self._meetings[key]
 
     def once_s(self, units: Sequence[float], meetings: Sequence[Meeting], zero: int) -> float:
         """Seconds of a step's collectives on units of a rank, each kind in one call."""
-        fewer, total = min(self.machine.software.gradient_bytes / 4, 1.0), 0.0
+        total = 0.0
         for i, at in enumerate(meetings):
-            weights, gradients = units[2 * i], fewer * units[2 * i + 1]
-            total += group_seconds("all_reduce", at.outer, gradients / at.cut)
-            if zero == 1:
-                total += group_seconds("reduce_scatter", at.inner, gradients)
-            if zero in (1, 2):
-                total += group_seconds("all_gather", at.inner, weights / at.cut)
+            key = at, units[2 * i], units[2 * i + 1], zero
+            if key not in self._once:
+                self._once[key] = self._once_s(*key)
+            total += self._once[key]
+        return total
+
+    def _once_s(self, at: Meeting, weights: float, gradients: float, zero: int) -> float:
+        gradients *= min(self.machine.software.gradient_bytes / 4, 1.0)
+        total = group_seconds("all_reduce", at.outer, gradients / at.cut)
+        if zero == 1:
+            total += group_seconds("reduce_scatter", at.inner, gradients)
+        if zero in (1, 2) and not self.partly:
+            total += group_seconds("all_gather", at.inner, weights / at.cut)
         return total
 
     def each_s(
@@ -84,11 +100,15 @@ class Links:
         forward = backward = 0.0
         least = 1.01 * self.bucket_bytes if apart and zero < 3 else 0.0
         for i, at in enumerate(meetings):
-            weights, gradients = units[2 * i] / at.cut, units[2 * i + 1]
-            gather = group_seconds("all_gather", at.inner, weights) if zero == 3 else 0.0
-            made = gradients if zero > 1 and gradients > least else 0.0
-            scatter = group_seconds("reduce_scatter", at.inner, made) if made else 0.0
-            forward, backward = forward + gather, backward + gather + scatter
+            gathered = units[2 * i] / at.cut if zero == 3 else -1.0
+            made = units[2 * i + 1] if zero > 1 and units[2 * i + 1] > least else 0.0
+            key = id(at.inner), gathered, made  # groups are kept
+            if key not in self._cut:
+                gather = group_seconds("all_gather", at.inner, gathered) if zero == 3 else 0.0
+                scatter = group_seconds("reduce_scatter", at.inner, made) if made else 0.0
+                self._cut[key] = gather, gather + scatter
+            there, back = self._cut[key]
+            forward, backward = forward + there, backward + back
         return forward, backward
 
     def send(self, mesh: MeshChoice, sent: T) -> T | float:

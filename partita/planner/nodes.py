@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
 from partita.simulate.predict import Prediction
 
 GOALS = ("time", "memory", "devices", "cost")
 # [empirical] step over bound by level, for the order only
-HIDDEN = (1.6, 1.55, 1.5, 1.4, 1.2, 1.01, 1.0, 1.0)
+HIDDEN = (1.6, 1.5, 1.45, 1.2, 1.1, 1.01, 1.0, 1.0)
 INF = float("inf")
 KEEP = 50  # plans that are remembered
 
@@ -61,6 +62,7 @@ class Found:
     first_s: float = 0.0  # when the best plan was found
     turned: int = 0  # simulated beside these: best plans with axes in another order
     split: int = 0  # the same with another split of the layers
+    near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
 
     @property
@@ -80,18 +82,18 @@ class Found:
         self.plans = there.plans
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A part of the space: its level's choices, bound and number of leaves."""
+class Node(NamedTuple):
+    """A part of the space: its level's choices, bound and number of leaves. A search makes hundreds of
+    thousands."""
 
     level: int
     seconds: float
     num_bytes: float
     leaves: int
     mesh: MeshChoice
-    shape: Shape = field(default_factory=Shape)
-    tokens: Tokens = field(default_factory=Tokens)
-    leaf: Leaf = field(default_factory=Leaf)
+    shape: Shape = Shape()
+    tokens: Tokens = Tokens()
+    leaf: Leaf = Leaf()
     once: float = 0.0  # of the seconds, those that follow the schedule
     paired: bool = False  # its schedules run a backward beside a forward
     rest: tuple[tuple[float, float, int], ...] = ()  # other microbatches: seconds, once, samples
@@ -149,6 +151,13 @@ class Queue:
         if self.goal.name != "time" or len(self.best) < self.top:
             return INF
         return self.best[self.top - 1][0][0] * (1 + 1e-12)  # equal times go by memory
+
+    @property
+    def cut_bytes(self) -> float:
+        """Bytes beyond which no plan is better, where memory is the goal."""
+        if self.goal.name != "memory" or len(self.best) < self.top:
+            return INF
+        return self.best[self.top - 1][0][0]
 
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""

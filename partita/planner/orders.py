@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations
 
-from partita.cost.comm import FILL
+from partita.cost.empirical import FILL
 from partita.cost.machine import Machine
 from partita.spec.cluster import Cluster, Link
 from partita.spec.model import ModelSpec

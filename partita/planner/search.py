@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from partita.base.errors import Problem
 from partita.cost.machine import machine_of
 from partita.planner.levels import Levels
-from partita.planner.nodes import ANY, HIDDEN, Found, Goal, Node, Queue, beam, measures
+from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, beam, measures
 from partita.planner.space import Space, Words, default_dtype
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
@@ -24,7 +24,8 @@ from partita.spec.plan import OffloadPlan, Plan
 
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather")
-RARELY = 50_000  # objects made between two looks for cycles
+FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
+RARELY = 50_000_000  # objects made between two looks for cycles
 
 
 @contextmanager
@@ -36,6 +37,9 @@ def rarely_collected() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # all that was made is old at once, without a look at it
+            gc.freeze()
+            gc.unfreeze()
         gc.set_threshold(*before)
 
 
@@ -62,7 +66,8 @@ class Search:
         of another space, which they must beat."""
         start, found = time.perf_counter(), Found()
         self.levels.refused = found.rejected
-        queue, self.levels.cut = Queue(goal, self.levels.refused, top, seen), float("inf")
+        queue, self.levels.cut = Queue(goal, self.levels.refused, top, seen), INF
+        self.levels.cut_bytes = INF
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
@@ -74,7 +79,7 @@ class Search:
             if time.perf_counter() - start > budget_s:
                 found.complete = False
                 break
-            self.levels.cut = queue.cut
+            self.levels.cut, self.levels.cut_bytes = queue.cut, queue.cut_bytes
             node = queue.pop()
             if node.level < len(HIDDEN) - 1:
                 for child in self.levels.expand(node):
@@ -97,6 +102,7 @@ class Search:
         most = self.job.cluster.devices_per_node
         counted, self.levels.refused = self.levels.refused, Counter()
         nodes: list[Node] = []
+        self.levels.cut = FAR * min((n.seconds for n in roots), default=INF)
         for root in sorted(roots, key=lambda n: n.seconds):
             m = root.mesh
             common = m.world == wide and m.tp <= most and m.cp <= 4 and (m.sp or m.tp == 1)
@@ -110,16 +116,25 @@ class Search:
                     9999,
                     9999,
                 ),
-                (lambda n: self.levels.rough(n, USUAL), 999, 400),
-                (lambda n: (x for x in self.levels.scheduled(n) if x.level == 4), 999, 50),
-                (self.levels.states, 60, 9999),
+                (lambda n: self.levels.rough(n, USUAL), 999, 1100),
+                (self._fitting, 999, 300),
                 (self.levels.played, 60, 9999),
                 (self.levels.laid, 9, 2),
             ),
             until,
         )
-        self.levels.refused = counted
+        self.levels.refused, self.levels.cut = counted, INF
         return found[:1]
+
+    def _fitting(self, node: Node) -> Iterator[Node]:
+        """The ways to cut states of a schedule with the most promising size of a microbatch that memory
+        allows."""
+        rest: list[Node] = [node]
+        while rest:
+            children = list(self.levels.scheduled(rest[0]))
+            found = [y for x in children if x.level == 4 for y in self.levels.states(x)]
+            yield from found
+            rest = [] if found else [x for x in children if x.level < 4]
 
     def _meshes(self, found: Found) -> Iterator[Node]:
         for mesh in self.space.meshes():

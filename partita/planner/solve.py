@@ -10,13 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from partita.base.errors import UsageError
 from partita.base.units import format_bytes
 from partita.planner.elsewhere import least_memory
 from partita.planner.nodes import GOALS
-from partita.planner.search import Found, Goal, Search, measures
-from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words
+from partita.planner.search import ANY, Found, Goal, Search, measures
+from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
+from partita.planner.splits import finished
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -27,6 +29,7 @@ SIZES = ("pp", "dp", "cp", "tp")
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
+FEWEST = Goal("devices")
 Makes = Callable[[Job], Search]
 
 
@@ -81,9 +84,10 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
     devices, end = job.cluster.devices, time.perf_counter() + budget_s
     while devices <= MOST_DEVICES and time.perf_counter() < end:
         search = makes(_with(job, "devices", devices))
-        found = search.best(Goal("devices"), budget_s=budget_s)
+        found = search.best(FEWEST, budget_s=budget_s)
         if found.plans:
-            found = _fewer(job, makes, found, set(search.space.worlds()), end)
+            search, found = _fewer(job, makes, (search, found), end)
+            found = finished(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
             world = measures(found.plans[0])[2]
             text = f"{world} devices: {found.plans[0].plan}"
             return Solved("devices", world, 1, found, found.complete, text)
@@ -93,21 +97,23 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
     )
 
 
-def _fewer(job: Job, makes: Makes, found: Found, tried: set[int], end: float) -> Found:
-    """What was found, or what fits on fewer devices than those `tried`: of a node any number, then whole
-    nodes."""
-    world, node = measures(found.plans[0])[2], job.cluster.devices_per_node
+def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tuple[Search, Found]:
+    """What was found, or what fits on fewer devices than those that were tried: of a node any number, then
+    whole nodes; each with its search."""
+    search, found = most
+    world, tried = measures(found.plans[0])[2], search.space.worlds()
+    node = job.cluster.devices_per_node
     for devices in (*range(1, min(node, world)), *range(node, world, node)):
         if devices in tried:
             continue
         if time.perf_counter() > end:
-            return replace(found, complete=False)
-        search = makes(_with(job, "devices", devices))
-        less = search.best(Goal("devices"), budget_s=end - time.perf_counter())
+            return search, replace(found, complete=False)
+        fewer = makes(_with(job, "devices", devices))
+        less = fewer.best(FEWEST, budget_s=end - time.perf_counter())
         if less.plans:
-            return replace(less, complete=less.complete and found.complete)
+            return fewer, replace(less, complete=less.complete and found.complete)
         found = replace(found, complete=found.complete and less.complete)
-    return found
+    return search, found
 
 
 def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
@@ -141,7 +147,9 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         return Solved(field, None, unit, shown, proven, f"no {field} of at least {unit} fits")
-    fastest = makes(_with(job, field, low)).best(budget_s=max(end - time.perf_counter(), 0.0))
+    search = makes(_with(job, field, low))
+    fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))
+    fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
     shown = fastest if fastest.plans else shown
     text = f"{field} {low:,} fits ({shown.plans[0].plan}), {high:,} does not (steps of {unit})"
     return Solved(field, low, unit, shown, proven, text)
@@ -154,8 +162,9 @@ def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:
     prices = job.cluster.prices
     price = prices.money_per_s if prices is not None else 0.0
     if name == "cost" and not price:
+        none = "has none" if prices is None else "states no price: watts without kwh"
         raise UsageError(
-            f"cost needs prices, and {job.cluster.name or 'the cluster'} has none: "
+            f"cost needs prices, and {job.cluster.name or 'the cluster'} {none}: "
             "a table [prices] with device_hour, or watts and kwh",
             key="goal",
         )
@@ -168,13 +177,16 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
     is the best in the second."""
     for name in (first, second):
         if name not in GOALS or first == second:
-            raise UsageError(f"--pareto {first},{second}: two of {', '.join(GOALS)}", key="pareto")
+            asked = f"--pareto {first},{second}".rstrip(",")
+            text = f"{asked} is not two of {', '.join(GOALS)}, such as time,memory"
+            raise UsageError(text, key="pareto")
         goal_of(search.job, name)
     under = [float("inf")] * len(GOALS)
     front, whole = list[Prediction](), Found()
     for _ in range(most):
         goal = goal_of(search.job, first, under)
         found = search.best(goal, budget_s=budget_s / most)
+        found = finished(search, goal, 1, found, budget_s / most - found.seconds)
         if not front:
             whole = found
         whole.complete = whole.complete and found.complete
@@ -187,7 +199,9 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         under[GOALS.index(second)] = measured[GOALS.index(second)]
     else:
         whole.complete, whole.more = False, True
-        end = search.best(goal_of(search.job, second), budget_s=budget_s / most)
+        goal = goal_of(search.job, second)
+        end = search.best(goal, budget_s=budget_s / most)
+        end = finished(search, goal, 1, end, budget_s / most - end.seconds)
         front[-1:] = end.plans[:1] or front[-1:]
         whole.seconds += end.seconds
     whole.plans = [p for p in front if not any(_beats(q, p, first, second) for q in front)]
@@ -207,20 +221,23 @@ def _measured(p: Prediction, goal: str) -> float:
 
 
 def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
-    """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers."""
+    """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers; or which plan fits
+    that a search did not come to."""
     search, lines = makes(job), list[str]()
     least = least_memory(search, budget_s)
     if least.plans:
         needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
+        told = f"{least.plans[0].plan} with {format_bytes(needs)} of {format_bytes(limit)} a rank"
+        if needs <= limit:
+            return [f"{told} fits: the search had not come to it"]
         lines.append(
-            f"nothing fits: the least memory found is {least.plans[0].plan} with {format_bytes(needs)} "
-            f"of {format_bytes(limit)} a rank, {format_bytes(needs - limit)} too much "
+            f"nothing fits: the least memory found is {told}, {format_bytes(needs - limit)} too much "
             f"({needs / limit:.2f} times)"
         )
     elif least.complete:
         lines.append("nothing fits: no plan is legal under these words" + _which(search.space))
     else:
-        lines.append(f"nothing fits; by how much was not found in {budget_s:g} s")
+        lines.append(f"the plan of least memory was not found in {budget_s:g} s")
     for field in FIELDS:
         if field == "global_batch_size" or (field == "devices" and not _grows(job.cluster)):
             continue
@@ -233,17 +250,37 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
 
 
 def _which(space: Space) -> str:
-    """Which of the words leaves no plan by itself, and what there is instead."""
-    every, found = Space(space.job, Words(), space.dtype), list[str]()
+    """Which of the words leaves no plan by itself, and what there is instead; or which two of them."""
+    found = []
     for name, value in space.words.fixed:
-        alone = Space(space.job, Words(((name, value),)), space.dtype)
-        if any(alone.leaves(mesh) for mesh in alone.meshes()):
+        if _leaves(space, Words(((name, value),))):
             continue
-        known = sorted({getattr(m, name) for m in every.meshes()}) if name in SIZES else []
-        known = SEARCHED if name == "schedule" else known
-        there = f" (there may be {', '.join(map(str, known))})" if known else ""
-        found.append(f"none has {name} {value}{there}")
+        there = ", ".join(map(str, _known(space, name)))
+        found.append(f"none has {name} {value}" + (f" (there may be {there})" if there else ""))
+        if name in ("dp", "num_microbatches"):
+            found[-1] += f": dp times microbatches divides {space.batch:,} sequences"
+    words = [(f"{n} {v}", Words(((n, v),))) for n, v in space.words.fixed]
+    words += [(f"no {n} {v or ''}".strip(), Words((), ((n, v),))) for n, v in space.words.forbidden]
+    for (one, a), (other, b) in combinations(() if found else words, 2):
+        if not _leaves(space, Words(a.fixed + b.fixed, a.forbidden + b.forbidden)):
+            found.append(f"none has {one} and {other}")
     return ": " + "; ".join(found) if found else ""
+
+
+def _leaves(space: Space, words: Words) -> bool:
+    """Whether plans are left under other words."""
+    there = Space(space.job, words, space.dtype)
+    return any(there.leaves(mesh) for mesh in there.meshes())
+
+
+def _known(space: Space, name: str) -> Sequence[object]:
+    """What a field may hold at all."""
+    if name == "schedule":
+        return SEARCHED
+    meshes = Space(space.job, Words(), space.dtype).meshes
+    if name == "num_microbatches":
+        return sorted({n for dp in {m.dp for m in meshes()} for n in divisors(space.batch // dp)})
+    return sorted({getattr(m, name) for m in meshes()}) if name in SIZES else ()
 
 
 def _grows(cluster: Cluster) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 from partita.base.errors import UsageError
 from partita.planner.orders import other_orders
@@ -118,8 +119,7 @@ def _read(word: str) -> list[tuple[str, object]]:
     return pairs + (_read(rest) if rest else [])
 
 
-@dataclass(frozen=True, slots=True)
-class MeshChoice:
+class MeshChoice(NamedTuple):
     """Sizes before dp is told apart."""
 
     pp: int
@@ -134,8 +134,7 @@ class MeshChoice:
         return self.pp * self.dp * self.cp * self.tp
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """How attention sees a cut sequence, and experts the ranks."""
 
     method: str = "ring"
@@ -143,19 +142,18 @@ class Shape:
     ep: int = 1
     etp: int = 1
 
-    def narrower(self, cp: int) -> Iterator[tuple[int, Shape]]:
+    @lru_cache(maxsize=4096)  # noqa: B019 (shapes are few)
+    def narrower(self, cp: int) -> list[tuple[int, Shape]]:
         """Fewer parts into which the same method may cut a sequence, each a divisor; a hybrid of but its own
         ranks of ulysses is ulysses."""
-        for parts in divisors(cp)[1:-1]:
-            if self.method != "hybrid":
-                yield parts, self
-            elif parts % self.ulysses == 0:
-                alone = parts == self.ulysses
-                yield parts, replace(self, method="ulysses", ulysses=1) if alone else self
+        if self.method != "hybrid":
+            return [(parts, self) for parts in divisors(cp)[1:-1]]
+        alone = self._replace(method="ulysses", ulysses=1)
+        found = [parts for parts in divisors(cp)[1:-1] if parts % self.ulysses == 0]
+        return [(parts, alone if parts == self.ulysses else self) for parts in found]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What backward makes again, and a microbatch's samples."""
 
     mode: str = "none"
@@ -163,8 +161,7 @@ class Tokens:
     micro: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """The rest."""
 
     schedule: str = "1f1b"
@@ -316,6 +313,8 @@ class Space:
             if not fits or shard * mesh.cp * mesh.tp % (shape.ep * shape.etp):
                 continue
             stages = (3,) if shard == 1 else (1, 2, 3, *((0,) if shape.ep > 1 else ()))
+            if "parameters" in self.offload.targets:  # they come as the shards of stage 3
+                stages = (3,) if shard > 1 else ()
             zeros = [z for z in stages if self.words.admit("zero", z if shard > 1 else 0)]
             found += [(shard, z, order) for order in self.orders(mesh, shard) for z in zeros]
         return found
@@ -327,15 +326,11 @@ class Space:
         sizes = (mesh.tp, mesh.cp, shard, mesh.dp // shard, mesh.pp)
         return [o for o in other_orders(sizes, self.job.cluster) if self.words.admit("order", o)]
 
-    def leaves(self, mesh: MeshChoice, shape: Shape | None = None) -> int:
+    def leaves(self, mesh: MeshChoice) -> int:
         """How many plans lie below."""
-        if shape is None:
-            return sum(self.leaves(mesh, s) for s in self.shapes(mesh))
-        return len(self.modes()) * len(self.micros(mesh)) * self.below(mesh, shape)
-
-    def below(self, mesh: MeshChoice, shape: Shape) -> int:
-        """How many plans lie below each choice of tokens."""
-        return len(self.schedules(mesh)) * len(self.states(mesh, shape))
+        states = sum(len(self.states(mesh, Shape(ep=n, etp=t))) for n, t in self.folds(mesh))
+        tokens = len(self.modes()) * len(self.micros(mesh))
+        return tokens * len(self.methods(mesh)) * len(self.schedules(mesh)) * states
 
     def plan(self, mesh: MeshChoice, shape: Shape, tokens: Tokens, leaf: Leaf) -> Plan:
         """The plan of one leaf, with all of it on the device."""

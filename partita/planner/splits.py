@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from math import comb
 
+from partita.planner.beyond import turned
 from partita.planner.nodes import Found, Goal, Queue, measures
 from partita.planner.search import Search
 from partita.planner.space import MeshChoice, Shape, Tokens
@@ -27,6 +28,18 @@ ALL, TRIES = (
 FEW, BEST = 8, 3  # devices; plans
 MOST_S = 2.0
 ENDS = 5  # so many of the dearest and of the cheapest stages give and take layers
+
+
+def finished(
+    search: Search, goal: Goal, top: int, found: Found, budget_s: float, every: bool = False
+) -> Found:
+    """What was found, and its best plans (`every` plan of few devices) with axes in another order and then
+    with other splits of the layers, as one answer."""
+    start = time.perf_counter()
+    if budget_s > 0:
+        found = turned(search, goal, top, found, budget_s, every)
+    left = budget_s - (time.perf_counter() - start)
+    return splits(search, goal, top, found, left) if left > 0 else found
 
 
 def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:

@@ -11,9 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
+from partita.cost.empirical import SLOW
 from partita.schedule.ir import Action, Schedule
-from partita.simulate.links import SLOW
-from partita.spec.plan import has_fixed_stages
 
 Three = tuple[float, ...]  # parameters, gradients, optimizer
 
@@ -26,8 +25,9 @@ class Cost:
     parameters and gradients, of the rest and of experts; seconds that rows `travel` to experts and back; what
     lives `inside` one op of a block, and what of it would be `sent` to a next stage, which do not add up; of
     forward and of backward the compute, with what it waits for (`rooms`: more may run beside that); and what
-    forward, backward and its weight half take at `least`, however few the tokens are: the host starts every
-    kernel, weights are read, their gradients written."""
+    forward and backward take at `least`, however few the tokens are: the host starts every kernel, weights
+    are read. `lines` (starts.py): of forward, input half and thrice weight half what a microbatch takes
+    beside its tokens, and what these add; and of what its rows travel the first."""
 
     forward: float
     input: float
@@ -41,8 +41,9 @@ class Cost:
     inside: float = 0.0
     sent: float = 0.0
     rooms: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
-    least: Three = (0.0, 0.0, 0.0)
+    least: tuple[float, float] = (0.0, 0.0)
     away: tuple[float, float] = (0.0, 0.0)
+    lines: tuple[float, ...] = (0.0,) * 11
 
     @property
     def seconds(self) -> float:
@@ -69,12 +70,14 @@ class Cost:
             self.travel,
             *self.least,
             *self.away,
+            *self.lines,
         )
 
 
 # columns of a row, or of rows of stages
 TIMES, KEPT, READ, REST, EXPERTS = slice(0, 3), 3, 4, slice(5, 8), slice(8, 11)
-UNITS, TRAVEL, LEAST, AWAY = slice(11, 15), 15, slice(16, 19), slice(19, 21)
+UNITS, TRAVEL, LEAST, AWAY = slice(11, 15), 15, slice(16, 18), slice(18, 20)
+STARTS, GROWS, SETS_OFF = slice(20, 25), slice(25, 30), 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,12 @@ class Table:
     weights: tuple[float, ...]
     at: np.ndarray
 
+    def is_like(self, other: object) -> bool:
+        """Whether that says the same."""
+        if not isinstance(other, Table) or self.kinds != other.kinds:
+            return False
+        return self.weights == other.weights and bool((self.at == other.at).all())
+
     @staticmethod
     def of(blocks: Sequence[Cost], flops: Sequence[float]) -> Table:
         """From each block's."""
@@ -172,7 +181,12 @@ class Table:
     @cached_property
     def total(self) -> np.ndarray:
         """[numbers] of all blocks."""
-        return np.bincount(self.at, minlength=len(self.kinds)) @ self._rows
+        return np.bincount(self.at, minlength=len(self.kinds)) @ self.rows
+
+    @cached_property
+    def even(self) -> tuple[float, float]:
+        """Seconds of all blocks, and those that rows travel."""
+        return float(self.total[TIMES].sum()), float(self.total[TRAVEL])
 
     @cached_property
     def layers(self) -> list[tuple[Cost, int]]:
@@ -181,19 +195,57 @@ class Table:
         return [(b, n) for b, n in zip(self.kinds, count, strict=True) if n]
 
     @cached_property
+    def layers_at(self) -> np.ndarray:
+        """[kind of layer]: its row."""
+        return np.array([self.kinds.index(layer) for layer, _ in self.layers])
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """[kind of layer]: how many there are."""
+        return np.array([float(n) for _, n in self.layers])
+
+    @cached_property
+    def rooms(self) -> np.ndarray:
+        """[number, kind of layer, 1]: the rooms of a cost."""
+        return np.array([layer.rooms for layer, _ in self.layers]).T[..., None]
+
+    @cached_property
     def sent(self) -> float:
         """Bytes from stage to stage, at least."""
         return min(b.sent for b, _ in self.layers)
 
     @cached_property
     def inside(self) -> np.ndarray:
-        """[kind of layer]: bytes that live inside one op."""
-        return np.array([b.inside for b, _ in self.layers])
+        """[2, kind of layer]: bytes that live inside one op of a stage that has such a layer, at least; of
+        the last stage, where what the head keeps is not there then."""
+        each, head = np.array([b.inside for b, _ in self.layers]), self.ends[1]
+        return np.array([each, np.maximum(each - head.kept, head.inside)])
+
+    def worst(self, split: Sequence[int], halves: bool) -> np.ndarray:
+        """[stage]: bytes beyond what a stage's blocks keep, as `simulate.memory.worst_moment` says it, at
+        least: but for gradients that ZeRO cuts. `halves`: backward is in halves."""
+        kept = np.array([b.kept - halves * min(b.read, b.kept) for b in self.kinds])[self.at]
+        behind, inside = kept.cumsum(), np.array([b.inside for b in self.kinds])[self.at]
+        ends = _ends(split, len(self.at))
+        return np.maximum.reduceat(inside + behind, ends[:-1]) - behind[ends[1:] - 1]
 
     @cached_property
     def units(self) -> np.ndarray:
         """[kind of layer, 4]: bytes of the largest units, where a rank may have one of two layers."""
         return np.array([b.units for b, _ in self.layers]) * (len(self.at) > 3)
+
+    def whole(self, split: Sequence[int], parts: np.ndarray) -> np.ndarray:
+        """[way, stage]: bytes of a layer's units, of which these `parts` [way, 4] are whole for a while, at
+        least."""
+        sizes = self.block_units @ parts.T
+        return np.maximum.reduceat(sizes, _ends(split, len(self.at))[:-1]).T
+
+    @cached_property
+    def block_units(self) -> np.ndarray:
+        """[block, 4]: the same of each block, of those that are layers."""
+        found = np.zeros((len(self.at), 4))
+        found[1:-1] = np.array([b.units for b in self.kinds])[self.at[1:-1]] * (len(self.at) > 3)
+        return found
 
     @cached_property
     def largest(self) -> Proportions:
@@ -201,14 +253,14 @@ class Table:
         return Proportions(tuple(x for layer, _ in self.layers for x in layer.units))
 
     @cached_property
-    def _rows(self) -> np.ndarray:
+    def rows(self) -> np.ndarray:
         """[kinds, numbers]."""
         return np.array([b.row for b in self.kinds])
 
     @cached_property
     def prefix(self) -> np.ndarray:
         """[blocks + 1, numbers]: sums of the rows before each block."""
-        return _prefix_of(self._rows[self.at])
+        return _prefix_of(self.rows[self.at])
 
     def stages(self, split: Sequence[int]) -> np.ndarray:
         """[stage, numbers] of a split of the layers."""
@@ -219,9 +271,15 @@ def _prefix_of(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, 0)])
 
 
-def _between(prefix: np.ndarray, split: Sequence[int]) -> np.ndarray:
+def _ends(split: Sequence[int], blocks: int) -> np.ndarray:
+    """[stage + 1]: where the blocks of each stage begin; the first and the last have what is no layer."""
     ends = np.cumsum((1, *split))
-    ends[0], ends[-1] = 0, len(prefix) - 1
+    ends[0], ends[-1] = 0, blocks
+    return ends
+
+
+def _between(prefix: np.ndarray, split: Sequence[int]) -> np.ndarray:
+    ends = _ends(split, len(prefix) - 1)
     return prefix[ends[1:]] - prefix[ends[:-1]]
 
 
@@ -253,90 +311,6 @@ class Probe:
         return np.maximum(held, coming + self.later @ kept)
 
 
-HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
-
-
-HIDES = 1 - SLOW  # of what travels under compute
-PAIRED = (
-    "dualpipe",
-    "dualpipev",
-)  # a backward beside a forward: rows travel under the other's compute
-
-
-class Rough:
-    """No schedule of this kind ends sooner, for many microbatch sizes at once:
-
-        step >= max over ranks and stages of  micro * (head + tail) + messages + samples * work
-
-    From where its stages lie alone, which needs no schedule to be made: in a line or a loop, in a vee, or,
-    for dualpipe and chimera, a copy at either end.
-    """
-
-    def __init__(self, schedule: str, ranks: int, virtual: int) -> None:
-        self.split = schedule in HALVES or has_fixed_stages(schedule)
-        self.num_stages = ranks * virtual
-        at, vee = np.arange(ranks), has_fixed_stages(schedule) and virtual == 2
-        rows = [at + i * ranks for i in range(virtual)]
-        if vee:
-            rows = [at, 2 * ranks - 1 - at]
-        both = schedule in ("dualpipe", "chimera") and ranks > 1
-        rows = [at, ranks - 1 - at] if both else rows
-        self.held = -np.sort(-np.stack(rows, 1), 1)
-        hops = np.arange(self.num_stages) * (ranks > 1)
-        self.hops = (hops - (vee & (hops >= ranks)))[
-            :, None
-        ]  # ranks that a first microbatch leaves
-        self.share = 0.5 if both else 1.0
-        self.paired = schedule in PAIRED
-        self.kind = (
-            virtual,
-            vee,
-            both,
-            self.paired,
-        )  # of those with the same bounds, but for `split`
-
-    def times(self, stages: np.ndarray) -> np.ndarray:
-        """[stage, 6]: F, I, W of stages at least, where another microbatch's compute hides what it can; and
-        what forward, backward and its weight half of any microbatch take."""
-        found = np.concatenate([stages[:, TIMES], stages[:, LEAST]], 1)
-        if self.paired:
-            found[:, 1] -= HIDES * stages[:, TRAVEL]
-            found[stages[:, TRAVEL] > 0, 4:] = 0.0
-        return found
-
-    def __call__(
-        self, stages: np.ndarray, micros: np.ndarray, samples: int, send: np.ndarray | float = 0.0
-    ) -> np.ndarray:
-        """Seconds at least for each size; `stages` [stage, 6]: F, I, W of a sample, and what a
-        microbatch takes at least; `send` of a message from rank to rank."""
-        first, whole, halves = self.bounds(stages, micros, samples, send)
-        return np.maximum(first, halves) if self.split else whole
-
-    def bounds(
-        self, stages: np.ndarray, micros: np.ndarray, samples: int, send: np.ndarray | float = 0.0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Three: all of a rank's work behind its first forward; the same and the tail behind it, where
-        backwards are whole (never below the first); and where weight halves are apart what of it is not one
-        of them, between the head and the tail."""
-        f, i, w, least_f, least_b, least_w = stages.T[..., None]
-        forward, back = np.maximum(f * micros, least_f), i * micros
-        whole = np.maximum(np.maximum((i + w) * micros, back + least_w), least_b)  # [stage, size]
-        messages = self.hops * send
-        head = (forward.cumsum(0) - forward + messages)[self.held]
-        times = samples / micros * self.share
-        first = times * (forward + whole)[self.held].cumsum(1)
-        first += head
-        second = times * (forward + back)[self.held].cumsum(1)
-        second += head + (back.cumsum(0) - back + messages)[self.held]
-        tail = (whole.cumsum(0) - whole + messages)[self.held]
-        return first.max((0, 1)), (first + tail).max((0, 1)), second.max((0, 1))
-
-    def fewest(self, split: Sequence[int]) -> float:
-        """Layers that a microbatch meets on the rank with fewest, over those of an even split."""
-        layers = np.array(split)[self.held].sum(1) * self.share
-        return float(layers.min() * len(layers) / sum(split))
-
-
 WEIGHTS = (
     0,
     1,
@@ -347,14 +321,17 @@ WEIGHTS = (
 def probe_of(schedule: Schedule) -> Probe:
     """Reads a schedule."""
     held, share, later = [], [], []
-    kinds, stages = {a.kind for a in schedule.actions()}, range(schedule.num_stages)
-    split = "W" in kinds
-    moments = [[_most(actions, w) for actions in schedule.ranks] for w in WEIGHTS[: 1 + 2 * split]]
+    split, stages = "W" in schedule.kinds, range(schedule.num_stages)
+    weights = WEIGHTS[: 1 + 2 * split]
+    moments: list[list[tuple[Counter[int], Counter[int]]]] = [[] for _ in weights]
     for actions in schedule.ranks:
         count = Counter(a.stage for a in actions if a.kind == "F")
         held.append(sorted(count, reverse=True))
         share.append(min(count.values()) / schedule.num_microbatches)
-        most, _ = _most(actions, before=count)
+        fullest, behind = _fullest(actions, weights, count)
+        for moment, end in zip(moments, fullest, strict=True):
+            moment.append(_at(actions[:end]))
+        most, _ = _at(actions[:behind])
         later.append([most[s] for s in stages])
     chunks, wait = (
         np.array([[[found[i][s] for s in stages] for found in moment] for moment in moments])
@@ -363,25 +340,40 @@ def probe_of(schedule: Schedule) -> Probe:
     return Probe(schedule, np.array(held), tuple(share), chunks, wait, np.array(later), split)
 
 
-def _most(
-    actions: Sequence[Action], weight: int = 0, before: Iterable[int] = ()
-) -> tuple[Counter[int], Counter[int]]:
-    """The chunks of each stage that a rank holds, and of them those that wait for their weight half, where it
-    holds most, behind a first backward of the stages `before`; one that waits weighs so much more."""
-    now, wait, most, waits = Counter[int](), Counter[int](), 0, set(before)
-    total, found = 0, (Counter[int](), Counter[int]())
+def _fullest(
+    actions: Sequence[Action], weights: Sequence[int], stages: Iterable[int]
+) -> tuple[list[int], int]:
+    """Behind how many of its actions a rank holds most, for each weight of a chunk that waits for its weight
+    half; and behind how many it does behind a first backward of all these `stages`, where none waits."""
+    now = wait = later = behind = 0
+    most, ends, waits = [0] * len(weights), [0] * len(weights), set(stages)
+    for end, (stage, kind, _) in enumerate(actions, 1):
+        if kind == "F":
+            now += 1
+        elif kind == "I":
+            wait += 1
+        elif kind in "BW":
+            now -= 1
+            wait -= kind == "W"
+            waits.discard(stage)
+        for i, weight in enumerate(weights):
+            if now + weight * wait > most[i]:
+                most[i], ends[i] = now + weight * wait, end
+        if now > later and not waits:
+            later, behind = now, end
+    return ends, behind
+
+
+def _at(actions: Sequence[Action]) -> tuple[Counter[int], Counter[int]]:
+    """The chunks of each stage that a rank holds behind these actions, and of them those that wait for their
+    weight half."""
+    now, wait = Counter[int](), Counter[int]()
     for stage, kind, _ in actions:
         if kind == "F":
             now[stage] += 1
-            total += 1
         elif kind == "I":
             wait[stage] += 1
-            total += weight
         elif kind in "BW":
             now[stage] -= 1
             wait[stage] -= kind == "W"
-            total -= 1 + weight * (kind == "W")
-            waits.discard(stage)
-        if total > most and not waits:
-            most, found = total, (Counter(now), Counter(wait))
-    return found
+    return now, wait

@@ -2,7 +2,8 @@
 
 records/prediction.json   every rank's spans, ledger and traffic, as predicted before the run
 records/rank-N.json       the same of rank N, measured in one step
-records/run.json          facts that belong to no rank: machine, unigram entropy, a sample of text
+records/run.json          facts that belong to no rank: machine, unigram entropy, a sample of text; the last
+                          file of a run that came to its end
 metrics.jsonl             a line a step (written by train/metrics.py)
 trace.json                all of it for Chrome's and Perfetto's trace viewers
 """
@@ -22,6 +23,7 @@ from partita.record.span import Span
 from partita.record.transfer import TrafficLine
 
 FOLDER = "records"
+FACTS = "run.json"
 _LANES = ("compute", "tp", "dp", "pp_up", "pp_down", "ep", "host")
 
 
@@ -71,12 +73,14 @@ class RunFacts:
 
 
 def write_record(path: Path, record: RankRecord | Forecast | RunFacts) -> None:
-    """One JSON file. Raises WriteError where the disk refuses."""
+    """One JSON file, there whole or not at all. Raises WriteError where the disk refuses."""
     import msgspec
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(record))
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_bytes(msgspec.json.encode(record))
+        temporary.replace(path)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror}", file=str(path)) from None
 
@@ -89,7 +93,7 @@ def read_forecast(folder: Path) -> Forecast | None:
 
 def read_facts(folder: Path) -> RunFacts:
     """The facts of a run, empty where none were written."""
-    path = folder / FOLDER / "run.json"
+    path = folder / FOLDER / FACTS
     return decode(RunFacts, _load(path), file=str(path)) if path.exists() else RunFacts()
 
 
@@ -120,10 +124,11 @@ def _metrics_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
-def forget_ranks(folder: Path) -> None:
-    """What an earlier start measured: the next one may have another plan, and fewer ranks."""
-    for path in (folder / FOLDER).glob("rank-*.json"):
-        path.unlink()
+def forget_measured(folder: Path) -> None:
+    """What an earlier start measured, and that it came to its end: the next one may have another plan,
+    and fewer ranks."""
+    for path in [*(folder / FOLDER).glob("rank-*.json"), folder / FOLDER / FACTS]:
+        path.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Any]:

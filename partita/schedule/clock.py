@@ -81,6 +81,8 @@ class _Clock:
     def __init__(self, schedule: Schedule, costs: Costs, pair: Pair) -> None:
         self.schedule, self.costs = schedule, costs
         self._row = {kind: i * schedule.num_stages for i, kind in enumerate("FBW")}
+        kinds = {action[:2] for actions in schedule.ranks for action in actions}
+        self._rules = {kind: self._rule(*kind) for kind in kinds}
         self.blocks = [
             [self._block(rank, actions) for actions in _blocks(schedule, rank, pair)]
             for rank in range(len(schedule.ranks))
@@ -101,16 +103,24 @@ class _Clock:
         kind, stage = divmod(row, self.schedule.num_stages)
         return Action(stage, "FBW"[kind], microbatch)
 
+    def _rule(self, stage: int, kind: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What an action of microbatch 0 makes, and what it needs with the stage that makes it."""
+        action = Action(stage, kind, 0)
+        wants = needs(action, self.schedule.num_stages)
+        return [self.number(r) for r in makes(action)], [(self.number(n), n.stage) for n in wants]
+
     def _block(self, rank: int, actions: tuple[Action, ...]) -> _Block:
-        made = [self.number(r) for a in actions for r in makes(a)]
-        wants = []
+        made, wants, seconds, send = [], [], 0.0, self.costs.send
         for action in actions:
-            for need in needs(action, self.schedule.num_stages):
-                number = self.number(need)
-                if number not in made:
-                    near = self.schedule.rank_of(need.stage, need.microbatch) == rank
-                    wants.append((number, 0.0 if near else self.costs.send))
-        seconds = sum(self.costs.seconds(a, self.schedule) for a in actions)
+            results, _ = self._rules[action[:2]]
+            made += [result + action.microbatch for result in results]
+            seconds += self.costs.seconds(action, self.schedule)
+        for action in actions:
+            k = action.microbatch
+            for need, stage in self._rules[action[:2]][1]:
+                if need + k not in made:
+                    near = not send or self.schedule.rank_of(stage, k) == rank
+                    wants.append((need + k, 0.0 if near else send))
         return _Block(actions, wants, made, seconds)
 
     def run(self) -> list[list[float]]:
@@ -173,7 +183,8 @@ def clock(schedule: Schedule, costs: Costs | None = None, pair: Pair = "sequence
             at = start
             for action in block.actions:
                 stage, kind, microbatch = action
-                end = at + costs.seconds(action, schedule)
+                alone = len(block.actions) == 1
+                end = at + (block.seconds if alone else costs.seconds(action, schedule))
                 spans.append(Span(rank, "compute", kind, str(action), at, end, stage, microbatch))
                 at = end
     _raise_deadlock(state)

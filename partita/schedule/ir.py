@@ -148,7 +148,12 @@ class Schedule:
     @property
     def is_forward_only(self) -> bool:
         """Whether nothing runs backward."""
-        return all(a.kind == "F" for a in self.actions())
+        return self.kinds <= {"F"}
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of its actions."""
+        return frozenset(a.kind for a in self.actions())
 
     @cached_property
     def placements(self) -> tuple[Placement, ...]:

@@ -150,11 +150,11 @@ def _memory(p: Prediction) -> dict[str, Any]:
 
 def _over_time(p: Prediction, place: int) -> dict[str, Any]:
     """When a place's peak is, who holds it, and the curve (of the spans that were played)."""
-    assert p.laid is not None and p.schedule is not None
+    assert p.laid is not None and p.schedule is not None and p.job is not None
     curve = held(p.laid, place, p.schedule, p.spans, p.ledgers[place])
     return {
         "peak": {"time_s": curve.peak_s, "during": curve.during},
-        "holders": holders(p.laid, place, p.ledgers[place]),
+        "holders": holders(p.laid, place, p.ledgers[place], p.job.cluster),
         "over_time": {
             "time_s": curve.times_s,
             "activations": curve.activations,

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 from partita.cost.comm import AlphaBeta, Group
-from partita.cost.machine import Machine
+from partita.cost.machine import Machine, device_class
 from partita.parallel.laid import Laid
 from partita.parallel.room import ACROSS
-from partita.spec.cluster import Cluster
+from partita.spec.cluster import Cluster, Wiring
+from partita.spec.hardware import MESHES, SHARED_CHUNK_BYTES, share_of_links
 from partita.spec.mesh import FOLD, Mesh
 
 
@@ -26,7 +28,15 @@ def group_of(laid: Laid, axes: tuple[str, ...], cluster: Cluster) -> tuple[int, 
         if name in axes:
             return tuple(laid.mesh.rank_of({"pp": place}) for place in laid.pairs[name][0])
     mesh, kv_heads = laid.mesh, laid.request.model.kv_heads
-    return _slowest(_Sizes(laid.sizes), mesh.order, axes, kv_heads, _Links(cluster))
+    return _slowest(_Sizes(laid.sizes), mesh.order, axes, kv_heads, cluster.wiring)
+
+
+def moves(laid: Laid, cluster: Cluster | None, axes: tuple[str, ...], size: int) -> bool:
+    """Whether a collective over axes that is handed `size` bytes, and only started, moves under compute: of
+    CPU ranks, through the memory of their host, no more than a chunk does (Comm.moves)."""
+    if cluster is None or device_class(cluster.device) != "CPU" or size <= SHARED_CHUNK_BYTES:
+        return True
+    return len({cluster.node_of(rank) for rank in group_of(laid, axes, cluster)}) > 1
 
 
 class _Sizes(dict[str, int]):
@@ -38,12 +48,13 @@ class _Sizes(dict[str, int]):
 
 @lru_cache(maxsize=4096)
 def _slowest(
-    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int, links: _Links
+    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int, wiring: Wiring
 ) -> tuple[int, ...]:
-    first, node = _ranks(Mesh(sizes, order), axes, kv_heads), links.cluster.node_of
-    if len(first) == 1 or links.cluster.num_nodes == 1:
+    first, cluster = _ranks(Mesh(sizes, order), axes, kv_heads), wiring.cluster
+    node = cluster.node_of
+    if len(first) == 1 or cluster.num_nodes == 1:
         return first
-    shifts = _shifts(sizes, order, axes, links.cluster.devices_per_node)
+    shifts = _shifts(sizes, order, axes, cluster.devices_per_node)
     groups = (tuple(r + shift for r in first) for shift in shifts)
     return max(groups, key=lambda ranks: len({node(r) for r in ranks}))
 
@@ -97,31 +108,18 @@ def _dense(at: dict[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
 def place(ranks: tuple[int, ...], machine: Machine) -> Group:
     """The group on the cluster's links, at the rates that programs reach. Devices that one inner link
     joins count as a node."""
-    return _place(ranks, _Links(machine.cluster), machine.constants.inner, machine.constants.outer)
-
-
-class _Links:
-    """A cluster by its links, for a cache."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        kinds = tuple((n.count, n.devices) for n in cluster.nodes)
-        self.key = (cluster.devices_per_node, cluster.links, cluster.device, kinds)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Links) and self.key == other.key
+    return _place(ranks, machine.cluster.wiring, machine.constants.inner, machine.constants.outer)
 
 
 @lru_cache(maxsize=4096)
-def _place(ranks: tuple[int, ...], links: _Links, inner: float, outer: float) -> Group:
-    cluster = links.cluster
+def _place(ranks: tuple[int, ...], wiring: Wiring, inner: float, outer: float) -> Group:
+    cluster = wiring.cluster
     if not cluster.links:
         alone = AlphaBeta(0.0, cluster.memory_bytes_per_s)
         return Group(len(ranks), 1, alone, alone)
     first, across = cluster.links[0], cluster.link_for(ranks)
+    if cluster.device in MESHES:
+        inner *= _share(ranks, cluster)
     near = AlphaBeta(first.latency_s, first.bytes_per_s * inner, first.reduces)
     far = AlphaBeta(across.latency_s, across.bytes_per_s * outer, across.reduces)
     if first.devices == cluster.devices_per_node:
@@ -131,3 +129,18 @@ def _place(ranks: tuple[int, ...], links: _Links, inner: float, outer: float) ->
     if len(nodes) == 1:
         return Group(len(ranks), 1, near, near)
     return Group(max(len(ranks) // len(nodes), 1), len(nodes), near, far)
+
+
+def _share(ranks: tuple[int, ...], cluster: Cluster) -> float:
+    """Of the inner link, what a node can use where that is least: no switch joins its devices."""
+    by_node: dict[int, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(cluster.node_of(rank), []).append(rank % cluster.devices_per_node)
+    return min(share_of_links(cluster.device, tuple(own)) for own in by_node.values())
+
+
+def over_one_adapter(group: Group, per_node: int) -> Group:
+    """The group's ring, where all of a node's groups leave it over one adapter, each once."""
+    share = group.outer.bytes_per_s * min(1.0, group.inside / per_node)
+    outer = replace(group.outer, bytes_per_s=share)
+    return replace(group, inside=1, nodes=group.size, outer=outer)

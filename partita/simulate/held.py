@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from partita.cost.empirical import CONTEXT_BYTES, FRAGMENTATION, LEDGER
 from partita.parallel.laid import Laid
 from partita.parallel.precision.rules import is_before
 from partita.parallel.read import tensor_bytes
@@ -24,17 +25,16 @@ from partita.schedule.clock import held_over_time
 from partita.schedule.ir import Schedule
 from partita.simulate.away import leaves, levels
 from partita.simulate.memory import (
+    brought_bytes,
     chunk_bytes,
     deferred_bytes,
+    kept_at_once,
     lent_parts,
     standing_gradients,
-    transient_bytes,
     waiting_bytes,
+    worst_moment,
 )
-
-MODEL = 0.05  # of the peak, either way: measured ledgers (tests/local/test_measured_memory.py)
-CONTEXT_BYTES = (0.3e9, 1.5e9)  # [empirical] CUDA's context, NCCL's channels
-FRAGMENTATION = 0.08  # [empirical] of the peak, at most: blocks that are cut and do not fit again
+from partita.spec.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledg
         if away
         else {t: int(n) for t, n in held_over_time(schedule, own, kept, waits)[place]}
     )
-    runs = {s.end_s: 0 for s in own} | {s.start_s: ledger.at_peak["buffers"] for s in own}
+    most = sum(ledger.at_peak[c] for c in ("activations", "buffers"))
+    inside = most - kept_at_once(laid, place, schedule)[0]
+    runs = {s.end_s: 0 for s in own} | {s.start_s: inside for s in own}
     come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming)
     times = sorted({0.0, *level, *runs})
     activations, buffers, gradients = [], [], []
@@ -111,7 +113,7 @@ def _come(own: Sequence[Span], kept: Sequence[float], coming: Sequence[float]) -
     return found
 
 
-def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
+def holders(laid: Laid, place: int, ledger: Ledger, cluster: Cluster) -> dict[str, int]:
     """Who holds a place's peak: the ledger's sum by finer names, largest first."""
     at = {c: ledger.at_peak.get(c, 0) for c in CATEGORIES}
     request, stages = laid.request, laid.stages_of(place)
@@ -120,15 +122,17 @@ def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
     saved = sum(tensor_bytes(t, laid.sizes) for t in before if t.arena == "device")
     if precision.dtype not in ("fp32", "fp64") and precision.rounding == "nearest":
         masters = (at["optimizer"] - saved) // (words + 1)
-    worst = max((b for s in stages for b in s.blocks), key=lambda b: transient_bytes(b, laid.sizes))
-    lent = max((lent_parts(s.blocks, request.plan) for s in stages), key=lambda x: sum(x.values()))
+    worst = max((worst_moment(laid, s.blocks, laid.schedule) for s in stages), key=lambda x: x.size)
+    lent = max((lent_parts(laid, s.blocks, cluster) for s in stages), key=lambda x: sum(x.values()))
     waits = waiting_bytes(laid, place)
-    scratch = at["buffers"] - sum(lent.values()) - waits
+    brought = brought_bytes(laid, place)
+    scratch = at["buffers"] - sum(lent.values()) - waits - brought
     found = {
         "parameters": at["parameters"], "gradients": at["gradients"],
         "moments": at["optimizer"] - masters - saved, "masters": masters, "to undo an update": saved,
         "activations": at["activations"],
-        **lent, f"inside {worst.name}": scratch, "a forward whose rows travel": waits,
+        **lent, f"inside {worst.block.name}": scratch, "a forward whose rows travel": waits,
+        "an output's gradient": brought,
     }  # fmt: skip
     return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda x: -x[1]))
 
@@ -136,6 +140,6 @@ def holders(laid: Laid, place: int, ledger: Ledger) -> dict[str, int]:
 def shown_bytes(peak: int, is_cpu: bool) -> tuple[int, int]:
     """Between which bytes a device will show a peak of so many bytes of tensors."""
     if is_cpu:
-        return int(peak * (1 - MODEL)), int(peak * (1 + MODEL))
-    low = peak * (1 - MODEL) + CONTEXT_BYTES[0]
-    return int(low), int(peak * (1 + MODEL + FRAGMENTATION) + CONTEXT_BYTES[1])
+        return int(peak * (1 - LEDGER)), int(peak * (1 + LEDGER))
+    low = peak * (1 - LEDGER) + CONTEXT_BYTES[0]
+    return int(low), int(peak * (1 + LEDGER + FRAGMENTATION) + CONTEXT_BYTES[1])

@@ -15,10 +15,10 @@ than s. More bandwidth or faster compute never makes a block slower.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-SLOW = 0.2  # [empirical] of a hidden collective's time is lost by the compute beside it
+from partita.cost.empirical import SLOW
 
 
 @dataclass
@@ -78,3 +78,15 @@ def _longer(lane: Lane, links: Mapping[str, float], base: float) -> float:
         for link, s in lane.by_link.items()
         if links.get(link) and base
     )
+
+
+def one_ahead(compute_s: float, travel_s: float, sizes: Sequence[float]) -> float:
+    """Seconds for which a layer's tensors travel under its compute, where each does beside what is computed
+    with the one before, and both take as long as its size:
+
+        sum over tensors of min(compute_s * own share, travel_s * next share)
+    """
+    whole = sum(sizes)
+    following = (*sizes[1:], *sizes[:1])
+    pairs = zip(sizes, following, strict=True)
+    return sum(min(compute_s * a / whole, travel_s * b / whole) for a, b in pairs)

@@ -3,8 +3,9 @@
 parameters   working weights        gradients   flat units               optimizer   moments, masters
 activations  kept tensors of each block x microbatches in flight (the schedule's peak); from I to W, where
              backward is in halves, what W reads if that is more (all of it is where blocks run again)
-buffers      what lives inside one op at the worst moment: the tensors it makes and their gradients,
-             what a recomputed block makes again, and whole units that come and go under ZeRO
+buffers      what lives inside one op at the worst moment, the tensors it makes and their gradients and what
+             a recomputed block makes again, beyond what of a microbatch is not there then: blocks behind it;
+             and whole units that come and go under ZeRO
 
 At ZeRO stages 2 and 3 a gradient's shard comes as the step's first backward lets go of what it kept.
 """
@@ -12,44 +13,66 @@ At ZeRO stages 2 and 3 a gradient's shard comes as the step's first backward let
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
 from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes, targets
 from partita.parallel.pp.rules import versions_held
-from partita.parallel.read import BYTES, kept_bytes, once, replayed, state_bytes, tensor_bytes
+from partita.parallel.read import (
+    BYTES,
+    kept_bytes,
+    once,
+    once_of_ops,
+    replayed,
+    state_bytes,
+    tensor_bytes,
+)
 from partita.record.ledger import Ledger
 from partita.schedule.clock import rank_peak
 from partita.schedule.ir import Schedule
 from partita.simulate import away
-from partita.spec.plan import Plan
+from partita.simulate.groups import moves
+from partita.simulate.inside import worst_op
+from partita.spec.cluster import Cluster
 from partita.spec.program import Block, Sizes, distinct
 
 
-def stage_ledger(laid: Laid, place: int, schedule: Schedule) -> Ledger:
-    """The predicted device ledger of a rank at a place of pp at its peak."""
+def stage_ledger(
+    laid: Laid, place: int, schedule: Schedule, cluster: Cluster | None = None
+) -> Ledger:
+    """The predicted device ledger of a rank at a place of pp at its peak; on a cluster, where it is known."""
     stages, sizes = laid.stages_of(place), laid.sizes
     categories: Counter[str] = Counter()
     for block, times in distinct(b for s in stages for b in s.blocks):
         categories.update({c: times * n for c, n in state_bytes(block, sizes).items()})
     if schedule.is_asynchronous:
         categories["parameters"] = version_bytes(laid, place, schedule)
-    kept, coming = chunk_bytes(laid, place)
-    if away.leaves(laid):
-        activations, come = float(away.peak(laid, place, schedule)), sum(coming)
-    else:
-        waits = deferred_bytes(laid, place)
-        activations, come = rank_peak(schedule.ranks[place], kept, coming, waits)
-    categories["activations"] = int(activations)
-    categories["gradients"] = standing_gradients(laid, place) + int(come)
-    categories["buffers"] = max(
-        transient_bytes(b, sizes) for s in stages for b, _ in distinct(s.blocks)
-    )
-    categories["buffers"] += max(lent_bytes(s.blocks, laid.request.plan) for s in stages)
+    activations, come = kept_at_once(laid, place, schedule)
+    lent = max((lent_parts(laid, s.blocks, cluster) for s in stages), key=lambda x: sum(x.values()))
+    brought = brought_bytes(laid, place)
+    beside = lent["whole gradients"] + brought
+    moments = (worst_moment(laid, s.blocks, schedule, beside) for s in stages)
+    worst = max(moments, key=lambda x: x.size)
+    gone = min(worst.gone, activations)  # forward alone keeps nothing
+    categories["activations"] = activations - gone
+    categories["gradients"] = standing_gradients(laid, place) + come
+    categories["buffers"] = worst.size + gone + sum(lent.values()) + brought
     categories["buffers"] += waiting_bytes(laid, place)
     rank = laid.mesh.rank_of({"pp": place})
     return Ledger(rank, "device", dict(categories))
+
+
+def kept_at_once(laid: Laid, place: int, schedule: Schedule) -> tuple[int, int]:
+    """The most that microbatches under way keep, and the gradients that have come by then."""
+    kept, coming = chunk_bytes(laid, place)
+    if away.leaves(laid):
+        return away.peak(laid, place, schedule), int(sum(coming))
+    most, come = rank_peak(schedule.ranks[place], kept, coming, deferred_bytes(laid, place))
+    return int(most), int(come)
 
 
 def chunk_bytes(laid: Laid, place: int) -> tuple[list[float], list[float]]:
@@ -74,7 +97,7 @@ def deferred_bytes(laid: Laid, place: int) -> list[float]:
     return found
 
 
-@once
+@once_of_ops
 def read_later_bytes(block: Block, sizes: Sizes) -> int:
     """What a weight half reads: inputs of a block's products with weights, and gradients of what these and
     lookups make."""
@@ -143,69 +166,106 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
     return total
 
 
-def lent_bytes(blocks: tuple[Block, ...], plan: Plan) -> int:
-    """Whole units of a stage under ZeRO beyond what is stored."""
-    return sum(lent_parts(blocks, plan).values())
-
-
-def lent_parts(blocks: tuple[Block, ...], plan: Plan) -> dict[str, int]:
+def lent_parts(
+    laid: Laid, blocks: tuple[Block, ...], cluster: Cluster | None = None
+) -> dict[str, int]:
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
     all, where they stay for the step), and two gradients, one being filled and one on its way: one where
-    nothing is fetched ahead."""
-    every = distinct(blocks)
-    each = {id(b): _lent(b, plan) for b, _ in every}
-    stay = sum(n * each[id(b)][0] for b, n in every)
-    gathered = [each[id(b)][1] for b in blocks]
-    gradients = [size for b, n in every for size in each[id(b)][2] for _ in range(min(n, 2))]
-    if plan.num_microbatches > 1 and len(gradients) == 1:
-        gradients *= 2  # the last microbatch's is on its way
-    held = 1 + plan.data.prefetch
-    at_once = max(sum(gathered[i : i + held]) for i in range(len(gathered)))
-    whole = sum(sorted(gradients)[-min(held, 2) :])
+    nothing is fetched ahead. What would not move under compute on this cluster is neither gathered ahead nor
+    on its way."""
+    plan, every = laid.request.plan, distinct(blocks)
+    each = {id(b): _lent(b, laid, cluster) for b, _ in every}
+    of, fetched = [each[id(b)] for b in blocks], plan.data.prefetch
+    ahead = [x.here if x.moves else 0 for x in of]
+    at_once = max(
+        x.here + max(sum(ahead[i + 1 : i + 1 + fetched]), sum(ahead[max(i - fetched, 0) : i]))
+        for i, x in enumerate(of)
+    )
+    made = [g for b, n in every for g in each[id(b)].gradients for _ in range(min(n, 2))]
+    if plan.num_microbatches > 1 and len(made) == 1:
+        made *= 2  # the last microbatch's is on its way
+    made.sort()
+    largest, whole = [size for size, _ in made], max((size for size, _ in made), default=0)
+    under_way = max((i for i, (_, moves) in enumerate(made) if moves), default=None)
+    if fetched and under_way is not None:
+        whole = max(whole, largest.pop(under_way) + max(largest, default=0))
+    stay = sum(n * each[id(b)].stay for b, n in every)
     return {"gathered parameters": stay + at_once, "whole gradients": whole}
 
 
-def _lent(block: Block, plan: Plan) -> tuple[int, int, tuple[int, ...]]:
-    """Of a block under ZeRO: gathered weights that stay for the step, those of its forward and backward, and
-    its whole gradients."""
-    here, stay, made = 0, 0, dict[str, int]()
+@dataclass(frozen=True)
+class _Lent:
+    """Of a block under ZeRO, in bytes: gathered weights that `stay` for the step, those `here` for its
+    forward and its backward, and whether these move under compute; whole gradients, and whether each does."""
+
+    stay: int
+    here: int
+    moves: bool
+    gradients: tuple[tuple[int, bool], ...]
+
+
+def _lent(block: Block, laid: Laid, cluster: Cluster | None) -> _Lent:
+    plan, sizes = laid.request.plan, laid.sizes
+    here, stay, alone, made = 0, 0, True, dict[str, tuple[int, bool]]()
     for op in block.regions:
         phases = {e.phase for e in op.events}
         if op.kind == "gather" and zero_stage(plan) == 3:
-            whole = tensor_bytes(block.tensors[op.writes], plan.sizes)
+            whole = tensor_bytes(block.tensors[op.writes], sizes)
             stay += whole if "step" in phases else 0
             here += whole if "F" in phases else 0
+            alone &= moves(laid, cluster, op.axes, whole // prod(sizes[a] for a in op.axes))
             if arena_of(plan, "parameters") != "device":  # beside it, the shard that is gathered
-                here += tensor_bytes(block.tensors[op.reads[0]], plan.sizes)
+                here += tensor_bytes(block.tensors[op.reads[0]], sizes)
         elif op.kind in ("scatter", "offload") and "B" in phases:
             unit = op.name.rpartition(":")[0]
-            made[unit] = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], plan.sizes)
-    return stay, here, tuple(made.values())
+            size = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], sizes)
+            if op.kind == "scatter":
+                made[unit] = size, moves(laid, cluster, op.axes, size)
+            else:  # which is over when it returns
+                made.setdefault(unit, (size, False))
+    return _Lent(stay, here, alone, tuple(made.values()))
+
+
+class Moment(NamedTuple):
+    """Bytes beyond what a stage's blocks keep when that is most, of what they keep those that are not there
+    then, and the block."""
+
+    size: int
+    gone: int
+    block: Block
+
+
+def worst_moment(
+    laid: Laid, blocks: Sequence[Block], schedule: Schedule, beside: int = 0
+) -> Moment:
+    """Of a microbatch in a stage of these blocks; `beside` as `worst_op` takes it.
+
+        max over blocks  transient(block) - what blocks behind it keep
+
+    Forward has not come to these, backward has left them. Of what stays behind a backward, a weight half's
+    inputs and the gradients that ZeRO cuts, there is no less. What leaves between is counted by `away`."""
+    stays, split = away.leaves(laid), "W" in schedule.kinds
+    found, behind = Moment(0, 0, blocks[-1]), 0
+    for block in reversed(blocks):
+        most, gone = worst_op(block, laid.sizes, not stays, beside)
+        if most - behind > found.size:
+            found = Moment(most - behind, 0 if stays else gone + behind, block)
+        behind += 0 if stays else freed_bytes(block, laid.sizes, split)
+    return found
 
 
 @once
-def transient_bytes(block: Block, sizes: Sizes) -> int:
-    """The worst moment inside the block: an op's tensors that are not kept, and their gradients; and
-    what recomputation holds again. What comes round a ring is seen share by share, two at a time."""
-    held = (
-        {t for op in block.ops() for t in op.saves if t not in block.kept}
-        if replayed(block)
-        else set()
-    )
-    share = {op.writes: op.reads[0] for op in block.ops() if op.kind == "ring"}
+def freed_bytes(block: Block, sizes: Sizes, split: bool) -> int:
+    """What a block keeps that is gone behind its backward (its input half, where halves are `split`), less
+    what is there then and was not before."""
+    left = coming_bytes(block, sizes) + (read_later_bytes(block, sizes) if split else 0)
+    return max(kept_bytes(block, sizes) - left, 0)
 
-    def size_of(name: str) -> int:
-        times = 2 if name in share else 1
-        return times * tensor_bytes(block.tensors[share.get(name, name)], sizes)
 
-    again = sum(tensor_bytes(block.tensors[t], sizes) for t in held)
-    worst = 0
-    for op in block.ops():
-        names = [n for n in (*op.reads, op.writes) if n not in held]
-        size = sum(map(size_of, set(names)))
-        weights = sum(tensor_bytes(block.tensors[w], sizes) for w in op.weights)
-        worst = max(worst, size + weights)
-    return again + worst
+def brought_bytes(laid: Laid, place: int) -> int:
+    """The gradient of a stage's output, which is there as long as its backward runs; the last has none."""
+    sending = (s.blocks[-1] for s in laid.stages_of(place) if s.index < len(laid.stages) - 1)
+    return max((tensor_bytes(b.tensors[b.output], laid.sizes) for b in sending), default=0)
 
 
 def waiting_bytes(laid: Laid, place: int) -> int:

@@ -65,13 +65,14 @@ def update_away(
     for call in filter(is_move, once):
         found[call.axes[0]] += once[call] * call.times * move_seconds(call, machine)
         down += once[call] * call.bytes if call.axes == ("host",) else 0
-    if not found:
-        return {}
-    axis = max(found, key=lambda a: found[a])
+    axis = max(found, key=lambda a: found[a], default="")
     if not away.get("optimizer"):
+        if not found:
+            return {}
         return {
             "optimizer": away.get("gradients", 0) / host_memory_rate(machine),
             axis: found[axis],
         }
     compute = (STATE_PASSES * away["optimizer"] + 2 * down) / host_memory_rate(machine)
-    return {"optimizer": compute, axis: max(found[axis] - compute, 0.0)}
+    beyond = {axis: max(found[axis] - compute, 0.0)} if found else {}
+    return {"optimizer": compute, **beyond}

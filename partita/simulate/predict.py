@@ -3,7 +3,8 @@
 Every number is read off the laid program that the runtime executes: kernels (work.py), collectives and
 stages (stage.py), the schedule's clock (pipeline.py), what runs once a step (step.py), bytes (memory.py).
 Ranks of a node that share compute units run slower by (busy ranks / units) when more are busy than
-there are units, in what they compute and in what they copy to each other.
+there are units, in what they compute and in what they copy to each other; and by what was measured of
+the crowding in caches and memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from partita.base.errors import Problem
 from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
+from partita.cost.empirical import SLOW
 from partita.cost.machine import Machine, machine_of
 from partita.parallel.laid import Laid, Request, lay, problems
 from partita.parallel.pp.rules import schedule_of
@@ -26,7 +28,6 @@ from partita.record.transfer import TrafficLine
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.imbalance import Load, straggler
-from partita.simulate.links import SLOW
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.pipeline import Played, play
 from partita.simulate.stage import (
@@ -99,27 +100,35 @@ class Prediction:
         sizes = f"{format_bytes(peak)} of {format_bytes(self.limit_bytes)}"
         return f"{self.plan} {fits}: {sizes} on the fullest rank"
 
-    def __str__(self) -> str:
+    def head(self) -> str:
+        """The plan, its problems, and the step; the ledger follows in `str`."""
         lines = [f"plan    {self.plan}"]
         lines += [f"{p.room:<8}{p.severity}: {p.message}" for p in self.problems]
+        if self.step_time_s is not None:
+            lines.append(
+                f"step    {format_seconds(self.step_time_s)}, bubble {self.bubble_fraction:.1%}, "
+                f"MFU {self.mfu:.1%}"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
         if self.step_time_s is None:
-            return "\n".join(lines)
+            return self.head()
         worst = max(self.ledgers, key=lambda x: x.peak_bytes)
-        lines.append(
-            f"step    {format_seconds(self.step_time_s)}, bubble {self.bubble_fraction:.1%}, "
-            f"MFU {self.mfu:.1%}"
-        )
         rows = [[k, format_bytes(v)] for k, v in worst.at_peak.items()]
         rows.append(
             ["total", f"{format_bytes(worst.peak_bytes)} of {format_bytes(self.limit_bytes)}"]
         )
-        return "\n".join(lines) + f"\nmemory of rank {worst.rank} (the fullest)\n" + table(rows)
+        return self.head() + f"\nmemory of rank {worst.rank} (the fullest)\n" + table(rows)
 
 
 def request_of(job: Job) -> Request:
     """What the rooms are asked, from a job."""
     words = 2 if job.train.optimizer == "adamw" else int(job.train.momentum > 0)
-    return Request(job.plan, job.model, job.train.seq_len, job.micro_batch_size, words, job.frozen)
+    return Request(
+        job.plan, job.model, job.train.seq_len, job.micro_batch_size, words, job.frozen,
+        packed=job.data.documents is not None,
+    )  # fmt: skip
 
 
 def simulate(job: Job, machine: Machine | None = None, load: Load | None = None) -> Prediction:
@@ -160,7 +169,8 @@ def weigh(job: Job) -> Weighed | None:
 
 def _weighed(laid: Laid, cluster: Cluster) -> Weighed:
     limit = int(cluster.memory_limit_bytes)
-    ledgers = tuple(stage_ledger(laid, p, laid.schedule) for p in range(laid.schedule.num_ranks))
+    places = range(laid.schedule.num_ranks)
+    ledgers = tuple(stage_ledger(laid, p, laid.schedule, cluster) for p in places)
     beside = _fits_beside(laid, cluster)
     return Weighed(ledgers, all(x.peak_bytes <= limit for x in ledgers) and beside)
 
@@ -201,18 +211,19 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     waits, send_s = waiting(send_s, machine)
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(stage_costs(s, busy, waits) for s in stages), send_s)
+        costs = Costs(tuple(stage_costs(s, busy, waits * busy) for s in stages), send_s)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
     if machine.cluster.cores_shared:
-        busy = _slow_down(played, laid, machine.cluster)
+        crowded = machine.cluster.crowded(_on_a_node(laid, machine.cluster))
+        busy = crowded * _slow_down(played, laid, machine.cluster)
         costs, played = at(busy)
     published = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
     after = published or plan.pipeline.post_validation
     pipeline_s = played.own if after else played.seconds
     step = step_time(laid, works, stages, machine, _ranks_a_unit(laid, machine.cluster))
-    return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits)
+    return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits * busy)
 
 
 def waiting(send_s: float, machine: Machine) -> tuple[float, float]:
@@ -314,7 +325,11 @@ def _ranks_a_unit(laid: Laid, cluster: Cluster, least: float = 1.0) -> float:
     """Ranks of a node over its compute units, where they share them, at least `least`."""
     if not cluster.cores_shared:
         return 1.0
-    return max(least, min(cluster.devices_per_node, laid.mesh.world_size) / cluster.cores_shared)
+    return max(least, _on_a_node(laid, cluster) / cluster.cores_shared)
+
+
+def _on_a_node(laid: Laid, cluster: Cluster) -> int:
+    return min(cluster.devices_per_node, laid.mesh.world_size)
 
 
 def _replay_flops(laid: Laid) -> float:

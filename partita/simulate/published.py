@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from partita.base.errors import PartitaError, PlanError
+from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
 from partita.simulate.recipes import UNSTATED, Recipe, recipe_of
@@ -30,17 +31,25 @@ RAN_AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again
 LORA_RANK = 32  # Megatron-Bridge's default; adapters are below 1 % of the work
 DROPOUT = 0.1  # of GPT models before fused attention
 
-# group and ZeRO column -> software era, by their beginning
+# from container 26.06 on, in mxfp8: one graph holds the step, and what experts multiply is one kernel, where
+# configurations of Megatron-Bridge v0.5.0 say cuda_graph_impl full_iteration and cutedsl_fused_grouped_mlp;
+# Kimi's does not yet
+WHOLE = r"bridge-(26\.0[6-9]|26\.1|2[7-9])\S* (DeepSeekV3|Qwen3_\S+|GPT OSS 120B) mxfp8"
+# ERA_COLUMNS, joined by spaces -> software era, by their beginning
+ERA_COLUMNS = ("group", "model_name", "precision", "zero_or_fsdp")
 ERAS = (
-    ("vtrain", "megatron-deepspeed"), ("mt-nlg", "megatron-deepspeed"), ("korthikanti", "megatron-2022"),
-    ("sc21-t2 zero3", "deepspeed-2021"), ("sc21", "megatron-2021"), ("megatron-v1", "megatron-2019"),
+    ("(mt-nlg|bloom|palm MT)\\S* .*bf16", "deepspeed-bf16"), ("(vtrain|neox)", "megatron-deepspeed"),
+    ("(korthikanti|megascale)", "megatron-2022"),
+    ("sc21-t2.* zero3", "deepspeed-2021"), ("sc21", "megatron-2021"), ("megatron-v1", "megatron-2019"),
     ("megatron-", "megatron-2021"), ("zb-", "megatron-2023"), ("vocabpar", "megatron-flash"),
     ("llama3", "meta-2024"),
     ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "nemo-2024"),
-    ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), ("bridge-26.0[24]", "bridge-2026-02"),
-    ("bridge-skill", "bridge-2026-02"), ("bridge-", "bridge-2026"), ("deepseek", "deepseek-2024"),
+    ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), (WHOLE, "bridge-2026"),
+    ("bridge-", "bridge-2026-02"), ("deepseek", "deepseek-2024"),
     ("maxtext", "xla"), ("palm", "xla"),
 )  # fmt: skip
+# eras of Megatron-LM and of what is built on it
+MEGATRON = ("megatron", "nemo", "bridge", "deepspeed")
 SCHEDULES = {
     "": "1f1b", "none": "1f1b", "1f1b": "1f1b", "1f1b-interleaved": "interleaved_1f1b",
     "1f1b-interleaved(tunable n)": "interleaved_1f1b", "zb-1p": "zb_h1", "zb-h1": "zb_h1",
@@ -52,6 +61,8 @@ DEVICES = {
 }  # fmt: skip
 # what public configurations say and the table has no column for
 FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
+PADDED = 128  # to so many times tp: Megatron-LM's make_vocab_size_divisible_by
+UNPADDED = ("vtrain-single",)  # vTrain's src/model/gpt_modeling.py: vocab_size // world_size
 VOCABS = (("zb-", 32000),)  # SentencePiece; with it their sizes are the 14.6 and 28.3 B printed
 SPREAD = ("vocab-1", "vocab-2", "interlaced")  # methods that cut the vocabulary over the stages
 HEAD_DIMS = {
@@ -60,6 +71,7 @@ HEAD_DIMS = {
 # of models with latent attention, by public configurations: numbers a query is made of (0: of the token),
 # leading layers without experts, shared experts; all have 512 numbers of keys and values, 64 rotated
 LATENT = {"DeepSeek": (1536, 3, 1), "Kimi": (1536, 1, 1), "Moonlight": (0, 1, 2)}
+BIASED = "GPT OSS"
 NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
 RACK = 64  # devices of an NVLink rack that runs use
 
@@ -86,7 +98,9 @@ class Case:
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
     again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
+    cast_bytes: int = 0  # as the row's scales are made; 0 where it does not say
     stated: Recipe = UNSTATED  # what configurations say and no column does
+    biased: bool = False  # experts have biases, which their program adds apart
 
     def request(self, plan: Plan) -> Request:
         """What the rooms are asked for this case under a plan; with LoRA all but the adapters is frozen."""
@@ -100,7 +114,10 @@ class Case:
         era = replace(
             era,
             overlaps_exchanges=stated.beside,
+            host_s=HOST_S if stated.eager else era.host_s,
+            cast_bytes=self.cast_bytes or era.cast_bytes,
             sends_rows_once=era.sends_rows_once and not stated.each,
+            starts_experts=era.starts_experts and not stated.eager,
         )
         return replace(found, software=era)
 
@@ -111,16 +128,21 @@ class Case:
 
 
 def number(row: Row, column: str, default: int | None = None) -> int:
-    """A whole number of a row. Raises UnpredictableError where it is missing and has no default."""
+    """A whole number above zero of a row. Raises UnpredictableError where there is none, nor a default."""
     text = row.get(column, "").strip()
     if not text:
         if default is None:
             raise UnpredictableError(f"missing column: {column}")
         return default
     try:
-        return int(float(text))
-    except (ValueError, OverflowError):
+        found = int(float(text))
+    except ValueError:
         raise UnpredictableError(f"not a number: {column} = {text}") from None
+    except OverflowError:
+        found = 0
+    if found < 1:
+        raise UnpredictableError(f"not a number above zero: {column} = {text}")
+    return found
 
 
 def value_of(row: Row) -> float:
@@ -135,8 +157,8 @@ def value_of(row: Row) -> float:
 
 
 def software(row: Row) -> str:
-    """The software era of a row's group."""
-    name = f"{row['group']} {row.get('zero_or_fsdp', '')}"
+    """The software era of a row: of its group, and of what DeepSpeed trains in bf16 or under ZeRO-3."""
+    name = " ".join(row.get(c, "") for c in ERA_COLUMNS)
     return next((era for start, era in ERAS if re.match(start, name)), "current")
 
 
@@ -176,7 +198,9 @@ def case(row: Row) -> Case:
         method(row) in SPREAD,
         _recompute(row),
         _again(row) if row["recompute"] else stated.again,
+        _cast_bytes(row),
         stated,
+        row["model_name"].startswith(BIASED) and software_of(software(row)).starts_each_expert,
     )
 
 
@@ -193,7 +217,7 @@ def model(row: Row, seq: int) -> ModelSpec:
     if mlp not in ("gelu", "relu2", "swiglu"):
         raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
     experts: dict[str, Any] = {}
-    if row.get("experts"):
+    if row.get("experts", "") not in ("", "0"):
         ffn = number(row, "moe_ffn_hidden")
         counts = {"experts": number(row, "experts"), "top_k": number(row, "topk")}
         experts = {**counts, "expert_ffn_hidden": ffn}
@@ -206,7 +230,7 @@ def model(row: Row, seq: int) -> ModelSpec:
     heads = number(row, "heads")
     return ModelSpec(
         family=family, layers=number(row, "layers"), hidden=number(row, "hidden"), heads=heads,
-        kv_heads=number(row, "kv_heads", heads), vocab=number(row, "vocab", _vocab(row)),
+        kv_heads=number(row, "kv_heads", heads), vocab=_vocab(row),
         max_seq_len=seq, name=name, dropout=DROPOUT if drops else 0.0,
         ffn_hidden=_ffn(row, experts.get("expert_ffn_hidden")), **experts,
         lora_rank=LORA_RANK if "LoRA" in row["notes"] else 0,
@@ -216,8 +240,14 @@ def model(row: Row, seq: int) -> ModelSpec:
 
 
 def _vocab(row: Row) -> int:
-    """Of a row that does not print it."""
-    return next((v for start, v in VOCABS if row["group"].startswith(start)), GPT2_VOCAB)
+    """As many as the head's matmul has: padded where the software does."""
+    group, tp = row["group"], number(row, "tp", 1)
+    known = next((v for start, v in VOCABS if group.startswith(start)), GPT2_VOCAB)
+    vocab = number(row, "vocab", known)
+    if group.startswith(UNPADDED):
+        return vocab // tp * tp
+    each = PADDED * tp if software(row).startswith(MEGATRON) else 1
+    return -(-vocab // each) * each
 
 
 def _ffn(row: Row, default: int | None) -> int:
@@ -312,6 +342,16 @@ def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
 
 def _matmuls(row: Row) -> str:
     return "fp4" if row["precision"].startswith("nvfp4") else ""
+
+
+def _cast_bytes(row: Row) -> int:
+    """Bytes that move as an element becomes one of 8 bits or fewer. By a scale of the tensor as it is now
+    (fp8-cs, nvfp4) it is read once more; written once where matmuls take either way (Blackwell), but for
+    blocks that are scaled along what is summed (mxfp8)."""
+    text = row["precision"]
+    if text.startswith("fp8-cs"):
+        return 6 if row["gpu_type"].startswith("H") else 5
+    return 5 if text.startswith("nvfp4") else 0
 
 
 def _dtype(row: Row) -> str:

@@ -23,7 +23,7 @@ from partita.parallel.pp.rules import schedule_of
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
-from partita.simulate.memory import stage_ledger
+from partita.simulate.memory import kept_at_once
 from partita.simulate.pipeline import play
 from partita.simulate.predict import Timed, timed
 from partita.simulate.published import (
@@ -110,7 +110,7 @@ def _predicted(row: Row, constants: Mapping[str, Any] | None) -> float:
         return fullest(found).peak_bytes / (GIB if "GiB" in row["notes"] else 1e9)
     laid = _laid(found, found.plan)
     if metric == "x_act_mem_GB":
-        return stage_ledger(laid, 0, laid.schedule).at_peak["activations"] / GIB
+        return kept_at_once(laid, 0, laid.schedule)[0] / GIB
     if metric == "x_paramopt_mem_GB":
         return sum(sum(state_bytes(b, laid.sizes).values()) for b in _layers(laid)) / GIB
     alone = _laid(found, found.plan.with_("mesh", sp=False).with_("recompute", mode="none"))

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from partita.cost.kernels import Kernel
 from partita.cost.machine import Software, software_of
 from partita.parallel.laid import Laid, lay
 from partita.record.ledger import Ledger
 from partita.simulate.memory import chunk_bytes, lent_parts, stage_ledger
 from partita.simulate.published import Case
-from partita.simulate.stage import Work, Works, works_of
+from partita.simulate.stage import Part, Work, Works, works_of
 from partita.spec.hardware import shown_bytes
 from partita.spec.plan import Plan
 from partita.spec.program import Block
@@ -28,6 +29,9 @@ AGAIN: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 NORMS = ("rmsnorm", "layernorm")
+# bytes an element: 4 written; 2 and 4 read, 4 written; 4 and 4; 4 read, 2 written. Back: 2 and 4; 4 and 2 to
+# the rows, 2 and 2 to lie side by side; 4, 4 and 4 to the biases, as much to the gates
+BIASED = (28, 40)
 
 
 def lay_case(found: Case, plan: Plan) -> Laid:
@@ -52,7 +56,29 @@ def lay_case(found: Case, plan: Plan) -> Laid:
 def case_works(found: Case, laid: Laid) -> Works:
     """The work of a case that was laid."""
     works = works_of(laid, found.matmul_dtype)
+    if found.biased:
+        works = biased(works)
     return spread(works) if found.spread else works
+
+
+def biased(works: Works) -> Works:
+    """What experts hand back, with biases as Megatron-Core adds them (TEGroupedMLP._apply_bias): times the
+    rows' gates in 32 bits, added expert by expert, laid side by side, narrowed; and their backward."""
+
+    def one(part: Part) -> Part:
+        if not part.has_experts:
+            return part
+        w = part.work
+        last = [k for k in w.experts[0] if k.kind == "matmul"][-1]
+        rows = float(last.m * last.n * last.count)
+        f, b = (
+            Kernel("memory", n * rows, dtype="bf16", each=last.each, routed=True) for n in BIASED
+        )
+        own = replace(w, forward=(*w.forward, f), input=(*w.input, b))
+        return replace(part, work=replace(own, experts=((*w.experts[0], f), (*w.experts[1], b))))
+
+    each = (replace(w, parts=tuple(map(one, w.parts))) for w in works.stages)
+    return Works(tuple(each), works.once)
 
 
 def spread(works: Works) -> Works:
@@ -141,9 +167,9 @@ def in_8_bits(laid: Laid, gates: bool = False) -> Laid:
 def _narrow(laid: Laid, place: int, era: Software) -> Ledger:
     """A rank's ledger with gradients as wide as they wait, whole ones of ZeRO too, and as much of them as
     the software keeps between microbatches."""
-    ledger, plan = stage_ledger(laid, place, laid.schedule), laid.request.plan
+    ledger = stage_ledger(laid, place, laid.schedule)
     gone = 4 - era.gradient_bytes
-    whole = max(lent_parts(s.blocks, plan)["whole gradients"] for s in laid.stages_of(place))
+    whole = max(lent_parts(laid, s.blocks)["whole gradients"] for s in laid.stages_of(place))
     gradients = ledger.at_peak.get("gradients", 0) * era.gradient_bytes // 4
     states = 4 + 2 * era.moment_bytes - 2 * era.keeps_remainders
     optimizer = ledger.at_peak.get("optimizer", 0) * states // 12

@@ -19,13 +19,15 @@ class Recipe:
     """again: modules that run again. leaves: layers whose activations go to the host. beside: experts'
     exchanges run beside the other microbatch's compute (overlap_moe_expert_parallel_comm). each: a plain
     all-to-all, where a token goes once to each of its experts (moe_token_dispatcher_type). micro: the
-    microbatch size, where a row has that of another plan on its line (the page prints accumulations)."""
+    microbatch size, where a row has that of another plan on its line (the page prints accumulations). eager:
+    the host starts every kernel (cuda_graph_impl "none")."""
 
     again: tuple[str, ...] = ()
     leaves: int = 0
     beside: bool = False
     each: bool = False
     micro: int = 0
+    eager: bool = False
 
 
 UNSTATED = Recipe()
@@ -38,6 +40,7 @@ RECIPES = (
     (r"bridge-\S+ LLAMA3_70B GB300 bf16 fsdp", Recipe(leaves=30)),
     (r"bridge-\S+ LLAMA3_70B B200 fp8\S* fsdp", Recipe(leaves=5)),
     (r"bridge-25.09 LLAMA3_70B GB200 mxfp8", Recipe(micro=1)),
+    (r"bridge-skill Moonlight", Recipe(eager=True)),
     (r"bridge-\S+ LLAMA3.1_405B G?B300 bf16 fsdp", Recipe(leaves=40)),
     (r"bridge-\S+ GPT OSS 120B (H100|GB200|B200) bf16", Recipe(again=LIGHT)),
     (r"bridge-\S+ GPT OSS 120B \S+ bf16", Recipe(each=True)),

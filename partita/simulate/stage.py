@@ -15,27 +15,27 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from partita.cost.comm import Group, group_seconds, seconds
-from partita.cost.kernels import Kernel, kernel_seconds
+from partita.cost.comm import group_seconds, seconds
+from partita.cost.kernels import kernel_seconds
 from partita.cost.machine import Machine, Software
 from partita.cost.pieces import on_curve
 from partita.parallel.laid import Laid
 from partita.parallel.read import Call, replayed, state_bytes, traffic
 from partita.parallel.room import ARENAS, axis_name
-from partita.simulate.groups import group_of, place
-from partita.simulate.links import Lane, path_seconds, seen_seconds
+from partita.simulate.groups import group_of, over_one_adapter, place
+from partita.simulate.links import Lane, one_ahead, path_seconds, seen_seconds
 from partita.simulate.moves import is_move, move_seconds
+from partita.simulate.started import (
+    call_times,
+    host_seconds,
+    is_exchange,
+    kernel_times,
+    unfused_kernels,
+)
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block, distinct
 
-UNFUSED = {
-    "F": (3, 4, 4, 4, 3),
-    "B": (3, 6, 4, 4, 3),
-}  # passes over 16-bit scores of each kernel of an unfused softmax
-UNFUSED_LOSS = {
-    "F": (8, 8, 8, 8),
-    "I": (8, 6),
-}  # bytes a logit: widened, less the wide maximum, exponentials, over their sum; scaled, narrowed
+PASSES = 2  # over rows that come from several ranks, to put them by expert: read and written
 AGAIN = ("B", "dp", "all_gather")  # phase, lane and collective of ZeRO-3's weights in backward
 REDUCTIONS = ("all_reduce", "reduce_scatter")
 HIDDEN_KINDS = ("copy_to", "gather_from", "scatter_to")
@@ -228,62 +228,64 @@ def _part_time(
     kernels = {
         n: [one for k in ks for one in unfused_kernels(k, n, era)] for n, ks in kernels.items()
     }
-    factor = era.experts if part.has_experts else 1.0
     each = {
-        n: [(k.kind, factor * kernel_seconds(k, machine)) for k in ks] for n, ks in kernels.items()
+        n: [(k.kind, kernel_times(k, era) * kernel_seconds(k, machine)) for k in ks]
+        for n, ks in kernels.items()
     }
     found = {n: sum(s for _, s in ks) for n, ks in each.items()}
-    launches = {"F": 1.0 * len(each["F"]), "B": sum(map(len, each.values())) - 1.0 * len(each["F"])}
+    started = {n: sum(host_seconds(k, machine) for k in ks) for n, ks in kernels.items()}
+    host = {"F": started["F"], "B": started["I"] + started["again"] + started["W"]}
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: dict[str, dict[str, Lane]] = {"F": {}, "B": {}}
     chunks: Counter[str] = Counter()
-    exchanged = max((c.bytes for c in calls if _is_exchange(c)), default=0)
+    exchanged = max((c.bytes for c in calls if is_exchange(c)), default=0)
+    links: dict[tuple[str, ...], str] = {}
     for call in calls:
-        if _is_exchange(call):  # as long as the more that a rank hands in and takes
+        if is_exchange(call):  # as long as the more that a rank hands in and takes
             call = replace(call, bytes=exchanged)
         n = call.parts
         one = replace(call, bytes=call.bytes // n) if n > 1 else call
         times = part.times_of(call) * n
-        s = factor * times * call_seconds(one, laid, machine)
+        s = call_times(one, era) * times * call_seconds(one, laid, machine)
         where = "F" if call.phase == "F" else "B"
-        launches[where] += times if s else 0.0
-        name = call.lane if call.lane != "tp" or _hides(call) else "alone"
+        host[where] += times * host_seconds(call, machine) if s else 0.0
+        name = call.lane if call.lane != "tp" or hides(call) else "alone"
         lane = lanes[where].setdefault(name, Lane(_beside(where, name, each, era)))
-        lane.add(axis_name(call.axes), _link(call, laid, machine), s)
+        if call.axes not in links:
+            links[call.axes] = _link(call, laid, machine)
+        lane.add(axis_name(call.axes), links[call.axes], s)
         chunks[name] = max(chunks[name], n)
     compute = {"F": found["F"], "B": found["I"] + found["again"] + found["W"]}
     for where, own in lanes.items():
         for name, lane in own.items():
-            if chunks[name] > 1:
-                inside = sum(kernel_seconds(k, machine) for k in w.experts[where == "B"])
-                room = min(factor * inside, lane.seconds * (1 - 1 / chunks[name]))
-                own[name] = replace(lane, room=room)
+            room = _room(name, lane, chunks[name], w, where, machine)
+            own[name] = replace(lane, room=room)
         found[f"path {where}"] = path_seconds(own, compute[where])
         for name, s in seen_seconds(own, compute[where]).items():
             for axis, share in own[name].by_axis.items():
                 seen[where][axis] += s * share / own[name].seconds
     for where in ("F", "B"):
         busy = compute[where] + sum(seen[where].values())
-        found[f"calls {where}"] = launches[where] * era.host_s
-        found[f"host {where}"] = max(found[f"calls {where}"] - busy, 0.0)
+        if where == "F" and era.starts_experts:  # the host knows their rows when the device does
+            timed = zip(each["F"], kernels["F"], strict=True)
+            busy = seen["F"].get("ep", 0.0) + sum(s for (_, s), k in timed if k.routed)
+        found[f"calls {where}"] = host[where]
+        found[f"host {where}"] = max(host[where] - busy, 0.0)
     return found, {where: dict(axes) for where, axes in seen.items()}
 
 
-def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel]:
-    """A softmax whose matrices do not come in the number that a fused kernel works on (0: nothing does) is
-    five kernels: widened to fp32, scaled, masked, normalised, narrowed; and their backward. A loss that is
-    not fused (Megatron-LM's mpu/cross_entropy.py) passes over its logits in fp32 step by step."""
-    if kernel.kind == "loss" and not era.fuses_loss:
-        steps = UNFUSED_LOSS["I" if part == "I" else "F"]
-        return [replace(kernel, kind="memory", bytes=float(n * kernel.m)) for n in steps]
-    if kernel.kind != "softmax" or (era.softmax_of and kernel.m % era.softmax_of == 0):
-        return (kernel,)
-    passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
-    return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]
-
-
-def _is_exchange(call: Call) -> bool:
-    return call.axes == ("ep",) and call.collective == "all_to_all"
+def _room(name: str, lane: Lane, chunks: int, w: BlockWork, where: str, machine: Machine) -> float:
+    """Seconds of compute that a lane runs beside, of those it may: of an exchange in chunks the experts', but
+    for one chunk's; of matrices that are gathered one ahead each the one's before."""
+    era = machine.software
+    if chunks > 1:
+        kernels = w.experts[where == "B"]
+        inside = sum(kernel_times(k, era) * kernel_seconds(k, machine) for k in kernels)
+        return min(inside, lane.seconds * (1 - 1 / chunks))
+    if name == "dp" and lane.room and era.gathers_one_ahead:
+        sizes = [k.m * k.n * k.count for k in w.weight if k.adds]
+        return one_ahead(lane.room, lane.seconds, sizes)
+    return lane.room
 
 
 def _link(call: Call, laid: Laid, machine: Machine) -> str:
@@ -293,7 +295,8 @@ def _link(call: Call, laid: Laid, machine: Machine) -> str:
     return machine.cluster.link_for(group_of(laid, call.axes, machine.cluster)).name
 
 
-def _hides(call: Call) -> bool:
+def hides(call: Call) -> bool:
+    """Whether its lane may run beside compute, where the software does so."""
     return call.site.rpartition(":")[2] in HIDDEN_KINDS
 
 
@@ -325,30 +328,43 @@ def call_seconds(call: Call, laid: Laid, machine: Machine) -> float:
     half of the declared bytes."""
     if is_move(call):
         return move_seconds(call, machine)
-    if call.lane == "dp" and call.collective in REDUCTIONS and machine.software.gradient_bytes < 4:
-        call = replace(call, bytes=call.bytes * machine.software.gradient_bytes // 4)
+    if call.lane == "dp" and call.collective in REDUCTIONS:
+        size = call.bytes * min(machine.software.gradient_bytes, 4) // 4
+        way = "all_reduce" if machine.software.reduces_whole else call.collective
+        call = replace(call, bytes=size, collective=way)
     ranks = group_of(laid, call.axes, machine.cluster)
     if len(ranks) <= 1:
         return 0.0
+    if machine.class_ == "CPU":
+        regrouped = _regrouped(call, machine) if is_exchange(call) else 0.0
+        return regrouped + _measured_seconds(call.collective, ranks, call.bytes, laid, machine)
     group = place(ranks, machine)
     if machine.software.leaves_once and group.nodes > 1:
-        group = replace(group, inside=1, nodes=group.size)
-    if machine.class_ == "CPU":
-        return _measured_seconds(call.collective, len(ranks), call.bytes, group, machine)
-    once = machine.software.sends_rows_once and _is_exchange(call)
+        group = over_one_adapter(group, machine.cluster.devices_per_node)
+    once = machine.software.sends_rows_once and is_exchange(call)
     top_k = laid.request.model.top_k if once else 1
-    return group_seconds(call.collective, group, call.bytes, top_k)
+    sorts = machine.software.sorts_rows and is_exchange(call) and not once
+    regrouped = _regrouped(call, machine) if sorts else 0.0
+    return regrouped + group_seconds(call.collective, group, call.bytes, top_k)
+
+
+def _regrouped(call: Call, machine: Machine) -> float:
+    """Seconds to put rows of several ranks by expert where their exchange does not, and back."""
+    return PASSES * call.bytes / machine.memory_rate
 
 
 def _measured_seconds(
-    collective: str, ranks: int, size: float, group: Group, machine: Machine
+    collective: str, ranks: tuple[int, ...], size: float, laid: Laid, machine: Machine
 ) -> float:
     """Of CPU ranks: as measured by size, or by the link's alpha and beta. Ranks that shared cores while they
     were measured took turns: seconds are those of ranks with a core each."""
-    measured = machine.collective(collective, ranks)
+    n, cores = len(ranks), machine.cluster.cores_shared or laid.mesh.world_size
+    crowded = min(machine.cluster.devices_per_node, laid.mesh.world_size) > cores
+    measured = machine.collective(collective, n, crowded)
     if measured is not None:
-        return on_curve(size, measured) / max(1.0, ranks / (machine.cluster.cores_shared or ranks))
-    return seconds(collective, ranks, size, group.outer if group.nodes > 1 else group.inner)
+        return on_curve(size, measured) / max(1.0, n / cores)
+    group = place(ranks, machine)
+    return seconds(collective, n, size, group.outer if group.nodes > 1 else group.inner)
 
 
 def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> float:
@@ -365,10 +381,10 @@ def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> float:
     ranks = [laid.mesh.rank_of({"pp": place}) for place in places]
     if ranks[0] == ranks[1]:
         return 0.0
-    group = place(tuple(sorted(ranks)), machine)
-    tp, size = laid.sizes["tp"], call.bytes
+    tp, size, pair = laid.sizes["tp"], call.bytes, tuple(sorted(ranks))
     if machine.class_ == "CPU":
-        return _measured_seconds("send", 2, size, group, machine)
+        return _measured_seconds("send", pair, size, laid, machine)
+    group = place(pair, machine)
     whole = not laid.request.plan.mesh.sp
     if not (machine.software.scatters_sends and tp > 1 and whole and group.nodes > 1):
         return group_seconds("send", group, size)

@@ -41,12 +41,12 @@ COLUMNS = ("id", "group", "metric", "value", "gpu_type", "n_gpus", "seq_len", "g
 CONFIGURATION = (
     "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus", "tp", "pp",
     "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule", "microbatch_size", "global_batch",
-    "precision", "recompute", "seqpar", "group",
+    "precision", "recompute", "seqpar", "group", "kv_heads", "ffn_hidden", "mlp", "experts", "topk",
+    "moe_ffn_hidden",
 )  # fmt: skip
 # columns that a table may lack: as if they were empty
 OPTIONAL = (
-    *CONFIGURATION, "kv_heads", "ffn_hidden", "experts", "topk", "moe_ffn_hidden", "gpus_per_node", "mlp",
-    "quality", "notes", "flops_conv", "use_for",
+    *CONFIGURATION, "gpus_per_node", "quality", "notes", "flops_conv", "use_for",
 )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def score(
         try:
             value_of(row)
             one = case(row)
-            key = (*(row.get(c, "") for c in CONFIGURATION), method(row))
+            key = _configuration(row)
             if key not in seconds:
                 seconds[key] = predict(one, constants)
         except UnpredictableError as error:
@@ -155,6 +155,12 @@ def convention_of(row: Row) -> Convention:
     return known.get(row["flops_conv"], "model_full")
 
 
+def _configuration(row: Row) -> tuple[str, ...]:
+    """What ran, as the row's columns and notes tell it."""
+    adapters = "LoRA" if "LoRA" in row.get("notes", "") else ""
+    return (*(row.get(c, "") for c in CONFIGURATION), method(row), adapters)
+
+
 def _once(rows: Iterable[Row]) -> list[Row]:
     """Step-time rows, one a configuration."""
     order = {m: i for i, m in enumerate(STEP_METRICS)}
@@ -162,7 +168,7 @@ def _once(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if row["metric"] not in order:
             continue
-        key = (*(row.get(c, "") for c in CONFIGURATION), method(row), _revision(row))
+        key = (*_configuration(row), _revision(row))
         if key not in kept or order[row["metric"]] < order[kept[key]["metric"]]:
             kept[key] = row
     return list(kept.values())

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from partita.cost import machine
-from partita.cost.machine import constants_of, device_class, table
+from partita.cost import empirical, machine
+from partita.cost.machine import constants_of, device_class, facts, software_of, table
 from partita.simulate.published import Row
 from partita.simulate.published_memory import BUBBLE, other_lines, other_rows
 from partita.simulate.validate import Scored, Skip, mape, read_rows, reasons, score, summary
@@ -42,6 +42,8 @@ def validation(path: Path) -> Validation:
     scored, skipped = score(rows)
     others, without = other_rows(rows)
     lines = summary(scored, _left_out(rows, scored))
+    for line in lines:
+        line["source_left_out_mape"] = _source_left_out(rows, line["group"])
     lines += other_lines(others, _bubbles_left_out(rows, others))
     out = [
         {"id": s.row["id"], "predicted": s.predicted_s, "measured": s.measured_s, "error": s.error}
@@ -79,6 +81,17 @@ def _left_out(rows: list[dict[str, str]], scored: list[Scored]) -> dict[str, flo
     return found
 
 
+def _source_left_out(rows: list[dict[str, str]], group: str) -> float | None:
+    """The error of a group with constants that were fitted without all groups of its source; None where it is
+    alone, or no fit saw it."""
+    source = f"{group.partition('-')[0]}-*"
+    known = left_out_constants()
+    if source not in known or group not in known:
+        return None
+    own = [r for r in rows if r["group"] == group]
+    return mape(score(own, merged(known[source]))[0])
+
+
 def _bubbles_left_out(rows: list[dict[str, str]], others: list[dict[str, Any]]) -> dict[str, float]:
     """Errors of bubbles as `_left_out` has those of step times."""
     known, found = left_out_constants(), {}
@@ -92,13 +105,20 @@ def _bubbles_left_out(rows: list[dict[str, str]], others: list[dict[str, Any]]) 
 
 
 def _calibration(scored: list[Scored], skipped: list[Skip]) -> dict[str, Any]:
-    """Every constant that took part."""
+    """Every constant that took part: of devices, of software eras with their facts, and of all."""
     classes = sorted({device_class(s.case.cluster.device) for s in scored})
     eras = sorted({s.case.software for s in scored})
     names = constants_of("GPU").__dataclass_fields__
     return {
         "device": {c: {n: getattr(constants_of(c), n) for n in names} for c in classes},
-        "software": {e: table()["software"][e] for e in eras},
+        "software": {e: _era(e) for e in eras},
+        "common": {name: value for name, (value, *_) in empirical.told().items()},
         "fitted_on": table().get("fitted_on", {}),
         "not_predicted_step_time_rows": len(skipped),
     }
+
+
+def _era(name: str) -> dict[str, Any]:
+    """An era's two numbers, and its facts."""
+    era = software_of(name)
+    return {**facts()[name], "flash": era.flash, "host_s": era.host_s, "experts": era.experts}

@@ -4,9 +4,11 @@
                 (I), one for the weight (W), which adds to the stored gradient. A convolution is one, its
                 windows as rows; it reads each element of its input once
     attention   fused (three reads): half of its square, causal; backward 2.5 times. Explicit: batched
-                matmuls over the whole square, and the probabilities pass through memory
+                matmuls over the whole square, and the probabilities pass through memory; what heads made is
+                copied to lie token by token, the gradients of q, k and v to lie side by side
     elementwise neighbours (bias, map, mask, relu) are one kernel: it reads what comes from outside,
                 writes its end
+    cast        what a linear of 8 bits or fewer reads, and the gradient it is handed, become such
     the rest    what it reads and writes passes through memory
 
 Nothing here knows a room, an axis or a model. Each kernel also says which pieces of layers it is (PIECES),
@@ -16,20 +18,21 @@ for a machine whose pieces were measured: the host around many kernels is most o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from partita.cost.kernels import Kernel
+from partita.cost.empirical import WEIGHT_WELL
+from partita.cost.kernels import Kernel, is_aligned
 from partita.cost.pieces import ATTENTION, BACK, WEIGHT
-from partita.parallel.read import BYTES, once, replayed, tensor_bytes
+from partita.parallel.read import BYTES, bytes_of, once, once_of_ops, replayed
+from partita.spec.lora import GROUPS
 from partita.spec.program import Block, Op, Sizes
 
 ELEMENTWISE = ("bias", "map", "mask", "relu")
 MATMULS = ("linear", "conv")
 FLASH_BACKWARD = 2.5  # five matmuls for two: the scores are made again
-WEIGHT_WELL = (
-    0.87  # [empirical] weight gradients read both operands across (Korthikanti et al., table 4)
-)
+LOW = {"fp8": 1, "fp4": 0.5}  # bytes of what a matmul reads, where it is not its tensors' width
+CAST_BYTES = 4  # of an element that becomes one of 8 bits
 STATE_BYTES = 8  # a weight's gradient is read and written as it grows
 FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, backward
 # elementwise ops by the last part of their names; an act of (gate, up) is a gate
@@ -37,6 +40,9 @@ PIECES = {
     "rope_q": "rotate", "rope_k": "rotate", "act": "gelu", "residual": "add", "add_position": "add",
     "dropout": "",
 }  # fmt: skip
+TOGETHER = ("bias", "rotate")  # neighbours that run as one
+SPARSE = ("router", "dispatch", "combine")  # whose pieces are measured together
+ROUTED = ("dispatch", "experts", "combine")
 Pieces = tuple[tuple[str, float], ...]
 
 
@@ -55,27 +61,38 @@ class BlockWork:
 @once
 def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
     """Reads a laid block. `matmul_dtype` is what linears compute in, where it is not their tensors'."""
-    groups = list(_groups(block.ops()))
+    work, made = _own_work(block, sizes, matmul_dtype)
+    names = {op.name for op in replayed(block)}
+    if not names:
+        return work
+    again: list[Kernel] = []
+    for group in _groups([op for op in block.ops() if op.name in names]):
+        found = made.get(tuple(op.name for op in group))
+        again += _kernels(group, block, sizes, matmul_dtype)[0] if found is None else found
+    return replace(work, again=tuple(again))
+
+
+@once_of_ops
+def _own_work(
+    block: Block, sizes: Sizes, matmul_dtype: str
+) -> tuple[BlockWork, dict[tuple[str, ...], list[Kernel]]]:
+    """A block's kernels but for what is replayed, and those of forward by the ops that they run."""
+    made: dict[tuple[str, ...], list[Kernel]] = {}
     forward: list[Kernel] = []
     back: list[Kernel] = []
     weight: list[Kernel] = []
     experts: tuple[list[Kernel], list[Kernel]] = ([], [])
-    for group in groups:
+    for group in _groups(block.ops()):
         f, i, w = _kernels(group, block, sizes, matmul_dtype)
+        made[tuple(op.name for op in group)] = f
         forward += f
         back += i
         weight += w
         if group[0].segment == "experts":
             experts[0].extend(f)
             experts[1].extend((*i, *w))
-    names = {op.name for op in replayed(block)}
-    again = [
-        kernel
-        for group in _groups([op for op in block.ops() if op.name in names])
-        for kernel in _kernels(group, block, sizes, matmul_dtype)[0]
-    ]
     beside = (tuple(experts[0]), tuple(experts[1]))
-    return BlockWork(tuple(forward), tuple(back), tuple(weight), tuple(again), beside)
+    return BlockWork(tuple(forward), tuple(back), tuple(weight), (), beside), made
 
 
 def _groups(ops: Iterable[Op]) -> Iterable[list[Op]]:
@@ -105,16 +122,22 @@ def _kernels(
     if first.is_region or first.kind == "join":  # a view
         return [], [], []
     if first.kind in MATMULS:
-        return _linear(group, block, sizes, dtype)
-    if first.kind == "attention":
-        return _attention(first, block, sizes)
-    if first.kind in ELEMENTWISE:
-        return _elementwise(group, block, sizes)
-    return _passes(first, block, sizes)
+        found = _linear(group, block, sizes, dtype)
+    elif first.kind == "attention":
+        found = _attention(first, block, sizes)
+    elif first.kind in ELEMENTWISE:
+        found = _elementwise(group, block, sizes)
+    else:
+        found = _passes(first, block, sizes)
+    if first.segment not in ROUTED:
+        return found
+    f, i, w = ([replace(k, routed=True) for k in ks] for ks in found)
+    return f, i, w
 
 
 def _bytes(names: Iterable[str], block: Block, sizes: Sizes) -> float:
-    return float(sum(tensor_bytes(block.tensors[n], sizes) for n in names))
+    each = bytes_of(block, sizes)
+    return float(sum(each[n] for n in names))
 
 
 def _linear(
@@ -139,30 +162,60 @@ def _linear(
     read = x.local(sizes) if first.kind == "conv" else count * m * k
     moved = float(size * (read + count * (k * n + m * n)))
     grown = size * (read + count * trained * (k + m)) + STATE_BYTES * count * k * trained
-    runs = [("linear", 2.0 * m * n * k), ("linear" + BACK, 2.0 * m * n * k)]
-    runs += [("linear" + WEIGHT, 2.0 * m * trained * k)]
+    name = "grouped" if "experts" in own else "linear"
+    runs = [(name, 2.0 * m * n * k), (name + BACK, 2.0 * m * n * k)]
+    runs += [(name + WEIGHT, 2.0 * m * trained * k)]
+    even = is_aligned(*(LOW.get(kind, size) * row for row in (k, n)))
+    if first.segment == "router":
+        runs = [("route", 0.0)] * 3
     one, other, last = ((run,) if first.kind == "linear" else () for run in runs)
-    forward = [Kernel("matmul", moved, m, n, k, count, dtype=kind, pieces=one)]
-    back = [Kernel("matmul", moved, m, k, n, count, dtype=kind, pieces=other)]
+    forward = [Kernel("matmul", moved, m, n, k, count, dtype=kind, aligned=even, pieces=one)]
+    back = [Kernel("matmul", moved, m, k, n, count, dtype=kind, aligned=even, pieces=other)]
     weight = Kernel(
-        "matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL, pieces=last
-    )
-    low = [(kernel, w) for op in group for kernel, w in _low_rank(op, block, sizes)]
-    forward += [kernel for kernel, _ in low]
-    back += [kernel for kernel, _ in low]
-    again = [kernel for kernel, times in low for _ in range(times)]
-    return forward, back, ([weight] if trained else []) + again
+        "matmul", grown, trained, k, m, count, dtype=kind, well=WEIGHT_WELL, aligned=even, adds=True,
+        pieces=last,
+    )  # fmt: skip
+    if kind in LOW and size > LOW[kind]:
+        forward.insert(0, _cast(read, w.dtype))
+        back.insert(0, _cast(count * m * n, w.dtype))
+    if "experts" in own:
+        forward, back = ([replace(k, each=count) for k in ks] for ks in (forward, back))
+        weight = replace(weight, each=count)
+    halves = [weight] if trained else []
+    for op in group:
+        for there, again, own_half in _low_rank(op, block, sizes):
+            forward.append(there)
+            back.append(again)
+            halves += own_half
+    return forward, back, halves
 
 
-def _low_rank(op: Op, block: Block, sizes: Sizes) -> Iterable[tuple[Kernel, int]]:
-    """LoRA's matmuls, each with how often one like it runs in the weight half."""
-    for (space, factor), name in zip(op.extra, op.weights[1:], strict=True):
+def _cast(elements: int, dtype: str) -> Kernel:
+    """A tensor becomes one of 8 bits or fewer: read once, written as the matmul reads it, and across for the
+    weight gradient (TransformerEngine's cast_transpose). What programs move more is theirs (stage.py)."""
+    return Kernel("cast", CAST_BYTES * float(elements), elements, dtype=dtype)
+
+
+def _low_rank(op: Op, block: Block, sizes: Sizes) -> Iterable[tuple[Kernel, Kernel, list[Kernel]]]:
+    """LoRA's matmuls by A and by B: forward, for their input, and in the weight half. There run the gradients
+    of those that are trained, and what A made again, where B reads it."""
+    if not op.extra:
+        return
+    trained = op.extra[0][1] - op.extra[1][1], op.extra[1][1] - 1
+    for i, ((space, _), name) in enumerate(zip(op.extra, op.weights[1:], strict=True)):
         w = block.tensors[name]
-        elements = w.local(sizes)
-        m = prod(d.local(sizes) for d in space) // elements
+        elements, dtype, size = w.local(sizes), w.dtype, BYTES[w.dtype]
+        count = prod(d.local(sizes) for d in w.dims if d.name in GROUPS)
+        each = prod(d.local(sizes) for d in w.dims if d.name == "experts")
         rank = next(d.local(sizes) for d in w.dims if d.name == "rank")
-        moved = float(BYTES[w.dtype] * (elements + m * (rank + elements // rank)))
-        yield Kernel("matmul", moved, m, rank, elements // rank, dtype=w.dtype), int(factor) - 1
+        rows, other = prod(d.local(sizes) for d in space) // elements, elements // count // rank
+        n, k = (rank, other) if i == 0 else (other, rank)
+        moved = float(size * (elements + count * rows * (n + k)))
+        there = Kernel("matmul", moved, rows, n, k, count, dtype=dtype, each=each)
+        grown = moved + (STATE_BYTES - size) * elements
+        own = replace(there, bytes=grown, m=n, n=k, k=rows, well=WEIGHT_WELL, adds=True)
+        again = [there] * int(trained[1]) if i == 0 else []
+        yield there, replace(there, n=k, k=n), again + [own] * int(trained[i])
 
 
 def _attention(
@@ -190,11 +243,14 @@ def _attention(
         Kernel("matmul", moved, n, k, m, count, dtype=dtype),
     ]
     if "keys" in op.sums:
-        return [product], back, []
+        tokens_first = Kernel("memory", 2 * _bytes((op.writes,), block, sizes), dtype=dtype)
+        return [product, tokens_first], back, []
     scores = _bytes((op.writes,), block, sizes)
+    q, key = (_bytes((name,), block, sizes) for name in op.reads)
+    joined = Kernel("memory", 2 * (q + 2 * key), dtype=dtype)
     return (
         [product, Kernel("softmax", 2 * scores, m=count)],
-        [Kernel("softmax", 3 * scores, m=count), *back],
+        [Kernel("softmax", 3 * scores, m=count), *back, joined],
         [],
     )
 
@@ -226,14 +282,15 @@ def _both(*pieces: tuple[str, float]) -> tuple[Pieces, Pieces]:
 
 def _pieces(group: Sequence[Op], block: Block, sizes: Sizes) -> list[tuple[str, float]]:
     """What elementwise ops are of a layer's software; empty where one was not measured. Biases of linears
-    side by side are added as one."""
+    side by side are added as one, queries and keys rotated as one."""
     found: list[tuple[str, float]] = []
     for op in group:
         own = _piece(op, block, sizes)
         if not own:
             return []
-        if found and found[-1][0] == own[0][0] == "bias":
-            own = [("bias", found.pop()[1] + own[0][1])]
+        name, size = own[0]
+        if found and found[-1][0] == name and name in TOGETHER:
+            own = [(name, found.pop()[1] + size)]
         found += own
     return found
 
@@ -247,6 +304,8 @@ def _piece(op: Op, block: Block, sizes: Sizes) -> list[tuple[str, float]]:
     name = "bias" if op.kind == "bias" else PIECES.get(op.name.rpartition(".")[2])
     if name is None or op.kind == "relu":
         return []
+    if op.segment == "combine":
+        return [("route", 0.0)]
     read = [block.tensors[r] for r in op.reads]
     if name == "gelu" and any(d.name == "pair" for d in read[0].dims):
         name = "gate"
@@ -272,13 +331,13 @@ def _passes(op: Op, block: Block, sizes: Sizes) -> tuple[list[Kernel], list[Kern
 
 def _passing(op: Op, block: Block, sizes: Sizes) -> list[tuple[str, float]]:
     """What an op that passes through memory is of a layer's software: the loss is that of its exponentials, a
-    router that of its choice."""
+    router, its linear and residual with it, that of its choice; rows go and come back with their dispatch."""
     size = float(block.tensors[op.writes].local(sizes))
     if op.kind == "norm":
         return [("layer_norm" if len(op.weights) > 1 else "norm", size)]
     if op.segment == "loss":
         return [("loss", size if op.kind == "exp" else 0.0)]
-    known = {"lookup": "lookup", "choose": "route", "dispatch": "dispatch", "combine": "combine"}
+    known = {"lookup": "lookup", "choose": "route", "dispatch": "dispatch"}
     if op.kind in known:
         return [(known[op.kind], size)]
-    return [("route", 0.0)] if op.segment in ("router", "dispatch") else []
+    return [("route", 0.0)] if op.segment in SPARSE else []

@@ -19,6 +19,7 @@ from partita.spec.corrected import corrected
 
 FOLDER = Path("~/.cache/partita/clusters")
 PRESET = "laptop"
+MEASURED = "pieces 2"  # what a calibration holds: another word where one of before would be misread
 
 
 def calibration_path(base: Cluster, folder: Path = FOLDER) -> Path:
@@ -27,7 +28,8 @@ def calibration_path(base: Cluster, folder: Path = FOLDER) -> Path:
 
 
 def host_digest(base: Cluster) -> str:
-    """Names what a calibration is of: the host, its processors and torch, and the cluster it is for."""
+    """Names what a calibration is of: the host, its processors and torch, the cluster it is for, and what is
+    measured."""
     from importlib.metadata import version
 
     import psutil  # here: most clusters are not this host
@@ -35,7 +37,7 @@ def host_digest(base: Cluster) -> str:
     facts = (
         platform.node(), platform.machine(), _processor(), str(psutil.cpu_count()),
         str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0),
-        version("torch"), to_toml(base.to_toml()),
+        version("torch"), to_toml(base.to_toml()), MEASURED,
     )  # fmt: skip
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
@@ -77,5 +79,6 @@ def adopt(base: Cluster, measured: Cluster) -> Cluster:
         matmul_flops_per_s=measured.matmul_flops_per_s,
         piece_seconds=measured.piece_seconds,
         collective_seconds=measured.collective_seconds,
+        crowding=measured.crowding,
         links=links if base.devices > 1 and links else base.links,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,29 @@ class NodeGroup:
         _check_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
 
 
+class Wiring:
+    """A cluster by its links alone, for a cache: its hash is worked out once."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        kinds = tuple((n.count, n.devices) for n in cluster.nodes)
+        self._key = (cluster.devices_per_node, cluster.links, cluster.device, kinds)
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wiring) and self._key == other._key
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Devices and links. Where `nodes` differ, memory and rates are those of the weakest device, which
     is what a plan that treats ranks alike must fit. Where they were measured: `matmul_flops_per_s`, what
     products of a stated size reach, by dtype; `piece_seconds` of pieces of layers by dtype, name and size;
-    `collective_seconds` by name, ranks and bytes handed in. Raises UsageError for what cannot be."""
+    `collective_seconds` by name, ranks and bytes handed in; `crowding`, how many times longer layers take by
+    the ranks of a node that are busy, their turns aside. Raises UsageError for what cannot be."""
 
     name: str
     devices: int
@@ -92,6 +111,7 @@ class Cluster:
     collective_seconds: Mapping[str, Mapping[str, Mapping[str, float]]] | None = field(
         default=None, hash=False
     )
+    crowding: Mapping[str, float] | None = field(default=None, hash=False)
     slower: float = 1.0  # so many times what its rates say plans took here (plan --measure)
 
     def __post_init__(self) -> None:
@@ -110,6 +130,10 @@ class Cluster:
             if (value := getattr(self, name)) is not None:
                 _within(name, value, 1, 1e18)
         _within("slower", self.slower, 0.01, 100)
+        for ranks, factor in (self.crowding or {}).items():
+            if not ranks.isdecimal() or int(ranks) < 1:
+                raise UsageError(f"{ranks!r} is no number of ranks", key="crowding")
+            _within("crowding", factor, 1, 100)
         _check_matmuls(self.matmul_flops_per_s or {})
         _check_seconds("piece_seconds", self.piece_seconds or {})
         _check_seconds("collective_seconds", self.collective_seconds or {})
@@ -120,6 +144,22 @@ class Cluster:
             joined = sizes[-1] if sizes else 1
             text = f"the outermost tier joins {joined} of {self.devices} devices; add a tier"
             raise UsageError(f"{text} that joins all", key="links")
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Its links, for a cache."""
+        return Wiring(self)
+
+    def crowded(self, ranks: int) -> float:
+        """How many times longer layers take where so many ranks of a node are busy, on a line between numbers
+        that were measured; 1 where none was."""
+        known = sorted((int(n), factor) for n, factor in (self.crowding or {}).items())
+        if not known or ranks <= known[0][0]:
+            return known[0][1] if known else 1.0
+        for (few, low), (many, high) in pairwise(known):
+            if ranks <= many:
+                return low + (high - low) * (ranks - few) / (many - few)
+        return known[-1][1]
 
     @property
     def memory_limit_bytes(self) -> int:

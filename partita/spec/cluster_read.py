@@ -64,6 +64,7 @@ class _File:
     matmul_flops_per_s: dict[str, dict[str, float]] | None = None
     piece_seconds: dict[str, dict[str, dict[str, float]]] | None = None
     collective_seconds: dict[str, dict[str, dict[str, float]]] | None = None
+    crowding: dict[str, float] | None = None
     slower: float | None = None
 
 
@@ -186,6 +187,7 @@ def _resolve(stated: _File) -> Cluster:
         matmul_flops_per_s=stated.matmul_flops_per_s,
         piece_seconds=stated.piece_seconds,
         collective_seconds=stated.collective_seconds,
+        crowding=stated.crowding,
         slower=_or(stated.slower, 1.0),
     )
 

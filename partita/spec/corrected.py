@@ -1,7 +1,7 @@
 """What plans took on this machine beside what was predicted of them: `partita plan --measure` feeds it.
 
-`partita calibrate` measures pieces of layers, collectives and memory alone. What it cannot see (ranks that
-evict each other's caches, a system that wakes them late, other programs) makes all steps longer by much the
+`partita calibrate` measures pieces of layers, collectives and memory alone. What it cannot see (a
+system that wakes ranks late, other programs) makes all steps longer by much the
 same factor. Plans that were run are kept in a file beside the calibration, never in it:
 
     slower = the factor on steps at the calibration's rates with the least mean |predicted / measured - 1|
@@ -27,7 +27,7 @@ KEPT = 50  # plans, the last run of each
 LEAST, MOST = 0.01, 100.0
 RATES = (
     "device", "peak_flops", "memory_bytes_per_s", "cores_shared", "matmul_flops_per_s", "piece_seconds",
-    "collective_seconds",
+    "collective_seconds", "crowding",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Frozen weights: which weights of a model have no gradient, as a fact of its Program.
 
 A frozen weight is stored as it is used: no gradient, no optimizer state, no master. Backward through its
-ops makes the gradient of their input alone, so that a linear keeps nothing. A pattern is a shell's ('*',
-'?', '[...]', over a whole name): `blocks.*.mlp.*`, `embedding.table`.
+ops makes the gradient of their input alone, so that a linear keeps nothing but which tokens its rows are of,
+where adapters drop. A pattern is a shell's ('*', '?', '[...]', over a whole name): `blocks.*.mlp.*`,
+`embedding.table`.
 """
 
 from __future__ import annotations
@@ -66,9 +67,8 @@ def _freeze(block: Block, held: frozenset[str]) -> Block:
         if extra:  # h again and dA; dB
             a, b = (name not in held for name in op.weights[1:])
             extra = ((extra[0][0], 1.0 + a + b), (extra[1][0], 1.0 + b))
-        return replace(
-            op, frozen=op.weights[0] in held, saves=() if none else op.saves, extra=extra
-        )
+        saves = tuple(t for t in op.saves if block.tensors[t].role == "route" or not none)
+        return replace(op, frozen=op.weights[0] in held, saves=saves, extra=extra)
 
     segments = tuple(replace(s, ops=tuple(map(one, s.ops))) for s in block.segments)
     tensors = {n: replace(t, frozen=n in held) for n, t in block.tensors.items()}

@@ -24,6 +24,7 @@ ALIASES = {
     "v100": "V100-32GB",
     "laptop": "CPU",
 }
+SHARED_CHUNK_BYTES = 1 << 20  # that a CPU rank hands over at once through the memory of its host
 _PEAKS = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
 # [assumed] where the table leaves a latency blank: NVLink's and InfiniBand's order of magnitude
 INTRA_LATENCY_S, INTER_LATENCY_S = 10e-6, 20e-6
@@ -43,9 +44,38 @@ SHOWN_MIB = {
 }  # fmt: skip
 
 
+# Of its peaks, which are those of an H100 of 700 W: hardware.csv notes 0.75 to 0.85
+SUSTAINED = {"H100-96GB-HBM2e-500W": 0.8}
+
+# Devices of a node that no switch joins: how many of its inner link's lanes a device has to each other one. A
+# DGX-1's hybrid cube mesh (p3.16xlarge): two quads, each device with one of the other.
+CUBE_MESH = (
+    (0, 1, 1, 2, 2, 0, 0, 0), (1, 0, 2, 1, 0, 2, 0, 0), (1, 2, 0, 2, 0, 0, 1, 0), (2, 1, 2, 0, 0, 0, 0, 1),
+    (2, 0, 0, 0, 0, 1, 1, 2), (0, 2, 0, 0, 1, 0, 2, 1), (0, 0, 1, 0, 1, 2, 0, 2), (0, 0, 0, 1, 2, 1, 2, 0),
+)  # fmt: skip
+MESHES = {"V100-16GB": CUBE_MESH}
+
+
+def share_of_links(device: str, places: tuple[int, ...]) -> float:
+    """Of a device's inner link, what a collective over those places of a node can use: the least of any of
+    them to the others, where no switch joins them (what cuts it from the rest: Edmonds 1973, Wang et al.'s
+    Blink 2020); what has no link goes over the host's bus."""
+    mesh = MESHES.get(device, ())
+    if len(places) < 2 or max(places) >= len(mesh):
+        return 1.0
+    inner = find_hardware(device).intra_bytes_per_s
+    least = min(sum(mesh[a][b] for b in places) / sum(mesh[a]) for a in places)
+    return max(least, host_link(device) / inner)
+
+
 def shown_bytes(device: str, stated: int) -> int:
     """Bytes that a device shows of its memory, of which `stated` are in its name."""
     return next((mib * 2**20 for name, mib in SHOWN_MIB.items() if device.startswith(name)), stated)
+
+
+def sustained(device: str) -> float:
+    """Of its published peaks, what a device's power lets it hold."""
+    return SUSTAINED.get(device, 1.0)
 
 
 def host_link(device: str) -> float:

@@ -16,7 +16,8 @@ from partita.spec.plan import ASYNCHRONOUS, AXES, Plan
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
     found = [
-        *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_frozen(job)
+        *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_frozen(job),
+        *_held_out(job),
     ]  # fmt: skip
     return sorted(found, key=lambda p: p.severity != "error")
 
@@ -125,6 +126,24 @@ def _frozen(job: Job) -> Iterator[Problem]:
     if all(map(job.frozen.holds, names)):
         message = f"all {len(names)} weights are frozen: nothing is left to train"
         yield Problem("model", "trainable", message, asked="0", limit="1 trainable weight at least")
+
+
+def _held_out(job: Job) -> Iterator[Problem]:
+    """A share of the source that was asked for, and is trained on all the same."""
+    data = job.data
+    if not data.eval_fraction:
+        return
+    if data.eval_source:
+        why = "data.eval_source is what is evaluated on, all of data.source is trained on"
+    elif data.source.startswith("tokens:"):
+        why = (
+            "tokens: are trained on as they stand; data.eval_source = 'tokens:FILE.npy' is held out"
+        )
+    else:
+        return
+    asked = f"{data.eval_fraction:g}"
+    message = f"data.eval_fraction {asked} holds nothing out: {why}"
+    yield Problem("data", "eval_fraction", message, asked=asked, limit="0", severity="warning")
 
 
 def _line(plan: Plan | None) -> str | None:

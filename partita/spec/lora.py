@@ -10,6 +10,9 @@ A and B are weights of the linear's own op, so that the rules of room.py lay the
 No region is added: what a row-parallel linear sends is W x + B A x, one partial sum. gate and up have an A
 and a B each ([pair, ...]), and so has every expert ([experts, pair, ...]), where its W lies. Backward makes
 h = A x again, so that nothing more is kept than x.
+
+Dropout on what A reads draws masks by sample, position and element, again wherever they are wanted. Rows of
+experts come from other ranks: there each row's `mark`, sample * seq + position, goes before it and is kept.
 """
 
 from __future__ import annotations
@@ -51,11 +54,6 @@ def check_lora(spec: ModelSizes) -> None:
         raise UsageError(f"{spec.lora_alpha} is not larger than 0", key="lora_alpha")
     if not 0.0 <= spec.lora_dropout < 1.0:
         raise UsageError(f"{spec.lora_dropout} is not within 0 <= p < 1", key="lora_dropout")
-    if spec.lora_dropout and any(t.startswith("expert_") for t in spec.lora_targets):
-        text = (
-            "masks are of tokens' places, which rows of experts have not: 0, or no expert_ targets"
-        )
-        raise UsageError(text, key="lora_dropout")
     known = list(widths(spec))
     for target in spec.lora_targets:
         if target not in known:
@@ -109,8 +107,13 @@ def adapt(program: Program, spec: ModelSizes) -> Program:
 def _adapt(block: Block, spec: ModelSizes) -> Block:
     rank = Dim("rank", spec.lora_rank)
     new: dict[str, Tensor] = {}
+    marked = drops_rows(spec) and "sent" in block.tensors
 
     def change(op: Op) -> Iterable[Op]:
+        if marked and op.name == "dispatch.send":
+            rows = block.tensors[op.writes].dims[:1]
+            new["marks"] = Tensor("marks", rows, "route")
+            return (Op("dispatch.mark", "mark", op.reads[1:], "marks"), op)
         target = target_of(op.weights[0]) if op.weights else ""
         if op.kind != "linear" or target not in spec.lora_targets:
             return (op,)
@@ -127,9 +130,18 @@ def _adapt(block: Block, spec: ModelSizes) -> Block:
             ((*free, *(d for d in t.dims if d.name not in folded)), factor)
             for t, factor in zip((a, b), BACKWARD, strict=True)
         )
-        return (replace(op, weights=(w.name, a.name, b.name), extra=extra),)
+        op = replace(op, weights=(w.name, a.name, b.name), extra=extra)
+        if marked and folded:
+            op = replace(op, reads=(*op.reads, "marks"), saves=(*op.saves, "marks"))
+        return (op,)
 
-    return rewrite(block, change, new)
+    block = rewrite(block, change, new)
+    return replace(block, kept=block.kept | {"marks"}) if marked else block
+
+
+def drops_rows(spec: ModelSizes) -> bool:
+    """Whether adapters of experts drop elements of the rows they read."""
+    return spec.lora_dropout > 0 and any(t.startswith("expert_") for t in spec.lora_targets)
 
 
 _FUSED = {"fc1": ("dense_h_to_4h",), "fc2": ("dense_4h_to_h",)}

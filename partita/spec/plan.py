@@ -74,12 +74,13 @@ class PipelinePlan:
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
-    """ZeRO over dp_shard, and the size of reduction buckets."""
+    """ZeRO over dp_shard, in what gradients add up, and the size of reduction buckets."""
 
     zero_stage: int = 3
     reshard_after_forward: bool = True
     prefetch: int = 1
     bucket_bytes: int = 25_000_000
+    accumulate: str = "shard"  # stages 2, 3, over microbatches: shard | whole (reduced once a step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ SCHEDULES = (
     "auto",
 )  # fmt: skip
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("data", "accumulate"): ("shard", "whole"),
     ("context", "method"): ("ring", "ulysses", "hybrid", "all_gather"),
     ("recompute", "mode"): ("none", "selective", "full"),
     ("recompute", "collectives"): ("repeat", "keep"),

@@ -1,10 +1,11 @@
 """What one microbatch computes, as data: blocks -> segments -> ops on tensors with named dims.
 
-An op states five facts, and they are enough to derive every collective, byte and FLOP:
+An op states six facts, and they are enough to derive every collective, byte and FLOP:
     sums    dims it adds up                    a cut one leaves a partial sum
     whole   (tensor, dim) it must see entire   a cut one must travel
     space   its iteration space                FLOPs = flops_per_point x local points
     saves   tensors kept for backward, by name a block keeps their union: none counts twice
+    scratch tensors that live inside it alone  the ledger's, forward and backward
     cheap   selective recompute may drop what it writes
 
 One rule gives every partial sum: a dim cut by an axis, present in the op and absent from its output,
@@ -26,6 +27,12 @@ from math import prod
 from typing import Any
 
 Sizes = Mapping[str, int]  # mesh axis -> its size
+
+DRAWN_AT_ONCE = (
+    1 << 17
+)  # elements of a mask, or of a weight: 1 MB an int64 temporary, which stays in cache
+LITTLE_MATRIX = 1 << 17  # elements of a weight that fits a core's second cache, in fp32: half a MiB
+LITTLE_ROWS = 128  # that are multiplied by it at a time
 
 ROLES = (
     "value",  # carries a gradient
@@ -84,6 +91,17 @@ class Tensor:
     arena: str = "device"
     frozen: bool = False  # a weight that has no gradient
 
+    def with_dims(self, dims: tuple[Dim, ...]) -> Tensor:
+        """The same with other dims; itself where they are its own."""
+        if dims == self.dims:
+            return self
+        rest = self.role, self.dtype, self.partial, self.arena, self.frozen
+        return Tensor(self.name, dims, *rest)  # `replace` takes thrice as long
+
+    def typed(self, dtype: str) -> Tensor:
+        """The same of another dtype."""
+        return Tensor(self.name, self.dims, self.role, dtype, self.partial, self.arena, self.frozen)
+
     def local(self, sizes: Sizes) -> int:
         """Elements on the rank that holds most."""
         elements = 1
@@ -134,6 +152,7 @@ class Op:
     sums: tuple[str, ...] = ()
     whole: tuple[tuple[str, str], ...] = ()
     saves: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()  # tensors that live inside it alone, forward and backward
     space: tuple[Dim, ...] = ()
     flops_per_point: int = 2
     cheap: bool = False
@@ -146,6 +165,13 @@ class Op:
     extra: tuple[
         tuple[tuple[Dim, ...], float], ...
     ] = ()  # LoRA: spaces more, backward over forward
+
+    def over(self, change: Callable[[tuple[Dim, ...]], tuple[Dim, ...]]) -> Op:
+        """The same over what `change` makes of its spaces; itself where that is nothing."""
+        space = change(self.space)
+        if space == self.space and not self.extra:
+            return self
+        return replace(self, space=space, extra=tuple((change(s), f) for s, f in self.extra))
 
     @property
     def segment(self) -> str:
@@ -191,9 +217,20 @@ class Block:
         names = dict.fromkeys(w for op in self.ops() for w in op.weights)
         return [self.tensors[n] for n in names]
 
+    def keeping(self, kept: frozenset[str]) -> Block:
+        """The same ops, of which a microbatch keeps this; what is known of the ops stays known."""
+        block = replace(self, kept=kept)
+        block.__dict__["known_of_ops"] = self.known_of_ops
+        return block
+
     @cached_property
     def known(self) -> dict[object, Any]:
         """What readers have worked out of this block, by reader and arguments (`parallel.read.once`)."""
+        return {}
+
+    @cached_property
+    def known_of_ops(self) -> dict[object, Any]:
+        """The same of readers that do not ask what is kept (`parallel.read.once_of_ops`)."""
         return {}
 
 
@@ -245,7 +282,7 @@ def rewrite(
 ) -> Block:
     """The block with every op replaced by what `change` makes of it, and `tensors` added."""
     segments = tuple(
-        replace(s, ops=tuple(new for op in s.ops for new in change(op))) for s in block.segments
+        Segment(s.name, tuple(new for op in s.ops for new in change(op))) for s in block.segments
     )
     return replace(block, segments=segments, tensors={**block.tensors, **(tensors or {})})
 
@@ -274,9 +311,8 @@ def well_formed(block: Block) -> list[str]:
         if op.writes in written:
             problems.append(f"{block.name}.{op.name} writes {op.writes} a second time")
         written |= {op.writes, *op.saves}
-        missing = [
-            x for x in (*op.reads, op.writes, *op.weights, *op.saves) if x not in block.tensors
-        ]
+        every = (*op.reads, op.writes, *op.weights, *op.saves, *op.scratch)
+        missing = [x for x in every if x not in block.tensors]
         problems += [f"{block.name}.{op.name} names {x}, which is no tensor" for x in missing]
     if block.output not in written:
         problems.append(f"{block.name}: its output {block.output} is never written")

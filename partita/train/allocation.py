@@ -57,6 +57,8 @@ class Allocations(TorchDispatchMode):
     when their sum was largest; `on_peak` is called then.
     """
 
+    watches_storages = True  # and nothing else: products keep their kernels (parallel/product.py)
+
     def __init__(self, where: Where, device: str = "cpu") -> None:
         super().__init__()
         self.where, self.device = where, device

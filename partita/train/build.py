@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.context import Context, Named
+from partita.comm.local import LocalWorld
 from partita.comm.protocol import Where, World
 from partita.comm.ranks import here, require_ranks
 from partita.comm.seeds import initial_value
@@ -40,10 +41,11 @@ from partita.spec.job import Job
 from partita.spec.layout import Box, product_coordinate
 from partita.spec.lora import is_adapter
 from partita.train.data import Dataset, open_dataset
-from partita.train.devices import device_of
+from partita.train.devices import computes_on_gpu, device_of
 from partita.train.pipeline import data_parallel, make_evaluator, make_executor, make_flow
-from partita.train.step import Microbatch, Model, StepBatch, Update, step_comms
+from partita.train.step import Microbatch, Model, StepBatch, Update
 from partita.train.streams import Batch
+from partita.train.sums import step_comms
 from partita.train.update import make_update
 
 DTYPES = {
@@ -299,13 +301,15 @@ def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Buil
 
     for batch in data: loss = model.forward_backward(batch); norm = optimizer.step()
 
-    The ranks are those of `context`, or of the caller: threads of `pt.local(n)`, processes of torchrun, or
-    one alone. A new Context, with the groups that the job's plan speaks on, is `data.context`.
+    The ranks are those of `context`, or of the caller: threads of `pt.local(n)`, which compute on the CPU,
+    processes of torchrun, or one alone. A new Context, with the groups that the job's plan speaks on, is
+    `data.context`.
     """
     if context is None:
-        world, where = here(job.plan, job.train.comm_timeout_s)
+        world, where = here(job.plan, job.train.comm_timeout_s, computes_on_gpu(job))
     else:
         world, where = context.world, context.where
         require_ranks(job.plan, world)
-    built = assemble(job, world, where)
+    device = torch.device("cpu") if isinstance(world, LocalWorld) else None
+    built = assemble(job, world, where, device=device)
     return built.model, built.update, built

@@ -9,10 +9,13 @@
 Each word has one writer at a time and is 8 bytes, aligned: readers see an old or a new value. A stop is
 agreed without a collective: when rank 0 has finished step s and sees word 0, it states s + 2; no rank can
 have finished s + 1, whose gradient norm needs rank 0.
+
+Whoever has it mapped holds it locked: of a run whose launcher was killed before its ranks had joined, nobody.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import struct
 from collections.abc import Callable
@@ -61,6 +64,9 @@ class Control:
         if create:
             path.write_bytes(bytes(size))
         with path.open("r+b") as file:
+            fcntl.flock(
+                file, fcntl.LOCK_SH
+            )  # held as long as the map, which has its own handle of it
             self._map = mmap.mmap(file.fileno(), size)
 
     def _get(self, word: int) -> int:

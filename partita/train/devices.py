@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from partita.base.errors import UsageError
-from partita.comm.processes import torchrun_rank
+from partita.comm.processes import for_gpu, torchrun_rank
 from partita.spec.job import Job
 
 
@@ -37,5 +37,11 @@ def device_of(job: Job, rank: int) -> torch.device:
             f"rank {rank} is number {local} on its host, which has {have} GPUs: each rank needs its own",
             key="device",
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return use_gpu(local)
+
+
+def use_gpu(number: int) -> torch.device:
+    """The GPU of that number on this host, for this process from now on."""
+    for_gpu()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

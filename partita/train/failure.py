@@ -30,5 +30,5 @@ class Failure:
 
 
 def forget(folder: Path) -> None:
-    """A run that goes on has no failure."""
+    """A run that goes on, or has come to its end, has no failure."""
     (folder / FILE).unlink(missing_ok=True)

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.base.errors import NonFiniteError
 from partita.comm.protocol import Done, Handle, Key
 from partita.parallel.ep.log import Routed
 from partita.train.optim import norm_of, state_names
 from partita.train.routing import start_routing
 from partita.train.step import Found, Model, StepBatch, Update
+from partita.train.sums import NO_TARGETS, mean_loss
 
 SURE = 1 + 1e-9  # sums in another order than the norm's differ by less
 
@@ -158,7 +158,7 @@ class Guess:
         if not batch.drains:
             return math.nan
         model.routed = self._sums[2]()
-        return self._finite_loss(self._sums[1], batch.step)
+        return model.end_loss(float(self._sums[1].wait()), batch.step)
 
     def step(self) -> float:
         """The update of the step that has run; its norm, or nan where the batch does not drain."""
@@ -211,14 +211,16 @@ class Guess:
         where.step, where.phase, where.activity = pending.step + 1, "step", "optimizer"
         if pending.sent is not None:
             pending.sent.wait()
-        scaled, loss = norm_of(pending.squares.wait()), float(pending.loss.wait())
+        scaled, total = norm_of(pending.squares.wait()), float(pending.loss.wait())
+        counts = total != NO_TARGETS
+        loss = total if counts else 0.0
         model.routed, norm = pending.routed(), scaled / pending.scale
         held = math.isfinite(loss) and math.isfinite(norm) and not update.clips(norm)
         if not held:
             self._undo(pending, gathers=not (math.isfinite(loss) and math.isfinite(norm)))
-            self._finite_loss(pending.loss, pending.step)
+            mean_loss(total, pending.step)
             norm = update.finish(scaled)
-        self.found = Found(pending.step, loss, norm, update.lr, held, model.routed)
+        self.found = Found(pending.step, loss, norm, update.lr, held, model.routed, counts)
         where.step, where.phase, where.activity = before
         model.reducer.begin()
         if not held:
@@ -237,15 +239,9 @@ class Guess:
 
     def _sum_loss(self, loss: Tensor) -> Handle:
         """The loss of all ranks, on every rank, under way; those that have none bring zero."""
-        comm, loss = self.model.comms.loss, loss.reshape(1).cpu()
+        comm, loss = self.model.comms.loss, self.model.own_loss(loss.reshape(1).cpu())
         return (
             Done(loss)
             if comm is None
             else comm.start_all_reduce(loss, site="step.loss:reduce_from")
         )
-
-    def _finite_loss(self, handle: Handle, step: int) -> float:
-        value = float(handle.wait())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {step + 1} is {value}")
-        return value

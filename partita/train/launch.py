@@ -9,6 +9,7 @@ save and leave; a second one stops at once.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
 from partita.comm.lifeline import Lifeline
-from partita.comm.processes import STOPS, end_ranks, start_ranks
+from partita.comm.processes import STOPS, UNKNOWN, end_ranks, server_is_gone, start_ranks
 from partita.planner.judge import fit_error, judged
 from partita.spec.job import Job
 from partita.train.control import Control
@@ -69,7 +70,7 @@ def train(
                 logging.getLogger("partita").warning(notice)
             stops.check()
             if start.step >= job.train.steps:
-                return finished(job, folder, start.step)
+                return finished(job, folder, start)
             spec = RunSpec(job, folder, start.checkpoint, notices, looks=preflight)
             metrics = Launcher(spec, stops).run()
             return with_text(job, folder, answer(job, folder, metrics))
@@ -120,15 +121,15 @@ class Launcher:
         self.spec, self.stops = spec, stops
         self.world = spec.job.plan.world_size
         self.control = Control(spec.control_path, self.world, create=True)
+        stops.control = self.control  # from now on a stop only asks: what is made is cleared away
         self.reports: dict[int, Report] = {}  # in the order they came
         self.dead: dict[int, int] = {}  # rank -> exit code, without a report
 
     def run(self) -> dict[str, Any]:
         """Returns the last metrics, or raises the first cause."""
         ranks: list[tuple[BaseProcess, Connection]] = []
-        self.stops.check()
-        self.stops.control = self.control
         try:
+            self.stops.check()
             ranks = start_ranks(self.world, run_rank, (self.spec,))
             self._wait(ranks)
         except StoppedError as stopped:
@@ -143,9 +144,10 @@ class Launcher:
         return self._result()
 
     def _wait(self, ranks: list[tuple[BaseProcess, Connection]]) -> None:
-        """Until all have reported or died; after a first failure the others have GRACE_S to speak."""
+        """Until all have reported or died. They end together: after the first the others have
+        comm_timeout_s, after a failure GRACE_S to speak."""
         open_ranks = dict(enumerate(ranks))
-        deadline: float | None = None
+        deadline = math.inf
         while open_ranks:
             sources: dict[Any, int] = {}
             for rank, (process, reader) in open_ranks.items():
@@ -155,10 +157,11 @@ class Launcher:
                 rank = sources[source]
                 if rank in open_ranks and self._heard(rank, *open_ranks[rank]):
                     del open_ranks[rank]
-            failed = bool(self.dead) or any(r.error for r in self.reports.values())
-            if failed and deadline is None:
-                deadline = time.monotonic() + GRACE_S
-            if deadline is not None and time.monotonic() > deadline:
+            if self.dead or self.reports:
+                failed = bool(self.dead) or any(r.error for r in self.reports.values())
+                patience_s = GRACE_S if failed else self.spec.job.train.comm_timeout_s
+                deadline = min(deadline, time.monotonic() + patience_s)
+            if time.monotonic() > deadline:
                 return
 
     def _heard(self, rank: int, process: BaseProcess, reader: Connection) -> bool:
@@ -201,10 +204,10 @@ class Launcher:
             rank, error = next(iter(own.items()))
         elif self.dead:
             rank, code = min(self.dead.items(), key=lambda x: (x[1] != -signal.SIGKILL, x[0]))
-            how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
-            error = self._lost(rank, how)
-        elif errors and silent:
-            rank = min(silent)
+            error = self._lost(rank, _end(code))
+        elif silent:
+            waited_for = [e.rank for e in errors.values() if e.rank is not None]
+            rank = next((r for r in waited_for if r in silent), min(silent))
             error = self._lost(rank, "hangs")
         elif errors:
             rank, error = next(iter(errors.items()))
@@ -223,6 +226,13 @@ class Launcher:
             f"rank {rank} {how} in step {step} ({activity}); the other ranks were stopped: start the "
             "job again to resume"
         )
+
+
+def _end(code: int) -> str:
+    """How a process ended."""
+    if code == UNKNOWN and server_is_gone():
+        return "ended with the fork server of all ranks, which has died,"
+    return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
 
 
 def _signal_name(number: int) -> str:

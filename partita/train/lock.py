@@ -7,6 +7,7 @@ process started, for the message, and for folders shared by hosts where flock do
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -63,7 +64,11 @@ class RunLock:
             ) from error
 
     def _claim(self) -> None:
+        process = psutil.Process()
+        own = Owner(socket.gethostname(), process.pid, process.create_time())
         before = self._owner()
+        if before == own:  # who held it still would hold the lock
+            before = None
         if before is not None and before.is_alive() is not False:
             self._lock.release()
             raise self._busy(before)
@@ -72,9 +77,7 @@ class RunLock:
                 f"{self.folder}: its last owner, pid {before.pid} on {before.host}, is dead: "
                 "its lock is taken over"
             )
-        me = psutil.Process()
-        owner = Owner(socket.gethostname(), me.pid, me.create_time())
-        (self.folder / OWNER).write_bytes(msgspec.json.encode(owner))
+        (self.folder / OWNER).write_bytes(msgspec.json.encode(own))
 
     def _owner(self) -> Owner | None:
         try:
@@ -92,9 +95,11 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Frees the folder; safe to call twice."""
+        """Frees the folder; safe to call twice. On a disk that has become read-only the note stays: it must
+        not hide why the run ended, and the next start takes a dead owner's lock over."""
         if self._lock.is_locked:
-            (self.folder / OWNER).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / OWNER).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> RunLock:

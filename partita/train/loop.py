@@ -147,6 +147,7 @@ class Loop:
         """Runs a step; the lines that are whole by then: its own, or that of the step before."""
         built, job, where = self.built, self.job, self.built.context.where
         begin = time.perf_counter()
+        built.waited()  # what was waited for between steps is no step's
         where.step, where.phase = step + 1, "step"
         where.activity = "data"
         with self.recorder.step(step):
@@ -167,7 +168,7 @@ class Loop:
         tokens = job.train.global_batch_size * job.train.seq_len
         line = {
             "step": step + 1,
-            **self._seen(step, loss, norm, built.update.lr),
+            **self._seen(step, built.model.told(loss), norm, built.update.lr),
             "tokens": (step + 1) * tokens,
             "tokens_per_s": tokens / (end - begin),
             "step_time_s": end - begin,
@@ -181,8 +182,15 @@ class Loop:
         self._open = line, batch
         return done
 
-    def _seen(self, step: int, loss: float, norm: float, lr: float) -> dict[str, Any]:
-        if not math.isnan(loss):
+    def _seen(self, step: int, loss: float | None, norm: float, lr: float) -> dict[str, Any]:
+        """Of a step; `loss` None where no target is counted."""
+        if loss is None:
+            logging.warning(
+                "step %d has no loss: none of its targets is counted (masked, -100, or of another document "
+                "than their inputs); its gradients are those of auxiliary losses alone, else 0",
+                step + 1,
+            )
+        elif not math.isnan(loss):
             logging.info("step %d loss %.6f grad_norm %.6f", step + 1, loss, norm)
         return {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None, "lr": lr}
 
@@ -194,7 +202,8 @@ class Loop:
         guess = self.built.model.guess
         assert guess is not None and guess.found is not None
         found = guess.found
-        seen = self._seen(found.step, found.loss, found.norm, found.lr)
+        loss = found.loss if found.has_targets else None
+        seen = self._seen(found.step, loss, found.norm, found.lr)
         return [{**line, **seen, **self._more(), **self._routing(found.routed)}]
 
     def _more(self) -> dict[str, float]:
@@ -226,7 +235,8 @@ class Loop:
         extra = f"  eval {line['eval_loss']:.4f}" if "eval_loss" in line else ""
         rate = f"{format_count(line['tokens_per_s'])} tokens/s"
         mfu = self.built.mfu(line["tokens_per_s"])
-        return f"loss {line['loss']:.4f}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
+        loss = "no targets" if line["loss"] is None else f"loss {line['loss']:.4f}"
+        return f"{loss}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
 
     def evaluate(self) -> dict[str, float]:
         """Token mean of the loss on held-out sequences, forward only; of images how many are known, too."""

@@ -147,7 +147,8 @@ def _channels(laid: Laid, context: Context) -> dict[tuple[str, int], Channel]:
 def _activation(
     laid: Laid, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int, Any, str], Tensor]:
-    """Empty tensors shaped like a stage's input (F) or output (B), read off the laid program."""
+    """Tensors shaped like a stage's input (F) or output (B), of one element's memory, read off the laid
+    program."""
 
     @cache
     def shape_of(stage: int, what: str) -> tuple[int, ...]:
@@ -159,10 +160,12 @@ def _activation(
         )
         return tuple(d.local(laid.sizes) for d in t.dims)
 
-    def empty(stage: int, batch: Any, what: str) -> Tensor:
+    one = torch.empty((), dtype=dtype, device=device)
+
+    def like(stage: int, batch: Any, what: str) -> Tensor:
         shape = shape_of(stage, what)
         if batch is not None:
             shape = (batch.ids.shape[0], *shape[1:])
-        return torch.empty(shape, dtype=dtype, device=device)
+        return one.expand(shape)
 
-    return empty
+    return like

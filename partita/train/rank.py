@@ -35,11 +35,15 @@ from partita.train.preflight import preflight
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 SEGMENT = "segment"
+SCRATCH, CONTROL = "partita-", "control"
 
 
 def new_scratch() -> Path:
-    """An empty folder of this host, for one run."""
-    return Path(tempfile.mkdtemp(prefix="partita-"))
+    """An empty folder of this host, for one run. Removes those that killed launchers left."""
+    for control in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{CONTROL}"):
+        if shm.is_abandoned(control):
+            shutil.rmtree(control.parent, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=SCRATCH))
 
 
 @dataclass
@@ -59,12 +63,13 @@ class RunSpec:
     @property
     def control_path(self) -> Path:
         """The mapped file between launcher and ranks."""
-        return self.scratch / "control"
+        return self.scratch / CONTROL
 
     def clean_after_joining(self) -> None:
-        """All have mapped what they share: a run that is killed from now on leaves nothing. Gloo goes
-        on using its files."""
-        if self.job.plan.world_size == 1 or shm.available():
+        """All have mapped what they share: a run that is killed from now on leaves nothing. Gloo and nccl go
+        on using their files."""
+        alone = self.job.plan.world_size == 1
+        if alone or (shm.available() and not computes_on_gpu(self.job)):
             self.clean()
 
     def clean(self) -> None:
@@ -146,6 +151,9 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
         loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()
         where.activity = "finished"
+        built.agree(
+            True
+        )  # rank 0 reads what all have recorded; one that is stopped by now is missed
     except BaseException:
         world.close(drain=False)
         raise
@@ -159,6 +167,7 @@ def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
     timeout_s, gpus = spec.job.train.comm_timeout_s, computes_on_gpu(spec.job)
     if world_size == 1:
         return SingleWorld()
+    device_of(spec.job, rank)  # on GPUs groups are connected as they are made
     if spec.roll is not None:
         from partita.comm.hierarchical import join_hosts
         from partita.comm.torch import TorchWorld

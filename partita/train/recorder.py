@@ -145,7 +145,7 @@ class StepRecorder:
             seen.claim("parameters", [unit.working])
         if self.built.model.guess is not None:
             seen.claim("optimizer", self.built.model.guess.copies())
-        seen.resizes([unit.gradient for unit in self.built.model.units if unit.spec.stage >= 2])
+        seen.resizes([unit.gradient for unit in self.built.model.units if unit.spec.cuts_gradient])
         for states in update.optimizer.state.values():
             seen.claim("optimizer", [s for s in states.values() if isinstance(s, torch.Tensor)])
 

@@ -15,8 +15,15 @@ from typing import Any
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.parallel.laid import lay
+from partita.record.run import (
+    FACTS,
+    RunFacts,
+    forget_measured,
+    read_metrics,
+    write_record,
+    write_trace,
+)
 from partita.record.run import FOLDER as RECORDS
-from partita.record.run import RunFacts, forget_ranks, read_metrics, write_record, write_trace
 from partita.simulate.forecast import forecast
 from partita.simulate.predict import Prediction, request_of
 from partita.spec.job import Job
@@ -89,10 +96,11 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
             notices.append(f"{skipped} is damaged: going on from {newest}")
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
-        forget(folder)
-        forget_ranks(folder)
+        notices += [p.message for p in prediction.problems if p.severity == "warning"]
+        forget_measured(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
+    forget(folder)
     return Start(newest, step, tuple(notices))
 
 
@@ -123,11 +131,15 @@ def answer(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     return {**metrics, "run": str(ROOT / folder.name), "plan": str(job.plan)}
 
 
-def finished(job: Job, folder: Path, step: int) -> dict[str, Any]:
-    """What a finished run answers when it is started again."""
-    lines = [x for x in read_metrics(folder / "metrics.jsonl") if x["step"] <= step]
-    found = lines[-1] if lines else {"step": step}
-    return {**answer(job, folder, found), "already_done": True}
+def finished(job: Job, folder: Path, start: Start) -> dict[str, Any]:
+    """What a finished run answers when it is started again, with the plan it was trained under last. What
+    a start that was killed at the end did not come to write is written now."""
+    assert start.checkpoint is not None
+    lines = [x for x in read_metrics(folder / "metrics.jsonl") if x["step"] <= start.step]
+    found = answer(job, folder, lines[-1] if lines else {"step": start.step})
+    found |= {"plan": read_manifest(start.checkpoint).header.plan, "already_done": True}
+    whole = (folder / RECORDS / FACTS).exists()
+    return found if whole else with_text(job, folder, found)
 
 
 def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +153,6 @@ def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]
         found["sample"] = PROMPT + written.text
         (folder / "sample.txt").write_text(found["sample"] + "\n")
     text = found.get("sample", "").removeprefix(PROMPT)
-    write_record(folder / RECORDS / "run.json", RunFacts(machine(), entropy, PROMPT, text))
     write_trace(folder)
+    write_record(folder / RECORDS / FACTS, RunFacts(machine(), entropy, PROMPT, text))
     return found

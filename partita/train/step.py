@@ -19,7 +19,6 @@ from torch import Tensor
 
 from partita.base.errors import NonFiniteError, UsageError
 from partita.comm.context import Context
-from partita.comm.protocol import Comm
 from partita.parallel.cp.split import Split
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.dp.zero import Parameters
@@ -37,6 +36,7 @@ from partita.train.places import Places
 from partita.train.routing import begin_routing, sum_routing
 from partita.train.slots import Slot
 from partita.train.stochastic import StochasticUpdate
+from partita.train.sums import NO_TARGETS, StepComms, mean_loss
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,6 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class StepComms:
-    """The Comms of the step's own sums; None where nothing moves."""
-
-    count: Comm | None
-    loss: Comm | None
-    broadcast: Comm | None
-    norm: Comm | None
-    routing: Comm | None = None
-    known: Comm | None = None
-
-
-def step_comms(laid: Laid, context: Context) -> StepComms:
-    """Finds them by site in the laid program: no other collective can be chosen."""
-    found = {op.name: context.comm(*op.axes, lane=op.lane) for op in laid.program.step}
-    return StepComms(
-        found.get("step.count:reduce_from"),
-        found.get("step.loss:reduce_from"),
-        found.get("step.loss:broadcast"),
-        found.get("step.norm:reduce_from"),
-        found.get("step.routing:reduce_from"),
-        found.get("step.known:hand_on"),
-    )
-
-
-@dataclass(frozen=True)
 class Found:
     """What is known in the end of a step (counted from 0) whose update was made before; `held`: whether that
     was right."""
@@ -113,6 +88,7 @@ class Found:
     lr: float
     held: bool
     routed: Routed
+    has_targets: bool = True
 
 
 class Unproven(Protocol):
@@ -157,6 +133,7 @@ class Model:
     routed: Routed = field(default_factory=Routed)  # the step's, where experts are
     flow: Flow | None = None  # under an asynchronous schedule
     guess: Unproven | None = None  # where updates are made before the norm is known
+    has_targets: bool = True  # whether the last step counted any: else it has no loss
     arenas: Arenas = field(kw_only=True)  # what lies elsewhere than on the device
     products: Products = field(kw_only=True)  # how its weights are multiplied
 
@@ -176,7 +153,7 @@ class Model:
         Gradients are left in the units, reduced, times the scaler's S under fp16. Raises NonFiniteError,
         before any update and on every rank, when the loss is not a number; train/finite.py then finds
         where it began. Where updates are made before they are known to be right, and the batch does not
-        drain: not a number, yet (`guess.found` has it later).
+        drain: not a number, yet (`guess.found` has it later). 0 where the step counts no target.
         """
         if self.guess is not None:
             return self.guess.forward_backward(batch)
@@ -246,13 +223,28 @@ class Model:
             if self.comms.count is not None:
                 counted = torch.tensor([total], dtype=torch.int64)
                 total = int(self.comms.count.all_reduce(counted, site="step.count:reduce_from"))
-            self.blocks[-1].total_valid = max(total, 1)
+            self.blocks[-1].total_valid, self.has_targets = max(total, 1), total > 0
+
+    def own_loss(self, loss: Tensor) -> Tensor:
+        """This rank's part of the step's loss, as it is summed: NO_TARGETS where none is counted."""
+        nothing = self.holds_loss and not self.has_targets
+        return torch.full_like(loss, NO_TARGETS) if nothing else loss
+
+    def end_loss(self, total: float, step: int) -> float:
+        """The step's loss from the sum over ranks, which tells every rank whether it counted targets. Raises
+        NonFiniteError."""
+        self.has_targets = total != NO_TARGETS
+        return mean_loss(total, step)
+
+    def told(self, loss: float) -> float | None:
+        """Of a step's loss: None where it counted no target; not a number as long as nothing is known."""
+        return loss if self.has_targets or math.isnan(loss) else None
 
     def finish_loss(self, loss: Tensor, step: int) -> float:
         """Sums the loss over ranks and hands it to every stage. Where microbatches go two ways, or updates
         are made before the norm is known, all ranks take part in the sum, those without a loss with zero."""
         where = self.context.where
-        where.phase, where.activity, loss = "step", "loss", loss.cpu()
+        where.phase, where.activity, loss = "step", "loss", self.own_loss(loss.cpu())
         takes_part = self.holds_loss or self.laid.sums_loss_over_stages
         if self.comms.loss is not None and takes_part:
             loss = self.comms.loss.all_reduce(loss.reshape(1), site="step.loss:reduce_from")
@@ -261,10 +253,7 @@ class Model:
             loss = self.comms.broadcast.broadcast(
                 loss.reshape(1), site="step.loss:broadcast", root=root
             )
-        value = float(loss)
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {step + 1} is {value}")
-        return value
+        return self.end_loss(float(loss), step)
 
 
 @dataclass

@@ -100,7 +100,7 @@ def train_as_rank(
             told = replace(told, scratch=str(scratch))
         roll.store.set(KEY, json.dumps(vars(told)))
         if start.step >= job.train.steps:
-            return finished(job, folder, start.step)
+            return finished(job, folder, start)
         metrics = _run(rank, job, told, roll, preflight, notices)
         return with_text(job, folder, answer(job, folder, metrics))
 

@@ -7,6 +7,8 @@
     collective_seconds   collectives of the fastest backend, by ranks and size
     memory_bytes_per_s   read and written by an element-wise operation too big for the caches
     links                alpha and beta of the fastest backend, fitted over all collectives (Hockney 1994)
+    crowding             how many times longer layers take by the ranks that are busy, their turns aside;
+                         ranks that outnumber the units meet after each
     cores_shared         how many ranks' worth of work the machine does at a time, when all are busy
 
 Devices, memory and its limit are not measured: they are the base cluster's, a promise of the user's.
@@ -81,7 +83,7 @@ class Calibration:
             [
                 f"{self.cluster}\n{self.cluster.cores_shared} compute units; {bf16}; memory "
                 f"{format_rate(self.cluster.memory_bytes_per_s)}, optimizer "
-                f"{format_rate(self.optimizer_bytes_per_s)}",
+                f"{format_rate(self.optimizer_bytes_per_s)}\n{self._crowding()}",
                 table(rates, ["matmul", *sizes]),
                 table(busy, ["busy ranks", "each", "slow-down"]),
                 _calls_table(self.calls),
@@ -94,6 +96,10 @@ class Calibration:
                 ),
             ]
         )
+
+    def _crowding(self) -> str:
+        each = [f"{x:.2f} with {n} ranks" for n, x in (self.cluster.crowding or {}).items()]
+        return f"layers take {', '.join(each)} of what they take alone, turns aside"
 
 
 def _calls_table(calls: Sequence[Call]) -> str:
@@ -186,6 +192,8 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
         n: fmean(f.busy_flops[n] for f in found if n in f.busy_flops)
         for n in sorted({n for f in found for n in f.busy_flops})
     }
+    layers = {n: fmean(f.crowded[n] for f in found if n in f.crowded) for n in busy}
+    units = compute_units(busy)
     matmul = {
         dtype: {
             size: fmean(f.matmul[dtype][size] for f in found if dtype in f.matmul)
@@ -206,7 +214,8 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
         name=f"{base.name}-calibrated" if not base.name.endswith("-calibrated") else base.name,
         peak_flops=peaks,
         memory_bytes_per_s=fmean(memory),
-        cores_shared=compute_units(busy),
+        cores_shared=units,
+        crowding=crowding(layers, units),
         matmul_flops_per_s=matmul,
         piece_seconds=_pieces([f.pieces for f in found if f.pieces]) or None,
         collective_seconds=_by_size([c for c in calls if c.backend == used]) or None,
@@ -217,10 +226,11 @@ def summarise(base: Cluster, found: Sequence[Found], has_bf16: bool) -> Calibrat
 
 
 def _pieces(found: Sequence[Mapping[str, Made]]) -> dict[str, Made]:
-    """Each piece as the rank that was disturbed least saw it."""
+    """Each piece as ranks see it in the mean, each the median of its own: all of them take their time, not
+    the quickest alone."""
     return {
         dtype: {
-            name: {size: min(f[dtype][name][size] for f in found) for size in by_size}
+            name: {size: fmean(f[dtype][name][size] for f in found) for size in by_size}
             for name, by_size in by_name.items()
         }
         for dtype, by_name in (found[0].items() if found else ())
@@ -249,6 +259,15 @@ def compute_units(busy: Mapping[int, float]) -> int:
     if ways > 0.85 * most:
         return max(most, psutil.cpu_count() or 1)
     return max(1, round(ways))
+
+
+def crowding(layers: Mapping[int, float], units: int) -> dict[str, float]:
+    """Ranks busy -> how many times longer a layer takes than alone, where they take turns on so many units:
+    they evict each other's caches and share the memory's bandwidth."""
+    alone = layers[min(layers)]
+    return {
+        str(n): max(1.0, alone / rate / max(1.0, n / units)) for n, rate in sorted(layers.items())
+    }
 
 
 def slowest_calls(found: Sequence[Found]) -> list[Call]:

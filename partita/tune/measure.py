@@ -1,8 +1,9 @@
 """Plans that were predicted, run for some steps on this machine: what they really take, and the best of them.
 
 Each plan trains the job's model on random tokens over local ranks, in a folder that is thrown away. A step's
-time is the median of those after WARM (the first steps warm up and are recorded); memory is the fullest
-rank's, from its allocator. What was measured is kept, and the next prediction takes it into account.
+time is the median of those after WARM (the first steps warm up and are recorded) but the last, which is
+watched for memory and takes longer by that; memory is the fullest rank's, from its allocator. What was
+measured is kept, and the next prediction takes it into account.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Sto
     Launcher(RunSpec(short, folder), stops).run()
     times = [line["step_time_s"] for line in read_metrics(folder / "metrics.jsonl")]
     peaks = [r.ledger.peak_bytes for r in read_ranks(folder) if r.ledger is not None]
-    return Measured(prediction, median(times[WARM:] or times), max(peaks, default=0))
+    return Measured(prediction, median(times[WARM:-1] or times), max(peaks, default=0))
 
 
 def feed(job: Job, found: Sequence[Measured], folder: Path = FOLDER) -> str:

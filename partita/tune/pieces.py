@@ -1,13 +1,17 @@
 """What pieces of layers take on this machine, forward and backward, by size: modules that train, each alone.
 
     linear, norm, layer_norm, rotate, split, attention, gate, gelu, bias, add, drop, lookup, loss
-    route, dispatch, combine      of a layer with experts
+    grouped                       experts of a layer, on their rows
+    dispatch                      rows to their experts and back to their tokens
+    route                         all else of such a segment but its norm: scores, choice, residual
     update                        zeroed gradients, their norm, the clip and the optimizer, by bytes moved
     action                        an F and a B of the executor, of a stage that does nothing
 
-Modules come out of one-layer models of a few sizes, so that a piece is what a model runs, its host's work
-included. Several of a piece run forward, then backward in the reverse order, as layers do: what backward
-reads has been kept for a while. Medians count. No model, loss or step is ever run as a whole.
+Modules come out of models of a few layers and sizes, so that a piece is what a model runs, its host's work
+included. Several of a piece run forward, then backward in the reverse order, and find the caches as in a
+model: what a piece is given was made just now; what its forward kept, the memory that it takes and a linear's
+weights and gradients have been away since other layers ran. Medians count. No model, loss or step is ever
+run as a whole.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
 from math import prod
 from typing import Any
 
@@ -29,9 +35,12 @@ from partita.cost.pieces import ATTENTION
 from partita.model.attention import Attention
 from partita.model.moe import MoE
 from partita.model.rope import Rotate
-from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Leave
+from partita.parallel.deferred import WeightQueue
+from partita.parallel.ep.dispatch import Arrive, Leave, Rows
+from partita.parallel.ep.experts import Grouped
 from partita.parallel.laid import lay
 from partita.parallel.pp.executor import Executor
+from partita.parallel.pp.pieces import Live, run
 from partita.parallel.read import state_bytes
 from partita.parallel.tp.linear import AddBias, Column, Row
 from partita.parallel.units import Unit
@@ -49,11 +58,16 @@ from partita.tune.timing import median_seconds
 SHAPES = ((1, 16, 32, 64), (2, 128, 128, 512), (4, 128, 256, 2048), (2, 512, 384, 4096))
 HEAD = 32
 ACTIONS = 16  # microbatches
-TOGETHER = (2, 16)  # of a piece in a row, at least and at most
+TOGETHER = (2, 8)  # of a piece in a row, at least and at most
 BYTES = 24_000_000  # that they read: more than a core's caches, as a model's layers do
+# bytes that LAYERS touch: at most, and times what a piece is given
+AWAY, AWAY_TIMES = 40_000_000, 160
+ROUNDS = 3
+LAYERS = 8  # whose linears take turns, at most; fewer where fewer fill the caches
 Made = dict[str, dict[str, float]]  # piece -> size -> seconds
-# what a piece of inputs takes in so many seconds, forward and backward
-Both = Callable[[Callable[..., Any], Sequence[Tensor], float], tuple[float, float]]
+Piece = Callable[..., Any]
+# what pieces that take turns, of inputs, take in so many seconds, each forward and backward
+Both = Callable[[Sequence[Piece], Sequence[Tensor], float], tuple[float, float]]
 
 
 def measure_pieces(dtype: str, seconds_each: float) -> Made:
@@ -73,7 +87,7 @@ def measure_pieces(dtype: str, seconds_each: float) -> Made:
 
 @dataclass
 class Bench:
-    """A model of one layer, and where its pieces' times go. `both` and `one` find out what a piece, and a
+    """A model of a few layers, and where its pieces' times go. `both` and `one` find out what a piece, and a
     call without a backward, take."""
 
     dtype: str
@@ -89,8 +103,9 @@ class Bench:
         heads = max(hidden // HEAD, 1)
         kv_heads = heads if self.more.get("family") == "gpt2" else max(heads // 2, 1)
         model = {
-            "family": "llama", "layers": 1, "hidden": hidden, "heads": heads, "kv_heads": kv_heads,
-            "ffn_hidden": 11 * hidden // 4, "vocab": vocab, "max_seq_len": seq, **self.more,
+            "family": "llama", "layers": _layers(hidden), "hidden": hidden, "heads": heads,
+            "kv_heads": kv_heads, "ffn_hidden": 11 * hidden // 4, "vocab": vocab, "max_seq_len": seq,
+            **self.more,
         }  # fmt: skip
         plan = f"1mb {self.dtype}".replace(" fp32", "")
         table = {
@@ -101,7 +116,8 @@ class Bench:
         laid = lay(request_of(self.job))
         context = make_context(laid, self.job, SingleWorld(), Where())
         self.model: Model = make_model(self.job, laid, context, _fill)
-        self.embedding, self.layer, self.head = self.model.blocks
+        self.embedding, *self.layers, self.head = self.model.blocks
+        self.layer = self.layers[0]
         self.wide = torch.float32 if self.dtype == "fp32" else torch.bfloat16
         ids = torch.arange(samples * seq).view(samples, seq) % vocab
         valid = torch.ones(samples, seq, dtype=torch.bool)
@@ -111,15 +127,20 @@ class Bench:
         """A tensor of the dtype whose elements differ."""
         return torch.linspace(-1, 1, prod(shape)).sin_().view(shape).to(self.wide)
 
-    def time(self, name: str, size: float, piece: Callable[..., Any], *inputs: Tensor) -> None:
+    def time(self, name: str, size: float, piece: Piece, *inputs: Tensor) -> None:
         """Seconds of one forward and one backward of a piece of inputs that want gradients."""
-        there, back = self.both(piece, inputs, self.seconds_each)
+        there, back = self.both([piece], inputs, self.seconds_each)
         self.keep(name, size, there)
         self.keep(f"{name}.back", size, back)
 
     def keep(self, name: str, size: float, seconds: float) -> None:
         """One more point of a curve."""
         self.made.setdefault(name, {})[str(int(size))] = seconds
+
+
+def _layers(hidden: int) -> int:
+    """Whose weights, of some 11 hidden^2 each, and fp32 gradients fill the caches, at most LAYERS."""
+    return min(LAYERS, -(-BYTES // (8 * 11 * hidden**2)))
 
 
 def _fill(unit: Unit) -> None:
@@ -129,39 +150,54 @@ def _fill(unit: Unit) -> None:
 
 
 def both_ways(
-    piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float
+    pieces: Sequence[Piece], inputs: Sequence[Tensor], at_least_s: float
 ) -> tuple[float, float]:
     """Median seconds of a piece's forward and of its backward, the engine's start left out."""
-    made = _run(piece, inputs, at_least_s)
-    empty = _run(lambda *x: x[0].view_as(x[0]), inputs[:1], at_least_s / 4)
+    made = _run(pieces, inputs, at_least_s)
+    empty = _run([lambda *x: x[0].view_as(x[0])], inputs[:1], at_least_s / 4)
     return made[0], max(made[1] - empty[1], 0.0)
 
 
 def _run(
-    piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float
+    pieces: Sequence[Piece], inputs: Sequence[Tensor], at_least_s: float
 ) -> tuple[float, float]:
-    count = _count(piece, inputs, at_least_s)
+    """Each call on its own: between two of them memory is touched as by the rest of a layer, then what the
+    next is given."""
+    count = _count(pieces[0], inputs, at_least_s)
     sets = [[x.clone().requires_grad_() for x in inputs] for _ in range(count)]
+    size = min(AWAY, AWAY_TIMES * sum(x.nbytes for x in inputs))
+    layers = cycle(torch.zeros(size, dtype=torch.uint8).split(max(size // LAYERS, 1)))
     there, back = [], []
     end = time.perf_counter() + at_least_s
     seed: Tensor | None = None
-    while len(there) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        made = [piece(*one) for one in sets]
-        middle = time.perf_counter()
-        if seed is None:
-            seed = torch.ones_like(made[0])
-            middle = start  # the first round warms up
-        begin = time.perf_counter()
+    while len(there) < ROUNDS or time.perf_counter() < end:
+        made, forward, backward = [], 0.0, 0.0
+        for piece, one in zip(cycle(pieces), sets, strict=False):
+            touch(next(layers), *one)
+            start = time.perf_counter()
+            made.append(piece(*one))
+            forward += time.perf_counter() - start
+        is_first = seed is None
+        seed = torch.ones_like(made[0]) if seed is None else seed
         for y, one in zip(reversed(made), reversed(sets), strict=True):
+            touch(next(layers), seed)
+            start = time.perf_counter()
             torch.autograd.grad(y, one, seed)
-        if middle > start:
-            there.append((middle - start) / count)
-            back.append((time.perf_counter() - begin) / count)
+            backward += time.perf_counter() - start
+        if not is_first:  # which warms up
+            there.append(forward / count)
+            back.append(backward / count)
     return statistics.median(there), statistics.median(back)
 
 
-def _count(piece: Callable[..., Any], inputs: Sequence[Tensor], at_least_s: float) -> int:
+@torch.no_grad()
+def touch(*tensors: Tensor) -> None:
+    """Brings them to the caches."""
+    for x in tensors:
+        x.mul_(1)
+
+
+def _count(piece: Piece, inputs: Sequence[Tensor], at_least_s: float) -> int:
     """How many run in a row: fewer where one takes long."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     piece(*leaves)
@@ -178,9 +214,10 @@ def dense(b: Bench) -> None:
     attention, mlp, rows = b.layer.attention, b.layer.mlp, samples * seq
     x = b.ones(samples, seq, hidden)
     b.time("norm", x.numel(), attention.norm, x)
-    b.time("add", x.numel(), lambda x: (z := x.view_as(x)) + z.view_as(z), x)
-    for linear in (attention.wo, mlp.up, mlp.down):
-        _linear(b, linear)
+    _add(b, x)
+    _linears(b, [layer.attention.wo for layer in b.layers])
+    _linears(b, [layer.mlp.up for layer in b.layers])
+    _linears(b, [layer.mlp.down for layer in b.layers])
     h = b.ones(samples, seq, mlp.up.matrices[0].shape[0])
     b.time("gate", h.numel() // 2, mlp.activate, h)
     _attention(b, attention)
@@ -191,17 +228,58 @@ def dense(b: Bench) -> None:
     _update(b)
 
 
-def _linear(b: Bench, linear: Column | Row) -> None:
-    """Forward, the gradient of the input, and of the weight."""
-    matrix = linear.matrices[0] if isinstance(linear, Column) else linear.matrix
-    (samples, seq, _, _), (out, inside) = b.shape, matrix.shape
+def _add(b: Bench, x: Tensor) -> None:
+    """A residual to what was made just now, and in backward the residual's gradient."""
+    away = cycle([x.clone() for _ in range(2 * LAYERS)])
+    seconds = b.one(lambda: x + next(away), b.seconds_each)
+    b.keep("add", x.numel(), seconds)
+    b.keep("add.back", x.numel(), seconds)
+
+
+def _linears(b: Bench, linears: Sequence[Column | Row]) -> None:
+    """Linears of several layers in turn."""
+    matrices = [x.matrices[0] if isinstance(x, Column) else x.matrix for x in linears]
+    (samples, seq, _, _), (out, inside) = b.shape, matrices[0].shape
     x, dy = b.ones(samples, seq, inside), b.ones(samples * seq, out)
     flops = 2 * samples * seq * inside * out
-    there, back = b.both(linear, [x], b.seconds_each)
-    weight = b.one(lambda: matrix.accumulate(dy, x.flatten(0, 1)), b.seconds_each)
-    b.keep("linear", flops, there)
-    b.keep("linear.back", flops, max(back - weight, 0.0))
-    b.keep("linear.weight", flops, weight)
+    grow = [partial(m.accumulate, dy, x.flatten(0, 1).clone()) for m in matrices]
+    _halves(b, "linear", flops, linears, grow, x, matrices[0].queue)
+
+
+def _grouped(b: Bench, layers: Sequence[Grouped], rows: int) -> None:
+    """Experts of several layers in turn, each on its own rows, never quite even; by those of one."""
+    experts, inside = layers[0].weight.shape[0], layers[0].weight.shape[-1]
+    out = prod(layers[0].weight.shape[1:-1])
+    x, dy = b.ones(rows, inside), b.ones(rows, out)
+    runs, grow = [], []
+    for i, layer in enumerate(layers):
+        counts = _uneven(rows, experts, i)
+        runs.append(partial(layer, counts=counts))
+        grow.append(partial(layer.accumulate, dy, x.clone(), counts))
+    flops = 2 * rows // experts * inside * out
+    _halves(b, "grouped", flops, runs, grow, x, layers[0].weight.queue, experts)
+
+
+def _uneven(rows: int, experts: int, seed: int) -> list[int]:
+    """Rows of each expert, as a router chooses that has learnt nothing yet."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(experts, (rows,), generator=generator)
+    return torch.bincount(chosen, minlength=experts).tolist()
+
+
+def _halves(
+    b: Bench, name: str, flops: int, runs: Sequence[Piece], grow: Sequence[Callable[[], None]], x: Tensor,
+    queue: WeightQueue, each: int = 1,
+) -> None:  # fmt: skip
+    """Forward, the gradient of the input, and of the weight: halves of a backward that is split, neither a
+    difference of two measurements. A call is `each` products."""
+    queue.split(0, 0)  # what is kept goes with the next split
+    there, back = b.both(runs, [x], b.seconds_each)
+    queue.close()
+    turns = cycle(grow)
+    weight = b.one(lambda: next(turns)(), b.seconds_each)
+    for half, seconds in (("", there), (".back", back), (".weight", weight)):
+        b.keep(f"{name}{half}", flops, seconds / each)
 
 
 def _attention(b: Bench, a: Attention) -> None:
@@ -211,7 +289,8 @@ def _attention(b: Bench, a: Attention) -> None:
     k = b.ones(samples, seq, a.kv_heads, HEAD)
     if a.rope is not None:
         cos, sin = (t.unsqueeze(1) for t in a.rope)
-        b.time("rotate", q.numel(), lambda q: Rotate.apply(q, cos, sin), q)
+        both = b.ones(samples, seq, a.heads + a.kv_heads, HEAD)  # queries and keys, as one
+        b.time("rotate", both.numel(), lambda x: Rotate.apply(x, cos, sin), both)
     heads = [t.transpose(1, 2) for t in (q, k, k)]
     points = q.numel() * seq
     b.time(f"attention {seq}", points, lambda q, k, v: a.core(q, k, v, b.batch, 0, True), *heads)
@@ -229,13 +308,13 @@ def _attention(b: Bench, a: Attention) -> None:
 
 
 class _Free(torch.autograd.Function):
-    """Attention that does nothing: q on, and gradients of the right shapes back."""
+    """Attention or experts that do nothing: x on, and gradients of the right shapes back."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, laid as the kernel lays its output."""
-        ctx.save_for_backward(k, v)
-        return q.view_as(q)
+    def forward(ctx, x: Tensor, *others: Tensor) -> Tensor:
+        """x, laid as attention's kernel lays its output from q."""
+        ctx.save_for_backward(*others)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -254,32 +333,44 @@ def plain(b: Bench) -> None:
 
 
 def experts(b: Bench) -> None:
-    """The choice, and rows to experts and back, of a rank alone."""
+    """The segment of a rank alone, in three: experts on their rows; rows there and back; all the rest but the
+    norm, as the model runs it."""
     moe: MoE = b.layer.mlp
     samples, seq, hidden, _ = b.shape
-    x = b.ones(samples * seq, hidden)
-    logits = torch.rand(
-        samples, seq, moe.exchange.experts, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, seq, hidden, generator=generator).to(b.wide)
+    logits = torch.rand(samples, seq, moe.exchange.experts, generator=generator)
     _, chosen = moe.router(logits, False)
-    gates = torch.ones(samples * seq, moe.exchange.top_k)
-    rows = moe.exchange.plan(chosen)[0]
+    gates, chunks = torch.ones(samples * seq, moe.exchange.top_k), moe.exchange.plan(chosen)
+    idle, apart = _Idle(**vars(moe)), _Apart(**{**vars(moe), "norm": lambda x: x})
 
-    def route(x: Tensor) -> Tensor:
-        made, chosen = moe.router(x, True)
-        chunks = moe.exchange.plan(chosen)
-        moe.log.rows(chosen, [n for rows in chunks for n in rows.sent])
-        return made
+    def travel(x: Tensor, gates: Tensor) -> Tensor:
+        return run(idle.experts(x, gates, chunks))[0]  # type: ignore[arg-type]
 
-    def there(x: Tensor) -> Tensor:
-        return Arrive.apply(Dispatch.apply(x, rows), rows)  # type: ignore[return-value]
+    rows, blocks = gates.numel(), [layer.mlp for layer in b.layers]
+    _grouped(b, [block.gate_up for block in blocks], rows)
+    _grouped(b, [block.down for block in blocks], rows)
+    b.time("route", rows, lambda x: apart(x, b.batch, 0, True), x)
+    b.time("dispatch", rows * hidden, travel, x.flatten(0, 1), gates)
 
-    def back(y: Tensor, gates: Tensor) -> Tensor:
-        return Combine.apply(Leave.apply(y, rows), gates, rows)  # type: ignore[return-value]
 
-    b.time("route", gates.numel(), route, logits)
-    b.time("dispatch", x.numel() * moe.exchange.top_k, there, x)
-    b.time("combine", x.numel(), back, x.repeat_interleave(moe.exchange.top_k, 0), gates)
+class _Idle(MoE):
+    """Experts that hand rows back as they came."""
+
+    def compute(self, coming: Tensor, rows: Rows) -> Tensor:
+        """They arrive and leave."""
+        return Leave.apply(Arrive.apply(coming, rows), rows)  # type: ignore[return-value]
+
+
+class _Apart(MoE):
+    """The segment without rows: what is added to a token is itself."""
+
+    def experts(
+        self, x: Tensor, gates: Tensor, chunks: Sequence[Rows], stays: Live = ()
+    ) -> Generator[Live, Live, Live]:
+        """Nothing travels."""
+        yield from ()
+        return (_Free.apply(x, gates), *stays)  # type: ignore[return-value]
 
 
 def _update(b: Bench) -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from partita.comm.protocol import Comm, Key, Where, World
+from partita.cost.pieces import CROWDED
 from partita.parallel.product import PLAIN
 from partita.train.heap import keep_freed_memory
-from partita.tune.pieces import Made, measure_pieces
+from partita.tune.crowd import Layers
+from partita.tune.pieces import Made, measure_pieces, touch
 from partita.tune.timing import median_seconds
 
 # rows, inner, columns: a microbatch's tokens against the weights of small and middling blocks
@@ -34,6 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEMORY_ELEMENTS = 8_000_000  # fp32: 32 MB, beyond the caches of a core
 OPTIMIZER_ELEMENTS = 2_000_000
 COMM_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 22)
+COMM_CALLS = 9
+COMM_AWAY = 4_000_000  # bytes touched between two: a layer's
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 ADAMW_BYTES = 28  # an element: parameter, both moments read and written, gradient read, in fp32
 
@@ -60,6 +65,7 @@ class Found:
     optimizer_bytes_per_s: float = 0.0
     calls: list[Call] = field(default_factory=list)
     pieces: dict[str, Made] = field(default_factory=dict)  # dtype -> piece -> size -> seconds
+    crowded: dict[int, float] = field(default_factory=dict)  # ranks busy -> layers a second
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,13 @@ def phase_names(setup: Setup) -> list[str]:
 
 
 def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None]]]:
+    for n in setup.busy:
+        yield f"{n} busy", lambda n=n: _busy(found, setup, n)
+    made: list[Layers] = []
+    yield "layers", lambda: made.append(Layers(_meetings(found.rank, setup)))
     for again in ("", " again"):
         for n in setup.busy:
-            yield f"{n} busy{again}", lambda n=n: _busy(found, setup, n)
+            yield f"layers of {n}{again}", lambda n=n: _crowded(found, setup, n, made[0])
     for dtype in DTYPES:
         yield f"matmul {dtype}", lambda d=dtype: _matmuls(found, setup, d)
     yield "memory and optimizer", lambda: _memory(found, setup)
@@ -117,8 +127,7 @@ def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, second
 
 
 def _busy(found: Found, setup: Setup, busy: int) -> None:
-    """Work done over time passed, since ranks that share a core take turns; the better of two rounds,
-    since other programs only take away."""
+    """Work done over time passed, since ranks that share a core take turns."""
     if found.rank >= busy:
         return
     x, done = torch.ones(256, 256), 0
@@ -127,7 +136,27 @@ def _busy(found: Found, setup: Setup, busy: int) -> None:
         x @ x
         done += 1
     rate = 2 * 256**3 * done / passed
-    found.busy_flops[busy] = max(rate, found.busy_flops.get(busy, 0.0))
+    found.busy_flops[busy] = rate
+
+
+def _meetings(rank: int, setup: Setup) -> dict[int, Comm]:
+    """Where ranks that outnumber the units meet, by how many they are; they end with the processes."""
+    many = [n for n in setup.busy if n > setup.units]
+    if not many:
+        return {}
+    folder = setup.scratch / "meetings"
+    folder.mkdir(exist_ok=True)
+    world = make_world(setup.backends[0], rank, setup.num_ranks, folder)
+    made = {n: world.make(range(n), axis=f"{n} that meet", lane="compute") for n in many}
+    return {n: comm for n, comm in made.items() if comm is not None}
+
+
+def _crowded(found: Found, setup: Setup, busy: int, layers: Layers) -> None:
+    """As `_busy`, of layers, whose weights and activations are more than a core's caches; the better of two
+    rounds, since other programs only take away."""
+    if found.rank < busy:
+        rate = layers.a_second(4 * setup.seconds_each, busy)
+        found.crowded[busy] = max(rate, found.crowded.get(busy, 0.0))
 
 
 def _matmuls(found: Found, setup: Setup, dtype: str) -> None:
@@ -171,30 +200,61 @@ def make_world(backend: str, rank: int, num_ranks: int, scratch: Path) -> World:
 
 
 def _collectives(found: Found, setup: Setup, backend: str) -> None:
+    """Over the first ranks; and over groups side by side that together outnumber the units, as in a plan
+    that cuts two dimensions (CROWDED)."""
     world = make_world(backend, found.rank, setup.num_ranks, setup.scratch)
     try:
         for n in setup.groups:
             comm = world.make(range(n), axis=f"group of {n}", lane="compute")
             if comm is not None:
-                for size in COMM_BYTES:
-                    found.calls += [_timed(comm, backend, op, size) for op in COLLECTIVES]
+                turns = max(n / setup.units, 1.0)
+                found.calls += _timed_all(comm, backend, turns)
+        crowds = [n for n in setup.groups if n <= setup.units < setup.num_ranks]
+        for n in crowds if backend == setup.backends[0] else ():
+            starts = range(0, setup.num_ranks - n + 1, n)
+            each = [
+                world.make(range(i, i + n), axis=f"groups of {n}", lane="compute") for i in starts
+            ]
+            found.calls += [
+                replace(call, op=call.op + CROWDED)
+                for comm in each
+                if comm is not None
+                for call in _timed_all(comm, backend, 1.0, takes_turns=True)
+            ]
     finally:
         world.close()
 
 
-def _timed(comm: Comm, backend: str, op: str, size: int) -> Call:
-    """Mean of some calls in a row after one to warm up: alone, a call would hide its latency behind
-    the others' entry."""
-    repetitions = max(3, min(10, (1 << 22) // size))
-    x = torch.ones(size // 4)
+def _timed_all(comm: Comm, backend: str, turns: float, takes_turns: bool = False) -> list[Call]:
+    """Every collective by size, the largest first: it has all memory between ranks touched, as after the
+    first steps of a run. `turns`: how many ranks of the group share a unit; `takes_turns` with ranks of
+    other groups."""
+    idle = turns == 1.0 and not takes_turns
+    found = []
+    for size in reversed(COMM_BYTES):
+        for op in COLLECTIVES:
+            seconds = turns * _timed(
+                comm, op, size, time.perf_counter if idle else time.process_time
+            )
+            found.append(Call(backend, op, comm.size, size, seconds))
+    return found
+
+
+def _timed(comm: Comm, op: str, size: int, clock: Callable[[], float]) -> float:
+    """Median of calls, each after other memory was touched, as between two of a step: in a row they would
+    find what they copy in the caches. Two barriers: who slept at the first is awake at the second. Of ranks
+    that outnumber the units each takes so much of a processor: while it waits, others compute."""
+    x, away = torch.ones(size // 4), torch.zeros(COMM_AWAY // 4)
     run = getattr(Calls(comm, x, "calibrate"), op)
-    run(0)
-    comm.barrier(site="calibrate:barrier")
-    start = time.perf_counter()
-    for i in range(1, repetitions + 1):
+    times: list[float] = []
+    for i in range(1 + COMM_CALLS):
+        touch(away, x)
+        for _ in range(2):
+            comm.barrier(site="calibrate:barrier")
+        start = clock()
         run(i)
-    seconds = (time.perf_counter() - start) / repetitions
-    return Call(backend, op, comm.size, size, seconds / 2 if op == "send" else seconds)
+        times.append(clock() - start)
+    return median(times[1:]) / (2 if op == "send" else 1)
 
 
 @dataclass(frozen=True)

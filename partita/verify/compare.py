@@ -11,8 +11,9 @@ At low precision the judge starts each step from the plan's own weights: left to
 update, a step of lr whichever way a rounding turns a tiny gradient, put a bf16 gradient of the second step
 off by 0.13 of its largest element (with experts 0.28, fp8 0.85); started alike, by 0.02 (0.02, 0.2), as in
 the first. So what casts and orders of sums can do is known better in every step; not for fp8, nor with
-experts, where a rounding sends a token elsewhere, nor with images, where it turns a ReLU or another pixel is
-the largest of its window (a tensor's bound is 0.2 there below fp32), nor under delayed updates.
+images, where a rounding turns a ReLU or another pixel is the largest of its window (a tensor's bound is 0.2
+there below fp32), nor under delayed updates. Where a rounding sends a token to another expert, the judge
+sends it there too (routing.py): that is a step, not a slope, and put a gradient off by 0.69 of its largest.
 A gradient has come through n roundings of relative size u (bf16 2^-9, fp16 2^-12, fp32 2^-24), 12 a
 layer where matmuls are low and all else is fp32, four times as many where all is; they add up like a random
 walk to s = u sqrt(n). The largest element may be off by 7 s, the tensor's 2-norm by 4 s, and its *scale*, the
@@ -67,8 +68,9 @@ ROUNDINGS_A_LAYER = {"fp32": 48, "bf16": 12, "fp16": 12}
 DELAYED = {  # as above; of one microbatch, behind twelve updates: 0.11 of a norm was seen in fp8
     "bf16": Bound(2e-2, 0.1, 0.2, 1e-2), "fp8": Bound(1e-2, 0.2, 0.6, 5e-2),
 }  # fmt: skip
-ROUTED = 0.2  # of a tensor's largest element: what one token at another expert changes
+TURNED = 0.2  # of a tensor's largest element: what one ReLU, or another largest pixel, changes
 ENOUGH, FEW = 16, 0.5  # elements, and the share of them that bf16 holds: fp32's sums are told apart
+NEAR_IN_FP8 = 0.1  # of a router's score, at most 1, where s is not known; 6e-4 was seen
 SPREAD = 4.0  # times the judge's own at neighbouring weights; 3.1 is the most of 50 trials beyond the walk
 UPDATE = 2e-6  # of a tensor's largest element: fp32, a handful of operations
 NEIGHBOUR = 2.0**-7  # of a bf16 number: its neighbours lie as close, or closer
@@ -108,8 +110,8 @@ def differences(
     bound, low = BOUNDS[dtype], dtype != "fp64"
     bound = DELAYED.get(dtype, bound) if delayed else bound
     first = walk_of(job, delayed)
-    if _chooses(job) and dtype not in ("fp64", "fp32"):
-        bound = replace(bound, tensor=max(bound.tensor, ROUTED))
+    if _turns(job) and dtype not in ("fp64", "fp32"):
+        bound = replace(bound, tensor=max(bound.tensor, TURNED))
     found: list[Difference] = []
     for seen in ranks:
         for i, (mine, want) in enumerate(zip(seen.steps, judge, strict=True)):
@@ -144,15 +146,15 @@ def differences(
     return list(worst.values())
 
 
-def _chooses(job: Job) -> bool:
-    """Whether a rounding may send a token to another expert, a ReLU or a maximum the other way."""
-    return job.model.experts > 0 or job.model.image is not None
+def _turns(job: Job) -> bool:
+    """Whether a rounding may turn a ReLU, or a maximum, the other way."""
+    return job.model.image is not None
 
 
 def walk_of(job: Job, delayed: bool) -> float:
     """s of a job's gradients; 0 where the table alone holds."""
     precision = job.plan.precision
-    return 0.0 if _chooses(job) or delayed else walk(precision.dtype, job.model.layers)
+    return 0.0 if _turns(job) or delayed else walk(precision.dtype, job.model.layers)
 
 
 def walk(dtype: str, layers: int) -> float:
@@ -161,6 +163,12 @@ def walk(dtype: str, layers: int) -> float:
     if dtype not in ROUNDING:
         return 0.0
     return ROUNDING[dtype] * math.sqrt(ROUNDINGS_A_LAYER[dtype] * (layers + 1))
+
+
+def near(job: Job) -> float:
+    """How far a router's scores may lie from the judge's: s, as all that came through as many roundings (of
+    0.016 in bf16 2e-4 was seen)."""
+    return walk(job.plan.precision.dtype, job.model.layers) or NEAR_IN_FP8
 
 
 def _close_gradients(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from partita.model.reference import Reference, loss_and_gradients
-from partita.model.reference_moe import Auxiliary
+from partita.model.reference_moe import Auxiliary, Told
 from partita.parallel.laid import Laid, lay
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
@@ -37,19 +37,19 @@ def is_delayed(job: Job) -> bool:
     return lay(request_of(job)).schedule.is_asynchronous
 
 
-def run_delayed(job: Job, data: Dataset) -> list[StepSeen]:
-    """A plan's steps without a drain between."""
+def run_delayed(job: Job, data: Dataset, told: Told | None = None) -> list[StepSeen]:
+    """A plan's steps without a drain between. `told`: whom the plan's routers chose."""
     laid, update = lay(request_of(job)), JudgeUpdate.of(job, wide_dtype(job))
     history, m = [_copy(update.weights)], job.plan.num_microbatches
     return [
-        delayed_step(laid, update, history, whole_batch(data, job, step), step, step * m)
+        delayed_step(laid, update, history, whole_batch(data, job, step), step, step * m, told)
         for step in range(steps_of(job.plan))
     ]
 
 
 def delayed_step(
     laid: Laid, update: JudgeUpdate, history: list[Weights], batches: Sequence[Microbatch],
-    step: int, begun: int = 0,
+    step: int, begun: int = 0, told: Told | None = None,
 ) -> StepSeen:  # fmt: skip
     """One step, `begun` microbatches after the pipeline was last empty. `history`: the weights at that time
     and after each update since; this step's are added."""
@@ -67,6 +67,7 @@ def delayed_step(
                 dtype,
                 job.seed,
                 linear=linear_of(job),
+                told=told,
             )
             judge.step = step
             part, of = loss_and_gradients(judge, [batches[i]], whole=batches, frozen=update.frozen)

@@ -15,6 +15,7 @@ from typing import Any
 from partita.base.errors import NonFiniteError, PlanError
 from partita.base.text import table
 from partita.comm.local import local
+from partita.model.reference_moe import Told
 from partita.parallel.laid import Laid, lay
 from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
@@ -24,10 +25,11 @@ from partita.train.data import Dataset
 from partita.train.devices import computes_on_gpu
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
-from partita.verify.compare import ROUNDING, Difference, differences, walk_of
+from partita.verify.compare import ROUNDING, Difference, differences, near, walk_of
 from partita.verify.delayed import is_delayed, run_delayed
 from partita.verify.judge import noise, optimizers, wide_dtype
 from partita.verify.processes import run_processes
+from partita.verify.routing import told
 from partita.verify.runs import (
     RankSeen,
     StepSeen,
@@ -147,9 +149,12 @@ def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") -> Verification:
+def verify(
+    job: Job, *, plan: str | Plan | None = None, backend: str = "local", brief: bool = False
+) -> Verification:
     """Runs the plan on thread ranks (or processes) and the judge on one device, and compares.
 
+    `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time.
     Raises PlanError for an illegal plan, DataError for bad data.
     """
     computes_on_gpu(job)
@@ -162,8 +167,10 @@ def verify(job: Job, *, plan: str | Plan | None = None, backend: str = "local") 
     data = open_data(small, job)
     own = job.plan.precision.dtype
     trials: list[Trial] = []
-    for dtype in dict.fromkeys(("fp64", own)):
-        for train in optimizers(small.train, is_delayed(small)):
+    sgd, adamw = optimizers(small.train, is_delayed(small))
+    both = {"fp64": [sgd, adamw]} | {own: [sgd, adamw]}
+    for dtype, each in ({"fp64": [sgd], own: [adamw]} if brief and own != "fp64" else both).items():
+        for train in each:
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
             trials.append(_trial(limited(at, data), data, backend))
             if not trials[-1].equal:
@@ -193,15 +200,25 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     delayed, dtype = laid.schedule.is_asynchronous, job.plan.precision.dtype
     ranks = run_ranks(job, data, backend, laid)
     starts = [] if delayed or dtype == "fp64" else weights_after(job, ranks)
-    judge = run_delayed(job, data) if delayed else run_judge(job, data, starts=starts)[0]
+    chosen = _told(job, ranks)
+    judge = (
+        run_delayed(job, data, chosen)
+        if delayed
+        else run_judge(job, data, -1, starts, told=chosen)[0]
+    )
     _one_device_is_finite(judge, dtype)
     if starts:
         judge = with_own_updates(job, judge, ranks)
     trial = Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
     if walk_of(job, delayed) and trial.worst("gradients").bad:
-        neighbours = run_neighbours(job, data, starts, ROUNDING[dtype])
+        neighbours = run_neighbours(job, data, starts, ROUNDING[dtype], chosen)
         trial.found = differences(judge, ranks, job, neighbours=neighbours)
     return trial
+
+
+def _told(job: Job, ranks: Sequence[RankSeen]) -> Told | None:
+    """Whom the judge's routers may choose as well."""
+    return told(job, (r.choices for r in ranks), near(job))
 
 
 def _one_device_is_finite(judge: Sequence[StepSeen], dtype: str) -> None:
@@ -236,7 +253,8 @@ def _bisect(trial: Trial, data: Dataset) -> Divergence | None:
     else:
         low = trial.job.plan.precision.dtype != "fp64"
         starts = weights_after(trial.job, trial.ranks) if low else ()
-        _, judge = run_judge(trial.job, data, step, starts)
+        chosen = _told(trial.job, trial.ranks)
+        _, judge = run_judge(trial.job, data, step, starts, told=chosen)
     laid = lay(request_of(trial.job))
     ranks: Sequence[RankSeen] = run_ranks(trial.job, data, "local", laid, step)
     for watched, seen in zip(ranks, trial.ranks, strict=True):

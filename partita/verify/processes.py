@@ -15,6 +15,7 @@ from partita.comm.processes import start_ranks
 from partita.comm.protocol import World
 from partita.spec.job import Job
 from partita.train.data import Dataset
+from partita.train.devices import use_gpu
 from partita.verify.runs import RankSeen, run_rank
 
 
@@ -50,9 +51,7 @@ def run_processes(job: Job, data: Dataset, backend: str) -> list[RankSeen]:
 def _enter(rank: int, writer: Connection, job: Job, data: Dataset, backend: str, path: str) -> None:
     torch.set_num_threads(1)
     try:
-        device = torch.device("cuda", rank) if backend == "nccl" else None
-        if device is not None:
-            torch.cuda.set_device(device)
+        device = use_gpu(rank) if backend == "nccl" else None
         world = _join(rank, job, backend, Path(path))
         _tell(writer, run_rank(world, job, data, device=device))
         world.close()

@@ -22,6 +22,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, times, weight_shapes
 from partita.model.reference_fp8 import RoundedProduct
+from partita.model.reference_moe import Told
 from partita.parallel.ep.counts import Routing
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
@@ -40,6 +41,7 @@ from partita.train.step import Model
 from partita.train.update import make_update
 from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.judge import JudgeUpdate, noise, wide_dtype
+from partita.verify.routing import Choices, choices, keep_choices
 from partita.verify.watch import Watch, share_of, watch_blocks
 
 NEIGHBOURS = 16  # runs of the judge that say how far roundings carry
@@ -71,6 +73,7 @@ class RankSeen:
     routed: dict[tuple[str, int], tuple[int, ...]] = field(
         default_factory=dict
     )  # of the first step
+    choices: Choices = field(default_factory=dict)
 
 
 def steps_of(plan: Plan) -> int:
@@ -112,6 +115,7 @@ def run_rank(
     seen = RankSeen(context.rank, declared=_declared(laid, context.rank))
     if watched >= 0:
         watch_blocks(model, seen.watch)
+    keep_choices(model)
     context.recorder.take()
     flows, steps = model.flow is not None, steps_of(job.plan)
     undone = False  # the first step's update, whose traffic is then no step's that is declared: the last's is
@@ -126,6 +130,7 @@ def run_rank(
             undone = not model.guess.found.held
         if step:
             seen.steps[-1] = _proven(seen.steps[-1], model, step - 1)
+        seen.choices |= choices(model, step, (*batch.microbatches, *batch.following))
         scale = 1.0 if model.scaler is None else model.scaler.scale
         gradients = boxes(model, lambda unit: unit.gradient, scale, trained=True)
         norm = _finite_or_nan(update.step)
@@ -235,10 +240,11 @@ def boxes(
 
 def run_judge(
     job: Job, data: Dataset, watched: int = -1, starts: Sequence[Weights] = (),
-    moved: Callable[[Weights], Weights] = lambda weights: weights,
+    moved: Callable[[Weights], Weights] = lambda weights: weights, told: Told | None = None,
 ) -> tuple[list[StepSeen], Watch]:  # fmt: skip
     """The same steps on one device. `starts[i]`: the weights that step i + 1 starts from, in place of those
-    it has made itself. `moved` makes what it computes with of the weights it has."""
+    it has made itself. `moved` makes what it computes with of the weights it has. `told`: whom the plan's
+    routers chose."""
     dtype = DTYPES[job.plan.precision.dtype]
     optimizer = JudgeUpdate.of(job, wide_dtype(job))
     weights = optimizer.weights
@@ -249,7 +255,9 @@ def run_judge(
         if step and starts:
             optimizer.restart(starts[step - 1])
         batches = whole_batch(data, job, step)
-        judge = Reference(job.model, moved(weights), dtype, job.seed, linear=linear_of(job))
+        judge = Reference(
+            job.model, moved(weights), dtype, job.seed, linear=linear_of(job), told=told
+        )
         judge.step = step
         if step == watched:
             watch.start(batches)
@@ -269,7 +277,7 @@ def run_judge(
 
 
 def run_neighbours(
-    job: Job, data: Dataset, starts: Sequence[Weights], u: float
+    job: Job, data: Dataset, starts: Sequence[Weights], u: float, told: Told | None = None
 ) -> list[list[StepSeen]]:
     """The judge's steps where each weight is moved at random by at most its rounding, 2 u of it: all that is
     computed of it is rounded anew, so that gradients lie as far apart as two right runs may."""
@@ -282,7 +290,7 @@ def run_neighbours(
         return found
 
     return [
-        run_judge(job, data, starts=starts, moved=partial(moved, draw=draw))[0]
+        run_judge(job, data, starts=starts, moved=partial(moved, draw=draw), told=told)[0]
         for draw in range(NEIGHBOURS)
     ]
 

@@ -116,6 +116,8 @@ def watch_blocks(model: Model, watch: Watch) -> None:
                 model.laid.request.model.image is not None and name != "head"
             ):
                 wrapped[i] = _Watched(block, name, model, watch)
+            elif name != "head" and block.beside is not None:
+                block.beside = _Watched(block.beside, f"{name}.mlp", model, watch)
             elif name != "head":
                 block.attention = _Watched(block.attention, f"{name}.attention", model, watch)
                 block.mlp = _Watched(block.mlp, f"{name}.mlp", model, watch)

@@ -46,6 +46,7 @@ PLACES = {
     "evaluation": f"{STEP}:evaluation",
     "checkpoint": f"{STEP}:checkpoint",
     "last checkpoint": f"{LAST}:checkpoint",
+    "last meeting": f"{LAST}:finished",
 }
 FIRST = {  # what rank 0 does alone
     "preparing": "call:partita.train.start:run_folder",

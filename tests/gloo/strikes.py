@@ -18,17 +18,19 @@ from partita.train.rank import run_rank
 @dataclass(frozen=True)
 class Strike:
     """`how` is done to `rank` in `step` when it begins `at` (an activity of train/control.py), or at its
-    `call`-th collective there."""
+    `call`-th collective there; or as it `reports`."""
 
     how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
-    # full: no file may grow any more; fill: writes until the current disk is full
+    # full: no file may grow any more; fill: writes until the current disk is full; server: kills what
+    # started it
     at: str
     step: int = 3
     rank: int = 1
     call: int = 0
+    reports: bool = False
 
     def __str__(self) -> str:
-        return f"{self.how}-{self.at}{self.call or ''}"
+        return f"{self.how}-{self.at}{self.call or ''}{'-reports' * self.reports}"
 
     def hit(self) -> None:
         """Does it."""
@@ -36,6 +38,9 @@ class Strike:
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "server":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
         elif self.how == "exit":
             os._exit(0)
         elif self.how == "full":
@@ -61,9 +66,21 @@ def struck(strike: Strike):
 
 def enter(rank: int, channel: Any, strike: Strike, spec: Any) -> None:
     """The rank's function: run_rank, with the strike armed."""
-    if rank == strike.rank:
+    if rank == strike.rank and strike.reports:
+        channel = _Struck(strike)
+    elif rank == strike.rank:
         _arm(strike)
     run_rank(rank, channel, spec)
+
+
+@dataclass(frozen=True)
+class _Struck:
+    """The way to a launcher, on which a rank is struck."""
+
+    strike: Strike
+
+    def send(self, report: Any) -> None:
+        self.strike.hit()
 
 
 def _poison(strike: Strike) -> None:

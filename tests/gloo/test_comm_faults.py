@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import comm_contract as contract
 import pytest
 import torch
 import worlds
+
+from partita.comm.board import Board
+from partita.comm.table import Status
 
 KINDS = ["shm", "gloo", "hosts"]
 SHORT_S = 4  # where it must pass
@@ -77,6 +82,78 @@ def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
     assert " ".join(table[0].split()) == "rank last call tensor site phase step state when line"
     assert any("entered" in line and "f32[8]" in line and "test_comm_faults.py:" in line
                for line in table), text  # fmt: skip
+
+
+def chain(world) -> str:
+    """Rank 0 waits for 1, which waits for 2, a second later; the error's text on these."""
+    first, second = (world.make(pair, axis="pp", lane="pp_down") for pair in ((0, 1), (1, 2)))
+    if world.rank == 2:
+        time.sleep(SHORT_S + SLACK_S)
+    first.barrier(site="before")
+    if world.rank == 1:
+        time.sleep(SHORT_S / 4)
+    try:
+        (second if world.rank else first).all_reduce(torch.ones(8), site=SITE)
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+@pytest.mark.slow
+def test_who_waits_is_not_taken_for_who_is_missing(tmp_path):
+    found = worlds.run("shm", 3, tmp_path, chain, timeout_s=2 * SHORT_S, enough=2)
+    assert found[1][1].startswith(f"rank 2 did not come within {2 * SHORT_S} s: pp "), found
+    assert found[0][1].startswith("rank 1 has died: pp "), found
+
+
+def test_a_board_tells_who_waits(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        board, other = Board(tmp_path / "board", 0, 2), Board(tmp_path / "board", 1, 2)
+        other._pid = process.pid
+        other.enter(Status(1, axis="tp", op="all_reduce", at=time.monotonic(), completed=False))
+        assert board.waits(1, LONG_S) and not board.waits(1, 0) and not board.waits(0, LONG_S)
+        process.send_signal(signal.SIGSTOP)
+        while board.waits(1, LONG_S):  # until the signal has come
+            time.sleep(0.01)
+        process.send_signal(signal.SIGCONT)
+        while not board.waits(1, LONG_S):
+            time.sleep(0.01)
+        other.leave()
+        assert not board.waits(1, LONG_S)
+        process.kill()
+
+
+def late(world, folder) -> float:
+    """Rank 1 comes once the run goes on again; how long that took on the clock."""
+    comm = world.make(range(world.size), axis="tp", lane="tp")
+    comm.barrier(site="before")
+    start = time.monotonic()
+    if world.rank == 1:
+        (folder / "waits").touch()
+        while not (folder / "goes on").exists():
+            time.sleep(0.01)
+    comm.all_reduce(torch.ones(8), site=SITE)
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_as_a_whole_goes_on(tmp_path):
+    """Ctrl-Z, for longer than a rank waits for another."""
+
+    def stopped(pids: list[int]) -> None:
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.01)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * SHORT_S)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        (tmp_path / "goes on").touch()
+
+    found = worlds.run(
+        "shm", 3, tmp_path, late, tmp_path, timeout_s=2 * SHORT_S, while_running=stopped
+    )
+    assert all(how == "ok" and took > 2 * SHORT_S for how, took in found), found
 
 
 @pytest.mark.parametrize(

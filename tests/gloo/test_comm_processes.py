@@ -3,6 +3,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import comm_contract as contract
 import pytest
@@ -77,8 +78,14 @@ def test_groups_that_span_hosts_with_large_tensors(tmp_path):
     assert {how for how, _ in found} == {"ok"} and len(set(found)) == 1, found
 
 
-def test_nothing_is_left_in_shared_memory(tmp_path):
-    worlds.run("shm", 2, tmp_path, contract.messages)
+def test_nothing_is_left_in_shared_memory_and_no_rank_runs_the_users_script(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("import os\nos._exit(3)")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert worlds.run("shm", 2, tmp_path, contract.messages) == [("ok", 12)] * 2
+    assert sys.modules["__main__"] is main
     assert not list(Path("/dev/shm").glob(f"{str(tmp_path).strip('/').replace('/', '-')}*"))
 
 

@@ -24,7 +24,11 @@ import torch.distributed as dist
 from partita.comm.wire import StoreWire
 
 TORCH = """
-import os, pathlib, signal, time
+import gc, os, pathlib, signal, time
+from partita.comm.lifeline import Lifeline
+
+(line,) = [x for x in gc.get_objects() if type(x) is Lifeline]
+line._linked.wait()  # rank 0 knows it: no death is a silence from now on
 pathlib.Path(f"loading-{os.environ['RANK']}").touch()
 while not pathlib.Path("strike").exists():
     time.sleep(0.01)
@@ -69,7 +73,7 @@ class Launch:
         self.agents[host] = subprocess.Popen(words, cwd=self.folder)
 
     def ranks(self, host: int, count: int) -> list[psutil.Process]:
-        """Those of a host, once they load torch."""
+        """Those of a host, once they load torch and are linked."""
         self.until(lambda: len(list(self.folder.glob("loading-*"))) >= count)
         found = psutil.Process(self.agents[host].pid).children()
         return sorted(found, key=lambda p: int(p.environ()["RANK"]))
@@ -99,25 +103,6 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
         agent.wait()
 
 
-def linked(launch: Launch, others: int) -> None:
-    """Until rank 0 holds the connections of so many others: it listens, and they are no more than those."""
-    place: list[int] = []
-
-    def hold() -> bool:
-        if not place and launch.store.check(["partita/lifeline/0"]):
-            place.append(json.loads(launch.store.get("partita/lifeline/0"))["port"])
-        found = psutil.net_connections("tcp") if place else []
-        return (
-            sum(
-                c.status == psutil.CONN_ESTABLISHED and c.laddr and c.laddr.port == place[0]
-                for c in found
-            )
-            == others
-        )
-
-    launch.until(hold)
-
-
 DIED = "on {host} has died in step 0 (starting); rank {r} leaves in step 0 (starting)"
 FAILED = "on {host} failed: our own fault: ImportError: a library is missing; rank {r} leaves"
 FIRST = "on the first host has died by step 0 (starting); rank {r} leaves"
@@ -136,7 +121,6 @@ def test_a_death_while_others_load_is_told_to_all(launch, monkeypatch, struck, h
     launch.start(0, {0: 0, 1: 1}, 2, 4)
     launch.start(1, {2: 0, 3: 1}, 2, 4)
     others = [p for h in range(2) for p in launch.ranks(h, 4)]
-    linked(launch, 3)
     others.pop(struck)
     Path("strike").write_text(str(struck))
     assert faults.are_gone(others), launch.said()
@@ -152,7 +136,6 @@ def test_a_rank_stopped_for_a_neighbour_that_never_started_names_that(launch) ->
     launch.start(0, {0: 0}, 1, 3)
     launch.start(1, {2: 1}, 2, 3)
     (first,), (second,) = (launch.ranks(h, 2) for h in range(2))
-    linked(launch, 1)
     second.send_signal(signal.SIGTERM)
     assert faults.are_gone([first, second]), launch.said()
     assert "did not start; beside it rank 2: stopped by SIGTERM; rank 0 leaves" in launch.said()[0]
@@ -164,7 +147,6 @@ def test_ranks_leave_with_their_launcher_and_the_others_hear_so(launch) -> None:
     launch.start(0, {0: 0}, 1, 2)
     launch.start(1, {1: 0}, 1, 2)
     (first,), (second,) = (launch.ranks(h, 2) for h in range(2))
-    linked(launch, 1)
     launch.agents[1].kill()
     launch.agents[1].wait()
     launch.agents.pop(1)

@@ -4,6 +4,7 @@ exit code, and that the next start goes on to the bits of a run that nothing hap
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import faults
 import pytest
 from strikes import Strike, struck
 
+from partita.base.errors import CommError, PeerError
 from partita.comm.processes import start_ranks
+from partita.spec.job import Job
 from partita.train import checkpoint
-from partita.train.launch import GRACE_S
+from partita.train.control import Control
+from partita.train.launch import GRACE_S, Launcher, Stops
+from partita.train.rank import Report, RunSpec, new_scratch
 
 LOG = faults.RUN / "logs" / "rank-0.log"
 pytestmark = pytest.mark.timeout(90)
@@ -65,8 +70,8 @@ def check_after(
     assert not faults.left_behind(scratch)
     newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
     # that of step 2 is written behind step 3, and is there before that of step 4 begins
-    expected = {0: [None], 3: [None, "step-00000002"], 4: ["step-00000002"]}[what.step]
-    assert (newest.name if newest else None) in expected
+    expected = {0: [None], 3: [None, "step-00000002"], 4: ["step-00000002"], 5: ["step-00000005"]}
+    assert (newest.name if newest else None) in expected[what.step]
     assert faults.train() == 0
     assert faults.metrics() == unhurt
     assert not (faults.RUN / "failure.json").exists()
@@ -111,6 +116,13 @@ def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, 
     check_after(what, capfd.readouterr().err, unhurt, "exited with code 0", small)
 
 
+@pytest.mark.slow
+def test_the_end_of_the_fork_server_is_told_as_that(small, unhurt, monkeypatch, capfd):
+    what = Strike("server", "backward", rank=0)
+    assert strike(monkeypatch, what) < GRACE_S + faults.SLACK_S
+    check_after(what, capfd.readouterr().err, unhurt, "ended with the fork server of all", small)
+
+
 @pytest.mark.parametrize(
     "what",
     [
@@ -118,6 +130,8 @@ def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, 
         pytest.param(Strike("stop", "backward", call=1), marks=pytest.mark.slow),
         pytest.param(Strike("stop", "checkpoint", step=4), marks=pytest.mark.slow),
         pytest.param(Strike("stop", "starting", step=0), marks=pytest.mark.slow),
+        pytest.param(Strike("stop", "finished", step=5), marks=pytest.mark.slow),
+        Strike("stop", "finished", step=5, reports=True),
     ],
     ids=str,
 )
@@ -125,7 +139,34 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(what, small, unhurt, monk
     took = strike(monkeypatch, what, f"train.comm_timeout_s={faults.SHORT_S}")
     assert faults.SHORT_S < took < faults.SHORT_S + GRACE_S + faults.SLACK_S
     check_after(what, capfd.readouterr().err, unhurt, "hangs", small)
-    assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
+    if not what.reports:  # else no rank waits for it, only the launcher
+        assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
+
+
+def test_who_is_waited_for_is_named_before_who_has_not_spoken(small):
+    """Rank 1 began to wait for 3 later than 2 did."""
+    job = Job.load("job.toml", "plan=dp_replicate4", "train.global_batch_size=4")
+    (faults.RUN / "logs").mkdir(parents=True)
+    launcher = Launcher(RunSpec(job, faults.RUN), Stops())
+    for rank, of in ((2, 3), (0, 2)):
+        error = CommError(f"rank {of} did not come")
+        error.rank = of
+        launcher.reports[rank] = Report(rank, error=error)
+    with pytest.raises(PeerError, match=r"^rank 3 hangs in step 0"):
+        launcher._result()
+    assert faults.failure()["rank"] == 3
+    launcher.spec.clean()
+
+
+def test_what_a_launcher_left_that_was_killed_before_its_ranks_began_is_removed_by_the_next(small):
+    left = RunSpec(Job.load("job.toml"), faults.RUN)
+    held = Control(left.control_path, 2, create=True)
+    os.utime(left.control_path, (0, 0))
+    new_scratch()
+    assert left.control_path.exists()
+    del held
+    young = new_scratch()
+    assert young.exists() and not left.scratch.exists()
 
 
 @pytest.mark.parametrize(

@@ -72,13 +72,18 @@ def refused(capfd, code: int, *words: str) -> dict[str, str]:
     return document["error"]
 
 
-def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(run: Path) -> None:
-    assert faults.train() == 0
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, monkeypatch) -> None:
+    """Its first steps are measured, the same steps of the other are not: both by the kernels of
+    parallel/brgemm.py, where this CPU has them."""
+    monkeypatch.chdir(tmp_path)
+    faults.write_job(model={"hidden": 64, "max_seq_len": 256}, train={"seq_len": 256})
+    assert faults.train("train.steps=4") == 0
+    assert faults.train("train.steps=7") == 0
     resumed, kept = faults.metrics(), faults.weights()
     for line in (faults.RUN / "metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == METRICS  # nothing is held out, so nothing is evaluated
     shutil.rmtree("runs")
-    assert faults.train() == 0
+    assert faults.train("train.steps=7") == 0
     assert faults.metrics() == resumed
     assert faults.weights() == kept
 
@@ -297,11 +302,21 @@ def test_a_bad_dcp_is_refused_by_tensor_and_calls_nothing(run: Path, capfd) -> N
     refused_as("head.table has shape [100, 16]; the model it states has [256, 16]")
 
 
-def test_a_finished_run_says_so(run: Path, capfd) -> None:
-    assert faults.train("train.steps=4", "--json") == 0
-    found = json.loads(capfd.readouterr().out)
+def test_a_finished_run_says_so_and_has_what_a_killed_launcher_left_out(run: Path, capfd) -> None:
+    """And under which plan it was trained, whichever is asked for."""
+    whole, last = contents(), ("records/run.json", "sample.txt", "trace.json")
+    for name in last:
+        (faults.RUN / name).unlink()
+    assert faults.train("train.steps=4", "--json", "plan=dp2") == 0
+    out, err = capfd.readouterr()
+    found = json.loads(out)
     assert found["already_done"] is True and found["step"] == 4 and found["run"] == "runs/small"
-    assert {"loss", "grad_norm", "lr", "tokens", "plan"} <= set(found)
+    assert {"loss", "grad_norm", "lr", "tokens"} <= set(found) and found["plan"] == "tp2 2mb"
+    assert "runs/small is finished: step 4, trained under tp2 2mb;" in err
+    assert found["sample"] + "\n" == (faults.RUN / "sample.txt").read_text()
+    assert contents() == whole
+    assert faults.train("train.steps=4", "--json") == 0
+    assert "sample" not in json.loads(capfd.readouterr().out)
 
 
 @pytest.fixture

@@ -1,117 +1,265 @@
-"""A covering array of plans: every legal pair of two features stands in at least one of them."""
+"""A covering array of plans: every legal pair of two features stands in at least one of them.
+
+A feature is an axis, a method of it, or a choice beside the axes; `hybrid` context parallelism is `ring` and
+`ulysses` at once. Two kinds of pairs are not asked for, which would take a plan each: beside a schedule that
+something else is *left out*, and of each family every schedule, which a plan each would be (seven families
+beside eighteen schedules); there it is every `kind` of schedule, and every schedule with dense layers,
+experts and images.
+"""
 
 from __future__ import annotations
 
 import random
-from itertools import combinations
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import combinations, product
+from math import prod
+from pathlib import Path
 
 FEATURES: dict[str, tuple[str, ...]] = {
-    "data": (
-        "", "dp_replicate2", "dp_shard2.zero0", "dp_shard2.zero1", "dp_shard2.zero2", "dp_shard2.zero3",
-        "dp_replicate2 dp_shard2.zero3", "dp_shard2.zero3 data.reshard_after_forward=false",
-    ),
-    "tensor": ("", "tp2", "tp2+sp"),
-    "context": ("", "cp2:ring", "cp2:ulysses", "cp4:hybrid2x2", "cp2:all_gather"),
     "pipeline": (
         "2mb", "pp2:1f1b/4mb", "pp2:gpipe/2mb pipeline.post_validation=true", "pp2:interleaved_1f1bx2/4mb",
-        "pp2:zb_h1/4mb", "pp2:zb_v/4mb", "pp2:dualpipev/4mb", "pp2:dualpipe/4mb", "pp2:pipedream/4mb",
+        "pp2:looped_bfsx2/2mb", "pp2:zb_h1/4mb", "pp2:zb_h2/4mb", "pp2:zb_v/4mb", "pp2:v_half/4mb",
+        "pp2:v_min/4mb", "pp2:v_2_3/4mb", "pp2:interleaved_zbx2/4mb", "pp2:dualpipev/4mb",
+        "pp2:dualpipe/4mb", "pp2:chimera/4mb", "pp2:pipedream/4mb", "pp2:pipedream_2bw/2mb",
+        "pp2:auto/4mb", "pp2:FILE/4mb",
     ),
-    "recompute": (
-        "", "recompute:selective recompute.modules=core,norm,act", "recompute:full",
-        "recompute:full recompute.collectives=keep", "recompute:full recompute.every=2",
-    ),
+    "replicas": ("", "dp_replicate2"),
+    "shards": ("", "dp_shard2.zero0", "dp_shard2.zero1", "dp_shard2.zero2", "dp_shard2.zero3"),
+    "gathers": ("", "data.reshard_after_forward=false"),
+    "tensor": ("", "tp2", "tp2+sp"),
+    "context": ("", "ring", "all_gather"),
+    "heads": ("", "ulysses"),
+    "experts": ("", "ep2"),
+    "slices": ("", "etp2"),
+    "chunks": ("", "expert.chunks=2"),
+    "recompute": ("", "recompute:selective recompute.modules=core,norm,act", "recompute:full"),
+    "brings": ("", "recompute.collectives=keep"),
+    "every": ("", "recompute.every=2"),
     "offload": (
         "", "offload:cpu offload.targets=activations,optimizer",
         "offload:nvme offload.targets=activations,gradients,optimizer",
     ),
-    "model": (
-        "gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla ep2",
-        "moe ep2 etp2 expert.chunks=2", "alexnet split2",
-    ),
-    "sees": ("", "documents", "window"),
-    "trains": ("all", "frozen", "lora"),
     "rounding": ("", "precision.rounding=stochastic"),
+    "precision": ("fp32", "bf16", "fp16", "fp8"),
+    "family": ("gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla", "alexnet"),
+    "sees": ("", "documents", "window"),
+    "trains": ("", "frozen", "lora"),
 }  # fmt: skip
+KINDS = {  # of schedules, by where stages lie and what they hold
+    "line": ("1f1b", "gpipe", "zb_h1", "zb_h2"),
+    "loop": ("interleaved_1f1bx2", "looped_bfsx2", "interleaved_zbx2"),
+    "vee": ("zb_v", "v_half", "v_min", "v_2_3", "dualpipev"),
+    "both ways": ("dualpipe", "chimera"),
+    "versions": ("pipedream", "pipedream_2bw"),
+    "lists": ("auto", "FILE"),
+}
+CHUNKS = ("loop", "vee", "lists")  # two stages a rank
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
-SEED = 39  # of forty, the one of which came the fewest ranks in all
+MOST_PROCESSES = 8  # at most so many where ranks are processes
+SEED, TRIES, THRIFT = 3, 4, 0.05  # of forty tried, what came to the fewest plans
+FREE = tuple(FEATURES)
 Row = dict[str, str]
+Pair = tuple[str, str, str, str]
+UNSPELT = {  # two features of which no plan says both, or one is then as if it were not there: why
+    ("shards", "gathers"): "parameters are gathered at stage 3 alone",
+    (
+        "pipeline",
+        "gathers",
+    ): "parameters are gathered at stage 3 alone, which goes with no versions",
+    ("recompute", "brings"): "nothing is computed again, whose collectives it might keep",
+    ("recompute", "every"): "nothing is computed again, in every k-th layer or in all",
+    ("context", "heads"): "of ring and Ulysses a hybrid is made",
+    ("family", "sees"): "an image has no sequence",
+}
+
+
+def kind(row: Row) -> str:
+    """Of the row's schedule; '' without a pipeline."""
+    name = row["pipeline"].partition(":")[2].partition("/")[0]
+    return next((k for k, names in KINDS.items() if name in names), "")
+
+
+def layers(row: Row) -> str:
+    """What layers are made of."""
+    return {"moe": "experts", "alexnet": "images"}.get(row["family"].split()[0], "dense")
+
+
+def fold(row: Row) -> int:
+    """Ranks that experts fold over."""
+    return prod(2 for f in ("shards", "tensor", "context", "heads") if row[f])
+
+
+def ranks(row: Row) -> int:
+    """Of the plan."""
+    others = (row["replicas"], kind(row), layers(row) == "images")
+    return fold(row) * prod(2 for x in others if x)
 
 
 def legal(row: Row) -> bool:
-    """Whether the plan may be: the folded ranks hold the experts, tp with experts has sp unless they are
-    cut too, images are cut by no tp or cp, and no gradients are sharded, nor (here) offloaded, where stages
-    update on their own. Images have no LoRA, and nothing that is seen of a sequence."""
-    experts = row["model"].startswith("moe")
-    fold = (2 if "dp_shard2" in row["data"] else 1) * (2 if row["tensor"] else 1)
-    fold *= {"": 1, "cp4:hybrid2x2": 4}.get(row["context"], 2)
-    images = row["model"].startswith("alexnet")
-    if images and (row["tensor"] or row["context"] or row["sees"]):
-        return False
-    world = (
-        (2 if images else 1)
-        * fold
-        * (2 if "dp_replicate2" in row["data"] else 1)
-        * (2 if row["pipeline"] != "2mb" else 1)
+    """Whether the plan may be."""
+    made = layers(row)
+    experts = row["experts"] or row["slices"] or row["chunks"]
+    needs = prod(2 for f in ("experts", "slices") if row[f])
+    cut = row["tensor"] or row["context"] or row["heads"]
+    versions = kind(row) == "versions"
+    return not (
+        ranks(row) > MOST_RANKS
+        or (row["gathers"] and row["shards"] != "dp_shard2.zero3")
+        or ((row["brings"] or row["every"]) and not row["recompute"])
+        or (row["context"] == "all_gather" and row["heads"])
+        or (made == "images" and (cut or row["sees"] or row["trains"] == "lora"))
+        or (made != "experts" and experts)
+        or (made == "experts" and row["tensor"] == "tp2" and not row["slices"])
+        or fold(row) % needs
+        or (row["rounding"] and row["precision"] not in ("bf16", "fp8"))
+        or (versions and (row["shards"][-1:] in ("2", "3") or row["precision"] == "fp16"))
     )
-    if world > MOST_RANKS:
-        return False
-    need = (2 if " ep2" in row["model"] else 1) * (2 if "etp2" in row["model"] else 1)
-    shards = any(z in row["data"] for z in ("zero2", "zero3"))
-    if "pipedream" in row["pipeline"] and (shards or "gradients" in row["offload"]):
-        return False
-    if images and row["trains"] == "lora":
-        return False
-    return not (fold % need or (experts and row["tensor"] == "tp2" and "etp2" not in row["model"]))
 
 
-def pairs(row: Row) -> set[tuple[str, str, str, str]]:
+def pair(row: Row, a: str, b: str) -> list[Pair]:
+    """What is asked for of two of the row's features, in the order of FEATURES."""
+    x, y = row[a], row[b]
+    if a == "pipeline" and b == "family":
+        made = layers(row)
+        return [(a, kind(row), b, y)] + [(a, x, "layers", made)] * (made != "dense")
+    return [] if a == "pipeline" and kind(row) and not y else [(a, x, b, y)]
+
+
+def pairs(row: Row) -> set[Pair]:
     """Every two features of the row."""
-    return {(a, row[a], b, row[b]) for a, b in combinations(FEATURES, 2)}
+    return {p for a, b in combinations(FEATURES, 2) for p in pair(row, a, b)}
 
 
-def wanted() -> set[tuple[str, str, str, str]]:
-    """Every pair that some legal row holds."""
-    found: set[tuple[str, str, str, str]] = set()
+def wanted() -> dict[Pair, Row]:
+    """Every pair that some legal row holds, and one of them."""
+    found: dict[Pair, Row] = {}
     for a, b in combinations(FEATURES, 2):
         for x in FEATURES[a]:
             for y in FEATURES[b]:
-                if _completed({a: x, b: y}, random.Random(0)) is not None:
-                    found.add((a, x, b, y))
+                row = completed({a: x, b: y})
+                if row is not None:
+                    found |= {p: {a: x, b: y} for p in pair(row, a, b)}
     return found
 
 
-def _completed(part: Row, draw: random.Random) -> Row | None:
-    for _ in range(1000):
-        row = {n: part.get(n) or draw.choice(v) for n, v in FEATURES.items()} | part
-        if legal(row):
-            return row
-    return None
+def completed(part: Row) -> Row | None:
+    """A legal row that holds the part and little else; None where there is none."""
+    needed = {
+        "shards": ("", "dp_shard2.zero3"), "tensor": ("", "tp2+sp"), "slices": ("", "etp2"),
+        "recompute": ("", "recompute:full"), "family": FEATURES["family"], "precision": ("bf16",),
+    }  # fmt: skip
+    free = {n: needed.get(n, v[:1]) for n, v in FEATURES.items()}
+    made = (dict(zip(free, v, strict=True)) | part for v in product(*free.values()))
+    return next((row for row in made if legal(row)), None)
+
+
+def left_out() -> list[Pair]:
+    """Pairs that a plan can say and no row may hold."""
+    return [
+        (a, x, b, y)
+        for a, b in combinations(FEATURES, 2)
+        for x, y in product(FEATURES[a], FEATURES[b])
+        if (a, b) not in UNSPELT and completed({a: x, b: y}) is None
+    ]
+
+
+def drawn(part: Row, draw: random.Random) -> Row:
+    """A legal row that holds the part, the other features drawn one after the other."""
+    row = completed(part)
+    assert row is not None
+    for f in draw.sample(FREE, len(FREE)):
+        new = {**row, f: draw.choice(FEATURES[f])} | part
+        row = new if legal(new) else row
+    return row
 
 
 def rows() -> list[Row]:
-    """Greedy, the same every time: each row is the best of some that hold a pair not yet covered."""
-    draw, left, found = random.Random(SEED), wanted(), []
+    """Greedy, the same every time: each row is the best of some that hold a pair not yet covered, of features
+    that most is missing of."""
+    draw, found = random.Random(SEED), []
+    left = wanted()
     while left:
-        best: tuple[int, Row] | None = None
-        for a, x, b, y in draw.sample(sorted(left), min(100, len(left))):
-            row = _completed({a: x, b: y}, draw)
-            assert row is not None
-            gain = len(pairs(row) & left)
-            if best is None or gain > best[0]:
-                best = gain, row
-        assert best is not None
-        found.append(best[1])
-        left -= pairs(best[1])
+        missing = Counter(x for a, v, b, w in left for x in ((a, v), (b, w)))
+        hardest = sorted(left, key=lambda p: (-missing[p[:2]] - missing[p[2:]], p))[:TRIES]
+        made = [climbed(left[p], left, draw) for p in hardest]
+        found.append(max(made, key=lambda m: m[0])[1])
+        left = {p: part for p, part in left.items() if p not in pairs(found[-1])}
     return found
 
 
-def line(row: Row) -> str:
-    """The plan in one line, fp64. What lies elsewhere takes the shards of stage 3 along."""
-    words = [row["data"], row["tensor"], row["context"], row["pipeline"], row["recompute"]]
-    shards = bool(row["offload"]) and "zero3" in row["data"]
-    words += [row["offload"] + shards * ",parameters", row["rounding"]]
-    return " ".join(
-        [w for w in words if w]
-        + [w for w in row["model"].split() if w.startswith(("ep2", "etp2", "expert.", "split"))]
-        + ["fp64"]
-    )
+def climbed(part: Row, left: Mapping[Pair, Row], draw: random.Random) -> tuple[float, Row]:
+    """A row that holds the part, changed feature by feature while it gets better, and how good it is: pairs
+    that are missing, over its ranks to the power of THRIFT."""
+    row = drawn(part, draw)
+    gain = sum(p in left for p in pairs(row))
+    best, better = gain / ranks(row) ** THRIFT, True
+    while better:
+        better = False
+        for f in draw.sample(FREE, len(FREE)):
+            before = _share(row, f, left)
+            for new in ({**row, f: v} for v in FEATURES[f] if v != row[f] and f not in part):
+                if not legal(new):
+                    continue
+                more = gain - before + _share(new, f, left)
+                if more / ranks(new) ** THRIFT > best + 1e-9:
+                    row, gain, before, better = new, more, _share(new, f, left), True
+                    best = gain / ranks(row) ** THRIFT
+    return best, row
+
+
+def _share(row: Row, feature: str, left: Mapping[Pair, Row]) -> int:
+    """Missing pairs that a feature has a part in."""
+    of = (n for n in FREE if n != feature)
+    both = ((feature, n) if FREE.index(feature) < FREE.index(n) else (n, feature) for n in of)
+    return sum(p in left for a, b in both for p in pair(row, a, b))
+
+
+@cache
+def third() -> int:
+    """Which third `make test` runs: another for each commit, one for all workers of a run."""
+    if shutil.which("git") is None:
+        return 0
+    asked = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return int(done.stdout[:8] or "0", 16) % 3
+
+
+def on_processes(of: Sequence[Row]) -> list[tuple[Row, str]]:
+    """A third of the rows, and the backend of each: in turn for shm and gloo the plan of at most
+    MOST_PROCESSES that brings most features which run on neither, then on that one, then of fewest ranks."""
+    left = [(r, {(f, v) for f, v in r.items() if v}) for r in of if ranks(r) <= MOST_PROCESSES]
+    seen: dict[str, set[tuple[str, str]]] = {"shm": set(), "gloo": set()}
+    found = []
+    for i in range(len(of) // 3):
+        backend, other = ("shm", "gloo") if i % 2 == 0 else ("gloo", "shm")
+        here = seen[backend]
+        new = [(len(has - here - seen[other]), len(has - here), -ranks(r)) for r, has in left]
+        best, has = left.pop(new.index(max(new)))
+        here |= has
+        found.append((best, backend))
+    return found
+
+
+def line(row: Row, given: str = "") -> str:
+    """The plan in one line; `given` is the path of a schedule's lists. What lies elsewhere takes the shards
+    of stage 3 along (fp8's not into files)."""
+    context = {"": "", "ring": "cp2:ring", "all_gather": "cp2:all_gather"}[row["context"]]
+    if row["heads"]:
+        context = "cp4:hybrid2x2" if context else "cp2:ulysses"
+    filed = row["precision"] == "fp8" and "nvme" in row["offload"]
+    shards = row["offload"] and "zero3" in row["shards"] and not filed
+    words = [row[f] for f in ("replicas", "shards", "gathers", "tensor")]
+    words += [context, row["pipeline"].replace("FILE", f'"file:{given}"')]
+    words += [row[f] for f in ("experts", "slices", "chunks", "recompute", "brings", "every")]
+    words += [row["offload"] + (",parameters" if shards else ""), row["rounding"]]
+    words += ["split2" if layers(row) == "images" else "", row["precision"]]
+    return " ".join(w for w in words if w)
+
+
+def name(row: Row) -> str:
+    """The plan, and of what model."""
+    return ", ".join(x for x in (row["family"], row["trains"], row["sees"]) if x) + f": {line(row)}"

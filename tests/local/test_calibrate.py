@@ -29,7 +29,10 @@ def found_of(rank: int, busy: dict[int, float]) -> Found:
     matmul = {"fp32": rates, "bf16": {s: 2 * x for s, x in rates.items()}} if rank < 2 else {}
     slow = AlphaBeta(10 * LINK.latency_s, LINK.bytes_per_s / 10)
     calls = calls_of(LINK) + calls_of(slow, "gloo")
-    return Found(rank, busy, matmul, 8e9 if rank < 2 else 0, 6e9 if rank < 2 else 0, calls)
+    crowded = {n: rate / 40e9 / (1.2 if n == 4 else 1.0) for n, rate in busy.items()}
+    rate, update = (8e9, 6e9) if rank < 2 else (0, 0)
+    pieces = {"fp32": {"norm": {"64": 1e-3 * (1 + 2 * rank)}}} if rank < 2 else {}
+    return Found(rank, busy, matmul, rate, update, calls, pieces, crowded)
 
 
 def machine() -> list[Found]:
@@ -76,8 +79,11 @@ def test_the_cluster_keeps_the_limits_and_takes_the_rates(tmp_path) -> None:
         base.memory_limit_bytes,
     )
     assert made.cores_shared == 2
+    assert made.crowding == pytest.approx({"1": 1.0, "2": 1.0, "4": 1.2})
+    assert [made.crowded(n) for n in (1, 3, 64)] == pytest.approx([1.0, 1.1, 1.2])
     assert made.peak_flops == pytest.approx({"fp32": 40e9, "bf16": 80e9, "fp64": 20e9})
     assert made.matmul_flops_per_s == found.matmul
+    assert made.piece_seconds == {"fp32": {"norm": {"64": pytest.approx(2e-3)}}}
     assert made.links[0].name == "shared memory"
     assert made.links[0].bytes_per_s == pytest.approx(3e9)
     path = tmp_path / "cluster.toml"
@@ -93,10 +99,10 @@ def test_another_base_adopts_the_rates() -> None:
     made = adopt(other, measured)
     assert (made.devices, made.memory_bytes) == (2, 10**9)
     assert made.links[0].devices == 2
-    assert made.peak_flops == measured.peak_flops
+    assert made.peak_flops == measured.peak_flops and made.crowding == measured.crowding
 
 
-def test_a_job_that_states_no_rates_takes_this_hosts(tmp_path) -> None:
+def test_a_job_that_states_no_rates_takes_this_hosts(tmp_path, monkeypatch) -> None:
     measured = summarise(Cluster.load("laptop"), machine(), has_bf16=True).cluster
     other = Cluster.load({"preset": "laptop", "devices": 2, "memory_bytes": 10**9})
     assert calibrated(other, tmp_path) == other  # not measured yet
@@ -106,6 +112,8 @@ def test_a_job_that_states_no_rates_takes_this_hosts(tmp_path) -> None:
     assert calibrated(stated, tmp_path) == stated
     assert calibrated(Cluster.load("8xh100"), tmp_path) == Cluster.load("8xh100")
     assert calibrated(measured, tmp_path) == measured
+    monkeypatch.setattr("partita.spec.calibrated.MEASURED", "other pieces")
+    assert calibrated(other, tmp_path) == other  # what was measured otherwise is not read
 
 
 def test_published_devices_are_not_measured() -> None:

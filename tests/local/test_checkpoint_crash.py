@@ -137,6 +137,20 @@ def test_a_run_folder_has_one_owner(tmp_path):
         assert lock.took_over is None
 
 
+def test_a_lock_that_a_read_only_disk_keeps_hides_no_error(tmp_path, monkeypatch):
+    with pytest.raises(KeyError), RunLock(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", _read_only)
+        with RunLock(tmp_path / "within"):
+            raise KeyError
+    assert not (tmp_path / OWNER).exists() and (tmp_path / "within" / OWNER).exists()
+    with RunLock(tmp_path / "within") as lock:  # in the same process, once the disk is mended
+        assert lock.took_over is None
+
+
+def _read_only(path: Path, missing_ok: bool = False) -> None:
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
 def test_an_owner_on_another_host_is_not_taken_over(tmp_path):
     (tmp_path / OWNER).write_bytes(msgspec.json.encode(Owner("elsewhere", 1, 0.0)))
     with pytest.raises(BusyError, match=r"pid 1 on elsewhere.*\.owner\.json"):

@@ -8,6 +8,8 @@ import torch
 import partita as pt
 from partita.base.errors import CommError, UsageError
 from partita.comm.local import local
+from partita.comm.meeting import Meeting
+from partita.comm.patience import Patience
 from partita.comm.single import SingleWorld
 
 
@@ -80,7 +82,8 @@ def test_a_rank_that_leaves_is_named_at_once():
 
     with (
         pytest.raises(
-            CommError, match=r"^rank 1 has left and is missing in collective #0 all_reduce"
+            CommError,
+            match=r"^rank 1 has left: tp all_reduce #0 of group \(0, 1, 2, 3\) \(q\) cannot complete on rank",
         ),
         local(4, timeout_s=30) as ranks,
     ):
@@ -93,7 +96,8 @@ def test_a_deadlock_is_named_at_once():
         b = world.make((0, 1), axis="b", lane="b")
         (a if world.rank == 0 else b).all_reduce(torch.zeros(1), site="x")
 
-    with pytest.raises(CommError, match="deadlock"), local(2, timeout_s=30) as ranks:
+    told = r"^deadlock: .* rank 0 waits for rank 1 in a all_reduce #0 of group \(0, 1\) \(x\)"
+    with pytest.raises(CommError, match=told), local(2, timeout_s=30) as ranks:
         ranks.run(crossed)
 
 
@@ -106,9 +110,36 @@ def test_a_stuck_rank_is_named_at_the_deadline():
             free.wait(3)
         world.comm("tp").all_reduce(torch.zeros(1), site="x")
 
-    with pytest.raises(CommError, match="rank 1 did not come"), local(2, timeout_s=0.3) as ranks:
+    told = r"^rank 1 did not come within 0.3 s: tp all_reduce #0 of group \(0, 1\) \(x\)"
+    with pytest.raises(CommError, match=told), local(2, timeout_s=0.3) as ranks:
         ranks.run(stuck)
     free.set()
+
+
+def test_who_waits_is_not_who_is_missing():
+    meeting = Meeting(3, timeout_s=7)
+    waits = {r: ("mail", ("pp", "pp_up", (0, 1, 2), r + 1, r, "key")) for r in range(2)}
+    meeting.blocked |= waits
+    with meeting.lock:
+        meeting.late(0, *waits[0])
+    told = "rank 2 did not come within 7 s: pp receive key of group (0, 1, 2) cannot complete on rank 1"
+    assert meeting.failure is not None and meeting.failure.splitlines()[0] == told
+    meeting.blocked[2] = ("mail", ("pp", "pp_up", (0, 1, 2), 0, 2, "key"))  # a ring
+    meeting.failure = None
+    with meeting.lock:
+        meeting.late(0, *waits[0])
+    assert "did not come" in str(meeting.failure)
+
+
+def test_a_process_that_did_not_run_has_waited_for_nobody(monkeypatch):
+    monkeypatch.setattr("partita.comm.patience.STALL_S", 0.01)
+    patience = Patience(0.045)
+    time.sleep(0.1)  # it was stopped
+    looks = 1
+    while not patience.is_over():
+        time.sleep(0.02)
+        looks += 1
+    assert looks == 5
 
 
 def test_the_first_error_is_raised_and_the_others_are_notes():

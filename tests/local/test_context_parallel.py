@@ -324,6 +324,14 @@ def test_with_every_other_room(plan, other, folder):
     assert found.equal, str(found)
 
 
+@pytest.mark.parametrize("plan", ["cp8:hybrid4x2", "cp8:hybrid2x4"])
+def test_a_hybrid_wider_one_way_than_the_other(plan, folder):
+    """Two kv heads on four ranks of Ulysses; a ring of four."""
+    job = verify_jobs.job(folder, f"{plan} fp64", batch=2, seq=16, layers=1, packed="4x2" in plan)
+    found = verify(job)
+    assert found.equal and found.traffic_equal, str(found)
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -227,6 +227,7 @@ ZERO = (
     "dp_shard2.zero1 2mb", "dp_shard2.zero2 2mb tp2+sp", "dp_shard2.zero3 2mb tp2",
     "dp_replicate2 dp_shard2.zero3 2mb", "dp_shard2.zero3 2mb data.prefetch=3",
     "dp_shard2.zero3 2mb data.reshard_after_forward=false", "dp_shard4.zero2 2mb data.bucket_bytes=9000",
+    "dp_shard2.zero3 2mb data.accumulate=whole",
 )  # fmt: skip
 
 

@@ -1,5 +1,10 @@
 """Evaluation does not depend on the plan: the same sequences, the same mean."""
 
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import verify_jobs
 
 from partita.comm.local import local
@@ -28,3 +33,39 @@ def test_every_plan_evaluates_to_the_same_loss(tmp_path):
     tokens = {n for _, n in results}
     assert len(tokens) == 1, results
     assert max(x for x, _ in results) - min(x for x, _ in results) < 1e-12
+
+
+def stepped(world, job):
+    """What a rank knows of steps: the loss, whether targets were counted, the norm; and what is told of the
+    step without targets as it ends."""
+    built, found, told = assemble(job, world), [], []
+    for step in range(3):
+        loss = built.model.forward_backward(built.batch(step, step == 2))
+        told.append(built.model.told(loss))
+        guess = built.model.guess
+        if step == 2 and guess is not None:  # known only now
+            found[1] = guess.found.loss, guess.found.has_targets, guess.found.norm
+        found.append((loss, built.model.has_targets, built.update.step()))
+    return *found[1:], told[1]
+
+
+UNPROVEN = "pp2:gpipe/4mb pipeline.post_validation=true fp32"
+
+
+@pytest.mark.parametrize(
+    ("plan", "clip"),
+    [("dp2 fp32", 1.0), ("pp2:dualpipe/4mb fp32", 1.0), (UNPROVEN, 1.0), (UNPROVEN, 1e-3)],
+)
+def test_a_step_that_counts_no_target_has_no_loss(plan, clip, tmp_path):
+    """On no rank, of those that see no label either, nor where the step before it is clipped meanwhile; its
+    gradients are 0, the next step has a loss."""
+    made = verify_jobs.job(tmp_path, plan, layers=2)
+    made = replace(made, train=replace(made.train, clip_grad_norm=clip))
+    mask = np.ones(2000, np.int8)
+    mask[8 * 8 : 16 * 8 + 1] = 0  # the second step's eight sequences of eight
+    np.save(tmp_path / "mask.npy", mask)
+    made = replace(made, data=replace(made.data, mask=str(tmp_path / "mask.npy")))
+    with local(2, 20) as ranks:
+        for nothing, then, told in ranks.run(stepped, made):
+            assert nothing == (0.0, False, 0.0) and then[0] > 1.0 and then[1]
+            assert told is None if plan != UNPROVEN else math.isnan(told)

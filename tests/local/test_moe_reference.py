@@ -7,7 +7,7 @@ import torch
 
 from partita.comm.seeds import normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
-from partita.model.reference_moe import moe
+from partita.model.reference_moe import Told, choice, moe
 from partita.parallel.ep.router import choose
 from partita.spec.model import ModelSpec
 from partita.train.step import Microbatch
@@ -47,6 +47,17 @@ def test_only_the_best_groups_are_open(router):
     spec = replace(MOE, experts=6, router=router, router_groups=3, router_top_groups=1)
     scores = torch.tensor([0.9, 0.0, 0.1, 0.2, 0.5, 0.6])
     assert choose(spec, scores, None).tolist() == ([0, 1] if router == "softmax" else [5, 4])
+
+
+def test_a_choice_that_is_as_good_is_followed_and_no_other():
+    """Experts 1 and 2 are 0.01 apart: a choice of either is right where scores may be 0.005 off, each."""
+    spec, ranked = replace(MOE, top_k=2), torch.tensor([0.9, 0.50, 0.51, 0.2]).expand(1, 3, 4)
+    judge, theirs = judge_of(spec), torch.tensor([[0, 2], [1, 0], [0, 3]])
+    judge.samples, own = torch.tensor([7]), choice(spec, ranked)
+    assert own.tolist() == [[[0, 2]] * 3]
+    for near, followed in ((0.006, [1, 0]), (0.004, [0, 2])):
+        told = Told({(0, "blocks.1", 7): theirs}, near)
+        assert told.follow(judge, "blocks.1", ranked, own).tolist() == [[[0, 2], followed, [0, 2]]]
 
 
 def test_later_positions_are_dropped_beyond_the_capacity():

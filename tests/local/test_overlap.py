@@ -49,7 +49,7 @@ class Stage:
         layer.attention = lambda x, *_: Asleep.apply(x, piece_s)
         layer.mlp = Sleeping(None, None, exchange, widen, narrow, None)
         layer.recomputes, layer.tape, layer.training, layer.now = recomputes, Tape(), True, None
-        layer.parallel, self.layers = False, (layer,) * layers
+        layer.beside, self.layers = None, (layer,) * layers
 
     def flow(self, x, batch):
         x = torch.ones(TOKENS, HIDDEN, requires_grad=True)

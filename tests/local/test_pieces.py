@@ -48,8 +48,11 @@ def calls(run: Callable[[], object], _: float = 0.0) -> int:
     return seen.count
 
 
-def both(piece: Callable[..., Any], inputs: Sequence[Tensor], _: float) -> tuple[float, float]:
+def both(
+    pieces: Sequence[Callable[..., Any]], inputs: Sequence[Tensor], _: float
+) -> tuple[float, float]:
     made: list[Tensor] = []
+    piece = pieces[-1]
     leaves = [x.clone().requires_grad_() for x in inputs]
     there = calls(lambda: made.append(piece(*leaves)))
     seed = torch.ones_like(made[0])
@@ -58,14 +61,14 @@ def both(piece: Callable[..., Any], inputs: Sequence[Tensor], _: float) -> tuple
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("measure", "more"),
+    ("measure", "more", "within"),
     [
-        (pieces.dense, {}),
-        (pieces.plain, {"family": "gpt2"}),
-        (pieces.experts, {"experts": 4, "top_k": 2, "expert_ffn_hidden": 64}),
+        (pieces.dense, {}, 0.03),
+        (pieces.plain, {"family": "gpt2"}, 0.07),
+        (pieces.experts, {"experts": 4, "top_k": 2, "expert_ffn_hidden": 64}, 0.03),
     ],
 )
-def test_pieces_make_the_calls_of_a_layer(dtype, measure, more) -> None:
+def test_pieces_make_the_calls_of_a_layer(dtype, measure, more, within) -> None:
     counts: Made = {}
     pieces.dense(Bench(dtype, SHAPE, 0.0, counts, {}, both, calls))
     bench = Bench(dtype, SHAPE, 0.0, counts, more, both, calls)
@@ -88,6 +91,6 @@ def test_pieces_make_the_calls_of_a_layer(dtype, measure, more) -> None:
         return found
 
     x = bench.ones(samples, seq, hidden)
-    there, back = both(lambda x: bench.layer(x, bench.batch), [x], 0.0)
+    there, back = both([lambda x: bench.layer(x, bench.batch)], [x], 0.0)
     said = of(work.forward), of((*work.input, *work.weight))
-    assert said == pytest.approx((there, back), rel=0.07)
+    assert said == pytest.approx((there, back), rel=within)

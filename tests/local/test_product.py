@@ -1,11 +1,25 @@
 """Whose kernel makes an fp32 product changes its last bits alone, and nothing where sizes are small."""
 
+from threading import Thread
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from partita.parallel import product
-from partita.parallel.product import PLAIN, add_steady, add_varied, times_into
+from partita.comm.protocol import Where
+from partita.parallel import brgemm, product
+from partita.parallel.product import (
+    PLAIN,
+    add_narrow,
+    add_steady,
+    add_varied,
+    is_small,
+    times_into,
+)
+from partita.parallel.units import add_product
+from partita.train.allocation import Allocations
 
+COUNTS = [0, 3, 130, 64, 257, 0, 128]  # rows of experts
 SIZES = ((1, 1024, 1024), (48, 640, 96), (64, 64, 512), (3, 5, 7), (64, 2100, 640))
 
 
@@ -22,6 +36,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
     monkeypatch.setattr(product, "_onednn", onednn)
+    monkeypatch.setattr(product.brgemm, "kernels", lambda: None)
     return made
 
 
@@ -46,6 +61,26 @@ def test_a_large_gradient_is_made_in_parts(calls):
     add_steady(torch.zeros(2100, 640), torch.ones(8, 2100), torch.ones(8, 640))
     assert [s[0] for s in calls] == [1638, 462]
     assert all(rows * columns <= product.PIECE for rows, _, columns, _ in calls)
+
+
+def test_a_narrower_product_is_added_in_parts_as_in_one(monkeypatch):
+    monkeypatch.setattr(product, "WIDENED", 100)
+    made, wide = torch.randn(33, 40).bfloat16(), torch.randn(33, 40)
+    found = wide.clone()
+    add_narrow(found, made)
+    assert torch.equal(found, wide + made)
+
+
+def test_small_gradients_of_16_bits_are_not_rounded_before_they_are_added():
+    """Of 64 by 96, up to 255 tokens; of more, or beside a narrow weight, the product is rounded."""
+    for tokens, rows, exact in ((48, 64, True), (255, 64, True), (256, 64, False), (48, 8, False)):
+        dy, x = torch.randn(tokens, rows).bfloat16(), torch.randn(tokens, 96).bfloat16()
+        assert is_small(dy, x) == exact and not is_small(dy.float(), x.float())
+        found = torch.ones(rows, 96)
+        add_product(found, dy, x, PLAIN)
+        expected = 1 + dy.double().t() @ x.double()
+        error = (found - expected).norm() / expected.norm()
+        assert error < 1e-6 if exact else 1e-6 < error < 1e-2
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
@@ -86,3 +121,98 @@ def test_tokens_whose_number_varies(calls):
         near(out, x.double() @ right.double())
         near(gradient, 1 + dy.double().t() @ x.double())
         assert calls == ([(whole, 96, 160, 96), (160, whole, 96, whole)] if whole else [])
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """The small-matrix kernel wherever sizes call for it; how often it was called."""
+    if brgemm.kernels() is None:
+        pytest.skip("this torch exports no kernel for small matrices")
+    multiply, turn = brgemm.kernels()
+    made = []
+
+    def counted(*of):
+        made.append(of[:3])
+        multiply(*of)
+
+    monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
+    monkeypatch.setattr(brgemm, "kernels", lambda: (counted, turn))
+    return made
+
+
+def pieces(rows):
+    """128 at a time: a product of any number of rows is made by no more kernels than these."""
+    return [min(128, rows - at) for at in range(0, rows, 128)]
+
+
+@pytest.mark.parametrize("sizes", ((64, 96, 40), (130, 16, 512), (1, 1024, 80)))
+def test_small_matrices_are_multiplied_as_they_lie(sizes, little):
+    tokens, rows, columns = sizes
+    x, w, dy = (torch.randn(s) for s in ((2, tokens, columns), (rows, columns), (tokens, rows + 5)))
+    part = dy[:, 5:]  # of rows that lie further apart
+    near(PLAIN.forward(x, w), x.double() @ w.double().t())
+    near(PLAIN.input_gradient(part, w), part.double() @ w.double())
+    start = torch.randn(rows, columns)
+    expected = start.double() + part.double().t() @ x[0].double()
+    add_steady(start, part, x[0])
+    near(start, expected)
+    assert little == [
+        *((some, rows, columns) for some in pieces(2 * tokens)),
+        *((some, columns, rows) for some in pieces(tokens)),
+        *((rows, columns, some) for some in pieces(tokens)),
+    ]
+    spread = torch.randn(tokens, 2 * columns)[:, ::2]  # no rows: copies, held while they are used
+    near(PLAIN.forward(spread, w), spread.double() @ w.double().t())
+    row = torch.randn(1, columns).expand(2 * tokens, columns)
+    near(PLAIN.forward(row, w), row.double() @ w.double().t())
+    near(brgemm.turned(torch.randn(70, 96)[:, ::2].fill_(2)), torch.full((48, 70), 2.0).double())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_experts_of_few_rows(dtype, little, monkeypatch):
+    """As many at a time as fit, each with its own rows, 128 of them a call."""
+    monkeypatch.setattr(brgemm, "FITS", 3 * 40 * 96)
+    x, dy = (torch.randn(sum(COUNTS), n).to(dtype) for n in (96, 40))
+    weights = torch.randn(len(COUNTS), 40, 96).to(dtype)
+    y, dx, gradients = torch.empty_like(dy), torch.empty_like(x), torch.ones(len(COUNTS), 40, 96)
+    brgemm.grouped(y, x, weights, COUNTS, back=False)
+    assert [rows for rows, *_ in little] == [3, 128, 2, 64, 128, 128, 1, 128]
+    brgemm.grouped(dx, dy, weights, COUNTS, back=True)
+    brgemm.add_grouped(gradients, dy, x, COUNTS)
+    each = list(
+        zip(weights.double(), x.double().split(COUNTS), dy.double().split(COUNTS), strict=True)
+    )
+    rounded = 2e-6 if dtype == torch.float32 else 2**-8
+    for found, expected in (
+        (y, torch.cat([x @ w.t() for w, x, _ in each])),
+        (dx, torch.cat([dy @ w for w, _, dy in each])),
+    ):
+        assert (found.double() - expected).abs().max() <= rounded * expected.abs().max()
+    near(gradients, 1 + torch.stack([dy.t() @ x for _, x, dy in each]))
+
+
+def test_a_step_that_is_measured_computes_as_any_other(little):
+    """Who counts operators sees torch's; who looks at storages, or at another thread, changes nothing."""
+    x, w = torch.randn(48, 128), torch.randn(88, 128)
+    with Allocations(Where()).watch():
+        PLAIN.forward(x, w)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        thread = Thread(target=PLAIN.forward, args=(x, w))
+        thread.start()
+        thread.join()
+        assert len(little) == 2
+        PLAIN.forward(x, w)
+    assert len(little) == 2 and counter.get_total_flops() == 2 * 48 * 128 * 88
+
+
+def test_where_small_matrices_are_meant(little):
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    assert product.is_little(fp32, cpu, (48, 88, 128))
+    assert not product.is_little(fp32, cpu, (2, 88, 128))  # too few multiplications
+    assert not product.is_little(fp32, cpu, (48, 8, 4096))  # too narrow
+    assert not product.is_little(fp32, cpu, (48, 512, 512))  # the matrix does not fit
+    assert not product.is_little(torch.float64, cpu, (48, 88, 128))
+    narrow = torch.empty(1, dtype=torch.bfloat16)
+    assert product.are_little(narrow, (48, 88, 128))
+    assert not product.are_little(narrow, (480, 88, 128))  # its own kernel is faster

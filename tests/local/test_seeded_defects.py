@@ -7,6 +7,7 @@ import verify_jobs
 
 from partita.comm.protocol import Done
 from partita.model.attention import Attention
+from partita.model.core import Tiled
 from partita.model.maker import Maker
 from partita.parallel.dp.replicate import Reducer
 from partita.parallel.dp.zero import Parameters
@@ -153,12 +154,12 @@ def test_10_one_stage_misses_an_update(judged, monkeypatch):
 
 
 def test_11_key_value_heads_cut_wrongly(judged, monkeypatch):
-    core = Attention._core
-    monkeypatch.setattr(
-        Attention,
-        "_core",
-        lambda self, q, k, v, *rest: core(self, q, k.roll(1, 1), v.roll(1, 1), *rest),
-    )
+    right = Tiled.forward
+
+    def wrong(ctx, q, k, v, *rest):
+        return right(ctx, q, k.roll(1, 1), v.roll(1, 1), *rest)
+
+    monkeypatch.setattr(Tiled, "forward", staticmethod(wrong))
     at = judged("2mb")
     assert (at.phase, at.module) == ("forward", "blocks.0.attention")
 

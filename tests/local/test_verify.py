@@ -13,8 +13,11 @@ ZERO = (
     "dp_shard2.zero1", "dp_shard2.zero2 2mb", "dp_shard2.zero3 2mb", "dp_replicate2 dp_shard2.zero3",
     "dp_shard2.zero3 2mb data.reshard_after_forward=false data.prefetch=9",
     "pp2/2mb dp_shard2.zero2", "pp2/2mb dp_shard2.zero3 data.prefetch=0", "dp_shard2.zero1 tp4+sp 2mb",
-    "dp_shard4.zero2 data.bucket_bytes=300", "dp_shard2.zero3 tp2+sp recompute:full 2mb",
+    "dp_shard4.zero2 data.bucket_bytes=300",
+    "dp_shard2.zero3 tp2+sp 2mb recompute:selective recompute.every=2 recompute.collectives=keep",
     "pp2/2mb dp_replicate2 dp_shard2.zero1", "dp_shard3.zero3 tp2",
+    "dp_shard2.zero3 tp2+sp 2mb data.accumulate=whole",
+    "pp2/2mb dp_shard2.zero3 data.accumulate=whole data.reshard_after_forward=false offload:cpu",
 )  # fmt: skip
 
 

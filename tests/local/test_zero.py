@@ -9,7 +9,7 @@ import torch
 import verify_jobs
 from saves import save_run
 
-from partita.comm.local import local
+from partita.comm.local import LocalComm, local
 from partita.parallel.dp import zero
 from partita.parallel.read import state_bytes
 from partita.simulate.memory import coming_bytes
@@ -34,11 +34,15 @@ def gathered(world, job):
     return max(seen), len(parameters._whole)
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_at_most_one_and_prefetch_gathered_blocks(prefetch, tmp_path):
+@pytest.mark.parametrize(
+    ("prefetch", "moves", "most"), [(0, True, 1), (1, True, 2), (3, True, 4), (1, False, 1)]
+)
+def test_at_most_one_and_prefetch_gathered_blocks(prefetch, moves, most, tmp_path, monkeypatch):
+    """One where a gather that is only started would not move."""
+    monkeypatch.setattr(LocalComm, "moves", lambda self, size: moves)
     job = verify_jobs.job(tmp_path, f"dp_shard2.zero3 2mb data.prefetch={prefetch}", tied=False)
     with local(2, 20) as ranks:
-        assert ranks.run(gathered, job) == [(1 + prefetch, 0)] * 2
+        assert ranks.run(gathered, job) == [(most, 0)] * 2
 
 
 def test_without_resharding_all_blocks_stay_until_the_last_backward(tmp_path):
@@ -56,7 +60,7 @@ def stored(world, job):
     held: Counter[str] = Counter()
     blocks = [b for s in model.laid.stages_of(model.place) for b in s.blocks]
     for unit in model.units:
-        whole = unit.gradients.tensor if unit.spec.stage < 2 else unit.gradient
+        whole = unit.gradient if unit.spec.cuts_gradient else unit.gradients.tensor
         held["parameters"] += unit.working.untyped_storage().nbytes()
         held["gradients"] += whole.untyped_storage().nbytes()
         if unit.master.dtype != unit.working.dtype:
@@ -65,7 +69,7 @@ def stored(world, job):
         held["optimizer"] += sum(x.nbytes for n, x in state.items() if n != "step")
     model.begin(built.batch(1))  # where a backward brings gradients, they are gone
     coming = sum(coming_bytes(b, model.laid.sizes) for b in blocks)
-    own = [u.gradient.untyped_storage().nbytes() for u in model.units if u.spec.stage >= 2]
+    own = [u.gradient.untyped_storage().nbytes() for u in model.units if u.spec.cuts_gradient]
     assert (sum(own), coming) == (0, held["gradients"] * bool(own))
     return held, sum((state_bytes(b, model.laid.sizes) for b in blocks), Counter())
 
@@ -127,9 +131,12 @@ def order(world, job):
     return [t.site for t in sent if "unit[" in t.site and t.microbatch == 0]
 
 
-def test_reduction_starts_before_the_last_backward_ends(tmp_path):
-    """Every block's scatter goes out before the weights of the block below are gathered again."""
-    job = verify_jobs.job(tmp_path, "dp_shard2.zero3 2mb data.prefetch=0", tied=False)
+@pytest.mark.parametrize(("prefetch", "moves"), [(0, True), (1, False)])
+def test_reduction_starts_before_the_last_backward_ends(prefetch, moves, tmp_path, monkeypatch):
+    """Every block's scatter goes out before the weights of the block below are gathered again, where they
+    are not gathered ahead."""
+    monkeypatch.setattr(LocalComm, "moves", lambda self, size: moves)
+    job = verify_jobs.job(tmp_path, f"dp_shard2.zero3 2mb data.prefetch={prefetch}", tied=False)
     with local(2, 20) as ranks:
         (sites, other) = ranks.run(order, job)
     backward = sites[7:]  # behind the gathers of seven blocks

@@ -114,12 +114,12 @@ def test_missing_folder_and_huge(tmp_path: Path) -> None:
     huge = tmp_path / "huge.toml"
     with huge.open("wb") as f:
         f.truncate(50_000_000_000)
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(UsageError, match="50000000000 bytes"):
         load_toml(huge)
     with pytest.raises(UsageError, match="no plain file"):
         load_toml("/dev/zero")
-    assert time.process_time() - start < 1  # seconds of work
+    assert time.thread_time() - start < 1  # seconds of work
 
 
 def test_json(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from executed import DROPS, LLAMA, laid, model, request
 from partita.parallel.cp.balance import assign, chunks, order, seen
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import kept_bytes, traffic
-from partita.simulate.memory import transient_bytes
+from partita.simulate.inside import transient_bytes
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 
@@ -136,7 +136,7 @@ def test_only_what_cannot_be_is_refused() -> None:
 
 
 def test_a_ring_holds_two_shares_where_a_gather_holds_all() -> None:
-    """q, the output, and of keys and values two shares or eight."""
+    """Of keys and values, and of their gradients, two shares or eight."""
     narrow = ModelSpec(
         family="llama", layers=1, hidden=64, heads=8, ffn_hidden=8, vocab=8, max_seq_len=512
     )
@@ -145,4 +145,5 @@ def test_a_ring_holds_two_shares_where_a_gather_holds_all() -> None:
         whole = lay(Request(parse(f"cp8:{method}"), narrow, 512))
         found[method] = transient_bytes(whole.program.blocks[1], whole.sizes)
     share = 512 // 8 * 64 * 4
-    assert found == {"ring": (2 + 4) * share, "all_gather": (2 + 16) * share}
+    assert found["all_gather"] - found["ring"] == (8 - 2) * 4 * share
+    assert 2 * 4 * share < found["ring"] < (2 * 4 + 1) * share

@@ -38,7 +38,8 @@ ZERO = [
     "dp_replicate2 dp_shard2.zero2", "dp_replicate2 dp_shard2.zero3", "pp2/2mb dp_shard2.zero1",
     "pp2/2mb dp_shard2.zero2", "pp2/2mb dp_shard2.zero3", "dp_shard2.zero1 tp4+sp 2mb",
     "pp2/2mb dp_shard2.zero3 data.reshard_after_forward=false", "dp_shard2.zero3 tp2+sp 2mb",
-    "dp_shard4.zero2 data.bucket_bytes=300",
+    "dp_shard4.zero2 data.bucket_bytes=300", "dp_shard2.zero3 2mb data.accumulate=whole",
+    "pp2/2mb dp_shard2.zero3 data.accumulate=whole data.reshard_after_forward=false",
 ]  # fmt: skip
 MODELS = {
     "llama": LLAMA,
@@ -50,6 +51,7 @@ MODELS = {
     "mla plain": MLA_PLAIN,
     "neox": NEOX,
     "bloom": BLOOM,
+    "few words": replace(LLAMA, vocab=3),
 }
 FULL = " recompute:full"
 CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
@@ -63,7 +65,10 @@ CASES += [
     ("qwen", p)
     for p in ("tp4", "tp4+sp", "cp4:hybrid2x2", "cp2:ulysses tp2+sp", "dp_shard2.zero3 2mb")
 ]
-CASES += [("drops", "dp_shard2.zero3 tp2+sp 2mb recompute:full")]
+CASES += [
+    ("drops", "dp_shard2.zero3 tp2+sp 2mb recompute:full"),
+    ("few words", "tp4+sp dp_shard2.zero3"),
+]
 SELECTIVE = "recompute:selective recompute.modules=core,norm,act"
 CASES += [
     ("neox", p)

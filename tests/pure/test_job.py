@@ -53,6 +53,14 @@ def test_defaults_are_the_contracts() -> None:
     assert DataSpec("tokens:a.npy").eval_fraction == 0
 
 
+@pytest.mark.parametrize("other", ["data.source=tokens:a.npy", "data.eval_source=b.txt"])
+def test_a_share_that_is_not_held_out_is_told(other: str) -> None:
+    (told,) = Job.load(QUICKSTART, other, "data.eval_fraction=0.05").problems()
+    assert told.severity == "warning" and "eval_fraction 0.05 holds nothing out" in told.message
+    assert "data.eval_source" in told.message
+    assert Job.load(QUICKSTART, other, "data.eval_fraction=0").problems() == []
+
+
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     job = Job.load(QUICKSTART, "cluster.memory_bytes=40e6", "model.layers=4", "data.mask=m.npy")
     path = tmp_path / "job.toml"

@@ -1,10 +1,12 @@
 """What a judged plan is told: a way out that is legal as a whole, and one last line that says why not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from partita.cli.main import run
+from partita.planner.explain import reason
 from partita.planner.judge import judged
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
@@ -47,6 +49,21 @@ def test_two_stages_more_than_layers_are_told_the_split_that_fills_them() -> Non
         ("blocks.125",),
         ("head",),
     ]
+
+
+def test_a_plan_that_is_too_big_has_its_ledger_once(capsys) -> None:
+    words = ["plan", "llama3-8b", "8xh100", "--plan", "dp_replicate8", *ASKED]
+    assert run(words) == 1
+    rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("optimizer ")]
+    assert len(rows) == 1
+
+
+def test_equal_times_are_neither_faster_nor_slower() -> None:
+    asked = job("tp2 8mb")
+    other = simulate(asked)
+    assert other.step_time_s is not None
+    slower = replace(other, step_time_s=other.step_time_s * (1 + 1e-6))
+    assert "(+0.0%)" in reason(asked, slower, "itself", asked.plan).text
 
 
 @pytest.mark.parametrize("verb", ["simulate", "plan"])

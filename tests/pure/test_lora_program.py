@@ -8,10 +8,13 @@ import pytest
 from executed import BLOOM, GPT2, LLAMA, MLA, MLA_PLAIN, MOE, declared, request, unequal
 
 from partita.base.errors import UsageError
+from partita.cost.machine import software_of
 from partita.parallel.execute import execute
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, gradient_axes
 from partita.parallel.room import Request
+from partita.simulate.started import unfused_kernels
+from partita.simulate.work import block_work
 from partita.spec.families import program
 from partita.spec.frozen import Frozen
 from partita.spec.job import ADAPTERS, Job
@@ -26,7 +29,12 @@ LOW_MLA = replace(MLA, lora_rank=3, lora_targets=LATENT)
 EXPERTS = ("wo", "gate_up", "expert_gate_up", "expert_down", "shared_gate_up", "shared_down")
 LOW_MOE = replace(MOE, lora_rank=2, lora_targets=EXPERTS)
 DROPS = replace(LOW, lora_dropout=0.1)
+DROPS_MOE = replace(LOW_MOE, lora_dropout=0.1)
 CASES = [
+    (DROPS_MOE, "dp_shard2.zero3 tp2+sp ep2 etp2 expert.chunks=2", ADAPTERS),
+    (DROPS_MOE, "cp2:ring tp2 etp2 ep2 recompute:full", ADAPTERS),
+    (replace(DROPS_MOE, capacity_factor=0.75), "pp2:zb_h1/2mb dp_shard2.zero1 ep2", ADAPTERS),
+    (DROPS_MOE, "dp_shard2.zero1 ep2 2mb", Frozen(("*expert*", "*.wq"))),
     (DROPS, "tp4+sp recompute:full", ADAPTERS), (DROPS, "cp4:hybrid2x2 pp2:zb_h1/2mb", ADAPTERS),
     (replace(LOW_GPT2, lora_dropout=0.1), "dp_shard2.zero1 tp2 2mb", ADAPTERS),
     (LOW_MLA, "tp4+sp", ADAPTERS), (LOW_MLA, "cp2:ring dp_shard2.zero3 tp2 2mb", ADAPTERS),
@@ -107,6 +115,32 @@ def test_rows_of_experts_are_counted_once() -> None:
     rows, tokens, r, h, f = 2 * 4 * 4, 4 * 4, 2, 8, 3
     each = r * (3 * (h + f))
     assert ours - plain == 2 * (rows * each + tokens * each + tokens * r * (h + h))
+
+
+@pytest.mark.parametrize(
+    "rule", [ADAPTERS, Frozen(("*.wq", "*down_lora_b", "*wo_lora_a")), Frozen()]
+)
+@pytest.mark.parametrize(("spec", "plain"), [(LOW, LLAMA), (LOW_MOE, MOE)], ids=["dense", "moe"])
+def test_matmuls_of_low_rank_are_those_that_run(spec, plain, rule) -> None:
+    """Forward, their inputs' and their weights' are as many FLOPs as the ops say; a gradient that is added by
+    another kernel has its weight's size, whatever the rows."""
+    counted: list[tuple[float, float]] = []
+    for one in (plain, spec):
+        laid = lay(replace(request(one, "1mb"), frozen=rule))
+        block = laid.stages[0].blocks[-2]
+        work, says = block_work(block, laid.sizes), flops(block, laid.sizes)
+        for part, kernels in (("F", work.forward), ("B", (*work.input, *work.weight))):
+            ran = sum(2 * k.m * k.n * k.k * k.count for k in kernels if k.kind == "matmul")
+            counted.append((ran, says[part]))
+    for base, ours in zip(counted[:2], counted[2:], strict=True):
+        assert ours[0] - base[0] == ours[1] - base[1]
+    grows = [k for k in work.weight if k.adds]
+    trained = [w for w in block.weights() if not w.frozen and len(w.dims) > 1]
+    assert sum(k.m * k.n * k.count for k in grows) == sum(w.numel() for w in trained)
+    era = software_of("megatron-2021")
+    added = [x for k in work.weight for x in unfused_kernels(k, "W", era) if x.kind == "memory"]
+    biases = [k for k in work.weight if k.kind == "memory"]
+    assert sum(k.bytes for k in added if k not in biases) == 6 * sum(w.numel() for w in trained)
 
 
 def test_a_job_trains_adapters_alone_unless_it_says_otherwise() -> None:

@@ -7,7 +7,7 @@ import pytest
 from partita.base.errors import UsageError
 from partita.cost.kernels import Kernel, kernel_seconds
 from partita.cost.machine import machine_of
-from partita.cost.pieces import curve, on_curve
+from partita.cost.pieces import CROWDED, curve, on_curve
 from partita.simulate.predict import simulate
 from partita.simulate.step import update_seconds
 from partita.spec.cluster import Cluster
@@ -64,6 +64,30 @@ def test_updates_and_collectives_are_measured_too():
     found = clock.collective("all_reduce", 2)
     assert found is not None
     assert on_curve(8, found) == 1.0
+
+
+def test_ranks_that_take_turns_pay_what_collectives_and_messages_take_of_a_core():
+    def seconds(plan: str, **more: float) -> float:
+        calls = {"all_reduce": 1e-4} | more
+        job = Job.load(
+            {
+                "name": "turns", "plan": plan, "model": {"preset": "quickstart"},
+                "train": {"global_batch_size": 4, "seq_len": 64}, "cluster": {"preset": "laptop"},
+            }
+        )  # fmt: skip
+        table = {
+            name.replace("_CROWDED", CROWDED): {"2": {"1": s, "9999999": s}}
+            for name, s in calls.items()
+        }
+        two = replace(LAPTOP, cores_shared=2, collective_seconds=table)
+        return simulate(replace(job, cluster=two)).step_time_s or 0.0
+
+    assert seconds("tp2 1mb", all_reduce_CROWDED=1.0) == seconds("tp2 1mb")  # a core each
+    both = "dp2 tp2 1mb"
+    assert seconds(both, all_reduce_CROWDED=1e-3) > seconds(both) + 20 * 9e-4
+    # a stage copies its messages: in each F and B, whether or not the other waits for it
+    pipe = "pp2:gpipe/4mb"
+    assert seconds(pipe, send=0.02) - seconds(pipe, send=0.01) == pytest.approx(10 * 0.01, rel=1e-6)
 
 
 def test_a_step_is_longer_where_pieces_take_longer():

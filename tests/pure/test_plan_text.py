@@ -62,7 +62,12 @@ def plans(draw: st.DrawFn) -> Plan:
         ),
         data=draw(
             st.builds(
-                DataPlan, st.integers(0, 3), st.booleans(), st.integers(0, 3), st.integers(1, 10**9)
+                DataPlan,
+                st.integers(0, 3),
+                st.booleans(),
+                st.integers(0, 3),
+                st.integers(1, 10**9),
+                st.sampled_from(CHOICES["data", "accumulate"]),
             )
         ),
         context=context,

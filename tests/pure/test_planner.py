@@ -10,10 +10,11 @@ from drawn_plans import random_leaf, wide
 
 from partita.base.errors import Problem, UsageError
 from partita.parallel.laid import lay
-from partita.parallel.read import flops, kept_bytes, state_bytes
+from partita.parallel.read import flops, kept_bytes, state_bytes, tensor_bytes
 from partita.planner.bound import ENDLESS
 from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.reading import cost_of
+from partita.planner.rough import PAIRED, Rough
 from partita.planner.search import (
     ANY,
     RARELY,
@@ -25,9 +26,10 @@ from partita.planner.search import (
     searcher,
 )
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
-from partita.planner.table import PAIRED, Rough, Table, probe_of
+from partita.planner.table import Table, probe_of
 from partita.schedule.make import schedule
-from partita.simulate.memory import read_later_bytes, transient_bytes
+from partita.simulate.inside import transient_bytes
+from partita.simulate.memory import read_later_bytes
 from partita.simulate.predict import request_of, simulate
 from partita.simulate.stage import Work, stage_time, works_of
 from partita.spec.cluster import Cluster
@@ -71,7 +73,7 @@ def bounds_hold(search: Search, node: Node) -> bool:
     named, way = (leaf.schedule, leaf.virtual), (cut, b.shards(mesh, shape, leaf.dp_shard))
     table, probe = b.table(mesh, shape, tokens), b.probe(mesh, *named, m)
     fold, mode = Shape(ep=shape.ep, etp=shape.etp), (tokens.mode, tokens.every)
-    endless, whole = b.endless(mesh, shape, mode), b.endless(replace(mesh, cp=1), fold, mode)
+    endless, whole = b.endless(mesh, shape, mode), b.endless(mesh._replace(cp=1), fold, mode)
     assert isinstance(table, Table) and isinstance(endless, Table) and isinstance(whole, Table)
     assert not isinstance(probe, Problem)
     num_stages, micros = probe.chunks.shape[-1], search.space.micros(mesh)
@@ -80,9 +82,14 @@ def bounds_hold(search: Search, node: Node) -> bool:
     least = search.floors(mesh, shape, endless, paired=paired)
     step = b.step(mesh, named, m, num_stages)
     laid = lay(request_of(job))
-    laid_s, laid_bytes = laid_seconds(laid, search.machine, step), laid_memory(laid, probe)
+    laid_s = laid_seconds(laid, search.machine, step)
+    laid_bytes = laid_memory(laid, probe, search.machine.cluster)
     meetings = b.links.meetings(mesh, shape, leaf.dp_shard, cut)
     row, kinds = search.floors.kinds(mesh, endless, least)
+    kind = search.floors.kind(mesh, shape, endless, named)
+    filled = search.floors.held(mesh, named, kind, least)
+    assert filled is not None
+    fits = filled <= b.limit_bytes
     lies = b.lies(mesh, named)
     slower = b.sharded(table, num_stages, meetings, cut)
     held = probe.held
@@ -93,8 +100,9 @@ def bounds_hold(search: Search, node: Node) -> bool:
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[at],
         search.floors.fewer_parts(mesh, shape, mode, paired, 1e30),
         kinds[lies.split][row[lies.kind], at],
-        search.floors.behind(mesh, endless, named, least)[lies.split][at],
+        least.behind(kind.bounds, kind.times, fits)[lies.split][at],
         least.seconds[at],
+        search.levels.plain(node, endless, num_stages),
         b.quick(table, mesh, named, m)(meetings, cut) + once,
         b.pipeline(slower, mesh, named, m, table.sent) + once,
         b.played(slower, mesh, named, m, table.sent) + once,
@@ -103,11 +111,11 @@ def bounds_hold(search: Search, node: Node) -> bool:
         assert not isinstance(low, Problem) and low <= seconds * (1 + 1e-9), job.plan
     if not search.machine.cluster.cores_shared:
         assert laid_s == pytest.approx(seconds, rel=5e-3), job.plan
-    scaled, scale = b.stages(endless, num_stages), tokens.micro / ENDLESS
     for low in (
         least.num_bytes[at],
-        b.memory(scaled, probe, *way, scale=scale) + b.beside(endless, *way, scale),
-        b.memory(stages, probe, *way) + b.beside(table, *way),
+        filled.min(0)[at],
+        b.memory(endless, probe, *way, tokens.micro / ENDLESS),
+        b.memory(table, probe, *way),
         laid_bytes,
     ):
         assert low <= num_bytes * (1 + 1e-9), job.plan
@@ -162,10 +170,19 @@ def test_a_table_of_every_third_block_is_what_is_laid():
             assert ours.row == pytest.approx(theirs.row)
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
-def test_a_model_laid_once_for_what_is_recomputed_costs_what_each_plan_does(model):
-    rng, search = random.Random(5), wide(model, "16xh100", 16, layers=3)
+def three_heads() -> Search:
+    """With meshes whose groups of tp lie on a node, or across two, as replicas go."""
+    job = wide("tiny-moe", "24xh100", 24, layers=3).job
+    spec = replace(job.model, hidden=96, heads=6, kv_heads=6, head_dim=16)
+    return searcher(replace(job, model=spec, train=replace(job.train, seq_len=96)))
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe", "bloom-560m", "three heads"])
+def test_a_block_laid_once_for_what_it_does_not_depend_on_costs_what_each_plan_does(model):
+    rng = random.Random(5)
+    search = wide(model, "16xh100", 16, layers=3) if model != "three heads" else three_heads()
     b, meshes, seen = search.bounds, list(search.space.meshes()), set[str]()
+    meshes = [m for m in meshes if model != "three heads" or (m.tp == 3 and m.sp)]
     modes = ["none", "selective", "full"]
     for _ in range(12):
         mesh, late = rng.choice(meshes), rng.random() < 0.5
@@ -192,6 +209,7 @@ def test_a_model_laid_once_for_what_is_recomputed_costs_what_each_plan_does(mode
                 assert cost.kept == kept_bytes(block, sizes)
                 assert cost.read == read_later_bytes(block, sizes)
                 assert cost.inside == transient_bytes(block, sizes)
+                assert cost.sent == tensor_bytes(block.tensors[block.output], sizes)
             assert table.flops == tuple(sum(flops(x, sizes).values()) for x in blocks)
             assert table.total[5:11].sum() == pytest.approx(
                 sum(sum(state_bytes(x, sizes).values()) for x in blocks)

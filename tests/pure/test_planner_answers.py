@@ -7,14 +7,16 @@ import pytest
 
 from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
-from partita.planner.answer import ranked
+from partita.planner.answer import counts, ranked
 from partita.planner.ask import Question, ask, resolved
-from partita.planner.explain import beside, binds, causes, why
+from partita.planner.explain import beside, binds, causes, changes, why
+from partita.planner.nodes import Found
 from partita.planner.search import Search, measures, searcher
 from partita.planner.solve import nothing_fits, pareto, solve
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 from partita.spec.prices import Prices
 
 WORDS = {"fix": ("2mb",), "forbid": ("v_half", "v_min", "gpipe", "cp")}
@@ -47,8 +49,18 @@ def test_why_has_the_numbers_of_two_simulations():
             assert f"{their_bytes / again.limit_bytes:.2f} times" in r.text
         else:
             assert f"({theirs / seconds - 1:+.1%})" in r.text
+    for r in why(job, best, "memory"):
+        if r.changed.fits:
+            assert f"({measures(r.changed)[1] / num_bytes - 1:+.1%}); takes" in r.text
     assert f"({num_bytes / best.limit_bytes:.0%})" in binds(job, best)
     assert sum(causes(best).values()) == pytest.approx(seconds)
+
+
+def test_other_stages_have_the_balanced_split():
+    plan = Plan.parse("pp2:interleaved_1f1bx2/4mb dp_shard2.zero1 pipeline.split=1,2,1,0")
+    others = dict(changes(job_of(4, 3e6), plan))
+    assert others["pp2"].pipeline.split == others["interleaved_1f1b"].pipeline.split == ()
+    assert others["zero1"].pipeline.split == plan.pipeline.split
 
 
 def test_a_named_plan_is_told_which_change_makes_it_fastest():
@@ -68,6 +80,10 @@ def test_words_that_leave_no_plan_are_named():
     job = job_of(4, 3e6)
     lines = nothing_fits(job, lambda j: searcher(j, fix=("tp3", "2mb")), 1.0)
     assert "none has tp 3 (there may be 1, 2, 4)" in lines[0]
+    line = nothing_fits(job, lambda j: searcher(j, fix=("3mb",)), 1.0)[0]
+    assert "3 (there may be 1, 2, 4, 8): dp times microbatches divides 8 sequences" in line
+    line = nothing_fits(job, lambda j: searcher(j, fix=("tp2", "2mb"), forbid=("tp",)), 1.0)[0]
+    assert line.endswith("none has tp 2 and no tp"), line
 
 
 def test_why_speaks_of_every_choice_of_a_plan_with_experts():
@@ -96,15 +112,56 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
 
 
 def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(capsys):
-    words = (
-        "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --budget 4 --json"
-    )
+    words = "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --budget 40 --json"
     assert run(words.split()) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["plans"] == []
     assert err.splitlines()[-1].startswith("partita: nothing fits"), err
     assert run([*words.split(), "--save", "no/such/job.toml"]) == 2  # before the search
     assert "no/such does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("1025", "seq_len 1025 is longer than max_seq_len 1024"),
+        ("128", "'blocks.99' matches no weight"),
+    ],
+)
+def test_what_the_model_refuses_under_every_plan_is_told_before_the_search(
+    change, words, tmp_path, capsys
+):
+    frozen = 'frozen = ["blocks.99"]\n' if change == "128" else ""
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'plan = "auto"\n[model]\npreset = "gpt2"\n[cluster]\npreset = "8xa100"\n'
+        f"[train]\nglobal_batch_size = 8\nseq_len = {change}\n{frozen}"
+    )
+    assert run(["plan", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("no plan is legal") and words in err.splitlines()[-1]
+    assert run(["plan", str(path), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"]["kind"] == "plan" and [p["room"] for p in told["problems"]] == ["model"]
+    with pytest.raises(PlanError, match="no plan is legal"):
+        resolved(Job.load(str(path)))
+
+
+def test_what_a_search_did_not_come_to_is_not_said_to_fit_nowhere(monkeypatch):
+    job, found = job_of(2, 80e9), Found(complete=False)
+    monkeypatch.setattr("partita.planner.solve.least_memory", lambda search, budget_s: found)
+    lines = nothing_fits(job, makes, 0.0)
+    assert lines == ["the plan of least memory was not found in 0 s"]
+    found = replace(found, plans=[simulate(job.with_plan("tp2 2mb"))])
+    (line,) = nothing_fits(job, makes, 0.0)
+    assert line.startswith("tp2") and line.endswith("fits: the search had not come to it"), line
+    assert "cut by their bound or not looked at, " in counts(found)
+    assert "cut by their bound, " in counts(replace(found, complete=True))
+
+
+def test_a_model_with_overrides_behind_it_is_asked_for_its_cluster(capsys):
+    assert run(["simulate", "llama3-8b", "train.seq_len=4"]) == 2
+    assert "a model takes a cluster behind it: llama3-8b 16xh100" in capsys.readouterr().err
 
 
 def test_a_front_is_beaten_nowhere():
@@ -163,7 +220,7 @@ def test_auto_is_searched_for_and_never_run_unresolved():
     assert Job.load(table(1_500_000), "plan=tp2").auto is False
     with pytest.raises(UsageError, match="auto"):
         Job.load(table(1_500_000), "plan.mesh.tp=2")
-    with pytest.raises(PlanError, match="nothing fits"):
+    with pytest.raises(PlanError, match="found none"):
         resolved(Job.load(table(50_000)), budget_s=1)
 
 
@@ -192,6 +249,9 @@ def test_the_cheapest_plan_pays_least_for_its_devices():
     asked = Question("cost", top=3, forbid=(*WORDS["forbid"], "1mb"), fix=WORDS["fix"], budget_s=20)
     answer = ask(priced, asked)
     assert answer.found.complete and "a million tokens" in ranked(answer.plans)
+    cluster = replace(priced.cluster, prices=replace(PRICES, watts=0.0))
+    unmetered = [replace(p, job=replace(priced, cluster=cluster)) for p in answer.plans]
+    assert "kWh" in ranked(answer.plans) and "kWh" not in ranked(unmetered)
     per_step = []
     for p in answer.plans:
         told = p.to_json()["cost"]
@@ -206,8 +266,11 @@ def test_the_cheapest_plan_pays_least_for_its_devices():
     assert [p.step_time_s for p in front] == sorted((p.step_time_s for p in front), reverse=True)
     assert front[0].to_json()["cost"]["money_per_step"] == pytest.approx(per_step[0])
     assert answer.plans[0].plan == front[0].plan
-    with pytest.raises(UsageError, match="prices"):
+    with pytest.raises(UsageError, match="has none: a table"):
         ask(job, asked)
+    no_kwh = replace(job, cluster=replace(job.cluster, prices=Prices(watts=700.0)))
+    with pytest.raises(UsageError, match="states no price: watts without kwh"):
+        ask(no_kwh, asked)
 
 
 def test_a_cluster_file_has_prices():

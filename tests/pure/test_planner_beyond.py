@@ -2,19 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, permutations, product
 
 import pytest
 from drawn_plans import wide
-from test_planner import hold_many, leaves, small
+from test_planner import bounds_hold, hold_many, leaves, small
 
 from partita.base.errors import UsageError
 from partita.planner.ask import Question, ask
 from partita.planner.beyond import turned
-from partita.planner.explain import why
+from partita.planner.explain import changes, why
+from partita.planner.nearby import allowed, nearby
+from partita.planner.nodes import Found, Node
 from partita.planner.orders import other_orders
 from partita.planner.search import ANY, Search, measures, searcher
-from partita.planner.space import Space, Words
+from partita.planner.solve import pareto, solve
+from partita.planner.space import Leaf, MeshChoice, Space, Tokens, Words
 from partita.planner.splits import splits
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -74,6 +78,9 @@ def test_more_devices_turn_the_best_plans_and_words_say_which_orders():
     found = turned(search, ANY, 1, search.best(ANY), 30.0)
     assert found.turned and measures(found.plans[0])[0] <= measures(plain.plans[0])[0]
     assert any(r.choice.startswith("order:") for r in why(job, found.plans[0]))
+    front = pareto(search, "time", "memory", 400.0).plans
+    assert measures(front[0])[0] <= measures(found.plans[0])[0]
+    assert solve(job, "devices", lambda j: searcher(j, words, forbid), 400.0).found.turned
     without = searcher(job, words, (*forbid, "order"))
     assert not turned(without, ANY, 1, without.best(ANY), 30.0).turned
     order = "pp,tp,cp,dp_shard,dp_replicate"
@@ -133,3 +140,48 @@ def test_the_best_precision_of_those_named_is_chosen():
     assert told.found.considered == sum(f.considered for f in alone)
     with pytest.raises(UsageError, match="int3"):
         ask(job, Question(precision=("int3",)))
+
+
+def test_what_is_better_by_one_choice_is_taken_where_nothing_is_proven():
+    search = searcher(small(4, 1e9).job, ("fp32",), ("recompute", "pp"))
+    before = search.predict(Plan.parse("dp_replicate4 2mb"))
+    assert before.fits
+    found = nearby(search, ANY, 1, Found([before], complete=False), 60.0)
+    best = found.plans[0]
+    assert found.near and measures(best)[0] < measures(before)[0]
+    near = [plan for _, plan in changes(search.job, Plan.parse(best.plan))]
+    fit = [
+        p for p in map(search.predict, filter(partial(allowed, search.space.words), near)) if p.fits
+    ]
+    assert fit and min(ANY.key(*measures(p)) for p in fit) >= ANY.key(*measures(best))
+    assert not any(allowed(search.space.words, Plan.parse(x)) for x in ("pp2:1f1b/2mb", "2mb bf16"))
+    done = search.best(ANY)
+    assert nearby(search, ANY, 1, done, 60.0) is done and not done.near
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "lora"),
+    [
+        ("llama3-8b", ("blocks.2.*", "blocks.3.*"), {}),
+        ("tiny-moe", ("blocks.0.*",), {}),
+        ("llama3-8b", (), {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ("wq", "wv")}),
+    ],
+)
+def test_no_bound_is_above_what_simulate_says_of_weights_partly_frozen(model, words, lora):
+    """Patterns name layers by their place, and ZeRO 1 and 2 gather no weight that is frozen."""
+    job = wide(model, "16xh100", 16, 4).job
+    job = replace(job, model=replace(job.model, **lora), train=replace(job.train, frozen=words))
+    hold_many(searcher(job), 7, 8)
+
+
+def test_zero_gathers_no_frozen_expert_after_an_update():
+    """Adapters of attention alone: the largest unit, of experts, never travels under ZeRO 1 and 2."""
+    job = wide("mixtral-8x7b", "16xh100", 16, 4).job
+    lora = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ("wq", "wv")}
+    search = searcher(replace(job, model=replace(job.model, **lora)))
+    mesh = MeshChoice(1, 2, 4, 2, True)
+    shapes = search.space.shapes(mesh)
+    shape = next(s for s in shapes if (s.method, s.ep, s.etp) == ("ulysses", 8, 1))
+    for zero in (1, 2):
+        leaf = Leaf("1f1b", 1, 2, zero)
+        assert bounds_hold(search, Node(4, 0.0, 0.0, 1, mesh, shape, Tokens("none", 1, 1), leaf))

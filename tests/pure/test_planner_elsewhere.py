@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 from drawn_plans import wide
-from test_planner import hold_many, leaves, small
+from test_planner import bounds_hold, hold_many, leaves, small
 
 from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
 from partita.planner.explain import binds, why
-from partita.planner.search import ANY, Search, measures, searcher
-from partita.planner.space import Space, Words
+from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
+from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens, Words
+from partita.simulate.moves import STATE_PASSES, host_memory_rate
+from partita.simulate.predict import simulate
 from partita.spec.plan import OffloadPlan
 
 FORBID = (
@@ -60,6 +62,38 @@ def test_the_best_is_that_of_brute_force_wherever_states_lie(memory, host, helps
     assert ANY.key(*measures(found.plans[0])) == min(ANY.key(*measures(p)) for p in fit)
     assert found.bounded + found.simulated + found.rejected.total() == found.considered
     assert (found.rejected[NO_BETTER] > 0) == (host is None)
+    least = Goal("memory")
+    found = widened(search, least, 1, search.best(least), 60.0)
+    assert found.complete
+    assert least.key(*measures(found.plans[0])) == min(least.key(*measures(p)) for p in fit)
+
+
+def test_parameters_elsewhere_leave_out_no_way_to_cut_states_that_could_be():
+    job, count = small(4, 1e9).job, 0
+    plain, away = (Space(job, Words(), "bf16", offload) for offload in (EVERY[0], EVERY[2]))
+    for mesh in plain.meshes():
+        mine, tokens = away.states(mesh, Shape()), Tokens(micro=away.micros(mesh)[0])
+        for shard, zero, order in plain.states(mesh, Shape()):
+            leaf = Leaf(*away.schedules(mesh)[0], shard, zero, order)
+            plan = replace(away.plan(mesh, Shape(), tokens, leaf), offload=away.offload)
+            rules = {p.rule for p in simulate(job.with_plan(plan)).problems if p.room == "offload"}
+            assert (rules == {"shards"}) == ((shard, zero, order) not in mine), plan
+            count += rules == {"shards"}
+    assert count
+
+
+def test_an_update_elsewhere_takes_its_time_where_one_microbatch_moves_nothing_once_a_step():
+    job = small(4, 1e9).job
+    search = Search(Space(job, Words(), "bf16", EVERY[2]))
+    mesh, b = MeshChoice(1, 4, 1, 1, False), search.bounds
+    tokens, leaf = Tokens("full", 1, 2), Leaf("1f1b", 1, 4, 3)
+    node = Node(4, 0.0, 0.0, 1, mesh, Shape(), tokens, leaf)
+    assert bounds_hold(search, node)
+    told = search.predict(search.plan(node))
+    shards = b.shards(mesh, Shape(), 4)
+    row = b.stages(b.table(mesh, Shape(), tokens), 1)
+    passed = STATE_PASSES * shards.away(row, 3).max() / host_memory_rate(search.machine)
+    assert told.time["optimizer_s"] >= passed > 0 and "1mb" in told.plan
 
 
 def test_more_devices_search_it_where_nothing_else_fits_or_it_is_asked_for():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from itertools import combinations, pairwise
 
 import pytest
 from executed import LLAMA, TIED, laid, model, request
 from hypothesis import given
 from hypothesis import strategies as st
+from took import least_seconds
 
 from partita.base.errors import PlanError
 from partita.parallel.laid import Request, lay, problems
@@ -82,7 +82,6 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, "cp4:ulysses tp2", ["cp"], "cp2:ulysses tp2"),
         (LLAMA, "cp8:ulysses", ["cp", "cp"], "cp4:ulysses"),
         (model(heads=6, kv_heads=3, hidden=12), "cp2:ulysses", ["cp"], "1mb"),
-        (model(vocab=2), "tp4", ["tp"], ""),
         (LLAMA, "dp_shard2.zero1 pp4 cp3", ["cp", "pp"], ""),
     ],
 )
@@ -126,13 +125,12 @@ def test_tied_weight_is_one_unit() -> None:
 
 def test_a_plan_for_405b_is_laid_and_read_in_50_ms() -> None:
     asked = Request(parse("tp8+sp pp16/32mb dp_replicate4 bf16"), LLAMA405, 8192)
-    best = 1.0
-    for _ in range(5):
-        start = time.process_time()
+
+    def laid_and_read() -> None:
         whole = lay(asked)
         for stage in range(16):
             whole.calls(stage)
             whole.units(stage)
         whole.traffic(0)
-        best = min(best, time.process_time() - start)
-    assert best < 0.05, f"{best * 1e3:.0f} ms"
+
+    assert least_seconds(laid_and_read, 0.05, tries=9) < 0.05

@@ -1,11 +1,11 @@
 """Schedules against their closed forms (docs in schedule/make), over a grid of p and m."""
 
 import doctest
-import time
 from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from took import least_seconds
 
 import partita
 from partita.base.errors import ScheduleError, UsageError
@@ -247,11 +247,14 @@ def test_a_schedule_from_a_file(tmp_path):
         make(f"file:{tmp_path}/none.csv", 1, 1)
 
 
-def test_a_large_schedule_takes_well_under_a_second():
-    start = time.process_time()  # the machine may be busy with others
-    s = GENERATORS["zb_h1"].make(16, 512)
-    assert makespan(clock(s)) == 3 * 512 + 15
-    assert time.process_time() - start < 1.0
+@pytest.mark.parametrize(("name", "bubble"), [("zb_h1", 15), ("v_half", 20.5)])
+def test_a_large_schedule_is_made_and_timed_at_once(name, bubble):
+    """Some 0.3 s each on a machine that does nothing else: the least of three, which others may disturb."""
+
+    def made_and_timed() -> None:
+        assert makespan(clock(GENERATORS[name].make(16, 512))) == 3 * 512 + bubble
+
+    assert least_seconds(made_and_timed, 1.0, tries=3) < 3.0
 
 
 def test_the_package_answers_calls():

@@ -45,6 +45,14 @@ def hold_v(name: str, p: int, m: int) -> None:
         assert makespan(clock(s)) <= 3 * m + BUBBLES[name][p] + 1e-9
 
 
+@pytest.mark.parametrize("p", [2, 3, 4])
+def test_a_steady_state_lasts_as_long_as_there_are_microbatches(p):
+    for name in ("v_half", "v_min", "v_2_3"):
+        short, longer = make(name, p, 8 * p), make(name, p, 8 * p + 5)
+        assert check(longer) == [] and peak_share(longer) == peak_share(short)
+        assert makespan(clock(longer)) == makespan(clock(short)) + 15
+
+
 def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
     """Every row of the table at one (p, m)."""
     for v in virtual:

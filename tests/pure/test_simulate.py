@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from took import least_seconds
 
 import partita as pt
 from partita.cost.machine import machine_of
@@ -87,14 +88,9 @@ def test_a_slow_host_is_waited_for():
 
 
 def test_sixteen_thousand_ranks_take_a_moment():
-    import time
-
     one = pt.Job.of("llama3-405b", "16384xh100", "pp16:1f1b/16mb dp_replicate128 tp8+sp bf16",
                     global_batch_size=2048, seq_len=8192)  # fmt: skip
-    simulate(one).to_json()
-    start = time.process_time()
-    simulate(one).to_json()
-    assert time.process_time() - start < 0.2
+    assert least_seconds(lambda: simulate(one).to_json(), 0.2) < 0.2
 
 
 def test_a_cluster_of_cores_has_no_fitted_constants():

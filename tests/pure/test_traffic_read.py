@@ -11,13 +11,19 @@ from collections import Counter
 import pytest
 
 from partita.parallel.laid import Laid, Request, lay
-from partita.parallel.read import flops, kept_bytes, state_bytes
-from partita.simulate.memory import lent_bytes
+from partita.parallel.read import flops, kept_bytes, state_bytes, traffic
+from partita.simulate.memory import lent_parts
+from partita.spec.cluster import Cluster
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 
 SEQ = 2048
 SIZES = {6144: 64, 12288: 96, 20480: 128, 25600: 160}  # hidden -> heads, 22B to 1T
+
+
+def lent_bytes(*of) -> int:
+    """Whole units of a stage beyond what is stored."""
+    return sum(lent_parts(*of).values())
 
 
 def gpt(hidden: int, dropout: float = 0.1) -> ModelSpec:
@@ -186,6 +192,22 @@ def test_flops_follow_6nd() -> None:
     assert total == pytest.approx(6 * matmul + attention, rel=1e-12)
 
 
+def test_side_by_side_attention_and_mlp_are_reduced_once() -> None:
+    """GPT-NeoX's parallel residual: one sum of both forward; backward one a norm, whose weights' gradients
+    are of whole ones. Under sp one scatter forward, one gather of its gradient backward."""
+    for beside, want in ((False, (2, 2, 4, 6)), (True, (1, 2, 3, 5))):
+        spec = ModelSpec(
+            family="gpt_neox", layers=1, hidden=64, heads=4, vocab=256, max_seq_len=64,
+            parallel_residual=beside,
+        )  # fmt: skip
+        found = []
+        for plan in ("tp2", "tp2+sp"):
+            laid = lay(Request(parse(plan), spec, 64))
+            calls = traffic(laid.stages[0].blocks[1], laid.sizes)
+            found += [sum(c.phase == phase for c in calls) for phase in "FB"]
+        assert tuple(found) == want, beside
+
+
 def test_zero_holds_whole_units_for_a_while() -> None:
     """Stage 3: 1 + prefetch blocks' bf16 weights and two fp32 gradients (one, where nothing is fetched
     ahead); without resharding all weights."""
@@ -197,7 +219,24 @@ def test_zero_holds_whole_units_for_a_while() -> None:
         (" data.reshard_after_forward=false", 2 * LLAMA8.parameters(), two),
     ):  # fmt: skip
         request = Request(parse(f"dp_shard8.zero3 bf16{more}"), LLAMA8, 64)
-        (stage,) = lay(request).stages
-        assert lent_bytes(stage.blocks, request.plan) == held + 4 * made
+        laid = lay(request)
+        assert lent_bytes(laid, laid.stages[0].blocks) == held + 4 * made
     request = Request(parse("dp_shard8.zero1 bf16"), LLAMA8, 64)
-    assert lent_bytes(lay(request).stages[0].blocks, request.plan) == 0
+    laid = lay(request)
+    assert lent_bytes(laid, laid.stages[0].blocks) == 0
+
+
+def test_through_a_host_s_memory_nothing_is_lent_ahead() -> None:
+    """CPU ranks of one host gather and reduce a block of more than a chunk when they must (Comm.moves); of
+    two hosts, or where a rank hands in less, one is on its way."""
+    laid = lay(Request(parse("dp_shard2.zero3"), LLAMA8, 64))
+    blocks = laid.stages[0].blocks
+    least = lay(Request(parse("dp_shard2.zero3 data.prefetch=0"), LLAMA8, 64))
+    host = Cluster.load({"preset": "laptop", "devices": 2})
+    hosts = Cluster.load({"preset": "laptop", "devices": 2, "devices_per_node": 1})
+    assert lent_bytes(laid, blocks, host) == lent_bytes(least, least.stages[0].blocks)
+    assert (
+        lent_bytes(laid, blocks, hosts) == lent_bytes(laid, blocks) > lent_bytes(laid, blocks, host)
+    )
+    tiny = lay(Request(parse("dp_shard2.zero3"), ModelSpec.load({"preset": "tiny"}), 64))
+    assert lent_bytes(tiny, tiny.stages[0].blocks, host) == lent_bytes(tiny, tiny.stages[0].blocks)

@@ -59,6 +59,7 @@ def test_table_aligns_numbers_right() -> None:
         "tp           12",
         "dp_shard      3",
     ]
+    assert table([["8mb bf16", "1.5 s"], ["4mb", "12 s"]]) == "8mb bf16  1.5 s\n4mb        12 s"
     assert table([]) == ""
     assert table([["a"], ["b", None, "c"]]) == "a\nb    c"
 

@@ -28,6 +28,9 @@ def slopes(heads: int) -> Tensor:
 def biased(slopes: Tensor, q: Tokens, k: Tokens, window: int = 0) -> Tensor:
     """What is added to scores, [samples or 1, heads, queries, keys] in the slopes' dtype; -inf where a key is
     not seen."""
+    hidden = visible(q, k, window).logical_not_().unsqueeze(1)
     ahead = q.positions.unsqueeze(-1) - k.positions.unsqueeze(-2)
     found = -slopes.view(-1, 1, 1) * ahead.unsqueeze(1)
-    return found.masked_fill(~visible(q, k, window).unsqueeze(1), -torch.inf)
+    if hidden.shape[0] > found.shape[0]:  # documents: a mask of each sample
+        return found.masked_fill(hidden, -torch.inf)
+    return found.masked_fill_(hidden, -torch.inf)

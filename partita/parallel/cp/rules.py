@@ -159,6 +159,9 @@ def _travel(block: Block, ring: int, gathers: bool) -> Block:
         moved = _must_travel(block, op, "cp")
         if not moved:
             return (op,)
+        new.update(
+            {x: cut_tensor(block.tensors[x], ("keys",), "cp") for x in op.scratch}
+        )  # of a share
         name = {x: f"{x}>cp" for x in moved}
         reads = tuple(name.get(x, x) for x in op.reads)
         whole = tuple((name.get(x, x), d) for x, d in op.whole)
@@ -186,7 +189,7 @@ def _ulysses(block: Block, ways: int) -> Block:
     sent = {x: f"{x}>ulysses" for op in inner for x in op.reads if x not in written}
     back = {y: f"{y}~ulysses" for y in sorted(written & left)}
     moved = {**sent, **back}
-    inside = {n for op in inner for n in (op.writes, *op.saves) if n not in moved}
+    inside = {n for op in inner for n in (op.writes, *op.saves, *op.scratch) if n not in moved}
     new = {n: replace(t[n], dims=_turn(t[n].dims)) for n in inside}
     new |= {y: replace(t[x], name=y, dims=_turn(t[x].dims)) for x, y in moved.items()}
     for x in sent:

@@ -78,7 +78,7 @@ def attend_back(
     tensors, mask = (g, q, k, wide_v, out, lse), _added(seen, g)
     back = _back_in_chunks if is_short(q) else _back
     dq, dk, dv = back(tensors, mask, causal, scale)
-    return dq, dk, dv[..., : v.shape[-1]]
+    return dq, dk, dv if wide_v is v else dv[..., : v.shape[-1]]
 
 
 def _back(

@@ -6,16 +6,18 @@
 Stage 0: all_reduce of the whole gradient, in place, when the unit's last gradient of the step is there;
 stage 1: reduce_scatter of it, in place; during accumulation neither sends anything. Stages 2 and 3 store
 the shard alone: in every microbatch a unit is lent memory for its whole gradient when its backward begins
-and reduce-scattered when it ends, one at a time under way (none with `data.prefetch=0`); the shard has
-memory from the first of them until the next step begins. What a shard is partial over besides (dp_replicate,
-tp) is an all_reduce of it once a step; then what lies on two places of pp (a tied weight's unit, those of a
-stage's copies) is summed between them.
+and reduce-scattered when it ends, one at a time under way (none with `data.prefetch=0`, or where it would not
+move under compute); the shard has memory from the first of them until the next step begins. What a shard is
+partial over besides (dp_replicate, tp) is an all_reduce of it once a step; then what lies on two places of pp
+(a tied weight's unit, those of a stage's copies) is summed between them. `data.accumulate=whole` makes
+gradients of stages 2 and 3 stage 1's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,21 +63,21 @@ class Reducer:
             for block in unit.spec.blocks:
                 self._held.setdefault(block, []).append(unit)
 
-    @property
+    @cached_property
     def reduces(self) -> bool:
         """Whether it must hear of blocks at all."""
         return self.away is not None or any(c.shard or c.reduce for c in self.comms.values())
 
     def comes_and_goes(self, unit: Unit) -> bool:
         """Whether a unit's whole gradient is there only while a backward makes it."""
-        return self.away is not None or unit.spec.stage >= 2
+        return self.away is not None or unit.spec.cuts_gradient
 
     def begin(self) -> None:
         """A step begins: gradients are zero, and parts of them are not there yet."""
         for unit in self.units:
             if unit.gradients.tensor is not None:
                 unit.gradients.tensor.zero_()
-            if self.away is None and unit.spec.stage >= 2:
+            if self.away is None and unit.spec.cuts_gradient:
                 unit.drop_gradient()
         self._fresh = {u.name for u in self.units if self.comes_and_goes(u)}
 
@@ -172,12 +174,13 @@ class Reducer:
     def _sum_away(self, unit: Unit, away: Away, late: bool) -> None:
         """A unit that ranks sum once a step comes for that, and its part goes again; a late one's stays until
         it is spent."""
-        comms, stage = self.comms[unit.name], unit.spec.stage
-        if not (comms.reduce or comms.across or stage == 1):
+        comms, cut = self.comms[unit.name], unit.spec.cuts_gradient
+        scatters = comms.shard is not None and not cut
+        if not (comms.reduce or comms.across or scatters):
             return
         with self.where.at("step"):
-            made = away.fetch(unit, unit.gradient if stage >= 2 else unit.sums)
-            if stage == 1:
+            made = away.fetch(unit, unit.gradient if cut else unit.sums)
+            if scatters:
                 assert comms.shard is not None
                 out = torch.empty(unit.gradient.shape, dtype=made.dtype, device=made.device)
                 site = f"{unit.name}:scatter"
@@ -193,7 +196,7 @@ class Reducer:
 
     def _start(self, unit: Unit) -> None:
         comms = self.comms[unit.name]
-        if self.away is not None and unit.spec.stage < 2:
+        if self.away is not None and not unit.spec.cuts_gradient:
             self._store(unit, unit.sums, unit.gradients.take(), self.away)
             return
         if unit.spec.stage == 0:
@@ -202,7 +205,7 @@ class Reducer:
             return
         assert comms.shard is not None
         site = f"{unit.name}:scatter"
-        if unit.spec.stage == 1:
+        if not unit.spec.cuts_gradient:
             whole = unit.gradients.tensor
             assert whole is not None
             with self.where.at("step"):
@@ -219,7 +222,7 @@ class Reducer:
             self._fresh.discard(unit.name)
         handle = comms.shard.start_reduce_scatter(whole, site=site, out=out)
         self._under_way.append((unit, handle, adds, self.where.phase))
-        if not self.under_compute:
+        if not (self.under_compute and comms.shard.moves(whole.nbytes)):
             self._settle()
 
     def _reduce(self, unit: Unit, comm: Comm, kind: str) -> None:

@@ -10,6 +10,7 @@ are cut over those of the axes that shard, as the stage says:
     2      whole        shard       shard       B: reduce_scatter; step: all_gather of the parameters
     3      shard        shard       shard       F and B: all_gather (or once a step); B: reduce_scatter
 
+`data.accumulate=whole` stores and sends the gradients of stages 2 and 3 as stage 1's.
 What the shard's gradient is partial over besides (dp_replicate outside: HSDP; tp under sp; tp/share) is one
 all_reduce of the shard a step. Neighbouring blocks' units are one, up to `data.bucket_bytes` of gradient
 (`flats`, `Joins`). A tied weight is a unit of its own: its other holder must find the same element at the
@@ -65,6 +66,11 @@ def problems(job: Request) -> list[Problem]:
 def zero_stage(plan: Plan) -> int:
     """The stage in force: what is not cut over dp_shard is replicated."""
     return plan.data.zero_stage if plan.mesh.dp_shard > 1 else 0
+
+
+def cuts_gradients(plan: Plan) -> bool:
+    """Whether sharded units store gradients as shards: reduced in every microbatch, not once a step."""
+    return zero_stage(plan) >= 2 and plan.data.accumulate == "shard"
 
 
 def shard_axes(plan: Plan, axes: Iterable[str], frozen: bool = False) -> tuple[str, ...]:
@@ -126,10 +132,13 @@ def states(
     """A unit's flat tensors: three stored states (of frozen weights the parameters alone), cut as the stage
     says, and what collectives hand in. They are padded until the shards are alike."""
     size = padded(size, shard, plan.sizes)
-    cut_from = {"parameter": 3} if frozen else {"parameter": 3, "gradient": 2, "optimizer": 1}
+    stage = zero_stage(plan)
+    cut = {"parameter": stage == 3}
+    if not frozen:
+        cut |= {"gradient": cuts_gradients(plan), "optimizer": stage >= 1}
     found = {}
-    for role, first in cut_from.items():
-        flat = Dim("flat", size, shard if zero_stage(plan) >= first else ())
+    for role, is_cut in cut.items():
+        flat = Dim("flat", size, shard if is_cut else ())
         found[f"{name}.{role}"] = Tensor(f"{name}.{role}", (flat,), role)
     for role in ("parameter",) if frozen else ("parameter", "gradient"):
         for part, on in (("whole", ()), ("shard", shard)):
@@ -161,7 +170,7 @@ def unit_regions(
     if shard:
         found.append(_gather(unit, shard, plan, again))
         whole, part = f"{unit}.whole_gradient", f"{unit}.shard_gradient"
-        phase = "step" if zero_stage(plan) == 1 else "B"
+        phase = "B" if cuts_gradients(plan) else "step"
         event = Event(phase, "reduce_scatter", whole, gradient=True, weights=True)
         found.append(replace(region(unit, "scatter", shard, (whole, part), event), lane="dp"))
     if other:

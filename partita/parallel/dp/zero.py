@@ -5,11 +5,13 @@
     held                 0 1     1 2     2 3             2 1     1 0     0
 
 At most 1 + prefetch blocks' weights are there at a time; with `data.prefetch=0` nothing travels under
-compute, gradients neither: least memory. `reshard_after_forward=false` gathers once a step, at the first
-use, and keeps them until the last backward (FSDP's SHARD_GRAD_OP). Stages 1 and 2 store working weights
-whole: after the update each rank rounds its shard and gathers the others'. What is gathered has the compute
-dtype: bf16 weights travel as bf16, their gradients are summed in fp32. Stage 3 stores no bf16 shard beside
-its fp32 masters: a rank rounds its part into the gathered unit, each time.
+compute, gradients neither: least memory. So it is for a block of which a gather, only started, would not
+move while this rank computes (`Comm.moves`: shared memory beyond a chunk): it is gathered when it is needed.
+`reshard_after_forward=false` gathers once a step, at the first use, and keeps them until the last backward
+(FSDP's SHARD_GRAD_OP). Stages 1 and 2 store working weights whole: after the update each rank rounds its
+shard and gathers the others'. What is gathered has the compute dtype: bf16 weights travel as bf16, their
+gradients are summed in fp32. Stage 3 stores no bf16 shard beside its fp32 masters: a rank rounds its part
+into the gathered unit, each time.
 
 A shard that lies elsewhere is brought for its gather, and asked for a block ahead of that.
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -104,6 +106,12 @@ class Parameters:
                 del self._users[unit.name], self._whole[unit.name]
                 unit.values.take()
 
+    def move(self, units: Sequence[Unit]) -> bool:
+        """Whether gathers of them, only started, move under compute."""
+        comms = (self.comms[unit.name].shard for unit in units)
+        sizes = (unit.values.size * unit.working.element_size() for unit in units)
+        return all(c is None or c.moves(n // c.size) for c, n in zip(comms, sizes, strict=True))
+
     def has(self, unit: Unit) -> bool:
         """Whether anybody uses it."""
         return unit.name in self._users
@@ -130,13 +138,20 @@ class Gatherer:
     prefetch: int
     _under_way: dict[tuple[str, int], list[tuple[Unit, Handle]]] = field(default_factory=dict)
 
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether any block needs something."""
+        return any(n.forward or n.backward or n.once for n in self.needs)
+
     def forward(self, at: int) -> None:
         """Block `at` is about to run: its weights are there, the next blocks' on their way."""
+        if not self.gathers:
+            return
         for i in range(at, min(at + 1 + self.prefetch, len(self.needs))):
-            self._start("F", i, self.needs[i].forward)
+            self._start("F", i, self.needs[i].forward, ahead=i != at)
             with self.parameters.where.at("step"):
                 missing = [u for u in self.needs[i].once if not self.parameters.has(u)]
-                self._start("step", i, missing)
+                self._start("step", i, missing, ahead=i != at)
         self._expect(at + 1 + self.prefetch, "F")
         self._arrive("F", at)
         self._arrive("step", at)
@@ -150,7 +165,7 @@ class Gatherer:
     def backward(self, at: int) -> None:
         """Block `at`'s backward is about to run."""
         for i in range(at, max(at - 1 - self.prefetch, -1), -1):
-            self._start("B", i, self.needs[i].backward)
+            self._start("B", i, self.needs[i].backward, ahead=i != at)
         self._expect(at - 1 - self.prefetch, "B")
         self._arrive("B", at)
 
@@ -162,8 +177,10 @@ class Gatherer:
         """The block's last backward of the step is over."""
         self.parameters.release(self.needs[at].once)
 
-    def _start(self, phase: str, at: int, units: Sequence[Unit]) -> None:
-        if units and (phase, at) not in self._under_way:
+    def _start(self, phase: str, at: int, units: Sequence[Unit], ahead: bool) -> None:
+        if not units or (phase, at) in self._under_way:
+            return
+        if not ahead or self.parameters.move(units):
             self._under_way[phase, at] = self.parameters.bring(units)
 
     def _expect(self, at: int, phase: str) -> None:
@@ -185,6 +202,12 @@ class DataParallel:
     reducer: Reducer
     gatherer: Gatherer
 
+    @cached_property
+    def comes_and_goes(self) -> bool:
+        """Whether a backward brings weights, or memory for their gradients."""
+        gradients = any(map(self.reducer.comes_and_goes, self.gatherer.parameters.units))
+        return gradients or any(needs.backward for needs in self.gatherer.needs)
+
     def before(self, at: int, x: Tensor | None) -> Tensor | None:
         """Block `at` is about to run on x."""
         if torch.is_grad_enabled() and self.reducer.reduces:
@@ -197,7 +220,7 @@ class DataParallel:
         """Block `at` has made x."""
         follows = torch.is_grad_enabled()
         self.gatherer.forward_done(at, follows)
-        if follows and any(map(self.reducer.comes_and_goes, self.gatherer.parameters.units)):
+        if follows and self.comes_and_goes:
             x = Passed.apply(x, partial(self.backward, at))  # type: ignore[assignment]
         return x
 

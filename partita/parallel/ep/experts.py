@@ -4,46 +4,67 @@ dropped (MegaBlocks, Gale et al. 2023)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partita.parallel.lora import LowRank
-from partita.parallel.product import LEAST, PLAIN, Product, is_wide, times_into
+from partita.parallel import brgemm
+from partita.parallel.ep.dispatch import Marks
+from partita.parallel.lora import LowRank, RowMasks, masked
+from partita.parallel.product import LEAST, PLAIN, Product, are_little, is_wide, times_into
 from partita.parallel.units import Weight, add_product
 
 
 @dataclass(frozen=True)
 class Grouped:
     """x [rows, columns], by expert -> [rows, the expert's rows]. `weight` [experts, ..., columns] are the
-    local experts', `products` how each multiplies, `low` what LoRA has beside each."""
+    local experts', `products` how each multiplies, `low` what LoRA has beside each, `masks` what drops
+    elements of what that reads."""
 
     weight: Weight
     products: tuple[Product, ...]
     low: tuple[LowRank, ...] = ()
+    masks: RowMasks | None = None
 
     @staticmethod
-    def of(weight: Weight, low: LowRank | None = None) -> Grouped:
+    def of(weight: Weight, low: LowRank | None = None, masks: RowMasks | None = None) -> Grouped:
         """Stacked experts; `low` is all experts'."""
         experts = weight.shape[0]
         products = tuple(weight.unit.product_of(weight.name) for _ in range(experts))
-        return Grouped(weight, products, () if low is None else low.split(experts))
+        return Grouped(weight, products, () if low is None else low.split(experts), masks)
 
     @property
     def trains(self) -> bool:
         """Whether something has a gradient: only then x is kept."""
         return self.weight.trains or any(low.trains for low in self.low)
 
-    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """`counts` are the rows of each expert."""
-        return _Grouped.apply(x, self, counts)  # type: ignore[return-value]
+    def __call__(self, x: Tensor, counts: Sequence[int], marks: Marks | None = None) -> Tensor:
+        """`counts` are the rows of each expert, `marks` whose they are, where adapters drop and it trains."""
+        step, tokens = (
+            (0, None) if marks is None or self.masks is None else (marks.step, marks.tokens)
+        )
+        return _Grouped.apply(x, self, counts, step, tokens)  # type: ignore[return-value]
+
+    def begin(self, counts: Sequence[int], step: int, tokens: Tensor | None) -> tuple[LowRank, ...]:
+        """What is beside each expert, for the rows of one pass."""
+        if tokens is None or self.masks is None:
+            return self.low
+        p, stays = self.masks.probability, self.masks.mask(step, counts, tokens).split(counts)
+        return tuple(
+            replace(low, dropped=masked(of, p)) for low, of in zip(self.low, stays, strict=True)
+        )
 
     def multiply(self, x: Tensor, counts: Sequence[int], back: bool) -> Tensor:
         """x W.T of each expert, or x W on the way `back`. Views are made for all experts at once: with many
         narrow ones a view takes as long as a product."""
         weights = self.weight.value.flatten(1, -2)
         y = x.new_empty((x.shape[0], weights.shape[2 if back else 1]))
+        if self._are_little(x, counts):
+            brgemm.grouped(y, x, weights, counts, back)
+            return y
         rights = (weights if back else weights.mT).unbind(0)
         sizes = max(counts), weights.shape[1], weights.shape[2]
         multiply = times_into if is_wide(x.dtype, x.device, sizes, LEAST) else mm_into
@@ -59,14 +80,33 @@ class Grouped:
                 out.copy_(product.forward(rows, right.t()))
         return y
 
+    def _are_little(self, x: Tensor, counts: Sequence[int]) -> bool:
+        plain = all(product is PLAIN for product in self.products)
+        sizes = max(counts), prod(self.weight.shape[1:-1]), self.weight.shape[-1]
+        return plain and are_little(x, sizes)
+
     def accumulate(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
         """Adds every expert's gradient: now, or at the W of a split backward, which keeps both until then."""
         if self.weight.trains:
             self.weight.queue.add(self._add, dy, x, counts)
 
+    def accumulate_low(
+        self, dy: Tensor, x: Tensor, counts: Sequence[int], dhs: Sequence[Any], *marks: Any
+    ) -> None:
+        """The same of what is beside them, whose dh are known; draws its masks again."""
+        each = zip(self.begin(counts, *marks), dy.split(counts), x.split(counts), dhs, strict=True)
+        for low, d, rows, dh in each:
+            if rows.shape[0]:
+                low.accumulate(d, rows, dh)
+
     def _add(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
-        gradients = self.weight.gradient.flatten(1, -2).unbind(0)
-        each = zip(gradients, dy.split(counts), x.split(counts), self.products, strict=True)
+        gradients = self.weight.gradient.flatten(1, -2)
+        if self._are_little(dy, counts):
+            brgemm.add_grouped(gradients, dy, x, counts)
+            return
+        each = zip(
+            gradients.unbind(0), dy.split(counts), x.split(counts), self.products, strict=True
+        )
         for gradient, d, rows, product in each:
             if rows.shape[0]:
                 add_product(gradient, d, rows, product)
@@ -78,31 +118,38 @@ def mm_into(out: Tensor, x: Tensor, right: Tensor) -> None:
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps x, unless the experts are frozen."""
+    """Keeps x, unless the experts are frozen, and whose rows they are."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: Grouped, counts: Sequence[int]) -> Tensor:
+    def forward(
+        ctx, x: Tensor, layer: Grouped, counts: Sequence[int], step: int, tokens: Tensor | None
+    ) -> Tensor:
         """An expert after the other."""
-        ctx.save_for_backward(x if layer.trains else None)
-        ctx.layer, ctx.counts = layer, counts
+        ctx.save_for_backward(x if layer.trains else None, tokens)
+        ctx.layer, ctx.counts, ctx.step = layer, counts, step
         y = layer.multiply(x, counts, back=False)
-        for low, rows, out in zip(layer.low, x.split(counts), y.split(counts), strict=False):
+        if not layer.low:  # views of so many rows cost as much as a product
+            return y
+        begun = layer.begin(counts, step, tokens)
+        for low, rows, out in zip(begun, x.split(counts), y.split(counts), strict=True):
             if rows.shape[0]:
                 low.add(out, rows)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the rows, then of the weights."""
-        (x,) = ctx.saved_tensors
+        x, tokens = ctx.saved_tensors
         layer: Grouped = ctx.layer
         counts: Sequence[int] = ctx.counts
         dx = layer.multiply(dy, counts, back=True)
-        each = list(zip(layer.low, dy.split(counts), dx.split(counts), strict=False))
-        dhs = [low.back(d, out) if d.shape[0] else () for low, d, out in each]
         if x is not None:
             layer.accumulate(dy, x, counts)
-            for (low, d, _), rows, dh in zip(each, x.split(counts), dhs, strict=False):
-                if rows.shape[0]:
-                    layer.weight.queue.add(low.accumulate, d, rows, dh)
-        return dx, None, None
+        if layer.low:
+            begun = layer.begin(counts, ctx.step, tokens)
+            each = zip(begun, dy.split(counts), dx.split(counts), strict=True)
+            dhs = [low.back(d, out) if d.shape[0] else () for low, d, out in each]
+            if x is not None:
+                given = dy, x, counts, dhs, ctx.step, tokens
+                layer.weight.queue.add(layer.accumulate_low, *given)
+        return dx, None, None, None, None

@@ -19,6 +19,7 @@ class Seen:
 
     counts: Tensor
     sent: tuple[int, ...] = ()
+    chosen: Tensor | None = None  # [batch, seq share, top_k], where they are asked for
     balance: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     z: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
@@ -29,9 +30,8 @@ class Seen:
 
     def __add__(self, other: Seen) -> Seen:
         sent = tuple(a + b for a, b in zip_longest(self.sent, other.sent, fillvalue=0))
-        return Seen(
-            self.counts + other.counts, sent, self.balance + other.balance, self.z + other.z
-        )
+        balance, z = self.balance + other.balance, self.z + other.z
+        return Seen(self.counts + other.counts, sent, balance=balance, z=z)
 
 
 @dataclass
@@ -44,6 +44,7 @@ class RouterLog:
     loss_scale: float = (
         1.0  # what gradients are times: under fp16, and where a step has several updates
     )
+    keeps: bool = False  # the choices themselves
 
     @property
     def now(self) -> Seen:
@@ -64,6 +65,8 @@ class RouterLog:
         """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
         self.now.counts += torch.bincount(chosen.flatten(), minlength=self.experts)
         self.now.sent = tuple(sent)
+        if self.keeps:
+            self.now.chosen = chosen.clone()  # what it lies in may go elsewhere until backward
 
     def total(self, end: int | None = None) -> Seen:
         """Of all microbatches, or those before `end`."""

@@ -6,6 +6,7 @@ between dispatch and combine they are efsdp * ep * etp, and hold the rows that c
     dispatch  all_to_all over ep   (rows of tokens this rank holds) -> (rows for experts this rank holds)
     experts   on etp: rows of the peers are gathered first, what they made is added up and scattered
               where tokens are replicated over tp = etp: copy_to and reduce_from, as in tensor parallelism
+              (where adapters drop elements of rows, the tokens they are of go the rows' way before them)
     combine   all_to_all over ep   back
 
 With `expert.chunks=n` all of this happens for n parts of a rank's tokens, one after the other, so that the
@@ -102,6 +103,9 @@ def _chunked(block: Block, chunks: int) -> Block:
     return rewrite(block, change, {each.name: each})
 
 
+OUTSIDE = ("sent", "back", "marks")  # on this rank's own tokens
+
+
 def _row_dim(name: str, slots: Dim, sizes: Sizes, etp: bool) -> Dim:
     """Rows in the experts' view: the token axes of the fold become efsdp, ep and, before etp gathers, etp."""
     outer = tuple(a for a in slots.cut if a not in FOLD)
@@ -136,12 +140,16 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
 
         return tuple(map(one, dims))
 
-    new = {n: replace(x, dims=view(x.dims)) for n, x in t.items() if n not in ("sent", "back")}
+    new = {n: x.with_dims(view(x.dims)) for n, x in t.items() if n not in OUTSIDE}
     for name, like, rows in (
         ("arrived", "sent", outside), ("inside", "sent", inside), ("made", "back", inside),
         ("leaving", "back", outside), ("padded_in", "sent", replace(inside, name="padded", cut=outside.cut)),
-        ("spread_out", "back", replace(inside, name="spread")),
+        ("spread_out", "back", replace(inside, name="spread")), ("marks", "marks", slots),
+        ("marks_arrived", "marks", outside), ("marks_inside", "marks", inside),
+        ("padded_marks", "marks", replace(inside, name="padded", cut=outside.cut)),
     ):  # fmt: skip
+        if like not in t:
+            continue
         new[name] = replace(t[like], name=name, dims=view(t[like].dims, rows))
     etp = sizes["etp"] > 1
     if etp:
@@ -149,6 +157,7 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
     names = {} if etp else {"inside": "arrived", "made": "leaving"}
     for gone in names:
         del new[gone]
+    names["marks"] = "marks_inside" if etp and not replicated else "marks_arrived"
     seq = next(d.cut for d in t["chosen"].dims if d.name == "seq") or ("cp",)
     if "admitted" in t:
         whole = (replace(d, cut=()) if d.name == "seq" else d for d in t["chosen"].dims)
@@ -156,12 +165,10 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
     new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
 
-    def spaces(op: Op) -> tuple[Op]:
-        return (replace(op, space=view(op.space), extra=tuple((view(s), f) for s, f in op.extra)),)
-
-    block = rewrite(block, spaces)
+    block = rewrite(block, lambda op: (op.over(view),))
     block = rewrite(block, _Exchange(etp, replicated, names, seq), new)
-    kept = frozenset({"sent": names.get("inside", "inside")}.get(n, n) for n in block.kept)
+    here = {"sent": names.get("inside", "inside"), "marks": names["marks"]}
+    kept = frozenset(here.get(n, n) for n in block.kept)
     return _drop_idle(replace(block, kept=kept), sizes)
 
 
@@ -185,12 +192,16 @@ class _Exchange:
             peers = ("ep",) if self.replicated else ("ep", "etp")
             counts = region(op.name, "counts", peers, ("loads", "table"), event)
             return (op, replace(counts, lane="ep"))
+        if op.name == "dispatch.mark":
+            return (op, *self._marks(op.name))
         if op.name == "dispatch.send":
             return (op, self._all_to_all(op.name, "sent", "arrived"), *self._enter())
+        here = {"sent": inside, "marks": self.names["marks"]}
+        reads, saves = (tuple(here.get(n, n) for n in names) for names in (op.reads, op.saves))
         if op.name == "experts.gate_up":
-            return (replace(op, reads=(inside,), saves=(inside,) if op.saves else ()),)
+            return (replace(op, reads=reads, saves=saves),)
         if op.name == "experts.down":
-            made = replace(op, writes=self.names.get("made", "made"))
+            made = replace(op, reads=reads, saves=saves, writes=self.names.get("made", "made"))
             return (made, *self._leave(), self._all_to_all("experts.back", "leaving", "back"))
         return (op,)
 
@@ -202,6 +213,17 @@ class _Exchange:
             Event("B", "all_to_all", y, gradient=True),
         )  # fmt: skip
         return replace(op, reads=(x, "table"))
+
+    def _marks(self, writer: str) -> tuple[Op, ...]:
+        """Which token each row is of, brought where rows will be."""
+        x, y = "marks", "marks_arrived"
+        op = region(writer, "all_to_all", ("ep",), (x, y), Event("F", "all_to_all", x))
+        found = (replace(op, reads=(x, "table")),)
+        if self.names["marks"] == y:
+            return found
+        event, move = Event("F", "all_gather", "padded_marks"), (y, "marks_inside")
+        op = region("dispatch.marked", "gather_rows", ("etp",), move, event)
+        return (*found, replace(op, reads=(y, "table")))
 
     def _enter(self) -> tuple[Op, ...]:
         if not self.etp:

@@ -5,7 +5,7 @@ backward can run whenever the list says. A receive is posted when the list says 
 tensor is needed; a send never waits for its receiver; neighbours on one rank hand over without a message.
 One stage without a pipeline is the same list without messages.
 
-    F  x -> blocks -> y        keeps (x, y) until B        sends y.detach() to the next stage
+    F  x -> blocks -> y        keeps (x, y's graph)        sends y.detach() to the next stage
     B  dy -> blocks -> dx      frees both                  sends dx to the previous stage
     I  the same, but work on weights' gradients waits in the queue, with what it needs, until its
     W  runs that work, and frees it
@@ -26,6 +26,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from partita.base.errors import NonFiniteError
 from partita.comm.protocol import Comm, Handle, Key, Where
@@ -101,10 +102,10 @@ class Channel:
 
 @dataclass
 class _Held:
-    """What one microbatch keeps between F and B."""
+    """What one microbatch keeps between F and B: of y the place in the graph, and the last stage's loss."""
 
     x: Tensor | None
-    y: Tensor
+    y: Tensor | GradientEdge
     cuts: Cuts
 
 
@@ -112,8 +113,8 @@ class _Held:
 class Executor:
     """Executes the actions of one rank, at `place` on pp; `modules` are its stages by index.
 
-    `activation(stage, batch, what)` is an empty tensor like the stage's input (F) or output (B), to
-    receive into. `last_backward(stage)` is called before the stage's last B or W on this rank, so that
+    `activation(stage, batch, what)` has the shape and dtype of the stage's input (F) or output (B), for
+    receives. `last_backward(stage)` is called before the stage's last B or W on this rank, so that
     its gradients may be reduced as they become ready. Communicates: sends of stage inputs and outputs on
     axis pp, keyed by (F or B, consuming stage, microbatch), on the channel of the first two. `update(stage)`
     is U; `weights` puts versions in place; `seed` is what backward starts from. `overlaps`: modules flow, and
@@ -295,7 +296,8 @@ class Executor:
         else:
             self._ready["F", stage + 1, microbatch] = y.detach(), "F"
         if torch.is_grad_enabled():
-            self._held[stage, microbatch] = _Held(x, y, cuts)
+            whole = stage == self.schedule.num_stages - 1 or not y.requires_grad
+            self._held[stage, microbatch] = _Held(x, y if whole else get_gradient_edge(y), cuts)
 
     def _backward(self, action: Action) -> None:
         for _ in self._backward_pieces(action):
@@ -310,7 +312,7 @@ class Executor:
         gradient = None if last else self._take("B", stage, microbatch)
         if self.weights is not None:
             self.weights.backward(microbatch)
-        if last and self.seed != 1:
+        if isinstance(held.y, Tensor) and last and self.seed != 1:
             gradient = torch.full_like(held.y, self.seed)
         yield from backward_in_pieces(held.y, gradient, held.cuts)
         if held.x is not None:

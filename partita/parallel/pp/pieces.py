@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 Live = tuple[Tensor, ...]
 
@@ -96,7 +97,9 @@ def forward_in_pieces(flow: Flow, cuts: Cuts) -> Generator[None, None, Tensor]:
         return end.value
 
 
-def backward_in_pieces(y: Tensor, gradient: Tensor | None, cuts: Cuts) -> Generator[None]:
+def backward_in_pieces(
+    y: Tensor | GradientEdge, gradient: Tensor | None, cuts: Cuts
+) -> Generator[None]:
     """Stops after each piece but the last; lets go of each as it is done."""
     torch.autograd.backward(y, gradient)
     while cuts:

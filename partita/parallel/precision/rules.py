@@ -104,7 +104,7 @@ def lay(job: Request, program: Program) -> Program:
 
     def words(block: Block, t: Tensor) -> Tensor:
         if t.role != "optimizer":
-            return replace(t, dtype=table[t.role])
+            return t.typed(table[t.role])
         working = block.tensors[f"{t.name.removesuffix('.optimizer')}.parameter"]
         apart = p.rounding == "nearest" and {t.arena, working.arena} != {"device"}
         masters = narrow or apart

@@ -110,12 +110,15 @@ class Again(torch.autograd.Function):
 def made_again(
     x: Tensor, recipe: Callable[[], Tensor], applies: bool
 ) -> AbstractContextManager[None]:
-    """Within it, what would save x saves `recipe` in its place, which backward calls without a graph."""
+    """Within it, what would save x saves `recipe` in its place, which backward calls without a graph. The
+    graph keeps both hooks as long as what they pack: they know x by its address and shape (a part of x, or
+    another tensor without elements, has its address too), and do not hold it."""
     if not applies:
         return nullcontext()
+    known = x.data_ptr(), x.shape
 
     def pack(t: Tensor) -> Tensor | Callable[[], Tensor]:
-        return recipe if t.data_ptr() == x.data_ptr() else t
+        return recipe if (t.data_ptr(), t.shape) == known else t
 
     def unpack(held: Tensor | Callable[[], Tensor]) -> Tensor:
         if isinstance(held, Tensor):

@@ -54,7 +54,7 @@ def lay(job: Request, program: Program) -> Program:
 
 def _less(block: Block, r: RecomputePlan) -> Block:
     kept = frozenset({block.input}) if r.mode == "full" else _selective(block, r.modules)
-    block = replace(block, kept=kept)
+    block = block.keeping(kept)
     return _remember(block) if r.collectives == "keep" else block
 
 
@@ -75,7 +75,7 @@ def _module(op: Op) -> str:
 def _remember(block: Block) -> Block:
     """Adds the results of replayed regions, those that a shorter replay still wants."""
     brought = {op.writes for op in replayed(block) if op.kind in REMEMBERED and op.events}
-    shorter = replace(block, kept=block.kept | brought)
+    shorter = block.keeping(block.kept | brought)
     wanted = {t for op in replayed(shorter) for t in op.reads}
     wanted |= {t for op in block.ops() for t in op.saves}
-    return replace(block, kept=block.kept | (brought & wanted))
+    return block.keeping(block.kept | (brought & wanted))

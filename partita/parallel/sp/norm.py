@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partita.parallel.chain import Link
 from partita.parallel.units import Weight
 
 
@@ -20,21 +21,34 @@ class Norm:
     weight: Weight
     bias: Weight | None
     epsilon: float
+    least: Tensor  # epsilon as a number of the wide dtype where the weights lie
+
+    @staticmethod
+    def of(weight: Weight, bias: Weight | None, epsilon: float) -> Norm:
+        """With what its kernels are given."""
+        like = weight.value
+        return Norm(weight, bias, epsilon, like.new_full((), epsilon, dtype=_wide(like).dtype))
+
+    @property
+    def link(self) -> Link:
+        """It as a link of a chain."""
+        return (_RMSNorm if self.bias is None else _LayerNorm), self
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalises over the last dim."""
-        kind = _RMSNorm if self.bias is None else _LayerNorm
-        return kind.apply(x, self)  # type: ignore[return-value]
+        kind, layer = self.link
+        return kind.apply(x, layer)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _scale(x: Tensor, epsilon: float) -> Tensor:
-    """1 / rms over the last dim, kept as a dim of 1."""
+def _scale(x: Tensor, least: Tensor) -> Tensor:
+    """1 / rms over the last dim, kept as a dim of 1; `least` is epsilon. A number that a kernel is given as
+    such costs nothing, where one that is added or divided by is made a tensor first."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, where squares are two
-    return length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return torch.addcmul(least, length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.layer = layer
         wide = _wide(x)
-        unit = (wide * _scale(wide, layer.epsilon)).to(x.dtype)
+        unit = (wide * _scale(wide, layer.least)).to(x.dtype)
         return unit.mul_(layer.weight.value)
 
     @staticmethod
@@ -55,14 +69,14 @@ class _RMSNorm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: Norm = ctx.layer
         wide, w = _wide(x), layer.weight.value
-        scale = _scale(wide, layer.epsilon)
+        scale = _scale(wide, layer.least)
         unit = wide * scale
         hidden = x.shape[-1]
         slope = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden)
         if layer.weight.trains:
             layer.weight.accumulate(slope.sum(0))
-        along = slope.mv(_wide(w)).view(scale.shape).div_(hidden)  # mean of dy w unit, a token
-        dx = _wide(dy * w).addcmul_(unit, along, value=-1).mul_(scale)
+        along = slope.mv(_wide(w)).view(scale.shape)  # sum of dy w unit, a token
+        dx = _wide(dy * w).addcmul_(unit, along, value=-1 / hidden).mul_(scale)
         return dx.to(x.dtype), None
 
 

@@ -55,7 +55,7 @@ def _lay_block(block: Block) -> Block:
     def change(op: Op) -> Iterable[Op]:
         if op.axes != ("tp",):
             if touches(op):
-                inside.update((op.writes, *op.reads))
+                inside.update((op.writes, *op.reads, *op.scratch))
                 return (op,)
             return (cut_space(op, ("seq",), "tp"),)
         x, y = op.reads[0], op.writes

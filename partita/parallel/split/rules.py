@@ -27,7 +27,11 @@ from partita.parallel.room import (
 )
 from partita.spec.program import Block, Event, Op, Program, Tensor, rewrite
 
-ELSEWHERE = ("tp", "cp", "ep")  # axes that cut what only transformers have
+LACKS = {  # what an axis cuts, and no convolutional model has
+    "tp": "no heads for tp to cut (its channels lie on split)",
+    "cp": "no sequence for cp to cut (its batch lies on dp)",
+    "ep": "no experts to lie on ep",
+}
 
 
 def problems(job: Request) -> list[Problem]:
@@ -57,10 +61,10 @@ def problems(job: Request) -> list[Problem]:
         found.append(
             error("split", "groups", message, asked=f"split{ways}", limit=limit, nearest=nearest)
         )
-    other = [a for a in ELSEWHERE if getattr(mesh, a) > 1]
+    other = [a for a in LACKS if getattr(mesh, a) > 1]
     if other:
         asked = " ".join(f"{a}{getattr(mesh, a)}" for a in other)
-        message = f"{asked} cuts a transformer; a convolutional model is cut by split, dp and pp"
+        message = f"{asked}: a convolutional model has " + ", ".join(LACKS[a] for a in other)
         nearest = str(job.plan.with_("mesh", tp=1, cp=1, ep=1, etp=1, sp=False))
         found.append(
             error("split", "axes", message, asked=asked, limit="no tp, cp, ep", nearest=nearest)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle
+from partita.parallel.chain import Link
 from partita.parallel.lora import LowRank
 from partita.parallel.regions import IDENTITY, Region
 from partita.parallel.units import Matrix, Weight, matrices
@@ -49,6 +50,11 @@ class Column:
         """Whether some matrix has a gradient: only then x is kept."""
         return any(m.trains for m in (*self.matrices, *self.low))
 
+    @property
+    def link(self) -> Link:
+        """It as a link of a chain."""
+        return _Column, self
+
     def __call__(self, x: Tensor) -> Tensor:
         """Moves x by the region and multiplies."""
         return _Column.apply(x, self)  # type: ignore[return-value]
@@ -67,6 +73,12 @@ class Column:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
         return y
 
+    def parts(self, dy: Tensor) -> Sequence[Tensor]:
+        """dy [..., rows], matrix by matrix."""
+        if len(self.matrices) == 1:
+            return (dy,)
+        return dy.split([m.shape[0] for m in self.matrices], -1)
+
     def accumulate(
         self,
         dy: Tensor,
@@ -81,8 +93,7 @@ class Column:
             if self.region.kind == "gather_from":
                 x = (whole or self.region.start_forward(x)).wait()
             x = x.reshape(-1, x.shape[-1])
-            rows = [m.shape[0] for m in self.matrices]
-            for m, part in zip(self.matrices, dy.split(rows, -1), strict=True):
+            for m, part in zip(self.matrices, self.parts(dy), strict=True):
                 m.accumulate(part, x)
             for low, dh in zip(self.low, dhs, strict=True):
                 low.accumulate(dy, x, dh)
@@ -111,8 +122,7 @@ class _Column(torch.autograd.Function):
         queue = layer.matrices[0].queue
         early = x is not None and layer.region.kind == "gather_from" and not queue.defers
         whole = layer.region.start_forward(x) if early else None
-        rows = [m.shape[0] for m in layer.matrices]
-        parts = dy.split(rows, -1)
+        parts = layer.parts(dy)
         dx = layer.matrices[0].back(parts[0])
         for part, m in zip(parts[1:], layer.matrices[1:], strict=True):
             dx += m.back(part)
@@ -154,6 +164,11 @@ class Row:
         if self.low is not None:
             self.low.add(y, x)
         return y
+
+    def links(self, replay: bool = False) -> list[Link]:
+        """It, and the bias behind it, as links of a chain; `replay` as in a call."""
+        bias: list[Link] = [] if self.bias is None else [(AddBias, self.bias)]
+        return [(_Row, self, replay), *bias]
 
     def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
         """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so

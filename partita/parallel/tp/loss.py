@@ -67,7 +67,8 @@ class _CrossEntropy(torch.autograd.Function):
         top = _maximum(x.amax(-1), layer.maximum)
         local, outside = layer.place(targets)
         pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
-        probs = (x - top.unsqueeze(-1)).exp_()
+        shifted = x - top.unsqueeze(-1) if x is logits else x.sub_(top.unsqueeze(-1))
+        probs = shifted.exp_()
         total = layer.total.forward(probs.sum(-1))
         pick = layer.target.forward(pick)
         losses = (total.log() + top - pick) * valid

@@ -1,32 +1,37 @@
 """Tensor parallelism (Shoeybi et al. 2019): heads, ffn and vocab lie on tp.
 
-The two rules of room.py find every collective: copy_to before the column-parallel linears, reduce_from
+The rules of room.py find every collective: copy_to before the column-parallel linears, reduce_from
 behind the row-parallel ones, the embedding and the three small sums of the loss: one all-reduce a
-sub-block and direction. Fewer kv heads than ranks: neighbours share one, and its gradient is partial
-over 'tp/share'. A vocabulary or an ffn that does not divide is padded; padding belongs to no box, and an
-ffn's is zeros that stay: what they make is zero, and so is their gradient.
+sub-block and direction; forward one for both, where attention and mlp stand side by side. Fewer kv heads
+than ranks: neighbours share one, and its gradient is partial over 'tp/share'. A vocabulary or an ffn that
+does not divide is padded; padding belongs to no box, and an ffn's is zeros that stay: what they make is
+zero, and so is their gradient.
 """
 
 from __future__ import annotations
 
 from partita.base.errors import Problem
-from partita.parallel.room import Request, copy_rule, cut_everywhere, error, sum_rule
-from partita.spec.program import Program
+from partita.parallel.room import (
+    Request,
+    copy_rule,
+    cut_everywhere,
+    error,
+    sum_once,
+    sum_rule,
+)
+from partita.spec.program import Block, Program
 
 DIMS = ("heads", "kv_heads", "ffn", "vocab")
 
 
 def problems(job: Request) -> list[Problem]:
-    """tp divides heads; kv heads divide tp or the other way round; vocab has a row a rank."""
+    """tp divides heads; kv heads divide tp or the other way round."""
     tp, m = job.plan.mesh.tp, job.model
     found = []
     if tp > 1 and m.heads % tp:
         found.append(_divides("heads", "query heads", m.heads, tp, job))
     if tp > 1 and m.kv_heads % tp and tp % m.kv_heads:
         found.append(_divides("kv_heads", "key/value heads", m.kv_heads, tp, job))
-    if m.vocab < tp:
-        message = f"{m.vocab} vocabulary rows cannot lie on {tp} ranks"
-        found.append(error("tp", "vocab", message, asked=f"tp{tp}", limit=f"tp <= {m.vocab}"))
     return found
 
 
@@ -34,7 +39,7 @@ def legal(job: Request, tp: int) -> bool:
     """Whether every dim of the model lies on tp ranks."""
     m = job.model
     shares = m.kv_heads % tp == 0 or tp % m.kv_heads == 0
-    return m.heads % tp == 0 and shares and m.vocab >= tp
+    return m.heads % tp == 0 and shares
 
 
 def _divides(rule: str, what: str, size: int, tp: int, job: Request) -> Problem:
@@ -56,4 +61,8 @@ def lay(job: Request, program: Program) -> Program:
     """Cuts DIMS by tp and inserts its regions. Nothing moves at tp 1."""
     if job.plan.mesh.tp == 1:
         return program
-    return program.map(lambda b: sum_rule(copy_rule(cut_everywhere(b, DIMS, "tp"), "tp"), "tp"))
+
+    def block(b: Block) -> Block:
+        return sum_once(sum_rule(copy_rule(cut_everywhere(b, DIMS, "tp"), "tp"), "tp"), "tp")
+
+    return program.map(block)

@@ -17,11 +17,12 @@ from partita.schedule.clock import Costs, clock, makespan, peak_share
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make.families import require, vee
 from partita.schedule.make.zb_v import zb_v
-from partita.schedule.synth.flow import flow_like, orders_of, schedule_of
+from partita.schedule.synth.flow import flow_like, flow_of, orders_of, schedule_of, starts_of
 from partita.schedule.synth.lists import justified
 
 Block = Callable[[int], tuple[int, int, int, int]]  # rank -> slots of F0, F1, I1, I0
 _PERIOD = 6
+_STEADY = 8  # of p microbatches: more of them change neither warm-up nor drain
 
 
 def v_half(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -69,9 +70,10 @@ def v_share(num: int, den: int, num_ranks: int, num_microbatches: int) -> Schedu
     name, p, m = f"v_{num}_{den}", num_ranks, num_microbatches
     require(3 * num >= den >= num, name, f"p={p}, m={m}", "1/3 <= num/den <= 1")
     shares = -(-p * num // den) + 1
-    made = [_within(name, p, m, _min, shares), v_min(p, m), v_half(p, m), zb_v(p, m)]
-    fit = [s for s in made if max(peak_share(s)) <= shares]
-    return replace(min(fit, key=lambda s: makespan(clock(s))), name=name)
+    makers = [lambda p, m: _within(name, p, m, _min, shares), v_min, v_half, zb_v]
+    short = [make(p, min(m, _STEADY * p)) for make in makers]
+    fit = [(makespan(clock(s)), i) for i, s in enumerate(short) if max(peak_share(s)) <= shares]
+    return replace(makers[min(fit)[1]](p, m), name=name)
 
 
 def _half(p: int) -> Block:
@@ -109,6 +111,27 @@ def _rank(rank: int, p: int, m: int, starts: tuple[int, int, int, int]) -> list[
 @lru_cache(maxsize=16)  # v_share asks for its neighbours again and again
 def _within(name: str, p: int, m: int, block: Callable[[int], Block], shares: int) -> Schedule:
     """The block repeated and squeezed, warm-up and drain reordered within `shares`."""
+    limits = (2 * shares,) * p
+    if m > _STEADY * p:
+        longer = _lengthened(_within(name, p, _STEADY * p, block, shares), m, limits)
+        if longer is not None:
+            return longer
     made = _repeated(name, p, m, block(p))
-    flow = flow_like(made, Costs.equal(made), (2 * shares,) * p)
+    flow = flow_like(made, Costs.equal(made), limits)
     return schedule_of(flow, justified(flow, orders_of(flow, made))[1], name)
+
+
+def _lengthened(short: Schedule, m: int, limits: tuple[int, ...]) -> Schedule | None:
+    """The schedule with m microbatches, where every rank's steady state is one that can last: what it does in
+    the middle of its order done so many times more, in as much time each."""
+    more = m - short.num_microbatches
+    flow = flow_of(short.placements, m, Costs.equal(short), limits)
+    orders, steady = orders_of(flow, short), True
+    for r, order in enumerate(orders):
+        half = len(order) // 2
+        again = order[half - _PERIOD : half]
+        steady = steady and len(set(again)) == _PERIOD
+        orders[r] = order[:half] + again * more + order[half:]
+    times = starts_of(flow, orders) if steady else None
+    at_most = makespan(clock(short)) + _PERIOD / 2 * more
+    return schedule_of(flow, orders, short.name) if times and times[0] <= at_most else None

@@ -184,20 +184,21 @@ def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | N
     """(makespan with tails, start of each item in each rank's order), ranks in order; None in a deadlock."""
     ends: list[list[float]] = [[] for _ in flow.names]
     starts: list[list[float]] = [[] for _ in orders]
-    place, free = [0] * len(orders), list(flow.release)
+    free = list(flow.release)
     waiting: dict[int, list[int]] = {}
     ready = list(range(len(orders)))
-    needs, seconds = flow.needs, flow.seconds
+    streams = [
+        (mine, seconds, [(ends[need], lag, need) for need, lag in needs])
+        for mine, seconds, needs in zip(ends, flow.seconds, flow.needs, strict=True)
+    ]
     while ready:
         r = ready.pop()
-        order, i, now, own = orders[r], place[r], free[r], starts[r]
-        size = len(order)
-        while i < size:
+        order, now, own = orders[r], free[r], starts[r]
+        for i in range(len(own), len(order)):
             x = order[i]
-            mine = ends[x]
+            mine, seconds, needs = streams[x]
             k, start = len(mine), now
-            for need, lag in needs[x]:
-                there = ends[need]
+            for there, lag, need in needs:
                 if len(there) <= k:
                     waiting.setdefault(need, []).append(r)
                     break
@@ -205,14 +206,13 @@ def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | N
                     start = there[k] + lag
             else:
                 own.append(start)
-                now = start + seconds[x]
+                now = start + seconds
                 mine.append(now)
-                i += 1
                 if x in waiting:
                     ready += waiting.pop(x)
                 continue
             break
-        place[r], free[r] = i, now
+        free[r] = now
     if any(len(own) < len(order) for own, order in zip(starts, orders, strict=True)):
         return None
     return max(f + t for f, t in zip(free, flow.tail, strict=True)), starts

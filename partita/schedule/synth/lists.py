@@ -45,55 +45,80 @@ BACKWARD_FIRST = Rule(F=LAST)
 class _Rank:
     """One rank's old order, and which of its items are taken."""
 
-    def __init__(self, flow: Flow, rank: int, order: Sequence[int], rule: Rule):
-        self.flow, self.order, self.limit = flow, order, flow.limits[rank]
-        self.streams = flow.streams_of(rank)
-        self.places: dict[int, list[int]] = {x: [] for x in self.streams}
+    def __init__(
+        self, flow: Flow, rank: int, order: Sequence[int], rule: Rule, ends: list[list[float]]
+    ) -> None:
+        self.order, self.held, self.limit = order, flow.held, flow.limits[rank]
+        places: dict[int, list[int]] = {x: [] for x in flow.streams_of(rank)}
         self.occurrence = []
         for i, x in enumerate(order):
-            self.occurrence.append(len(self.places[x]))
-            self.places[x].append(i)
-        self.offset = {x: rule.offset(flow, x) for x in self.streams}
-        self.taken = dict.fromkeys(self.streams, 0)
+            self.occurrence.append(len(places[x]))
+            places[x].append(i)
+        # a stream, the places of its items, its offset, and when what it needs ends
+        self.streams = [
+            (x, own, rule.offset(flow, x), [(ends[need], lag) for need, lag in flow.needs[x]])
+            for x, own in places.items()
+        ]
+        self.taken = [0] * len(flow.names)
         self.head, self.holds = 0, 0.0
         self.free, self.new = flow.release[rank], []
         self.slack = EPSILON * max(map(abs, flow.held))
 
-    def safe(self, x: int) -> bool:
-        """Whether x may run next and the rest of the old order behind it."""
-        w = self.flow.held[x]
+    def safe(self, x: int, place: int) -> bool:
+        """Whether x, from its place, may run next and the rest of the old order behind it."""
+        w = self.held[x]
         if w <= 0:
             return True
-        place, held, taken = self.places[x][self.taken[x]], self.flow.held, self.taken
+        held, taken, order, occurrence = self.held, self.taken, self.order, self.occurrence
         room = self.limit + self.slack - w
         now = self.holds
         if now > room:
             return False
         for i in range(self.head, place):
-            y = self.order[i]
-            if self.occurrence[i] >= taken[y]:
+            y = order[i]
+            if occurrence[i] >= taken[y]:
                 now += held[y]
                 if now > room:
                     return False
         return True
 
+    def choice(self, now: float, patience: float) -> tuple[int, float]:
+        """(stream, when it is ready) of best priority among those ready and safe; -1 for none."""
+        best, best_key, best_ready, taken = -1, 0.0, 0.0, self.taken
+        for x, places, offset, needs in self.streams:
+            k = taken[x]
+            if k >= len(places):
+                continue
+            key = places[k] + offset
+            if best >= 0 and key >= best_key:
+                continue
+            ready = 0.0
+            for there, lag in needs:
+                if len(there) <= k:
+                    break
+                if there[k] + lag > ready:
+                    ready = there[k] + lag
+            else:
+                if ready <= now + patience and self.safe(x, places[k]):
+                    best, best_key, best_ready = x, key, ready
+        return best, best_ready
+
     def take(self, x: int, end: float) -> None:
         """Runs x until `end`."""
-        self.holds += self.flow.held[x]
+        self.holds += self.held[x]
         self.taken[x] += 1
         self.new.append(x)
         self.free = end
-        while (
-            self.head < len(self.order)
-            and self.occurrence[self.head] < self.taken[self.order[self.head]]
-        ):
-            self.head += 1
+        order, occurrence, taken, head = self.order, self.occurrence, self.taken, self.head
+        while head < len(order) and occurrence[head] < taken[order[head]]:
+            head += 1
+        self.head = head
 
 
 def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
     """New orders, as the module says. `orders` must run and fit."""
-    ranks = [_Rank(flow, r, order, rule) for r, order in enumerate(orders)]
     ends: list[list[float]] = [[] for _ in flow.names]
+    ranks = [_Rank(flow, r, order, rule, ends) for r, order in enumerate(orders)]
     scale = max(flow.seconds, default=1.0) or 1.0
     eps = EPSILON * scale
     events = [(release, r) for r, release in enumerate(flow.release)]
@@ -103,7 +128,7 @@ def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
         rank = ranks[r]
         if rank.free > now + eps:
             continue
-        best, start = _choice(flow, rank, ends, now + eps, rule.patience)
+        best, start = rank.choice(now + eps, rule.patience)
         if best < 0:
             continue
         end = max(start, now) + flow.seconds[best]
@@ -116,31 +141,6 @@ def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
                 if rule.patience:
                     heapq.heappush(events, (max(now, end + lag - rule.patience), flow.rank[fed]))
     return [rank.new for rank in ranks]
-
-
-def _choice(
-    flow: Flow, rank: _Rank, ends: list[list[float]], now: float, patience: float
-) -> tuple[int, float]:
-    """(stream, when it is ready) of best priority among those ready and safe; -1 for none."""
-    best, best_key, best_ready = -1, 0.0, 0.0
-    for x in rank.streams:
-        k = rank.taken[x]
-        if k >= flow.count[x]:
-            continue
-        key = rank.places[x][k] + rank.offset[x]
-        if best >= 0 and key >= best_key:
-            continue
-        ready = 0.0
-        for need, lag in flow.needs[x]:
-            there = ends[need]
-            if len(there) <= k:
-                break
-            if there[k] + lag > ready:
-                ready = there[k] + lag
-        else:
-            if ready <= now + patience and rank.safe(x):
-                best, best_key, best_ready = x, key, ready
-    return best, best_ready
 
 
 def justified(

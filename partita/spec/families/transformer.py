@@ -81,8 +81,10 @@ class Family:
     def linear(
         self, w: Writer, name: str, x: str, out: tuple[str, str], weight: str, sums: str
     ) -> str:
-        """A linear, and behind it its bias over the dims of its output that the weight has."""
-        if not self.biased:
+        """A linear, and behind it its bias over the dims of its output that the weight has; of what is added
+        up before biases are, behind the sum."""
+        late = self.spec.parallel_residual and out[0] in ("ao", "mo")
+        if late or not self.biased:
             return w.linear(name, x, out, weight, sums)
         y = w.linear(name, x, (f"{out[0]}.mm", out[1]), weight, sums)
         own = " ".join(d for d in out[1].split() if d in weight.split())
@@ -118,6 +120,10 @@ class Family:
     def flash(self, w: Writer, q: str, k: str, v: str) -> str:
         """FLOPs are those of the full square: 4 a point (model_full), 2 where values are narrower."""
         w.tensor("lse", "batch seq heads", "stat")
+        scratch = ""
+        if self.spec.alibi:  # what is added to scores, and how far keys lie behind
+            scratch = w.tensor("falls", "heads seq keys", "constant")
+            scratch += f" {w.tensor('behind', 'seq keys', 'route')}"
         out, grid, flops = Q, GRID, 4
         if self.spec.latent is not None:
             out, grid, flops = "batch seq heads v_dim", "batch heads seq keys qk_v", 2
@@ -130,6 +136,7 @@ class Family:
             space=grid,
             flops_per_point=flops,
             saves=f"{q} {k} {v} a lse",
+            scratch=scratch,
             cheap=True,
         )
 
@@ -178,11 +185,22 @@ class Family:
             w.sizes = {**w.sizes, **expert_sizes(self.spec, self.batch, self.seq)}
         x = w.tensor("x", X)
         ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"))
+        if self.spec.parallel_residual:
+            return w.block(x, self.beside(w, x, ao))
         x1 = self.residual(w, "attention", x, ao, "x1")
-        n2 = self.norm(w, "mlp.norm", x if self.spec.parallel_residual else x1, "n2")
+        n2 = self.norm(w, "mlp.norm", x1, "n2")
         if experts:
             return w.block(x, self.residual(w, "combine", x1, moe(self.spec, w, n2), "x2"))
         return w.block(x, self.residual(w, "mlp", x1, self.mlp(w, n2), "x2"))
+
+    def beside(self, w: Writer, x: str, ao: str) -> str:
+        """The mlp on attention's input: what both make is added up, then their biases and x."""
+        mo = self.mlp(w, self.norm(w, "mlp.norm", x, "n2"))
+        y = w.op("mlp.join", "map", f"{ao} {mo}", ("both", X))
+        for name, out in (("attention.wo", "both_wo"), ("mlp.fc2", "both_fc2")):
+            weight, last = f"{name}_bias", name.rpartition(".")[2]
+            y = w.op(f"mlp.{last}_bias", "bias", y, (out, X), weights={weight: "hidden"})
+        return self.residual(w, "mlp", x, y, "x2")
 
     def embedding(self) -> Block:
         """Token table; for GPT-2 positions and dropout, for BLOOM a norm."""

@@ -36,13 +36,14 @@ class Writer:
 
     def op(self, name: str, kind: str, reads: str, out: tuple[str, str], **facts: Any) -> str:
         """Appends an op that writes `out` = (tensor, dims). Facts: weights {'name': 'dims'}, role,
-        space and saves as names, and any field of Op. Returns the tensor's name."""
+        space, saves and scratch as names, and any field of Op. Returns the tensor's name."""
         tensor, dims = out
         self.tensor(tensor, dims, facts.pop("role", "value"))
         weights: Mapping[str, str] = facts.pop("weights", {})
         for weight, weight_dims in weights.items():
             self.tensor(weight, weight_dims, "weight")
         space, saves = facts.pop("space", ""), facts.pop("saves", "")
+        scratch: str = facts.pop("scratch", "")
         self.ops.append(
             Op(
                 name,
@@ -51,6 +52,7 @@ class Writer:
                 tensor,
                 tuple(weights),
                 saves=tuple(saves.split()),
+                scratch=tuple(scratch.split()),
                 space=self.dims(space),
                 **facts,
             )

@@ -1,0 +1,173 @@
+"""fp32 products of small matrices by oneDNN's small-matrix kernel, without a layer's way to it.
+
+torch exports `at::native::cpublas::brgemm` (ATen/native/CPUBlas.h), for what its compiler writes in C++. Its
+parameters are in its name: a torch that has it otherwise has nothing of this name, and products are made as
+before. A call takes 1 us (torch.mm 4, a linear of oneDNN's 8); 48 rows of 128 by 88 take 6.5 us on Zen 5, by
+MKL 12.8; a kernel, one for each (rows, columns, summed, strides) and thread, 16 to 78 kB and 50 us to make
+where a linear's takes 580 kB and 400 us.
+
+    out [rows, columns] (+)= left [rows, summed] right [summed, columns]
+
+Rows of each lie side by side; what does not lie so is transposed first, by fbgemm's kernel. Matrices of the
+right that fit a core's second cache are multiplied as they are, 128 rows of the left at a time: these are
+meant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partita.spec.program import LITTLE_MATRIX, LITTLE_ROWS
+
+BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+TRANSPOSE = "_ZN6fbgemm14transpose_simdIfEEvllPKT_lPS1_l"
+FITS = LITTLE_MATRIX
+BLOCK = (
+    LITTLE_ROWS  # are given to a kernel at a time: of whatever number, no more kernels than these
+)
+WIDTH = 4  # bytes of an element
+
+
+@cache
+def kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """(brgemm, transposition) of torch's library; None where it has no such names."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        multiply, transpose = library[BRGEMM], library[TRANSPOSE]
+    except (OSError, AttributeError):
+        return None
+    size, place, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool
+    multiply.restype = transpose.restype = None
+    multiply.argtypes = [*[size] * 6, flag, place, place, place, flag]
+    transpose.argtypes = [size, size, place, size, place, size]
+    return multiply, transpose
+
+
+def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    found = kernels()
+    assert found is not None, "is_little was not asked"
+    return found
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """(address, elements from row to row) of a matrix, which somebody must hold until it is used."""
+    assert x.dtype == torch.float32 and x.dim() == 2 and x.stride(1) == 1, (x.dtype, x.stride())
+    return x.data_ptr(), max(x.stride(0), x.shape[1])  # of one row torch may say anything
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]  # an expanded row is not
+    return x if apart else x.contiguous()
+
+
+def turned(x: Tensor) -> Tensor:
+    """x.t() [columns, rows], in rows."""
+    rows, columns = x.shape
+    if x.stride(0) == 1:
+        return x.t()
+    x, out = _in_rows(x), x.new_empty(columns, rows)
+    _kernels()[1](rows, columns, *_place(x), *_place(out))
+    return out
+
+
+def add(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """out [rows, columns] += dy.T x, of dy [tokens, rows] and x [tokens, columns]."""
+    tokens = dy.shape[0]
+    if tokens > BLOCK:
+        _add_grouped(out.unsqueeze(0), _in_rows(dy), _in_rows(x), (tokens,))
+        return
+    left, x = _in_rows(turned(dy)), _in_rows(x)
+    assert out.shape == (left.shape[0], x.shape[1]) and x.shape[0] == tokens, (dy.shape, x.shape)
+    (a, lda), (b, ldb), (c, ldc) = map(_place, (left, x, out))
+    _kernels()[0](*out.shape, tokens, lda, ldb, ldc, True, a, b, c, False)
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., columns] by weight [rows, columns], however it lies: x W.T."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    _grouped(out.view(-1, weight.shape[0]), flat, turned(weight).unsqueeze(0), (flat.shape[0],))
+    return out
+
+
+def _groups(counts: Sequence[int], matrix: int) -> Iterator[tuple[slice, slice]]:
+    """(matrices, their rows): some at a time, that fit together."""
+    each, first = max(FITS // matrix, 1), 0
+    for at in range(0, len(counts), each):
+        rows = sum(counts[at : at + each])
+        yield slice(at, at + each), slice(first, first + rows)
+        first += rows
+
+
+def grouped(out: Tensor, x: Tensor, weights: Tensor, counts: Sequence[int], back: bool) -> None:
+    """out = x W.T, or `back` x W, of each matrix W of weights [matrices, rows, columns] and its `counts` of
+    the rows of x. Narrower operands are widened, and what is made is rounded once."""
+    for some, rows in _groups(counts, weights[0].numel()):
+        wide = weights[some].to(torch.float32)
+        if not back:
+            wide = _each_turned(wide.contiguous())
+        into = out[rows]
+        made = into
+        if out.dtype != torch.float32:
+            made = into.new_empty(into.shape, dtype=torch.float32)
+        _grouped(made, x[rows].to(torch.float32), wide, counts[some])
+        if made is not into:
+            into.copy_(made)
+
+
+def _each_turned(weights: Tensor) -> Tensor:
+    experts, rows, columns = weights.shape
+    out, (_, turn) = weights.new_empty(experts, columns, rows), _kernels()
+    a, b, step = weights.data_ptr(), out.data_ptr(), WIDTH * rows * columns
+    for _ in range(experts):
+        turn(rows, columns, a, columns, b, rows)
+        a, b = a + step, b + step
+    return out
+
+
+def _grouped(out: Tensor, x: Tensor, rights: Tensor, counts: Sequence[int]) -> None:
+    summed, columns = rights.shape[1:]
+    assert x.shape == (sum(counts), summed) and out.shape == (sum(counts), columns)
+    assert rights.dtype == torch.float32
+    x, rights, (multiply, _) = _in_rows(x), rights.contiguous(), _kernels()
+    (a, lda), (c, ldc), b = _place(x), _place(out), rights.data_ptr()
+    for count in counts:
+        for rows in _blocks(count):
+            multiply(rows, columns, summed, lda, columns, ldc, False, a, b, c, False)
+            a, c = a + WIDTH * rows * lda, c + WIDTH * rows * ldc
+        b += WIDTH * summed * columns
+
+
+def add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+    """gradients [matrices, rows, columns] += dy.T x of each one's `counts` of rows; narrower ones widened."""
+    for some, rows in _groups(counts, gradients[0].numel()):
+        d, wide = _in_rows(dy[rows].to(torch.float32)), _in_rows(x[rows].to(torch.float32))
+        _add_grouped(gradients[some], d, wide, counts[some])
+
+
+def _add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+    rows, columns = gradients.shape[1:]
+    assert dy.shape == (sum(counts), rows) and x.shape == (sum(counts), columns)
+    assert gradients.is_contiguous() and gradients.dtype == torch.float32
+    (multiply, turn), left = _kernels(), dy.new_empty(rows, BLOCK)  # strides that come again
+    (a, lda), (b, ldb), c = _place(dy), _place(x), gradients.data_ptr()
+    at = left.data_ptr()
+    for count in counts:
+        for some in _blocks(count):
+            turn(some, rows, a, lda, at, BLOCK)
+            multiply(rows, columns, some, BLOCK, ldb, columns, True, at, b, c, False)
+            a, b = a + WIDTH * some * lda, b + WIDTH * some * ldb
+        c += WIDTH * rows * columns
+
+
+def _blocks(count: int) -> Sequence[int]:
+    whole, rest = divmod(count, BLOCK)
+    return (*(BLOCK,) * whole, rest) if rest else (BLOCK,) * whole

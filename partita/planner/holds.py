@@ -1,0 +1,44 @@
+"""What a schedule holds at once, for all sizes of a microbatch in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partita.planner.table import Probe
+
+
+@dataclass(frozen=True)
+class Holds:
+    """As `Probe` says it of each size: `chunks`, and those that `wait`, [size, moment, rank, stage of its
+    own], if any; `later` [size, rank, stage of its own]. Of a size without a probe nothing is held."""
+
+    chunks: np.ndarray
+    wait: np.ndarray | None
+    later: np.ndarray
+
+    @staticmethod
+    def of(probes: Sequence[Probe | None], held: np.ndarray) -> Holds | None:
+        """From the probes that are there, if any; `held` [rank, stage of its own] as they have it."""
+        known = [p for p in probes if p is not None]
+        if not known:
+            return None
+        moments, ranks = max(len(p.chunks) for p in known), np.arange(len(held))[:, None]
+        chunks, wait = np.zeros((2, len(probes), moments, *held.shape))
+        later = np.zeros((len(probes), *held.shape))
+        for i, p in enumerate(probes):
+            if p is not None:
+                at = slice(len(p.chunks))
+                chunks[i, at], wait[i, at] = p.chunks[:, ranks, held], p.wait[:, ranks, held]
+                later[i] = p.later[ranks, held]
+        return Holds(chunks, wait if wait.any() else None, later)
+
+    def most(self, kept: np.ndarray, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[size, rank] bytes of activations at once, and behind a first backward of all of a rank's stages:
+        of a chunk [rank, stage of its own] those `kept`, and what its weight half reads beyond."""
+        held = np.einsum("smro,ro->smr", self.chunks, kept)
+        if self.wait is not None:
+            held += np.einsum("smro,ro->smr", self.wait, more)
+        return held.max(1), np.einsum("sro,ro->sr", self.later, kept)

@@ -1,0 +1,186 @@
+"""The worst moment inside a block: bytes beyond what a microbatch of it keeps.
+
+A walk over its ops, forward and backward, of what is there at each:
+
+    forward     a value from the op that writes it to the last that reads it; of what is kept, what is made
+    backward    a gradient from the last op that reads its value to the one that wrote it; of what is kept,
+                what an op wants that is still to come; what moves again, and what is made again
+
+A little matrix in fp32 is turned for forward (parallel/brgemm.py; elsewhere half a MiB less is held). A layer
+with matmuls among what it makes again does so as a whole, before its backward, which holds its output
+too; else each piece is made where backward comes to the ops that want it. What comes round a ring is seen
+share by share, two at a time. A value that carries no gradient has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from partita.parallel.read import bytes_of, once, replayed
+from partita.spec.program import DRAWN_AT_ONCE, LITTLE_MATRIX, LITTLE_ROWS, Block, Op, Sizes
+
+DRAWN_BYTES = 44  # of an element of a mask while it is drawn: int64 words of Philox (comm/seeds.py)
+
+Span = tuple[int, int, int]  # first and last op, bytes
+
+
+@once
+def transient_bytes(block: Block, sizes: Sizes, goes: bool = True) -> int:
+    """At the worst moment. `goes`: what is kept is let go of op by op, else with the whole block."""
+    return worst_op(block, sizes, goes)[0]
+
+
+@once
+def worst_op(block: Block, sizes: Sizes, goes: bool = True, beside: int = 0) -> tuple[int, int]:
+    """(bytes at the worst moment, of what the block keeps those that are not there then). `beside`: what of
+    other things stands beside a backward alone, which tells which moment it is."""
+    walk, found = _Walk(block, sizes, goes), list[tuple[int, int, int]]()
+    for more, spans in ((0, list(walk.forward())), (beside, list(walk.backward()))):
+        sums = _sums(spans, walk.count)
+        at = max(range(walk.count), key=sums.__getitem__)
+        gone = -sum(size for first, last, size in spans if size < 0 and first <= at <= last)
+        found.append((sums[at] + more, sums[at], gone))
+    return max(0, *(size for _, size, _ in found)), max(found)[2]
+
+
+def _sums(spans: Iterable[Span], count: int) -> list[int]:
+    """[op]: bytes that are there."""
+    steps = [0] * (count + 1)
+    for first, last, size in spans:
+        if first <= last:
+            steps[max(first, 0)] += size
+            steps[last + 1] -= size
+    return list(accumulate(steps[:-1]))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Spans of a block's tensors over its ops, beyond what the block keeps."""
+
+    block: Block
+    sizes: Sizes
+    goes: bool
+
+    @cached_property
+    def ops(self) -> list[Op]:
+        return self.block.ops()
+
+    @property
+    def count(self) -> int:
+        return len(self.ops)
+
+    @cached_property
+    def each(self) -> dict[str, int]:
+        """Bytes of each tensor, of what comes round a ring two shares."""
+        each = bytes_of(self.block, self.sizes)
+        return each | {op.writes: 2 * each[op.reads[0]] for op in self.ops if op.kind == "ring"}
+
+    @cached_property
+    def written(self) -> dict[str, int]:
+        """Which op makes a tensor; none before the first, which makes the input."""
+        found = {op.writes: i for i, op in enumerate(self.ops)}
+        for i, op in enumerate(self.ops):
+            for t in op.saves:
+                found.setdefault(t, i if self.block.tensors[t].role == "stat" else -1)
+        return {**found, self.block.input: -1}
+
+    @cached_property
+    def read(self) -> dict[str, int]:
+        """The last op that reads it; the output is there to the end."""
+        found = {t: i for i, op in enumerate(self.ops) for t in op.reads}
+        return {**found, self.block.output: self.count - 1}
+
+    @cached_property
+    def saved(self) -> dict[str, tuple[int, int]]:
+        """The first and the last op whose backward reads it."""
+        found: dict[str, tuple[int, int]] = {}
+        for i, op in enumerate(self.ops):
+            for t in op.saves:
+                found[t] = found.get(t, (i, i))[0], i
+        return found
+
+    @cached_property
+    def again(self) -> dict[str, int]:
+        """What is made again: up to which op it is there."""
+        made = replayed(self.block)
+        held = (
+            {t for op in self.ops for t in op.saves if t not in self.block.kept} if made else set()
+        )
+        if any(op.kind == "linear" for op in made):
+            return dict.fromkeys(held, self.count - 1)
+        ends = dict[str, int]()
+        for op in reversed(made):  # what follows from a piece is made with it
+            mine = {op.writes, *op.saves} - self.block.kept
+            end = max((self.saved[t][1] for t in mine if t in self.saved), default=-1)
+            end = max([end, *(ends.get(t, -1) for t in mine)])
+            ends |= dict.fromkeys((*mine, *op.reads), end)
+        return {t: ends[t] for t in held if t in ends}
+
+    def forward(self) -> Iterable[Span]:
+        """Of a forward, or of a layer that is made again."""
+        kept, whole = self.block.kept, self._whole
+        ends = {op.segment: i for i, op in enumerate(self.ops)}
+        for t, at in self.written.items():
+            if t in kept and at >= 0:  # while what makes it runs it is not yet kept
+                is_stat = self.block.tensors[t].role == "stat"
+                end = ends[self.ops[at].segment] if is_stat else at
+                yield 0, end, -self.each[t]
+                yield at, end, self.each[t]
+            elif t in kept:
+                continue
+            elif t in self.again and whole:
+                yield at, self.count - 1, self.each[t]
+            elif at >= 0:
+                yield at, self.read.get(t, at), self.each[t]
+        for i, op in enumerate(self.ops):  # turned
+            yield i, i, sum(self.each[w] for w in op.weights if self._is_little(w))
+        if whole:  # the gradient that waits for it
+            yield 0, self.count - 1, self.each[self.block.output]
+        yield from self._beside()
+
+    def backward(self) -> Iterable[Span]:
+        """Of a backward."""
+        tensors, kept = self.block.tensors, self.block.kept
+        for t, at in self.written.items():
+            if tensors[t].role in ("value", "aux"):
+                yield at, self.read.get(t, at), self.each[t]
+            if t in kept and t in self.saved and self.goes:
+                yield 0, self.saved[t][0] - 1, -self.each[t]
+        for t, end in self.again.items():
+            yield self.saved[t][0], end, self.each[t]
+        if self._whole:
+            yield 0, self.count - 1, self.each[self.block.output]
+        for i, op in enumerate(self.ops):
+            yield i, i, sum(self._gradient(op, w) for w in op.weights)
+            if any(e.phase == "B" and not e.gradient for e in op.events):
+                wants = [k for k, o in enumerate(self.ops) if op.writes in o.reads]
+                yield min(wants, default=i), max(wants, default=i), self.each[op.writes]
+        yield from self._beside()
+
+    def _is_little(self, weight: str) -> bool:
+        elements = self.block.tensors[weight].local(self.sizes)
+        return elements <= LITTLE_MATRIX and self.each[weight] == 4 * elements
+
+    def _gradient(self, op: Op, weight: str) -> int:
+        """What makes a weight's gradient: its product, to be added; of a little one in fp32, added as it
+        is made, some rows of the output's gradient turned."""
+        if not self._is_little(weight):
+            return self.each[weight]
+        columns = self.block.tensors[weight].dims[-1].local(self.sizes)
+        return min(self.each[op.writes], LITTLE_ROWS * self.each[weight] // columns)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the layer is made again as one."""
+        return any(op.kind == "linear" for op in replayed(self.block))
+
+    def _beside(self) -> Iterable[Span]:
+        """What lives inside an op alone, forward and backward."""
+        for i, op in enumerate(self.ops):
+            yield i, i, sum(self.each[t] for t in op.scratch)
+            if op.kind == "mask":
+                elements = self.block.tensors[op.writes].local(self.sizes)
+                yield i, i, DRAWN_BYTES * min(elements, DRAWN_AT_ONCE)

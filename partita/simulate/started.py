@@ -1,0 +1,74 @@
+"""What programs of an era start for a kernel or a call of a block, and how long that takes.
+
+A graph of kernels (CUDA graphs, a compiled program) takes no host; one that holds a layer but for what lies
+between its router and where rows are added leaves those kernels to the host, which knows how many rows each
+expert has only when the device does: it starts none of them before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from partita.cost.empirical import HOST_S
+from partita.cost.kernels import Kernel, launches
+from partita.cost.machine import Machine, Software
+from partita.parallel.read import Call
+from partita.simulate.work import STATE_BYTES
+
+UNFUSED = {
+    "F": (3, 4, 4, 4, 3),
+    "B": (3, 6, 4, 4, 3),
+}  # passes over 16-bit scores of each kernel of an unfused softmax
+UNFUSED_LOSS = {
+    "F": (8, 8, 8, 8),
+    "I": (8, 6),
+}  # bytes a logit: widened, less the wide maximum, exponentials, over their sum; scaled, narrowed
+FRESH_BYTES = 2  # of a gradient that a 16-bit matmul writes
+
+
+def host_seconds(started: Kernel | Call, machine: Machine) -> float:
+    """Seconds of the host for a kernel or a call. Of kernels that one call of the program starts, as those of
+    experts one by one, each further one takes what starting a kernel does."""
+    era, more = machine.software, 0
+    if isinstance(started, Kernel):
+        routed, more = started.routed, launches(started, era) - 1
+    else:
+        routed = is_exchange(started)
+    call_s = HOST_S if routed and era.starts_experts else era.host_s
+    return call_s + more * machine.constants.launch_s if call_s else 0.0
+
+
+def kernel_times(kernel: Kernel, era: Software) -> float:
+    """How many times as long a kernel takes in a program of the era."""
+    return era.experts if kernel.routed and kernel.kind != "matmul" else 1.0
+
+
+def call_times(call: Call, era: Software) -> float:
+    """How many times as long a call takes in a program of the era."""
+    return era.experts if is_exchange(call) else 1.0
+
+
+def is_exchange(call: Call) -> bool:
+    """Whether it moves rows to experts, or back."""
+    return call.axes == ("ep",) and call.collective == "all_to_all"
+
+
+def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel]:
+    """A softmax whose matrices do not come in the number that a fused kernel works on (0: nothing does) is
+    five kernels: widened to fp32, scaled, masked, normalised, narrowed; and their backward. A loss that is
+    not fused (Megatron-LM's mpu/cross_entropy.py) passes over its logits in fp32 step by step. A weight's
+    gradient that its matmul does not add to those before it is written, then added."""
+    if kernel.adds and era.added_bytes:
+        elements = kernel.m * kernel.n * kernel.count
+        alone = replace(kernel, bytes=kernel.bytes - (STATE_BYTES - FRESH_BYTES) * elements)
+        return alone, Kernel("memory", float(era.added_bytes * elements), dtype=kernel.dtype)
+    if kernel.kind == "cast":
+        return (replace(kernel, bytes=float(era.cast_bytes * kernel.m)),)
+    if kernel.kind == "loss" and not era.fuses_loss:
+        steps = UNFUSED_LOSS["I" if part == "I" else "F"]
+        return [replace(kernel, kind="memory", bytes=float(n * kernel.m)) for n in steps]
+    if kernel.kind != "softmax" or (era.softmax_of and kernel.m % era.softmax_of == 0):
+        return (kernel,)
+    passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
+    return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]

@@ -1,0 +1,67 @@
+"""A segment that is one node of autograd is the same segment, bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import verify_jobs
+
+from partita.comm.single import SingleWorld
+from partita.parallel.chain import Chain
+from partita.train.build import assemble
+
+
+class Double(torch.autograd.Function):
+    """Keeps what it makes; notes how many of the kept tensors are alive when its backward runs."""
+
+    @staticmethod
+    def forward(ctx, x, made, alive):
+        y = 2 * x
+        made.append(y.data_ptr())
+        ctx.save_for_backward(x, y)
+        ctx.alive = alive
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.alive.append([t.data_ptr() for t in ctx.saved_tensors])
+        return 2 * dy, None, None
+
+
+def test_links_are_run_in_order_and_each_is_given_back_what_it_kept():
+    made, alive = [], []
+    x = torch.ones(3, requires_grad=True)
+    links = [(Double, made, alive)] * 3
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        y = Chain.apply(x, *links)
+    y.backward(torch.ones(3))
+    assert y.tolist() == [8.0] * 3 and x.grad.tolist() == [8.0] * 3
+    before = [x.data_ptr(), *made[:-1]]
+    assert alive == [list(pair) for pair in zip(before[::-1], made[::-1], strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_layer_in_parts_is_the_same(dtype, tmp_path):
+    built = assemble(verify_jobs.job(tmp_path, f"1mb {dtype}", "llama"), SingleWorld())
+    model, batch = built.model, built.batch(0).microbatches[0]
+    block, (unit, *_) = model.blocks[1], model.units
+    width = built.model.laid.request.model.hidden
+    dice = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, *batch.ids.shape, width, generator=dice).to(unit.working.dtype)
+
+    def run():
+        for u in model.units:
+            u.gradients.tensor.zero_()
+        leaf = x.clone().requires_grad_()
+        y = block.run(leaf, batch)
+        nodes = {type(f).__name__ for f, _ in y.grad_fn.next_functions}
+        y.backward(dy)
+        return [y, leaf.grad, *(u.gradients.tensor.clone() for u in model.units)], nodes
+
+    chained, nodes = run()
+    assert nodes == {"ResidualBackward"}
+    block.attention = replace(block.attention, chained=False)
+    block.mlp = replace(block.mlp, chained=False)
+    apart, nodes = run()
+    assert nodes != {"ResidualBackward"}
+    assert all(torch.equal(a, b) for a, b in zip(chained, apart, strict=True))
