@@ -12,7 +12,7 @@ import typer
 from partita.base.errors import Problem, ScheduleError, UsageError
 from partita.cli.draw_costs import Prices
 from partita.cli.drawing import Drawing, print_drawings, write_pictures
-from partita.cli.out import note, write_json
+from partita.cli.out import in_words, note, write_json
 from partita.schedule import clock as clocks
 from partita.schedule.check import check, over_limit
 from partita.schedule.clock import Pair
@@ -139,7 +139,7 @@ def draw(
 def _refuse(file: Path | None, wrong: list[Problem]) -> None:
     """Exits with 1 where a file's schedule cannot run, the first cause last on stderr."""
     if wrong:
-        cause = ", ".join(line.strip() for line in wrong[0].message.splitlines()[:2])
+        cause = ", ".join(in_words(wrong[0].message.splitlines()[:2]))
         note(f"partita: {file}: {wrong[0].rule}: {cause}")
         raise typer.Exit(1)
 

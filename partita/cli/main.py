@@ -24,7 +24,7 @@ import typer
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
 from partita.base.text import printable
-from partita.cli.out import failure_document, note, write_json, write_text
+from partita.cli.out import failure_document, in_words, note, write_json, write_text
 from partita.comm.lifeline import Lifeline
 from partita.comm.processes import STOPS, torchrun_rank
 
@@ -214,7 +214,7 @@ def _first_problem(error: PartitaError, below: list[str]) -> list[str]:
     if not isinstance(error, PlanError):
         return []
     if not error.problems:
-        return [line.strip() for line in below]
+        return in_words(below)
     first = error.problems[0]
     hint = f"; e.g. {first.nearest}" if first.nearest else ""
     return [first.room, first.message.splitlines()[0] + hint]

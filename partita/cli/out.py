@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from partita.base.errors import PartitaError, PlanError, Problem, UsageError, WriteError
 
 FORMAT = 1
+PICTURE = re.compile(r"\s*(rank \d+ +)?\|")
 
 
 def plain(value: Any) -> Any:
@@ -45,6 +47,11 @@ def note(text: str) -> None:
     """Progress and warnings, on stderr."""
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
+
+
+def in_words(lines: Iterable[str]) -> list[str]:
+    """Lines of a message, stripped, but for those of a picture below it: 'rank 1 | 1F0 1B1', '| ^-- here'."""
+    return [x.strip() for x in lines if not PICTURE.match(x)]
 
 
 def hold_place(path: Path | None) -> None:

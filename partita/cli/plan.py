@@ -87,14 +87,17 @@ def plan(
 
 def _measured(job: Job, answer: Answer, count: int) -> Answer:
     """The best plans run, and the fastest of them first; the others follow as they were."""
-    from partita.tune.measure import compared, feed, measure
+    from partita.tune.measure import compared, feed, measure, others
+    from partita.tune.others import busy_machine
 
     found = measure(job, answer.plans[:count])
     note(compared(found))
     note(feed(job, found))
     ran = {m.prediction.plan: (m.step_time_s, m.peak_bytes) for m in found}
     plans = (*(m.prediction for m in found), *answer.plans[count:])
-    return replace(answer, plans=plans, measured=ran)
+    taken = others(found)
+    texts = [text] if (text := busy_machine(taken or 0.0)) else []
+    return replace(answer, plans=plans, measured=ran, others=taken, texts=(*answer.texts, *texts))
 
 
 def _page(job: Job, answer: Answer) -> str:

@@ -1,15 +1,16 @@
 """The blocks of a convolutional model, built from the laid program as a transformer's are.
 
-    ConvLayers   x -> [gather] -> convolution -> ReLU -> [response norm] -> [max pooling]
+    ConvLayers   x -> [gather] -> convolution -> ReLU -> [[gather] -> response norm] -> [max pooling]
     DenseLayers  x -> [gather] -> linear -> ReLU -> [dropout]
-    Classes      x -> linear (its partial sums added up over split) -> cross-entropy
+    Classes      x -> [gather] -> linear (its partial sums added up over split) -> cross-entropy
 
-Between blocks lie [batch, groups of this rank, channels, height, width] and [batch, groups, units].
+Between blocks lie [batch, groups of this rank, its channels, height, width] and [batch, groups, units]: split
+cuts groups, tp the channels of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,27 +37,58 @@ def window_sums(x: Tensor) -> Tensor:
     return sum((wide.narrow(2, i, channels) for i in range(1, WINDOW)), wide.narrow(2, 0, channels))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which channels of a group a rank norms, first..end, of so many; and what it looks at for them."""
+
+    first: int
+    end: int
+    channels: int
+
+    @property
+    def sees(self) -> tuple[int, int]:
+        """(first, number) of the channels within the windows."""
+        first = max(self.first - WINDOW // 2, 0)
+        return first, min(self.end + WINDOW // 2, self.channels) - first
+
+    def own(self, x: Tensor) -> Tensor:
+        """Its channels, of those that it sees."""
+        return x.narrow(2, self.first - self.sees[0], self.end - self.first)
+
+
 class ResponseNorm(torch.autograd.Function):
     """x / (K + ALPHA sum of squares over neighbouring channels) ** BETA, within a group; keeps x alone.
     Statistics are fp32 (fp64 under fp64)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        """[b, groups, channels, rows, columns]."""
+    def forward(ctx, x: Tensor, share: Share) -> Tensor:
+        """[b, groups, channels, rows, columns] to the share's channels."""
         ctx.save_for_backward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * _scale(wide).pow_(-BETA)).to(x.dtype)
+        ctx.share = share
+        seen = x.narrow(2, *share.sees)
+        wide = seen if x.dtype == torch.float64 else seen.float()
+        return (share.own(wide) * share.own(_scale(wide)).pow_(-BETA)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        """dy s^-b - 2 a b x sum(dy x s^(-b-1)), s the scale."""
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """dy s^-b - 2 a b x sum(dy x s^(-b-1)), s the scale: this share's part of the gradient of x."""
         (x,) = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        dy = dy.to(wide.dtype)
+        share: Share = ctx.share
+        seen = x.narrow(2, *share.sees)
+        wide = seen if x.dtype == torch.float64 else seen.float()
+        given = dy.to(wide.dtype)
+        if given.shape != wide.shape:
+            given = torch.zeros_like(wide)
+            share.own(given).copy_(dy)
         scale = _scale(wide)
         power = scale.pow(-BETA)
-        inner = window_sums(dy * wide * power / scale)
-        return (dy * power - (2 * ALPHA * BETA) * wide * inner).to(x.dtype)
+        inner = window_sums(given * wide * power / scale)
+        found = (given * power - (2 * ALPHA * BETA) * wide * inner).to(x.dtype)
+        if found.shape == x.shape:
+            return found, None
+        whole = torch.zeros_like(x)
+        whole.narrow(2, *share.sees).copy_(found)
+        return whole, None
 
 
 def _scale(x: Tensor) -> Tensor:
@@ -69,7 +101,7 @@ class ImageBlock:
     def __init__(self, make: Maker, layers: Layers) -> None:
         self.training, self.loss_scale = True, 1.0
         self.recomputes, self.tape = bool(replayed(make.block)), make.regions.tape
-        self.layers = layers
+        self.layers, self.now = layers, make.now
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The block; under full recomputation x is kept, and what its tape keeps."""
@@ -79,6 +111,7 @@ class ImageBlock:
 
     def run(self, x: Tensor | None, batch: Any, replay: bool = False) -> Tensor:
         """The layers in order. What backward does not need is cheap here: a replay makes all of it."""
+        self.now.batch, self.now.training = batch, self.training
         return self.layers(x, batch, batch.step if self.training else -1)
 
 
@@ -90,13 +123,22 @@ class Layers(Protocol):
         ...
 
 
+def brought(x: Tensor, regions: tuple[Region, Region]) -> Tensor:
+    """x through two regions; where what the second one brings is known, the first moves nothing."""
+    first, second = regions
+    return second(first(x, second.is_known))
+
+
 @dataclass(frozen=True)
 class ConvLayers:
-    """Convolution, ReLU, response norm, max pooling. `region` gathers what the convolution sees; the first
-    one sees the pixels, and x is an empty place for backward to end at."""
+    """Convolution, ReLU, response norm, max pooling. `regions` gather what the convolution sees, and `around`
+    what the norm of a `share` does; the first one sees the pixels, and x is an empty place where backward
+    ends."""
 
     convolution: Convolution
-    region: Region
+    regions: tuple[Region, Region]
+    around: Region
+    share: Share
     sizes: Conv
     is_first: bool
 
@@ -107,10 +149,10 @@ class ConvLayers:
             y = self.convolution(batch.ids.to(self.convolution.kernel.value.dtype), entry)
         else:
             assert x is not None
-            y = self.convolution(self.region(x))
+            y = self.convolution(brought(x, self.regions))
         y = y.relu()
         if self.sizes.norm:
-            y = ResponseNorm.apply(y)
+            y = ResponseNorm.apply(self.around(y), self.share)
         if self.sizes.pool:
             groups = y.shape[1:3]
             y = max_pool2d(y.flatten(1, 2), POOL, POOL_STRIDE).unflatten(1, groups)
@@ -119,17 +161,18 @@ class ConvLayers:
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """A fully connected layer on all that `region` gathers, ReLU, dropout."""
+    """A fully connected layer on all that `regions` gather, ReLU, dropout."""
 
     linear: Column
-    region: Region
+    regions: tuple[Region, Region]
     shape: tuple[int, ...]  # of what it makes of an image: groups, units
     drop: Dropout | None
 
     def __call__(self, x: Tensor | None, batch: Any, step: int) -> Tensor:
         """[batch, groups, ...] -> [batch, groups, units]."""
         assert x is not None
-        y = self.linear(self.region(x).flatten(1)).unflatten(1, self.shape).relu()
+        x = brought(x, self.regions).flatten(1)
+        y = self.linear(x).unflatten(1, self.shape).relu()
         return y if self.drop is None or step < 0 else self.drop(y, step, batch)
 
 
@@ -140,18 +183,24 @@ class Classes:
         self.training, self.total_valid, self.loss_scale = True, 1, 1.0
         bias = make.weight("head.project_bias")
         self.project = Row.of(make.weight("head.project"), make.regions.at("head.project"), bias)
-        self.loss = CrossEntropy(0, bias.shape[0], IDENTITY, IDENTITY, IDENTITY)
+        at = make.regions.at
+        self.region = at("input")
+        first, rows = make.vocab_range("head.project")
+        self.loss = CrossEntropy(first, rows, at("loss.max"), at("loss.sum"), at("loss.pick"))
         self.known: Tensor | int = (
             0  # images whose likeliest class was theirs, since it was set to 0
         )
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """Sum of the valid images' losses over the step's valid images."""
-        logits = self.project(x.flatten(1)).unsqueeze(1)
-        if not self.training:
-            hit = (logits.argmax(-1) == batch.targets) & batch.valid
-            self.known = self.known + hit.sum()
-        return self.loss(logits, batch.targets, batch.valid, self.total_valid, self.loss_scale)
+        logits = self.project(self.region(x).flatten(1)).unsqueeze(1)
+        wanted = batch.targets, batch.valid, self.total_valid, self.loss_scale
+        if self.training:
+            return self.loss(logits, *wanted)
+        hits: list[Tensor] = []
+        found = self.loss(logits, *wanted, hits)
+        self.known = self.known + hits[0].sum()
+        return found
 
 
 def image_block(make: Maker) -> ImageBlock | Classes:
@@ -166,9 +215,15 @@ def image_block(make: Maker) -> ImageBlock | Classes:
         kernel, bias = (make.weight(f"{segment}.kernel{b}") for b in ("", "_bias"))
         own = at > 0 and not sizes.sources
         layer = Convolution(kernel, bias, sizes.stride, sizes.padding, own)
-        region = make.regions.at(f"{segment}.join")
-        return ImageBlock(make, ConvLayers(layer, region, sizes, at == 0))
+        regions = make.regions.at("input"), make.regions.at(f"{segment}.join")
+        first, end = make.span("y", "filters")
+        share = Share(first, end, sizes.filters)
+        around = make.regions.at(f"{segment}.relu")
+        return ImageBlock(make, ConvLayers(layer, regions, around, share, sizes, at == 0))
     weight, bias = make.weight("dense.linear"), make.weight("dense.linear_bias")
     linear = Column((weight.matrix(columns=len(weight.shape) - 2),), (bias,), IDENTITY)
+    low = [make.low_rank("dense.linear")] if make.adapts("dense.linear") else []
+    linear = replace(linear, low=tuple(low))
     drop = make.dropout("dense.dropout", "r_mask")
-    return ImageBlock(make, DenseLayers(linear, make.regions.at("dense.join"), bias.shape, drop))
+    regions = make.regions.at("input"), make.regions.at("dense.join")
+    return ImageBlock(make, DenseLayers(linear, regions, bias.shape, drop))

@@ -195,7 +195,11 @@ class Maker:
 
     def places(self, tensor: str) -> tuple[int, int]:
         """(first, end) of this rank's share of the laid sequence in a tensor."""
-        return self._span(next(d for d in self.block.tensors[tensor].dims if d.name == "seq"))
+        return self.span(tensor, "seq")
+
+    def span(self, tensor: str, dim: str) -> tuple[int, int]:
+        """(first, end) of this rank's share of a dim of a tensor."""
+        return self._span(next(d for d in self.block.tensors[tensor].dims if d.name == dim))
 
     def moe(self, remakes: frozenset[str]) -> MoE:
         """The experts of a layer, as the laid block has them."""

@@ -14,6 +14,7 @@ from partita.parallel.chain import Residual
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
+from partita.spec.program import NARROW
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,6 @@ class MLP:
         if self.gated:
             return SwiGLU.apply(h)  # type: ignore[return-value]
         return gelu(h, approximate="tanh" if self.gelu == "tanh" else "none")
-
-
-NARROW = 256  # of a row's half: below it kernels of strided rows take 2 to 7 times as long as of packed ones
 
 
 class SwiGLU(torch.autograd.Function):

@@ -108,7 +108,7 @@ class Reference:
     ) -> Tensor:
         """[batch, seq, vocab]; of images [batch, 1, vocab]."""
         if self.spec.image is not None:
-            self.auxiliary = Auxiliary()
+            self.auxiliary, self.samples = Auxiliary(), samples
             return image_logits(self, ids, samples)
         x = self.norm("head.norm", self.hidden(ids, documents, samples))
         return x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()

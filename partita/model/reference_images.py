@@ -24,6 +24,10 @@ class Judge(Protocol):
         """A weight in the compute dtype."""
         ...
 
+    def adapted(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y and what a linear's LoRA adds to it."""
+        ...
+
     def drop(self, site: str, x: Tensor, samples: Tensor | None) -> Tensor:
         """Dropout by counter, while training."""
         ...
@@ -45,14 +49,15 @@ def image_logits(judge: Judge, pixels: Tensor, samples: Tensor | None) -> Tensor
             x = response_norm(x, groups)
         if conv.pool:
             x = max_pool2d(x, 3, 2)
-        judge.see(name, x := x.unflatten(1, (groups, -1)))
-        x = x.flatten(1, 2)
+        judge.see(name, x)
     for i in range(len(image.channels) - 1, image.layers):
         name = f"blocks.{i}"
         weight, bias = (judge.weight(f"{name}.dense.linear{b}") for b in ("", "_bias"))
-        x = judge.linear(x.flatten(1), weight.flatten(0, 1).flatten(1)) + bias.flatten()
+        x, linear = x.flatten(1), f"{name}.dense.linear"
+        x = judge.adapted(linear, x, judge.linear(x, weight.flatten(0, 1).flatten(1)))
+        x = x + bias.flatten()
         x = judge.drop(f"{name}.dense.dropout", x.relu().unflatten(1, bias.shape), samples)
-        judge.see(name, x)
+        judge.see(name, x := x.flatten(1))
     classes = judge.weight("head.project").flatten(1)
     return (x.flatten(1) @ classes.t() + judge.weight("head.project_bias")).unsqueeze(1)
 

@@ -278,7 +278,8 @@ class BlockRun:
         t = self.block.tensors[event.of]
         if op.kind in ("ring", "exchange"):
             return elements(event, x, wants) * BYTES[t.dtype]
-        if op.kind == "counts":  # of every chunk; here rows go in one
+        padded = any(d.padded and d.cut for d in t.dims)  # zeros go along
+        if op.kind == "counts" or padded:  # of every chunk; here rows go in one
             return tensor_bytes(t, self.world.laid.sizes)
         if not any(d.of for d in t.dims):
             return x.values.size * BYTES[t.dtype]

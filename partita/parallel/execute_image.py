@@ -101,16 +101,25 @@ def relu_back(op: Op, at: Place, get: Get, g: Local) -> Found:
 
 
 def response(op: Op, at: Place, get: Get) -> Found:
-    """x times the sum of its squares over a group's channels."""
-    x = get(op.reads[0])
+    """x times the sum of its squares over a group's channels; of a whole x the share that it writes."""
+    x, spans = get(op.reads[0]), at.share(at.tensors[op.writes])
     rows = tuple(d for d in x.dims if d != op.whole[0][1])
-    return {op.writes: renamed(contract(x.dims, x, contract(rows, x, x)), at.dims(op.writes))}
+    y = contract(x.dims, x, contract(rows, x, x))
+    own = tuple(
+        slice(s.start - w.start, s.stop - w.start) for s, w in zip(spans, x.spans, strict=True)
+    )
+    return {op.writes: Local(at.dims(op.writes), spans, y.values[own])}
 
 
 def response_back(op: Op, at: Place, get: Get, g: Local) -> Found:
-    """Needs its input."""
+    """Needs its input; of what others write it knows no gradient."""
     x = get(op.reads[0])
-    g, rows = renamed(g, x.dims), tuple(d for d in x.dims if d != op.whole[0][1])
+    own = tuple(
+        slice(s.start - w.start, s.stop - w.start) for s, w in zip(g.spans, x.spans, strict=True)
+    )
+    values = np.zeros_like(x.values)
+    values[own] = g.values
+    g, rows = replace(x, values=values), tuple(d for d in x.dims if d != op.whole[0][1])
     inner = times(contract(x.dims, x, contract(rows, g, x)), 2)
     return {op.reads[0]: total(x.dims, contract(x.dims, g, contract(rows, x, x)), inner)}
 

@@ -8,7 +8,8 @@
     scatter_to    reduce_scatter(x, seq)  all_gather(dx, seq)
 
 A module asks for the region at a site and is given what the laid program says there, so it cannot choose
-another collective. seq is dim 1 of [batch, seq, hidden].
+another collective. seq is dim 1 of [batch, seq, hidden]; channels of images lie elsewhere, and `dim` says
+which one is gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from partita.comm.context import Context
 from partita.comm.protocol import Comm, Done, Handle
 from partita.comm.single import SingleComm
-from partita.spec.program import Block
+from partita.spec.program import Block, Op
 
 SEQ = 1
 
@@ -48,6 +49,7 @@ class Region:
     comm: Comm
     site: str
     tape: Tape | None = None
+    dim: int = SEQ
 
     @property
     def is_known(self) -> bool:
@@ -72,9 +74,9 @@ class Region:
         if self.kind == "reduce_from":
             return self.comm.start_all_reduce(x, site=self.site)
         if self.kind == "gather_from":
-            return self.comm.start_all_gather(x, site=self.site, dim=SEQ)
+            return self.comm.start_all_gather(x, site=self.site, dim=self.dim)
         if self.kind == "scatter_to":
-            return self.comm.start_reduce_scatter(x, site=self.site, dim=SEQ)
+            return self.comm.start_reduce_scatter(x, site=self.site, dim=self.dim)
         return Done(x)
 
     def start_backward(self, dx: Tensor) -> Handle:
@@ -82,9 +84,9 @@ class Region:
         if self.kind == "copy_to":
             return self.comm.start_all_reduce(dx, site=self.site)
         if self.kind == "gather_from":
-            return self.comm.start_reduce_scatter(dx, site=self.site, dim=SEQ)
+            return self.comm.start_reduce_scatter(dx, site=self.site, dim=self.dim)
         if self.kind == "scatter_to":
-            return self.comm.start_all_gather(dx, site=self.site, dim=SEQ)
+            return self.comm.start_all_gather(dx, site=self.site, dim=self.dim)
         return Done(dx)
 
     def backward(self, dx: Tensor) -> Tensor:
@@ -93,31 +95,33 @@ class Region:
 
     def shape_after(self, shape: torch.Size) -> torch.Size:
         """The shape of what forward returns."""
-        b, s, *rest = shape
+        sizes = list(shape)
         if self.kind == "gather_from":
-            s *= self.comm.size
+            sizes[self.dim] *= self.comm.size
         elif self.kind == "scatter_to":
-            s //= self.comm.size
-        return torch.Size([b, s, *rest])
+            sizes[self.dim] //= self.comm.size
+        return torch.Size(sizes)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The autograd pair on x."""
-        return x if self.kind == "identity" else Move.apply(x, self)  # type: ignore[return-value]
+    def __call__(self, x: Tensor, needless: bool = False) -> Tensor:
+        """The autograd pair on x. `needless`: nobody reads the result, whose values may be arbitrary."""
+        if self.kind == "identity":
+            return x
+        return Move.apply(x, self, needless and self.tape is None)  # type: ignore[return-value]
 
 
 class Move(torch.autograd.Function):
     """Forward: region.forward. Backward: region.backward, its conjugate."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, region: Region) -> Tensor:
-        """Moves the value; keeps nothing."""
+    def forward(ctx, x: Tensor, region: Region, needless: bool) -> Tensor:
+        """Moves the value, unless it is needless; keeps nothing."""
         ctx.region = region
-        return region.forward(x)
+        return x.new_empty(region.shape_after(x.shape)) if needless else region.forward(x)
 
     @staticmethod
-    def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, dx: Tensor) -> tuple[Tensor, None, None]:
         """Moves the gradient."""
-        return ctx.region.backward(dx), None
+        return ctx.region.backward(dx), None, None
 
 
 IDENTITY = Region("identity", SingleComm("none"), "")
@@ -137,7 +141,7 @@ class Regions:
                 site = op.name if writer.startswith(f"{name}.") else f"{name}.{op.name}"
                 comm = context.comm(*op.axes, lane=op.lane)
                 tape = self.tape if op.writes in block.kept else None
-                region = Region(kind, comm, site, tape)
+                region = Region(kind, comm, site, tape, _moved(block, op))
                 found[writer] = region if comm.size > 1 else IDENTITY
                 kinds.setdefault(kind, []).append(region)
         self._at: Mapping[str, Region] = found
@@ -150,3 +154,10 @@ class Regions:
     def of(self, kind: str) -> tuple[Region, ...]:
         """The regions of a kind, in program order."""
         return tuple(self._kinds.get(kind, ()))
+
+
+def _moved(block: Block, op: Op) -> int:
+    """The dim that a region's axes cut on one side of it alone."""
+    x, y = (block.tensors[n].dims for n in (op.reads[0], op.writes))
+    both = enumerate(zip(x, y, strict=False))
+    return next((i for i, (a, b) in both if a.cut != b.cut), SEQ)

@@ -138,8 +138,9 @@ def copy_to(writer: str, axes: tuple[str, ...], x: str, y: str) -> Op:
 
 
 def gather_from(writer: str, axes: tuple[str, ...], x: str, y: str, again: bool = True) -> Op:
-    """Forward all-gather along seq; backward reduce-scatter, and `again` a second all-gather of the shard
-    that was kept, for the weight gradient (none where readers keep nothing: their weights are frozen)."""
+    """Forward all-gather along the dim that the axes cut of x and not of y; backward reduce-scatter, and
+    `again` a second all-gather of the shard that was kept, for the weight gradient (none where readers keep
+    the whole, or nothing: their weights are frozen)."""
     second = (Event("B", "all_gather", x, weights=True),) if again else ()
     return region(
         writer, "gather_from", axes, (x, y),

@@ -26,6 +26,8 @@ def document(answer: Answer) -> dict[str, Any]:
         "complete": found.complete,
         "seconds": found.seconds,
     }
+    if answer.measured:
+        told["others"] = answer.others
     if solved is not None:
         keys = ("field", "value", "unit", "proven")
         told["solve"] = {key: getattr(solved, key) for key in keys}

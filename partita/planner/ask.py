@@ -52,13 +52,15 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """What was found, and sentences: why the best plan, or why none fits and what would. `measured`: seconds
-    of a step and bytes of the fullest rank by the line of a plan that was run."""
+    of a step and bytes of the fullest rank by the line of a plan that was run; `others`: cores that other
+    work took meanwhile, None where nobody counts."""
 
     found: Found
     plans: tuple[Prediction, ...]
     texts: tuple[str, ...] = ()
     solved: Solved | None = None
     measured: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    others: float | None = None
 
 
 def searched(search: Search, goal: Goal, question: Question) -> Found:

@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from partita.parallel.read import bytes_of, once, replayed
-from partita.spec.program import DRAWN_AT_ONCE, LITTLE_MATRIX, LITTLE_ROWS, Block, Op, Sizes
+from partita.spec.program import DRAWN_AT_ONCE, LITTLE_MATRIX, LITTLE_ROWS, NARROW, Block, Op, Sizes
 
 DRAWN_BYTES = 44  # of an element of a mask while it is drawn: int64 words of Philox (comm/seeds.py)
 
@@ -135,8 +135,9 @@ class _Walk:
                 yield at, self.count - 1, self.each[t]
             elif at >= 0:
                 yield at, self.read.get(t, at), self.each[t]
-        for i, op in enumerate(self.ops):  # turned
+        for i, op in enumerate(self.ops):  # turned, packed
             yield i, i, sum(self.each[w] for w in op.weights if self._is_little(w))
+            yield i, i, self._packed(op)
         if whole:  # the gradient that waits for it
             yield 0, self.count - 1, self.each[self.block.output]
         yield from self._beside()
@@ -155,6 +156,7 @@ class _Walk:
             yield 0, self.count - 1, self.each[self.block.output]
         for i, op in enumerate(self.ops):
             yield i, i, sum(self._gradient(op, w) for w in op.weights)
+            yield i, i, 3 * self._packed(op)  # the gate, up's gradient by it, the gate's
             if any(e.phase == "B" and not e.gradient for e in op.events):
                 wants = [k for k, o in enumerate(self.ops) if op.writes in o.reads]
                 yield min(wants, default=i), max(wants, default=i), self.each[op.writes]
@@ -163,6 +165,14 @@ class _Walk:
     def _is_little(self, weight: str) -> bool:
         elements = self.block.tensors[weight].local(self.sizes)
         return elements <= LITTLE_MATRIX and self.each[weight] == 4 * elements
+
+    def _packed(self, op: Op) -> int:
+        """SwiGLU's gate, which is packed where it is narrow."""
+        pairs = any(d.name == "pair" for t in op.reads for d in self.block.tensors[t].dims)
+        if op.weights or op.is_region or not pairs:
+            return 0
+        half = self.block.tensors[op.writes].dims[-1].local(self.sizes)
+        return self.each[op.writes] if half < NARROW else 0
 
     def _gradient(self, op: Op, weight: str) -> int:
         """What makes a weight's gradient: its product, to be added; of a little one in fp32, added as it

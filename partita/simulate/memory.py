@@ -172,7 +172,9 @@ def lent_parts(
     """Whole units of a stage under ZeRO beyond what is stored: gathered weights of 1 + prefetch blocks (of
     all, where they stay for the step), and two gradients, one being filled and one on its way: one where
     nothing is fetched ahead. What would not move under compute on this cluster is neither gathered ahead nor
-    on its way."""
+    on its way. Where kept tensors leave, a backward lets go of none that stood against it: beside a
+    gradient on its way there is then the shard that comes of it, to be added to that of microbatches
+    before."""
     plan, every = laid.request.plan, distinct(blocks)
     each = {id(b): _lent(b, laid, cluster) for b, _ in every}
     of, fetched = [each[id(b)] for b in blocks], plan.data.prefetch
@@ -182,13 +184,17 @@ def lent_parts(
         for i, x in enumerate(of)
     )
     made = [g for b, n in every for g in each[id(b)].gradients for _ in range(min(n, 2))]
+    shards = {size: part for b, _ in every for size, part in each[id(b)].shards}
     if plan.num_microbatches > 1 and len(made) == 1:
         made *= 2  # the last microbatch's is on its way
     made.sort()
     largest, whole = [size for size, _ in made], max((size for size, _ in made), default=0)
     under_way = max((i for i, (_, moves) in enumerate(made) if moves), default=None)
     if fetched and under_way is not None:
-        whole = max(whole, largest.pop(under_way) + max(largest, default=0))
+        goes = largest.pop(under_way)
+        adds = plan.num_microbatches > 1 and away.leaves(laid)
+        comes = shards.get(goes, 0) if adds else 0
+        whole = max(whole, goes + comes + max(largest, default=0))
     stay = sum(n * each[id(b)].stay for b, n in every)
     return {"gathered parameters": stay + at_once, "whole gradients": whole}
 
@@ -196,17 +202,20 @@ def lent_parts(
 @dataclass(frozen=True)
 class _Lent:
     """Of a block under ZeRO, in bytes: gathered weights that `stay` for the step, those `here` for its
-    forward and its backward, and whether these move under compute; whole gradients, and whether each does."""
+    forward and its backward, and whether these move under compute; whole gradients, and whether each
+    does; and of each that is scattered, by its size, the shard."""
 
     stay: int
     here: int
     moves: bool
     gradients: tuple[tuple[int, bool], ...]
+    shards: tuple[tuple[int, int], ...]
 
 
 def _lent(block: Block, laid: Laid, cluster: Cluster | None) -> _Lent:
     plan, sizes = laid.request.plan, laid.sizes
     here, stay, alone, made = 0, 0, True, dict[str, tuple[int, bool]]()
+    shards: list[tuple[int, int]] = []
     for op in block.regions:
         phases = {e.phase for e in op.events}
         if op.kind == "gather" and zero_stage(plan) == 3:
@@ -221,9 +230,10 @@ def _lent(block: Block, laid: Laid, cluster: Cluster | None) -> _Lent:
             size = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], sizes)
             if op.kind == "scatter":
                 made[unit] = size, moves(laid, cluster, op.axes, size)
+                shards.append((size, size // prod(sizes[a] for a in op.axes)))
             else:  # which is over when it returns
                 made.setdefault(unit, (size, False))
-    return _Lent(stay, here, alone, tuple(made.values()))
+    return _Lent(stay, here, alone, tuple(made.values()), tuple(shards))
 
 
 class Moment(NamedTuple):

@@ -35,8 +35,9 @@ PREFIX = {
     "mlp": "",
     "experts": "expert_",
     "shared": "shared_",
+    "dense": "",
 }  # segment -> of its targets
-DEFAULT = ("wq", "wv")
+DEFAULT, DENSE = ("wq", "wv"), ("linear",)
 A, B = "_lora_a", "_lora_b"
 BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
 
@@ -65,7 +66,8 @@ def widths(spec: ModelSizes) -> dict[str, int]:
     """Every linear that LoRA adapts, by the name of its target -> rows and columns of all of them, in all
     layers, added up: what a rank of one costs."""
     if spec.image is not None:
-        return {}
+        inputs = spec.image.dense_inputs(spec.hidden)[:-1]
+        return {"linear": sum(n + spec.hidden for n in inputs)}
     h, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     found = {"wq": h + q, "wk": h + kv, "wv": h + kv, "wo": h + q}
     if spec.latent is not None:

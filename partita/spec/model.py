@@ -28,7 +28,7 @@ from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
-from partita.spec.lora import DEFAULT, check_lora, widths
+from partita.spec.lora import DEFAULT, DENSE, check_lora, widths
 from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
 from partita.spec.model_parts import Latent, RopeScaling
 from partita.spec.model_sizes import ModelSizes
@@ -62,7 +62,8 @@ class ModelSpec(ModelSizes):
             derived["expert_ffn_hidden"] = self.expert_ffn_hidden or derived["ffn_hidden"]
         if self.lora_rank:
             derived["lora_alpha"] = self.lora_alpha or float(self.lora_rank)
-            derived["lora_targets"] = self.lora_targets or DEFAULT
+            usual = DEFAULT if self.image is None else DENSE
+            derived["lora_targets"] = self.lora_targets or usual
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         check_range(self, "kv_heads", "head_dim", "ffn_hidden")
@@ -104,8 +105,9 @@ class ModelSpec(ModelSizes):
 
     def parameters(self) -> int:
         """Exact number of parameters; a tied table counts once, padding not at all."""
+        low = self.lora_rank * sum(widths(self)[target] for target in self.lora_targets)
         if self.image is not None:
-            return self.image.parameters(self.hidden, self.vocab)
+            return self.image.parameters(self.hidden, self.vocab) + low
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
         found = tables + self.matmul_weights(active=False) + (2 * self.layers + 1) * self.hidden
         if self.router_bias:
@@ -124,7 +126,7 @@ class ModelSpec(ModelSizes):
             found += self.layers * (linears + 2 * self.hidden) + self.hidden
         if self.embedding_norm:
             found += 2 * self.hidden
-        return found + self.lora_rank * sum(widths(self)[target] for target in self.lora_targets)
+        return found + low
 
     @property
     def lora_scale(self) -> float:

@@ -33,6 +33,8 @@ DRAWN_AT_ONCE = (
 )  # elements of a mask, or of a weight: 1 MB an int64 temporary, which stays in cache
 LITTLE_MATRIX = 1 << 17  # elements of a weight that fits a core's second cache, in fp32: half a MiB
 LITTLE_ROWS = 128  # that are multiplied by it at a time
+NARROW = 256  # of SwiGLU's half of a row: below it kernels of strided rows take 2 to 7 times as long as of
+# packed ones
 
 ROLES = (
     "value",  # carries a gradient

@@ -126,10 +126,10 @@ def make_away(
     optimizer: torch.optim.Optimizer, train: TrainSpec, rounding: Rounding | None,
     places: Places | None = None,
 ) -> AwayUpdate | None:  # fmt: skip
-    """Allocates moments beside the masters; None where the optimizer lies on the device. `rounding`:
-    there are no masters. `places`: an update may be undone."""
+    """Allocates moments beside the masters; None where the optimizer lies on the device, or nothing
+    trains on this rank. `rounding`: there are no masters. `places`: an update may be undone."""
     elsewhere = arenas.elsewhere()
-    if "optimizer" not in elsewhere:
+    if "optimizer" not in elsewhere or not units:
         return None
     zeros = elsewhere["optimizer"]
     aways = []

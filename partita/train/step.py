@@ -199,7 +199,8 @@ class Model:
             return 0
         head = self.blocks[-1]
         found, head.known = int(head.known), 0
-        return found if self.context.coords["split"] == 0 else 0
+        at = self.context.coords
+        return found if at["split"] == at["tp"] == 0 else 0
 
     def begin(self, batch: StepBatch) -> None:
         """Zeroes gradients and tells the head how many valid tokens the step has."""
@@ -351,7 +352,9 @@ class Update:
             self.rounded.run(slots, draw, self.lr, factor, self._balance)
             return
         if factor != 1:
-            torch._foreach_mul_([s.gradient for s in slots if not s.balances], factor)
+            own = [s.gradient for s in slots if not s.balances]
+            if own:  # a stage whose weights are all frozen has none
+                torch._foreach_mul_(own, factor)
         set_learning_rate(self.optimizer, self.lr)
         for slot in slots:
             slot.master.grad = slot.gradient

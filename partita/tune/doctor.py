@@ -18,13 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from partita.base.errors import PartitaError, PeerError
-from partita.base.text import table
+from partita.base.errors import PartitaError, PeerError, PlanError
 from partita.base.units import format_bytes, format_rate, format_seconds
 from partita.comm.context import Context
 from partita.comm.processes import is_one_host, start_ranks, torchrun_rank
@@ -40,6 +38,7 @@ from partita.train.build import make_context
 from partita.train.preflight import Facts, exchange, mismatches, tell_all
 from partita.train.rank import RunSpec, join, new_scratch
 from partita.train.start import checkpoint_bytes
+from partita.tune.diagnosis import Check, Diagnosis
 from partita.tune.probes import COLLECTIVES, Calls, matmul_flops
 
 SLOW = 3.0  # times the median of its kind: a link; a rank counts half of that
@@ -50,53 +49,6 @@ REPETITIONS = 3
 TIMEOUT_S = 20.0
 SITE = "doctor"
 KEY = "partita/doctor"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at. `rank` None: it is no rank's own. `value`: bytes, seconds, rates a second, or
-    a version's digest; a name that tells which."""
-
-    name: str
-    rank: int | None
-    ok: bool
-    value: float | str | None
-    message: str
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All checks; `ok` when every one is."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return all(c.ok for c in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        """The document."""
-        return {"ok": self.ok, "checks": [asdict(c) for c in self.checks]}
-
-    def __str__(self) -> str:
-        rows = [_row("BAD", c, "") for c in self.checks if not c.ok]
-        by: dict[str, list[Check]] = {}
-        for c in self.checks:
-            by.setdefault(c.name, []).append(c)
-        for alike in by.values():
-            fine = [c for c in alike if c.ok]
-            if fine:
-                least = min(fine, key=lambda c: c.value if isinstance(c.value, float | int) else 0)
-                many = f"{len(fine)} of {len(alike)}, the least: " if len(alike) > 1 else ""
-                rows.append(_row("ok", least, many))
-        wrong = sum(not c.ok for c in self.checks)
-        end = f"{wrong} of {len(self.checks)} checks failed" if wrong else "all is well"
-        return f"{table(rows, ['', 'check', 'rank', 'what was seen'])}\n{end}"
-
-
-def _row(word: str, c: Check, lead: str) -> list[object]:
-    return [word, c.name, "-" if c.rank is None else c.rank, lead + c.message]
 
 
 @dataclass(frozen=True)
@@ -321,7 +273,10 @@ def doctor(job: Job) -> Diagnosis:
     """
     job = replace(job, train=replace(job.train, comm_timeout_s=TIMEOUT_S))
     prediction = simulate(job)
-    laid = prediction.laid or lay(request_of(job))  # raises what is wrong with the plan
+    wrong = [p for p in prediction.problems if p.severity == "error"]
+    if wrong:
+        raise PlanError(f"{job.plan} cannot run {job.name}", wrong)
+    laid = prediction.laid or lay(request_of(job))
     tensors = {n: x.shape for n, x in laid.layouts.items()}
     on_cpu = job.cluster.device == "CPU"
     peak = max((x.peak_bytes for x in prediction.ledgers), default=0) if on_cpu else 0

@@ -3,14 +3,15 @@
 Each plan trains the job's model on random tokens over local ranks, in a folder that is thrown away. A step's
 time is the median of those after WARM (the first steps warm up and are recorded) but the last, which is
 watched for memory and takes longer by that; memory is the fullest rank's, from its allocator. What was
-measured is kept, and the next prediction takes it into account.
+measured is kept, and the next prediction takes it into account. Before each run and behind the last it is
+listened what other work the machine does (others.py).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -29,6 +30,7 @@ from partita.spec.plan import Plan
 from partita.train.launch import Launcher, Stops
 from partita.train.rank import RunSpec
 from partita.train.start import prepare
+from partita.tune.others import cores_taken
 
 STEPS, WARM = 8, 3
 A_CORE = 4  # ranks, at most
@@ -37,11 +39,13 @@ HEADER = ("", "plan", "predicted", "measured", "ratio", "memory predicted", "mea
 
 @dataclass(frozen=True)
 class Measured:
-    """One plan: what `simulate` said, median seconds of a step, bytes of the fullest rank."""
+    """One plan: what `simulate` said, median seconds of a step, bytes of the fullest rank; the most cores
+    that other work took before or behind its run, None where nobody counts."""
 
     prediction: Prediction
     step_time_s: float
     peak_bytes: int
+    others: float | None = None
 
     @property
     def predicted_bytes(self) -> int:
@@ -54,7 +58,10 @@ class Measured:
         return self.step_time_s / (self.prediction.step_time_s or 1.0)
 
 
-def measure(job: Job, plans: Sequence[Prediction], steps: int = STEPS) -> list[Measured]:
+def measure(
+    job: Job, plans: Sequence[Prediction], steps: int = STEPS,
+    listen: Callable[[], float | None] = cores_taken,
+) -> list[Measured]:  # fmt: skip
     """Runs each plan for so many steps; fastest first. Raises UsageError where this machine cannot start so
     many ranks."""
     most = A_CORE * (os.cpu_count() or 1)
@@ -65,8 +72,18 @@ def measure(job: Job, plans: Sequence[Prediction], steps: int = STEPS) -> list[M
                 key="measure",
             )
     with tempfile.TemporaryDirectory(prefix="partita-measure-") as scratch, Stops() as stops:
-        found = [_run(job, p, steps, Path(scratch), stops) for p in plans]
+        found, heard = [], listen()
+        for p in plans:
+            ran = _run(job, p, steps, Path(scratch), stops)
+            before, heard = heard, listen()
+            taken = max((x for x in (before, heard) if x is not None), default=None)
+            found.append(replace(ran, others=taken))
     return sorted(found, key=lambda m: m.step_time_s)
+
+
+def others(found: Sequence[Measured]) -> float | None:
+    """The most cores that other work took between the runs; None where nobody counts."""
+    return max((m.others for m in found if m.others is not None), default=None)
 
 
 def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Stops) -> Measured:

@@ -74,6 +74,7 @@ class RankSeen:
         default_factory=dict
     )  # of the first step
     choices: Choices = field(default_factory=dict)
+    halted: bool = False  # a norm that is no number kept the step of `recorded` from its update
 
 
 def steps_of(plan: Plan) -> int:
@@ -137,7 +138,7 @@ def run_rank(
         if flows or step == 0 or undone:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         if step == (steps - 1 if flows else 0) or undone:
-            seen.recorded = summarise(context.recorder.take())
+            seen.recorded, seen.halted = summarise(context.recorder.take()), math.isnan(norm)
         seen.watch.stop()
         after = boxes(model, lambda unit: unit.master)
         of_experts, wrong = _auxiliary(model.routed), _misrounded(model)

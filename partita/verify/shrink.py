@@ -58,11 +58,12 @@ def _context(plan: Plan) -> int:
 
 def _model(spec: ModelSpec, tp: int, small_tp: int, pp: int) -> ModelSpec:
     """Few heads, but as many as tp wants, and key/value heads that stay fewer than tp where they were. Of an
-    image model two channels a group."""
+    image model two channels of a group for each rank of tp."""
     if spec.image is not None:
         groups = spec.image.groups
-        image = replace(spec.image, channels=(2 * groups,) * len(spec.image.channels))
-        return replace(spec, image=image, hidden=4 * groups, head_dim=0, vocab=min(spec.vocab, 16))
+        image = replace(spec.image, channels=(2 * groups * small_tp,) * len(spec.image.channels))
+        hidden = 4 * groups * small_tp
+        return replace(spec, image=image, hidden=hidden, head_dim=0, vocab=min(spec.vocab, 16))
     group = max(spec.heads // spec.kv_heads, 1)
     kv_heads = max(small_tp // 2, 1) if spec.kv_heads < tp else small_tp
     heads = max(kv_heads * min(group, 4), small_tp)

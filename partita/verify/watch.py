@@ -44,14 +44,26 @@ class Watch:
 
     def see(self, name: str, x: Tensor, batch: Microbatch, share: tuple[int, int]) -> None:
         """A module's output [samples, seq share, hidden], the `share[0]`-th of `share[1]`."""
-        if not self.active:
-            return
-        at = places(batch, x.shape[1], share)
+        if self.active:
+            self._see(name, x, batch, places(batch, x.shape[1], share))
+
+    def see_channels(self, name: str, x: Tensor, batch: Microbatch, at: Tensor) -> None:
+        """An image model's output [samples, groups, channels or units, ...]; `at` says which of all groups'
+        they are [groups, channels]."""
+        if self.active:
+            self._see(name, x, batch, at.flatten().expand(len(batch.samples), -1))
+
+    def _see(self, name: str, x: Tensor, batch: Microbatch, at: Tensor) -> None:
+        """Row by row; what lies in groups as one row of channels."""
         samples = batch.samples.tolist()
-        for row, sample in enumerate(samples):
-            self.outputs.setdefault((name, sample), (at[row], x[row].detach().cpu().clone()))
+
+        def rows(values: Tensor) -> Tensor:
+            return values.reshape(len(samples), at.shape[1], -1)
+
+        for row, (sample, values) in enumerate(zip(samples, rows(x.detach()), strict=True)):
+            self.outputs.setdefault((name, sample), (at[row], values.cpu().clone()))
         if x.requires_grad:
-            x.register_hook(lambda g: self._gradient(name, g, samples, at))
+            x.register_hook(lambda g: self._gradient(name, rows(g), samples, at))
 
     def _gradient(self, name: str, g: Tensor, samples: list[int], at: Tensor) -> None:
         for row, sample in enumerate(samples):
@@ -100,10 +112,21 @@ def share_of(model: Model, axes: tuple[str, ...]) -> tuple[int, int]:
 
 def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
     """Says which positions this rank holds of y."""
+    if model.laid.request.model.image is not None:
+        watch.see_channels(name, y, batch, _channels(model, y))
+        return
     axes = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
-    if model.laid.request.model.image is not None:  # its outputs are cut along groups
-        axes = ("split",)
     watch.see(name, y, batch, share_of(model, axes))
+
+
+def _channels(model: Model, y: Tensor) -> Tensor:
+    """[groups, channels] here, as numbers among all groups': groups are cut along split, channels along
+    tp."""
+    at, sizes = model.context.coords, model.laid.sizes
+    groups, channels = y.shape[1:3]
+    whole = channels * sizes["tp"]
+    first = at["split"] * groups * whole + at["tp"] * channels
+    return first + torch.arange(groups).unsqueeze(1) * whole + torch.arange(channels)
 
 
 def watch_blocks(model: Model, watch: Watch) -> None:

@@ -1,17 +1,23 @@
 """`partita plan --measure` on this machine: the best plans run, predicted beside measured."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from partita.base.errors import UsageError
 from partita.cli.main import run
+from partita.cli.plan import _measured
 from partita.cost.machine import machine_of
+from partita.planner.answer import document
+from partita.planner.ask import Answer
+from partita.planner.search import Found
 from partita.simulate.predict import simulate
 from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
-from partita.tune.measure import measure
+from partita.tune.measure import Measured, measure, others
+from partita.tune.others import busy_machine, cores_taken, ticks_worked
 
 JOB = """
 name = "measured"
@@ -52,6 +58,35 @@ def test_the_best_plans_are_run_and_the_fastest_is_first(
     assert not list(
         (tmp_path / ".cache/partita/clusters").glob("*.toml")
     )  # no calibration is touched
+
+
+def test_a_machine_that_does_other_work_is_told(tmp_path: Path) -> None:
+    """Ticks that were worked while nobody slept: a core and a half; of a quiet machine little, which is no
+    word."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    counted = iter([1000, 1000 + 3 * ticks])
+    taken = cores_taken(2.0, lambda: next(counted), lambda s: None)
+    assert taken == 1.5 and "other work took 1.5 of its" in busy_machine(taken)
+    assert busy_machine(0.1) == "" and cores_taken(0.0, lambda: None) is None
+    stat = tmp_path / "stat"
+    stat.write_text(
+        "cpu  5 1 3 900 40 2 1 7 99 0\ncpu0 1 1 1 1\n"
+    )  # of guests, which are users' too
+    assert ticks_worked(stat) == 5 + 1 + 3 + 2 + 1 + 7
+    assert ticks_worked(tmp_path / "none") is None
+
+
+def test_the_answer_says_what_else_ran(tmp_path: Path, monkeypatch) -> None:
+    heard = iter([0.0, 1.25, 0.1])
+    monkeypatch.setattr("partita.tune.measure._run", lambda job, p, *_: Measured(p, 1.0, 1))
+    job = Job.of("tiny", "laptop", "dp_replicate2", global_batch_size=4, seq_len=32)
+    found = simulate(job)
+    ran = measure(job, [found, found], listen=lambda: next(heard))
+    assert [m.others for m in ran] == [1.25, 1.25] and others(ran) == 1.25
+    monkeypatch.setattr("partita.tune.measure.measure", lambda *_: ran)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = _measured(job, Answer(Found([found]), (found,)), 1)
+    assert document(answer)["others"] == 1.25 and "1.2 of its" in answer.texts[-1]
 
 
 def test_more_ranks_than_a_machine_starts_are_refused() -> None:

@@ -68,3 +68,23 @@ def test_what_weight_halves_wait_for_is_declared(
     run = read_run(Path("runs/recorded"))
     for predicted, record in zip(run.predicted, run.ranks, strict=True):
         assert record.ledger.peak_bytes == pytest.approx(predicted.ledger.peak_bytes, rel=0.05)
+
+
+@pytest.mark.timeout(120)
+def test_a_shard_that_is_to_be_added_stands_beside_what_it_comes_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Stage 3, of whose layers nothing that is kept stays: the peak is in backward, as gradients move."""
+    monkeypatch.chdir(tmp_path)
+    plan = "dp_shard2.zero3 2mb offload:cpu offload.targets=activations"
+    model = JOB["model"] | {"layers": 6, "heads": 8, "kv_heads": 8, "ffn_hidden": 352}
+    train = {"steps": 4, "global_batch_size": 8, "seq_len": 64}
+    Path("job.toml").write_text(to_toml(JOB | {"plan": plan, "model": model, "train": train}))
+    assert command(["train", "job.toml", "--json"]) == 0, capsys.readouterr().err
+    for predicted, record in zip(*_ledgers(Path("runs/recorded")), strict=True):
+        assert record.peak_bytes == pytest.approx(predicted.peak_bytes, rel=0.015)
+
+
+def _ledgers(folder: Path):
+    run = read_run(folder)
+    return [p.ledger for p in run.predicted], [r.ledger for r in run.ranks]

@@ -60,7 +60,7 @@ KINDS = {  # of schedules, by where stages lie and what they hold
 CHUNKS = ("loop", "vee", "lists")  # two stages a rank
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 MOST_PROCESSES = 8  # at most so many where ranks are processes
-SEED, TRIES, THRIFT = 3, 4, 0.05  # of forty tried, what came to the fewest plans
+SEED, TRIES, THRIFT = 9, 4, 0.05  # of forty tried, what came to the fewest plans
 FREE = tuple(FEATURES)
 Row = dict[str, str]
 Pair = tuple[str, str, str, str]
@@ -104,14 +104,14 @@ def legal(row: Row) -> bool:
     made = layers(row)
     experts = row["experts"] or row["slices"] or row["chunks"]
     needs = prod(2 for f in ("experts", "slices") if row[f])
-    cut = row["tensor"] or row["context"] or row["heads"]
+    cut = row["tensor"] == "tp2+sp" or row["context"] or row["heads"]
     versions = kind(row) == "versions"
     return not (
         ranks(row) > MOST_RANKS
         or (row["gathers"] and row["shards"] != "dp_shard2.zero3")
         or ((row["brings"] or row["every"]) and not row["recompute"])
         or (row["context"] == "all_gather" and row["heads"])
-        or (made == "images" and (cut or row["sees"] or row["trains"] == "lora"))
+        or (made == "images" and (cut or row["sees"]))
         or (made != "experts" and experts)
         or (made == "experts" and row["tensor"] == "tp2" and not row["slices"])
         or fold(row) % needs

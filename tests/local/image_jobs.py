@@ -12,7 +12,7 @@ IMAGE: dict[str, Any] = {
     "size": 9, "colors": 2, "channels": [8, 16, 8, 8], "kernels": [3, 3, 3, 1], "strides": [1, 1, 1, 1],
     "paddings": [1, 1, 1, 0], "joins": [3], "norms": [1, 2], "pools": [1, 4], "groups": 4, "dense": 2,
 }  # fmt: skip
-MODEL: dict[str, Any] = {"family": "alexnet", "hidden": 12, "vocab": 7, "dropout": 0.2}
+MODEL: dict[str, Any] = {"family": "alexnet", "hidden": 16, "vocab": 7, "dropout": 0.2}
 
 
 def write(folder, **changed: Any) -> str:

@@ -220,3 +220,16 @@ def test_a_step_holds_no_more_than_is_predicted(
     others = found.at_peak.get("untagged", 0)  # what other tests of this process keep
     share = (found.peak_bytes - others - stays) / (wanted.peak_bytes - stays)
     assert 0.97 < share < 1.02
+
+
+@pytest.mark.parametrize("line", ["2mb fp32", "2mb bf16 recompute:full"])
+def test_a_narrow_swiglu_packs_its_halves_first(line: str, tmp_path: Path) -> None:
+    """Below 256 the gate is copied, forward and backward, where two more of its size are made."""
+    narrow = {**TABLE["model"], "hidden": 48, "ffn_hidden": 240, "max_seq_len": 256}
+    sizes = {"steps": 4, "global_batch_size": 8, "seq_len": 256}
+    job = Job.load({**TABLE, "plan": line, "model": narrow, "train": sizes})
+    gc.collect()
+    record = train(assemble(job, SingleWorld()), tmp_path).record
+    found = [x.at_peak for x in (record.ledger, simulate(job).ledgers[0])]
+    measured, predicted = (x["activations"] + x["buffers"] for x in found)
+    assert measured == pytest.approx(predicted, rel=0.03)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from took import least_seconds
 
-from partita.base.errors import UsageError
+from partita.base.errors import PlanError, UsageError
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
 from partita.parallel.laid import lay
@@ -138,3 +138,23 @@ def test_train_begins_with_ranks_that_are_alike(monkeypatch, tmp_path):
         local(3, 20) as ranks,
     ):
         ranks.run(lambda world: preflight.preflight(world, tmp_path))
+
+
+def test_a_row_for_all_alike_says_which_it_shows():
+    """The clock that is farthest off, on either side; of versions, all the same, the first."""
+    checks = [doctor.Check("versions", r, True, "abc", f"host {r}") for r in range(2)]
+    checks += [
+        doctor.Check("clock", r, True, off, f"{off} s") for r, off in enumerate((0.0, -0.2, 0.1))
+    ]
+    checks += [doctor.Check("disk", r, True, n, f"{n} B") for r, n in enumerate((9, 5))]
+    said = str(doctor.Diagnosis(tuple(checks))).splitlines()[1:]
+    for line, told in zip(said, ("2 of 2, the first: host 0", "3 of 3, the farthest: -0.2 s",
+                                 "2 of 2, the least: 5 B", "all is well"), strict=True):  # fmt: skip
+        assert line.endswith(told)
+
+
+def test_a_plan_for_more_ranks_than_the_cluster_has_starts_none(monkeypatch):
+    """As it is refused before a training."""
+    monkeypatch.setattr(doctor, "start_ranks", lambda *_: pytest.fail("ranks are started"))
+    with pytest.raises(PlanError, match="the cluster has"):
+        doctor.doctor(replace(JOB, cluster=replace(JOB.cluster, devices=2)))

@@ -13,7 +13,7 @@ from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.regions import Region
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
-from partita.train.build import microbatch
+from partita.train.build import assemble, microbatch
 from partita.train.data import open_dataset
 from partita.verify.parity import verify
 from partita.verify.shrink import shrink
@@ -22,6 +22,8 @@ PLANS = (
     "split4 dp_replicate2 2mb fp64", "split2 fp32", "split2 2mb bf16", "split2 2mb fp16", "split2 2mb fp8",
     "split4 dp_shard2.zero2 2mb recompute:full recompute.every=2 fp64",
     "recompute:selective split2 order:pp,dp_replicate,cp,dp_shard,tp pp2/2mb fp64",
+    "tp2 fp32", "tp2 split2 2mb recompute:full recompute.collectives=keep bf16", "tp2 2mb fp8",
+    "pp2:zb_h1/2mb tp2 dp_shard2.zero3 recompute:full fp64",
 )  # fmt: skip
 
 
@@ -30,6 +32,40 @@ def test_a_split_equals_one_device(plan, tmp_path):
     found = verify(image_jobs.job(tmp_path, plan))
     assert found.equal, str(found)
     assert all(s.loss > 0.1 for t in found.trials for s in t.judge)
+
+
+def test_a_rank_in_the_middle_norms_what_lies_on_both_sides(tmp_path):
+    """Of sixteen channels four ranks make four each; a window is five wide."""
+    image = {"groups": 1, "channels": [16, 16, 8, 8]}
+    found = verify(image_jobs.job(tmp_path, "tp4 fp64", image))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+@pytest.mark.parametrize(
+    "plan", ["2mb fp64", "tp2 split2 2mb fp32", "pp2/2mb split4 dp_shard2.zero3 fp64"]
+)
+def test_lora_of_fully_connected_layers_equals_one_device(plan, tmp_path):
+    found = verify(image_jobs.job(tmp_path, plan, lora_rank=2, lora_dropout=0.3))
+    assert found.equal and found.traffic_equal, str(found)
+
+
+def test_known_images_are_counted_once_whoever_has_their_class(tmp_path):
+    """Classes lie on tp: a rank sees its own logits and the largest of all."""
+    plans = "2mb fp64", "tp2 split2 2mb fp64"
+    one, cut = (image_jobs.job(tmp_path, plan) for plan in plans)
+    with local(1) as ranks:
+        (want,) = ranks.run(knows, one)
+    with local(4) as ranks:
+        found = ranks.run(knows, cut)
+    assert 0 < want < 8 and sum(found) == want
+
+
+def knows(world, job):
+    """Of a step's images."""
+    built = assemble(job, world)
+    with torch.no_grad():
+        built.model.evaluate(built.batch(0))
+    return built.model.take_known()
 
 
 @pytest.mark.parametrize("plan", ["split2 pp2:zb_h1/2mb fp64", "split2 dp_shard2.zero3 bf16"])
@@ -113,7 +149,9 @@ def test_the_judge_is_the_network_written_in_torch(tmp_path):
         assert torch.allclose(g, p.grad.reshape(g.shape), rtol=1e-10, atol=1e-12), name
 
 
-@pytest.mark.parametrize("plan", ["split2 2mb bf16", "split4 2mb fp32", "2mb recompute:full fp32"])
+@pytest.mark.parametrize("plan", [
+    "split2 2mb bf16", "split4 2mb fp32", "2mb recompute:full fp32", "tp2 split2 2mb fp32", "tp2 2mb bf16",
+])  # fmt: skip
 def test_the_program_does_not_drift(plan, tmp_path):
     """Kept storages, FLOPs, sites, bytes, order, names and shapes are those declared."""
     job = image_jobs.job(tmp_path, plan)

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import verify_jobs
 
+from partita.parallel.regions import Region
 from partita.verify.parity import verify
 
 PLANS = (
@@ -162,3 +165,22 @@ def test_sixty_four_ranks_at_once(folder):
     found = verify(verify_jobs.job(folder, "dp2 tp8+sp pp4:1f1b/4mb fp64", batch=8, **model))
     assert found.equal, str(found)
     assert len({line.rank for line in found.recorded}) == 64
+
+
+def test_a_step_that_stops_at_its_norm_misses_no_traffic_behind_it(folder, monkeypatch):
+    """No update is made, so states on the host neither come nor go: what is wrong is the number."""
+    whole = Region.forward
+
+    def spoilt(self, x):
+        y = whole(self, x)
+        return y * math.nan if self.site == "blocks.0.attention.wo:reduce_from" else y
+
+    monkeypatch.setattr(Region, "forward", spoilt)
+    plan = "tp2 offload:cpu offload.targets=optimizer fp64"
+    found = verify(verify_jobs.job(folder, plan, "llama"), brief=True)
+    assert not found.equal and found.divergence is not None
+    assert (
+        found.divergence.module == "blocks.0.attention"
+        and "missing" not in found.divergence.message
+    )
+    assert "as far as the step came" in str(found)

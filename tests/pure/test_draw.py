@@ -87,6 +87,17 @@ def test_check_proves_a_file(capsys, tmp_path, text, code, words):
     assert (document["makespan"] is None) == bool(words)
 
 
+@pytest.mark.parametrize("text, end", [
+    ("0F0,0F1,0B0,0B1\n1F0,1B1,1F1,1B0\n", "ordered: rank 1 runs 1B1 before what it needs from itself"),
+    ("0F0,0B0\n1F0,1B0\n1F1", "stage 1 runs on ranks 1, 2; in a file a stage lies on one rank"),
+])  # fmt: skip
+def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_path, text, end):
+    path = tmp_path / "s.csv"
+    path.write_text(text)
+    code, _, err = ask(capsys, "--check", str(path))
+    assert code == 1 and err.splitlines()[-1] == f"partita: {path}: {end}"
+
+
 @pytest.mark.parametrize("words, code, says", [
     (["1f", "-p", "2", "-m", "2"], 2, "did you mean 1f1b"),
     (["1f1b", "-p", "2"], 2, "how many microbatches"),

@@ -22,7 +22,7 @@ SMALL = ModelSpec.from_toml(
     {
         "family": "alexnet", "hidden": 8, "vocab": 5, "dropout": 0.2,
         "image": {
-            "size": 6, "colors": 2, "channels": [8, 8, 4, 4], "kernels": [3, 2, 2, 1], "strides": [1] * 4,
+            "size": 6, "colors": 2, "channels": [8, 8, 8, 8], "kernels": [3, 2, 2, 1], "strides": [1] * 4,
             "paddings": [1, 0, 0, 0], "joins": [3], "norms": [1, 2], "pools": [2], "groups": 4, "dense": 1,
         },
     }
@@ -50,6 +50,8 @@ PLANS = (
     "split4 2mb recompute:full recompute.collectives=keep", "pp2/2mb split2",
     "pp2:zb_h1/2mb split2 dp_shard2.zero2",
     "pp2:dualpipe/4mb split2",
+    "tp2", "2mb tp2 split2", "split4 tp2 dp_replicate2", "tp2 2mb recompute:full dp_shard2.zero3",
+    "tp2 2mb recompute:full recompute.collectives=keep", "pp2:zb_h1/2mb tp2 split2 dp_shard2.zero2",
 )  # fmt: skip
 
 
@@ -98,6 +100,29 @@ def test_traffic_is_what_the_paper_moves():
     assert lines == want
 
 
+def test_traffic_of_tp_is_what_the_page_says():
+    """Every layer's input, and what norms look around in; the loss's three numbers an image."""
+    batch, found = 128, {}
+    whole = lay(Request(Plan.parse("tp2 fp32"), ALEXNET, 1, batch))
+    for t in (t for t in whole.traffic(0) if t.phase in "FB"):
+        site, _, kind = t.site.rpartition(":")
+        found[site, kind, t.op] = t.bytes // batch // 4
+    inputs = [96 * 27**2, 256 * 13**2, 384 * 13**2, 384 * 13**2, 256 * 6**2, 4096, 4096]
+    at = [
+        *(f"blocks.{i}.input" for i in range(6)),
+        "head.input",
+        "embedding.relu",
+        "blocks.0.conv.relu",
+    ]
+    want = {}
+    for site, size in zip(at, [*inputs, 96 * 55**2, 256 * 27**2], strict=True):
+        want[site, "gather_from", "all_gather"] = size // 2
+        want[site, "gather_from", "reduce_scatter"] = size
+    want |= {(f"head.loss.{x}", "reduce_from", "all_reduce"): 1 for x in ("max", "sum", "pick")}
+    assert found == want
+    assert sum(n for (_, _, op), n in found.items() if op == "reduce_scatter") == 737_472
+
+
 def test_a_plan_is_judged_and_refused_in_words():
     job = Job.of("alexnet", "laptop", "split2 2mb", global_batch_size=8, seq_len=1)
     found = simulate(job)
@@ -110,6 +135,11 @@ def test_a_plan_is_judged_and_refused_in_words():
     assert 0 < found.mfu < 1
     wrong = problems(Request(Plan.parse("split4 cp2:ring"), ALEXNET, 1))
     assert {p.rule for p in wrong} >= {"groups", "axes"}
+    (wide,) = problems(Request(Plan.parse("tp3 split2"), ALEXNET, 1))
+    assert (wide.room, wide.rule, wide.nearest) == ("tp", "channels", "tp2 split2")
+    assert "128 channels a group of convolution 2" in wide.message
+    (tokens,) = problems(Request(Plan.parse("tp2+sp"), ALEXNET, 1))
+    assert tokens.room == "sp" and "one place" in tokens.message and tokens.nearest == "tp2"
     llama = problems(Request(Plan.parse("split2"), ModelSpec.from_preset("tiny"), 8))
     assert llama[0].nearest == "1mb" and "channels" in llama[0].message
     long = Job.of("alexnet", "laptop", "split2", global_batch_size=8, seq_len=2)
@@ -119,10 +149,32 @@ def test_a_plan_is_judged_and_refused_in_words():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"channels": [6, 8, 4, 4]}, {"joins": [5]}, {"size": 2}, {"kernels": [3]}, {"groups": 3},
+        {"channels": [6, 8, 8, 8]}, {"joins": [5]}, {"size": 2}, {"kernels": [3]}, {"groups": 3},
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be_are_refused(changed):
     table = SMALL.to_toml()
     with pytest.raises(UsageError, match="image"):
         ModelSpec.from_toml({**table, "image": {**table["image"], **changed}})
+
+
+LOW = replace(SMALL, lora_rank=2, lora_targets=("linear",), lora_dropout=0.5)
+
+
+@pytest.mark.parametrize("line", ["split2 2mb", "tp2 dp_shard2.zero3", "pp2:zb_h1/2mb tp2 split4"])
+def test_lora_beside_fully_connected_layers_equals_one_device_exactly(line):
+    whole = lay(replace(request(LOW, line), seq_len=1))
+    got = execute(whole)
+    assert difference_from_one(LOW, got, 2) == ""
+    for rank in range(whole.mesh.world_size):
+        assert got.traffic[rank] == whole.traffic(rank)
+
+
+def test_adapters_are_counted_and_lie_as_their_linears():
+    """A of 4 features of conv 4 a group, B of 8 units: both times the rank; A is whole on split and on tp."""
+    assert LOW.parameters() - SMALL.parameters() == 2 * (LOW.image.features + 8)
+    assert program(LOW, 1).parameters() == LOW.parameters()
+    whole = lay(replace(request(LOW, "tp2 split2"), seq_len=1))
+    layer = next(b for b in whole.program.blocks if "dense.linear" in b.tensors)
+    a, b = (layer.tensors[f"dense.linear_lora_{x}"] for x in "ab")
+    assert a.axes() == set() and b.axes() == {"tp", "split"}

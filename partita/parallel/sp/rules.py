@@ -32,6 +32,11 @@ def problems(job: Request) -> list[Problem]:
     message = (
         f"a sequence of {local} tokens cannot be cut over tp {tp}: {local} % {tp} = {local % tp}"
     )
+    if job.model.image is not None:
+        message = (
+            "an image is a sequence of one place: between its layers tp cuts channels, and +sp has "
+        )
+        message += "nothing to cut"
     nearest = str(job.plan.with_("mesh", sp=False))
     asked, limit = f"tp{tp}+sp", f"seq_len a multiple of {tp * job.plan.mesh.cp}"
     return [error("sp", "seq_len", message, asked=asked, limit=limit, nearest=nearest)]

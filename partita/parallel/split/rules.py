@@ -22,20 +22,19 @@ from partita.parallel.room import (
     cut_everywhere,
     cut_tensor,
     error,
-    region,
+    gather_from,
     sum_rule,
 )
-from partita.spec.program import Block, Event, Op, Program, Tensor, rewrite
+from partita.spec.program import Block, Op, Program, Tensor, rewrite
 
 LACKS = {  # what an axis cuts, and no convolutional model has
-    "tp": "no heads for tp to cut (its channels lie on split)",
-    "cp": "no sequence for cp to cut (its batch lies on dp)",
+    "cp": "no sequence for cp to cut (its batch lies on dp, its channels on tp and split)",
     "ep": "no experts to lie on ep",
 }
 
 
 def problems(job: Request) -> list[Problem]:
-    """split divides the groups of a model that has some; such a model is cut along no sequence or heads."""
+    """split divides the groups of a model that has some; such a model has no sequence and no experts."""
     mesh, image = job.plan.mesh, job.model.image
     ways = mesh.split
     if image is None:
@@ -65,9 +64,9 @@ def problems(job: Request) -> list[Problem]:
     if other:
         asked = " ".join(f"{a}{getattr(mesh, a)}" for a in other)
         message = f"{asked}: a convolutional model has " + ", ".join(LACKS[a] for a in other)
-        nearest = str(job.plan.with_("mesh", tp=1, cp=1, ep=1, etp=1, sp=False))
+        nearest = str(job.plan.with_("mesh", cp=1, ep=1, etp=1))
         found.append(
-            error("split", "axes", message, asked=asked, limit="no tp, cp, ep", nearest=nearest)
+            error("split", "axes", message, asked=asked, limit="no cp, ep", nearest=nearest)
         )
     return found
 
@@ -93,15 +92,6 @@ def _joined(block: Block) -> Block:
         share = f"{y}/split"
         new[share] = replace(cut_tensor(block.tensors[y], ("sources",), "split"), name=share)
         own = replace(op, writes=share, whole=())
-        return own, gather(op.name, share, y)
+        return own, gather_from(op.name, ("split",), share, y, again=False)
 
     return rewrite(block, change, new)
-
-
-def gather(writer: str, share: str, whole: str) -> Op:
-    """Forward all-gather along groups; backward reduce-scatter of the partial gradient."""
-    return region(
-        writer, "gather_from", ("split",), (share, whole),
-        Event("F", "all_gather", share),
-        Event("B", "reduce_scatter", whole, gradient=True),
-    )  # fmt: skip

@@ -34,10 +34,12 @@ class CrossEntropy:
         valid: Tensor,
         total_valid: int,
         loss_scale: float = 1.0,
+        hits: list[Tensor] | None = None,
     ) -> Tensor:
-        """The rank's share of the step's loss; its gradient is times `loss_scale`."""
+        """The rank's share of the step's loss; its gradient is times `loss_scale`. Into `hits`, where it is
+        given, goes which valid targets no other logit is above."""
         seed = loss_scale / total_valid
-        return _CrossEntropy.apply(logits, targets, valid, (total_valid, seed), self)  # type: ignore[return-value]
+        return _CrossEntropy.apply(logits, targets, valid, (total_valid, seed, hits), self)  # type: ignore[return-value]
 
     def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(column of each target on this rank, or 0; whether it lies elsewhere)."""
@@ -55,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         valid: Tensor,
-        scales: tuple[int, float],
+        scales: tuple[int, float, list[Tensor] | None],
         layer: CrossEntropy,
     ) -> Tensor:
         """Max, exp, sum, pick; each summed over tp."""
@@ -73,7 +75,9 @@ class _CrossEntropy(torch.autograd.Function):
         pick = layer.target.forward(pick)
         losses = (total.log() + top - pick) * valid
         ctx.save_for_backward(probs, total, top, targets, valid)
-        total_valid, ctx.scale = scales
+        total_valid, ctx.scale, hits = scales
+        if hits is not None:
+            hits.append((pick >= top) & valid)
         ctx.layer, ctx.dtype = layer, logits.dtype
         return losses.sum() * (1.0 / total_valid)
 

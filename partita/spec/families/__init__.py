@@ -20,5 +20,5 @@ def program(spec: ModelSpec, batch: int = 1, seq_len: int = 0) -> Program:
     computes, before any room has cut it; one value for equal questions. seq_len 0 means the model's
     max_seq_len."""
     if spec.image is not None:
-        return image_program(spec, batch)
+        return adapt(image_program(spec, batch), spec)
     return adapt(transformer_program(spec, batch, seq_len or spec.max_seq_len), spec)
