@@ -3,12 +3,15 @@
 MKL, which torch's fp32 products call, keeps to 256-bit vectors on CPUs of other makers than Intel, where
 oneDNN fills AVX-512's: 105 against 220 GFLOP/s of a core of Zen 5. There dense layers' fp32 products go
 through oneDNN, of operands as they lie, and by small matrices through its kernel for these (brgemm.py), as
-experts' do. Which kernel makes a product follows from the CPU and from the
-product's sizes alone, so that a run repeats itself bit for bit.
+experts' do. Zen 4 executes 512 bits in two halves: there oneDNN makes large products 5 % faster (104 to 108
+GFLOP/s for 97 to 101), gradients that are added up and small ones slower (54 for 99), which stay MKL's. Which
+kernel makes a product follows from the CPU and from the product's sizes alone, so that a run repeats itself
+bit for bit.
 """
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from functools import cache
 from math import prod
@@ -20,10 +23,11 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from partita.parallel import brgemm
+from partita.parallel import brgemm, paired
 
 LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer to begin
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
+LEAST_HALVED = 1 << 24  # of one where 512 bits are executed in halves
 LITTLE = 1 << 16  # of one that oneDNN's small-matrix kernel makes
 THIN = 16  # rows or columns that it takes at least
 NARROW = 64  # rows or columns of a weight: fewer do not fill its kernels
@@ -81,6 +85,18 @@ def has_wider_kernels() -> bool:
     return False
 
 
+@cache
+def executes_whole() -> bool:
+    """Whether this CPU's units are as wide as AVX-512's vectors: not those of Zen 4 (AMD's family 25), nor of
+    Zen 5 for laptops (of family 26 the models 0x20 to 0x2f and 0x60 to 0x6f), which take them in halves."""
+    with suppress(OSError):
+        said = dict(re.findall(r"^([a-z_ ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+        if said.get("vendor_id") == "AuthenticAMD":
+            family, model = int(said.get("cpu family", 0)), int(said.get("model", 0))
+            return family != 25 and not (family == 26 and model >> 4 in (2, 6))
+    return True
+
+
 def is_wide(
     dtype: torch.dtype,
     device: torch.device,
@@ -89,6 +105,16 @@ def is_wide(
     narrow: int = NARROW,
 ) -> bool:
     """Whether oneDNN makes a product of (tokens, rows, columns): of `least` multiplications or more."""
+    if not executes_whole():
+        if least == LEAST_ADDED:
+            return False
+        least = max(least, LEAST_HALVED)
+    return _is_wide(dtype, device, sizes, least, narrow)
+
+
+def _is_wide(
+    dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int], least: int, narrow: int
+) -> bool:
     tokens, rows, columns = sizes
     large = tokens * rows * columns >= least and min(rows, columns) >= narrow
     return large and dtype == torch.float32 and device.type == "cpu" and has_wider_kernels()
@@ -97,7 +123,11 @@ def is_wide(
 def is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
     """Whether oneDNN's small-matrix kernel makes a product of (tokens, rows, columns), on this thread
     alone: a rank has no others."""
-    if sizes[1] * sizes[2] > brgemm.FITS or not is_wide(dtype, device, sizes, LITTLE, THIN):
+    return executes_whole() and _is_little(dtype, device, sizes)
+
+
+def _is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
+    if sizes[1] * sizes[2] > brgemm.FITS or not _is_wide(dtype, device, sizes, LITTLE, THIN):
         return False
     return brgemm.kernels() is not None and not _is_watched()
 
@@ -113,9 +143,9 @@ def _is_watched() -> bool:
 
 def are_little(x: Tensor, sizes: tuple[int, int, int]) -> bool:
     """Whether it makes those of experts: of x in fp32, and of 16 bits, widened, where a call of the 16-bit
-    kernel takes longer."""
+    kernel takes longer. A call of torch's for each takes longer than halves do."""
     few = x.element_size() == 2 and prod(sizes) < FEW
-    return (few or x.dtype == torch.float32) and is_little(torch.float32, x.device, sizes)
+    return (few or x.dtype == torch.float32) and _is_little(torch.float32, x.device, sizes)
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
@@ -183,6 +213,17 @@ def add_narrow(gradient: Tensor, made: Tensor) -> None:
     each = max(WIDENED // made.shape[1], 1)
     for into, part in zip(gradient.split(each), made.split(each), strict=True):
         into.add_(part)
+
+
+def is_paired(dy: Tensor, x: Tensor) -> bool:
+    """Whether a weight's gradient of bf16 dy [tokens, rows], x [tokens, columns] is added up in fp32 as it is
+    made, on this thread alone: of few tokens, whose number comes again, since a kernel is made for each."""
+    if dy.dtype != torch.bfloat16 or x.dtype != dy.dtype or dy.device.type != "cpu":
+        return False
+    tokens, rows, columns = *dy.shape, x.shape[1]
+    if min(tokens, rows, columns) < THIN or not paired.holds_less(tokens, rows, columns):
+        return False
+    return paired.kernels() is not None and not _is_watched()
 
 
 def is_small(dy: Tensor, x: Tensor) -> bool:

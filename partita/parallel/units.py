@@ -28,6 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from partita.parallel import paired
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
@@ -38,6 +39,7 @@ from partita.parallel.product import (
     add_small,
     add_steady,
     add_varied,
+    is_paired,
     is_small,
 )
 from partita.spec.layout import product_coordinate
@@ -344,6 +346,8 @@ def add_product(
             add_steady(gradient, dy, x)
         else:
             add_varied(gradient, dy, x)
+    elif steady and product is PLAIN and is_paired(dy, x):
+        paired.add(gradient, dy, x)
     elif product is PLAIN and is_small(dy, x):
         add_small(gradient, dy, x)
     else:

@@ -209,6 +209,7 @@ def test_a_step_holds_no_more_than_is_predicted(
 ) -> None:
     """What comes and goes over a step, at its peak, op by op: of the kernels that hold most."""
     monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
+    monkeypatch.setattr(product, "executes_whole", lambda: True)
     wide = {**TABLE["model"], "hidden": 128, "heads": 8, "ffn_hidden": 352, "layers": 6}
     job = Job.load({**TABLE, "model": wide, "plan": line})
     (wanted,) = simulate(job).ledgers

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.protocol import Where
-from partita.parallel import brgemm, product
+from partita.parallel import brgemm, paired, product
 from partita.parallel.product import (
     PLAIN,
     add_narrow,
@@ -35,6 +35,7 @@ def calls(monkeypatch):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
+    monkeypatch.setattr(product, "executes_whole", lambda: True)
     monkeypatch.setattr(product, "_onednn", onednn)
     monkeypatch.setattr(product.brgemm, "kernels", lambda: None)
     return made
@@ -71,8 +72,10 @@ def test_a_narrower_product_is_added_in_parts_as_in_one(monkeypatch):
     assert torch.equal(found, wide + made)
 
 
-def test_small_gradients_of_16_bits_are_not_rounded_before_they_are_added():
-    """Of 64 by 96, up to 255 tokens; of more, or beside a narrow weight, the product is rounded."""
+def test_small_gradients_of_16_bits_are_not_rounded_before_they_are_added(monkeypatch):
+    """Where no kernel adds up any: of 64 by 96, up to 255 tokens; of more, or beside a narrow weight, the
+    product is rounded."""
+    monkeypatch.setattr(paired, "kernels", lambda: None)
     for tokens, rows, exact in ((48, 64, True), (255, 64, True), (256, 64, False), (48, 8, False)):
         dy, x = torch.randn(tokens, rows).bfloat16(), torch.randn(tokens, 96).bfloat16()
         assert is_small(dy, x) == exact and not is_small(dy.float(), x.float())
@@ -110,6 +113,41 @@ def test_intels_own_cpus_keep_mkl(monkeypatch):
         assert found == (wider and torch.backends.mkldnn.is_available())
 
 
+@pytest.mark.parametrize(
+    "maker, family, model, whole",
+    [
+        ("AuthenticAMD", 25, 17, False),
+        ("AuthenticAMD", 26, 2, True),
+        ("AuthenticAMD", 26, 0x24, False),
+        ("AuthenticAMD", 26, 0x44, True),
+        ("HygonGenuine", 25, 17, True),
+    ],
+)
+def test_which_cpus_execute_a_vector_whole(maker, family, model, whole, monkeypatch):
+    text = f"vendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD\n"
+    monkeypatch.setattr(product.Path, "read_text", lambda path: text + "\n" + text)
+    assert product.executes_whole.__wrapped__() == whole
+
+
+def test_in_halves_large_products_alone_are_onednns(calls, monkeypatch):
+    monkeypatch.setattr(product, "executes_whole", lambda: False)
+    x, dy, w = (torch.randn(s) for s in ((128, 512), (128, 512), (512, 512)))
+    near(PLAIN.forward(x, w), x.double() @ w.double().t())
+    near(PLAIN.input_gradient(dy, w), dy.double() @ w.double())
+    assert len(calls) == 2
+    add_steady(torch.zeros(512, 512), dy, x)
+    add_varied(torch.zeros(512, 512), dy, x)
+    PLAIN.forward(x[:32], w)
+    assert len(calls) == 2
+
+
+def test_in_halves_experts_keep_the_small_matrices_kernel(little, monkeypatch):
+    monkeypatch.setattr(product, "executes_whole", lambda: False)
+    x, w = torch.randn(48, 128), torch.randn(88, 128)
+    near(PLAIN.forward(x, w), x.double() @ w.double().t())
+    assert not little and product.are_little(x, (48, 88, 128))
+
+
 def test_tokens_whose_number_varies(calls):
     """Multiples of 16 are oneDNN's, the rest torch's: no kernel for each number."""
     for tokens, whole in ((7, 0), (150, 144), (160, 160)):
@@ -136,6 +174,7 @@ def little(monkeypatch):
         multiply(*of)
 
     monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
+    monkeypatch.setattr(product, "executes_whole", lambda: True)
     monkeypatch.setattr(brgemm, "kernels", lambda: (counted, turn))
     return made
 
@@ -216,3 +255,52 @@ def test_where_small_matrices_are_meant(little):
     narrow = torch.empty(1, dtype=torch.bfloat16)
     assert product.are_little(narrow, (48, 88, 128))
     assert not product.are_little(narrow, (480, 88, 128))  # its own kernel is faster
+
+
+@pytest.mark.parametrize("sizes", ((16, 64, 96), (64, 384, 128), (130, 700, 520), (16, 3000, 40)))
+def test_gradients_of_bf16_are_added_up_in_fp32_as_they_are_made(sizes, monkeypatch):
+    """Some rows at a time, of operands whose rows lie apart, or which are one row over and over."""
+    if paired.kernels() is None:
+        pytest.skip("this CPU has no bf16 products, or this torch exports no kernel of them")
+    multiply, *others = paired.kernels()
+    made = []
+
+    def counted(*of):
+        made.append(of[:3])
+        multiply(*of)
+
+    monkeypatch.setattr(paired, "kernels", lambda: (counted, *others))
+    tokens, rows, columns = sizes
+    both, row = torch.randn(tokens, rows + 3).bfloat16(), torch.randn(1, columns).bfloat16()
+    start = torch.randn(rows, columns)
+    for dy, x in (
+        (both[:, 3:], torch.randn(tokens, 2 * columns).bfloat16()[:, :columns]),
+        (both[:, 3:], row.expand(tokens, columns)),
+        (both[:, :1].expand(tokens, rows), torch.randn(columns, tokens).bfloat16().t()),
+    ):
+        made.clear()
+        found, again = start.clone(), start.clone()
+        add_product(found, dy, x, PLAIN, True)
+        add_product(again, dy, x, PLAIN, True)
+        near(found, start.double() + dy.double().t() @ x.double())
+        assert torch.equal(found, again)
+        each = max(paired.BLOCK // columns // 16, 1) * 16
+        parts = [min(each, rows - at) for at in range(0, rows, each)]
+        assert made == [(part, columns, tokens) for part in parts] * 2
+
+
+def test_which_gradients_of_bf16_are_added_up_as_they_are_made(monkeypatch):
+    monkeypatch.setattr(paired, "kernels", lambda: (print,) * 4)
+
+    def meant(tokens, rows, columns, dtype=torch.bfloat16):
+        return product.is_paired(*(torch.empty(tokens, n, dtype=dtype) for n in (rows, columns)))
+
+    assert meant(128, 512, 512) and meant(64, 128, 128)
+    assert not meant(128, 512, 512, torch.float16) and not meant(128, 512, 512, torch.float32)
+    assert not meant(127, 512, 512)  # tokens come in pairs
+    assert not meant(130, 128, 128)  # what is turned would be larger than the product
+    assert not meant(64, 8, 4096) and not meant(2, 512, 512)  # too thin
+    with FlopCounterMode(display=False):
+        assert not meant(128, 512, 512)
+    monkeypatch.setattr(paired, "kernels", lambda: None)
+    assert not meant(128, 512, 512)
