@@ -7,7 +7,8 @@ which torch exports (see brgemm.py), adds to fp32 what it makes: half's products
 2160 us so, where product and addition take 1480 to 2760 (Zen 4, gradients not in caches), and a sum is never
 rounded to 16 bits. The kernel wants dy turned and x with its tokens in pairs, which fbgemm's transpositions
 make in 2 to 4 % of that time, as large as dy and twice x. It waits for each line of the gradient that it
-adds to, so that some rows are read first, in one stream, and multiplied while they are in a core's cache.
+adds to, so that some rows are read first, in one stream, and added to while they are in a core's cache.
+Tokens go 128 at a time, so that any number of them is made by no more than eight kernels, 50 us to make each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 TURN_16 = "_ZN6fbgemm14transpose_simdItEEvllPKT_lPS1_l"
 TURN_32 = "_ZN6fbgemm14transpose_simdIfEEvllPKT_lPS1_l"
 BLOCK = 1 << 16  # elements of a gradient that are read and then added to: 256 kB
-STEP = 16  # rows of a block are a multiple of so many
+TOKENS = 128  # that a kernel is given at a time
+STEP = 16  # rows of a block, and tokens of what remains, are multiples of so many: zeros lie behind
+MOST = 512  # tokens of which something is gained
 Call = Callable[..., Any]
 
 
@@ -52,43 +55,53 @@ def kernels() -> tuple[Call, Call, Call, Call] | None:
 
 
 def holds_less(tokens: int, rows: int, columns: int) -> bool:
-    """Whether what is turned is no larger than the 16-bit product, and tokens come in pairs."""
-    return tokens % 2 == 0 and tokens * (columns + max(rows, columns)) <= rows * columns
+    """Whether what is turned is no larger than the 16-bit product."""
+    return tokens * (columns + max(rows, columns)) <= rows * columns
 
 
 def add(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
-    """gradient [rows, columns] in fp32 += dy.T x of bf16 dy [tokens, rows] and x [tokens, columns], rows of
-    each side by side."""
-    found = kernels()
-    assert found is not None, "who calls asks first"
-    multiply, turn, _, read = found
-    (rows, columns), tokens = gradient.shape, dy.shape[0]
+    """gradient [rows, columns] in fp32 += dy.T x of bf16 dy [tokens, rows] and x [tokens, columns]."""
+    (multiply, _, _, read), (rows, columns) = _kernels(), gradient.shape
     assert gradient.dtype == torch.float32 and dy.dtype == x.dtype == torch.bfloat16
-    assert dy.shape == (tokens, rows) and x.shape == (tokens, columns) and not tokens % 2
+    assert dy.shape == (x.shape[0], rows) and x.shape[1] == columns
     assert gradient.stride() == (columns, 1) or rows == 1
-    right, dy = _paired(_in_rows(x)), _in_rows(dy)
-    left = dy.new_empty(rows, tokens)
-    turn(tokens, rows, dy.data_ptr(), dy.stride(0), left.data_ptr(), tokens)
-    each = max(BLOCK // columns // STEP, 1) * STEP
-    a, b, c = left.data_ptr(), right.data_ptr(), gradient.data_ptr()
+    dy, x = _in_rows(dy), _in_rows(x)
+    parts = [
+        (_turned(d), _paired(part))
+        for d, part in zip(dy.split(TOKENS), x.split(TOKENS), strict=True)
+    ]
+    places = [(d.shape[1], d.data_ptr(), part.data_ptr()) for d, part in parts]
+    each, c = max(BLOCK // columns // STEP, 1) * STEP, gradient.data_ptr()
     for first in range(0, rows, each):
-        some = min(each, rows - first)
-        into = c + 4 * columns * first
+        some, into = min(each, rows - first), c + 4 * columns * first
         read(into, into, 4 * columns * some)
-        of = a + 2 * tokens * first
-        multiply(some, columns, tokens, tokens, columns, columns, True, of, b, into, True)
+        for n, a, b in places:
+            multiply(some, columns, n, n, columns, columns, True, a + 2 * n * first, b, into, True)
+
+
+def _kernels() -> tuple[Call, Call, Call, Call]:
+    found = kernels()
+    assert found is not None, "is_paired was not asked"
+    return found
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x.t() [columns, tokens], and zeros behind tokens."""
+    tokens, columns = x.shape
+    whole = -(-tokens // STEP) * STEP
+    out = x.new_empty(columns, whole)
+    if whole > tokens:
+        out[:, tokens:].zero_()
+    _kernels()[1](tokens, columns, x.data_ptr(), x.stride(0), out.data_ptr(), whole)
+    return out
 
 
 def _paired(x: Tensor) -> Tensor:
     """x [tokens, columns] as [tokens / 2, columns, 2]: turned by single elements, and back by pairs."""
-    found = kernels()
-    assert found is not None
-    _, narrow, wide, _ = found
-    tokens, columns = x.shape
-    turned, out = x.new_empty(columns, tokens), x.new_empty(tokens // 2, columns, 2)
-    narrow(tokens, columns, x.data_ptr(), x.stride(0), turned.data_ptr(), tokens)
-    pairs = tokens // 2
-    wide(columns, pairs, turned.data_ptr(), pairs, out.data_ptr(), columns)
+    turned = _turned(x)
+    columns, pairs = turned.shape[0], turned.shape[1] // 2
+    out = x.new_empty(pairs, columns, 2)
+    _kernels()[2](columns, pairs, turned.data_ptr(), pairs, out.data_ptr(), columns)
     return out
 
 

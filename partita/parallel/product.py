@@ -215,15 +215,17 @@ def add_narrow(gradient: Tensor, made: Tensor) -> None:
         into.add_(part)
 
 
-def is_paired(dy: Tensor, x: Tensor) -> bool:
+def is_paired(dy: Tensor, x: Tensor, steady: bool) -> bool:
     """Whether a weight's gradient of bf16 dy [tokens, rows], x [tokens, columns] is added up in fp32 as it is
-    made, on this thread alone: of few tokens, whose number comes again, since a kernel is made for each."""
+    made, on this thread alone. What is turned for it shall hold no more than the product would; experts',
+    whose numbers of tokens vary (not `steady`), hold little beside all experts' weights."""
     if dy.dtype != torch.bfloat16 or x.dtype != dy.dtype or dy.device.type != "cpu":
         return False
     tokens, rows, columns = *dy.shape, x.shape[1]
-    if min(tokens, rows, columns) < THIN or not paired.holds_less(tokens, rows, columns):
+    if min(tokens, rows, columns) < THIN or tokens > paired.MOST:
         return False
-    return paired.kernels() is not None and not _is_watched()
+    fits = not steady or paired.holds_less(tokens, rows, columns)
+    return fits and paired.kernels() is not None and not _is_watched()
 
 
 def is_small(dy: Tensor, x: Tensor) -> bool:

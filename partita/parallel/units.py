@@ -346,7 +346,7 @@ def add_product(
             add_steady(gradient, dy, x)
         else:
             add_varied(gradient, dy, x)
-    elif steady and product is PLAIN and is_paired(dy, x):
+    elif product is PLAIN and is_paired(dy, x, steady):
         paired.add(gradient, dy, x)
     elif product is PLAIN and is_small(dy, x):
         add_small(gradient, dy, x)

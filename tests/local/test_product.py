@@ -257,7 +257,7 @@ def test_where_small_matrices_are_meant(little):
     assert not product.are_little(narrow, (480, 88, 128))  # its own kernel is faster
 
 
-@pytest.mark.parametrize("sizes", ((16, 64, 96), (64, 384, 128), (130, 700, 520), (16, 3000, 40)))
+@pytest.mark.parametrize("sizes", ((16, 64, 96), (64, 384, 128), (147, 700, 520), (21, 3000, 40)))
 def test_gradients_of_bf16_are_added_up_in_fp32_as_they_are_made(sizes, monkeypatch):
     """Some rows at a time, of operands whose rows lie apart, or which are one row over and over."""
     if paired.kernels() is None:
@@ -286,19 +286,21 @@ def test_gradients_of_bf16_are_added_up_in_fp32_as_they_are_made(sizes, monkeypa
         assert torch.equal(found, again)
         each = max(paired.BLOCK // columns // 16, 1) * 16
         parts = [min(each, rows - at) for at in range(0, rows, each)]
-        assert made == [(part, columns, tokens) for part in parts] * 2
+        summed = [128, 32] if tokens == 147 else [-(-tokens // 16) * 16]
+        assert made == [(part, columns, some) for part in parts for some in summed] * 2
 
 
 def test_which_gradients_of_bf16_are_added_up_as_they_are_made(monkeypatch):
     monkeypatch.setattr(paired, "kernels", lambda: (print,) * 4)
 
-    def meant(tokens, rows, columns, dtype=torch.bfloat16):
-        return product.is_paired(*(torch.empty(tokens, n, dtype=dtype) for n in (rows, columns)))
+    def meant(tokens, rows, columns, dtype=torch.bfloat16, steady=True):
+        dy, x = (torch.empty(tokens, n, dtype=dtype) for n in (rows, columns))
+        return product.is_paired(dy, x, steady)
 
-    assert meant(128, 512, 512) and meant(64, 128, 128)
+    assert meant(128, 512, 512) and meant(64, 128, 128) and meant(127, 512, 512)
     assert not meant(128, 512, 512, torch.float16) and not meant(128, 512, 512, torch.float32)
-    assert not meant(127, 512, 512)  # tokens come in pairs
     assert not meant(130, 128, 128)  # what is turned would be larger than the product
+    assert meant(130, 128, 128, steady=False) and not meant(600, 4096, 4096)
     assert not meant(64, 8, 4096) and not meant(2, 512, 512)  # too thin
     with FlopCounterMode(display=False):
         assert not meant(128, 512, 512)
