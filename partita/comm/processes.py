@@ -178,6 +178,12 @@ def for_gpu() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def limits_onednn() -> bool:
+    """Whether oneDNN is told which instructions to do without. Environment: ONEDNN_MAX_CPU_ISA,
+    DNNL_MAX_CPU_ISA."""
+    return bool({"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys())
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:

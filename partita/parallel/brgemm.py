@@ -32,22 +32,36 @@ FITS = LITTLE_MATRIX
 BLOCK = (
     LITTLE_ROWS  # are given to a kernel at a time: of whatever number, no more kernels than these
 )
+SIZE, PLACE, FLAG = (
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_bool,
+)  # made once for many calls: a third less
 WIDTH = 4  # bytes of an element
+
+
+def library(names: Sequence[str]) -> list[Any] | None:
+    """Functions of torch's library that return nothing; None where it lacks one."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        opened = ctypes.CDLL(str(path))
+        found = [opened[name] for name in names]
+    except (OSError, AttributeError):
+        return None
+    for function in found:
+        function.restype = None
+    return found
 
 
 @cache
 def kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """(brgemm, transposition) of torch's library; None where it has no such names."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        library = ctypes.CDLL(str(path))
-        multiply, transpose = library[BRGEMM], library[TRANSPOSE]
-    except (OSError, AttributeError):
+    found = library((BRGEMM, TRANSPOSE))
+    if found is None:
         return None
-    size, place, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool
-    multiply.restype = transpose.restype = None
-    multiply.argtypes = [*[size] * 6, flag, place, place, place, flag]
-    transpose.argtypes = [size, size, place, size, place, size]
+    multiply, transpose = found
+    multiply.argtypes = [*[SIZE] * 6, FLAG, PLACE, PLACE, PLACE, FLAG]
+    transpose.argtypes = [SIZE, SIZE, PLACE, SIZE, PLACE, SIZE]
     return multiply, transpose
 
 
@@ -63,7 +77,8 @@ def _place(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), max(x.stride(0), x.shape[1])  # of one row torch may say anything
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
+    """x [rows, columns], of rows that lie side by side."""
     apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]  # an expanded row is not
     return x if apart else x.contiguous()
 
@@ -73,7 +88,7 @@ def turned(x: Tensor) -> Tensor:
     rows, columns = x.shape
     if x.stride(0) == 1:
         return x.t()
-    x, out = _in_rows(x), x.new_empty(columns, rows)
+    x, out = in_rows(x), x.new_empty(columns, rows)
     _kernels()[1](rows, columns, *_place(x), *_place(out))
     return out
 
@@ -82,9 +97,9 @@ def add(out: Tensor, dy: Tensor, x: Tensor) -> None:
     """out [rows, columns] += dy.T x, of dy [tokens, rows] and x [tokens, columns]."""
     tokens = dy.shape[0]
     if tokens > BLOCK:
-        _add_grouped(out.unsqueeze(0), _in_rows(dy), _in_rows(x), (tokens,))
+        _add_grouped(out.unsqueeze(0), in_rows(dy), in_rows(x), (tokens,))
         return
-    left, x = _in_rows(turned(dy)), _in_rows(x)
+    left, x = in_rows(turned(dy)), in_rows(x)
     assert out.shape == (left.shape[0], x.shape[1]) and x.shape[0] == tokens, (dy.shape, x.shape)
     (a, lda), (b, ldb), (c, ldc) = map(_place, (left, x, out))
     _kernels()[0](*out.shape, tokens, lda, ldb, ldc, True, a, b, c, False)
@@ -98,7 +113,7 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _groups(counts: Sequence[int], matrix: int) -> Iterator[tuple[slice, slice]]:
+def groups(counts: Sequence[int], matrix: int) -> Iterator[tuple[slice, slice]]:
     """(matrices, their rows): some at a time, that fit together."""
     each, first = max(FITS // matrix, 1), 0
     for at in range(0, len(counts), each):
@@ -110,7 +125,7 @@ def _groups(counts: Sequence[int], matrix: int) -> Iterator[tuple[slice, slice]]
 def grouped(out: Tensor, x: Tensor, weights: Tensor, counts: Sequence[int], back: bool) -> None:
     """out = x W.T, or `back` x W, of each matrix W of weights [matrices, rows, columns] and its `counts` of
     the rows of x. Narrower operands are widened, and what is made is rounded once."""
-    for some, rows in _groups(counts, weights[0].numel()):
+    for some, rows in groups(counts, weights[0].numel()):
         wide = weights[some].to(torch.float32)
         if not back:
             wide = _each_turned(wide.contiguous())
@@ -126,30 +141,37 @@ def grouped(out: Tensor, x: Tensor, weights: Tensor, counts: Sequence[int], back
 def _each_turned(weights: Tensor) -> Tensor:
     experts, rows, columns = weights.shape
     out, (_, turn) = weights.new_empty(experts, columns, rows), _kernels()
-    a, b, step = weights.data_ptr(), out.data_ptr(), WIDTH * rows * columns
+    a, b, step, m, n = (
+        weights.data_ptr(),
+        out.data_ptr(),
+        WIDTH * rows * columns,
+        SIZE(rows),
+        SIZE(columns),
+    )
     for _ in range(experts):
-        turn(rows, columns, a, columns, b, rows)
+        turn(m, n, a, n, b, m)
         a, b = a + step, b + step
     return out
 
 
 def _grouped(out: Tensor, x: Tensor, rights: Tensor, counts: Sequence[int]) -> None:
     summed, columns = rights.shape[1:]
-    assert x.shape == (sum(counts), summed) and out.shape == (sum(counts), columns)
+    assert x.shape == (len(out), summed) and out.shape[1] == columns
     assert rights.dtype == torch.float32
-    x, rights, (multiply, _) = _in_rows(x), rights.contiguous(), _kernels()
+    x, rights, (multiply, _) = in_rows(x), rights.contiguous(), _kernels()
     (a, lda), (c, ldc), b = _place(x), _place(out), rights.data_ptr()
+    n, k, x_row, out_row, no = SIZE(columns), SIZE(summed), SIZE(lda), SIZE(ldc), FLAG(False)
     for count in counts:
-        for rows in _blocks(count):
-            multiply(rows, columns, summed, lda, columns, ldc, False, a, b, c, False)
+        for rows in blocks(count):
+            multiply(rows, n, k, x_row, n, out_row, no, a, b, c, no)
             a, c = a + WIDTH * rows * lda, c + WIDTH * rows * ldc
         b += WIDTH * summed * columns
 
 
 def add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
     """gradients [matrices, rows, columns] += dy.T x of each one's `counts` of rows; narrower ones widened."""
-    for some, rows in _groups(counts, gradients[0].numel()):
-        d, wide = _in_rows(dy[rows].to(torch.float32)), _in_rows(x[rows].to(torch.float32))
+    for some, rows in groups(counts, gradients[0].numel()):
+        d, wide = in_rows(dy[rows].to(torch.float32)), in_rows(x[rows].to(torch.float32))
         _add_grouped(gradients[some], d, wide, counts[some])
 
 
@@ -159,15 +181,18 @@ def _add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]
     assert gradients.is_contiguous() and gradients.dtype == torch.float32
     (multiply, turn), left = _kernels(), dy.new_empty(rows, BLOCK)  # strides that come again
     (a, lda), (b, ldb), c = _place(dy), _place(x), gradients.data_ptr()
-    at = left.data_ptr()
+    m, n, dy_row, x_row, block = map(SIZE, (rows, columns, lda, ldb, BLOCK))
+    at, yes, no = PLACE(left.data_ptr()), FLAG(True), FLAG(False)
     for count in counts:
-        for some in _blocks(count):
-            turn(some, rows, a, lda, at, BLOCK)
-            multiply(rows, columns, some, BLOCK, ldb, columns, True, at, b, c, False)
+        for some in blocks(count):
+            turn(some, m, a, dy_row, at, block)
+            multiply(m, n, some, block, x_row, n, yes, at, b, c, no)
             a, b = a + WIDTH * some * lda, b + WIDTH * some * ldb
         c += WIDTH * rows * columns
 
 
-def _blocks(count: int) -> Sequence[int]:
+@cache
+def blocks(count: int) -> Sequence[int]:
+    """Rows of each call."""
     whole, rest = divmod(count, BLOCK)
     return (*(BLOCK,) * whole, rest) if rest else (BLOCK,) * whole

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.comm.processes import limits_onednn
+
 BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 TURN_16 = "_ZN6fbgemm14transpose_simdItEEvllPKT_lPS1_l"
 TURN_32 = "_ZN6fbgemm14transpose_simdIfEEvllPKT_lPS1_l"
@@ -41,6 +43,8 @@ def kernels() -> tuple[Call, Call, Call, Call] | None:
     try:
         if not cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
             return None
+        if limits_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None  # without its instructions oneDNN would end the process
         library = ctypes.CDLL(str(path))
         multiply, narrow, wide = library[BRGEMM], library[TURN_16], library[TURN_32]
         read = ctypes.CDLL(None).memcmp
@@ -52,6 +56,11 @@ def kernels() -> tuple[Call, Call, Call, Call] | None:
     narrow.argtypes = wide.argtypes = [size, size, place, size, place, size]
     read.argtypes, read.restype = [place, place, ctypes.c_size_t], ctypes.c_int
     return multiply, narrow, wide, read
+
+
+def is_there() -> bool:
+    """Whether there are kernels, and nobody forbids oneDNN: then a call would not return."""
+    return kernels() is not None and bool(torch.backends.mkldnn.enabled)
 
 
 def holds_less(tokens: int, rows: int, columns: int) -> bool:

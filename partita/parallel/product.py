@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import cache
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from partita.parallel import brgemm, paired
+from partita.parallel import brgemm, brgemm16, paired
 
 LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer to begin
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
@@ -141,11 +142,22 @@ def _is_watched() -> bool:
     return not all(hasattr(m, "watches_storages") for m in _get_current_dispatch_mode_stack())
 
 
-def are_little(x: Tensor, sizes: tuple[int, int, int]) -> bool:
-    """Whether it makes those of experts: of x in fp32, and of 16 bits, widened, where a call of the 16-bit
-    kernel takes longer. A call of torch's for each takes longer than halves do."""
+def is_little_16(x: Tensor, sizes: tuple[int, int, int]) -> bool:
+    """Whether its 16-bit form makes one of bf16 x: experts', and gradients of more tokens than is_paired
+    takes. What a dense layer rounds is as fast by a linear."""
+    even = x.dtype == torch.bfloat16 and not (sizes[1] % 2 or sizes[2] % 2)
+    return even and paired.is_there() and _is_little(torch.float32, x.device, sizes)
+
+
+def little_of(x: Tensor, sizes: tuple[int, int, int]) -> ModuleType | None:
+    """Which kernel for small matrices makes experts' products: of 16 bits without such instructions fp32's,
+    widened, where a call of a linear takes longer. None: neither. A call of torch's for each takes longer
+    than halves do."""
+    if is_little_16(x, sizes):
+        return brgemm16
     few = x.element_size() == 2 and prod(sizes) < FEW
-    return (few or x.dtype == torch.float32) and _is_little(torch.float32, x.device, sizes)
+    fits = (few or x.dtype == torch.float32) and _is_little(torch.float32, x.device, sizes)
+    return brgemm if fits else None
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
@@ -225,7 +237,7 @@ def is_paired(dy: Tensor, x: Tensor, steady: bool) -> bool:
     if min(tokens, rows, columns) < THIN or tokens > paired.MOST:
         return False
     fits = not steady or paired.holds_less(tokens, rows, columns)
-    return fits and paired.kernels() is not None and not _is_watched()
+    return fits and paired.is_there() and not _is_watched()
 
 
 def is_small(dy: Tensor, x: Tensor) -> bool:

@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from partita.parallel import paired
+from partita.parallel import brgemm16, paired
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import Laid, local_shape
 from partita.parallel.laid import Unit as LaidUnit
@@ -39,6 +39,7 @@ from partita.parallel.product import (
     add_small,
     add_steady,
     add_varied,
+    is_little_16,
     is_paired,
     is_small,
 )
@@ -348,6 +349,8 @@ def add_product(
             add_varied(gradient, dy, x)
     elif product is PLAIN and is_paired(dy, x, steady):
         paired.add(gradient, dy, x)
+    elif product is PLAIN and is_little_16(dy, (len(dy), len(gradient), x.shape[1])):
+        brgemm16.add(gradient, dy, x)
     elif product is PLAIN and is_small(dy, x):
         add_small(gradient, dy, x)
     else:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.protocol import Where
-from partita.parallel import brgemm, paired, product
+from partita.parallel import brgemm, brgemm16, paired, product
 from partita.parallel.product import (
     PLAIN,
     add_narrow,
@@ -145,7 +145,7 @@ def test_in_halves_experts_keep_the_small_matrices_kernel(little, monkeypatch):
     monkeypatch.setattr(product, "executes_whole", lambda: False)
     x, w = torch.randn(48, 128), torch.randn(88, 128)
     near(PLAIN.forward(x, w), x.double() @ w.double().t())
-    assert not little and product.are_little(x, (48, 88, 128))
+    assert not little and product.little_of(x, (48, 88, 128)) is brgemm
 
 
 def test_tokens_whose_number_varies(calls):
@@ -170,7 +170,7 @@ def little(monkeypatch):
     made = []
 
     def counted(*of):
-        made.append(of[:3])
+        made.append(tuple(getattr(size, "value", size) for size in of[:3]))
         multiply(*of)
 
     monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
@@ -252,9 +252,6 @@ def test_where_small_matrices_are_meant(little):
     assert not product.is_little(fp32, cpu, (48, 8, 4096))  # too narrow
     assert not product.is_little(fp32, cpu, (48, 512, 512))  # the matrix does not fit
     assert not product.is_little(torch.float64, cpu, (48, 88, 128))
-    narrow = torch.empty(1, dtype=torch.bfloat16)
-    assert product.are_little(narrow, (48, 88, 128))
-    assert not product.are_little(narrow, (480, 88, 128))  # its own kernel is faster
 
 
 @pytest.mark.parametrize("sizes", ((16, 64, 96), (64, 384, 128), (147, 700, 520), (21, 3000, 40)))
@@ -306,3 +303,80 @@ def test_which_gradients_of_bf16_are_added_up_as_they_are_made(monkeypatch):
         assert not meant(128, 512, 512)
     monkeypatch.setattr(paired, "kernels", lambda: None)
     assert not meant(128, 512, 512)
+
+
+def test_whose_kernel_makes_experts_of_16_bits(little, monkeypatch):
+    narrow, half = (torch.empty(1, dtype=t) for t in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(paired, "kernels", lambda: None)
+    assert product.little_of(narrow, (48, 88, 128)) is brgemm
+    assert product.little_of(narrow, (480, 88, 128)) is None  # a linear is faster
+    monkeypatch.setattr(paired, "kernels", tuple)
+    assert product.little_of(narrow, (480, 88, 128)) is brgemm16
+    assert product.little_of(narrow, (48, 89, 128)) is brgemm  # not by pairs
+    assert product.little_of(half, (48, 88, 128)) is brgemm
+    assert product.little_of(narrow, (48, 512, 512)) is None
+    assert product.little_of(narrow.float(), (48, 88, 128)) is brgemm
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its call would not return
+    assert product.little_of(narrow, (48, 88, 128)) is brgemm
+
+
+@pytest.fixture
+def little_16(monkeypatch):
+    """The 16-bit form wherever sizes call for it; how often it was called."""
+    if brgemm.kernels() is None or paired.kernels() is None:
+        pytest.skip("this torch exports no such kernel, or this CPU lacks its instructions")
+    multiply, *turns = paired.kernels()
+    made = []
+
+    def counted(*of):
+        made.append(of[0])
+        multiply(*of)
+
+    monkeypatch.setattr(product, "has_wider_kernels", lambda: True)
+    monkeypatch.setattr(brgemm16, "kernels", lambda: (counted, *turns))
+    return made
+
+
+def rounded_near(found, expected):
+    assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sizes", ((65, 96, 40), (130, 16, 512), (1, 1024, 80)))
+def test_gradients_of_small_weights_of_16_bits_and_many_tokens(sizes, little_16, monkeypatch):
+    """In fp32; an odd last token has nothing beside it."""
+    tokens, rows, columns = sizes
+    x, dy = torch.randn(tokens, columns).bfloat16(), torch.randn(tokens, rows + 5).bfloat16()[:, 5:]
+    monkeypatch.setattr(paired, "MOST", 0)
+    start = torch.randn(rows, columns)
+    expected = start.double() + dy.double().t() @ x.double()
+    add_product(start, dy, x, PLAIN)
+    near(start, expected)
+    assert len(little_16) == len(pieces(tokens))
+
+
+def test_experts_of_16_bits(little_16, monkeypatch):
+    """As many at a time as fit; rows of odd numbers, and none, beside rows that are infinite."""
+    monkeypatch.setattr(brgemm, "FITS", 3 * 40 * 96)
+    x, dy = (torch.randn(sum(COUNTS), n).bfloat16() for n in (96, 40))
+    dy[3 + 130 - 1] = torch.inf  # the last of an expert's, read by no other
+    weights = torch.randn(len(COUNTS), 40, 96).bfloat16()
+    y, dx, gradients = torch.empty_like(dy), torch.empty_like(x), torch.ones(len(COUNTS), 40, 96)
+    brgemm16.grouped(y, x, weights, COUNTS, back=False)
+    brgemm16.grouped(dx, dy, weights, COUNTS, back=True)
+    brgemm16.add_grouped(gradients, dy, x, COUNTS)
+    each = zip(COUNTS, weights.double(), x.split(COUNTS), dy.split(COUNTS), strict=True)
+    split = zip(each, y.split(COUNTS), dx.split(COUNTS), gradients, strict=True)
+    for (count, w, rows, d), made, back, gradient in split:
+        if count in (0, 130):
+            assert not count or not gradient.isfinite().all()
+            continue
+        rounded_near(made, rows.double() @ w.t())
+        rounded_near(back, d.double() @ w)
+        near(gradient, 1 + d.double().t() @ rows.double())
+
+
+def test_onednn_that_is_told_to_do_without_instructions_is_not_asked_for_them(monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        with monkeypatch.context() as within:
+            within.setenv(name, "AVX512_CORE")
+            assert paired.kernels.__wrapped__() is None

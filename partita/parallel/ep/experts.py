@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from partita.parallel import brgemm
 from partita.parallel.ep.dispatch import Marks
 from partita.parallel.lora import LowRank, RowMasks, masked
-from partita.parallel.product import LEAST, PLAIN, Product, are_little, is_wide, times_into
+from partita.parallel.product import LEAST, PLAIN, Product, is_wide, little_of, times_into
 from partita.parallel.units import Weight, add_product
 
 
@@ -62,8 +63,9 @@ class Grouped:
         narrow ones a view takes as long as a product."""
         weights = self.weight.value.flatten(1, -2)
         y = x.new_empty((x.shape[0], weights.shape[2 if back else 1]))
-        if self._are_little(x, counts):
-            brgemm.grouped(y, x, weights, counts, back)
+        little = self._little(x, counts)
+        if little is not None:
+            little.grouped(y, x, weights, counts, back)
             return y
         rights = (weights if back else weights.mT).unbind(0)
         sizes = max(counts), weights.shape[1], weights.shape[2]
@@ -80,10 +82,14 @@ class Grouped:
                 out.copy_(product.forward(rows, right.t()))
         return y
 
-    def _are_little(self, x: Tensor, counts: Sequence[int]) -> bool:
-        plain = all(product is PLAIN for product in self.products)
-        sizes = max(counts), prod(self.weight.shape[1:-1]), self.weight.shape[-1]
-        return plain and are_little(x, sizes)
+    @cached_property
+    def _is_plain(self) -> bool:
+        return all(product is PLAIN for product in self.products)
+
+    def _little(self, x: Tensor, counts: Sequence[int]) -> ModuleType | None:
+        if not self._is_plain:
+            return None
+        return little_of(x, (max(counts), prod(self.weight.shape[1:-1]), self.weight.shape[-1]))
 
     def accumulate(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
         """Adds every expert's gradient: now, or at the W of a split backward, which keeps both until then."""
@@ -101,8 +107,9 @@ class Grouped:
 
     def _add(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
         gradients = self.weight.gradient.flatten(1, -2)
-        if self._are_little(dy, counts):
-            brgemm.add_grouped(gradients, dy, x, counts)
+        little = self._little(dy, counts)
+        if little is not None:
+            little.add_grouped(gradients, dy, x, counts)
             return
         each = zip(
             gradients.unbind(0), dy.split(counts), x.split(counts), self.products, strict=True
