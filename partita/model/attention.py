@@ -6,7 +6,7 @@ parallelism and heads are this rank's. Key/value heads shared by several tp rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from partita.model.core import Core, Flash, Merge
 from partita.model.dropout import Dropout
 from partita.model.rope import Rotate, SplitRotate
-from partita.parallel.chain import Link, Residual
+from partita.parallel.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -40,14 +40,16 @@ class Attention:
     remakes: frozenset[str] = frozenset()
     qk_norms: tuple[Norm, Norm] | None = None
     chained: bool = True  # one node of autograd, where its parts allow it
+    _known: dict[int, Segment] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # its links by tokens, where all microbatches have the same
 
     def __call__(
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """x + attention(norm(x)); `replay`: only what backward needs is made (see Row)."""
-        core = self._core_link(x, batch)
-        if core is not None:
-            return self._chain(x, core, batch, replay)
+        links = self.links(x, batch, replay)
+        if links:
+            return Residual.apply(x, links)  # type: ignore[return-value]
         return x + self.made(x, batch, step, training, replay)
 
     def made(
@@ -68,6 +70,7 @@ class Attention:
             qkv = self.qkv(h)
         tables = self._tables(qkv.shape[1], batch)
         if tables and self.qk_norms is None:
+            tables = tuple(t.unsqueeze(-2) for t in tables)
             return SplitRotate.apply(qkv, (self.heads, self.kv_heads), *tables)  # type: ignore[return-value]
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
@@ -78,26 +81,29 @@ class Attention:
             q, k = Rotate.apply(q, *tables), Rotate.apply(k, *tables)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # type: ignore[union-attr]
 
-    def _core_link(self, x: Tensor, batch: Any) -> Link | None:
-        """Attention proper as a link, where all of the segment can be one node."""
+    def links(self, x: Tensor, batch: Any, replay: bool = False) -> Segment:
+        """All of it on x, or what has its shape, as links of one node; none where it cannot be one."""
         parts = self.rope is None or self.qk_norms is not None or bool(self.remakes)
         if parts or not self.chained or not isinstance(self.core, Flash) or x.device.type != "cpu":
-            return None
-        return self.core.link(self.qkv.region.shape_after(x.shape)[1], batch)
+            return ()
+        seq = self.qkv.region.shape_after(x.shape)[1]
+        if replay or batch.split is not None or batch.documents is not None:
+            return self._links(seq, batch, replay)
+        if seq not in self._known:
+            self._known[seq] = self._links(seq, batch, replay)
+        return self._known[seq]
 
-    def _chain(self, x: Tensor, core: Link, batch: Any, replay: bool) -> Tensor:
-        """All of it as one node."""
-        tables = self._tables(self.qkv.region.shape_after(x.shape)[1], batch)
-        rotate = SplitRotate, (self.heads, self.kv_heads), *tables
-        links = (
+    def _links(self, seq: int, batch: Any, replay: bool) -> Segment:
+        """The same of `seq` tokens."""
+        tables = (t.unsqueeze(-2) for t in self._tables(seq, batch))
+        return (
             self.norm.link,
             self.qkv.link,
-            rotate,
-            core,
+            (SplitRotate, (self.heads, self.kv_heads), *tables),
+            self.core.link(seq, batch),
             (Merge, self.heads),
             *self.wo.links(replay),
         )
-        return Residual.apply(x, *links)  # type: ignore[return-value]
 
     def _tables(self, seq: int, batch: Any) -> tuple[Tensor, ...]:
         """cos and sin of the positions of this rank's q and k, beside their heads; none without RoPE."""

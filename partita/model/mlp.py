@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from partita.model.dropout import Dropout
-from partita.parallel.chain import Residual
+from partita.parallel.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -34,11 +34,17 @@ class MLP:
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
-        whole = self.gated and self.drop_residual is None and not self.remakes
-        if self.chained and whole:
-            links = self.norm.link, self.up.link, (SwiGLU,), *self.down.links(replay)
-            return Residual.apply(x, *links)  # type: ignore[return-value]
+        links = self.links(replay)
+        if links:
+            return Residual.apply(x, links)  # type: ignore[return-value]
         return x + self.made(x, batch, step, training, replay)
+
+    def links(self, replay: bool = False) -> Segment:
+        """All of it as links of one node; none where it cannot be one."""
+        whole = self.gated and self.drop_residual is None and not self.remakes
+        if not (self.chained and whole):
+            return ()
+        return self.norm.link, self.up.link, (SwiGLU,), *self.down.links(replay)
 
     def made(
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False

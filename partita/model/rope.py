@@ -81,8 +81,8 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates."""
-        ctx.tables = cos, sin
-        return _rotate(x, cos, sin, 1)
+        ctx.tables = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return _rotate(x, *ctx.tables, 1)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
@@ -92,7 +92,8 @@ class Rotate(torch.autograd.Function):
 
 class SplitRotate(torch.autograd.Function):
     """q and k rotated and v as it is, of the product [batch, seq, (q, k, v)] of all three: each [batch, its
-    heads, seq, head_dim] with seq outside in memory. Keeps the tables alone; backward is one tensor."""
+    heads, seq, head_dim] with seq outside in memory. Keeps the tables alone, which broadcast to [..., 1,
+    rope_dim / 2]; backward is one tensor."""
 
     @staticmethod
     def forward(
@@ -100,10 +101,10 @@ class SplitRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`heads`: of q, and of k and v each."""
         ctx.tables, (queries, others) = (cos, sin), heads
-        both, v = qkv.unflatten(-1, (queries + 2 * others, -1)).split(
-            [queries + others, others], -2
-        )
-        q, k = _rotate(both, cos, sin, 1).transpose(1, 2).split(heads, 1)
+        *outer, width = qkv.shape
+        turned, every = queries + others, queries + 2 * others
+        both, v = qkv.view(*outer, every, width // every).split_with_sizes([turned, others], -2)
+        q, k = _rotate(both, cos, sin, 1).transpose(1, 2).split_with_sizes(heads, 1)
         return q, k, v.contiguous().transpose(1, 2)  # a view would keep the unrotated q and k alive
 
     @staticmethod
@@ -115,17 +116,17 @@ class SplitRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int, in_place: bool = False) -> Tensor:
-    """rotate, one way or the other, bit for bit, in four kernels instead of seven; `in_place`: x is not
-    needed as it was."""
-    turned = 2 * cos.shape[-1]
-    if turned < x.shape[-1]:
-        part = _rotate(x[..., :turned], cos, sin, way, in_place)
-        return x if in_place else torch.cat([part, x[..., turned:]], -1)
-    halves, cos, sin = x.unflatten(-1, (2, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)
+    """rotate, one way or the other, bit for bit, in four kernels instead of seven, by tables that broadcast
+    to [..., 1, rope_dim / 2]; `in_place`: x is not needed as it was."""
+    half, width = cos.shape[-1], x.shape[-1]
+    if 2 * half < width:
+        part = _rotate(x[..., : 2 * half], cos, sin, way, in_place)
+        return x if in_place else torch.cat([part, x[..., 2 * half :]], -1)
+    halves = x.view(*x.shape[:-1], 2, half)
     across = halves * sin
     out = halves.mul_(cos) if in_place else halves * cos
     (c, d), (a, b) = out.unbind(-2), across.unbind(-2)
-    if x.element_size() == 2 and halves.shape[-1] < VECTOR:
+    if x.element_size() == 2 and half < VECTOR:
         out.add_(torch.stack([b.neg(), a], -2), alpha=way)
     else:
         c.sub_(b, alpha=way)

@@ -23,6 +23,7 @@ from partita.model.maker import Maker
 from partita.model.mlp import MLP
 from partita.model.moe import MoE
 from partita.model.rope import tables
+from partita.parallel.chain import Segment
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.laid import Laid
 from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
@@ -112,6 +113,20 @@ class LayerBlock:
             return self.beside(x, batch, batch.step, self.training, replay)
         x = self.attention(x, batch, batch.step, self.training)
         return self.mlp(x, batch, batch.step, self.training, replay)
+
+    def segments(self, x: Tensor, batch: Any) -> Sequence[Segment]:
+        """Both segments on x, or what has its shape, as links of one node; none where they are not such."""
+        attention, mlp = self.attention, self.mlp
+        if (
+            self.recomputes
+            or self.beside
+            or type(attention) is not Attention
+            or type(mlp) is not MLP
+        ):
+            return ()
+        self._begin(batch)
+        found = attention.links(x, batch), mlp.links()
+        return found if all(found) else ()
 
     def _begin(self, batch: Any) -> None:
         if self.now is not None:

@@ -1,7 +1,7 @@
 """Functions in a row as one node of autograd: what they keep and compute is the same, bit for bit.
 
-    Chain.apply(x, (first, given...), (second, given...))    second(first(x, given...), given...)
-    Residual.apply(x, ...)                                   the same added to x
+    segment = (first, given...), (second, given...)    x + second(first(x, given...), given...)
+    Residual.apply(x, segment, ...)                    one segment after the other
 
 Each link is an autograd.Function and what it is given behind the tensors it reads: those that the link
 before it made. A node costs Python twice a microbatch, which counts where layers are small.
@@ -9,12 +9,14 @@ before it made. A node costs Python twice a microbatch, which counts where layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Link = tuple[Any, ...]  # a Function, and what it is given behind tensors
+Segment = Sequence[Link]
 
 
 class Kept:
@@ -32,50 +34,55 @@ class Kept:
         self.saved_tensors = tensors
 
 
-class Chain(torch.autograd.Function):
-    """Saves what its links save; backward lets go of it link by link."""
+Done = tuple[Any, Kept, int, int]  # a Function, its ctx, how many tensors it reads and saves
 
-    @staticmethod
-    def forward(ctx, x: Tensor, *links: Link) -> Any:
-        """One link after the other."""
-        values: Any = x
-        ctx.links, saved = [], []
-        for function, *given in links:
-            kept = Kept()
-            read = values if isinstance(values, tuple) else (values,)
-            values = function.forward(kept, *read, *given)
-            ctx.links.append((function, kept, len(read), len(kept.saved_tensors)))
-            saved += kept.saved_tensors
-            kept.saved_tensors = ()
-        ctx.save_for_backward(*saved)
-        return values
 
-    @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The links' backwards, from the last to the first."""
-        saved = list(ctx.saved_tensors)
-        ctx.maybe_clear_saved_tensors()  # from here on `saved` alone holds them
-        found: Any = gradients
-        for function, kept, reads, saves in reversed(ctx.links):
-            first = len(saved) - saves
-            kept.saved_tensors = tuple(saved[first:])
-            del saved[first:]
-            found = function.backward(kept, *found)
-            kept.saved_tensors = ()
-            found = found[:reads] if isinstance(found, tuple) else (found,)
-        return *found, *(None for _ in ctx.links)
+def _forward(x: Tensor, links: Segment, done: list[Done], saved: list[Tensor | None]) -> Any:
+    """One link after the other; what they save is added to `saved`."""
+    values: Any = x
+    for function, *given in links:
+        kept = Kept()
+        read = values if isinstance(values, tuple) else (values,)
+        values = function.forward(kept, *read, *given)
+        done.append((function, kept, len(read), len(kept.saved_tensors)))
+        saved += kept.saved_tensors
+        kept.saved_tensors = ()
+    return values
+
+
+def _backward(gradients: Any, done: Sequence[Done], saved: list[Tensor]) -> tuple[Tensor, ...]:
+    """The links' backwards, from the last to the first; lets go of what is saved link by link."""
+    found: Any = gradients
+    for function, kept, reads, saves in reversed(done):
+        first = len(saved) - saves
+        kept.saved_tensors = tuple(saved[first:])
+        del saved[first:]
+        found = function.backward(kept, *found)
+        kept.saved_tensors = ()
+        found = found[:reads] if isinstance(found, tuple) else (found,)
+    return found
 
 
 class Residual(torch.autograd.Function):
-    """x + Chain(x, *links)."""
+    """Segments one after the other, each added to what it reads. Without a graph it is given one at a time:
+    what a node saves lives as long as its forward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *links: Link) -> Tensor:
-        """Adds behind the last link."""
-        return x + Chain.forward(ctx, x, *links)
+    def forward(ctx, x: Tensor, *segments: Segment) -> Tensor:
+        """Adds behind the last link of each."""
+        ctx.segments, saved = [], []
+        for links in segments:
+            ctx.segments.append([])
+            x = x + _forward(x, links, ctx.segments[-1], saved)
+        ctx.save_for_backward(*saved)
+        return x
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Both ways."""
-        dx, *rest = Chain.backward(ctx, dy)
-        return dy + dx, *rest
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # from here on `saved` alone holds them
+        for done in reversed(ctx.segments):
+            (dx,) = _backward((dy,), done, saved)
+            dy = dy + dx
+        return dy, *(None for _ in ctx.segments)

@@ -119,7 +119,6 @@ def _calibration(scored: list[Scored], skipped: list[Skip]) -> dict[str, Any]:
 
 
 def _era(name: str) -> dict[str, Any]:
-    """An era's numbers, two at most that are its own, and its facts."""
+    """An era's two numbers, and its facts."""
     era = software_of(name)
-    found = {**facts()[name], "flash": era.flash, "host_s": era.host_s, "experts": era.experts}
-    return {**found, "restart": era.restart} if era.syncs_host else found
+    return {**facts()[name], "flash": era.flash, "host_s": era.host_s, "experts": era.experts}

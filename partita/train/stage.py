@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partita.model.transformer import LayerBlock
+from partita.parallel.chain import Residual, Segment
 from partita.parallel.dp.zero import DataParallel
 from partita.parallel.offload.activations import StageKept
 from partita.parallel.pp.pieces import Flow, run
@@ -29,15 +31,42 @@ class StageBlocks:
         """The stage's output for one microbatch."""
         return run(self.flow(x, batch))
 
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether nothing is to be told between blocks: layers in a row may be one node of autograd."""
+        return self.kept is None and not (self.data.reducer.reduces or self.data.gatherer.gathers)
+
     def flow(self, x: Tensor | None, batch: Any) -> Flow:
         """The same, stopping where rows travel."""
+        row: list[Segment] = []
         for at, block in enumerate(self.blocks):
+            segments = self._segments(block, x, batch)
+            row += segments
+            if segments:
+                continue
+            x, row = _run(x, row), []
             flow = _flow(block, self.data.before(at, x), batch)
             if self.kept is not None and torch.is_grad_enabled():
                 flow = self.kept.run(at, flow, batch)
             x = self.data.after(at, (yield from flow))
+        x = _run(x, row)
         assert x is not None, "a stage has at least one block"
         return x
+
+    def _segments(self, block: Any, x: Tensor | None, batch: Any) -> Sequence[Segment]:
+        """Of a block that is one node with its neighbours."""
+        if x is None or not (self._joins and torch.is_grad_enabled()):
+            return ()
+        return block.segments(x, batch) if isinstance(block, LayerBlock) else ()
+
+
+def _run(x: Tensor | None, row: Sequence[Segment]) -> Tensor | None:
+    """Layers in a row on x. The last segment stands by itself: a node holds the gradient that it is given
+    until its backward is over, which would be one more where a stage's backward holds most."""
+    for segments in (row[:-1], row[-1:]):
+        if segments:
+            x = Residual.apply(x, *segments)  # type: ignore[assignment]
+    return x
 
 
 def _flow(block: Any, x: Tensor | None, batch: Any) -> Flow:

@@ -7,7 +7,7 @@ import torch
 import verify_jobs
 
 from partita.comm.single import SingleWorld
-from partita.parallel.chain import Chain
+from partita.parallel.chain import Residual
 from partita.train.build import assemble
 
 
@@ -33,9 +33,9 @@ def test_links_are_run_in_order_and_each_is_given_back_what_it_kept():
     x = torch.ones(3, requires_grad=True)
     links = [(Double, made, alive)] * 3
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        y = Chain.apply(x, *links)
+        y = Residual.apply(x, links)
     y.backward(torch.ones(3))
-    assert y.tolist() == [8.0] * 3 and x.grad.tolist() == [8.0] * 3
+    assert y.tolist() == [9.0] * 3 and x.grad.tolist() == [9.0] * 3
     before = [x.data_ptr(), *made[:-1]]
     assert alive == [list(pair) for pair in zip(before[::-1], made[::-1], strict=True)]
 
@@ -65,3 +65,44 @@ def test_a_layer_in_parts_is_the_same(dtype, tmp_path):
     apart, nodes = run()
     assert nodes != {"ResidualBackward"}
     assert all(torch.equal(a, b) for a, b in zip(chained, apart, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_layers_in_a_row_are_two_nodes_and_the_same(dtype, tmp_path):
+    built = assemble(verify_jobs.job(tmp_path, f"1mb {dtype}", "llama"), SingleWorld())
+    model, batch = built.model, built.batch(0)
+    (stage,) = model.executor.modules.values()
+    saved = []
+
+    def run(joins):
+        stage.__dict__["_joins"] = joins
+        model.begin(batch)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.shape) or t, lambda t: t
+        ):
+            y = stage(None, batch.microbatches[0])
+        nodes, row = [], [y.grad_fn]
+        while row:
+            nodes.append(type(row[-1]).__name__)
+            row += [f for f, _ in row.pop().next_functions if f is not None]
+        y.backward()
+        return [y, *(u.gradients.tensor.clone() for u in model.units)], nodes, sorted(saved)
+
+    (one, nodes, kept), (apart, others, held) = run(True), run(False)
+    layers = len(model.blocks) - 2
+    assert nodes.count("ResidualBackward") == 2 and others.count("ResidualBackward") == 2 * layers
+    assert kept == held and all(torch.equal(a, b) for a, b in zip(one, apart, strict=True))
+
+
+def test_without_a_graph_a_layer_lets_go_before_the_next_begins(tmp_path):
+    built = assemble(verify_jobs.job(tmp_path, "1mb fp32", "llama"), SingleWorld())
+    (stage,) = built.model.executor.modules.values()
+    batch = built.batch(0)
+    asked = []
+    for block in built.model.blocks[1:-1]:
+        block.segments = asked.append
+    built.model.begin(batch)
+    with torch.no_grad():
+        stage(None, batch.microbatches[0])
+    assert not asked

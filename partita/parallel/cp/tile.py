@@ -93,16 +93,25 @@ def _back_in_chunks(
 ) -> Sequence[Tensor]:
     """The same in fp32, some samples at a time."""
     q = tensors[1]
-    made = [torch.empty_like(t) for t in tensors[1:4]]
     count = max(CHUNK // q[0].numel(), 1)
+    if count >= q.shape[0]:
+        return [part.to(q.dtype) for part in _back_wide(tensors, mask, causal, scale)]
+    made = [torch.empty_like(t) for t in tensors[1:4]]
     for start in range(0, q.shape[0], count):
         some = slice(start, start + count)
         seen = mask if mask is None or mask.shape[0] == 1 else mask[some]
-        seen = None if seen is None else seen.float()
-        found = _back([t[some].float() for t in tensors], seen, causal, scale)
+        found = _back_wide([t[some] for t in tensors], seen, causal, scale)
         for whole, part in zip(made, found, strict=True):
             whole[some].copy_(part)
     return made
+
+
+def _back_wide(
+    tensors: Sequence[Tensor], mask: Tensor | None, causal: bool, scale: float | None
+) -> Sequence[Tensor]:
+    """The kernel in fp32."""
+    seen = None if mask is None else mask.float()
+    return _back([t.float() for t in tensors], seen, causal, scale)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

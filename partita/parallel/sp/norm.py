@@ -44,6 +44,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _like(made: Tensor, x: Tensor) -> Tensor:
+    """`made` in x's dtype; a call that changes nothing takes as long as a kernel of a small layer."""
+    return made if made.dtype == x.dtype else made.to(x.dtype)
+
+
 def _scale(x: Tensor, least: Tensor) -> Tensor:
     """1 / rms over the last dim, kept as a dim of 1; `least` is epsilon. A number that a kernel is given as
     such costs nothing, where one that is added or divided by is made a tensor first."""
@@ -60,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.layer = layer
         wide = _wide(x)
-        unit = (wide * _scale(wide, layer.least)).to(x.dtype)
+        unit = _like(wide * _scale(wide, layer.least), x)
         return unit.mul_(layer.weight.value)
 
     @staticmethod
@@ -72,12 +77,12 @@ class _RMSNorm(torch.autograd.Function):
         scale = _scale(wide, layer.least)
         unit = wide * scale
         hidden = x.shape[-1]
-        slope = (_wide(dy) * unit.to(x.dtype)).reshape(-1, hidden)
+        slope = (_wide(dy) * _like(unit, x)).reshape(-1, hidden)
         if layer.weight.trains:
             layer.weight.accumulate(slope.sum(0))
         along = slope.mv(_wide(w)).view(scale.shape)  # sum of dy w unit, a token
         dx = _wide(dy * w).addcmul_(unit, along, value=-1 / hidden).mul_(scale)
-        return dx.to(x.dtype), None
+        return _like(dx, x), None
 
 
 class _LayerNorm(torch.autograd.Function):
