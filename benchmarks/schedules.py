@@ -5,6 +5,10 @@ p ranks, 2p and 4p microbatches; limits of a third, a half, three quarters, one,
 take no time or a tenth of an F; at most so many stages a rank on both sides. A point counts where costs are
 uneven or the limit is below 1F1B's. Prints how many fit no named schedule, how many are more than 2 % faster
 than the best that fits, and how many could be: where the lower bound leaves that. No CP-SAT.
+
+`--torch`: by the clock at F = I = W, m = 2p, the best that torch's schedules do where a rank may hold so many
+microbatches, on up to four stages a rank and on as many microbatches at a time as any of them fits with,
+beside `auto`'s best with one copy of every stage and with two, and what nothing undercuts.
 """
 
 from __future__ import annotations
@@ -17,12 +21,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from partita.base.errors import ScheduleError
 from partita.base.text import table
 from partita.schedule.check import over_limit
-from partita.schedule.clock import Costs, StageCosts, clock, makespan
+from partita.schedule.clock import Costs, StageCosts, clock, makespan, peak_share
+from partita.schedule.make import schedule
 from partita.schedule.synth.seeds import named
 from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 
+TORCHS = (
+    ("gpipe", 1), ("1f1b", 1), ("zb_v", 2), ("dualpipev", 2),
+    *((name, v) for name in ("interleaved_1f1b", "looped_bfs", "interleaved_zb") for v in (1, 2, 4)),
+)  # fmt: skip
 SHARES = (1 / 3, 1 / 2, 3 / 4, 1, 3 / 2, 2)
 BETTER = 0.98
 
@@ -135,6 +145,43 @@ def summary(points: list[Point]) -> str:
     return table(rows, ("", "points"))
 
 
+def torchs(p: int, m: int, limit: float) -> float:
+    """The least time of torch's schedules where a rank holds at most so many microbatches: any of them on so
+    many at a time, one lot after the other. Its lists are ours of those names."""
+    lots: list[float] = []
+    for k in range(1, m + 1):
+        fit = [math.inf]
+        for name, stages in TORCHS:
+            try:
+                made = schedule(name, num_ranks=p, num_microbatches=k, virtual_stages=stages)
+            except ScheduleError:
+                continue
+            if max(peak_share(made)) <= limit + 1e-9:
+                fit.append(makespan(clock(made)))
+        lots.append(min(fit))
+    best = [0.0]
+    for k in range(1, m + 1):
+        best.append(min(best[k - n] + lots[n - 1] for n in range(1, k + 1)))
+    return best[m]
+
+
+def beside_torch(ranks: list[int], effort: int | None) -> str:
+    """The table of `--torch`."""
+    rows = []
+    for p in ranks:
+        m = 2 * p
+        for limit in sorted({max(1.0, p * share) for share in (1 / 2, 3 / 4, 1, 2)}):
+            other = torchs(p, m, limit)
+            row = [f"{p}, {m}", f"{limit:g}", f"{other:g}"]
+            for copies in (1, 2):
+                asked = Task(p, m, limit=limit, stages=4, copies=copies, effort=effort, proof=0.0)
+                ours = synthesise(asked).makespan
+                row += [f"{ours:g}", f"{ours / other:.2f}"]
+            rows.append([*row, f"{3 * m / other:.2f}"])
+    header = "p, m", "held", "torch's", "auto", "ratio", "auto, 2 copies", "ratio", "work / torch's"
+    return table(rows, header)
+
+
 def main() -> None:
     """Runs the grid."""
     parser = argparse.ArgumentParser()
@@ -142,7 +189,11 @@ def main() -> None:
     parser.add_argument("--effort", type=int, help="items placed; the usual unless told")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--torch", action="store_true")
     asked = parser.parse_args()
+    if asked.torch:
+        print(beside_torch(asked.ranks, asked.effort))
+        return
     points = [timed(name, task) for name, task in tasks(asked.ranks, asked.stages, asked.effort)]
     print(
         json.dumps({"format": 1, "points": [asdict(x) for x in points]})

@@ -94,7 +94,8 @@ class Drawing:
                 if made.proven
                 else f"at most {made.gap:.2%} above the optimum"
             )
-            verdict.append(f"  {how}; made in {made.seconds:.1f} s")
+            twice = "; every stage on two ranks: the parameters twice" if s.is_bidirectional else ""
+            verdict.append(f"  {how}{twice}; made in {made.seconds:.1f} s")
         if self.split:
             verdict.append(f"  layers of each stage: {','.join(map(str, self.split))}")
         return "\n".join([title, picture, *found, *verdict])

@@ -15,6 +15,7 @@ from partita.comm.protocol import Where
 from partita.comm.recording import Recorder, RecordingComm
 from partita.parallel.pp.modules import PipelinedModules
 from partita.parallel.pp.portals import ROW, Wire
+from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
 
@@ -33,6 +34,14 @@ def by_hand() -> Schedule:
     return replace(made, name="by hand", num_ranks=2, placement=(1, 0, 0, 1), ranks=rows)
 
 
+def both_ways() -> Schedule:
+    """auto's for dear ends: two copies of every stage, two stages a rank in each direction."""
+    costs = Costs(tuple(StageCosts(c, c, c) for c in (0.6, 0.5, 0.5, 0.75)))
+    made = schedule("auto", num_ranks=2, num_microbatches=2 * M, costs=costs, copies=2)
+    assert made.placement == ((0, 1, 1, 0), (1, 0, 0, 1))
+    return made
+
+
 NAMED = [
     ("gpipe", 4, 1), ("1f1b", 4, 1), ("interleaved_1f1b", 2, 2), ("looped_bfs", 2, 2), ("zb_h1", 4, 1),
     ("zb_v", 2, 2), ("dualpipev", 2, 2), ("dualpipe", 4, 1),
@@ -42,11 +51,13 @@ NAMED = [
 def made_of(name: str, ranks: int, v: int) -> Schedule:
     if name == "by hand":
         return by_hand()
+    if name == "auto":
+        return both_ways()
     m = 2 * M if name == "dualpipe" else M
     return schedule(name, num_ranks=ranks, num_microbatches=m, virtual_stages=v)
 
 
-@pytest.mark.parametrize("which", [*NAMED, ("by hand", 2, 1)], ids=lambda w: w[0])
+@pytest.mark.parametrize("which", [*NAMED, ("by hand", 2, 1), ("auto", 2, 2)], ids=lambda w: w[0])
 def test_any_schedule_is_one_process(which):
     made = made_of(*which)
     want, gradients = hourglass.one_process()

@@ -102,7 +102,7 @@ def test_small_instances_are_proven_and_the_search_is_near(limit):
 
 def test_constraint_programming_alone_finds_the_optimum():
     """From the slowest order: the span and flush optimum of a line of 2 is mt + (p-1)F."""
-    s = one_at_a_time(2, 3, loop_placement(2, 1))
+    s = one_at_a_time(2, 3, (loop_placement(2, 1),))
     flow = flow_like(s, Costs.equal(s), [2.0, 2.0])
     proof = optimum(flow, orders_of(flow, s), lower_bound(flow), 5.0)
     assert proof is not None and proof.proven and proof.makespan == 10.0

@@ -25,8 +25,8 @@ def auto(
     `costs`: one entry for a rank's whole share, or one a stage, of p or 2p stages. `limit` caps the
     activations of a rank until W, in whole shares or, with `limit_in_bytes`, in bytes. Never slower than a
     named schedule within the limit; loops of more than two stages a rank take part where `virtual_stages`
-    asks for them. `copies` = 2 admits bidirectional ones, which hold the parameters twice. `synthesise`
-    says besides how far from the optimum it can be.
+    asks for them. `copies` = 2 admits bidirectional ones, on lines and on vees, which hold the parameters
+    twice. `synthesise` says besides how far from the optimum it can be.
 
     >>> from partita.plots.timeline import draw
     >>> print(draw(auto(2, 3, limit=2), F=2, I=2, W=2))

@@ -23,17 +23,19 @@ _HALVINGS = 7
 @dataclass(frozen=True)
 class _Block:
     """Of each leg: how much slower than it could be a microbatch walks, and how long it waits before; of each
-    chunk: when weight halves follow. Times are fractions of the busiest rank's work on a microbatch."""
+    chunk: when weight halves follow; of two ways: how much later the second begins. Times are fractions of
+    the busiest rank's work on a microbatch."""
 
     stretch: tuple[float, ...]
     gap: tuple[float, ...]
     delay: tuple[float, ...]
+    later: tuple[float, ...] = ()
 
     def shaken(self, random: Random) -> _Block:
         """One or two of its numbers drawn anew."""
         made = self
         for _ in range(random.choice((1, 1, 2))):
-            what = random.choice(("stretch", "gap", "delay"))
+            what = random.choice(("stretch", "gap", "delay", "later")[: 4 if self.later else 3])
             values = list(getattr(made, what))
             value = random.choice(_STRETCHES) if what == "stretch" else random.random() ** 2
             values[random.randrange(len(values))] = (
@@ -46,13 +48,12 @@ class _Block:
 def from_blocks(
     flow: Flow, bound: float, effort: int, seed: int = 0
 ) -> tuple[float, Orders] | None:
-    """(makespan, orders) of the best block found with `effort` items placed; None where none fits the limits
-    or the flow has two directions. Stops at `bound`."""
-    if flow.direction is not None:
-        return None
+    """(makespan, orders) of the best block found with `effort` items placed; None where none fits the limits.
+    Stops at `bound`. Of two ways the second walks the same block."""
     random, size = Random(seed), sum(flow.count)
     chunks = len(flow.placements[0]) // flow.num_ranks
-    now = _Block((1.0,) * 2 * chunks, (0.0,) * 2 * chunks, (0.0,) * chunks)
+    later = (0.0,) if flow.direction is not None else ()
+    now = _Block((1.0,) * 2 * chunks, (0.0,) * 2 * chunks, (0.0,) * chunks, later)
     best, spent, time_now, tried = None, 0, float("inf"), now
     while spent + (_HALVINGS + 5) * size <= effort:
         spent += (_HALVINGS + 5) * size
@@ -71,7 +72,11 @@ def from_blocks(
 
 def _orders(flow: Flow, block: _Block) -> Orders | None:
     """The block's order at the least T that fits; None where none does, or some would wait for ever."""
-    work = [sum(flow.seconds[x] for x in flow.streams_of(r)) for r in range(flow.num_ranks)]
+    m = len(flow.direction) if flow.direction is not None else flow.count[0]
+    work = [
+        sum(flow.seconds[x] * flow.count[x] for x in flow.streams_of(r)) / m
+        for r in range(flow.num_ranks)
+    ]
     moments = _moments(flow, block, max(work))
     low, high = max(work), max(work) * _SLOWEST
     best = _at(flow, moments, low)
@@ -90,32 +95,34 @@ def _orders(flow: Flow, block: _Block) -> Orders | None:
 
 
 def _at(flow: Flow, moments: list[float], period: float) -> Orders:
+    """The order by moments, a microbatch every `period`."""
     orders: Orders = []
+    each = period * len(flow.placements)
     for rank in range(flow.num_ranks):
         items = [
-            (moments[x] + k * period, x)
-            for x in flow.streams_of(rank)
-            for k in range(flow.count[x])
+            (moments[x] + k * each, x) for x in flow.streams_of(rank) for k in range(flow.count[x])
         ]
         orders.append([x for _, x in sorted(items)])
     return orders
 
 
 def _moments(flow: Flow, block: _Block, work: float) -> list[float]:
-    """When microbatch 0 starts at each stream."""
+    """When the first microbatch of its way starts at each stream."""
     at = {name: x for x, name in enumerate(flow.names)}
     stages, p = len(flow.placements[0]), flow.num_ranks
     chunks = stages // p
-    out, now, leg = [0.0] * len(flow.names), 0.0, -1
+    out = [0.0] * len(flow.names)
     walk = [(s, "F") for s in range(stages)] + [(s, "I") for s in reversed(range(stages))]
-    for stage, kind in walk:
-        x = at[stage, 0, kind]
-        mine = stage // p if kind == "F" else 2 * chunks - 1 - stage // p
-        if mine != leg:
-            leg, now = mine, now + block.gap[mine] * work
-        lag = max((lag for _, lag in flow.feeds[x]), default=0.0)
-        out[x] = now
-        now += block.stretch[leg] * (flow.seconds[x] + lag)
-        if kind == "I":
-            out[at[stage, 0, "W"]] = out[x] + flow.seconds[x] + block.delay[stage // p] * work
+    for way, now in enumerate((0.0, *(later * work for later in block.later))):
+        leg = -1
+        for stage, kind in walk:
+            x = at[stage, way, kind]
+            mine = stage // p if kind == "F" else 2 * chunks - 1 - stage // p
+            if mine != leg:
+                leg, now = mine, now + block.gap[mine] * work
+            lag = max((lag for _, lag in flow.feeds[x]), default=0.0)
+            out[x] = now
+            now += block.stretch[leg] * (flow.seconds[x] + lag)
+            if kind == "I":
+                out[at[stage, way, "W"]] = out[x] + flow.seconds[x] + block.delay[stage // p] * work
     return out

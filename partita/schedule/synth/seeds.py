@@ -10,7 +10,7 @@ from partita.schedule.clock import Costs
 from partita.schedule.ir import Action, Placement, Schedule
 from partita.schedule.make.chimera import chimera
 from partita.schedule.make.dualpipe import dualpipe, dualpipev
-from partita.schedule.make.families import line, placed
+from partita.schedule.make.families import line
 from partita.schedule.make.gpipe import gpipe
 from partita.schedule.make.interleaved import interleaved_1f1b
 from partita.schedule.make.interleaved_zb import interleaved_zb
@@ -20,6 +20,7 @@ from partita.schedule.make.v_memory import v_half, v_min, v_share
 from partita.schedule.make.zb_v import zb_v
 from partita.schedule.make.zero_bubble import warmed_up, zb_h1, zb_h2
 
+AT_A_TIME = "one at a time"
 _LINES = (zb_h1, zb_h2, one_f_one_b, gpipe)
 _LOOPS = (interleaved_zb, interleaved_1f1b, looped_bfs)
 _VEES = (zb_v, v_half, v_min, dualpipev)
@@ -75,16 +76,21 @@ def lines(m: int, rooms: Sequence[float], until_weights: float, costs: Costs) ->
             )  # fmt: skip
 
 
-def one_at_a_time(p: int, m: int, placement: Placement) -> Schedule:
-    """Every rank finishes a microbatch before it begins the next: the least memory there is."""
+def one_at_a_time(p: int, m: int, ways: tuple[Placement, ...]) -> Schedule:
+    """Every rank finishes a microbatch before it begins the next: the least memory there is. Of two ways
+    microbatches take them in turn."""
+    direction = None if len(ways) == 1 else tuple(k % 2 for k in range(m))
 
-    def rank_list(rank: int) -> list[Action]:
-        mine = [stage for stage, place in enumerate(placement) if place == rank]
-        forward = [Action(s, "F", 0) for s in mine]
-        backward = [Action(s, kind, 0) for s in reversed(mine) for kind in "IW"]
-        return [a._replace(microbatch=k) for k in range(m) for a in (*forward, *backward)]
+    def rank_list(rank: int) -> Iterator[Action]:
+        for k in range(m):
+            way = ways[k % len(ways)]
+            mine = [stage for stage, place in enumerate(way) if place == rank]
+            yield from (Action(stage, "F", k) for stage in mine)
+            yield from (Action(stage, kind, k) for stage in reversed(mine) for kind in "IW")
 
-    return placed("one at a time", p, m, placement, rank_list)
+    ranks = tuple(tuple(rank_list(rank)) for rank in range(p))
+    placement = ways[0] if direction is None else (ways[0], ways[1])
+    return Schedule(AT_A_TIME, p, len(ways[0]), m, placement, ranks, direction=direction)
 
 
 def rooms_of(limits: list[float], weights: list[float]) -> list[float]:

@@ -5,8 +5,9 @@
 3 search    building blocks at these costs, then shaken priorities
 4 prove     CP-SAT, where an instance is small enough, from what is best so far
 
-All of it on every placement that the task admits: line, loop, vee, wave and, with two copies of every stage,
-both directions. The answer is never worse than a named schedule that fits.
+All of it on every placement that the task admits: line, loop, vee, wave; with two copies of every stage both
+ways through a line or a wave; waves with a lighter busiest rank (placements.py). The answer is never
+worse than a named schedule that fits.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from partita.schedule.synth.flow import (
     starts_of,
 )
 from partita.schedule.synth.lists import AS_BEFORE, WEIGHTS_LAST, justified
+from partita.schedule.synth.placements import more_ways
 from partita.schedule.synth.search import improved
 
 Goal = Literal["flush", "span"]
 _JUSTIFIED = 4  # seeds of a placement that are improved
 _BLOCK_WALKS, _SHAKEN_WALKS = 2, 3  # short ones find more than a long one
+_FIRST, _LEAST = 10, 40  # one part of the effort, and items placed, of first building blocks
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Task:
 @dataclass(frozen=True)
 class Synthesis:
     """A schedule, its flush time (or span, where that is the goal) at the task's costs, and what no
-    schedule that the task admits undercuts."""
+    schedule on the placements tried undercuts (of two ways, with as many microbatches each)."""
 
     schedule: Schedule
     costs: Costs
@@ -105,7 +108,7 @@ class Synthesis:
 
     @property
     def proven(self) -> bool:
-        """Whether nothing on the placements that the task admits is faster."""
+        """Whether nothing on the placements tried is faster."""
         return self.gap <= EPSILON
 
 
@@ -123,6 +126,11 @@ class _Place:
     def best(self) -> tuple[float, str, Orders]:
         """The fastest of the pool; named ones first where alike."""
         return min(self.pool, key=lambda entry: entry[0])
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a named schedule lies on it."""
+        return any(name != seeds.AT_A_TIME for _, name, _ in self.pool)
 
     @property
     def time(self) -> float:
@@ -156,9 +164,7 @@ def synthesise(task: Task) -> Synthesis:
         _raise_too_small(task)
     for place in places:
         place.bound = lower_bound(place.flow)
-        for _, _, orders in sorted(place.pool, key=lambda entry: entry[0])[:_JUSTIFIED]:
-            if place.best[0] > place.bound * (1 + EPSILON):
-                place.offer(justified(place.flow, orders, (AS_BEFORE, WEIGHTS_LAST), rounds=3))
+    _begin(task, places)
     _search(task, places)
     _prove(task, places)
     best = min(places, key=lambda place: place.time)
@@ -166,6 +172,24 @@ def synthesise(task: Task) -> Synthesis:
     bound = min(place.bound - place.offset for place in places)
     found = schedule_of(best.flow, best.best[2], "auto")
     return Synthesis(found, best.costs, took, min(bound, took), time.perf_counter() - began)
+
+
+def _begin(task: Task, places: list[_Place]) -> None:
+    """A first good order on each placement that could still win, those of the lowest bounds first: the best
+    seeds justified; where no named schedule lies, of a few building blocks."""
+    for place in sorted(places, key=lambda place: place.bound - place.offset):
+        if not place.is_open(min(other.time for other in places)):
+            continue
+        effort = _effort(task, place) // _FIRST
+        if not place.is_named and effort:
+            size = sum(place.flow.count)
+            made = from_blocks(place.flow, place.bound, max(effort, _LEAST * size), task.seed)
+            if made is not None:
+                place.offer(made)
+        seeded = sorted(place.pool, key=lambda entry: entry[0])
+        for _, _, orders in seeded[: _JUSTIFIED if place.is_named else 1]:
+            if place.best[0] > place.bound * (1 + EPSILON):
+                place.offer(justified(place.flow, orders, (AS_BEFORE, WEIGHTS_LAST), rounds=3))
 
 
 def _places(task: Task) -> Iterator[_Place]:
@@ -200,10 +224,12 @@ def _seeds(
 ) -> Iterator[Schedule]:
     p, m = task.num_ranks, task.num_microbatches
     yield from seeds.named(p, m, stages, task.copies)
-    yield seeds.one_at_a_time(p, m, loop_placement(p, stages))
+    yield seeds.one_at_a_time(p, m, (loop_placement(p, stages),))
     if stages > 1:
-        yield seeds.one_at_a_time(p, m, wave_placement(p, stages))
-    else:
+        yield seeds.one_at_a_time(p, m, (wave_placement(p, stages),))
+    for ways in more_ways(p, stages, task.copies, costs):
+        yield seeds.one_at_a_time(p, m, ways)
+    if stages == 1:
         rooms = seeds.rooms_of(limits, weights)
         if min(rooms) >= 1:
             yield from seeds.lines(m, rooms, task.until_weights, costs)
