@@ -89,7 +89,7 @@ def one_at_a_time(p: int, m: int, ways: tuple[Placement, ...]) -> Schedule:
             yield from (Action(stage, kind, k) for stage in reversed(mine) for kind in "IW")
 
     ranks = tuple(tuple(rank_list(rank)) for rank in range(p))
-    placement = ways[0] if direction is None else (ways[0], ways[1])
+    placement = ways[0] if direction is None else (ways[0], ways[-1])
     return Schedule(AT_A_TIME, p, len(ways[0]), m, placement, ranks, direction=direction)
 
 

@@ -264,7 +264,7 @@ def _near(task: Task, places: list[_Place], within: float) -> list[tuple[_Place,
 
 def _effort(task: Task, place: _Place) -> int:
     size = sum(place.flow.count)
-    usual = max(100 * size, min(1_000_000, 3_000 * size))
+    usual = max(100 * size, min(800_000, 3_000 * size))
     return usual if task.effort is None else task.effort
 
 
