@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from partita.cost.empirical import HOST_S
+from partita.cost.empirical import HOST_S, RESTART
 from partita.cost.machine import FILE, Constants, device_class, facts
 from partita.simulate.validate import Scored, read_rows, score, work_seconds
 
@@ -47,6 +47,7 @@ def names_of(scored: Sequence[Scored]) -> list[tuple[str, str, str]]:
     eras = sorted({s.case.software for s in scored})
     found = [("device", c, n) for c in classes for n in _constants(c, scored)]
     found += [("software", e, "host_s") for e in eras if facts()[e].get("host_s", HOST_S)]
+    found += [("software", e, "restart") for e in eras if facts()[e].get("syncs_host")]
     sparse = {s.case.software for s in scored if s.case.model.experts}
     return found + [("software", e, "experts") for e in sorted(sparse)]
 
@@ -69,7 +70,7 @@ def rounded(kind: str, value: float) -> float:
     return float(f"{min(value, 1.0) if kind == 'device' else value:.4g}")
 
 
-COMMON = {"host_s": HOST_S, "experts": 1.0}
+COMMON = {"host_s": HOST_S, "experts": 1.0, "restart": float(RESTART)}
 
 
 class Fit:

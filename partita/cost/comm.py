@@ -17,9 +17,10 @@ of the link, since it is filled and drained once a call. Latency: BASE for a cal
 a node, and for each step between nodes of a ring, or of a tree (2 log2 nodes) where that is sooner. An
 all_to_all sends the part for its own node over the inner link and the rest over each rank's adapter. One that
 moves rows to `top_k` experts may send a row once to each node, however many of its experts lie there, and
-copy it there over the inner link (DeepEP, HybridEP; back, the copies are added before they leave):
+there once to each rank over the inner link (DeepEP, HybridEP; back, what a rank's experts made of it is added
+before it leaves). Of rows sent one by one, to experts chosen evenly, that is, for nodes and for ranks alike,
 
-    rows to a node = nodes (1 - (1 - 1/nodes)^top_k) / top_k    of those sent one by one, chosen evenly
+    n (1 - (1 - 1/n)^top_k) / top_k
 
 Switches that add (a link that `reduces`: NVLink SHARP inside a node, SHARP between nodes; Graham et al. 2016,
 Klenk et al. 2020) shorten an all_reduce, which takes the sooner of that and a ring or tree: of `inside` ranks
@@ -133,8 +134,12 @@ def _added_on_the_way(group: Group, size: float) -> float:
 
 def _all_to_all(group: Group, size: float, top_k: int) -> float:
     n, nodes = group.size, group.nodes
-    once = nodes * (1 - (1 - 1 / nodes) ** top_k) / top_k
     inner = (group.inside - 1) * (nodes if top_k > 1 else 1)  # copies are made where they arrive
-    own = inner / n * size / group.inner.bytes_per_s
-    away = (n - group.inside) / n * size * once / group.outer.bytes_per_s
+    own = inner / n * size * _once(n, top_k) / group.inner.bytes_per_s
+    away = (n - group.inside) / n * size * _once(nodes, top_k) / group.outer.bytes_per_s
     return max(own, away)
+
+
+def _once(places: int, top_k: int) -> float:
+    """Of rows sent once to each of top_k experts, those that are sent once to each place that has one."""
+    return places * (1 - (1 - 1 / places) ** top_k) / top_k

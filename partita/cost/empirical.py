@@ -11,7 +11,7 @@ TILE = 0.4
 RAMP = 96
 WEIGHT_WELL = 0.87
 UNALIGNED = 0.52
-LONG = 384
+DIAGONAL = 128
 SLOW = 0.2
 BASE, HOP = 3.0, 0.3
 FILL = 0.4
@@ -33,17 +33,18 @@ SAYS = {
         OTHERS, "of a matmul's rate, by weight gradients, which read operands across (korthikanti-t4)",
     ),
     "UNALIGNED": (
-        READ, "of a matmul's rate, where rows begin between multiples of 16 bytes (vtrain-single, tp 1)",
+        READ, "of a matmul's rate, where rows begin between multiples of 4 bytes (vtrain-single, tp 1)",
     ),
-    "LONG": (READ, "keys at which fused attention reaches half of what long sequences do"),
-    "SLOW": (READ, "of a hidden collective's time is lost by the compute beside it"),
+    "DIAGONAL": (OTHERS, "keys of a tile of fused attention, which on the diagonal is computed whole"),
+    "SLOW": (
+        OTHERS, "of a hidden collective's time is lost by the compute beside it: NCCL's 24 channels, each on"
+        " a compute unit, of 108 to 148",
+    ),
     "BASE": (OTHERS, "latencies of its link that a collective takes beside its hops (nccl-tests, A100)"),
     "HOP": (OTHERS, "latencies of its link that a hop takes (nccl-tests, A100)"),
     "FILL": (OTHERS, "a ring of n ranks in a node reaches n / (n + this) of the link (nccl-tests, A100)"),
     "HOST_S": (GUESS, "seconds of the host a kernel, where it launches each"),
-    "RESTART": (
-        READ, "kernels' worth of host time from a message to the next kernel (vocabpar-csv, baseline)",
-    ),
+    "RESTART": (GUESS, "kernels' worth of host time from a message to the next, where it waited for it"),
     "LEDGER": (MEMORY, "of the memory's peak, either way (tests/local/test_measured_memory.py)"),
     "FRAGMENTATION": (MEMORY, "of the memory's peak, at most, lies in blocks that do not fit again"),
     "CONTEXT_BYTES": (MEMORY, "of CUDA's context and NCCL's channels, at least and at most"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from partita.cost.empirical import LONG, RAMP, TILE, UNALIGNED
+from partita.cost.empirical import DIAGONAL, RAMP, TILE, UNALIGNED
 from partita.cost.machine import Curve, Machine, Software
 from partita.cost.pieces import on_curve
 
@@ -28,7 +28,9 @@ SHAPES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
 # (rows, columns, how well: a smaller tile reads its operands more often, m n / (m + n) FLOPs an element)
 TILES = tuple((m, n, (m * n / (m + n) * (1 / 256 + 1 / 128)) ** TILE) for m, n in SHAPES)
 SPLITS = (1, 2, 4)
-VECTOR = 16  # bytes: where a row of an operand begins between two multiples, loads are narrower
+COPIED = (
+    4  # bytes: the least that an asynchronous copy to shared memory moves (cp.async: 4, 8 or 16)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Kernel:
     flops: float = 0.0
     dtype: str = "bf16"
     well: float = 1.0  # of what such a matmul reaches elsewhere
-    aligned: bool = True  # each row of its operands begins where a wide load may
+    aligned: bool = True  # each row of its operands begins where an asynchronous copy may
     each: int = 1  # experts it serves: a program without grouped kernels starts one for each
     adds: bool = False  # to a gradient that is stored
     routed: bool = False  # from where rows go to experts to where they are added
@@ -55,9 +57,9 @@ class Kernel:
 
 
 def is_aligned(*rows: float) -> bool:
-    """Whether rows of so many bytes all begin where a wide load may: of 50,304 numbers in 16 bits they do, of
-    50,257 they do not (NVIDIA, Matrix Multiplication Background, on tensor cores)."""
-    return all(row % VECTOR == 0 for row in rows)
+    """Whether rows of so many bytes all begin where an asynchronous copy may: of 50,304 or 12,564 numbers in
+    16 bits they do, of 50,257 each number goes through a register."""
+    return all(row % COPIED == 0 for row in rows)
 
 
 def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
@@ -96,7 +98,7 @@ def _seconds(
     if k.kind in ("memory", "softmax", "loss", "cast"):
         return moving
     if k.kind == "attention":
-        return max(k.flops / (attention * k.k / (k.k + LONG)) if k.flops else 0.0, moving)
+        return max(k.flops / (attention * k.k / (k.k + DIAGONAL)) if k.flops else 0.0, moving)
     return max(_matmul(k, units, rate, reached), moving)
 
 

@@ -74,6 +74,7 @@ class Software:
     host_s: float = HOST_S
     # every kernel from dispatch to combine but matmuls, and the exchanges, take so many times as long
     experts: float = 1.0
+    restart: float = RESTART  # kernels' worth of host time from a message to the next, if it syncs
     overlaps_backward: bool = True  # tp's collectives beside the weight gradients
     overlaps_forward: bool = False  # tp's collectives cut in pieces beside their matmuls
     softmax_of: int = 1  # scores' matrices that one kernel scales, masks and normalises at a time
@@ -102,10 +103,14 @@ class Software:
         False  # gates weigh what experts activate: what they hand back is not kept
     )
     keeps_remainders: bool = False  # of a master the 16 bits that its bf16 weight has not (apex)
+    # FSDP under a pipeline: gathered weights and whole gradients stay from one microbatch to the next
+    keeps_whole: bool = False
+    loss_bytes: int = 0  # a logit, that an eager loss holds at once; 0: its own tensors alone
     shards_gradients: bool = False  # FSDP that gathers once a step keeps shards of gradients alone
     added_bytes: int = 0  # moved to add an element of a weight's new gradient; 0: its matmul adds
     cast_bytes: int = 4  # moved as an element becomes one of 8 bits
     starts_each_expert: bool = False  # what experts multiply is a kernel for each of them
+    fuses_experts: bool = False  # that kernel activates, and narrows what the next one reads
     starts_experts: bool = False  # the host does, whatever else of a layer a graph holds
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
     sorts_rows: bool = False  # and elsewhere rows are put by expert where they arrive
@@ -113,7 +118,7 @@ class Software:
     @property
     def restart_s(self) -> float:
         """Seconds of the host between a message and the next kernel, where it waited for the message."""
-        return RESTART * self.host_s if self.syncs_host else 0.0
+        return self.restart * self.host_s if self.syncs_host else 0.0
 
 
 MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)

@@ -227,7 +227,14 @@ class Table:
         kept = np.array([b.kept - halves * min(b.read, b.kept) for b in self.kinds])[self.at]
         behind, inside = kept.cumsum(), np.array([b.inside for b in self.kinds])[self.at]
         ends = _ends(split, len(self.at))
-        return np.maximum.reduceat(inside + behind, ends[:-1]) - behind[ends[1:] - 1]
+        found = np.maximum.reduceat(inside + behind, ends[:-1]) - behind[ends[1:] - 1]
+        if not halves:
+            return found
+        more = np.array([b.read - b.kept for b in self.kinds])[self.at]
+        before = more.cumsum()  # of a stage where weight halves read more than was kept
+        first = before[ends[:-1]] - more[ends[:-1]]
+        late = np.maximum.reduceat(inside - before, ends[:-1]) + first
+        return np.where(before[ends[1:] - 1] > first, np.maximum(late, 0.0), found)
 
     @cached_property
     def units(self) -> np.ndarray:

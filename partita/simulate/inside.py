@@ -6,6 +6,9 @@ A walk over its ops, forward and backward, of what is there at each:
     backward    a gradient from the last op that reads its value to the one that wrote it; of what is kept,
                 what an op wants that is still to come; what moves again, and what is made again
 
+    input half  a backward whose weight half comes later: what that reads stays, inputs of products with
+                weights and the gradients of what these make
+
 A little matrix in fp32 is turned for forward (parallel/brgemm.py; elsewhere half a MiB less is held). A layer
 with matmuls among what it makes again does so as a whole, before its backward, which holds its output
 too; else each piece is made where backward comes to the ops that want it. What comes round a ring is seen
@@ -19,10 +22,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from partita.parallel.read import bytes_of, once, replayed
+from partita.parallel.read import bytes_of, once, once_of_ops, replayed
 from partita.spec.program import DRAWN_AT_ONCE, LITTLE_MATRIX, LITTLE_ROWS, NARROW, Block, Op, Sizes
 
 DRAWN_BYTES = 44  # of an element of a mask while it is drawn: int64 words of Philox (comm/seeds.py)
+
+PRODUCTS = ("linear", "lookup", "conv")  # of whose weights the gradients are made in a weight half
 
 Span = tuple[int, int, int]  # first and last op, bytes
 
@@ -31,6 +36,21 @@ Span = tuple[int, int, int]  # first and last op, bytes
 def transient_bytes(block: Block, sizes: Sizes, goes: bool = True) -> int:
     """At the worst moment. `goes`: what is kept is let go of op by op, else with the whole block."""
     return worst_op(block, sizes, goes)[0]
+
+
+@once
+def worst_half(block: Block, sizes: Sizes) -> tuple[int, int, int]:
+    """(bytes at the worst moment of a forward, of an input half whose weight half comes later), beyond what
+    the block keeps, and of the weight half, beyond what that reads. What is made again is so in the input
+    half."""
+    walk = _Walk(block, sizes, True)
+    forward, half = (
+        max(max(0, *_sums(spans, walk.count)) for spans in each)
+        for each in ([walk.forward(False)], [walk.forward(), walk.backward(halves=True)])
+    )
+    made = read_later(block)[1]
+    products = (walk.gradient(op, w) for op in walk.ops for w in op.weights if op.writes in made)
+    return forward, half, max(products, default=0)
 
 
 @once
@@ -54,6 +74,15 @@ def _sums(spans: Iterable[Span], count: int) -> list[int]:
             steps[max(first, 0)] += size
             steps[last + 1] -= size
     return list(accumulate(steps[:-1]))
+
+
+@once_of_ops
+def read_later(block: Block) -> tuple[frozenset[str], frozenset[str]]:
+    """What a weight half reads: inputs of a block's products with weights, and what these and lookups make,
+    of which it reads the gradients."""
+    products = [op for op in block.ops() if op.weights and op.kind in PRODUCTS]
+    inputs = frozenset(t for op in products for t in op.saves)
+    return inputs, frozenset(op.writes for op in products)
 
 
 @dataclass(frozen=True)
@@ -119,9 +148,9 @@ class _Walk:
             ends |= dict.fromkeys((*mine, *op.reads), end)
         return {t: ends[t] for t in held if t in ends}
 
-    def forward(self) -> Iterable[Span]:
-        """Of a forward, or of a layer that is made again."""
-        kept, whole = self.block.kept, self._whole
+    def forward(self, again: bool = True) -> Iterable[Span]:
+        """Of a forward, or where it is made `again` of a layer."""
+        kept, whole = self.block.kept, again and self._whole
         ends = {op.segment: i for i, op in enumerate(self.ops)}
         for t, at in self.written.items():
             if t in kept and at >= 0:  # while what makes it runs it is not yet kept
@@ -142,20 +171,22 @@ class _Walk:
             yield 0, self.count - 1, self.each[self.block.output]
         yield from self._beside()
 
-    def backward(self) -> Iterable[Span]:
-        """Of a backward."""
+    def backward(self, halves: bool = False) -> Iterable[Span]:
+        """Of a backward; of its input half, where `halves`: what is read later stays to the end."""
         tensors, kept = self.block.tensors, self.block.kept
+        inputs, made = read_later(self.block) if halves else (frozenset(), frozenset())
         for t, at in self.written.items():
             if tensors[t].role in ("value", "aux"):
-                yield at, self.read.get(t, at), self.each[t]
-            if t in kept and t in self.saved and self.goes:
+                yield 0 if t in made else at, self.read.get(t, at), self.each[t]
+            if t in kept and t in self.saved and t not in inputs and self.goes:
                 yield 0, self.saved[t][0] - 1, -self.each[t]
         for t, end in self.again.items():
-            yield self.saved[t][0], end, self.each[t]
+            yield 0 if t in inputs else self.saved[t][0], end, self.each[t]
         if self._whole:
             yield 0, self.count - 1, self.each[self.block.output]
         for i, op in enumerate(self.ops):
-            yield i, i, sum(self._gradient(op, w) for w in op.weights)
+            later = halves and op.writes in made
+            yield i, i, 0 if later else sum(self.gradient(op, w) for w in op.weights)
             yield i, i, 3 * self._packed(op)  # the gate, up's gradient by it, the gate's
             if any(e.phase == "B" and not e.gradient for e in op.events):
                 wants = [k for k, o in enumerate(self.ops) if op.writes in o.reads]
@@ -174,7 +205,7 @@ class _Walk:
         half = self.block.tensors[op.writes].dims[-1].local(self.sizes)
         return self.each[op.writes] if half < NARROW else 0
 
-    def _gradient(self, op: Op, weight: str) -> int:
+    def gradient(self, op: Op, weight: str) -> int:
         """What makes a weight's gradient: its product, to be added; of a little one in fp32, added as it
         is made, some rows of the output's gradient turned."""
         if not self._is_little(weight):

@@ -36,7 +36,7 @@ from partita.schedule.clock import rank_peak
 from partita.schedule.ir import Schedule
 from partita.simulate import away
 from partita.simulate.groups import moves
-from partita.simulate.inside import worst_op
+from partita.simulate.inside import read_later, worst_half, worst_op
 from partita.spec.cluster import Cluster
 from partita.spec.program import Block, Sizes, distinct
 
@@ -101,9 +101,8 @@ def deferred_bytes(laid: Laid, place: int) -> list[float]:
 def read_later_bytes(block: Block, sizes: Sizes) -> int:
     """What a weight half reads: inputs of a block's products with weights, and gradients of what these and
     lookups make."""
-    products = [op for op in block.ops() if op.weights and op.kind in ("linear", "lookup")]
-    names = {t for op in products for t in op.saves} | {op.writes for op in products}
-    return sum(tensor_bytes(block.tensors[t], sizes) for t in names)
+    inputs, made = read_later(block)
+    return sum(tensor_bytes(block.tensors[t], sizes) for t in inputs | made)
 
 
 def standing_gradients(laid: Laid, place: int) -> int:
@@ -253,14 +252,44 @@ def worst_moment(
         max over blocks  transient(block) - what blocks behind it keep
 
     Forward has not come to these, backward has left them. Of what stays behind a backward, a weight half's
-    inputs and the gradients that ZeRO cuts, there is no less. What leaves between is counted by `away`."""
+    inputs and the gradients that ZeRO cuts, there is no less. What leaves between is counted by `away`; where
+    weight halves read more than was kept, by `_worst_half`."""
     stays, split = away.leaves(laid), "W" in schedule.kinds
+    if split and not stays:
+        later = sum(n * read_later_bytes(b, laid.sizes) for b, n in distinct(blocks))
+        if later > sum(n * kept_bytes(b, laid.sizes) for b, n in distinct(blocks)):
+            return _worst_half(laid, blocks, beside)
     found, behind = Moment(0, 0, blocks[-1]), 0
     for block in reversed(blocks):
         most, gone = worst_op(block, laid.sizes, not stays, beside)
         if most - behind > found.size:
             found = Moment(most - behind, 0 if stays else gone + behind, block)
         behind += 0 if stays else freed_bytes(block, laid.sizes, split)
+    return found
+
+
+def _worst_half(laid: Laid, blocks: Sequence[Block], beside: int) -> Moment:
+    """The same where what weight halves read of a stage is more than what it keeps, and is counted from the
+    begin of an input half on (`rank_peak`). When that comes to a block, neither it nor those before it have
+    left anything for later:
+
+        max over blocks  transient(block) - sum over it and those before it (read later - kept)
+
+    of which a forward knows nothing."""
+    found, before, behind = Moment(0, 0, blocks[-1]), 0, 0
+    more = [read_later_bytes(b, laid.sizes) - kept_bytes(b, laid.sizes) for b in blocks]
+    for block, own in zip(blocks, more, strict=True):
+        before += own
+        most, gone = worst_op(block, laid.sizes, beside=beside)
+        size = max(most, worst_half(block, laid.sizes)[1]) - before
+        if size > found.size:
+            found = Moment(size, gone + max(before, 0), block)
+    for block in reversed(blocks):
+        forward, _, product = worst_half(block, laid.sizes)
+        size, gone = max((forward - behind, behind), (product, 0))
+        if size > found.size:
+            found = Moment(size, gone, block)
+        behind += kept_bytes(block, laid.sizes)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from partita.record.span import Span
 from partita.schedule.clock import Costs, clock
@@ -53,7 +53,7 @@ class Rehearsal:
             self.more, short = rounds - WARM, WARM * ranks + rest
             lengths = [short, short + PERIOD * ranks]
         self.schedules = [make(m) for m in lengths]
-        self._replays = [Replay(schedule) for schedule in self.schedules]
+        self._replays = [_replay(schedule) for schedule in self.schedules]
 
     def __call__(self, costs: Costs) -> Times:
         """The times of the whole step."""
@@ -78,6 +78,12 @@ class Rehearsal:
         return max(
             times[0].makespan + self.more * work, times[1].makespan + (self.more - PERIOD) * work
         )
+
+
+@lru_cache(maxsize=32)
+def _replay(schedule: Schedule) -> Replay:
+    """The schedule in an order that is replayed; plans that differ in their costs alone share it."""
+    return Replay(schedule)
 
 
 def _each(first: Sequence[float], second: Sequence[float]) -> list[float]:

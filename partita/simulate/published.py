@@ -73,6 +73,7 @@ HEAD_DIMS = {
 LATENT = {"DeepSeek": (1536, 3, 1), "Kimi": (1536, 1, 1), "Moonlight": (0, 1, 2)}
 BIASED = "GPT OSS"
 NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
+REPLICAS = "DP over DCN"  # MaxText: each slice holds the whole model, cut over its own devices
 RACK = 64  # devices of an NVLink rack that runs use
 
 
@@ -181,10 +182,8 @@ def case(row: Row) -> Case:
     if method(row) not in ("", "baseline", "redis", *SPREAD):
         raise UnpredictableError(f"a method that is not described: {method(row)}")
     seq, batch, stated = number(row, "seq_len"), global_batch(row), recipe_of(row)
-    spec = model(row, seq)
-    plan, micro = plan_of(
-        {**row, "microbatch_size": str(stated.micro)} if stated.micro else row, batch
-    )
+    own = {"microbatch_size": str(stated.micro)} if stated.micro else {}
+    spec, (plan, micro) = model(row, seq), plan_of({**row, **own}, batch)
     return Case(
         spec,
         plan,
@@ -337,7 +336,11 @@ def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
     stage = next((s for start, s in stages.items() if text.startswith(start)), 0)
     if not stage:
         return plan.with_("mesh", dp_replicate=dp)
-    return plan.with_("mesh", dp_shard=dp).with_("data", zero_stage=stage)
+    slices = (
+        number(row, "n_gpus") // number(row, "gpus_per_node") if REPLICAS in row["notes"] else 1
+    )
+    mesh = {"dp_replicate": slices, "dp_shard": dp // slices}
+    return plan.with_("mesh", **mesh).with_("data", zero_stage=stage)
 
 
 def _matmuls(row: Row) -> str:
@@ -366,7 +369,8 @@ def cluster(row: Row) -> Cluster:
     node = min(number(row, "gpus_per_node", hardware.node_devices), devices)
     domain = node
     if hardware.domain_devices > hardware.node_devices:
-        domain = min(RACK if hardware.domain_devices == 72 else hardware.domain_devices, devices)
+        known = RACK if hardware.domain_devices == 72 else hardware.domain_devices
+        domain = min(node if node > hardware.node_devices else known, devices)  # or a slice's own
     links = []
     if domain > 1:
         links.append(
@@ -389,11 +393,7 @@ def measured_seconds(row: Row, found: Case, convention: Convention) -> float:
         return value
     if row["metric"] == "tokens_per_s_per_gpu":
         return found.tokens / (value * devices)
-    per_token = found.model.train_flops_per_token(
-        found.seq_len,
-        convention,
-        found.recompute,
-    )
+    per_token = found.model.train_flops_per_token(found.seq_len, convention, found.recompute)
     rate = value * 1e12 if row["metric"] == "tflops_per_gpu" else 0.0
     if row["metric"] == "mfu":
         rate = value / 100 * found.cluster.peak("bf16")

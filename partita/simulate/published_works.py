@@ -4,12 +4,13 @@ run again, inputs of linears in 8 bits, gradients in 16, what experts hand back 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from partita.cost.kernels import Kernel
 from partita.cost.machine import Software, software_of
 from partita.parallel.laid import Laid, lay
+from partita.parallel.read import bytes_of
 from partita.record.ledger import Ledger
 from partita.simulate.memory import chunk_bytes, lent_parts, stage_ledger
 from partita.simulate.published import Case
@@ -176,4 +177,33 @@ def _narrow(laid: Laid, place: int, era: Software) -> Ledger:
     gradients //= laid.sizes["dp_shard"] if era.shards_gradients else 1
     buffers = ledger.at_peak.get("buffers", 0) - whole * gone // 4
     at = {**ledger.at_peak, "gradients": gradients, "buffers": buffers, "optimizer": optimizer}
+    at["activations"] = at.get("activations", 0) + _eager_loss(laid, place, era)
+    if era.keeps_whole and laid.sizes["pp"] > 1:
+        at |= _whole(laid, place, at)
     return replace(ledger, at_peak=at)
+
+
+def _eager_loss(laid: Laid, place: int, era: Software) -> int:
+    """Bytes that a loss of PyTorch's own holds beyond its logits and their probabilities: logarithms of all
+    probabilities, and two gradients of them, in 32 bits."""
+    heads = [b for s in laid.stages_of(place) for b in s.blocks if b.name == "head"]
+    if not (heads and era.loss_bytes):
+        return 0
+    each, logits = bytes_of(heads[0], laid.sizes), heads[0].tensors["logits"].local(laid.sizes)
+    return max(era.loss_bytes * logits - each["logits"] - each["probs"], 0)
+
+
+def _whole(laid: Laid, place: int, at: Mapping[str, int]) -> dict[str, int]:
+    """Parameters, gradients and buffers of a rank under ZeRO-3 whose units stay whole all the step."""
+    stages = laid.stages_of(place)
+    each = [bytes_of(b, laid.sizes) for s in stages for b in s.blocks]
+
+    def whole(of: str) -> int:
+        return sum(size for e in each for name, size in e.items() if name.endswith(f"whole_{of}"))
+
+    lent = [sum(lent_parts(laid, s.blocks).values()) for s in stages]
+    return {
+        "parameters": at.get("parameters", 0) + whole("parameter"),
+        "gradients": whole("gradient") or at.get("gradients", 0),
+        "buffers": max(at.get("buffers", 0) - max(lent), 0),
+    }

@@ -30,7 +30,7 @@ from partita.simulate.started import (
     host_seconds,
     is_exchange,
     kernel_times,
-    unfused_kernels,
+    started_kernels,
 )
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block, distinct
@@ -225,9 +225,7 @@ def _part_time(
         calls += tuple(replace(c, phase="B") for c in part.unplayed)
     if era.gathers_again and part.unplayed is not None:
         calls += tuple(c for c in calls if (c.phase, c.lane, c.collective) == AGAIN)
-    kernels = {
-        n: [one for k in ks for one in unfused_kernels(k, n, era)] for n, ks in kernels.items()
-    }
+    kernels = {n: started_kernels(ks, n, era) for n, ks in kernels.items()}
     each = {
         n: [(k.kind, kernel_times(k, era) * kernel_seconds(k, machine)) for k in ks]
         for n, ks in kernels.items()

@@ -7,12 +7,13 @@ expert has only when the device does: it starts none of them before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from partita.cost.empirical import HOST_S
 from partita.cost.kernels import Kernel, launches
 from partita.cost.machine import Machine, Software
+from partita.cost.pieces import BACK
 from partita.parallel.read import Call
 from partita.simulate.work import STATE_BYTES
 
@@ -25,6 +26,10 @@ UNFUSED_LOSS = {
     "I": (8, 6),
 }  # bytes a logit: widened, less the wide maximum, exponentials, over their sum; scaled, narrowed
 FRESH_BYTES = 2  # of a gradient that a 16-bit matmul writes
+GATES = (
+    "gate",
+    "gate" + BACK,
+)  # the piece that an activation of (gate, up) is, forward and backward
 
 
 def host_seconds(started: Kernel | Call, machine: Machine) -> float:
@@ -52,6 +57,20 @@ def call_times(call: Call, era: Software) -> float:
 def is_exchange(call: Call) -> bool:
     """Whether it moves rows to experts, or back."""
     return call.axes == ("ep",) and call.collective == "all_to_all"
+
+
+def started_kernels(kernels: Iterable[Kernel], part: str, era: Software) -> list[Kernel]:
+    """What a program of the era starts for the kernels of a block's forward ('F'), or of a half of its
+    backward. Where experts' matmuls are one kernel that activates what it made and writes it in 8 bits, no
+    other kernel does."""
+    found: list[Kernel] = []
+    activated = False
+    for k in kernels:
+        gate = era.fuses_experts and k.routed and any(name in GATES for name, _ in k.pieces)
+        if not (gate or (activated and k.kind == "cast")):
+            found += unfused_kernels(k, part, era)
+        activated = gate
+    return found
 
 
 def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.parallel.laid import Laid
-from partita.simulate.predict import timed
+from partita.simulate.predict import timed, waiting
 from partita.simulate.published import (
     STEP_METRICS,
     Case,
@@ -32,21 +32,21 @@ from partita.simulate.published import (
     value_of,
 )
 from partita.simulate.published_works import case_works, lay_case
-from partita.simulate.stage import PartTimes, Works, stage_time
+from partita.simulate.stage import PartTimes, Works, send_seconds, stage_time
 from partita.simulate.step import step_time
 from partita.spec.model import Convention
 from partita.spec.plan import Plan
 
 COLUMNS = ("id", "group", "metric", "value", "gpu_type", "n_gpus", "seq_len", "global_batch")
 CONFIGURATION = (
-    "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus", "tp", "pp",
-    "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule", "microbatch_size", "global_batch",
-    "precision", "recompute", "seqpar", "group", "kv_heads", "ffn_hidden", "mlp", "experts", "topk",
-    "moe_ffn_hidden",
+    "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus",
+    "gpus_per_node", "tp", "pp", "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule",
+    "microbatch_size", "global_batch", "precision", "recompute", "seqpar", "group", "kv_heads",
+    "ffn_hidden", "mlp", "experts", "topk", "moe_ffn_hidden",
 )  # fmt: skip
 # columns that a table may lack: as if they were empty
 OPTIONAL = (
-    *CONFIGURATION, "gpus_per_node", "quality", "notes", "flops_conv", "use_for",
+    *CONFIGURATION, "quality", "notes", "flops_conv", "use_for",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def predict(found: Case, constants: Mapping[str, Any] | None = None) -> float:
 
 
 def work_seconds(found: Case, constants: Mapping[str, Any]) -> float:
-    """Seconds of the busiest rank's work in a step, and of what follows it."""
+    """Seconds of the busiest rank's work in a step, its messages included, and of what follows it."""
     machine = found.machine(constants)
     laid, works = _laid(_shortest(found.plan), found)
     known: PartTimes = {}
@@ -96,8 +96,10 @@ def work_seconds(found: Case, constants: Mapping[str, Any]) -> float:
     work = [
         sum(stages[s.index].seconds for s in laid.stages_of(p)) for p in range(laid.sizes["pp"])
     ]
-    m = found.plan.num_microbatches
-    return m * max(work) + step_time(laid, works, stages, machine).seconds
+    m, chunks = found.plan.num_microbatches, found.plan.pipeline.virtual_stages
+    waits, _ = waiting(send_seconds(laid, works.stages, machine), machine)
+    busy = m * (max(work) + 2 * chunks * waits)
+    return busy + step_time(laid, works, stages, machine).seconds
 
 
 def _shortest(plan: Plan) -> Plan:

@@ -119,6 +119,7 @@ def _calibration(scored: list[Scored], skipped: list[Skip]) -> dict[str, Any]:
 
 
 def _era(name: str) -> dict[str, Any]:
-    """An era's two numbers, and its facts."""
+    """An era's numbers, two at most that are its own, and its facts."""
     era = software_of(name)
-    return {**facts()[name], "flash": era.flash, "host_s": era.host_s, "experts": era.experts}
+    found = {**facts()[name], "flash": era.flash, "host_s": era.host_s, "experts": era.experts}
+    return {**found, "restart": era.restart} if era.syncs_host else found

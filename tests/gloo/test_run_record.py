@@ -88,3 +88,24 @@ def test_a_shard_that_is_to_be_added_stands_beside_what_it_comes_of(
 def _ledgers(folder: Path):
     run = read_run(folder)
     return [p.ledger for p in run.predicted], [r.ledger for r in run.ranks]
+
+
+@pytest.mark.timeout(120)
+def test_a_layer_made_again_is_not_also_what_its_weight_half_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """In an input half its inputs and gradients come one after the other: a quarter of a rank's peak."""
+    monkeypatch.chdir(tmp_path)
+    model = JOB["model"] | {"heads": 8, "kv_heads": 8, "ffn_hidden": 352, "max_seq_len": 256}
+    train = {"steps": 4, "global_batch_size": 16, "seq_len": 256}
+    room = {"preset": "laptop", "memory_bytes": 400_000_000}
+    job = JOB | {
+        "plan": "pp2:zb_h1/4mb recompute:full",
+        "model": model,
+        "train": train,
+        "cluster": room,
+    }
+    Path("job.toml").write_text(to_toml(job))
+    assert command(["train", "job.toml", "--json"]) == 0, capsys.readouterr().err
+    for predicted, record in zip(*_ledgers(Path("runs/recorded")), strict=True):
+        assert record.peak_bytes == pytest.approx(predicted.peak_bytes, rel=0.06)

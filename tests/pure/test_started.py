@@ -13,7 +13,7 @@ from partita.parallel.laid import lay
 from partita.simulate.published import case
 from partita.simulate.published_works import case_works, lay_case
 from partita.simulate.stage import Work, stage_time
-from partita.simulate.started import host_seconds, kernel_times, unfused_kernels
+from partita.simulate.started import host_seconds, kernel_times, started_kernels, unfused_kernels
 from partita.simulate.validate import predict, read_rows
 from partita.simulate.work import block_work
 
@@ -105,6 +105,26 @@ def test_experts_are_started_one_by_one_where_no_kernel_is_grouped(rows):
     )
     starts = [a - b for a, b in zip(each.calls_s, grouped.calls_s, strict=True)]
     assert starts == pytest.approx(more) and min(more) > 0  # the host starts them too, once each
+
+
+def test_a_kernel_of_experts_that_activates_writes_what_the_next_one_reads(rows):
+    """TransformerEngine's fused grouped MLP: neither the activation nor the cast of what it made is left,
+    forward and backward; what is no expert's stays."""
+    found = case(next(r for r in rows if r["group"] == "bridge-26.08" and r["experts"]))
+    era, work = found.machine().software, block_of_experts(found)
+    apart = replace(era, fuses_experts=False)
+    for part, kernels in (("F", work.forward), ("I", work.input)):
+        fused, each = (started_kernels(kernels, part, e) for e in (era, apart))
+        assert [k for k in fused if not k.routed] == [k for k in each if not k.routed]
+        gone = [k.kind for k in each if k.routed and k not in fused]
+        casts = [[k.kind for k in ks if k.routed].count("cast") for ks in (fused, each)]
+        assert gone == ["memory", "cast"] and casts == [1, 2]
+    assert started_kernels(work.weight, "W", era) == started_kernels(work.weight, "W", apart)
+
+
+def block_of_experts(found):
+    works = case_works(found, lay_case(found, found.plan))
+    return next(p.work for s in works.stages for p in s.parts if p.has_experts)
 
 
 def test_a_graph_of_layers_leaves_what_lies_between_router_and_sum_to_the_host(rows):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from partita.cli.main import application
 from partita.cost.comm import AlphaBeta, Group
-from partita.cost.machine import machine_of, table
+from partita.cost.machine import machine_of, software_of, table
 from partita.parallel.laid import lay
 from partita.simulate.groups import over_one_adapter
 from partita.simulate.links import one_ahead
@@ -22,7 +22,7 @@ from partita.simulate.published_works import case_works, fits, fullest, in_8_bit
 from partita.simulate.recipes import Recipe
 from partita.simulate.stage import call_seconds
 from partita.simulate.validate import Scored, predict, read_rows, score, summary
-from validation.grids import CAUSES, grids, ran_out
+from validation.grids import CAUSES, above_with_a_law, grids, ran_out
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
 # group -> bound of the mean error: what was reached, and a little more
@@ -69,6 +69,29 @@ def test_what_no_plan_says_is_read_off_the_row(rows):
     assert deep.parameters() == pytest.approx(671e9, rel=5e-3)
     relu = case(next(r for r in rows if r["mlp"] == "relu2")).model
     assert 3 * relu.ffn_hidden == 2 * 73728
+
+
+def test_a_mesh_that_differs_in_its_slices_alone_is_its_own_configuration(rows):
+    """Two of maxtext's runs differ in the chips that one slice joins: gpus_per_node."""
+    scored, _ = score(
+        [r for r in rows if r["group"] == "maxtext-v5p" and "128B" in r["model_name"]]
+    )
+    slices = {s.row["gpus_per_node"]: s.predicted_s for s in scored if s.row["n_gpus"] == "256"}
+    assert slices["256"] < slices["128"]
+
+
+def test_fsdp_under_a_pipeline_keeps_weights_and_gradients_whole(rows):
+    """405B on 8 x 8 stages and tp ranks: 6.3 billion weights in 16 bits, gradients in 32."""
+    row = next(r for r in rows if r["group"] == "titan-202412" and "405B" in r["model_name"])
+    at = fullest(case(row)).at_peak
+    assert at["parameters"] == pytest.approx(2 * 405.85e9 / 64, rel=0.02)
+    assert at["gradients"] == 2 * at["parameters"]
+    small = next(r for r in rows if r["group"] == "titan-202412" and "70B" in r["model_name"])
+    logits = 16 * 8192 * 128256 / 8  # 12 bytes each in place of 2 and 4
+    found, era = case(small), software_of("torchtitan")
+    assert era.loss_bytes == 12
+    more = fullest(found).peak_bytes - fullest(replace(found, software="meta-2024")).peak_bytes
+    assert more == pytest.approx(6 * logits)
 
 
 def test_what_power_a_device_has_is_in_its_clock(rows):
@@ -341,6 +364,8 @@ def test_a_regret_of_shapes_is_told_from_others(rows):
     for grid in grids(both):
         assert grid.regret == pytest.approx(1 / 0.9 - 1)
         assert grid.by_shape == 0
+    assert above_with_a_law(grids(both), 0) == (1, 2)  # all off by as much: the choices stand
+    assert above_with_a_law(grids(both), 2) == (2, 0)  # and by tp, which has two values here
     (alone,) = grids(both[:2])
     assert alone.regret > 0.1
     assert alone.by_shape is None
