@@ -65,12 +65,15 @@ def counts(found: Found) -> str:
     refused = ", ".join(f"{why} ({n:,})" for why, n in found.rejected.most_common() if n)
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
+    if found.unproven:
+        proof += f" over {', '.join(found.unproven)}"
     if found.more:
         proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (
         _many(found.near, "change of one choice", "changes of one choice"),
         _many(found.turned, "other order of axes", "other orders of axes"),
         _many(found.split, "other split of layers", "other splits of layers"),
+        _many(found.made, "schedule made for them", "schedules made for them"),
     )
     told = ", ".join(filter(None, beside))
     told = f"; of the best plans {told}" if told else ""

@@ -27,11 +27,11 @@ from partita.cost.machine import Machine
 from partita.parallel.offload.rules import targets
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.parallel.room import Request
-from partita.planner.holds import Holds
+from partita.planner.holds import Holds, least_probe, short_step
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, Reader, on_device
-from partita.planner.rough import HIDES, Rough
+from partita.planner.rough import HIDES, MADE, Rough
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
     KEPT,
@@ -59,11 +59,6 @@ EAGER = 8192  # forwards of a schedule that is soon made
 REHEARSED = 256  # schedules of whole steps that are remembered
 
 
-def _short(mesh: MeshChoice, m: int) -> int:
-    """Microbatches of a step that tells what a schedule holds at once."""
-    return m if m <= 2 * mesh.pp else 2 * mesh.pp + m % mesh.pp
-
-
 class Bounds:
     """The bounds of one space on one machine; tables are filled as they are asked for."""
 
@@ -83,6 +78,13 @@ class Bounds:
         self._sizes: dict[int, np.ndarray] = {}
         self.request = request_of(space.job)
         self.limit_bytes: float = space.job.cluster.memory_limit_bytes
+
+    def share(self, other: Bounds) -> None:
+        """Takes what those of another space of the same job, precision and machine know of blocks and
+        schedules."""
+        self._read, self._tables, self._probes = other._read, other._tables, other._probes
+        self._splits, self._stages, self._steps = other._splits, other._stages, other._steps
+        self._inside, self._roughs = other._inside, other._roughs
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -218,11 +220,14 @@ class Bounds:
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
-        short, probes = _short(mesh, m), self._probes_of(mesh, schedule, virtual)
+        short, probes = short_step(mesh.pp, m), self._probes_of(mesh, schedule, virtual)
         if short not in probes:
-            mesh = MeshChoice(mesh.pp, 1, 1, 1, False)
-            plan = self.space.plan(mesh, Shape(), Tokens(), Leaf(schedule, virtual, 1))
+            alone = MeshChoice(mesh.pp, 1, 1, 1, False)
+            plan = self.space.plan(alone, Shape(), Tokens(), Leaf(schedule, virtual, 1))
             try:
+                if schedule in MADE:
+                    probes[short] = least_probe(self.lies(mesh, (schedule, virtual)), short)
+                    return probes[short]
                 probes[short] = probe_of(
                     schedule_of(plan.with_("pipeline", num_microbatches=short))
                 )
@@ -232,7 +237,7 @@ class Bounds:
 
     def probed(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> bool:
         """Whether that is there."""
-        return _short(mesh, m) in self._probes_of(mesh, schedule, virtual)
+        return short_step(mesh.pp, m) in self._probes_of(mesh, schedule, virtual)
 
     def _probes_of(
         self, mesh: MeshChoice, schedule: str, virtual: int
@@ -245,7 +250,7 @@ class Bounds:
         most = EAGER // self.lies(mesh, leaf).num_stages
         for micro in sizes.tolist():
             m = self.space.batch // mesh.dp // micro
-            if _short(mesh, m) <= most:
+            if short_step(mesh.pp, m) <= most:
                 self.probe(mesh, *leaf, m)
 
     def holds(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Holds | None:
@@ -254,7 +259,7 @@ class Bounds:
         known, found = self._holds.get(key, (0, None))
         if known < len(probes):
             counts = [self.space.batch // mesh.dp // b for b in self.space.micros(mesh)]
-            told = [probes.get(_short(mesh, m)) for m in counts]
+            told = [probes.get(short_step(mesh.pp, m)) for m in counts]
             there = [p if isinstance(p, Probe) else None for p in told]
             found = Holds.of(there, self.lies(mesh, leaf).held)
             self._holds[key] = len(probes), found

@@ -62,7 +62,8 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
             yield f"etp{m.etp}", plan.with_("mesh", etp=1 if m.etp > 1 else m.tp)
     if m.pp > 1:
         name = "zb_h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
-        yield plan.pipeline.schedule, plan.with_("pipeline", schedule=name, virtual_stages=1)
+        other = plan.with_("pipeline", schedule=name, virtual_stages=1, costs=(), limit=0)
+        yield plan.pipeline.schedule, other if _is_one_each(plan) else _even(other)
         v = plan.pipeline.virtual_stages
         if v > 2 and not has_fixed_stages(plan.pipeline.schedule):
             yield f"x{v}", plan.with_("pipeline", virtual_stages=v - 1)
@@ -79,6 +80,16 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
         yield f"order:{','.join(m.order)}", plan.with_("mesh", order=order)
     dtype = plan.precision.dtype
     yield dtype, plan.with_("precision", dtype="bf16" if dtype == "fp32" else "fp32")
+
+
+def _even(plan: Plan) -> Plan:
+    """With the balanced split of the layers."""
+    return plan.with_("pipeline", split=())
+
+
+def _is_one_each(plan: Plan) -> bool:
+    """Whether a stated split is of one stage a rank."""
+    return len(plan.pipeline.split) == plan.mesh.pp
 
 
 def _states(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -114,6 +125,8 @@ def _moved(job: Job, plan: Plan, axis: str) -> Plan | None:
         found = found.with_("mesh", sp=False)
     if found.mesh.cp == 1 or found.mesh.cp % plan.context.ulysses:
         found = found.with_("context", method="ring", ulysses=1)
+    if found.mesh.pp != m.pp:
+        found = _even(found.with_("pipeline", costs=(), limit=0))
     if found.mesh.pp == 1:
         found = found.with_("pipeline", schedule="1f1b", virtual_stages=1)
     samples, ways = job.train.global_batch_size, found.data_parallel_size

@@ -131,6 +131,8 @@ class Floors:
         units = ways.units[..., None]
         layer, last = ((samples * x[:, None] + units).min(1) for x in table.inside)
         beside = last + (layer - last) * (1 - 1 / mesh.pp)  # of the mean rank
+        if self.space.uneven:  # two ranks may have no layer
+            beside = layer * max(1 - 2 / mesh.pp, 0.0)
         num_bytes = states + beside + samples * (table.total[KEPT] / mesh.pp)
         least, fits = num_bytes.min(0, initial=np.inf), num_bytes <= b.limit_bytes
         if not fits.any():

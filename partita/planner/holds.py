@@ -1,13 +1,15 @@
-"""What a schedule holds at once, for all sizes of a microbatch in one go."""
+"""What a schedule holds at once, for all sizes of a microbatch in one go; what any order of stages does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partita.planner.table import Probe
+from partita.planner.rough import Rough
+from partita.planner.table import Probe, probe_of
+from partita.schedule.synth.seeds import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,18 @@ class Holds:
         if self.wait is not None:
             held += np.einsum("smro,ro->smr", self.wait, more)
         return held.max(1), np.einsum("sro,ro->sr", self.later, kept)
+
+
+def short_step(ranks: int, m: int) -> int:
+    """Microbatches of a step that tells what a schedule holds at once."""
+    return m if m <= 2 * ranks else 2 * ranks + m % ranks
+
+
+def least_probe(lies: Rough, num_microbatches: int) -> Probe:
+    """What any order of such stages holds at least: one microbatch at a time."""
+    held = lies.held.tolist()
+    rank = {stage: r for r, mine in enumerate(held) for stage in mine}
+    placement = tuple(rank[s] for s in range(lies.num_stages))
+    alone = one_at_a_time(len(held), num_microbatches, (placement,))
+    found = probe_of(alone)
+    return replace(found, later=np.zeros_like(found.later))

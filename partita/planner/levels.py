@@ -45,7 +45,10 @@ class Way(NamedTuple):
 
 class Levels:
     """The steps down from a mesh to a plan. `cut`: seconds from which on nothing is looked for, `cut_bytes`:
-    bytes of the fullest rank beyond which nothing is; `refused`: how many plans were, and why."""
+    bytes of the fullest rank beyond which nothing is; `refused`: how many plans were, and why. `begins`:
+    whether plans as they are usually made are among them."""
+
+    begins = True
 
     def __init__(self, space: Space, machine: Machine) -> None:
         self.space, self.job, self.machine = space, space.job, machine
@@ -75,7 +78,10 @@ class Levels:
     def folds(self, node: Node) -> Iterator[Node]:
         """Where experts lie and what is recomputed, as if a sequence were cut for nothing."""
         mesh, space = node.mesh, self.space
-        kinds = Counter(n in PAIRED and bool(space.model.experts) for n, _ in space.schedules(mesh))
+        kinds = Counter[bool]()
+        for name, virtual in space.schedules(mesh):
+            paired = name in PAIRED and bool(space.model.experts)
+            kinds[paired] += space.times(mesh, (name, virtual))
         sizes = len(space.methods(mesh)) * len(space.micros(mesh))
         for shape in (Shape(ep=ep, etp=etp) for ep, etp in space.folds(mesh)):
             states = sizes * len(space.states(mesh, shape))

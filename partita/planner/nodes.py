@@ -62,6 +62,8 @@ class Found:
     first_s: float = 0.0  # when the best plan was found
     turned: int = 0  # simulated beside these: best plans with axes in another order
     split: int = 0  # the same with another split of the layers
+    made: int = 0  # the same with a schedule made for them
+    unproven: tuple[str, ...] = ()  # choices whose search ended by its budget
     near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
 
@@ -118,10 +120,15 @@ def beam(nodes: Iterable[Node], steps: Iterable[Step], until: float) -> list[Nod
 class Queue:
     """Nodes by their bound, and by what is hoped of them (until a plan is seen: the deepest), taken in turns
     from one and the other; and the best plans seen: a node that is not better than the last of the `top` of
-    them is left out. `seen`: plans known before."""
+    them is left out. `seen`: plans known before, which others must beat by a `margin`."""
 
     def __init__(
-        self, goal: Goal, refused: Counter[str], top: int = 1, seen: Sequence[Prediction] = ()
+        self,
+        goal: Goal,
+        refused: Counter[str],
+        top: int = 1,
+        seen: Sequence[Prediction] = (),
+        margin: float = 0.0,
     ) -> None:
         self.goal, self.refused, self.top = goal, refused, top
         self.best: list[tuple[Key, Prediction]] = []
@@ -130,17 +137,22 @@ class Queue:
         self._depths: list[tuple[Key, int, Node]] = []
         self._done: set[int] = set()
         self._ties, self._turn = count(), 0
+        self._longer = 1.0
         for plan in seen:
             self.keep(plan, measures(plan))
+        self._longer = 1.0 + margin
 
     def keep(self, plan: Prediction, measured: tuple[float, float, int]) -> bool:
         """Adds a plan that was simulated; whether it is the best."""
         if not self.goal.admits(*measured) or any(p is plan for _, p in self.best):
             return False
-        self.best.append((self.goal.key(*measured), plan))
+        self.best.append((self._key(*measured), plan))
         self.best.sort(key=lambda x: (x[0], len(x[1].plan), x[1].plan))  # of equals the simplest
         del self.best[max(KEEP, self.top) :]
         return self.best[0][1] is plan
+
+    def _key(self, seconds: float, num_bytes: float, world: int) -> Key:
+        return self.goal.key(seconds * self._longer, num_bytes * self._longer, world)
 
     def _beaten(self, key: Key) -> bool:
         return len(self.best) >= self.top and key >= self.best[self.top - 1][0]
@@ -150,14 +162,16 @@ class Queue:
         """Seconds of a step from which on no plan is better, where time is the goal."""
         if self.goal.name != "time" or len(self.best) < self.top:
             return INF
-        return self.best[self.top - 1][0][0] * (1 + 1e-12)  # equal times go by memory
+        return (
+            self.best[self.top - 1][0][0] * (1 + 1e-12) / self._longer
+        )  # equal times go by memory
 
     @property
     def cut_bytes(self) -> float:
         """Bytes beyond which no plan is better, where memory is the goal."""
         if self.goal.name != "memory" or len(self.best) < self.top:
             return INF
-        return self.best[self.top - 1][0][0]
+        return self.best[self.top - 1][0][0] / self._longer
 
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""
@@ -165,14 +179,14 @@ class Queue:
         if not self.goal.admits(s, num_bytes, world):
             self.refused["not under what is asked"] += node.leaves
             return
-        key = self.goal.key(s, num_bytes, world)
+        key = self._key(s, num_bytes, world)
         if self._beaten(key):
             return
         n, more = next(self._ties), HIDDEN[node.level]
         heapq.heappush(self._bounds, (key, n, node))
         if not self.best:
             heapq.heappush(self._depths, ((-node.level, *key), n, node))
-        heapq.heappush(self._hopes, (self.goal.key(s * more, num_bytes * more, world), n, node))
+        heapq.heappush(self._hopes, (self._key(s * more, num_bytes * more, world), n, node))
 
     @property
     def roots(self) -> list[Node]:

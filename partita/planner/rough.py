@@ -15,7 +15,11 @@ from partita.cost.empirical import SLOW
 from partita.planner.table import GROWS, LEAST, SETS_OFF, STARTS, TIMES, TRAVEL
 from partita.spec.plan import has_fixed_stages
 
-HALVES = ("zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev")
+# `auto` by where its stages lie: a line, a loop, a vee
+MADE = ("auto", "auto_loop", "auto_vee")
+HALVES = (
+    "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "interleaved_zb", "dualpipe", "dualpipev", *MADE,
+)  # fmt: skip
 HIDES = 1 - SLOW  # of what travels under compute
 # A backward beside a forward: rows travel under the other's compute
 PAIRED = ("dualpipe", "dualpipev")
@@ -70,7 +74,8 @@ class Rough:
     def __init__(self, schedule: str, ranks: int, virtual: int) -> None:
         self.split = schedule in HALVES or has_fixed_stages(schedule)
         self.num_stages = ranks * virtual
-        at, vee = np.arange(ranks), has_fixed_stages(schedule) and virtual == 2
+        at = np.arange(ranks)
+        vee = (has_fixed_stages(schedule) or schedule == "auto_vee") and virtual == 2
         rows = [at + i * ranks for i in range(virtual)]
         if vee:
             rows = [at, 2 * ranks - 1 - at]

@@ -46,10 +46,10 @@ def rarely_collected() -> Iterator[None]:
 class Search:
     """One search of a job's space; tables are shared by all goals."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, levels: type[Levels] = Levels) -> None:
         self.space, self.job = space, space.job
         self.machine = machine_of(self.job.cluster)
-        self.levels = Levels(space, self.machine)
+        self.levels = levels(space, self.machine)
         self.bounds, self.floors = self.levels.bounds, self.levels.floors
         self.predictions: dict[str, Prediction] = {}
 
@@ -61,17 +61,19 @@ class Search:
         budget_s: float = 20.0,
         first: bool = False,
         seen: Sequence[Prediction] = (),
+        margin: float = 0.0,
     ) -> Found:
         """Searches for the best `top` plans within so many seconds; `first`: any that fits. `seen`: plans
-        of another space, which they must beat."""
+        of another space, which they must beat, by such a `margin`."""
         start, found = time.perf_counter(), Found()
         self.levels.refused = found.rejected
-        queue, self.levels.cut = Queue(goal, self.levels.refused, top, seen), INF
+        queue, self.levels.cut = Queue(goal, self.levels.refused, top, seen, margin), INF
         self.levels.cut_bytes = INF
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
-        for node in self._usual(queue.roots, start + budget_s / 2):
+        usual = self._usual(queue.roots, start + budget_s / 2) if self.levels.begins else []
+        for node in usual:
             prediction = self.predict(self.plan(node))
             if prediction.fits and queue.keep(prediction, measures(prediction)):
                 found.first_s = time.perf_counter() - start

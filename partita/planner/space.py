@@ -169,11 +169,17 @@ class Leaf(NamedTuple):
     dp_shard: int = 1
     zero: int = 3
     order: Order = DEFAULT_ORDER
+    split: tuple[int, ...] = ()  # layers of each stage; none: the balanced one
+    costs: tuple[str, ...] = ()  # of auto, as a plan's line has them
+    limit: int = 0
 
 
 class Space:
     """The choices of a job under a user's words, level by level; what lies elsewhere is the same of all
-    plans. `turned`: of plans in every order of axes but the default."""
+    plans. `turned`: of plans in every order of axes but the default; `uneven`: with layers split in other
+    ways than the balanced one (uneven.py)."""
+
+    uneven = False
 
     def __init__(
         self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE, turned: bool = False
@@ -326,11 +332,16 @@ class Space:
         sizes = (mesh.tp, mesh.cp, shard, mesh.dp // shard, mesh.pp)
         return [o for o in other_orders(sizes, self.job.cluster) if self.words.admit("order", o)]
 
+    def times(self, mesh: MeshChoice, schedule: tuple[str, int]) -> int:
+        """How many plans a schedule stands for, everything else being chosen."""
+        return 1
+
     def leaves(self, mesh: MeshChoice) -> int:
         """How many plans lie below."""
         states = sum(len(self.states(mesh, Shape(ep=n, etp=t))) for n, t in self.folds(mesh))
         tokens = len(self.modes()) * len(self.micros(mesh))
-        return tokens * len(self.methods(mesh)) * len(self.schedules(mesh)) * states
+        schedules = sum(self.times(mesh, s) for s in self.schedules(mesh))
+        return tokens * len(self.methods(mesh)) * schedules * states
 
     def plan(self, mesh: MeshChoice, shape: Shape, tokens: Tokens, leaf: Leaf) -> Plan:
         """The plan of one leaf, with all of it on the device."""
@@ -343,7 +354,8 @@ class Space:
                 cp=mesh.cp, tp=mesh.tp, sp=mesh.sp, ep=shape.ep, etp=shape.etp, order=leaf.order,
             ),
             pipeline=replace(
-                base.pipeline, schedule=leaf.schedule, virtual_stages=leaf.virtual, num_microbatches=m
+                base.pipeline, schedule=leaf.schedule, virtual_stages=leaf.virtual, num_microbatches=m,
+                split=leaf.split, costs=leaf.costs, limit=leaf.limit,
             ),
             data=replace(base.data, zero_stage=leaf.zero),
             context=replace(base.context, method=shape.method, ulysses=shape.ulysses),

@@ -1,22 +1,23 @@
 """How many layers each stage has, beyond the balanced split, whose stages have equal FLOPs: times are not
 proportional to those (embedding and head, a first stage that waits for all others), and memory is not.
 
-All splits of a plan are simulated where they are few, else from the balanced one its neighbours (a layer
-moved from a dear stage to a cheap one, or from or to an end), in order of the schedule's bound, until none
-is better: of such plans the best is not proven.
+On few devices all are searched with everything else (uneven.py). Where those are too many, or devices, the
+best plans' neighbours are simulated (a layer moved from a dear stage to a cheap one, or from or to an end),
+in order of the schedule's bound, until none is better: of such plans the best is not proven.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from math import comb
 
 from partita.planner.beyond import turned
+from partita.planner.made import made
 from partita.planner.nodes import Found, Goal, Queue, measures
 from partita.planner.search import Search
 from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.planner.table import TIMES, Table
+from partita.planner.uneven import count_splits, every_split, spread_out
 from partita.simulate.predict import Prediction
 from partita.spec.plan import Plan
 
@@ -33,13 +34,17 @@ ENDS = 5  # so many of the dearest and of the cheapest stages give and take laye
 def finished(
     search: Search, goal: Goal, top: int, found: Found, budget_s: float, every: bool = False
 ) -> Found:
-    """What was found, and its best plans (`every` plan of few devices) with axes in another order and then
-    with other splits of the layers, as one answer."""
-    start = time.perf_counter()
+    """What was found, and its best plans (`every` plan of few devices) with axes in another order, then with
+    other splits of the layers, then with schedules made for them, as one answer."""
+    end = time.perf_counter() + budget_s
     if budget_s > 0:
         found = turned(search, goal, top, found, budget_s, every)
-    left = budget_s - (time.perf_counter() - start)
-    return splits(search, goal, top, found, left) if left > 0 else found
+    if every and found.complete and (left := end - time.perf_counter()) > 0:
+        found = spread_out(search, goal, top, found, left)
+    if (left := end - time.perf_counter()) > 0:
+        found = splits(search, goal, top, found, left)
+    left = end - time.perf_counter()
+    return made(search, goal, top, found, left, every) if left > 0 else found
 
 
 def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
@@ -63,12 +68,17 @@ def _best_split(
 ) -> Prediction:
     """The best of the splits looked at, the plan's own first."""
     plan, at, stages_of = Plan.parse(best.plan), _layers(best), _stages(search, best)
-    if plan.mesh.pp == 1 or sum(at) != search.job.model.layers or stages_of is None:
+    if (
+        plan.mesh.pp == 1
+        or plan.pipeline.schedule == "auto"
+        or sum(at) != search.job.model.layers
+        or stages_of is None
+    ):
         return best
-    few = search.job.cluster.devices <= FEW and _count(sum(at), len(at)) <= ALL
+    few = search.job.cluster.devices <= FEW and count_splits(sum(at), len(at)) <= ALL
     seen, now = {at}, best
     while True:
-        near = _every(at) if few else _near(at, stages_of(at)[0])
+        near = every_split(sum(at), len(at)) if few else _near(at, stages_of(at)[0])
         tries = sorted(near, key=lambda s: stages_of(s)[1])
         start, tries = now, [s for s in tries if s not in seen][: ALL if few else TRIES]
         for split in tries:
@@ -111,23 +121,6 @@ def _stages(search: Search, best: Prediction) -> Stages | None:
         return rows[:, TIMES].sum(1).tolist(), seconds
 
     return told
-
-
-def _count(layers: int, stages: int) -> int:
-    return comb(layers - (stages - 2) + stages - 1, stages - 1)
-
-
-def _every(at: Split) -> Iterator[Split]:
-    """All splits, in which only an end may have no layer."""
-
-    def rest(layers: int, stages: int) -> Iterator[Split]:
-        if stages == 1:
-            yield (layers,)
-            return
-        for n in range(0 if stages == len(at) else 1, layers + 1):
-            yield from ((n, *others) for others in rest(layers - n, stages - 1))
-
-    return rest(sum(at), len(at))
 
 
 def _near(at: Split, seconds: Sequence[float]) -> Iterator[Split]:

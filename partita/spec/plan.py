@@ -55,6 +55,8 @@ class PipelinePlan:
         False  # of pipedream: every stage uses the version that the first one used
     )
     post_validation: bool = False  # stages update before the step's norm is known, and undo
+    costs: tuple[str, ...] = ()  # of auto: what it is made for (spec/stage_costs.py)
+    limit: int = 0  # of auto: stage-microbatches that a rank holds at most; 0: any number
 
     def __post_init__(self) -> None:
         if has_fixed_stages(self.schedule):
@@ -63,7 +65,7 @@ class PipelinePlan:
     def _key(self) -> tuple[object, ...]:
         m = self.num_microbatches or 1
         same = self.schedule, self.virtual_stages, m, self.split, self.vertical_sync
-        return *same, self.post_validation
+        return *same, self.post_validation, self.costs, self.limit
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PipelinePlan) and self._key() == other._key()

@@ -15,6 +15,7 @@ from partita.base.config import decode, encode
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.plan import AXES, DEFAULT_ORDER, Plan, has_fixed_stages
+from partita.spec.stage_costs import wrong_costs
 
 SCHEDULES = (
     "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min",
@@ -39,6 +40,7 @@ RANGES: dict[tuple[str, str], tuple[int, int]] = {
     **{("mesh", axis): (1, 1_000_000) for axis in (*AXES, "ep", "etp", "split")},
     ("pipeline", "virtual_stages"): (1, 1_000),
     ("pipeline", "num_microbatches"): (1, 10_000_000),
+    ("pipeline", "limit"): (0, 10_000_000),
     ("data", "zero_stage"): (0, 3),
     ("data", "prefetch"): (0, 1_000),
     ("data", "bucket_bytes"): (1, 10**15),
@@ -101,6 +103,7 @@ def problems_of(plan: Plan) -> list[tuple[str, str]]:
         found.append(
             ("pipeline.schedule", f"no schedule '{schedule}'{did_you_mean(schedule, SCHEDULES)}")
         )
+    found += wrong_costs(plan.pipeline.costs)
     if any(layers < 0 or layers > 1_000_000 for layers in plan.pipeline.split):
         found.append(
             ("pipeline.split", f"{list(plan.pipeline.split)}: a stage has 0 or more layers")

@@ -261,6 +261,7 @@ def test_every_field_can_be_said_as_a_word() -> None:
                     "split": (1, 2) if section.name == "pipeline" else 2,
                     "targets": ("optimizer",),
                     "modules": ("norm", "act"),
+                    "costs": ("33_35_32x7", "36_39_36", "2"),
                     "num_microbatches": 4,
                     "zero_stage": 1,
                 }.get(f.name, 2)

@@ -20,7 +20,9 @@ from partita.base.errors import PartitaError, Problem, ScheduleError
 from partita.parallel.read import STATES, flops
 from partita.parallel.room import Request, error, region
 from partita.schedule.ir import Action, Schedule
+from partita.schedule.make import hold_to_size
 from partita.schedule.make import schedule as make_schedule
+from partita.schedule.make.auto import made_for
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, distinct
 
@@ -42,6 +44,9 @@ def schedule_of(plan: Plan) -> Schedule:
     pp, pipe = plan.mesh.pp, plan.pipeline
     if pp == 1:
         return make_schedule("1f1b", num_ranks=1, num_microbatches=plan.num_microbatches)
+    if pipe.schedule == "auto" and (pipe.costs or pipe.limit):
+        hold_to_size(pp * pipe.virtual_stages, plan.num_microbatches)
+        return made_for(pp, plan.num_microbatches, pipe.virtual_stages, pipe.costs, pipe.limit)
     return make_schedule(
         pipe.schedule, num_ranks=pp, num_microbatches=plan.num_microbatches,
         virtual_stages=pipe.virtual_stages, **({"vertical_sync": True} if pipe.vertical_sync else {}),
@@ -159,7 +164,11 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
     """Why the schedule cannot run: unknown, below its floor, or a file that the checker refuses."""
     pipe = plan.pipeline
     asked = f"pp{plan.mesh.pp}:{pipe.schedule}"
-    nearest = str(plan.with_("pipeline", schedule="1f1b", virtual_stages=1, vertical_sync=False))
+    plain = plan.with_("pipeline", virtual_stages=1, vertical_sync=False, costs=(), limit=0)
+    nearest = str(plain.with_("pipeline", schedule="1f1b"))
+    if (pipe.costs or pipe.limit) and pipe.schedule != "auto":
+        message = f"pipeline.costs and pipeline.limit are of auto; {pipe.schedule} is the same at all costs"
+        return [error("pp", "costs", message, asked=asked, limit="pp<n>:auto", nearest=nearest)]
     try:
         made = schedule_of(plan)
     except PartitaError as found:

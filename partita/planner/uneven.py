@@ -1,0 +1,278 @@
+"""Layer splits beside every other choice: a space of plans with the layers split in any way but the balanced
+one, on few devices.
+
+The bounds of coarse tables and floors are of the mean rank, and hold for every split. From the blocks of a
+microbatch on all splits are weighed at once: of each the same bound as of the balanced stages, of which the
+least stands for all until the states are chosen. Where there are more than ALL splits of so many stages,
+those one layer away from the balanced one are meant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import comb
+
+import numpy as np
+
+from partita.base.errors import Problem
+from partita.planner.levels import Levels
+from partita.planner.links import Meeting
+from partita.planner.nodes import Found, Goal, Node
+from partita.planner.rough import HIDES, PAIRED, Rough, halves
+from partita.planner.search import Search
+from partita.planner.space import Leaf, MeshChoice, Space
+from partita.planner.table import KEPT, READ, Probe, Table
+from partita.spec.plan import Plan
+
+Split = tuple[int, ...]
+ALL = 300  # splits of which all are meant
+FEW = 16  # devices
+
+
+def count_splits(layers: int, stages: int) -> int:
+    """Splits in which only an end may have no layer."""
+    return comb(layers + 1, stages - 1)
+
+
+def every_split(layers: int, stages: int) -> Iterator[Split]:
+    """All of them."""
+
+    def rest(left: int, at: int) -> Iterator[Split]:
+        if at == stages - 1:
+            yield (left,)
+            return
+        for n in range(0 if at == 0 else 1, left + 1):
+            yield from ((n, *others) for others in rest(left - n, at + 1))
+
+    return rest(layers, 0)
+
+
+def moved(at: Split) -> Iterator[Split]:
+    """One layer of one stage given to another."""
+    for giver, taker in ((i, j) for i in range(len(at)) for j in range(len(at)) if i != j):
+        if at[giver] > (0 if giver in (0, len(at) - 1) else 1):
+            given = list(at)
+            given[giver], given[taker] = given[giver] - 1, given[taker] + 1
+            yield tuple(given)
+
+
+@lru_cache(maxsize=1024)
+def other_splits(balanced: Split) -> tuple[Split, ...]:
+    """The splits that are meant: all but the balanced one, or those next to it."""
+    layers, stages = sum(balanced), len(balanced)
+    many = count_splits(layers, stages) > ALL
+    found = moved(balanced) if many else every_split(layers, stages)
+    return tuple(s for s in found if s != balanced)
+
+
+@lru_cache(maxsize=1024)
+def _ends(splits: tuple[Split, ...]) -> np.ndarray:
+    """[split, stage + 1]: where the blocks of each stage begin."""
+    found = np.cumsum(np.array([(1, *s) for s in splits]), 1)
+    found[:, 0] = 0
+    found[:, -1] += 1
+    return found
+
+
+def stages_of(table: Table, splits: tuple[Split, ...]) -> np.ndarray:
+    """[split, stage, numbers]."""
+    sums = table.prefix[_ends(splits)]
+    return sums[:, 1:] - sums[:, :-1]
+
+
+def least_seconds(
+    rough: Rough, stages: np.ndarray, longer: np.ndarray, m: int, send: float
+) -> np.ndarray:
+    """[split]: the bound of `Rough` at stages of these costs [split, stage, numbers]; `longer` [split, stage,
+    2]: of forward and backward."""
+    count, each, numbers = stages.shape
+    told = halves(stages.reshape(-1, numbers), np.ones(1), HIDES * rough.paired)
+    forward, back, whole = (x.reshape(count, each) for x in told[:3])
+    forward = forward + longer[..., 0]
+    back, whole = back + longer[..., 1], whole + longer[..., 1]
+    messages = rough.hops[:, 0] * send
+    held, times = rough.held, m * rough.share
+    head = (forward.cumsum(1) - forward + messages)[:, held]
+    first = times * (forward + whole)[:, held].cumsum(2) + head
+    if not rough.split:
+        tail = (whole.cumsum(1) - whole + messages)[:, held]
+        return (first + tail).max((1, 2))
+    tail = (back.cumsum(1) - back + messages)[:, held]
+    second = times * (forward + back)[:, held].cumsum(2) + head + tail
+    return np.maximum(first, second).max((1, 2))
+
+
+def least_bytes(probe: Probe, stages: np.ndarray, states: np.ndarray, zero: int) -> np.ndarray:
+    """[split]: bytes of the fullest rank, but for what lives inside one op; `states` [split, stage, 3]."""
+    parameters, gradients, optimizer = np.moveaxis(states[:, probe.held].sum(2), -1, 0)
+    kept, more = stages[..., KEPT], np.maximum(stages[..., READ] - stages[..., KEPT], 0.0)
+    most = np.einsum("mrs,ns->nmr", probe.chunks, kept)
+    most = (most + np.einsum("mrs,ns->nmr", probe.wait, more)).max(1)
+    coming = gradients * (zero >= 2)
+    most = np.maximum(most, coming + np.einsum("rs,ns->nr", probe.later, kept))
+    return (parameters + gradients - coming + optimizer + most).max(1)
+
+
+class UnevenSpace(Space):
+    """The plans of a space, in its order of axes or `turned`, with every other split of the layers."""
+
+    uneven = True
+
+    def __init__(self, space: Space, turned: bool = False) -> None:
+        super().__init__(space.job, space.words, space.dtype, space.offload, turned)
+        self._counts: dict[tuple[int, str, int], int] = {}
+
+    def times(self, mesh: MeshChoice, schedule: tuple[str, int]) -> int:
+        """The other splits of its stages."""
+        key = (mesh.pp, *schedule)
+        if key not in self._counts:
+            stages = Rough(schedule[0], mesh.pp, schedule[1]).num_stages
+            every = count_splits(self.model.layers, stages)
+            self._counts[key] = every - 1 if every <= ALL else stages * (stages - 1)
+        return self._counts[key]
+
+    def _all_schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
+        return super()._all_schedules(mesh) if mesh.pp > 1 else []
+
+
+def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+    """What was found, and with layers split in every other way on few devices, axes in any order, as one
+    answer."""
+    space, cluster, start = search.space, search.job.cluster, time.perf_counter()
+    if cluster.devices > FEW or not space.words.admit("split", "uneven"):
+        return found
+    offload = Plan.parse(found.plans[0].plan).offload if found.plans else space.offload
+    base = Space(space.job, space.words, space.dtype, offload)
+    wanted = not space.stated and space.words.admit("order", "another") and len(cluster.links) > 1
+    for turned in (False, True) if wanted else (False,):
+        left = budget_s - (time.perf_counter() - start)
+        more = Search(UnevenSpace(base, turned), Uneven)
+        if offload == space.offload and not turned and not space.turned:
+            more.bounds.share(search.bounds)
+        there = more.best(goal, top, max(left, 0.0), seen=found.plans)
+        found.join(there)
+        if not there.complete:
+            found.unproven = ("other splits of layers",)
+            break
+    return found
+
+
+class Uneven(Levels):
+    """The steps down to a plan with a split of its own: the bound of all splits, then of each."""
+
+    begins = False
+
+    def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
+        """Schedules, each with its sizes of microbatches, by what the mean rank takes."""
+        mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
+        table = self.bounds.endless(mesh, node.shape, mode)
+        if isinstance(table, Problem):
+            self.refuse(table, node.leaves)
+            return
+        if self.bounds.evenly(mesh, table, node.paired) >= self.cut:
+            return
+        if mode[0] != "none" and self._same(node, table):
+            self.refuse("recompute changes nothing", node.leaves)
+            return
+        states = len(self.space.states(mesh, node.shape))
+        least = self.floors(mesh, node.shape, table, paired=node.paired)
+        bound = np.maximum(least.seconds, node.seconds)
+        good = ((bound < self.cut) & (least.num_bytes <= self.cut_bytes)).nonzero()[0]
+        sizes = self.bounds.sizes(mesh)
+        rows = tuple(
+            sorted(zip(*(x[good].tolist() for x in (bound, least.once, sizes)), strict=True))
+        )
+        for leaf in self.space.schedules(mesh):
+            if self.space.model.experts and (leaf[0] in PAIRED) != node.paired:
+                continue
+            plans = states * self.space.times(mesh, leaf)
+            self.refuse("memory", int(np.isinf(least.seconds).sum()) * plans)
+            yield from self._next(node, Leaf(*leaf), rows, plans)
+
+    def scheduled(self, node: Node) -> Iterator[Node]:
+        """A schedule with one size of microbatch, by its best split; then the others."""
+        mesh, b, m = node.mesh, self.bounds, self._microbatches(node)
+        plans, named = node.leaves // (1 + len(node.rest)), (node.leaf.schedule, node.leaf.virtual)
+        yield from self._next(node, node.leaf, node.rest, plans)
+        probe, table = b.probe(mesh, *named, m), b.table(mesh, node.shape, node.tokens)
+        if isinstance(probe, Problem) or isinstance(table, Problem):
+            self.refuse(probe if isinstance(probe, Problem) else table, plans)  # type: ignore[arg-type]
+            return
+        splits = self._splits(node, table)
+        states = len(self.space.states(mesh, node.shape))
+        self.refuse("no layer to give", plans - states * len(splits))
+        if splits:
+            seconds = self._seconds(node, table, splits, 0, None).min() + node.once
+            yield node._replace(
+                level=4, seconds=max(node.seconds, seconds), leaves=states * len(splits), rest=()
+            )
+
+    def states(self, node: Node) -> Iterator[Node]:
+        """How states are cut, and layers."""
+        (table, _, probe), b, mesh = self._parts(node), self.bounds, node.mesh
+        splits = self._splits(node, table)
+        stages = stages_of(table, splits)
+        for dp_shard, zero, order in self.space.states(mesh, node.shape):
+            cut, shards = zero if dp_shard > 1 else 0, b.shards(mesh, node.shape, dp_shard)
+            at = b.links.meetings(mesh, node.shape, dp_shard, cut)
+            num_bytes = least_bytes(probe, stages, shards.states(stages, cut), cut)
+            fits = num_bytes <= b.limit_bytes
+            self.refuse("memory", int((~fits).sum()))
+            seconds = self._seconds(node, table, splits, cut, at) + node.once
+            seconds = np.maximum(seconds, node.seconds)
+            good = fits & (seconds < self.cut) & (num_bytes <= self.cut_bytes)
+            leaf = node.leaf._replace(dp_shard=dp_shard, zero=zero, order=order)
+            for i in good.nonzero()[0].tolist():
+                yield node._replace(
+                    level=5,
+                    leaf=leaf._replace(split=splits[i]),
+                    leaves=1,
+                    seconds=float(seconds[i]),
+                    num_bytes=max(node.num_bytes, float(num_bytes[i])),
+                )
+
+    def played(self, node: Node) -> Iterator[Node]:
+        """The schedule's clock at what the stages cost at least."""
+        (table, _, _), leaf, b = self._parts(node), node.leaf, self.bounds
+        cut = leaf.zero if leaf.dp_shard > 1 else 0
+        at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
+        stages = stages_of(table, (leaf.split,))
+        stages[..., :2] += self._longer(table, (leaf.split,), cut, at)
+        named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
+        seconds = b.played(stages[0], node.mesh, named, m, table.sent) + node.once
+        yield node._replace(level=6, seconds=max(seconds, node.seconds))
+
+    def _splits(self, node: Node, table: Table) -> tuple[Split, ...]:
+        lies = self.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual))
+        return other_splits(self.bounds.split(table, lies.num_stages))
+
+    def _seconds(
+        self,
+        node: Node,
+        table: Table,
+        splits: tuple[Split, ...],
+        cut: int,
+        at: Sequence[Meeting] | None,
+    ) -> np.ndarray:
+        """[split]: seconds of the schedule at least."""
+        b, named = self.bounds, (node.leaf.schedule, node.leaf.virtual)
+        longer = self._longer(table, splits, cut, at)
+        send = b.links.send(node.mesh, table.sent)
+        stages = stages_of(table, splits)
+        return least_seconds(
+            b.lies(node.mesh, named), stages, longer, self._microbatches(node), send
+        )
+
+    def _longer(
+        self, table: Table, splits: tuple[Split, ...], cut: int, at: Sequence[Meeting] | None
+    ) -> np.ndarray:
+        """[split, stage, 2]: by how much ZeRO's collectives make forwards and backwards longer, layer by
+        layer."""
+        b, ends = self.bounds, _ends(splits)
+        if at is None or cut < 2 or not b.slows:
+            return np.zeros((len(splits), ends.shape[1] - 1, 2))
+        each = [x.beside(*b.links.each_s(x.units, at, cut, apart=True)) for x in table.kinds]
+        sums = np.concatenate([np.zeros((1, 2)), np.cumsum(np.array(each)[table.at], 0)])[ends]
+        return sums[:, 1:] - sums[:, :-1]

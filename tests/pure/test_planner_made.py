@@ -1,0 +1,189 @@
+"""`auto` among the planner's schedules: what is predicted is what runs, bounds hold, brute force agrees."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from drawn_plans import random_leaf, wide
+from test_planner import leaves, small
+
+import partita as pt
+from partita.base.errors import UsageError
+from partita.parallel.pp.rules import schedule_of
+from partita.planner.explain import why
+from partita.planner.made import MARGIN, MOST, Made, MadeSpace, made
+from partita.planner.nodes import Node
+from partita.planner.search import ANY, Goal, Search, measures, searcher
+from partita.planner.splits import finished
+from partita.planner.table import Table
+from partita.simulate.predict import simulate
+from partita.spec.plan import Plan
+from partita.spec.plan_table import from_toml, to_toml
+from partita.spec.stage_costs import read_costs, write_costs
+
+LINE = "pp4:auto/8mb pipeline.costs=78_92_70x5,97_115_88x2,90_90_76,1 pipeline.limit=9"
+
+
+def test_costs_in_a_line_are_read_as_they_are_written():
+    stages, send = read_costs(("33_35_32x3", "36_39_36", "2"))
+    assert stages == ((33, 35, 32),) * 3 + ((36, 39, 36),) and send == 2
+    assert write_costs(stages, send) == ("33_35_32x3", "36_39_36", "2")
+    assert write_costs(stages, 0) == ("33_35_32x3", "36_39_36")
+    assert read_costs(()) == ((), 0)
+    plan = Plan.parse(LINE)
+    assert str(plan) == LINE and from_toml(to_toml(plan)) == plan
+    for wrong in ("2", "1_2", "2,1_2_3", "0_0_0", "1_2_3x0", "1_2_3,x"):
+        with pytest.raises(UsageError):
+            Plan.parse(f"pp4:auto/8mb pipeline.costs={wrong}")
+
+
+def test_a_line_of_stated_costs_is_one_schedule_within_its_limit():
+    plan = Plan.parse(LINE)
+    found = schedule_of(plan)
+    assert found.name == "auto" and found.num_stages == 8 and found == schedule_of(plan)
+    for actions in found.ranks:
+        now = most = 0
+        for _, kind, _ in actions:
+            now += (kind == "F") - (kind == "W")
+            most = max(most, now)
+        assert most <= 9
+    loose = schedule_of(plan.with_("pipeline", limit=0))
+    assert loose != found
+    line = schedule_of(plan.with_("pipeline", costs=("1_1_1x4",), limit=4))
+    assert line.num_stages == 4
+    job = pt.Job.of("tiny", "4xh100", LINE, global_batch_size=8, seq_len=64)
+    told = simulate(replace(job, model=replace(job.model, layers=8)))
+    assert told.schedule == found and not told.problems
+    other = simulate(job.with_plan("pp4:1f1b/8mb pipeline.limit=4"))
+    assert [p.rule for p in other.problems if p.severity == "error"] == ["costs"]
+
+
+def made_of(search: Search) -> Search:
+    space = search.space
+    return Search(MadeSpace(space.job, space.words, space.dtype), Made)
+
+
+def level(search: Search, node: Node) -> float | None:
+    """What `simulate` says of a plan made for its stages, each bound of which holds; None where none fits."""
+    levels, b = search.levels, search.bounds
+    if not isinstance(b.table(node.mesh, node.shape, node.tokens), Table):
+        return None
+    named = (node.leaf.schedule, node.leaf.virtual)
+    b.probe(node.mesh, *named, search.space.batch // node.mesh.dp // node.tokens.micro)
+    node = node._replace(level=5)
+    told = [x for step in (levels.played, levels.laid) for x in step(node)]
+    if len(told) < 2:
+        return None
+    prediction = search.predict(search.plan(told[1]))
+    if not prediction.fits:
+        return None
+    seconds, num_bytes, _ = measures(prediction)
+    held = b.lies(node.mesh, named).held.tolist()
+    rank = {s: r for r, mine in enumerate(held) for s in mine}
+    assert prediction.schedule is not None
+    if prediction.schedule.placement != tuple(rank[s] for s in range(len(rank))):
+        return seconds  # the node of the other placement has its bounds
+    tokens = node.tokens
+    start = node._replace(
+        level=2, seconds=0.0, leaf=node.leaf, tokens=tokens._replace(micro=1, every=tokens.every)
+    )
+    rough = [x for x in levels.rough(start) if x.leaf[:2] == named]
+    assert rough or tokens.mode != "none"  # recompute that changes nothing is not looked into
+    sized = [
+        (s, once)
+        for x in rough
+        for s, once, micro in ((x.seconds, x.once, x.tokens.micro), *x.rest)
+        if micro == tokens.micro
+    ]
+    for low, once in sized:
+        assert low <= seconds * (1 + 1e-9), prediction.plan
+        for x in levels.scheduled(node._replace(level=3, once=once, leaves=1, rest=())):
+            if x.level == 4:
+                assert x.seconds <= seconds * (1 + 1e-9) and x.num_bytes <= num_bytes * (1 + 1e-9)
+    assert told[0].seconds <= seconds * (1 + 1e-9), prediction.plan
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "batch", "count"),
+    [
+        ("llama3-8b", "16xh100", 32, 8),
+        ("tiny-moe", "8xh100", 16, 8),
+        pytest.param("llama3-8b", "32xh100", 64, 80, marks=pytest.mark.slow),
+    ],
+)
+def test_no_bound_of_a_made_schedule_is_above_what_simulate_says(model, cluster, batch, count):
+    search = made_of(wide(model, cluster, batch))
+    rng, seen = random.Random(11), 0
+    meshes = [m for m in search.space.meshes() if search.space.schedules(m)]
+    for _ in range(100 * count):
+        node = random_leaf(search, rng, meshes)
+        seen += node is not None and level(search, node) is not None
+        if seen == count:
+            return
+    raise AssertionError(f"{seen} of {count} plans fit")
+
+
+FORBID = ("cp", "tp", "recompute", "dp_replicate", "zero1", "zero2")
+
+
+@pytest.mark.parametrize("memory", [1e9, 6e6])
+def test_the_best_made_schedule_is_that_of_brute_force(memory):
+    search = searcher(small(4, memory, layers=8).job, ("fp32",), FORBID)
+    found = search.best(ANY)
+    other = made_of(search)
+    keys = [x for x in (level(other, node) for node in leaves(other)) if x is not None]
+    named = measures(found.plans[0])[0]
+    told = made(search, ANY, 1, search.best(ANY), 60.0)
+    best = measures(told.plans[0])[0]
+    assert told.complete and keys
+    if min(keys) * (1 + MARGIN) < named:
+        assert best == pytest.approx(min(keys)) and ":auto" in told.plans[0].plan
+    else:
+        assert best == named
+    assert told.bounded + told.simulated + told.rejected.total() == told.considered
+
+
+def eight(**words: tuple[str, ...]) -> Search:
+    job = pt.Job.of("llama3-8b", "8xh100", "", global_batch_size=16, seq_len=4096)
+    return searcher(job, **words)
+
+
+def test_a_schedule_is_made_where_it_is_better_and_its_line_says_for_what():
+    search = eight(fix=("pp4",), forbid=("cp",))
+    plain = search.best(ANY)
+    found = made(search, ANY, 1, search.best(ANY), 60.0)
+    best = found.plans[0]
+    assert ":auto/" in best.plan and "pipeline.costs=" in best.plan
+    assert measures(best)[0] * (1 + MARGIN) < measures(plain.plans[0])[0]
+    again = simulate(search.job.with_plan(best.plan))
+    assert measures(again) == measures(best) and again.schedule == best.schedule
+    assert made(eight(fix=("pp4",), forbid=("cp",)), ANY, 1, plain, 60.0).plans[0].plan == best.plan
+    reasons = why(search.job, best)
+    assert any(r.choice == "auto" for r in reasons)
+    without = eight(fix=("pp4",), forbid=("cp", "auto"))
+    assert ":auto/" not in finished(without, ANY, 1, without.best(ANY), 1.0).plans[0].plan
+
+
+def test_auto_is_searched_where_it_is_fixed():
+    search = eight(fix=("pp4:auto", "8mb"), forbid=("cp", "tp"))
+    found = search.best(ANY)
+    assert not found.plans
+    told = made(search, ANY, 1, found, 60.0)
+    assert told.plans and ":auto/8mb" in told.plans[0].plan
+
+
+def test_more_devices_have_schedules_made_for_the_best_meshes():
+    job = pt.Job.of("llama3-8b", "32xh100", "", global_batch_size=32, seq_len=4096)
+    search = searcher(job, ("pp4",), ("cp",))
+    found = made(search, ANY, 1, search.best(ANY), 60.0)
+    assert found.made and found.complete
+    mesh = Plan.parse(found.plans[0].plan).mesh
+    assert mesh.pp == 4
+
+
+def test_a_step_too_long_is_left_out():
+    job = pt.Job.of("tiny", "4xh100", "", global_batch_size=2 * MOST, seq_len=64)
+    search = searcher(job, ("pp2", "dp_replicate2", f"{MOST}mb"), ("cp", "recompute"))
+    told = made_of(search).best(Goal("time"), budget_s=60.0)
+    assert not told.plans and told.rejected["a step too long for auto"]

@@ -1,0 +1,184 @@
+"""Layer splits beside every other choice: bounds never above `simulate`, and equal to brute force."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+from drawn_plans import random_leaf, wide
+from test_planner import leaves, small
+from test_planner_beyond import nodes_of
+
+from partita.base.errors import Problem
+from partita.planner.nodes import Node
+from partita.planner.rough import PAIRED
+from partita.planner.search import ANY, Goal, Search, measures, searcher
+from partita.planner.space import Shape
+from partita.planner.table import Table
+from partita.planner.uneven import (
+    ALL,
+    Uneven,
+    UnevenSpace,
+    count_splits,
+    every_split,
+    least_bytes,
+    moved,
+    other_splits,
+    stages_of,
+)
+from partita.spec.job import Job
+
+
+def uneven(search: Search, turned: bool = False) -> Search:
+    return Search(UnevenSpace(search.space, turned), Uneven)
+
+
+def test_every_split_is_counted_and_only_an_end_may_have_no_layer():
+    for layers, stages in ((5, 2), (5, 3), (6, 4), (4, 6), (7, 7)):
+        cuts = product(range(layers + 1), repeat=stages - 1)
+        splits = [tuple(b - a for a, b in pairwise((0, *c, layers))) for c in cuts]
+        wanted = {s for s in splits if min(s) >= 0 and all(s[1:-1])}
+        assert set(every_split(layers, stages)) == wanted
+        assert count_splits(layers, stages) == len(wanted)
+    assert other_splits((2, 2, 2)) == tuple(s for s in every_split(6, 3) if s != (2, 2, 2))
+    far = (4,) * 8
+    assert count_splits(32, 8) > ALL and other_splits(far) == tuple(moved(far))
+    assert len(other_splits(far)) == 8 * 7
+
+
+def splits_hold(search: Search, node: Node, rng: random.Random) -> bool:
+    """Holds each bound of a plan with a random split against `simulate`; False where it does not fit."""
+    levels, b, mesh, tokens = search.levels, search.bounds, node.mesh, node.tokens
+    assert isinstance(levels, Uneven)
+    named, m = (
+        (node.leaf.schedule, node.leaf.virtual),
+        search.space.batch // mesh.dp // tokens.micro,
+    )
+    table, probe = b.table(mesh, node.shape, tokens), b.probe(mesh, *named, m)
+    if not isinstance(table, Table) or isinstance(probe, Problem):
+        return False
+    splits = other_splits(b.split(table, b.lies(mesh, named).num_stages))
+    if not splits:
+        return False
+    i = rng.randrange(len(splits))
+    node = node._replace(leaf=node.leaf._replace(split=splits[i]))
+    prediction = search.predict(search.plan(node))
+    if not prediction.fits:
+        return False
+    seconds, num_bytes, _ = measures(prediction)
+    leaf, mode, paired = node.leaf, (tokens.mode, tokens.every), node.leaf.schedule in PAIRED
+    cut, shards = leaf.zero if leaf.dp_shard > 1 else 0, b.shards(mesh, node.shape, leaf.dp_shard)
+    at = b.links.meetings(mesh, node.shape, leaf.dp_shard, cut)
+    fold = Shape(ep=node.shape.ep, etp=node.shape.etp)
+    endless, whole = b.endless(mesh, node.shape, mode), b.endless(mesh._replace(cp=1), fold, mode)
+    assert isinstance(endless, Table) and isinstance(whole, Table)
+    least = search.floors(mesh, node.shape, endless, paired=paired)
+    size = search.space.micros(mesh).index(tokens.micro)
+    once = float(least.once[size])
+    every = levels._seconds(node, table, splits, 0, None)
+    own = levels._seconds(node, table, splits, cut, at)
+    told = (
+        search.floors(mesh, fold, whole, mesh.cp, paired).seconds[size],
+        least.seconds[size],
+        every.min() + once,
+        own[i] + once,
+        next(levels.played(node._replace(once=once))).seconds,
+        next(levels.laid(node._replace(once=once))).seconds,
+    )
+    for low in told:
+        assert low <= seconds * (1 + 1e-9), (prediction.plan, told, seconds)
+    stages = stages_of(table, splits)
+    for low in (
+        least.num_bytes[size],
+        least_bytes(probe, stages, shards.states(stages, cut), cut)[i],
+    ):
+        assert low <= num_bytes * (1 + 1e-9), prediction.plan
+    return True
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "batch", "count"),
+    [
+        ("llama3-8b", "16xh100", 32, 25),
+        ("tiny-moe", "16xh100", 16, 40),
+        ("tiny", "laptop", 8, 40),
+        pytest.param("llama3-8b", "32xh100", 64, 300, marks=pytest.mark.slow),
+        pytest.param("tiny-moe", "16xh100", 16, 300, marks=pytest.mark.slow),
+    ],
+)
+def test_no_bound_of_a_split_is_above_what_simulate_says(model, cluster, batch, count):
+    search = uneven(wide(model, cluster, batch))
+    rng, meshes, seen = random.Random(3), list(search.space.meshes()), 0
+    meshes = [m for m in meshes if m.pp > 1]
+    for _ in range(100 * count):
+        node = random_leaf(search, rng, meshes)
+        seen += node is not None and splits_hold(search, node, rng)
+        if seen == count:
+            return
+    raise AssertionError(f"{seen} of {count} plans fit")
+
+
+def tight(job: Job, fix: tuple[str, ...], room: float) -> Job:
+    """With so many times the memory that the balanced plan of least memory needs."""
+    least = measures(searcher(job, fix, FORBID).best(Goal("memory")).plans[0])[1]
+    cluster = replace(job.cluster, memory_bytes=int(room * least), memory_limit_fraction=1.0)
+    return replace(job, cluster=cluster)
+
+
+def equals_brute_force(search: Search, goal: Goal, turned: bool = False) -> None:
+    """The best of all plans in all splits but the balanced one, and the account of them."""
+    other = uneven(search, turned)
+    found = other.best(goal, top=3)
+    layers, every = search.job.model.layers, 0
+    keys = []
+    for node in leaves(other):
+        made = other.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual))
+        plain = other.predict(other.plan(node)).laid
+        at = (
+            ()
+            if plain is None
+            else tuple(sum(n.startswith("blocks.") for n in s.names) for s in plain.stages)
+        )
+        for split in every_split(layers, made.num_stages):
+            if split == at:
+                continue
+            every += 1
+            p = other.predict(other.plan(node._replace(leaf=node.leaf._replace(split=split))))
+            keys += [goal.key(*measures(p))] if p.fits else []
+    assert found.complete and found.bounded >= 0 and 0 < len(keys) < every
+    assert goal.key(*measures(found.plans[0])) == min(keys)
+    assert found.bounded + found.simulated + found.rejected.total() == found.considered
+
+
+FORBID = ("recompute", "cp", "v_half", "v_min", "zb_h2", "gpipe", "dualpipe", "looped_bfs", "sp")
+
+
+@pytest.mark.parametrize(
+    ("devices", "room", "layers", "fix", "goal"),
+    [
+        (4, 1.5, 4, ("4mb", "fp32", "pp2"), "time"),
+        (4, 1.5, 4, ("2mb", "fp32", "pp2"), "memory"),
+        pytest.param(4, 2.0, 5, ("4mb", "fp32"), "time", marks=pytest.mark.slow),
+        pytest.param(8, 2.0, 5, ("2mb", "fp32"), "time", marks=pytest.mark.slow),
+        pytest.param(16, 2.0, 5, ("2mb", "fp32", "zero3"), "time", marks=pytest.mark.slow),
+    ],
+)
+def test_the_best_of_all_splits_is_that_of_brute_force(devices, room, layers, fix, goal):
+    job = small(devices, 1e9, layers=layers).job
+    equals_brute_force(searcher(tight(job, fix, room), fix, FORBID), Goal(goal))
+
+
+@pytest.mark.slow
+def test_the_best_of_all_splits_and_orders_is_that_of_brute_force():
+    job, fix = nodes_of(small(4, 1e9, layers=5).job, 2), ("4mb", "fp32")
+    equals_brute_force(searcher(tight(job, fix, 2.0), fix, FORBID), ANY, turned=True)
+
+
+def test_a_split_makes_fit_what_else_does_not():
+    job, fix = small(4, 1e9).job, ("2mb", "fp32", "pp2:zb_v")
+    search = searcher(job, fix, FORBID)
+    limit = measures(search.best(Goal("memory")).plans[0])[1]
+    found = uneven(search).best(Goal("memory"))
+    assert measures(found.plans[0])[1] < limit
+    search = searcher(tight(job, fix, 1 - 1 / limit), fix, FORBID)
+    assert not search.best(ANY).plans and uneven(search).best(ANY).plans
