@@ -4,7 +4,8 @@ p ranks, 2p and 4p microbatches; limits of a third, a half, three quarters, one,
 1F1B's activations; F = I = W, (1, 1.1, 0.9), and heavy ends on the stages of a line or a vee; messages that
 take no time or a tenth of an F; at most so many stages a rank on both sides. A point counts where costs are
 uneven or the limit is below 1F1B's. Prints how many fit no named schedule, how many are more than 2 % faster
-than the best that fits, and how many could be: where the lower bound leaves that. No CP-SAT.
+than the best that fits, and how many could be: where the lower bound leaves that. No CP-SAT. Both sides may
+hold two copies of a stage, or `--copies 1`.
 
 `--torch`: by the clock at F = I = W, m = 2p, the best that torch's schedules do where a rank may hold so many
 microbatches, on up to four stages a rank and on as many microbatches at a time as any of them fits with,
@@ -86,18 +87,20 @@ def profiles(p: int) -> dict[str, tuple[StageCosts, ...]]:
     }
 
 
-def tasks(ranks: list[int], stages: int, effort: int | None) -> Iterator[tuple[str, Task]]:
+def tasks(
+    ranks: list[int], stages: int, effort: int | None, copies: int = 2
+) -> Iterator[tuple[str, Task]]:
     """The grid."""
     for p in ranks:
         for m, (name, each), share, send in itertools.product(
             (2 * p, 4 * p), profiles(p).items(), SHARES, (0.0, 0.1)
         ):
             if share * p >= 1:
-                costs = Costs(each, send)
-                yield (
-                    name,
-                    Task(p, m, costs, share * p, stages=stages, effort=effort, proof=0.0),
-                )
+                asked = Task(
+                    p, m, Costs(each, send), share * p,
+                    stages=stages, copies=copies, effort=effort, proof=0.0,
+                )  # fmt: skip
+                yield name, asked
 
 
 def best_named(task: Task) -> float:
@@ -188,13 +191,15 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--effort", type=int, help="items placed; the usual unless told")
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--copies", type=int, default=2, help="of a stage, on both sides")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--torch", action="store_true")
     asked = parser.parse_args()
     if asked.torch:
         print(beside_torch(asked.ranks, asked.effort))
         return
-    points = [timed(name, task) for name, task in tasks(asked.ranks, asked.stages, asked.effort)]
+    grid = tasks(asked.ranks, asked.stages, asked.effort, asked.copies)
+    points = [timed(name, task) for name, task in grid]
     print(
         json.dumps({"format": 1, "points": [asdict(x) for x in points]})
         if asked.json

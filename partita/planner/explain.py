@@ -62,7 +62,7 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
             yield f"etp{m.etp}", plan.with_("mesh", etp=1 if m.etp > 1 else m.tp)
     if m.pp > 1:
         name = "zb_h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
-        other = plan.with_("pipeline", schedule=name, virtual_stages=1, costs=(), limit=0)
+        other = plan.with_("pipeline", schedule=name, virtual_stages=1, costs=(), limit=0, copies=1)
         yield plan.pipeline.schedule, other if _is_one_each(plan) else _even(other)
         v = plan.pipeline.virtual_stages
         if v > 2 and not has_fixed_stages(plan.pipeline.schedule):
@@ -126,7 +126,7 @@ def _moved(job: Job, plan: Plan, axis: str) -> Plan | None:
     if found.mesh.cp == 1 or found.mesh.cp % plan.context.ulysses:
         found = found.with_("context", method="ring", ulysses=1)
     if found.mesh.pp != m.pp:
-        found = _even(found.with_("pipeline", costs=(), limit=0))
+        found = _even(found.with_("pipeline", costs=(), limit=0, copies=1))
     if found.mesh.pp == 1:
         found = found.with_("pipeline", schedule="1f1b", virtual_stages=1)
     samples, ways = job.train.global_batch_size, found.data_parallel_size

@@ -71,7 +71,8 @@ def _schedules(plan: Plan) -> dict[str, Plan]:
         return {}
     less = ("v_half", "v_min") if name in ("1f1b", "zb_h1") or has_fixed_stages(name) else ("1f1b",)
     pipes = {n: {"schedule": n, "virtual_stages": 2 if n != "1f1b" else 1} for n in less}
-    return {n: plan.with_("pipeline", split=(), **fields) for n, fields in pipes.items()}
+    plain = plan.with_("pipeline", split=(), costs=(), limit=0, copies=1)
+    return {n: plain.with_("pipeline", **fields) for n, fields in pipes.items()}
 
 
 def _smaller(job: Job, plan: Plan) -> Plan:
@@ -93,7 +94,7 @@ def _twice(job: Job, plan: Plan, axis: str) -> Plan:
     if axis == "tp":
         changed = changed.with_("mesh", sp=True)
     if axis == "pp":
-        changed = changed.with_("pipeline", split=())
+        changed = changed.with_("pipeline", split=(), costs=(), limit=0)
     samples, ways = job.train.global_batch_size, changed.data_parallel_size
     least = plan.num_microbatches * plan.data_parallel_size // ways
     least = max(least, 2 * changed.mesh.pp if axis == "pp" else 1)

@@ -190,5 +190,5 @@ def nearest_plan(job: Job) -> Plan | None:
     ulysses = plan.context.ulysses if mesh.cp % max(plan.context.ulysses, 1) == 0 else 1
     split = plan.pipeline.split if mesh.pp == plan.mesh.pp else ()
     changed = replace(plan, mesh=mesh, context=replace(plan.context, ulysses=ulysses))
-    pipe = {} if mesh.pp == plan.mesh.pp else {"costs": (), "limit": 0}
+    pipe = {} if mesh.pp == plan.mesh.pp else {"costs": (), "limit": 0, "copies": 1}
     return changed.with_("pipeline", num_microbatches=m, split=split, **pipe)

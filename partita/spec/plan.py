@@ -57,6 +57,7 @@ class PipelinePlan:
     post_validation: bool = False  # stages update before the step's norm is known, and undo
     costs: tuple[str, ...] = ()  # of auto: what it is made for (spec/stage_costs.py)
     limit: int = 0  # of auto: stage-microbatches that a rank holds at most; 0: any number
+    copies: int = 1  # of auto: of every stage at most; 2: microbatches may go both ways
 
     def __post_init__(self) -> None:
         if has_fixed_stages(self.schedule):
@@ -65,7 +66,7 @@ class PipelinePlan:
     def _key(self) -> tuple[object, ...]:
         m = self.num_microbatches or 1
         same = self.schedule, self.virtual_stages, m, self.split, self.vertical_sync
-        return *same, self.post_validation, self.costs, self.limit
+        return *same, self.post_validation, self.costs, self.limit, self.copies
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PipelinePlan) and self._key() == other._key()

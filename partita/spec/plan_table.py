@@ -41,6 +41,7 @@ RANGES: dict[tuple[str, str], tuple[int, int]] = {
     ("pipeline", "virtual_stages"): (1, 1_000),
     ("pipeline", "num_microbatches"): (1, 10_000_000),
     ("pipeline", "limit"): (0, 10_000_000),
+    ("pipeline", "copies"): (1, 2),
     ("data", "zero_stage"): (0, 3),
     ("data", "prefetch"): (0, 1_000),
     ("data", "bucket_bytes"): (1, 10**15),

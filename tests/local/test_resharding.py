@@ -33,6 +33,7 @@ CHAINS = {
         "pp2:1f1b/4mb tp2+sp",
         "tp4+sp 2mb",
         "pp2:pipedream/4mb",
+        "pp2:auto/4mb pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15",
         "dp_shard4.zero1 offload:nvme offload.targets=gradients,optimizer 2mb",
     ),
     "experts": (

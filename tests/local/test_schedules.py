@@ -7,11 +7,15 @@ from partita.base.errors import PlanError
 from partita.parallel.pp.pieces import Remade
 from partita.verify.parity import verify
 
+VEES = "pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15"  # half of them the other way
 PLANS = (
     "pp2:interleaved_1f1bx2/4mb", "pp2:zb_h1/4mb", "pp2:zb_v/4mb", "pp2:dualpipe/4mb", "dp2 pp2:zb_h1/4mb",
-    "tp2+sp pp2:zb_v/4mb recompute:full",
+    "tp2+sp pp2:zb_v/4mb recompute:full", "pp2:auto/4mb pipeline.copies=2", f"pp2:auto/4mb {VEES}",
 )  # fmt: skip
-MORE = ("pp4:zb_h1/8mb", "pp4:dualpipe/8mb", "pp2:v_1_2/4mb")
+MORE = (
+    "pp4:zb_h1/8mb", "pp4:dualpipe/8mb", "pp2:v_1_2/4mb",
+    f"dp_shard2.zero2 tp2+sp pp2:auto/4mb {VEES} recompute:full",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,7 @@ def test_layers_that_run_again_take_turns(more, folder, monkeypatch):
     [
         "pp2:zb_v/4mb fp64",
         "dp_shard2.zero2 pp2:dualpipe/4mb fp64",
+        f"dp_shard2.zero3 pp2:auto/4mb {VEES} fp64",
         "pp2:zb_h1/4mb fp64",
         pytest.param("dp_shard2.zero3 pp2:chimera/4mb fp64", marks=pytest.mark.slow),
     ],

@@ -130,6 +130,7 @@ STAGES = [
     "pp2:gpipe/4mb tp2+sp offload:nvme offload.targets=activations",
     "pp2:zb_h1/4mb recompute:full offload:cpu offload.targets=activations",
     "dp_replicate2 pp2:zb_h1/2mb", "dp_shard2.zero2 pp2:chimera/2mb", "dp_shard2.zero3 pp2:chimera/2mb",
+    "tp2 pp2:auto/4mb pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15",
 ]  # fmt: skip
 
 

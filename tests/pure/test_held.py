@@ -16,6 +16,7 @@ from partita.simulate.memory import kept_at_once
 PLANS = (
     "bf16 4mb", "pp4:1f1b/8mb bf16", "pp4:gpipe/4mb tp2+sp recompute:full", "pp2:zb_h1/8mb bf16",
     "pp2:interleaved_1f1bx2/4mb bf16", "pp2:dualpipev/8mb bf16", "pp2:dualpipe/8mb bf16",
+    "pp2:auto/8mb pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15 bf16",
     "pp4:1f1b/8mb bf16 offload:cpu offload.targets=activations",
     "pp2:zb_h1/8mb tp2 bf16 recompute:full offload:cpu offload.targets=activations",
     "pp2:dualpipe/8mb bf16 offload:cpu offload.targets=activations,optimizer",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 from partita.base.errors import PartitaError, Problem, ScheduleError
 from partita.parallel.read import STATES, flops
@@ -25,6 +26,10 @@ from partita.schedule.make import schedule as make_schedule
 from partita.schedule.make.auto import made_for
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, distinct
+
+_PLAIN: dict[str, Any] = {
+    "schedule": "1f1b", "virtual_stages": 1, "vertical_sync": False, "costs": (), "limit": 0, "copies": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,14 @@ class Stage:
 def schedule_of(plan: Plan) -> Schedule:
     """The plan's schedule; without a pipeline, microbatches one after the other. Raises what
     `schedule` raises."""
-    pp, pipe = plan.mesh.pp, plan.pipeline
+    pp, pipe, m = plan.mesh.pp, plan.pipeline, plan.num_microbatches
     if pp == 1:
-        return make_schedule("1f1b", num_ranks=1, num_microbatches=plan.num_microbatches)
-    if pipe.schedule == "auto" and (pipe.costs or pipe.limit):
-        hold_to_size(pp * pipe.virtual_stages, plan.num_microbatches)
-        return made_for(pp, plan.num_microbatches, pipe.virtual_stages, pipe.costs, pipe.limit)
+        return make_schedule("1f1b", num_ranks=1, num_microbatches=m)
+    if pipe.schedule == "auto" and (pipe.costs or pipe.limit or pipe.copies > 1):
+        hold_to_size(pp * pipe.virtual_stages, m)
+        return made_for(pp, m, pipe.virtual_stages, pipe.costs, pipe.limit, pipe.copies)
     return make_schedule(
-        pipe.schedule, num_ranks=pp, num_microbatches=plan.num_microbatches,
+        pipe.schedule, num_ranks=pp, num_microbatches=m,
         virtual_stages=pipe.virtual_stages, **({"vertical_sync": True} if pipe.vertical_sync else {}),
     )  # fmt: skip
 
@@ -87,7 +92,7 @@ def problems(job: Request) -> list[Problem]:
         return found
     made = schedule_of(plan)
     found = [*_needs_flush(job)] if made.is_asynchronous else []
-    found += _cannot_undo(job, made)
+    found += [*_cannot_undo(job, made), *_cannot_tie(job, made)]
     stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
         found.append(_too_few_layers(job, stages))
@@ -118,7 +123,7 @@ def _too_few_layers(job: Request, stages: int) -> Problem:
     else:
         near = plan.with_("mesh", pp=min(plan.mesh.pp, layers))
         if each > 1:
-            near = near.with_("pipeline", schedule="1f1b", virtual_stages=1)
+            near = near.with_("pipeline", **_PLAIN)
     asked = f"pp{plan.mesh.pp}" + (f" x {each} stages" if each > 1 else "")
     return error("pp", "layers", message, asked=asked, limit=limit, nearest=str(near))
 
@@ -160,15 +165,28 @@ def _cannot_undo(job: Request, made: Schedule) -> Iterator[Problem]:
             yield error("pp", "post_validation", text, asked=asked, limit=limit, nearest=nearest)
 
 
+def _cannot_tie(job: Request, made: Schedule) -> Iterator[Problem]:
+    """The gradients of a stage's copies are added between two places: a tied table has no others."""
+    ends = [sorted(made.ranks_of(stage)) for stage in (0, made.num_stages - 1)]
+    if job.model.tied and made.is_bidirectional and ends[0] != ends[1]:
+        message = f"{made.name} has the tied table's ends on ranks {ends[0]} and {ends[1]}"
+        near = str(job.plan.with_("pipeline", **(_PLAIN if made.name != "auto" else {"copies": 1})))
+        asked, limit = f"pp{made.num_ranks}:{made.name}", "both ends on the same two ranks"
+        yield error("pp", "tied", message, asked=asked, limit=limit, nearest=near)
+
+
 def _schedule_problems(plan: Plan) -> list[Problem]:
     """Why the schedule cannot run: unknown, below its floor, or a file that the checker refuses."""
     pipe = plan.pipeline
     asked = f"pp{plan.mesh.pp}:{pipe.schedule}"
-    plain = plan.with_("pipeline", virtual_stages=1, vertical_sync=False, costs=(), limit=0)
-    nearest = str(plain.with_("pipeline", schedule="1f1b"))
-    if (pipe.costs or pipe.limit) and pipe.schedule != "auto":
-        message = f"pipeline.costs and pipeline.limit are of auto; {pipe.schedule} is the same at all costs"
+    nearest = str(plan.with_("pipeline", **_PLAIN))
+    if (pipe.costs or pipe.limit or pipe.copies > 1) and pipe.schedule != "auto":
+        message = f"pipeline.costs, limit and copies are of auto; {pipe.schedule} is the same at all costs"
         return [error("pp", "costs", message, asked=asked, limit="pp<n>:auto", nearest=nearest)]
+    if pipe.copies > 1 and plan.mesh.pp % 2:
+        message = f"pipeline.copies=2: stages lie on ranks r and p-1-r of an even p, not of {plan.mesh.pp}"
+        nearest = str(plan.with_("pipeline", copies=1))
+        return [error("pp", "copies", message, asked=asked, limit="pp even", nearest=nearest)]
     try:
         made = schedule_of(plan)
     except PartitaError as found:
@@ -184,9 +202,7 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
         limit = "a schedule with B, or I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
     if not made.is_asynchronous and "U" in made.kinds:
-        message = (
-            f"{pipe.schedule} has updates (U) of its own; a file's step ends with one update of all"
-        )
+        message = f"{pipe.schedule} has updates (U) of its own; a file's step ends with one of all"
         limit = "F and B, or F, I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
     return []
@@ -196,9 +212,7 @@ def _empty_stage(job: Request) -> Problem:
     split = job.plan.pipeline.split
     empty = [i for i, n in enumerate(split) if n == 0 and 0 < i < len(split) - 1]
     text = ",".join(map(str, split))
-    message = (
-        f"pipeline.split={text} leaves stage {empty[0]} nothing: it has no embedding, layer or head"
-    )
+    message = f"pipeline.split={text} leaves stage {empty[0]} no embedding, layer or head"
     nearest = str(job.plan.with_("pipeline", split=()))
     limit = "a layer on every stage but the first and the last"
     return error("pp", "split", message, asked=text, limit=limit, nearest=nearest)
@@ -308,9 +322,7 @@ class _Sends:
     """Blocks that send their output (F) or the gradient of their input (B), each made once."""
 
     def __init__(self) -> None:
-        self._made: dict[
-            tuple[int, str, str], tuple[Block, Block]
-        ] = {}  # the sender keeps its key alive
+        self._made: dict[tuple[int, str, str], tuple[Block, Block]] = {}  # keeps its keys alive
 
     def __call__(self, block: Block, phase: str, on: str) -> Block:
         key = id(block), phase, on

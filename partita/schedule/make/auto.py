@@ -56,15 +56,20 @@ def auto(
 
 @lru_cache(maxsize=64)
 def made_for(
-    num_ranks: int, num_microbatches: int, virtual_stages: int, texts: Sequence[str], limit: int
+    num_ranks: int,
+    num_microbatches: int,
+    virtual_stages: int,
+    texts: Sequence[str],
+    limit: int,
+    copies: int = 1,
 ) -> Schedule:
-    """The schedule for the costs and the limit, in stage-microbatches, that a plan states
-    (spec/stage_costs.py): made in a fraction of a second, and the same on every rank."""
+    """The schedule for the costs, the limit, in stage-microbatches, and the copies of a stage at most that a
+    plan states (spec/stage_costs.py): made in a fraction of a second, and the same on every rank."""
     stages, send = read_costs(texts)
     costs = Costs(tuple(StageCosts(*map(float, each)) for each in stages), float(send))
     shares = limit / max(len(stages) // num_ranks, 1) if limit else math.inf
     most = max(2, virtual_stages)
     if not stages:
-        return auto(num_ranks, num_microbatches, virtual_stages, limit=shares)
-    task = Task(num_ranks, num_microbatches, costs, shares, stages=most, copies=1)
+        return auto(num_ranks, num_microbatches, virtual_stages, limit=shares, copies=copies)
+    task = Task(num_ranks, num_microbatches, costs, shares, stages=most, copies=copies)
     return synthesise(replace(task, effort=QUICK, proof=0.0)).schedule
