@@ -90,6 +90,7 @@ class Attention:
         if replay or batch.split is not None or batch.documents is not None:
             return self._links(seq, batch, replay)
         if seq not in self._known:
+            self._known.clear()  # a sample grows by a token at a time
             self._known[seq] = self._links(seq, batch, replay)
         return self._known[seq]
 

@@ -72,9 +72,10 @@ class Flash:
         """What makes the mask; None where attention is causal and nothing else."""
         if batch.documents is None and not 0 < self.window < seq and self.slopes is None:
             return None
+        documents = batch.documents  # alone: a link that is kept shall hold no batch
 
         def mask() -> Tensor:
-            tokens = Tokens.first(seq, batch.documents, device)
+            tokens = Tokens.first(seq, documents, device)
             if self.slopes is not None:
                 return biased(self.slopes, tokens, tokens, self.window)
             return visible(tokens, tokens, self.window).unsqueeze(1)

@@ -113,7 +113,7 @@ class Move(torch.autograd.Function):
     """Forward: region.forward. Backward: region.backward, its conjugate."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, region: Region, needless: bool) -> Tensor:
+    def forward(ctx, x: Tensor, region: Region, needless: bool = False) -> Tensor:
         """Moves the value, unless it is needless; keeps nothing."""
         ctx.region = region
         return x.new_empty(region.shape_after(x.shape)) if needless else region.forward(x)

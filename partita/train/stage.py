@@ -62,7 +62,8 @@ class StageBlocks:
 
 def _run(x: Tensor | None, row: Sequence[Segment]) -> Tensor | None:
     """Layers in a row on x. The last segment stands by itself: a node holds the gradient that it is given
-    until its backward is over, which would be one more where a stage's backward holds most."""
+    until its backward is over, which would be one more where a whole backward holds most. (Under weight
+    halves most is held at an I's end, and the joined node's is one [batch, seq, hidden] more there.)"""
     for segments in (row[:-1], row[-1:]):
         if segments:
             x = Residual.apply(x, *segments)  # type: ignore[assignment]

@@ -36,8 +36,8 @@ def auto(
 
     >>> from partita.plots.timeline import draw
     >>> print(draw(auto(2, 3, limit=2), F=2, I=2, W=2))
-    rank 0 | 0F0 0F1 2F0 2F1     2I0 2W0 0I0 0W0 0F2 2I1 2W1 2F2 0I1 0W1 2I2 2W2 0I2 0W2
-    rank 1 |     1F0 1F1 3F0 3I0 3W0 1I0 1W0 3F1 3I1 3W1 1F2 1I1 3F2 3I2 1W1 1I2 3W2 1W2
+    rank 0 | 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2
+    rank 1 |     1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
     """
     given = costs or Costs((StageCosts(),))
     stages = max(2, virtual_stages)
