@@ -1,5 +1,7 @@
 """A segment that is one node of autograd is the same segment, bit for bit."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -106,3 +108,26 @@ def test_without_a_graph_a_layer_lets_go_before_the_next_begins(tmp_path):
     with torch.no_grad():
         stage(None, batch.microbatches[0])
     assert not asked
+
+
+def test_links_that_are_kept_hold_no_batch_and_are_of_one_length(tmp_path):
+    built = assemble(
+        verify_jobs.job(tmp_path, "1mb fp32", "llama", sliding_window=4), SingleWorld()
+    )
+    (stage,) = built.model.executor.modules.values()
+    batch = built.batch(0)
+    built.model.begin(batch)
+    held = weakref.ref(batch.microbatches[0])
+    stage(None, batch.microbatches[0]).sum().backward()
+    attention = built.model.blocks[1].attention
+    assert len(attention._known) == 1
+    del batch
+    built.model.begin(built.batch(1))
+    gc.collect()
+    assert held() is None
+    x, other = (
+        torch.ones(1, 3, built.model.laid.request.model.hidden),
+        built.batch(2).microbatches[0],
+    )
+    attention.links(x, other)
+    assert list(attention._known) == [3]
