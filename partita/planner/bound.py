@@ -24,9 +24,9 @@ import numpy as np
 
 from partita.base.errors import PartitaError, Problem
 from partita.cost.machine import Machine
-from partita.parallel.offload.rules import targets
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.parallel.room import Request
+from partita.planner.cuts import Cuts
 from partita.planner.holds import Holds, least_probe, short_step
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
@@ -51,7 +51,6 @@ from partita.simulate.moves import STATE_PASSES, host_memory_rate
 from partita.simulate.pipeline import Rehearsal
 from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes, update_seconds
-from partita.spec.plan import Plan
 
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
@@ -76,6 +75,9 @@ class Bounds:
         self._kinds: dict[object, Kinds] = {}
         self._steps: dict[object, Rehearsal] = {}
         self._sizes: dict[int, np.ndarray] = {}
+        self.cuts = Cuts(space)
+        self.shards, self.ways = self.cuts.shards, self.cuts.ways
+        self._asked: tuple[tuple[object, ...], tuple[np.ndarray, ...]] = ((None,) * 3, ())
         self.request = request_of(space.job)
         self.limit_bytes: float = space.job.cluster.memory_limit_bytes
 
@@ -300,19 +302,6 @@ class Bounds:
         whole = seconds - (HIDES * travel if paired and mesh.pp > 1 else 0.0)
         return whole / ENDLESS * SLACK * self.space.batch / (mesh.dp * mesh.pp * parts)
 
-    def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
-        """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
-        cut = dp_shard * mesh.cp
-        away = "optimizer" in targets(replace(Plan(), offload=self.space.offload))
-        narrow = self.space.dtype not in ("fp64", "fp32") and not away  # masters are here
-        return Shards(cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1), narrow)
-
-    def ways(self, mesh: MeshChoice, shape: Shape) -> list[tuple[int, Shards]]:
-        """ZeRO stages in force, with the most parts they cut states into."""
-        shards = self.shards(mesh, shape, mesh.dp)
-        stages = {zero if shard > 1 else 0 for shard, zero, _ in self.space.states(mesh, shape)}
-        return [(zero, shards) for zero in sorted(stages)]
-
     def reduced(
         self, stages: np.ndarray, held: np.ndarray, meetings: Sequence[Meeting], zero: int
     ) -> float:
@@ -320,12 +309,8 @@ class Bounds:
         largest units of a rank's layers in one call, beyond a whole backward of the rank."""
         if self.machine.class_ == "CPU":
             return 0.0
-        ranks = stages[held].sum(1)
-        room = (
-            ranks[:, 1] + ranks[:, 2]
-            if self.machine.software.overlaps_gradients
-            else 0.0 * ranks[:, 0]
-        )
+        ranks = np.add.reduce(stages[held], 1)
+        room = (ranks[:, 1] + ranks[:, 2]) * self.machine.software.overlaps_gradients
         units: dict[tuple[float, ...], float] = {}
         for row, hidden in zip(ranks[:, UNITS].tolist(), room.tolist(), strict=True):
             units[tuple(row)] = min(hidden, units.get(tuple(row), hidden))
@@ -361,11 +346,11 @@ class Bounds:
     def inside(self, table: Table, held: np.ndarray, halves: bool) -> np.ndarray:
         """[rank] bytes of a microbatch beyond what is kept of it, at least; `held` as a probe says, `halves`
         of backward."""
-        count = int(held.max()) + 1
+        count = int(np.maximum.reduce(held, None)) + 1
         key = id(table), count, halves
         if key not in self._inside:
             self._inside[key] = table.worst(self.split(table, count), halves)
-        return self._inside[key][held].max(1)
+        return np.maximum.reduce(self._inside[key][held], 1)
 
     def whole(
         self, table: Table, held: np.ndarray, ways: Sequence[tuple[int, Shards]]
@@ -374,27 +359,41 @@ class Bounds:
         parts = np.array([shards.whole(zero) for zero, shards in ways])
         if not parts.any():
             return np.zeros((len(parts), len(held)))
-        return table.whole(self.split(table, int(held.max()) + 1), parts)[:, held].max(2)
+        count = int(np.maximum.reduce(held, None)) + 1
+        return np.maximum.reduce(table.whole(self.split(table, count), parts)[:, held], 2)
 
     def memory(
         self, table: Table, probe: Probe, zero: int, shards: Shards, scale: float = 1.0
     ) -> float:
         """Bytes of the fullest rank, at least; `scale` of a microbatch to that of the table."""
         held, stages = probe.held, self.stages(table, probe.chunks.shape[-1])
-        parameters, gradients, optimizer = shards.states(stages, zero)[held].sum(1).T
+        parameters, gradients, optimizer = np.add.reduce(shards.states(stages, zero)[held], 1).T
         coming = gradients * (zero >= 2)
-        most = probe.most(scale * stages[:, KEPT], scale * stages[:, READ], coming)
-        most += scale * self.inside(table, held, probe.split)
+        now, later, inside = self._kept(table, probe, scale)
+        most = np.maximum(now, coming + later) + inside
         stays = parameters + gradients - coming + optimizer
-        return float((stays + most + self.whole(table, held, [(zero, shards)])[0]).max())
+        whole = self.whole(table, held, [(zero, shards)])[0]
+        return float(np.maximum.reduce(stays + most + whole))
+
+    def _kept(self, table: Table, probe: Probe, scale: float) -> tuple[np.ndarray, ...]:
+        """[rank] bytes of activations as `Probe.most` says them, and inside one op: the same of all ways to
+        cut states, which are asked one behind the other."""
+        mine, known = (table, probe, scale), self._asked[0]
+        if any(a is not b for a, b in zip(mine, known, strict=True)):
+            stages = self.stages(table, probe.chunks.shape[-1])
+            most = probe.most(scale * stages[:, KEPT], scale * stages[:, READ])
+            self._asked = mine, (*most, scale * self.inside(table, probe.held, probe.split))
+        return self._asked[1]
 
     def update(self, stages: np.ndarray, held: np.ndarray, zero: int, shards: Shards) -> float:
         """Seconds of the optimizer, at least; `held` as a probe says."""
-        return self.updated(stages[held].sum(1), zero, shards)
+        return self.updated(np.add.reduce(stages[held], 1), zero, shards)
 
     def updated(self, ranks: np.ndarray, zero: int, shards: Shards) -> float:
         """The same of [rank, numbers]: on the device, or what passes through the memory of its host."""
         states = dict(zip(STATES, shards.states(ranks, zero).T, strict=True))
         here = update_seconds(float(np.max(update_bytes(states))), self.machine)  # type: ignore[arg-type]
+        if self.space.offload.to == "none":
+            return here
         passes = STATE_PASSES * float(shards.away(ranks, zero).max())
         return max(here, passes / host_memory_rate(self.machine))

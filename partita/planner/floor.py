@@ -69,7 +69,7 @@ class Floor:
 
 def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
     """Of the ways that fit."""
-    return np.where(fits, found, np.inf).min(-2)
+    return np.minimum.reduce(np.where(fits, found, np.inf), -2)
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,32 @@ class Floors:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds, self.space = bounds, bounds.space
         self._known: dict[object, _Ways] = {}
+        self._begun: dict[object, Floor] = {}
+        self.begins = False  # what the first beam asks the search asks again
 
     def __call__(
         self, mesh: MeshChoice, shape: Shape, table: Table, cp: int = 1, paired: bool = False
     ) -> Floor:
         """The least over all ways that fit. `cp`: into how many parts ranks cut the tokens of the table;
         `paired`: of schedules of pairs, whose rows travel under compute."""
+        key = (mesh, shape.ep, shape.etp, id(table), cp, paired, self.bounds.limit_bytes)
+        found = self._begun.pop(key, None) or self._least(mesh, shape, table, cp, paired)
+        if self.begins:
+            self._begun[key] = found
+        return found
+
+    def _least(self, mesh: MeshChoice, shape: Shape, table: Table, cp: int, paired: bool) -> Floor:
         b, ways = self.bounds, self._ways(mesh, shape, table)
         samples = b.sizes(mesh) / (ENDLESS * cp)
         states = (ways.standing @ table.total / mesh.pp)[:, None]
         units = ways.units[..., None]
-        layer, last = ((samples * x[:, None] + units).min(1) for x in table.inside)
+        layer, last = (np.minimum.reduce(samples * x[:, None] + units, 1) for x in table.inside)
         beside = last + (layer - last) * (1 - 1 / mesh.pp)  # of the mean rank
         if self.space.uneven:  # two ranks may have no layer
             beside = layer * max(1 - 2 / mesh.pp, 0.0)
         num_bytes = states + beside + samples * (table.total[KEPT] / mesh.pp)
-        least, fits = num_bytes.min(0, initial=np.inf), num_bytes <= b.limit_bytes
+        least = np.minimum.reduce(num_bytes, 0, initial=np.inf)
+        fits = num_bytes <= b.limit_bytes
         if not fits.any():
             none = np.full(len(samples), np.inf)
             return Floor(none, none, least)
@@ -275,13 +285,13 @@ class Floors:
         """[way, size]: seconds of a step; by how much a rank's forwards and backwards of a microbatch are
         longer for the way, and what follows the schedule."""
         scale, rows, at = samples * SLACK, table.rows, table.layers_at
-        alone = halves(rows, scale, HIDES * paired * (rows[:, TRAVEL] > 0))
+        alone = halves(rows, scale, HIDES * (rows[:, TRAVEL] > 0) if paired else 0.0)
         both = alone.forward + alone.whole
         mine = alone.at(at)
         there = self._forward(table, mine, scale, ways.forward)
         here = self._backward(table, mine, scale, ways.backward, paired)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
-        longest = (rows[at, 1] + rows[at, 2]).max()
+        longest = np.maximum.reduce(rows[at, 1] + rows[at, 2])
         hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
         overlaps = self.bounds.machine.software.overlaps_gradients
         once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0) + ways.update
@@ -289,8 +299,8 @@ class Floors:
         layers = both[table.at[0]] + both[table.at[-1]]
         layers = layers + np.einsum("l,lws->ws", table.counts, there + here)
         share = (len(table.at) - 2) / mesh.pp
-        longer_f = share * (there - mine.forward[:, None]).min(0)
-        longer_b = share * (here - mine.whole[:, None]).min(0)
+        longer_f = share * np.minimum.reduce(there - mine.forward[:, None], 0)
+        longer_b = share * np.minimum.reduce(here - mine.whole[:, None], 0)
         return times * layers + once, longer_f, longer_b, once
 
     def _forward(

@@ -46,12 +46,13 @@ def halves(rows: np.ndarray, share: np.ndarray, hides: np.ndarray | float = 0.0)
     f, i, w = rows[:, TIMES].T
     start, grow, travel = rows[:, STARTS].T.copy(), rows[:, GROWS].T.copy(), rows[:, TRAVEL]
     least_f, least_b = rows[:, LEAST].T
-    start[1] -= hides * rows[:, SETS_OFF]
-    grow[1] -= hides * (travel - rows[:, SETS_OFF])
-    i = i - hides * travel
-    least_b = np.where(hides * travel > 0, 0.0, least_b)
+    if not isinstance(hides, float) or hides:
+        start[1] -= hides * rows[:, SETS_OFF]
+        grow[1] -= hides * (travel - rows[:, SETS_OFF])
+        i = i - hides * travel
+        least_b = np.where(hides * travel > 0, 0.0, least_b)
     lines = np.multiply.outer(grow, share) + start[..., None]
-    line_f, line_i, line_b = lines[0], lines[1], lines[1] + lines[2:].max(0)
+    line_f, line_i, line_b = lines[0], lines[1], lines[1] + np.maximum.reduce(lines[2:], 0)
     forward = np.maximum(np.multiply.outer(f, share), line_f)
     whole = np.maximum(np.multiply.outer(i + w, share), line_b)
     return Halves(
@@ -122,7 +123,8 @@ class Rough:
         second = times * (forward + back)[self.held].cumsum(1)
         second += head + (back.cumsum(0) - back + messages)[self.held]
         tail = (whole.cumsum(0) - whole + messages)[self.held]
-        return first.max((0, 1)), (first + tail).max((0, 1)), second.max((0, 1))
+        most = np.maximum.reduce
+        return most(first, (0, 1)), most(first + tail, (0, 1)), most(second, (0, 1))
 
     def fewest(self, split: Sequence[int]) -> float:
         """Layers that a microbatch meets on the rank with fewest, over those of an even split."""

@@ -103,6 +103,7 @@ class Search:
         wide = max((n.mesh.world for n in roots), default=0)
         most = self.job.cluster.devices_per_node
         counted, self.levels.refused = self.levels.refused, Counter()
+        self.floors.begins = True
         nodes: list[Node] = []
         self.levels.cut = FAR * min((n.seconds for n in roots), default=INF)
         for root in sorted(roots, key=lambda n: n.seconds):
@@ -126,6 +127,7 @@ class Search:
             until,
         )
         self.levels.refused, self.levels.cut = counted, INF
+        self.floors.begins = False
         return found[:1]
 
     def _fitting(self, node: Node) -> Iterator[Node]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -80,6 +80,12 @@ UNITS, TRAVEL, LEAST, AWAY = slice(11, 15), 15, slice(16, 18), slice(18, 20)
 STARTS, GROWS, SETS_OFF = slice(20, 25), slice(25, 30), 30
 
 
+@lru_cache(maxsize=4096)
+def _parts(n: int, narrow: bool, zero: int) -> np.ndarray:
+    """[3]: into how many parts parameters, gradients and optimizer are cut, n at most."""
+    return np.where((zero >= 3, zero >= 2, zero >= 1), (np.inf if narrow else n, n, n), 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Shards:
     """Into how many parts ZeRO cuts the states of experts, and at most those of the rest. `narrow`: cut
@@ -91,12 +97,8 @@ class Shards:
 
     def states(self, rows: np.ndarray, zero: int) -> np.ndarray:
         """[..., 3]: parameters, gradients and optimizer of a rank at least, of [..., numbers]."""
-        cut = np.array((zero >= 3, zero >= 2, zero >= 1))
-
-        def ways(n: int) -> np.ndarray:
-            return np.where(cut, (np.inf if self.narrow else n, n, n), 1)
-
-        return rows[..., REST] / ways(self.rest) + rows[..., EXPERTS] / ways(self.experts)
+        rest, experts = (_parts(n, self.narrow, zero) for n in (self.rest, self.experts))
+        return rows[..., REST] / rest + rows[..., EXPERTS] / experts
 
     def away(self, rows: np.ndarray, zero: int) -> np.ndarray:
         """[...]: bytes of a rank's optimizer states elsewhere, at least, of [..., numbers]."""
@@ -311,11 +313,11 @@ class Probe:
     later: np.ndarray
     split: bool
 
-    def most(self, kept: np.ndarray, read: np.ndarray, coming: np.ndarray) -> np.ndarray:
-        """[rank] bytes of activations, and of gradients that come with a first backward, at least: `kept`
-        [stage] of a chunk, `read` by its weight half, `coming` [rank]."""
-        held = (self.chunks @ kept + self.wait @ np.maximum(read - kept, 0.0)).max(0)
-        return np.maximum(held, coming + self.later @ kept)
+    def most(self, kept: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[rank] bytes of activations at once, and where gradients come with a first backward, at least:
+        `kept` [stage] of a chunk, `read` by its weight half."""
+        held = self.chunks @ kept + self.wait @ np.maximum(read - kept, 0.0)
+        return np.maximum.reduce(held, 0), self.later @ kept
 
 
 WEIGHTS = (
