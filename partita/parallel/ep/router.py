@@ -26,6 +26,7 @@ from partita.parallel.units import Matrix, Weight
 from partita.spec.model import ModelSpec
 
 TINY = 1e-20  # gates whose scores add up to nothing are nothing
+VECTOR = 16  # choices: a softmax of fewer takes a CPU 75 us for 512 rows of 8, its parts 21
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class Router:
 
     def scores(self, logits: Tensor) -> Tensor:
         """Of every expert."""
-        return logits.softmax(-1) if self.spec.router == "softmax" else logits.sigmoid()
+        if self.spec.router == "sigmoid":
+            return logits.sigmoid()
+        if logits.device.type != "cpu" or logits.shape[-1] >= VECTOR:
+            return logits.softmax(-1)
+        powers = (logits - logits.amax(-1, keepdim=True)).exp_()
+        return powers.div_(powers.sum(-1, keepdim=True))
 
 
 class _Gate(torch.autograd.Function):

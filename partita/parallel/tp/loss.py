@@ -4,6 +4,9 @@
 
 Three reductions of [batch, seq] over tp: the maximum, the sum, the target's logit. N counts the valid
 tokens of the whole step, so the loss does not change with the plan. Statistics are fp32 (fp64 under fp64).
+
+Where no rank has a part of the vocabulary, one softmax takes the place of subtraction, exponential and, in
+backward, division (it exponentiates in half of exp's time); the largest probability is 1 / sum.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ class CrossEntropy:
         seed = loss_scale / total_valid
         return _CrossEntropy.apply(logits, targets, valid, (total_valid, seed, hits), self)  # type: ignore[return-value]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every logit is here."""
+        regions = self.maximum, self.total, self.target
+        return self.first == 0 and all(r.kind == "identity" for r in regions)
+
     def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(column of each target on this rank, or 0; whether it lies elsewhere)."""
         local = targets - self.first
@@ -49,7 +58,8 @@ class CrossEntropy:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps exp(logit - max), its sum and maximum, targets and mask: what the program declares."""
+    """Keeps exp(logit - max), or where logits are whole the softmax, its sum and maximum, targets and mask:
+    what the program declares."""
 
     @staticmethod
     def forward(
@@ -63,16 +73,9 @@ class _CrossEntropy(torch.autograd.Function):
         """Max, exp, sum, pick; each summed over tp."""
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         x = logits.to(wide) if logits.dtype != wide else logits
-        if layer.rows < x.shape[-1]:
-            x = x.clone() if x is logits else x
-            x[..., layer.rows :] = -torch.inf
-        top = _maximum(x.amax(-1), layer.maximum)
-        local, outside = layer.place(targets)
-        pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
-        shifted = x - top.unsqueeze(-1) if x is logits else x.sub_(top.unsqueeze(-1))
-        probs = shifted.exp_()
-        total = layer.total.forward(probs.sum(-1))
-        pick = layer.target.forward(pick)
+        ctx.is_whole = layer.is_whole and layer.rows == x.shape[-1]
+        parts = _whole if ctx.is_whole else _cut
+        probs, total, top, pick = parts(x, targets, layer, x is not logits)
         losses = (total.log() + top - pick) * valid
         ctx.save_for_backward(probs, total, top, targets, valid)
         total_valid, ctx.scale, hits = scales
@@ -85,12 +88,41 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, seed: Tensor) -> tuple[Tensor, None, None, None, None]:
         """(softmax - one hot) * valid * S / N, made in place of the probabilities."""
         probs, total, _, targets, valid = ctx.saved_tensors
-        local, outside = ctx.layer.place(targets)
-        weight = valid.to(probs.dtype) * (seed * ctx.scale)
-        dx = probs.mul_((weight / total).unsqueeze(-1))
-        own = weight.masked_fill(outside, 0).neg_().unsqueeze(-1)
-        dx.scatter_add_(-1, local.unsqueeze(-1), own)
+        weight = valid * (seed * ctx.scale)
+        if ctx.is_whole:
+            local, own = targets.clamp(0, ctx.layer.rows - 1), weight.neg()
+        else:
+            local, outside = ctx.layer.place(targets)
+            own = weight.masked_fill(outside, 0).neg_()
+            weight = weight / total
+        dx = probs.mul_(weight.unsqueeze(-1))
+        dx.scatter_add_(-1, local.unsqueeze(-1), own.unsqueeze(-1))
         return dx.to(ctx.dtype), None, None, None, None
+
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(probabilities, sum, maximum, target's logit) of logits in the wide dtype."""
+
+
+def _whole(x: Tensor, targets: Tensor, layer: CrossEntropy, own: bool) -> Parts:
+    """Of all logits, in place where they are our `own`. A target that is not counted may be anything."""
+    top = x.amax(-1)
+    local = targets.clamp(0, layer.rows - 1).unsqueeze(-1)
+    pick = x.gather(-1, local).squeeze(-1)
+    probs = torch.softmax(x, -1, out=x) if own else x.softmax(-1)
+    return probs, probs.amax(-1).reciprocal_(), top, pick
+
+
+def _cut(x: Tensor, targets: Tensor, layer: CrossEntropy, own: bool) -> Parts:
+    """Of this rank's logits; probabilities are not divided by their sum."""
+    if layer.rows < x.shape[-1]:
+        x, own = x if own else x.clone(), True
+        x[..., layer.rows :] = -torch.inf
+    top = _maximum(x.amax(-1), layer.maximum)
+    local, outside = layer.place(targets)
+    pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
+    probs = (x.sub_(top.unsqueeze(-1)) if own else x - top.unsqueeze(-1)).exp_()
+    return probs, layer.total.forward(probs.sum(-1)), top, layer.target.forward(pick)
 
 
 def _maximum(top: Tensor, region: Region) -> Tensor:
