@@ -66,7 +66,7 @@ def counts(found: Found) -> str:
     proof = "the best is proven" if found.plans else "that none fits is proven"
     proof = proof if found.complete else "stopped by its budget: not proven"
     if found.unproven:
-        proof += f" over {', '.join(found.unproven)}"
+        proof += f" over {' and '.join(found.unproven)}, proven over all else"
     if found.more:
         proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (

@@ -65,7 +65,7 @@ def turned(
     if every and cluster.devices <= (SPARSE if space.model.experts else SMALL):
         offload = Plan.parse(found.plans[0].plan).offload
         others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
-        found.join(others.best(goal, top, budget_s, seen=found.plans))
+        found.join_other("other orders of axes", others.best(goal, top, budget_s, seen=found.plans))
         return found
     start, queue = time.perf_counter(), Queue(goal, found.rejected, top, found.plans)
     for best in found.plans[: min(top, BEST)]:

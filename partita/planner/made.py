@@ -36,6 +36,7 @@ FEW, BEST = 16, 2
 MOST = FULL // 2  # stage-microbatches
 SHORT_S = 2.0  # on more devices
 FINE = 300  # the dearest stage's seconds, in units of what a plan's line states
+LIE = {1: ("auto",), 2: ("auto_loop", "auto_vee")}  # by the stages of a rank
 TRIES = 3  # limits, where stages hold unlike much
 
 
@@ -45,8 +46,9 @@ class MadeSpace(Space):
     def _all_schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         if mesh.pp == 1 or not self.words.admit("schedule", "auto"):
             return []
-        found = [("auto", 1)]
-        found += [("auto_loop", 2), ("auto_vee", 2)] if self.model.layers >= 2 * mesh.pp else []
+        found = [
+            (n, v) for v, names in LIE.items() for n in names if self.model.layers >= v * mesh.pp
+        ]
         return [(n, v) for n, v in found if self.words.admit("virtual", v)]
 
     def plan(self, mesh: MeshChoice, shape: Shape, tokens: Tokens, leaf: Leaf) -> Plan:
@@ -83,15 +85,19 @@ class Made(Levels):
         yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def laid(self, node: Node) -> Iterator[Node]:
-        """The schedule made, within the most that memory allows. Of stages that may lie in a loop or a vee it
-        may be either: the other's node has the other's bound."""
+        """The schedule made, within the most that memory allows. Stages that may lie in a loop or a vee have
+        one, whichever node asks: the better of the two, at the limits of both; it has that placement's
+        bound."""
         costs, v = self._costs(node), node.leaf.virtual
         unit = max(s.F + s.I + s.W for s in costs.stages) / FINE
         rows = [tuple(round(x / unit) for x in (s.F, s.I, s.W)) for s in costs.stages]
         texts = write_costs(rows, round(costs.send / unit))  # type: ignore[arg-type]
-        most, mean = (int(x.min()) for x in self._rooms(node))
-        limits = sorted({most, *(mean - i for i in range(TRIES))}, reverse=True)
-        for limit in (0, *(x for x in limits if x >= v)):
+        limits = set[int]()
+        for name in LIE[v]:
+            other = node._replace(leaf=node.leaf._replace(schedule=name))
+            most, mean = (int(x.min()) for x in self._rooms(other))
+            limits |= {most, *(mean - i for i in range(TRIES))}
+        for limit in (0, *sorted((x for x in limits if x >= v), reverse=True)):
             told = node._replace(level=7, leaf=node.leaf._replace(costs=texts, limit=limit))
             weighed = weigh(self.job.with_plan(self.plan(told)))
             if weighed is not None and weighed.fits:
@@ -136,10 +142,7 @@ def made(
     if few or not found.plans:
         more = _search(search, space.words, found)
         there = more.best(goal, top, budget_s, seen=found.plans, margin=MARGIN)
-        proven = found.complete
-        found.join(there)
-        if proven and not there.complete:
-            found.unproven = ("schedules made for a plan",)
+        found.join_other("schedules made for a plan", there)
         return found
     end = start + min(budget_s, SHORT_S)
     for words in dict.fromkeys(

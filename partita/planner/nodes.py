@@ -63,7 +63,7 @@ class Found:
     turned: int = 0  # simulated beside these: best plans with axes in another order
     split: int = 0  # the same with another split of the layers
     made: int = 0  # the same with a schedule made for them
-    unproven: tuple[str, ...] = ()  # choices whose search ended by its budget
+    unproven: tuple[str, ...] = ()  # choices whose search ended by its budget, all else proven
     near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
 
@@ -71,6 +71,11 @@ class Found:
     def bounded(self) -> int:
         """Leaves never simulated because their bound was not below the best."""
         return self.considered - self.rejected.total() - self.simulated
+
+    @property
+    def proven(self) -> bool:
+        """Whether the best is, over all but the choices that are said to be unproven."""
+        return self.complete or bool(self.unproven)
 
     def join(self, there: Found) -> None:
         """Takes in what a search of another space found, whose plans had these to beat."""
@@ -82,6 +87,13 @@ class Found:
         if there.plans[:1] != self.plans[:1]:
             self.first_s = self.seconds - there.seconds + there.first_s
         self.plans = there.plans
+
+    def join_other(self, choice: str, there: Found) -> None:
+        """The same of a search over one more choice: where it ended by its budget, what was proven before
+        stays so but for that."""
+        if self.proven and not there.complete:
+            self.unproven += (choice,)
+        self.join(there)
 
 
 class Node(NamedTuple):

@@ -37,14 +37,21 @@ def finished(
     """What was found, and its best plans (`every` plan of few devices) with axes in another order, then with
     other splits of the layers, then with schedules made for them, as one answer."""
     end = time.perf_counter() + budget_s
-    if budget_s > 0:
-        found = turned(search, goal, top, found, budget_s, every)
-    if every and found.complete and (left := end - time.perf_counter()) > 0:
-        found = spread_out(search, goal, top, found, left)
-    if (left := end - time.perf_counter()) > 0:
-        found = splits(search, goal, top, found, left)
-    left = end - time.perf_counter()
-    return made(search, goal, top, found, left, every) if left > 0 else found
+
+    def left() -> float:
+        return max(end - time.perf_counter(), 0.0)
+
+    def may_change() -> bool:
+        """Where time is left; or where what was not looked at makes unproven what else was proven."""
+        return left() > 0 or (every and found.proven)
+
+    if may_change():
+        found = turned(search, goal, top, found, left(), every)
+    if every and found.proven:
+        found = spread_out(search, goal, top, found, left())
+    if left() > 0:
+        found = splits(search, goal, top, found, left())
+    return made(search, goal, top, found, left(), every) if may_change() else found
 
 
 def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:

@@ -152,9 +152,8 @@ def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: flo
         if offload == space.offload and not turned and not space.turned:
             more.bounds.share(search.bounds)
         there = more.best(goal, top, max(left, 0.0), seen=found.plans)
-        found.join(there)
+        found.join_other("other splits of layers", there)
         if not there.complete:
-            found.unproven = ("other splits of layers",)
             break
     return found
 

@@ -11,7 +11,7 @@ import partita as pt
 from partita.base.errors import UsageError
 from partita.parallel.pp.rules import schedule_of
 from partita.planner.explain import why
-from partita.planner.made import MARGIN, MOST, Made, MadeSpace, made
+from partita.planner.made import LIE, MARGIN, MOST, Made, MadeSpace, made
 from partita.planner.nodes import Node
 from partita.planner.search import ANY, Goal, Search, measures, searcher
 from partita.planner.splits import finished
@@ -64,30 +64,43 @@ def made_of(search: Search) -> Search:
 
 
 def level(search: Search, node: Node) -> float | None:
-    """What `simulate` says of a plan made for its stages, each bound of which holds; None where none fits."""
+    """What `simulate` says of a plan made for its stages, each bound of which holds: those of the node of
+    the placement that it has. None where none fits."""
     levels, b = search.levels, search.bounds
     if not isinstance(b.table(node.mesh, node.shape, node.tokens), Table):
         return None
-    named = (node.leaf.schedule, node.leaf.virtual)
-    b.probe(node.mesh, *named, search.space.batch // node.mesh.dp // node.tokens.micro)
     node = node._replace(level=5)
-    told = [x for step in (levels.played, levels.laid) for x in step(node)]
-    if len(told) < 2:
+    made_so = list(levels.laid(node))
+    if not made_so:
         return None
-    prediction = search.predict(search.plan(told[1]))
+    prediction = search.predict(search.plan(made_so[0]))
     if not prediction.fits:
         return None
     seconds, num_bytes, _ = measures(prediction)
-    held = b.lies(node.mesh, named).held.tolist()
-    rank = {s: r for r, mine in enumerate(held) for s in mine}
+    others = [node._replace(leaf=node.leaf._replace(schedule=n)) for n in LIE[node.leaf.virtual]]
+    for other in others:  # one and the same
+        assert search.plan(next(levels.laid(other))) == search.plan(made_so[0])
     assert prediction.schedule is not None
-    if prediction.schedule.placement != tuple(rank[s] for s in range(len(rank))):
-        return seconds  # the node of the other placement has its bounds
-    tokens = node.tokens
-    start = node._replace(
-        level=2, seconds=0.0, leaf=node.leaf, tokens=tokens._replace(micro=1, every=tokens.every)
-    )
-    rough = [x for x in levels.rough(start) if x.leaf[:2] == named]
+    (same,) = [x for x in others if placed(search, x) == prediction.schedule.placement]
+    for low, low_bytes in bounds(search, same):
+        assert low <= seconds * (1 + 1e-9) and low_bytes <= num_bytes * (1 + 1e-9), prediction.plan
+    return seconds
+
+
+def placed(search: Search, node: Node) -> tuple[int, ...]:
+    """The rank of each stage."""
+    held = search.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual)).held.tolist()
+    rank = {s: r for r, mine in enumerate(held) for s in mine}
+    return tuple(rank[s] for s in range(len(rank)))
+
+
+def bounds(search: Search, node: Node) -> list[tuple[float, float]]:
+    """Seconds and bytes by every level on the way to a plan."""
+    levels, tokens = search.levels, node.tokens
+    told = [x for step in (levels.played, levels.laid) for x in step(node)]
+    assert len(told) == 2, "it fits"
+    start = node._replace(level=2, seconds=0.0, tokens=tokens._replace(micro=1))
+    rough = [x for x in levels.rough(start) if x.leaf[:2] == node.leaf[:2]]
     assert rough or tokens.mode != "none"  # recompute that changes nothing is not looked into
     sized = [
         (s, once)
@@ -95,13 +108,13 @@ def level(search: Search, node: Node) -> float | None:
         for s, once, micro in ((x.seconds, x.once, x.tokens.micro), *x.rest)
         if micro == tokens.micro
     ]
-    for low, once in sized:
-        assert low <= seconds * (1 + 1e-9), prediction.plan
-        for x in levels.scheduled(node._replace(level=3, once=once, leaves=1, rest=())):
-            if x.level == 4:
-                assert x.seconds <= seconds * (1 + 1e-9) and x.num_bytes <= num_bytes * (1 + 1e-9)
-    assert told[0].seconds <= seconds * (1 + 1e-9), prediction.plan
-    return seconds
+    for _, once in sized:
+        told += [
+            x
+            for x in levels.scheduled(node._replace(level=3, once=once, leaves=1, rest=()))
+            if x.level == 4
+        ]
+    return [(low, 0.0) for low, _ in sized] + [(x.seconds, x.num_bytes) for x in told]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +193,17 @@ def test_more_devices_have_schedules_made_for_the_best_meshes():
     assert found.made and found.complete
     mesh = Plan.parse(found.plans[0].plan).mesh
     assert mesh.pp == 4
+
+
+def test_dear_ends_are_made_for_where_the_bounds_are():
+    """Two ends of a vee would be lighter on two ranks, on a placement whose plans have no bound."""
+    job = pt.Job.of("gpt2", "16xh100", "", global_batch_size=16, seq_len=1024)
+    fix = ("pp4:auto", "tp4+sp", "recompute:full", "16mb")
+    search = searcher(job, fix, ("cp", "dp_shard", "dp_replicate"))
+    other = made_of(search)
+    keys = [x for x in (level(other, node) for node in leaves(other)) if x is not None]
+    found = made(search, ANY, 1, search.best(ANY), 60.0)
+    assert found.complete and measures(found.plans[0])[0] == pytest.approx(min(keys))
 
 
 def test_a_step_too_long_is_left_out():

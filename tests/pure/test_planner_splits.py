@@ -10,10 +10,12 @@ from test_planner import leaves, small
 from test_planner_beyond import nodes_of
 
 from partita.base.errors import Problem
+from partita.planner.answer import counts
 from partita.planner.nodes import Node
 from partita.planner.rough import PAIRED
 from partita.planner.search import ANY, Goal, Search, measures, searcher
 from partita.planner.space import Shape
+from partita.planner.splits import finished
 from partita.planner.table import Table
 from partita.planner.uneven import (
     ALL,
@@ -182,3 +184,25 @@ def test_a_split_makes_fit_what_else_does_not():
     assert measures(found.plans[0])[1] < limit
     search = searcher(tight(job, fix, 1 - 1 / limit), fix, FORBID)
     assert not search.best(ANY).plans and uneven(search).best(ANY).plans
+
+
+def test_what_was_not_looked_at_for_want_of_time_is_not_proven():
+    job, fix = small(4, 1e9).job, ("2mb", "fp32", "pp2")
+    search = searcher(job, fix, FORBID)
+    told = finished(search, ANY, 1, search.best(ANY), 0.0, every=True)
+    assert told.unproven == ("other splits of layers", "schedules made for a plan")
+    assert not told.complete and not told.split
+    text = (
+        "not proven over other splits of layers and schedules made for a plan, proven over all else"
+    )
+    assert text in counts(told)
+    search = searcher(job, fix, (*FORBID, "split"))
+    told = finished(search, ANY, 1, search.best(ANY), 0.0, every=True)
+    assert told.unproven == ("schedules made for a plan",)
+    search = searcher(job, fix, (*FORBID, "split", "auto"))
+    assert finished(search, ANY, 1, search.best(ANY), 0.0, every=True).complete
+    few = searcher(nodes_of(job, 2), fix, (*FORBID, "split", "auto"))
+    told = finished(few, ANY, 1, few.best(ANY), 0.0, every=True)
+    assert told.unproven == ("other orders of axes",)
+    search = searcher(job, fix, FORBID)
+    assert finished(search, ANY, 1, search.best(ANY), 60.0, every=True).complete

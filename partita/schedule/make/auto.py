@@ -72,4 +72,5 @@ def made_for(
     if not stages:
         return auto(num_ranks, num_microbatches, virtual_stages, limit=shares, copies=copies)
     task = Task(num_ranks, num_microbatches, costs, shares, stages=most, copies=copies)
-    return synthesise(replace(task, effort=QUICK, proof=0.0)).schedule
+    task = replace(task, exchanged=copies > 1, effort=QUICK, proof=0.0)
+    return synthesise(task).schedule

@@ -20,11 +20,14 @@ Ways = tuple[Placement, ...]
 _WORTH = 0.99  # a placement's busiest rank must have less than this part of the named one's work
 
 
-def more_ways(p: int, stages: int, copies: int, costs: Costs) -> list[Ways]:
-    """The placements to try beside those of the named schedules: one way, or two where `copies` is 2."""
+def more_ways(p: int, stages: int, copies: int, costs: Costs, exchanged: bool = True) -> list[Ways]:
+    """The placements to try beside those of the named schedules: one way, or two where `copies` is 2;
+    `exchanged`: with stages that changed places too."""
     if stages < 2 or p < 2:
         return []
     wave = wave_placement(p, stages)
+    if not exchanged:
+        return [] if copies < 2 or p % 2 else [(wave, mirrored(wave, p))]
     one = [(way,) for way in _lighter(wave, p, costs, False)]
     if copies < 2 or p % 2:
         return [*one]

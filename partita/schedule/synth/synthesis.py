@@ -54,9 +54,9 @@ class Task:
     `costs` is of a rank's whole share (one entry: each of v stages pays 1/v), or has one entry a stage.
     `limit` caps the activations of a rank: in whole shares, or in bytes of the costs' activation_bytes
     where `limit_in_bytes`; `until_weights` is the fraction of them that a weight half still needs, all by
-    default. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional schedules. `goal`
-    is the flush time, or the span. `effort` counts items placed by the search, `proof` CP-SAT's
-    deterministic seconds.
+    default. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional schedules,
+    `exchanged` waves of which stages changed places. `goal` is the flush time, or the span. `effort` counts
+    items placed by the search, `proof` CP-SAT's deterministic seconds.
     """
 
     num_ranks: int
@@ -67,6 +67,7 @@ class Task:
     until_weights: float = 1.0
     stages: int = 2
     copies: int = 2
+    exchanged: bool = True
     goal: Goal = "flush"
     seed: int = 0
     effort: int | None = None
@@ -227,7 +228,7 @@ def _seeds(
     yield seeds.one_at_a_time(p, m, (loop_placement(p, stages),))
     if stages > 1:
         yield seeds.one_at_a_time(p, m, (wave_placement(p, stages),))
-    for ways in more_ways(p, stages, task.copies, costs):
+    for ways in more_ways(p, stages, task.copies, costs, task.exchanged):
         yield seeds.one_at_a_time(p, m, ways)
     if stages == 1:
         rooms = seeds.rooms_of(limits, weights)
