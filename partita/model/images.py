@@ -187,9 +187,8 @@ class Classes:
         self.region = at("input")
         first, rows = make.vocab_range("head.project")
         self.loss = CrossEntropy(first, rows, at("loss.max"), at("loss.sum"), at("loss.pick"))
-        self.known: Tensor | int = (
-            0  # images whose likeliest class was theirs, since it was set to 0
-        )
+        # images whose likeliest class (the first of equals) was theirs, since it was set to 0
+        self.known: Tensor | int = 0
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """Sum of the valid images' losses over the step's valid images."""

@@ -8,7 +8,8 @@ which torch exports (see brgemm.py), adds to fp32 what it makes: half's products
 rounded to 16 bits. The kernel wants dy turned and x with its tokens in pairs, which fbgemm's transpositions
 make in 2 to 4 % of that time, as large as dy and twice x. It waits for each line of the gradient that it
 adds to, so that some rows are read first, in one stream, and added to while they are in a core's cache.
-Tokens go 128 at a time, so that any number of them is made by no more than eight kernels, 50 us to make each.
+Tokens go 128 at a time, so that any number of them is made by no more than sixteen kernels (of eight numbers
+of tokens, for a block's rows and the last ones), 50 us to make each.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partita.comm.processes import limits_onednn
+from partita.parallel.brgemm import FLAG, PLACE, SIZE, in_rows, library
 
 BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 TURN_16 = "_ZN6fbgemm14transpose_simdItEEvllPKT_lPS1_l"
@@ -39,22 +40,20 @@ def kernels() -> tuple[Call, Call, Call, Call] | None:
     """(brgemm, transposition of 16 bits, of 32 bits, what reads memory); None where there are none, or the
     CPU has no bf16 products, or has tiles, whose state the kernel would leave behind."""
     cpu: Any = torch.cpu
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         if not cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
             return None
         if limits_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None  # without its instructions oneDNN would end the process
-        library = ctypes.CDLL(str(path))
-        multiply, narrow, wide = library[BRGEMM], library[TURN_16], library[TURN_32]
-        read = ctypes.CDLL(None).memcmp
+        found, read = library((BRGEMM, TURN_16, TURN_32)), ctypes.CDLL(None).memcmp
     except (OSError, AttributeError):
         return None
-    size, place, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool
-    multiply.restype = narrow.restype = wide.restype = None
-    multiply.argtypes = [*[size] * 6, flag, place, place, place, flag]
-    narrow.argtypes = wide.argtypes = [size, size, place, size, place, size]
-    read.argtypes, read.restype = [place, place, ctypes.c_size_t], ctypes.c_int
+    if found is None:
+        return None
+    multiply, narrow, wide = found
+    multiply.argtypes = [*[SIZE] * 6, FLAG, PLACE, PLACE, PLACE, FLAG]
+    narrow.argtypes = wide.argtypes = [SIZE, SIZE, PLACE, SIZE, PLACE, SIZE]
+    read.argtypes, read.restype = [PLACE, PLACE, ctypes.c_size_t], ctypes.c_int
     return multiply, narrow, wide, read
 
 
@@ -74,7 +73,7 @@ def add(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
     assert gradient.dtype == torch.float32 and dy.dtype == x.dtype == torch.bfloat16
     assert dy.shape == (x.shape[0], rows) and x.shape[1] == columns
     assert gradient.stride() == (columns, 1) or rows == 1
-    dy, x = _in_rows(dy), _in_rows(x)
+    dy, x = in_rows(dy), in_rows(x)
     parts = [
         (_turned(d), _paired(part))
         for d, part in zip(dy.split(TOKENS), x.split(TOKENS), strict=True)
@@ -90,7 +89,7 @@ def add(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
 
 def _kernels() -> tuple[Call, Call, Call, Call]:
     found = kernels()
-    assert found is not None, "is_paired was not asked"
+    assert found is not None, "is_there was not asked"
     return found
 
 
@@ -112,8 +111,3 @@ def _paired(x: Tensor) -> Tensor:
     out = x.new_empty(pairs, columns, 2)
     _kernels()[2](columns, pairs, turned.data_ptr(), pairs, out.data_ptr(), columns)
     return out
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]  # an expanded row is not
-    return x if apart else x.contiguous()

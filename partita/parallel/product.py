@@ -104,10 +104,12 @@ def is_wide(
     sizes: tuple[int, int, int],
     least: int,
     narrow: int = NARROW,
+    is_added: bool = False,
 ) -> bool:
-    """Whether oneDNN makes a product of (tokens, rows, columns): of `least` multiplications or more."""
+    """Whether oneDNN makes a product of (tokens, rows, columns): of `least` multiplications or more. One
+    that `is_added` to a gradient takes a pass more."""
     if not executes_whole():
-        if least == LEAST_ADDED:
+        if is_added:
             return False
         least = max(least, LEAST_HALVED)
     return _is_wide(dtype, device, sizes, least, narrow)
@@ -178,7 +180,8 @@ def add_steady(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
     if is_little(dy.dtype, dy.device, (dy.shape[0], rows, columns)):
         brgemm.add(gradient, dy, x)
         return
-    if not is_wide(dy.dtype, dy.device, (dy.shape[0], rows, columns), LEAST_ADDED):
+    sizes = dy.shape[0], rows, columns
+    if not is_wide(dy.dtype, dy.device, sizes, LEAST_ADDED, is_added=True):
         gradient.addmm_(dy.t(), x)
         return
     right = x.contiguous().t()
@@ -190,12 +193,13 @@ def add_steady(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
         into.add_(_onednn(part.t(), right))
 
 
-def known(x: Tensor, rows: int, least: int = LEAST) -> int:
+def known(x: Tensor, rows: int, is_added: bool = False) -> int:
     """How many of x's tokens [tokens, columns], whose number varies, oneDNN multiplies by a weight of `rows`,
     or for its gradient: a kernel for a number that it has not met takes 400 us to make."""
     tokens, columns = x.shape
     tokens -= tokens % STEP
-    return tokens if is_wide(x.dtype, x.device, (tokens, rows, columns), least) else 0
+    sizes, least = (tokens, rows, columns), LEAST_ADDED if is_added else LEAST
+    return tokens if is_wide(x.dtype, x.device, sizes, least, is_added=is_added) else 0
 
 
 def times_into(out: Tensor, x: Tensor, right: Tensor) -> None:
@@ -209,7 +213,7 @@ def times_into(out: Tensor, x: Tensor, right: Tensor) -> None:
 
 def add_varied(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
     """As add_steady, for tokens whose number varies."""
-    whole = known(x, dy.shape[1], LEAST_ADDED)
+    whole = known(x, dy.shape[1], is_added=True)
     if whole:
         add_steady(gradient, dy[:whole], x[:whole])
         dy, x = dy[whole:], x[whole:]

@@ -11,6 +11,7 @@ from torch import nn
 from partita.comm.local import local
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.regions import Region
+from partita.parallel.tp.loss import CrossEntropy
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.train.build import assemble, microbatch
@@ -58,6 +59,29 @@ def test_known_images_are_counted_once_whoever_has_their_class(tmp_path):
     with local(4) as ranks:
         found = ranks.run(knows, cut)
     assert 0 < want < 8 and sum(found) == want
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_of_equal_logits_the_first_is_the_likeliest(ways):
+    """A network that tells nothing apart knows one class."""
+    logits = torch.zeros(1, 8, 6)
+    logits[0, 6, 4] = logits[0, 7, 2] = logits[0, 7, 5] = 1
+    targets = torch.tensor([[0, 1, 2, 3, 4, 5, 4, 5]])
+    valid = torch.ones_like(targets, dtype=torch.bool)
+
+    def hit(world):
+        comm, rows = world.make(range(ways), axis="tp", lane="tp"), 6 // ways
+        region = Region("reduce_from" if ways > 1 else "identity", comm, "loss")
+        layer = CrossEntropy(world.rank * rows, rows, region, region, region)
+        hits = []
+        with torch.no_grad():
+            own = logits[..., world.rank * rows : (world.rank + 1) * rows]
+            layer(own.clone(), targets, valid, 8, hits=hits)
+        return hits[0].flatten().tolist()
+
+    with local(ways) as ranks:
+        found = ranks.run(hit)
+    assert found == [[True, *[False] * 5, True, False]] * ways
 
 
 def knows(world, job):

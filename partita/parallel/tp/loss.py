@@ -40,7 +40,7 @@ class CrossEntropy:
         hits: list[Tensor] | None = None,
     ) -> Tensor:
         """The rank's share of the step's loss; its gradient is times `loss_scale`. Into `hits`, where it is
-        given, goes which valid targets no other logit is above."""
+        given, goes which valid targets are the first of the largest logits; over tp by one more maximum."""
         seed = loss_scale / total_valid
         return _CrossEntropy.apply(logits, targets, valid, (total_valid, seed, hits), self)  # type: ignore[return-value]
 
@@ -74,13 +74,13 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         x = logits.to(wide) if logits.dtype != wide else logits
         ctx.is_whole = layer.is_whole and layer.rows == x.shape[-1]
+        total_valid, ctx.scale, hits = scales
+        if hits is not None:
+            hits.append((_likeliest(x, layer) == targets) & valid)
         parts = _whole if ctx.is_whole else _cut
         probs, total, top, pick = parts(x, targets, layer, x is not logits)
         losses = (total.log() + top - pick) * valid
         ctx.save_for_backward(probs, total, top, targets, valid)
-        total_valid, ctx.scale, hits = scales
-        if hits is not None:
-            hits.append((pick >= top) & valid)
         ctx.layer, ctx.dtype = layer, logits.dtype
         return losses.sum() * (1.0 / total_valid)
 
@@ -123,6 +123,15 @@ def _cut(x: Tensor, targets: Tensor, layer: CrossEntropy, own: bool) -> Parts:
     pick = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(outside, 0)
     probs = (x.sub_(top.unsqueeze(-1)) if own else x - top.unsqueeze(-1)).exp_()
     return probs, layer.total.forward(probs.sum(-1)), top, layer.target.forward(pick)
+
+
+def _likeliest(x: Tensor, layer: CrossEntropy) -> Tensor:
+    """[batch, seq]: the first id of the largest logit of all ranks' x [batch, seq, local vocab]."""
+    own, at = x[..., : layer.rows].max(-1)
+    at = at + layer.first
+    top = _maximum(own, layer.maximum)
+    far = torch.full_like(at, torch.iinfo(at.dtype).max)
+    return -_maximum(-torch.where(own == top, at, far), layer.maximum)
 
 
 def _maximum(top: Tensor, region: Region) -> Tensor:
