@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-MOST = 1_000_000
+MOST = 10_000  # stages
 _STAGE = re.compile(r"(\d{1,7})_(\d{1,7})_(\d{1,7})(?:x([1-9]\d{0,5}))?")
 
 Three = tuple[int, int, int]
@@ -21,7 +21,10 @@ def read_costs(texts: Sequence[str]) -> tuple[tuple[Three, ...], int]:
     for i, text in enumerate(texts):
         found = _STAGE.fullmatch(text)
         if found:
-            stages += [(int(found[1]), int(found[2]), int(found[3]))] * int(found[4] or 1)
+            times = int(found[4] or 1)
+            if len(stages) + times > MOST:
+                raise ValueError(f"{len(stages) + times} stages: more than {MOST}")
+            stages += [(int(found[1]), int(found[2]), int(found[3]))] * times
         elif stages and i == len(texts) - 1 and re.fullmatch(r"\d{1,7}", text):
             send = int(text)
         else:
@@ -30,8 +33,6 @@ def read_costs(texts: Sequence[str]) -> tuple[tuple[Three, ...], int]:
             )
     if texts and not any(map(sum, stages)):
         raise ValueError("no stage takes any time")
-    if len(stages) > MOST:
-        raise ValueError(f"{len(stages)} stages")
     return tuple(stages), send
 
 

@@ -58,6 +58,28 @@ def test_a_line_of_stated_costs_is_one_schedule_within_its_limit():
     assert [p.rule for p in other.problems if p.severity == "error"] == ["costs"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ("pipeline.limit=2", "pipeline.limit=2 counts stage-microbatches"),
+        ("pipeline.costs=1_1_1x8 pipeline.limit=1", "holds 2 stage-microbatches on a rank"),
+        ("pipeline.costs=1_1_1x6", "needs pipeline.costs of 4 or 8 stages; 6 are stated"),
+        ("pipeline.costs=1_1_1x9999", "9999 are stated"),
+    ],
+)
+def test_costs_and_limits_of_no_schedule_are_refused_before_one_is_looked_for(
+    fields, told, monkeypatch
+):
+    monkeypatch.setattr("partita.schedule.make.auto.synthesise", None)
+    job = pt.Job.of("tiny", "4xh100", f"pp4:auto/8mb {fields}", global_batch_size=8, seq_len=64)
+    job = replace(job, model=replace(job.model, layers=8))
+    wrong = [p for p in simulate(job).problems if p.severity == "error"]
+    assert [p.rule for p in wrong] == ["schedule"] and told in wrong[0].message
+    assert not simulate(job.with_plan(str(wrong[0].nearest))).problems
+    with pytest.raises(UsageError):
+        Plan.parse("pp4:auto/8mb pipeline.costs=1_1_1x999999")
+
+
 def made_of(search: Search) -> Search:
     space = search.space
     return Search(MadeSpace(space.job, space.words, space.dtype), Made)
@@ -186,8 +208,9 @@ def test_auto_is_searched_where_it_is_fixed():
     assert told.plans and ":auto/8mb" in told.plans[0].plan
 
 
-def test_more_devices_have_schedules_made_for_the_best_meshes():
+def test_more_devices_have_schedules_made_for_the_best_meshes(monkeypatch):
     job = pt.Job.of("llama3-8b", "32xh100", "", global_batch_size=32, seq_len=4096)
+    monkeypatch.setattr("partita.planner.made.SHORT_S", 60.0)
     search = searcher(job, ("pp4",), ("cp",))
     found = made(search, ANY, 1, search.best(ANY), 60.0)
     assert found.made and found.complete

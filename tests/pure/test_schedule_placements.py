@@ -57,6 +57,13 @@ def test_two_ways_reach_their_bound(costs, limit, named, best):
     assert found.makespan == pytest.approx(best) == found.lower_bound
 
 
+@pytest.mark.parametrize("unit", [1e-10, 1e9])
+def test_the_unit_of_the_costs_changes_no_placement(unit):
+    one = profiles(4)["vee"]
+    other = [StageCosts(s.F * unit, s.I * unit, s.W * unit) for s in one]
+    assert more_ways(4, 2, 2, Costs(tuple(other))) == more_ways(4, 2, 2, Costs(one))
+
+
 def test_one_copy_of_dear_ends_is_faster_apart_than_on_a_vee_or_a_loop():
     task = Task(4, 8, Costs(profiles(4)["vee"]), 4, copies=1, effort=20_000, proof=0.0)
     found = synthesise(task)

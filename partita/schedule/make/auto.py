@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from partita.base.errors import ScheduleError
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
+from partita.schedule.make import hold_to_size
 from partita.schedule.synth.synthesis import Task, synthesise
 from partita.spec.stage_costs import read_costs
 
@@ -54,6 +56,24 @@ def auto(
     return synthesise(task).schedule
 
 
+def _hold(p: int, most: int, stages: int, limit: int) -> None:
+    if not stages and limit:
+        raise ScheduleError(
+            f"pipeline.limit={limit} counts stage-microbatches: pipeline.costs says of how many stages"
+        )
+    each, rest = divmod(stages, p)
+    if rest or each > most:
+        counts = " or ".join(str(p * v) for v in range(1, most + 1))
+        raise ScheduleError(
+            f"auto on {p} ranks needs pipeline.costs of {counts} stages; {stages} are stated"
+        )
+    if limit and limit < each:
+        raise ScheduleError(
+            f"pipeline.limit={limit}: one microbatch holds {each} stage-microbatches on a rank; no order "
+            "holds less"
+        )
+
+
 @lru_cache(maxsize=64)
 def made_for(
     num_ranks: int,
@@ -64,8 +84,11 @@ def made_for(
     copies: int = 1,
 ) -> Schedule:
     """The schedule for the costs, the limit, in stage-microbatches, and the copies of a stage at most that a
-    plan states (spec/stage_costs.py): made in a fraction of a second, and the same on every rank."""
+    plan states (spec/stage_costs.py); the same on every rank. Raises ScheduleError where the costs are of no
+    such number of stages, or the limit is of no stages or below what one microbatch holds."""
     stages, send = read_costs(texts)
+    _hold(num_ranks, max(2, virtual_stages), len(stages), limit)
+    hold_to_size(len(stages), num_microbatches)
     costs = Costs(tuple(StageCosts(*map(float, each)) for each in stages), float(send))
     shares = limit / max(len(stages) // num_ranks, 1) if limit else math.inf
     most = max(2, virtual_stages)

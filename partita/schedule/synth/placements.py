@@ -73,10 +73,11 @@ def _evenness(loads: list[float]) -> tuple[float, float]:
 
 
 def _loads(way: Placement, p: int, costs: Costs, both: bool) -> list[float]:
-    """Each rank's work on a microbatch (on two, where `both`)."""
-    ranks = [0.0] * p
+    """Each rank's work on a microbatch (on two, where `both`), in that of the dearest stage."""
+    ranks, works = [0.0] * p, [sum(each.of(kind) for kind in "FIW") for each in costs.stages]
+    unit = max(works) or 1.0
     for stage, rank in enumerate(way):
-        work = sum(costs.stages[stage].of(kind) for kind in "FIW")
+        work = works[stage] / unit
         ranks[rank] += work
         if both:
             ranks[p - 1 - rank] += work
