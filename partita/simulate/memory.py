@@ -183,38 +183,43 @@ def lent_parts(
         for i, x in enumerate(of)
     )
     made = [g for b, n in every for g in each[id(b)].gradients for _ in range(min(n, 2))]
-    shards = {size: part for b, _ in every for size, part in each[id(b)].shards}
     if plan.num_microbatches > 1 and len(made) == 1:
         made *= 2  # the last microbatch's is on its way
     made.sort()
-    largest, whole = [size for size, _ in made], max((size for size, _ in made), default=0)
-    under_way = max((i for i, (_, moves) in enumerate(made) if moves), default=None)
+    largest = [x.size for x in made]
+    whole = max(largest, default=0)
+    under_way = max((i for i, x in enumerate(made) if x.moves), default=None)
     if fetched and under_way is not None:
         goes = largest.pop(under_way)
         adds = plan.num_microbatches > 1 and away.leaves(laid)
-        comes = shards.get(goes, 0) if adds else 0
+        comes = made[under_way].shard if adds else 0
         whole = max(whole, goes + comes + max(largest, default=0))
     stay = sum(n * each[id(b)].stay for b, n in every)
     return {"gathered parameters": stay + at_once, "whole gradients": whole}
 
 
+class _Whole(NamedTuple):
+    """A whole gradient in bytes, whether it moves under compute, and the shard that comes of it, if any."""
+
+    size: int
+    moves: bool
+    shard: int = 0
+
+
 @dataclass(frozen=True)
 class _Lent:
     """Of a block under ZeRO, in bytes: gathered weights that `stay` for the step, those `here` for its
-    forward and its backward, and whether these move under compute; whole gradients, and whether each
-    does; and of each that is scattered, by its size, the shard."""
+    forward and its backward, and whether these move under compute; whole gradients."""
 
     stay: int
     here: int
     moves: bool
-    gradients: tuple[tuple[int, bool], ...]
-    shards: tuple[tuple[int, int], ...]
+    gradients: tuple[_Whole, ...]
 
 
 def _lent(block: Block, laid: Laid, cluster: Cluster | None) -> _Lent:
     plan, sizes = laid.request.plan, laid.sizes
-    here, stay, alone, made = 0, 0, True, dict[str, tuple[int, bool]]()
-    shards: list[tuple[int, int]] = []
+    here, stay, alone, made = 0, 0, True, dict[str, _Whole]()
     for op in block.regions:
         phases = {e.phase for e in op.events}
         if op.kind == "gather" and zero_stage(plan) == 3:
@@ -228,11 +233,11 @@ def _lent(block: Block, laid: Laid, cluster: Cluster | None) -> _Lent:
             unit = op.name.rpartition(":")[0]
             size = tensor_bytes(block.tensors[f"{unit}.whole_gradient"], sizes)
             if op.kind == "scatter":
-                made[unit] = size, moves(laid, cluster, op.axes, size)
-                shards.append((size, size // prod(sizes[a] for a in op.axes)))
+                shard = size // prod(sizes[a] for a in op.axes)
+                made[unit] = _Whole(size, moves(laid, cluster, op.axes, size), shard)
             else:  # which is over when it returns
-                made.setdefault(unit, (size, False))
-    return _Lent(stay, here, alone, tuple(made.values()), tuple(shards))
+                made.setdefault(unit, _Whole(size, False))
+    return _Lent(stay, here, alone, tuple(made.values()))
 
 
 class Moment(NamedTuple):

@@ -10,8 +10,10 @@ from partita import schedule
 from partita.cli.main import application
 from partita.schedule.clock import peaks_with_gradients, rank_peak
 from partita.schedule.ir import Action
+from partita.simulate import memory
 from partita.simulate.held import held, holders, shown_bytes
 from partita.simulate.memory import kept_at_once
+from partita.simulate.predict import simulate
 
 PLANS = (
     "bf16 4mb", "pp4:1f1b/8mb bf16", "pp4:gpipe/4mb tp2+sp recompute:full", "pp2:zb_h1/8mb bf16",
@@ -122,3 +124,19 @@ def test_gradients_of_zero_do_not_stand_beside_all_activations():
     assert kept[0] == kept[1]
     whole, cut = (p.ledgers[0] for p in found)
     assert cut.at_peak["gradients"] < whole.at_peak["gradients"] / 4
+
+
+def test_a_shard_is_that_of_the_gradient_on_its_way(monkeypatch):
+    """Two units of one whole size, cut over different axes."""
+    line = "dp_shard4.zero3 2mb bf16"
+    job = pt.Job.of("tiny", "4xh100", line, global_batch_size=8, seq_len=64)
+    laid = simulate(job).laid
+    assert laid is not None
+    blocks = laid.stages[0].blocks
+    lent = {id(blocks[0]): (memory._Whole(100, True, 25),)}
+    other = (memory._Whole(100, False, 50),)
+    monkeypatch.setattr(
+        memory, "_lent", lambda b, *_: memory._Lent(0, 0, True, lent.get(id(b), other))
+    )
+    monkeypatch.setattr("partita.simulate.away.leaves", lambda _: True)
+    assert memory.lent_parts(laid, blocks)["whole gradients"] == 100 + 25 + 100
