@@ -23,7 +23,6 @@ from partita.parallel.room import Request, error, region
 from partita.schedule.ir import Action, Schedule
 from partita.schedule.make import hold_to_size
 from partita.schedule.make import schedule as make_schedule
-from partita.schedule.make.auto import made_for
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Event, Op, Program, distinct
 
@@ -50,6 +49,8 @@ def schedule_of(plan: Plan) -> Schedule:
     if pp == 1:
         return make_schedule("1f1b", num_ranks=1, num_microbatches=m)
     if pipe.schedule == "auto" and (pipe.costs or pipe.limit or pipe.copies > 1):
+        from partita.schedule.make.auto import made_for
+
         hold_to_size(pp * pipe.virtual_stages, m)
         return made_for(pp, m, pipe.virtual_stages, pipe.costs, pipe.limit, pipe.copies)
     return make_schedule(
