@@ -59,3 +59,12 @@ def test_nothing_close_by_is_said():
     job = job_of("tp4 dp_shard2.zero3 recompute:full bf16", 0.001)
     assert remedies(job) == []
     assert "nothing close by" in str(fit_error(job, simulate(job)))
+
+
+def test_changes_of_a_plan_made_for_its_costs_can_be():
+    line = "pp4:auto/8mb dp_replicate2 bf16 pipeline.costs=78_92_70x8,1 pipeline.limit=9"
+    job = job_of(line, 1.0)
+    found = changes(job, job.plan)
+    for name in ("1f1b", "twice the pp"):
+        assert not found[name].pipeline.costs and not found[name].pipeline.limit
+    assert not [p for p in simulate(job.with_plan(found["1f1b"])).problems if p.severity == "error"]
