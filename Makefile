@@ -38,8 +38,8 @@ check: $(STAMP)
 
 # Thread ranks of one process share a core, and ranks that are processes wait much: two workers. What holds
 # real time to stated time (the mark `timed`) runs alone, afterwards.
-TWO := -n 2 --dist worksteal --session-timeout=840 --durations=10
-ALONE := --session-timeout=840 --durations=5
+TWO := -n 2 --dist worksteal --session-timeout=1500 --durations=10
+ALONE := --session-timeout=1500 --durations=5
 TIMED := $(shell grep -rl --include='test_*.py' 'mark\.timed' tests)
 
 test: $(STAMP)
