@@ -13,8 +13,8 @@ from partita.schedule.make import schedule
 
 pytestmark = pytest.mark.timed
 SLOT_S = 0.02
-# 1.05 on cores that are awake (docs/benchmarks.md). A virtual machine whose idle cores halt takes 1 ms more
-# to wake a rank for its message, a twentieth of a slot: 1.04 to 1.07 were seen there of every schedule.
+# 1.05 was held on a Zen 5. On an idle virtual machine of a Zen 4 every schedule took 1.04 to 1.07, it seems
+# by what waking a rank for its message takes there (docs/benchmarks.md).
 MOST = 1.1
 EVERY = (
     ("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1),
