@@ -51,16 +51,21 @@ def _part(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
+def files_of(prefix: Path, key: str) -> tuple[Path, Path]:
+    """PREFIX.idx and PREFIX.bin. Raises UsageError where one is missing."""
+    index, held = _part(prefix, ".idx"), _part(prefix, ".bin")
+    for path in (index, held):
+        if not path.is_file():
+            raise UsageError(f"{key}: {path}: no such file", file=str(path), key=key)
+    return index, held
+
+
 def read(prefix: Path, key: str = "data.source") -> Tokens:
     """The tokens of a prefix, checked: every length, place and document of the index.
 
     Raises UsageError for a missing file, DataError (file and place) for anything else.
     """
-    for suffix in (".idx", ".bin"):
-        path = _part(prefix, suffix)
-        if not path.is_file():
-            raise UsageError(f"{key}: {path}: no such file", file=str(path), key=key)
-    index, held = _part(prefix, ".idx"), _part(prefix, ".bin")
+    index, held = files_of(prefix, key)
     raw = np.memmap(index, mode="r") if index.stat().st_size else np.zeros(0, np.uint8)
     dtype, n, entries = _head(index, bytes(raw[: HEAD.size]))
     lengths, places, documents = _columns(index, raw, n, entries)

@@ -79,17 +79,19 @@ def open_text(source: str, *, key: str, eval_fraction: float = 0.0) -> TextSourc
     Raises UsageError for what does not exist or is not accepted, DataError (file and offset) for
     what is empty, unreadable or not text. Reads every byte once.
     """
-    if source == STDLIB:
-        files = _stdlib_files()
-    elif source.startswith(HF):
-        files = cached_dataset(source, key)
-    else:
-        files = _found(source, key)
+    files = text_files(source, key)
     digest = xxhash.xxh3_128()
     sizes = tuple(_scan(path, digest) for path in files)
     if sum(sizes) == 0:
         raise DataError(f"{key} = {source!r} is empty: no text to train on", file=str(files[0]))
     return TextSource(source, tuple(files), sizes, digest.hexdigest(), eval_fraction)
+
+
+def text_files(source: str, key: str) -> list[Path]:
+    """The files of a text source, in order, unread. Raises UsageError as above."""
+    if source == STDLIB:
+        return _stdlib_files()
+    return cached_dataset(source, key) if source.startswith(HF) else _found(source, key)
 
 
 def _stdlib_files() -> list[Path]:

@@ -1,6 +1,7 @@
 """Preflight on the real ranks, in seconds: are they alike, have they room, is one of them or a link slow?
 
     versions, clock, disk, memory    of every rank; what the job needs where there is one
+    data                             of every rank: the files the job reads are there, as long as rank 0's
     compute                          every rank at once, a matrix product; against the median
     link                             each rank to the next and back, alone; against the median of its kind
     <collective> over <axes>         every kind the plan uses, in all its groups at once, as in training;
@@ -36,6 +37,7 @@ from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.train.build import make_context
 from partita.train.preflight import Facts, exchange, mismatches, tell_all
+from partita.train.present import data_files
 from partita.train.rank import RunSpec, join, new_scratch
 from partita.train.start import checkpoint_bytes
 from partita.tune.diagnosis import Check, Diagnosis
@@ -64,6 +66,7 @@ class Found:
     """What one rank measured."""
 
     flops: float
+    data: tuple[int, int, str]  # files, their bytes, what is wrong with them
     links: dict[int, float]  # to which rank -> bytes/s
     groups: list[
         tuple[str, str, float, list[int]]
@@ -86,16 +89,26 @@ def examine(
     context = make_context(laid, job, world, Where(activity="doctor"))
     comm.barrier(site=SITE)
     flops = work()
-    mine = Found(flops, _links(comm), _groups(laid, context, comm))
+    mine = Found(flops, _data(job), _links(comm), _groups(laid, context, comm))
     found = [Found(**json.loads(x)) for x in tell_all(comm, json.dumps(asdict(mine)))]
     return Diagnosis(
         (
             *_alike(about, needs),
+            *_data_checks(found, about),
             *_compute(found),
             *_link_checks(found, job.cluster),
             *_group_checks(found, job.cluster),
         )
     )
+
+
+def _data(job: Job) -> tuple[int, int, str]:
+    """What training would read here."""
+    try:
+        sizes = [path.stat().st_size for path in data_files(job)]
+    except (PartitaError, OSError) as error:
+        return 0, 0, str(error)
+    return len(sizes), sum(sizes), ""
 
 
 def _links(comm: Comm) -> dict[int, float]:
@@ -190,6 +203,19 @@ def _alike(about: Sequence[Facts], needs: Needs) -> list[Check]:
         )
         ok = x.memory_free_bytes >= ranks * needs.memory_bytes
         checks.append(Check("memory", x.rank, ok, x.memory_free_bytes, text))
+    return checks
+
+
+def _data_checks(found: Sequence[Found], about: Sequence[Facts]) -> list[Check]:
+    """Every rank reads for itself."""
+    checks, first = [], found[0].data
+    for x, where in zip(found, about, strict=True):
+        files, size, wrong = x.data
+        text = wrong or f"{files} {'file' if files == 1 else 'files'}, {format_bytes(size)}"
+        if not wrong and not first[2] and x.data[:2] != first[:2]:
+            wrong = f"; rank 0 on {about[0].host} has {first[0]}, {format_bytes(first[1])}"
+            text += wrong
+        checks.append(Check("data", where.rank, not wrong, size, f"{where.host}: {text}"))
     return checks
 
 

@@ -34,7 +34,7 @@ def check_document(text: str, code: int) -> dict[str, list[dict[str, object]]]:
     for check in document["checks"]:
         assert set(check) == {"name", "rank", "ok", "value", "message"}
         by.setdefault(check["name"], []).append(check)
-    for name in ("versions", "clock", "disk", "memory", "compute"):
+    for name in ("versions", "clock", "disk", "memory", "data", "compute"):
         assert [c["rank"] for c in by[name]] == [0, 1]
     assert all(c["ok"] for name in ("versions", "clock", "disk", "memory") for c in by[name])
     assert len(by["link"]) == 2 and "all_reduce over tp" in by

@@ -1,6 +1,7 @@
 """The doctor names what differs, what is slow and what lacks, and nothing else."""
 
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
-from partita.spec.job import Job
+from partita.spec.job import DataSpec, Job
 from partita.train import preflight
+from partita.train.present import data_files
 from partita.tune import doctor
 
 JOB = Job.load(
@@ -25,7 +27,7 @@ JOB = Job.load(
     }
 )  # fmt: skip
 NEEDS = doctor.Needs(1, 1)
-NAMES = {"versions", "clock", "disk", "memory", "compute", "link"}
+NAMES = {"versions", "clock", "disk", "memory", "data", "compute", "link"}
 
 
 @pytest.fixture
@@ -122,6 +124,47 @@ def test_another_version_and_another_clock_are_named(examined, monkeypatch):
     assert bad(found) == [("versions", 3), ("clock", 3)], str(found)
     told = next(c.message for c in found.checks if not c.ok)
     assert "torch 2.12.1, rank 0 on " in told and "code 0123, rank 0 on " in told
+
+
+def test_data_that_one_rank_lacks_or_has_shorter_is_told(examined, monkeypatch, tmp_path):
+    whole, part = tmp_path / "whole.txt", tmp_path / "part.txt"
+    whole.write_text("of all ranks")
+    part.write_text("of one")
+    held = {"rank-1": tmp_path / "none.txt", "rank-3": part}
+    monkeypatch.setattr(
+        doctor, "data_files", lambda job: [held.get(threading.current_thread().name, whole)]
+    )
+    found = examined(evenly)
+    assert bad(found) == [("data", 1), ("data", 3)], str(found)
+    told = [c.message for c in found.checks if not c.ok]
+    assert "none.txt" in told[0] and "1 file, 6 B; rank 0 on " in told[1]
+
+
+def test_what_a_job_reads_is_found_unread(tmp_path):
+    for name in ("a.txt", "b.txt", "t.npy", "m.idx", "m.bin", "mask.npy", "i.npz"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def names(**data):
+        return [p.name for p in data_files(replace(JOB, data=DataSpec(**data)))]
+
+    here = str(tmp_path)
+    assert names(source=f"{here}/*.txt", eval_source=f"tokens:{here}/t.npy") == [
+        "a.txt",
+        "b.txt",
+        "t.npy",
+    ]
+    assert names(source=f"{here}/m", mask=f"{here}/mask.npy", documents="idx") == [
+        "m.idx",
+        "m.bin",
+        "mask.npy",
+    ]
+    assert names(source=f"images:{here}/i.npz") == ["i.npz"] and names(source="digits") == []
+    assert "ast.py" in names(source="python-stdlib")
+    for source in (f"{here}/none.txt", f"tokens:{here}/none.npy", f"{here}/none.idx"):
+        with pytest.raises(UsageError, match=r"data\.source.*no such file"):
+            names(source=source)
+    with pytest.raises(UsageError, match=r"data\.tokenizer"):
+        names(tokenizer=f"{here}/none.json")
 
 
 def test_train_begins_with_ranks_that_are_alike(monkeypatch, tmp_path):
