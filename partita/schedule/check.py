@@ -18,7 +18,7 @@ from partita.base.errors import Problem, ScheduleError
 from partita.schedule.clock import Costs, StageCosts, schedule_starts
 from partita.schedule.ir import COMPUTE, Action, Schedule, makes, needs
 from partita.schedule.passes import with_communication
-from partita.schedule.rendezvous import Wait, waits
+from partita.schedule.rendezvous import Wait, steps_of, waits
 from partita.schedule.staircase import marked, staircase
 
 _SHOWN = 6  # names in one message
@@ -152,7 +152,7 @@ def _ordered(schedule: Schedule) -> list[Problem]:
         done: set[Action] = set()
         early: list[int] = []
         for place, action in enumerate(actions):
-            wanted = {n for n in needs(action, schedule.num_stages) if n in own}
+            wanted = own.intersection(needs(action, schedule.num_stages))
             if action.kind == "U":
                 wanted = {
                     r for r in own if r[:2] == (action.stage, "W") and r[2] <= action.microbatch
@@ -172,13 +172,13 @@ def _paired(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Probl
     places = {}
     for rank, actions in enumerate(ranks):
         for place, a in enumerate(actions):
-            if a.is_send or a.is_receive:
-                peer = (
-                    schedule.rank_of(a.peer_stage, a.microbatch) if _has_peer(schedule, a) else -1
-                )
-                message = (a.key, (rank, peer) if a.is_send else (peer, rank))
-                (sent if a.is_send else received)[message] += 1
-                places[message] = rank, place
+            sends = a.is_send
+            if not sends and not a.is_receive:
+                continue
+            peer = schedule.rank_of(a.peer_stage, a.microbatch) if _has_peer(schedule, a) else -1
+            message = (a.key, (rank, peer) if sends else (peer, rank))
+            (sent if sends else received)[message] += 1
+            places[message] = rank, place
     wrong = [m for m in sorted(places) if sent[m] != 1 or received[m] != 1]
     problems = []
     for message in wrong[:_SHOWN]:
@@ -192,16 +192,20 @@ def _paired(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Probl
 
 
 def _has_peer(schedule: Schedule, message: Action) -> bool:
-    inside = 0 <= message.peer_stage < schedule.num_stages
-    return inside and 0 <= message.microbatch < schedule.num_microbatches
+    _, _, microbatch = message
+    return (
+        0 <= message.peer_stage < schedule.num_stages
+        and 0 <= microbatch < schedule.num_microbatches
+    )
 
 
 def _alive(schedule: Schedule, program: Sequence[Sequence[Action]]) -> list[Problem]:
+    steps = steps_of(schedule, program)
     for buffered, network in (
         (True, ""),
         (False, " where the network buffers nothing and keeps the order of sends"),
     ):
-        blocked = waits(schedule, program, buffered)
+        blocked = waits(schedule, program, buffered, steps)
         if blocked:
             lines = [f"deadlock{network}", *(_waits(schedule, wait) for wait in blocked)]
             picture = _staircase(schedule, program, blocked)

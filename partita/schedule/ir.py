@@ -55,12 +55,12 @@ class Action(NamedTuple):
     @property
     def is_send(self) -> bool:
         """Whether it hands a tensor to another stage."""
-        return self.kind.startswith("SEND")
+        return self.kind in ("SEND_F", "SEND_B")
 
     @property
     def is_receive(self) -> bool:
         """Whether it posts a receive from another stage."""
-        return self.kind.startswith("RECV")
+        return self.kind in ("RECV_F", "RECV_B")
 
     @property
     def what(self) -> str:
@@ -195,10 +195,11 @@ def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
     return ()
 
 
-_MAKES = {"F": "F", "B": "BW", "I": "B", "W": "W"}
-
-
 def makes(action: Action) -> tuple[Action, ...]:
     """The results that `needs` asks for, as `action` leaves them."""
-    kinds = _MAKES.get(action.kind, "")
-    return tuple(Action(action.stage, kind, action.microbatch) for kind in kinds)
+    stage, kind, microbatch = action
+    if kind == "B":
+        return action, Action(stage, "W", microbatch)
+    if kind == "I":
+        return (Action(stage, "B", microbatch),)
+    return (action,) if kind in ("F", "W") else ()

@@ -12,22 +12,15 @@ its own. Two extremes of what a network may do:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from partita.schedule.ir import COMPUTE, Action, Schedule, makes, needs
 
 Lane = tuple[tuple[str, int], int, int]  # channel, source rank, target rank
 Message = tuple[str, int, int]
-
-
-@dataclass
-class _Ends:
-    """What is issued on the two ends of a lane and has not met."""
-
-    sent: deque[Message] = field(default_factory=deque)
-    posted: deque[Message] = field(default_factory=deque)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,66 +33,105 @@ class Wait:
     missing: tuple[Action, ...]
 
 
+class Step(NamedTuple):
+    """An action: what it waits for, each with the message that brings it from another rank, what it leaves,
+    and of a SEND or RECV the lane and the message."""
+
+    wanted: tuple[tuple[Action, Message | None], ...]
+    results: tuple[Action, ...]
+    lane: Lane | None
+    message: Message
+    sends: bool
+
+
+Steps = list[list[Step]]
+_NONE: Message = ("", 0, 0)
+
+
+def steps_of(schedule: Schedule, program: Sequence[Sequence[Action]]) -> Steps:
+    """The program as `waits` runs it: what does not change with the network, found once."""
+    return [[_step(schedule, rank, a) for a in actions] for rank, actions in enumerate(program)]
+
+
+def _step(schedule: Schedule, rank: int, action: Action) -> Step:
+    stage, kind, microbatch = action
+    if kind in COMPUTE:
+        wanted = tuple(
+            [
+                (n, None if n[0] == stage else (n[1], stage, microbatch))
+                for n in needs(action, schedule.num_stages)
+            ]
+        )
+        return Step(wanted, makes(action), None, _NONE, False)
+    sends = action.is_send
+    if not sends and not action.is_receive:
+        return Step((), (), None, _NONE, False)
+    what, peer_stage = action.what, action.peer_stage
+    key = (what, peer_stage if sends else stage, microbatch)
+    peer = schedule.rank_of(peer_stage, microbatch)
+    if sends:
+        own = ((Action(stage, what, microbatch), None),)
+        return Step(own, (), (key[:2], rank, peer), key, True)
+    return Step((), (), (key[:2], peer, rank), key, False)
+
+
 class _Network:
-    """Lanes, and the messages that have arrived."""
+    """Lanes, what is issued on their two ends and has not met, and the messages that have arrived."""
 
-    def __init__(self, schedule: Schedule, buffered: bool) -> None:
-        self.schedule, self.buffered = schedule, buffered
-        self.lanes: dict[Lane, _Ends] = {}
-        self.arrived: set[Message] = set()
+    def __init__(self, buffered: bool) -> None:
+        self.buffered, self.arrived = buffered, set[Message]()
+        self.open = Counter[tuple[Lane, Message, bool]]()  # with buffers
+        self.queues: dict[Lane, tuple[deque[Message], deque[Message]]] = {}  # without: sent, posted
 
-    def issue(self, rank: int, action: Action) -> None:
+    def issue(self, lane: Lane, message: Message, sends: bool) -> None:
         """Issues a SEND or RECV; what it lets through arrives."""
-        peer = self.schedule.rank_of(action.peer_stage, action.microbatch)
-        source, target = (rank, peer) if action.is_send else (peer, rank)
-        ends = self.lanes.setdefault((action.channel, source, target), _Ends())
-        (ends.sent if action.is_send else ends.posted).append(action.key)
         if self.buffered:
-            for key in set(ends.sent) & set(ends.posted):
-                ends.sent.remove(key)
-                ends.posted.remove(key)
-                self.arrived.add(key)
-        while ends.sent and ends.posted and ends.sent[0] == ends.posted[0]:
-            self.arrived.add(ends.sent.popleft())
-            ends.posted.popleft()
+            if self.open[lane, message, not sends]:
+                self.open[lane, message, not sends] -= 1
+                self.arrived.add(message)
+            else:
+                self.open[lane, message, sends] += 1
+            return
+        sent, posted = self.queues.setdefault(lane, (deque(), deque()))
+        (sent if sends else posted).append(message)
+        while sent and posted and sent[0] == posted[0]:
+            self.arrived.add(sent.popleft())
+            posted.popleft()
 
 
-def waits(schedule: Schedule, program: Sequence[Sequence[Action]], buffered: bool) -> list[Wait]:
-    """The ranks that never come to their end, and what they wait for; empty where all do."""
-    network = _Network(schedule, buffered)
+def waits(
+    schedule: Schedule,
+    program: Sequence[Sequence[Action]],
+    buffered: bool,
+    steps: Steps | None = None,
+) -> list[Wait]:
+    """The ranks that never come to their end, and what they wait for; empty where all do. `steps` are the
+    program's, where somebody has found them."""
+    steps, network = steps or steps_of(schedule, program), _Network(buffered)
     done: list[set[Action]] = [set() for _ in program]
     at = [0] * len(program)
 
-    def missing(rank: int, action: Action) -> tuple[Action, ...]:
-        if action.is_send:
-            wanted = (Action(action.stage, action.what, action.microbatch),)
-        else:
-            wanted = needs(action, schedule.num_stages) if action.kind in COMPUTE else ()
+    def missing(rank: int, step: Step) -> tuple[Action, ...]:
+        own, arrived = done[rank], network.arrived
         return tuple(
-            need
-            for need in wanted
-            if need not in done[rank]
-            and (
-                need.stage == action.stage
-                or (need.kind, action.stage, need.microbatch) not in network.arrived
-            )
+            n for n, by in step.wanted if n not in own and (by is None or by not in arrived)
         )
 
     moved = True
     while moved:
         moved = False
-        for rank, actions in enumerate(program):
-            while at[rank] < len(actions):
-                action = actions[at[rank]]
-                if missing(rank, action):
+        for rank, row in enumerate(steps):
+            while at[rank] < len(row):
+                step = row[at[rank]]
+                if step.wanted and missing(rank, step):
                     break
-                if action.is_send or action.is_receive:
-                    network.issue(rank, action)
-                done[rank].update(makes(action))
+                if step.lane is not None:
+                    network.issue(step.lane, step.message, step.sends)
+                done[rank].update(step.results)
                 at[rank] += 1
                 moved = True
     return [
-        Wait(rank, at[rank], actions[at[rank]], missing(rank, actions[at[rank]]))
+        Wait(rank, at[rank], actions[at[rank]], missing(rank, steps[rank][at[rank]]))
         for rank, actions in enumerate(program)
         if at[rank] < len(actions)
     ]

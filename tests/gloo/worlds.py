@@ -55,9 +55,8 @@ def run(
 ):
     """[(how, what)] by rank; a rank that died without a word is ('dead', exit code). The rest is not
     waited for when `enough` have told how they fared."""
-    ranks = start_ranks(
-        size, enter, (kind, size, str(folder / "world"), body, (timeout_s, *args)), ["torch"]
-    )
+    # As runs start theirs: the server that comes first serves all tests of a process
+    ranks = start_ranks(size, enter, (kind, size, str(folder / "world"), body, (timeout_s, *args)))
     if while_running is not None:
         while_running([p.pid for p, _ in ranks])
     found: dict[int, tuple[str, Any]] = {}

@@ -38,13 +38,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.timeout(250)
 @pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.stem)
 def test_python_blocks_run(page, folder):
-    """A page's blocks run in order, in one process."""
+    """A page's blocks run in order, in one process. A starved machine takes minutes for ranks that some
+    train on: that fails nothing, a page that hangs does."""
     script = folder / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
     words = [sys.executable, "-W", "error::UserWarning", str(script)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=55)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

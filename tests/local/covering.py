@@ -79,7 +79,12 @@ UNSPELT = {  # two features of which no plan says both, or one is then as if it 
 
 def kind(row: Row) -> str:
     """Of the row's schedule; '' without a pipeline."""
-    name = row["pipeline"].partition(":")[2].partition("/")[0]
+    return _kind(row["pipeline"])
+
+
+@cache
+def _kind(pipeline: str) -> str:
+    name = pipeline.partition(":")[2].partition("/")[0]
     return next((k for k, names in KINDS.items() if name in names), "")
 
 
@@ -187,7 +192,8 @@ def rows() -> list[Row]:
         hardest = sorted(left, key=lambda p: (-missing[p[:2]] - missing[p[2:]], p))[:TRIES]
         made = [climbed(left[p], left, draw) for p in hardest]
         found.append(max(made, key=lambda m: m[0])[1])
-        left = {p: part for p, part in left.items() if p not in pairs(found[-1])}
+        done = pairs(found[-1])
+        left = {p: part for p, part in left.items() if p not in done}
     return found
 
 

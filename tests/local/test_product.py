@@ -1,6 +1,7 @@
 """Whose kernel makes an fp32 product changes its last bits alone, and nothing where sizes are small."""
 
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -376,6 +377,17 @@ def test_experts_of_16_bits(little_16, monkeypatch):
 
 
 def test_onednn_that_is_told_to_do_without_instructions_is_not_asked_for_them(monkeypatch):
+    """On a CPU that has them, or would say so: the kernels are found and not called."""
+    for place, name, answer in (
+        (torch.cpu, "_is_avx512_bf16_supported", True),
+        (torch.cpu, "_is_amx_tile_supported", False),
+        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported", True),
+    ):
+        monkeypatch.setattr(place, name, lambda answer=answer: answer, raising=False)
+    monkeypatch.setattr(paired, "library", lambda names: (Mock(),) * len(names))
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    assert paired.kernels.__wrapped__() is not None
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         with monkeypatch.context() as within:
             within.setenv(name, "AVX512_CORE")

@@ -25,9 +25,10 @@ def make(name: str, p: int, m: int, v: int = 1) -> Schedule:
 
 
 def hold(s: Schedule, flush: float, spans: float, peak: float, pair: str = "sequence") -> None:
-    """Runs, and takes exactly this long; holds at most `peak` chunks."""
+    """Runs, and takes exactly this long; holds at most `peak` chunks. Of one that is clocked both ways, what
+    no way of clocking changes is looked at once."""
     times = clock(s, pair=pair)
-    assert check(s) == []
+    assert pair == "block" or check(s) == []
     assert makespan(times) == pytest.approx(flush, abs=1e-9)
     assert span(times) == pytest.approx(spans, abs=1e-9)
     assert max(peak_activations(s)) <= peak
@@ -71,8 +72,9 @@ def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
         hold(make("zb_v", p, m), 3 * m + (p - 1) / 2, 3 * m, 2 * p)
     if m >= 2 * p:
         t, block = 3 * m + (p - 1) / 2, 3 * m + p - 1
-        hold(make("dualpipev", p, m), t, t, 2 * p + 1)
-        hold(make("dualpipev", p, m), block, block, 2 * p + 1, "block")
+        s = make("dualpipev", p, m)
+        hold(s, t, t, 2 * p + 1)
+        hold(s, block, block, 2 * p + 1, "block")
         for name in ("v_half", "v_min"):
             hold_v(name, p, m)
     if m % p == p % 2 == 0:
@@ -82,8 +84,9 @@ def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
         hold(make("interleaved_zb", p, m, 2), 3 * m + (p - 1) / 2, 3 * m + (p - 1) / 2, 2 * p)
     if m >= 2 * p and p % 2 == m % 2 == 0:
         t, block = 3 * m + p / 2 - 1, 3 * m + p - 2
-        hold(make("dualpipe", p, m), t, t, p + 1)
-        hold(make("dualpipe", p, m), block, block, p + 1, "block")
+        s = make("dualpipe", p, m)
+        hold(s, t, t, p + 1)
+        hold(s, block, block, p + 1, "block")
 
 
 @pytest.mark.parametrize("p", RANKS)
