@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from partita.model.mlp import SwiGLU
+from partita.parallel.chain import Link, Residual, Segment, Steps
 from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Exchange, Leave, Rows
-from partita.parallel.ep.experts import Grouped
+from partita.parallel.ep.experts import Grouped, Multiply
 from partita.parallel.ep.log import RouterLog
-from partita.parallel.ep.router import Router
+from partita.parallel.ep.router import Gate, Route, Router
 from partita.parallel.pp.pieces import Flow, Live, run
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
@@ -83,7 +84,18 @@ class MoE:
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """x and what the experts add; `replay`: only what backward needs is made."""
+        links = self.links(batch, training, replay)
+        if links and torch.is_grad_enabled():
+            return Residual.apply(x, links)  # type: ignore[return-value]
         return run(self.flow(x, batch, training, replay))
+
+    def links(self, batch: Any, training: bool, replay: bool = False) -> Segment:
+        """All of it as one link of a chain, which stops nowhere; none where it cannot be one."""
+        drops = training and (self.gate_up.masks or self.down.masks)
+        if type(self) is not MoE or self.remakes or drops or self.exchange.chunks > 1:
+            return ()
+        positions = None if batch.split is None else batch.split.tokens.positions
+        return ((_Whole, self, positions, training and not replay, replay),)
 
     def flow(self, x: Tensor, batch: Any, training: bool, replay: bool = False) -> Flow:
         """The same, stopping when rows have left for their experts, and when they have left these."""
@@ -135,6 +147,24 @@ class MoE:
         parts = [Combine.apply(*of) for of in zip(travel, weights, chunks, strict=True)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts), *stays)  # type: ignore
 
+    def through(self, steps: Steps, x: Tensor, rows: Rows) -> Tensor:
+        """Tokens to their experts, which compute, until their rows leave; step by step of one node."""
+        coming = steps.run(Dispatch, x, rows)
+        counts, none = rows.counts, (0, None)  # no adapter drops
+        h = steps.run(Multiply, steps.run(Arrive, coming, rows), self.gate_up, counts, *none)
+        a = steps.run(SwiGLU, h)
+        del h
+        return steps.run(Leave, steps.run(Multiply, a, self.down, counts, *none), rows)
+
+    def back_through(self, steps: Steps, travelling: Tensor) -> Tensor:
+        """The gradient of `through`'s tokens."""
+        drows = steps.back(travelling)[0]  # Leave
+        drows = steps.back(drows)[0]
+        drows = steps.back(drows)  # SwiGLU
+        drows = steps.back(drows)[0]
+        travelling = steps.back(drows)[0]  # Arrive
+        return steps.back(travelling)[0]
+
     def compute(self, coming: Tensor, rows: Rows) -> Tensor:
         """The experts of one chunk, from its arrival until it leaves."""
         h = self.gate_up(Arrive.apply(coming, rows), rows.counts, rows.marks)  # type: ignore
@@ -142,3 +172,64 @@ class MoE:
         with made_again(a, lambda: SwiGLU.apply(h), "experts.act" in self.remakes):  # type: ignore[arg-type]
             made = self.down(a, rows.counts, rows.marks)  # type: ignore[arg-type]
         return Leave.apply(made, rows)  # type: ignore[return-value]
+
+
+class _Whole(torch.autograd.Function):
+    """What a layer with experts adds to x, of functions that stand in no row, as one: each keeps what it
+    keeps by itself."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, moe: MoE, positions: Tensor | None, records: bool, replay: bool
+    ) -> Tensor:
+        """As MoE.flow, of one chunk."""
+        steps, shared, y = Steps(), moe.shared, None
+        kind, norm = moe.norm.link
+        n = steps.run(kind, x, norm)
+        h = gate = None
+        if shared is not None:
+            h = steps.run(*_on(n, shared.up.link))
+            gate = None if shared.gate is None else steps.run(*_on(n, shared.gate.link))
+        logits = steps.run(Gate, n, moe.router)
+        if shared is not None:
+            y, h = steps.run(SwiGLU, h), None
+            for link in shared.down.links(replay and gate is None):
+                y = steps.run(*_on(y, link))
+            y = y if gate is None else steps.run(Weigh, y, gate)
+        gates, chosen = steps.run(Route, logits, moe.router, records)
+        (rows,) = moe.exchange.plan(chosen, positions)
+        if records:
+            moe.log.rows(chosen, rows.sent)
+        routed = moe.through(steps, n.flatten(0, 1), rows)
+        out = steps.run(Combine, routed, gates.flatten(0, 1), rows).view(x.shape)
+        steps.keep(ctx)
+        ctx.moe, ctx.shape = moe, gates.shape
+        return out if y is None else out.add_(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """From the last function to the first; gradients of what the norm made are added up in one."""
+        steps, moe = Steps.of(ctx), ctx.moe
+        shared: Shared | None = moe.shared
+        travelling, dgates, _ = steps.back(dy.flatten(0, 1))
+        dn = moe.back_through(steps, travelling).view(dy.shape)
+        dlogits, *_ = steps.back(dgates.view(ctx.shape), None)
+        dh = dgate = None
+        if shared is not None:
+            dh = dy
+            if shared.gate is not None:
+                dh, dgate = steps.back(dh)
+            for _ in shared.down.links():
+                dh, *_ = steps.back(dh)
+            dh = steps.back(dh)
+        dn.add_(steps.back(dlogits)[0])
+        if dgate is not None:
+            dn.add_(steps.back(dgate)[0])
+        if dh is not None:
+            dn.add_(steps.back(dh)[0])
+        return steps.back(dn)[0], None, None, None, None
+
+
+def _on(x: Tensor, link: Link) -> tuple[Any, ...]:
+    function, *given = link
+    return function, x, *given

@@ -70,8 +70,9 @@ class LayerBlock:
             self.beside = Beside(cast(Attention, self.attention), self.mlp, make.joined())
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
-        """One layer."""
-        return run(self.flow(x, batch))
+        """One layer, all at once."""
+        recomputes = self.recomputes and torch.is_grad_enabled()
+        return run(self.flow(x, batch)) if recomputes else self.run(x, batch)
 
     def flow(self, x: Tensor, batch: Any) -> Flow:
         """One layer, stopping where rows travel. Recomputed, it keeps x and what its tape keeps."""
@@ -115,17 +116,16 @@ class LayerBlock:
         return self.mlp(x, batch, batch.step, self.training, replay)
 
     def segments(self, x: Tensor, batch: Any) -> Sequence[Segment]:
-        """Both segments on x, or what has its shape, as links of one node; none where they are not such."""
+        """Both segments on x, or what has its shape, as links of one node that stops nowhere; none where they
+        are not such."""
         attention, mlp = self.attention, self.mlp
-        if (
-            self.recomputes
-            or self.beside
-            or type(attention) is not Attention
-            or type(mlp) is not MLP
-        ):
+        if self.recomputes or self.beside or type(attention) is not Attention:
             return ()
         self._begin(batch)
-        found = attention.links(x, batch), mlp.links()
+        if isinstance(mlp, MoE):
+            found = attention.links(x, batch), mlp.links(batch, self.training)
+        else:
+            found = attention.links(x, batch), mlp.links()
         return found if all(found) else ()
 
     def _begin(self, batch: Any) -> None:

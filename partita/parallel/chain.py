@@ -33,6 +33,13 @@ class Kept:
         """As torch's."""
         self.saved_tensors = tensors
 
+    def maybe_clear_saved_tensors(self) -> None:
+        """As torch's."""
+        self.saved_tensors = ()
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """As torch's: whoever calls backward knows."""
+
 
 Done = tuple[Any, Kept, int, int]  # a Function, its ctx, how many tensors it reads and saves
 
@@ -61,6 +68,46 @@ def _backward(gradients: Any, done: Sequence[Done], saved: list[Tensor]) -> tupl
         kept.saved_tensors = ()
         found = found[:reads] if isinstance(found, tuple) else (found,)
     return found
+
+
+class Steps:
+    """Functions of which one may read what several made, as part of one node: each is run, and in the
+    reverse order brought back by whoever knows what read what."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, Kept, int]] = []
+        self.saved: list[Tensor | None] = []
+
+    def run(self, function: Any, *given: Any) -> Any:
+        """Its forward."""
+        kept = Kept()
+        made = function.forward(kept, *given)
+        self._done.append((function, kept, len(kept.saved_tensors)))
+        self.saved += kept.saved_tensors
+        kept.saved_tensors = ()
+        return made
+
+    def keep(self, ctx: Any) -> None:
+        """What they save is the node's."""
+        ctx.steps, saved, self.saved = self, self.saved, []
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def of(ctx: Any) -> Steps:
+        """What a node kept, of which it lets go step by step."""
+        steps: Steps = ctx.steps
+        steps.saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()
+        return steps
+
+    def back(self, *gradients: Tensor | None) -> Any:
+        """The backward of the last that has not come back: the gradient of what it read first, or of all
+        where several have one."""
+        function, kept, saves = self._done.pop()
+        first = len(self.saved) - saves
+        kept.saved_tensors = tuple(self.saved[first:])
+        del self.saved[first:]
+        return function.backward(kept, *gradients)
 
 
 class Residual(torch.autograd.Function):

@@ -4,9 +4,9 @@ MKL, which torch's fp32 products call, keeps to 256-bit vectors on CPUs of other
 oneDNN fills AVX-512's: 105 against 220 GFLOP/s of a core of Zen 5. There dense layers' fp32 products go
 through oneDNN, of operands as they lie, and by small matrices through its kernel for these (brgemm.py), as
 experts' do. Zen 4 executes 512 bits in two halves: there oneDNN makes large products 5 % faster (104 to 108
-GFLOP/s for 97 to 101), gradients that are added up and small ones slower (54 for 99), which stay MKL's. Which
-kernel makes a product follows from the CPU and from the product's sizes alone, so that a run repeats itself
-bit for bit.
+GFLOP/s for 97 to 101), gradients that are added up and small ones slower (54 for 99), which stay MKL's, but
+for those of many tokens by small matrices. Which kernel makes a product follows from the CPU and from the
+product's sizes alone, so that a run repeats itself bit for bit.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
 LEAST_HALVED = 1 << 24  # of one where 512 bits are executed in halves
 LITTLE = 1 << 16  # of one that oneDNN's small-matrix kernel makes
+MANY = (
+    256  # tokens of which that kernel is faster than MKL's on every CPU: the weight is turned once
+)
 THIN = 16  # rows or columns that it takes at least
 NARROW = 64  # rows or columns of a weight: fewer do not fill its kernels
 PIECE = 1 << 20  # elements of a weight's gradient that are made at a time
@@ -125,8 +128,8 @@ def _is_wide(
 
 def is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
     """Whether oneDNN's small-matrix kernel makes a product of (tokens, rows, columns), on this thread
-    alone: a rank has no others."""
-    return executes_whole() and _is_little(dtype, device, sizes)
+    alone: a rank has no others. Where 512 bits are executed in halves, of many tokens."""
+    return (sizes[0] >= MANY or executes_whole()) and _is_little(dtype, device, sizes)
 
 
 def _is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:

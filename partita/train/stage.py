@@ -29,7 +29,7 @@ class StageBlocks:
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
         """The stage's output for one microbatch."""
-        return run(self.flow(x, batch))
+        return run(self._flow(x, batch, whole=True))
 
     @cached_property
     def _joins(self) -> bool:
@@ -38,14 +38,18 @@ class StageBlocks:
 
     def flow(self, x: Tensor | None, batch: Any) -> Flow:
         """The same, stopping where rows travel."""
+        return self._flow(x, batch, whole=False)
+
+    def _flow(self, x: Tensor | None, batch: Any, whole: bool) -> Flow:
+        """`whole`: stops nowhere."""
         row: list[Segment] = []
         for at, block in enumerate(self.blocks):
-            segments = self._segments(block, x, batch)
+            segments = self._segments(block, x, batch, whole)
             row += segments
             if segments:
                 continue
             x, row = _run(x, row), []
-            flow = _flow(block, self.data.before(at, x), batch)
+            flow = _flow(block, self.data.before(at, x), batch, whole)
             if self.kept is not None and torch.is_grad_enabled():
                 flow = self.kept.run(at, flow, batch)
             x = self.data.after(at, (yield from flow))
@@ -53,11 +57,13 @@ class StageBlocks:
         assert x is not None, "a stage has at least one block"
         return x
 
-    def _segments(self, block: Any, x: Tensor | None, batch: Any) -> Sequence[Segment]:
+    def _segments(self, block: Any, x: Tensor | None, batch: Any, whole: bool) -> Sequence[Segment]:
         """Of a block that is one node with its neighbours."""
         if x is None or not (self._joins and torch.is_grad_enabled()):
             return ()
-        return block.segments(x, batch) if isinstance(block, LayerBlock) else ()
+        if not isinstance(block, LayerBlock) or not (whole or block.log is None):
+            return ()  # rows travel from a layer with experts, where others may compute
+        return block.segments(x, batch)
 
 
 def _run(x: Tensor | None, row: Sequence[Segment]) -> Tensor | None:
@@ -70,9 +76,9 @@ def _run(x: Tensor | None, row: Sequence[Segment]) -> Tensor | None:
     return x
 
 
-def _flow(block: Any, x: Tensor | None, batch: Any) -> Flow:
-    """A block's forward; layers stop where rows travel."""
+def _flow(block: Any, x: Tensor | None, batch: Any, whole: bool) -> Flow:
+    """A block's forward; layers stop where rows travel, unless it is to be `whole`."""
     if isinstance(block, LayerBlock):
         assert x is not None, "a layer has an input"
-        return (yield from block.flow(x, batch))
+        return block(x, batch) if whole else (yield from block.flow(x, batch))
     return block(x, batch)  # in one piece

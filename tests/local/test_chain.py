@@ -97,6 +97,46 @@ def test_layers_in_a_row_are_two_nodes_and_the_same(dtype, tmp_path):
     assert kept == held and all(torch.equal(a, b) for a, b in zip(one, apart, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_layers_with_experts_in_a_row_are_the_same_and_stop_where_others_compute(dtype, tmp_path):
+    experts = {"experts": 4, "top_k": 2, "shared_experts": 1, "shared_gate": True}
+    given = {**experts, "balance_loss": 0.01, "z_loss": 0.001}
+    built = assemble(verify_jobs.job(tmp_path, f"1mb {dtype}", "llama", **given), SingleWorld())
+    model, batch = built.model, built.batch(0)
+    (stage,) = model.executor.modules.values()
+
+    def run(forward):
+        model.begin(batch)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ):
+            y = forward()
+        nodes, row = set(), [y.grad_fn]
+        while row:
+            nodes.add(type(row[-1]).__name__)
+            row += [f for f, _ in row.pop().next_functions if f is not None]
+        y.backward()
+        logs = [b.log.total().counts for b in model.blocks[1:-1]]
+        return [y, *logs, *(u.gradients.tensor.clone() for u in model.units)], nodes, sorted(saved)
+
+    def pieces():
+        flow = stage.flow(None, batch.microbatches[0])
+        live = next(flow)
+        try:
+            while True:
+                live = flow.send(live)
+        except StopIteration as end:
+            return end.value
+
+    (one, nodes, kept), (apart, others, held) = (
+        run(f) for f in (lambda: stage(None, batch.microbatches[0]), pieces)
+    )
+    assert "CombineBackward" in others and nodes < others | {"ResidualBackward"}
+    assert "CombineBackward" not in nodes and kept == held
+    assert all(torch.equal(a, b) for a, b in zip(one, apart, strict=True))
+
+
 def test_without_a_graph_a_layer_lets_go_before_the_next_begins(tmp_path):
     built = assemble(verify_jobs.job(tmp_path, "1mb fp32", "llama"), SingleWorld())
     (stage,) = built.model.executor.modules.values()

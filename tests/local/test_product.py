@@ -147,6 +147,10 @@ def test_in_halves_experts_keep_the_small_matrices_kernel(little, monkeypatch):
     x, w = torch.randn(48, 128), torch.randn(88, 128)
     near(PLAIN.forward(x, w), x.double() @ w.double().t())
     assert not little and product.little_of(x, (48, 88, 128)) is brgemm
+    PLAIN.forward(torch.randn(255, 128), w)
+    assert not little
+    PLAIN.forward(torch.randn(256, 128), w)
+    assert little  # of many tokens dense layers' too
 
 
 def test_tokens_whose_number_varies(calls):

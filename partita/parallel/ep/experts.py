@@ -47,7 +47,7 @@ class Grouped:
         step, tokens = (
             (0, None) if marks is None or self.masks is None else (marks.step, marks.tokens)
         )
-        return _Grouped.apply(x, self, counts, step, tokens)  # type: ignore[return-value]
+        return Multiply.apply(x, self, counts, step, tokens)  # type: ignore[return-value]
 
     def begin(self, counts: Sequence[int], step: int, tokens: Tensor | None) -> tuple[LowRank, ...]:
         """What is beside each expert, for the rows of one pass."""
@@ -124,7 +124,7 @@ def mm_into(out: Tensor, x: Tensor, right: Tensor) -> None:
     torch.mm(x, right, out=out)
 
 
-class _Grouped(torch.autograd.Function):
+class Multiply(torch.autograd.Function):
     """Keeps x, unless the experts are frozen, and whose rows they are."""
 
     @staticmethod

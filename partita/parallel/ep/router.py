@@ -49,11 +49,11 @@ class Router:
 
     def logits(self, x: Tensor) -> Tensor:
         """[batch, seq, experts] in the wide dtype."""
-        return _Gate.apply(x, self)  # type: ignore[return-value]
+        return Gate.apply(x, self)  # type: ignore[return-value]
 
     def __call__(self, logits: Tensor, records: bool) -> tuple[Tensor, Tensor]:
         """(gates, chosen); `records` says that the losses' values count (not in a replay)."""
-        return _Route.apply(logits, self, records)  # type: ignore[return-value]
+        return Route.apply(logits, self, records)  # type: ignore[return-value]
 
     def seed(self, coefficient: float) -> float:
         """What backward starts from at a token's part of an auxiliary loss."""
@@ -69,7 +69,7 @@ class Router:
         return powers.div_(powers.sum(-1, keepdim=True))
 
 
-class _Gate(torch.autograd.Function):
+class Gate(torch.autograd.Function):
     """A linear in the wide dtype; keeps x, unless the gate is frozen."""
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Gate(torch.autograd.Function):
         return times(dlogits, gate.value.to(wide).t()).to(ctx.dtype), None
 
 
-class _Route(torch.autograd.Function):
+class Route(torch.autograd.Function):
     """Keeps the scores and the choice; counts for the balance loss, logits for the z-loss."""
 
     @staticmethod
