@@ -32,6 +32,11 @@ FITS = LITTLE_MATRIX
 BLOCK = (
     LITTLE_ROWS  # are given to a kernel at a time: of whatever number, no more kernels than these
 )
+EVEN = 16  # rows of which a block's are a multiple, where there are several
+STEP, MOST_EXACT = (
+    8,
+    64,
+)  # of fewer than a block's, and of fewer than so many each number has its kernel
 SIZE, PLACE, FLAG = (
     ctypes.c_int64,
     ctypes.c_void_p,
@@ -159,12 +164,12 @@ def _grouped(out: Tensor, x: Tensor, rights: Tensor, counts: Sequence[int]) -> N
     assert x.shape == (len(out), summed) and out.shape[1] == columns
     assert rights.dtype == torch.float32
     x, rights, (multiply, _) = in_rows(x), rights.contiguous(), _kernels()
-    (a, lda), (c, ldc), b = _place(x), _place(out), rights.data_ptr()
+    (a, lda), (c, ldc), b, follow = _place(x), _place(out), rights.data_ptr(), len(out)
     n, k, x_row, out_row, no = SIZE(columns), SIZE(summed), SIZE(lda), SIZE(ldc), FLAG(False)
     for count in counts:
-        for rows in blocks(count):
-            multiply(rows, n, k, x_row, n, out_row, no, a, b, c, no)
-            a, c = a + WIDTH * rows * lda, c + WIDTH * rows * ldc
+        for rows, more in given(count):
+            multiply(more if more <= follow else rows, n, k, x_row, n, out_row, no, a, b, c, no)
+            a, c, follow = a + WIDTH * rows * lda, c + WIDTH * rows * ldc, follow - rows
         b += WIDTH * summed * columns
 
 
@@ -193,6 +198,17 @@ def _add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]
 
 @cache
 def blocks(count: int) -> Sequence[int]:
-    """Rows of each call."""
-    whole, rest = divmod(count, BLOCK)
-    return (*(BLOCK,) * whole, rest) if rest else (BLOCK,) * whole
+    """Rows of each call, as few as can be: of more than a block's all but the last are multiples of EVEN, and
+    that is nearly a block, so that there are few numbers, as each wants a kernel of its own."""
+    last = count if count <= BLOCK else BLOCK - EVEN + count % EVEN if count % EVEN else 0
+    whole, rest = divmod(count - last, BLOCK)
+    return (*(BLOCK,) * whole, *(n for n in (rest, last) if n))
+
+
+@cache
+def given(count: int) -> Sequence[tuple[int, int]]:
+    """The same, and how many rows a call may be given where more follow, which are made again: fewer numbers
+    still, for a thirtieth of the time."""
+    if MOST_EXACT <= count < BLOCK:
+        return ((count, -(-count // STEP) * STEP),)
+    return tuple((rows, rows) for rows in blocks(count))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from partita.parallel.brgemm import BLOCK, FLAG, PLACE, SIZE, blocks, groups, in_rows
+from partita.parallel.brgemm import BLOCK, FLAG, PLACE, SIZE, blocks, given, groups, in_rows
 from partita.parallel.paired import Call, kernels
 
 WIDTH = 2  # bytes of an element; of what is made twice as many
@@ -68,10 +68,11 @@ def _multiply(out: Tensor, x: Tensor, rights: Tensor, counts: Sequence[int]) -> 
         WIDTH * summed * columns,
     )
     n, k, row, over, paired = SIZE(columns), SIZE(summed), SIZE(lda), FLAG(False), FLAG(True)
+    follow = len(out)
     for count in counts:
-        for rows in blocks(count):
-            multiply(rows, n, k, row, n, n, over, a, b, c, paired)
-            a, c = a + rows * stride, c + rows * step
+        for rows, more in given(count):
+            multiply(more if more <= follow else rows, n, k, row, n, n, over, a, b, c, paired)
+            a, c, follow = a + rows * stride, c + rows * step, follow - rows
         b += matrix
 
 

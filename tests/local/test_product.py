@@ -20,7 +20,7 @@ from partita.parallel.product import (
 from partita.parallel.units import add_product
 from partita.train.allocation import Allocations
 
-COUNTS = [0, 3, 130, 64, 257, 0, 128]  # rows of experts
+COUNTS = [0, 3, 130, 67, 257, 0, 128]  # rows of experts
 SIZES = ((1, 1024, 1024), (48, 640, 96), (64, 64, 512), (3, 5, 7), (64, 2100, 640))
 
 
@@ -185,8 +185,18 @@ def little(monkeypatch):
 
 
 def pieces(rows):
-    """128 at a time: a product of any number of rows is made by no more kernels than these."""
-    return [min(128, rows - at) for at in range(0, rows, 128)]
+    """At most 128 at a time: a product of any number of rows is made by no more kernels than these."""
+    return brgemm.blocks(rows)
+
+
+def test_many_numbers_of_rows_are_few_sizes_of_blocks():
+    for count in range(1000):
+        found = brgemm.blocks(count)
+        assert sum(found) == sum(rows for rows, _ in brgemm.given(count)) == count
+        assert len(found) == -(-count // 128) and max(found, default=0) <= 128
+        assert all(rows <= more < rows + 8 for rows, more in brgemm.given(count))
+    assert len({n for count in range(129, 1000) for n in brgemm.blocks(count)}) == 23
+    assert len({n for count in range(64, 129) for _, n in brgemm.given(count)}) == 9
 
 
 @pytest.mark.parametrize("sizes", ((64, 96, 40), (130, 16, 512), (1, 1024, 80)))
@@ -220,7 +230,8 @@ def test_experts_of_few_rows(dtype, little, monkeypatch):
     weights = torch.randn(len(COUNTS), 40, 96).to(dtype)
     y, dx, gradients = torch.empty_like(dy), torch.empty_like(x), torch.ones(len(COUNTS), 40, 96)
     brgemm.grouped(y, x, weights, COUNTS, back=False)
-    assert [rows for rows, *_ in little] == [3, 128, 2, 64, 128, 128, 1, 128]
+    given = [3, 16, 114, 72, 128, 16, 113, 128]  # 5 rows of 72 are made again by who follows
+    assert [rows for rows, *_ in little] == given
     brgemm.grouped(dx, dy, weights, COUNTS, back=True)
     brgemm.add_grouped(gradients, dy, x, COUNTS)
     each = list(
