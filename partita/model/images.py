@@ -1,15 +1,17 @@
 """The blocks of a convolutional model, built from the laid program as a transformer's are.
 
-    ConvLayers   x -> [gather] -> convolution -> ReLU -> [[gather] -> response norm] -> [max pooling]
+    ConvLayers   x -> [gather] -> [halo] -> convolution -> ReLU -> [[gather] -> response norm]
+                 -> [[halo] -> max pooling]
     DenseLayers  x -> [gather] -> linear -> ReLU -> [dropout]
     Classes      x -> [gather] -> linear (its partial sums added up over split) -> cross-entropy
 
 Between blocks lie [batch, groups of this rank, its channels, height, width] and [batch, groups, units]: split
-cuts groups, tp the channels of each.
+cuts groups, tp the channels of each, cp the rows (padded on the last ranks).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,13 +21,18 @@ from torch.nn.functional import max_pool2d, pad
 
 from partita.model.dropout import Dropout
 from partita.model.maker import Maker
+from partita.parallel.cp.halo import Window, window_of
+from partita.parallel.cp.rows import Halo, RowMove, WholeMap, crop
+from partita.parallel.lora import Drop
 from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Recomputed
-from partita.parallel.regions import IDENTITY, Region
-from partita.parallel.split.conv import Convolution
+from partita.parallel.regions import IDENTITY, OF_ROWS, Region
+from partita.parallel.split.conv import Convolution, LowRank
 from partita.parallel.tp.linear import Column, Row
 from partita.parallel.tp.loss import CrossEntropy
 from partita.spec.image import POOL, POOL_STRIDE, Conv
+from partita.spec.lora import A, B
+from partita.spec.program import Tensor as Named
 
 WINDOW, ALPHA, BETA, K = 5, 1e-4, 0.75, 2.0  # of the response norm (sec. 3.3)
 
@@ -123,22 +130,38 @@ class Layers(Protocol):
         ...
 
 
-def brought(x: Tensor, regions: tuple[Region, Region]) -> Tensor:
-    """x through two regions; where what the second one brings is known, the first moves nothing."""
-    first, second = regions
-    return second(first(x, second.is_known))
+class Moves(Protocol):
+    """A Region, or what moves rows (cp/rows.py)."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it will hand out a result that was kept."""
+        ...
+
+    def __call__(self, x: Tensor, needless: bool = False) -> Tensor:
+        """x, moved."""
+        ...
+
+
+def brought(x: Tensor, regions: Sequence[Moves]) -> Tensor:
+    """x through regions; where what a later one brings is known, those before it move nothing."""
+    for i, region in enumerate(regions):
+        x = region(x, any(later.is_known for later in regions[i + 1 :]))
+    return x
 
 
 @dataclass(frozen=True)
 class ConvLayers:
-    """Convolution, ReLU, response norm, max pooling. `regions` gather what the convolution sees, and `around`
-    what the norm of a `share` does; the first one sees the pixels, and x is an empty place where backward
-    ends."""
+    """Convolution, ReLU, response norm, max pooling. `regions` bring what the convolution sees, `around` what
+    the norm of a `share` does, `edges` what the pooling does; the first one sees the pixels, of which `rows`
+    of a rank are cut out, and x is an empty place where backward ends."""
 
     convolution: Convolution
-    regions: tuple[Region, Region]
+    regions: tuple[Moves, ...]
     around: Region
     share: Share
+    edges: tuple[Moves, ...]
+    rows: tuple[Window, int] | None
     sizes: Conv
     is_first: bool
 
@@ -146,7 +169,8 @@ class ConvLayers:
         """[batch, groups, channels, height, width] to the next one's."""
         if self.is_first:
             entry = torch.empty(0, requires_grad=True) if x is None else x
-            y = self.convolution(batch.ids.to(self.convolution.kernel.value.dtype), entry)
+            pixels = batch.ids if self.rows is None else crop(batch.ids, *self.rows)
+            y = self.convolution(pixels.to(self.convolution.kernel.value.dtype), entry)
         else:
             assert x is not None
             y = self.convolution(brought(x, self.regions))
@@ -154,6 +178,7 @@ class ConvLayers:
         if self.sizes.norm:
             y = ResponseNorm.apply(self.around(y), self.share)
         if self.sizes.pool:
+            y = brought(y, self.edges)
             groups = y.shape[1:3]
             y = max_pool2d(y.flatten(1, 2), POOL, POOL_STRIDE).unflatten(1, groups)
         return y  # type: ignore[return-value]
@@ -164,7 +189,7 @@ class DenseLayers:
     """A fully connected layer on all that `regions` gather, ReLU, dropout."""
 
     linear: Column
-    regions: tuple[Region, Region]
+    regions: tuple[Moves, ...]
     shape: tuple[int, ...]  # of what it makes of an image: groups, units
     drop: Dropout | None
 
@@ -210,19 +235,93 @@ def image_block(make: Maker) -> ImageBlock | Classes:
     assert image is not None
     at = 0 if make.name == "embedding" else 1 + int(make.name.rpartition(".")[2])
     if at < len(image.channels):
-        sizes, segment = image.convs[at], "embedding" if at == 0 else "conv"
-        kernel, bias = (make.weight(f"{segment}.kernel{b}") for b in ("", "_bias"))
-        own = at > 0 and not sizes.sources
-        layer = Convolution(kernel, bias, sizes.stride, sizes.padding, own)
-        regions = make.regions.at("input"), make.regions.at(f"{segment}.join")
-        first, end = make.span("y", "filters")
-        share = Share(first, end, sizes.filters)
-        around = make.regions.at(f"{segment}.relu")
-        return ImageBlock(make, ConvLayers(layer, regions, around, share, sizes, at == 0))
+        return ImageBlock(make, _conv_layers(make, image.convs[at], at == 0))
     weight, bias = make.weight("dense.linear"), make.weight("dense.linear_bias")
     linear = Column((weight.matrix(columns=len(weight.shape) - 2),), (bias,), IDENTITY)
     low = [make.low_rank("dense.linear")] if make.adapts("dense.linear") else []
     linear = replace(linear, low=tuple(low))
     drop = make.dropout("dense.dropout", "r_mask")
-    regions = make.regions.at("input"), make.regions.at("dense.join")
+    whole = _row_moves(make, make.block.input)
+    regions = make.regions.at("input"), *whole, make.regions.at("dense.join")
     return ImageBlock(make, DenseLayers(linear, regions, bias.shape, drop))
+
+
+def _conv_layers(make: Maker, sizes: Conv, is_first: bool) -> ConvLayers:
+    segment = "embedding" if is_first else "conv"
+    name = f"{segment}.kernel"
+    kernel, bias = make.weight(name), make.weight(f"{name}_bias")
+    op = next(op for op in make.block.ops() if op.name == name)
+    seen = make.block.tensors[op.reads[0]]
+    window = window_of(seen.dims[-2].name, make.laid.sizes["cp"])
+    own = not (is_first or sizes.sources)
+    padding = sizes.padding if make.laid.sizes["cp"] == 1 else 0, sizes.padding
+    low = _low_rank(make, name, seen, window, own) if make.adapts(name) else None
+    layer = Convolution(kernel, bias, sizes.stride, padding, own, low)
+    at, mine = make.regions.at, make.context.coords["cp"]
+    regions = at("input"), at(f"{segment}.join"), *_row_moves(make, op.reads[0])
+    first, end = make.span("y", "filters")
+    share = Share(first, end, sizes.filters)
+    pool = next((op.reads[0] for op in make.block.ops() if op.kind == "pool"), "")
+    edges = _row_moves(make, pool)
+    rows = None if window is None else (window, mine)
+    return ConvLayers(layer, regions, at(f"{segment}.relu"), share, edges, rows, sizes, is_first)
+
+
+def _row_moves(make: Maker, of: str) -> tuple[RowMove, ...]:
+    """The region that moves rows of images and writes a tensor, or reads a block's input."""
+    ways, mine = make.laid.sizes["cp"], make.context.coords["cp"]
+    tensors = make.block.tensors
+    kinds = {kind: iter(make.regions.of(kind)) for kind in OF_ROWS}
+    for op in make.block.ops():
+        if op.kind not in OF_ROWS:
+            continue
+        region, (*_, rows, _) = next(kinds[op.kind]), tensors[op.writes].dims
+        if op.kind == "gather_map":
+            return (WholeMap(region, mine, rows.size),)
+        window = window_of(rows.name, ways)
+        if op.writes == of and window is not None:
+            return (Halo(region, mine, window),)
+    return ()
+
+
+def _low_rank(make: Maker, name: str, seen: Named, window: Window | None, own: bool) -> LowRank:
+    """A convolution's A and B."""
+    a, b = make.weight(f"{name}{A}"), make.weight(f"{name}{B}")
+    found = LowRank(a, b, make.spec.lora_scale, b.shape[0] if own else 1)
+    if not make.spec.lora_dropout:
+        return found
+    site = f"{name.removeprefix(f'{make.name}.')}.lora"
+    masks = make.masks(site, seen.name, make.spec.lora_dropout)
+    if window is None:
+        return replace(found, drop=Drop(masks, make.now))
+    rows, first = window.seen(make.context.coords["cp"]), window.first(make.context.coords["cp"])
+    *channels, _, columns = masks.box
+    masks = replace(
+        masks,
+        shape=(*masks.shape[:-2], window.size, masks.shape[-1]),
+        box=(*channels, (rows.start, rows.stop), columns),
+    )
+    above = rows.start - first if rows else 0
+    edges = above, window.needed - above - len(rows)
+    return replace(found, drop=Drop(Edged(masks, edges), make.now))
+
+
+@dataclass(frozen=True)
+class Edged:
+    """Masks of rows of an image, with `edges` of so many rows above and below that are not of it."""
+
+    masks: Dropout
+    edges: tuple[int, int]
+
+    @property
+    def probability(self) -> float:
+        """Of an element to be dropped."""
+        return self.masks.probability
+
+    def mask(self, step: int, batch: Any) -> Tensor:
+        """True where an element stays."""
+        *channels, (first, end), (left, right) = (b for b in self.masks.box)
+        if first == end:
+            sizes = (b - a for a, b in channels)
+            return torch.zeros(len(batch.samples), *sizes, sum(self.edges), right - left).bool()
+        return pad(self.masks.mask(step, batch), (0, 0, *self.edges))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, local_response_norm, max_pool2d
 
+from partita.spec.image import Conv
 from partita.spec.model import ModelSpec
 
 
@@ -17,6 +18,8 @@ class Judge(Protocol):
 
     spec: ModelSpec
     dtype: torch.dtype
+    weights: Mapping[str, Tensor]
+    samples: Tensor | None  # of the microbatch
     see: Callable[[str, Tensor], None]
     linear: Callable[[Tensor, Tensor], Tensor]  # x W.T, at the plan's precision
 
@@ -28,7 +31,7 @@ class Judge(Protocol):
         """y and what a linear's LoRA adds to it."""
         ...
 
-    def drop(self, site: str, x: Tensor, samples: Tensor | None) -> Tensor:
+    def drop(self, site: str, x: Tensor, samples: Tensor | None, p: float | None = None) -> Tensor:
         """Dropout by counter, while training."""
         ...
 
@@ -44,7 +47,8 @@ def image_logits(judge: Judge, pixels: Tensor, samples: Tensor | None) -> Tensor
         kernel, bias = judge.weight(weight), judge.weight(f"{weight}_bias")
         kernel = kernel.flatten(0, 1).flatten(1, -3)
         alone = groups if i > 0 and not conv.sources else 1
-        x = conv2d(x, kernel, bias.flatten(), conv.stride, conv.padding, groups=alone).relu()
+        y = conv2d(x, kernel, bias.flatten(), conv.stride, conv.padding, groups=alone)
+        x = adapted(judge, weight, x, y, conv, alone).relu()
         if conv.norm:
             x = response_norm(x, groups)
         if conv.pool:
@@ -60,6 +64,21 @@ def image_logits(judge: Judge, pixels: Tensor, samples: Tensor | None) -> Tensor
         judge.see(name, x := x.flatten(1))
     classes = judge.weight("head.project").flatten(1)
     return (x.flatten(1) @ classes.t() + judge.weight("head.project_bias")).unsqueeze(1)
+
+
+def adapted(judge: Judge, name: str, x: Tensor, y: Tensor, conv: Conv, alone: int) -> Tensor:
+    """y + (alpha / rank) B A x, where the convolution has LoRA's A and B: A a convolution like its own, B one
+    of 1 x 1, both in groups where its own is."""
+    if f"{name}_lora_a" not in judge.weights:
+        return y
+    a, b = judge.weight(f"{name}_lora_a"), judge.weight(f"{name}_lora_b")
+    rank, groups = b.shape[-1], len(b)
+    kernel = a.reshape(alone * rank, -1, *a.shape[-2:])
+    apart = x if "embedding" in name else x.unflatten(1, (groups, -1))
+    x = judge.drop(f"{name}.lora", apart, judge.samples, judge.spec.lora_dropout).flatten(1, -3)
+    h = conv2d(x, kernel, None, conv.stride, conv.padding, groups=alone)
+    low = conv2d(h, b.reshape(-1, rank, 1, 1), groups=alone)
+    return torch.add(y, low, alpha=judge.spec.lora_scale)
 
 
 def response_norm(x: Tensor, groups: int) -> Tensor:

@@ -218,10 +218,12 @@ class Execution:
         if not apart:
             return dict(carried)
         op, event = found[0]
+        handed, sizes = block.tensors[event.of], self.laid.sizes
+        padded = any(d.padded and d.cut for d in handed.dims)  # its padding goes along
         phase = "I" if phase == "B" and (s, m) in self.split else phase
         arrived = {}
         for r, x in carried.items():
-            size = x.values.size * BYTES[block.tensors[event.of].dtype]
+            size = tensor_bytes(handed, sizes) if padded else x.values.size * BYTES[handed.dtype]
             self.world.record(r, op, event, self.laid.site(name, op.name), phase, size)
             arrived[self.laid.mesh.rank_of({**self.world.at[r], "pp": place})] = x
         return arrived

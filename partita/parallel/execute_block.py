@@ -13,11 +13,12 @@ from functools import cache
 
 import numpy as np
 
+from partita.parallel.cp.halo import window_of
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.ep.counts import rows
 from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, total
 from partita.parallel.execute_moe import exchange, unfold
-from partita.parallel.execute_move import arrive, elements
+from partita.parallel.execute_move import arrive, cut_to, elements, rows_to
 from partita.parallel.execute_ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, replayed, tensor_bytes
@@ -59,6 +60,9 @@ class World:
         return [r for r, at in enumerate(self.at) if at["pp"] == place]
 
     def _span(self, d: Dim, rank: int) -> range:
+        window = window_of(d.name, self.laid.sizes["cp"])
+        if window is not None:
+            return window.seen(self.at[rank]["cp"])
         ways, mine = product_coordinate(self.laid.sizes, self.at[rank], d.cut)
         if d.padded:
             each = d.local(self.laid.sizes)
@@ -259,6 +263,8 @@ class BlockRun:
                 r: self._collective(op, event, [parts[q] for q in group], y, r, site)
                 for r, group in groups.items()
             }
+        if op.kind == "gather_map" and x == op.writes:  # of a gradient that is whole
+            parts = {r: cut_to(parts[r], self._spans(y, r), site) for r in self.ranks}
         if op.kind in VIEWS and not events:  # nobody to meet: the same rows in the other view
             parts = {r: self._viewed([parts[r]], y, r) for r in self.ranks}
         if op.kind == "counts":
@@ -276,8 +282,10 @@ class BlockRun:
     ) -> int:
         """Bytes; of rows as many as were chosen, whatever is zero; of context what `wants` say."""
         t = self.block.tensors[event.of]
-        if op.kind in ("ring", "exchange"):
-            return elements(event, x, wants) * BYTES[t.dtype]
+        if op.kind in ("ring", "exchange", "halo"):
+            mine = self._spans(op.reads[0] if event.gradient else op.writes, rank)
+            stays = elements(event, x, [mine]) if op.kind == "halo" else 0
+            return (elements(event, x, wants) - stays) * BYTES[t.dtype]
         padded = any(d.padded and d.cut for d in t.dims)  # zeros go along
         if op.kind == "counts" or padded:  # of every chunk; here rows go in one
             return tensor_bytes(t, self.world.laid.sizes)
@@ -309,6 +317,9 @@ class BlockRun:
         spans = self._spans(y, rank)
         if op.kind in VIEWS:
             return self._viewed(parts, y, rank)
+        if op.kind == "halo":
+            dims = tuple(d.name for d in self.tensors[y].dims)
+            return rows_to(parts, Local(dims, spans, np.zeros([len(s) for s in spans], np.int64)))
         return arrive(event, parts, spans, site)
 
     def _region_back(self, op: Op) -> None:

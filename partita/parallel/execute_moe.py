@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.parallel.cp.halo import LANE
 from partita.parallel.execute_algebra import (
     ExecuteError,
     Found,
@@ -31,7 +32,8 @@ OUTSIDE = "slots"  # rows of the tokens that a rank holds; the other folds are r
 
 def unfold(block: Block) -> Mapping[str, Tensor]:
     """The block's tensors, those of rows on the dims they are folded from."""
-    if not any(d.of for t in block.tensors.values() for d in t.dims):
+    folds = (d.of for t in block.tensors.values() for d in t.dims)
+    if not any(of and of != (LANE,) for of in folds):
         return block.tensors
     batch, seq, _ = block.tensors[block.input].dims
     expert = next(d for t in block.weights() for d in t.dims if d.name == "experts")

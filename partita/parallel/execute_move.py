@@ -89,3 +89,19 @@ def scattered(parts: Sequence[Local], spans: tuple[range, ...], site: str) -> Lo
     if not held.all():
         raise ExecuteError(f"{site}: parts leave a gap")
     return Local(parts[0].dims, spans, values)
+
+
+def rows_to(parts: Sequence[Local], into: Local) -> Local:
+    """`into`, zeros, with what of all parts lies there: values of one holder, or gradients added up."""
+    for x in parts:
+        both = common(x.spans, into.spans)
+        if not all(both):
+            continue
+        of, to = (
+            tuple(
+                slice(b.start - s.start, b.stop - s.start) for b, s in zip(both, spans, strict=True)
+            )
+            for spans in (x.spans, into.spans)
+        )
+        into.values[to] = (into.values[to] + x.values[of]) % P
+    return into

@@ -269,7 +269,7 @@ FORWARD: dict[str, Callable[[Op, Place, Get], Found]] = {
     "balance": moe.balance, "z": moe.squares,
     "mark": moe.mark, "dispatch": moe.dispatch, "combine": moe.combine,
     "conv": image.conv, "relu": image.relu, "response": image.response, "pool": image.pool,
-    "join": image.join,
+    "join": image.join, "crop": image.crop,
 }  # fmt: skip
 BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
     "linear": linear_back, "bias": bias_back, "norm": norm_back, "map": elementwise_back, "gated": gated_back,
@@ -279,4 +279,5 @@ BACKWARD: dict[str, Callable[[Op, Place, Get, Local], Found]] = {
     "dispatch": moe.dispatch_back, "combine": moe.combine_back,
     "conv": image.conv_back, "relu": image.relu_back, "response": image.response_back,
     "pool": image.pool_back, "join": image.join_back,
+    "crop": image.crop_back,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from partita.base.errors import PlanError, Problem
 from partita.parallel.cp import rules as cp
+from partita.parallel.cp.halo import with_rows
 from partita.parallel.dp import rules as dp
 from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
@@ -260,7 +261,8 @@ class Laid:
         mine = [a for a in self.schedule.ranks[place] if a.stage == stage.index]
         all_done = {**Counter(a.kind for a in mine)}
         all_done["step"] = all_done.get("U", 1)  # once a step, or at each update under way
-        once = {id(b): traffic(b, self.sizes) for b, _ in distinct(stage.blocks)}
+        sizes = with_rows(self.sizes, self.request.model.image, self.mesh.coords(rank)["cp"])
+        once = {id(b): traffic(b, sizes) for b, _ in distinct(stage.blocks)}
         for name, block in zip(stage.names, stage.blocks, strict=True):
             if routing is None or (name, mine[0].microbatch) not in routing.counts:
                 yield from self._counted(once[id(block)], name, all_done, place, mine)

@@ -14,7 +14,7 @@ which one is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from partita.comm.single import SingleComm
 from partita.spec.program import Block, Op
 
 SEQ = 1
+OF_ROWS = ("halo", "gather_map")  # kinds of cp/rows.py, which stand beside others behind one op
 
 
 @dataclass(eq=False)
@@ -58,13 +59,15 @@ class Region:
 
     def forward(self, x: Tensor) -> Tensor:
         """Moves a value."""
-        if self.kind == "identity":
-            return x
+        return x if self.kind == "identity" else self.known(lambda: self.start_forward(x).wait())
+
+    def known(self, bring: Callable[[], Tensor]) -> Tensor:
+        """What was kept of what it brought, or what it brings, which is kept where the plan says so."""
         if self.tape is None:
-            return self.start_forward(x).wait()
+            return bring()
         if self.tape.reading:
             return self.tape.brought.pop(0)
-        y = self.start_forward(x).wait()
+        y = bring()
         if self.tape.writing:
             self.tape.brought.append(y)
         return y
@@ -142,7 +145,8 @@ class Regions:
                 comm = context.comm(*op.axes, lane=op.lane)
                 tape = self.tape if op.writes in block.kept else None
                 region = Region(kind, comm, site, tape, _moved(block, op))
-                found[writer] = region if comm.size > 1 else IDENTITY
+                if kind not in OF_ROWS:
+                    found[writer] = region if comm.size > 1 else IDENTITY
                 kinds.setdefault(kind, []).append(region)
         self._at: Mapping[str, Region] = found
         self._kinds: Mapping[str, list[Region]] = kinds

@@ -7,6 +7,9 @@ A and B are weights of the linear's own op, so that the rules of room.py lay the
                 gradient is partial over tp
     row         [rank, in], cut as W's columns   [out, rank], whole on tp; its gradient is partial over tp
 
+A convolution's A is one of its kernel, stride and padding to `rank` maps, its B one of 1 x 1 (as peft's);
+groups that see their own channels alone have an A each.
+
 No region is added: what a row-parallel linear sends is W x + B A x, one partial sum. gate and up have an A
 and a B each ([pair, ...]), and so has every expert ([experts, pair, ...]), where its W lies. Backward makes
 h = A x again, so that nothing more is kept than x.
@@ -36,6 +39,8 @@ PREFIX = {
     "experts": "expert_",
     "shared": "shared_",
     "dense": "",
+    "conv": "",
+    "embedding": "",  # an image model's first convolution
 }  # segment -> of its targets
 DEFAULT, DENSE = ("wq", "wv"), ("linear",)
 A, B = "_lora_a", "_lora_b"
@@ -67,7 +72,11 @@ def widths(spec: ModelSizes) -> dict[str, int]:
     layers, added up: what a rank of one costs."""
     if spec.image is not None:
         inputs = spec.image.dense_inputs(spec.hidden)[:-1]
-        return {"linear": sum(n + spec.hidden for n in inputs)}
+        groups, maps = spec.image.groups, 0
+        for i, c in enumerate(spec.image.convs):
+            own = groups if i > 0 and not c.sources else 1
+            maps += own * max(c.sources, 1) * c.channels * c.kernel**2 + groups * c.filters
+        return {"linear": sum(n + spec.hidden for n in inputs), "kernel": maps}
     h, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     found = {"wq": h + q, "wk": h + kv, "wv": h + kv, "wo": h + q}
     if spec.latent is not None:
@@ -117,11 +126,12 @@ def _adapt(block: Block, spec: ModelSizes) -> Block:
             new["marks"] = Tensor("marks", rows, "route")
             return (Op("dispatch.mark", "mark", op.reads[1:], "marks"), op)
         target = target_of(op.weights[0]) if op.weights else ""
-        if op.kind != "linear" or target not in spec.lora_targets:
+        if op.kind not in ("linear", "conv") or target not in spec.lora_targets:
             return (op,)
         w = block.tensors[op.weights[0]]
+        seen = {d.name for d in block.tensors[op.reads[0]].dims}  # groups that see themselves alone
         out = tuple(d for d in w.dims if d.name not in op.sums)
-        groups = tuple(d for d in out if d.name in GROUPS)
+        groups = tuple(d for d in out if d.name in GROUPS or d.name in seen)
         inputs = tuple(d for d in w.dims if d.name in op.sums)
         free = tuple(d for d in op.space if d not in w.dims)
         a = Tensor(f"{w.name}{A}", (*groups, rank, *inputs), "weight")

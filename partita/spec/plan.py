@@ -90,7 +90,7 @@ class DataPlan:
 class ContextPlan:
     """How attention sees the sequence that cp cuts; `ulysses` is the inner degree of a hybrid."""
 
-    method: str = "ring"  # ring | ulysses | hybrid | all_gather
+    method: str = "ring"  # ring | ulysses | hybrid | all_gather, halo of images
     ulysses: int = 1
 
 

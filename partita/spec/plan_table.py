@@ -24,7 +24,7 @@ SCHEDULES = (
 )  # fmt: skip
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "accumulate"): ("shard", "whole"),
-    ("context", "method"): ("ring", "ulysses", "hybrid", "all_gather"),
+    ("context", "method"): ("ring", "ulysses", "hybrid", "all_gather", "halo"),
     ("recompute", "mode"): ("none", "selective", "full"),
     ("recompute", "collectives"): ("repeat", "keep"),
     ("precision", "dtype"): ("fp64", "fp32", "bf16", "fp16", "fp8"),

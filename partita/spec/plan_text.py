@@ -203,7 +203,7 @@ def _read_pipeline(given: _Given, word: str, match: re.Match[str]) -> None:
 
 
 def _read_context(given: _Given, word: str, match: re.Match[str]) -> None:
-    """cp<n>[:ring|ulysses|hybrid<u>x<r>|all_gather]."""
+    """cp<n>[:ring|ulysses|hybrid<u>x<r>|all_gather|halo]."""
     size, method = _integer(given.line, word, match["n"]), match["method"]
     given.set(word, "mesh", "cp", size)
     if not method:

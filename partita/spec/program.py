@@ -13,7 +13,8 @@ from an input or from a weight makes that value, or that gradient, partial over 
 
 Rooms cut dims and insert *regions*: ops that only move data, each with its events. A laid program is
 again a Program. Names of dims are the interface between rooms: batch (dp), seq (cp, then ulysses, then
-sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep), groups (split); others are never cut.
+sp), heads, kv_heads, ffn, vocab (tp), experts, expert_ffn (ep), groups (split), height and rows of
+images (cp); others are never cut.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class Op:
     extra: tuple[
         tuple[tuple[Dim, ...], float], ...
     ] = ()  # LoRA: spaces more, backward over forward
+    window: tuple[int, ...] = ()  # of convolution and pooling: kernel, stride, padding
 
     def over(self, change: Callable[[tuple[Dim, ...]], tuple[Dim, ...]]) -> Op:
         """The same over what `change` makes of its spaces; itself where that is nothing."""

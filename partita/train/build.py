@@ -88,8 +88,8 @@ class Built:
     def _share(self, whole: Microbatch) -> Microbatch:
         sizes, at = self.model.laid.sizes, self.context.coords
         ways, mine = product_coordinate(sizes, at, ("cp", "ulysses"))
-        if ways == 1:
-            return whole
+        if ways == 1 or self.model.laid.request.model.image is not None:
+            return whole  # pixels are cut where they are read
         split = self._split if whole.documents is None else self._split_of(whole.documents)
         ids, targets, valid = split.take((whole.ids, whole.targets, whole.valid), mine, ways)
         documents = split.tokens.documents

@@ -125,7 +125,7 @@ def run_rank(
         if flows and not batch.drains:
             batch = replace(batch, following=rank_batch(built, step + 1).microbatches)
         if step == watched:
-            seen.watch.start(batch.microbatches, share_of(model, ("cp", "ulysses")))
+            seen.watch.start(batch.microbatches, share_of(model))
         loss = _finite_or_nan(lambda batch=batch: model.forward_backward(batch))
         if step == 1 and model.guess is not None and model.guess.found is not None:
             undone = not model.guess.found.held

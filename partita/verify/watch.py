@@ -49,7 +49,7 @@ class Watch:
 
     def see_channels(self, name: str, x: Tensor, batch: Microbatch, at: Tensor) -> None:
         """An image model's output [samples, groups, channels or units, ...]; `at` says which of all groups'
-        they are [groups, channels]."""
+        they are [groups, channels], of a map [groups, channels, rows]."""
         if self.active:
             self._see(name, x, batch, at.flatten().expand(len(batch.samples), -1))
 
@@ -78,6 +78,7 @@ class Watch:
         while at < len(self._order) and done + len(self._order[at].samples) <= seen:
             done += len(self._order[at].samples)
             at += 1
+        x = x.flatten(1, 2) if x.ndim > 3 else x  # a map's rows, channel by channel
         self.see(name, x, self._order[at], (0, 1))
 
 
@@ -104,8 +105,10 @@ def places(batch: Microbatch, held: int, share: tuple[int, int]) -> Tensor:
     return at.expand(len(batch.samples), -1)
 
 
-def share_of(model: Model, axes: tuple[str, ...]) -> tuple[int, int]:
-    """(this rank's share, shares) of the laid sequence where these axes cut it."""
+def share_of(model: Model, axes: tuple[str, ...] = ("cp", "ulysses")) -> tuple[int, int]:
+    """(this rank's share, shares) of the laid sequence where these axes cut it; an image is read whole."""
+    if model.laid.request.model.image is not None:
+        return 0, 1
     ways, mine = product_coordinate(model.laid.sizes, model.context.coords, axes)
     return mine, ways
 
@@ -113,7 +116,11 @@ def share_of(model: Model, axes: tuple[str, ...]) -> tuple[int, int]:
 def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
     """Says which positions this rank holds of y."""
     if model.laid.request.model.image is not None:
-        watch.see_channels(name, y, batch, _channels(model, y))
+        at = _channels(model, y)
+        if y.ndim > 3:
+            y, at = _rows(model, name, y, at)
+        if y.numel():  # of a small map the last ranks hold no row
+            watch.see_channels(name, y, batch, at)
         return
     axes = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
     watch.see(name, y, batch, share_of(model, axes))
@@ -127,6 +134,16 @@ def _channels(model: Model, y: Tensor) -> Tensor:
     whole = channels * sizes["tp"]
     first = at["split"] * groups * whole + at["tp"] * channels
     return first + torch.arange(groups).unsqueeze(1) * whole + torch.arange(channels)
+
+
+def _rows(model: Model, name: str, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a map's channels that are of the image, and which of all they are."""
+    stages = (s for s in model.laid.stages if name in s.names)
+    block = next(s.blocks[s.names.index(name)] for s in stages)
+    size = block.tensors[block.output].dims[-2].size
+    first = min(model.context.coords["cp"] * y.shape[-2], size)
+    y = y.narrow(-2, 0, min(y.shape[-2], size - first))
+    return y, at.unsqueeze(-1) * size + torch.arange(first, first + y.shape[-2])
 
 
 def watch_blocks(model: Model, watch: Watch) -> None:

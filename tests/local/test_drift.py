@@ -1,5 +1,6 @@
 """Program and torch must not drift: kept storages, FLOPs, weights and traffic, without tolerance."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.local import local
 from partita.model.core import Explicit
+from partita.parallel.cp.halo import with_rows
 from partita.parallel.cp.ulysses import Turned
 from partita.parallel.ep.counts import rows as rows_of
 from partita.parallel.laid import local_shape
@@ -214,9 +216,10 @@ def recorded_in_order(world, job):
         for n, t, _ in u.weights
     }
     first = [(t.site, t.phase, t.op, t.bytes) for t in transfers if t.microbatch == 0]
+    mine = with_rows(laid.sizes, job.model.image, built.context.coords["cp"])
     calls = [
         (site, c.phase, c.collective, c.bytes)
-        for c, site in laid.calls(built.model.place)
+        for c, site in replace(laid, rows=mine).calls(built.model.place)
         if c.phase in "FB" and not laid._alone(c)
         for _ in range(c.times)
     ]

@@ -175,6 +175,7 @@ def test_the_judge_is_the_network_written_in_torch(tmp_path):
 
 @pytest.mark.parametrize("plan", [
     "split2 2mb bf16", "split4 2mb fp32", "2mb recompute:full fp32", "tp2 split2 2mb fp32", "tp2 2mb bf16",
+    "cp2:halo 2mb fp32", "cp3:halo split2 2mb bf16", "cp2:halo tp2 2mb recompute:full fp32",
 ])  # fmt: skip
 def test_the_program_does_not_drift(plan, tmp_path):
     """Kept storages, FLOPs, sites, bytes, order, names and shapes are those declared."""

@@ -52,6 +52,8 @@ PLANS = (
     "pp2:dualpipe/4mb split2",
     "tp2", "2mb tp2 split2", "split4 tp2 dp_replicate2", "tp2 2mb recompute:full dp_shard2.zero3",
     "tp2 2mb recompute:full recompute.collectives=keep", "pp2:zb_h1/2mb tp2 split2 dp_shard2.zero2",
+    "cp2:halo", "cp3:halo 2mb recompute:full dp_shard2.zero2", "cp2:halo tp2 split2 2mb", "cp8:halo",
+    "cp2:halo 2mb recompute:full recompute.collectives=keep split2", "pp2:zb_h1/2mb cp4:halo dp_shard2.zero3",
 )  # fmt: skip
 
 
@@ -133,8 +135,9 @@ def test_a_plan_is_judged_and_refused_in_words():
         sum(2 * k.m * k.n * k.k * k.count for k in matmuls) == 4 * 724_406_816
     )  # half of 8 images
     assert 0 < found.mfu < 1
-    wrong = problems(Request(Plan.parse("split4 cp2:ring"), ALEXNET, 1))
-    assert {p.rule for p in wrong} >= {"groups", "axes"}
+    wrong = problems(Request(Plan.parse("split4 cp2:ring ep2"), ALEXNET, 1))
+    assert {p.rule for p in wrong} >= {"groups", "axes", "method"}
+    assert next(p for p in wrong if p.room == "cp").nearest == "cp2:halo ep2 split4"
     (wide,) = problems(Request(Plan.parse("tp3 split2"), ALEXNET, 1))
     assert (wide.room, wide.rule, wide.nearest) == ("tp", "channels", "tp2 split2")
     assert "128 channels a group of convolution 2" in wide.message

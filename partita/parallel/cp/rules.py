@@ -4,6 +4,7 @@
     all_gather  every rank gathers them                                 Llama 3 (2407.21783)
     ulysses     all_to_all: heads are cut between, seq is not           Jacobs et al. 2023 (2309.14509)
     hybrid UxR  ulysses U inside a ring of R                            Fang and Zhao 2024 (2405.07719)
+    halo        rows of images, and nothing of the kind: halo.py        Dryden et al. 2019 (1903.06681)
 
 Everything else works on its own tokens; the loss is a partial sum, and so is every weight's gradient: both
 come out of the sum rule. A ring hands on k and v n-1 times in F and in B, and in B the gradients of both, in
@@ -18,6 +19,7 @@ from dataclasses import replace
 from math import lcm
 
 from partita.base.errors import Problem
+from partita.parallel.cp import halo
 from partita.parallel.cp.balance import Order, order
 from partita.parallel.room import Request, cut_everywhere, cut_tensor, error, region, sum_rule
 from partita.spec.plan import Plan
@@ -28,8 +30,11 @@ HEADS = ("heads", "kv_heads")
 
 
 def problems(job: Request) -> list[Problem]:
-    """The sequence divides by what cuts it, heads by what cuts them."""
-    return [] if job.plan.mesh.cp == 1 else [*_sequence(job), *_heads(job)]
+    """The sequence divides by what cuts it, heads by what cuts them; rows of images lie as they come."""
+    if job.plan.mesh.cp == 1:
+        return []
+    other = halo.problems(job)
+    return other if other or job.model.image is not None else [*_sequence(job), *_heads(job)]
 
 
 def _unit(job: Request) -> int:
@@ -101,12 +106,15 @@ def _nearest(job: Request) -> str:
 
 def laid_order(job: Request) -> Order:
     """Which position lies at each place of the laid sequence where no documents are packed."""
-    return order(job.seq_len, job.plan.sizes["cp"], window=job.model.sliding_window)
+    ring = 1 if job.model.image is not None else job.plan.sizes["cp"]
+    return order(job.seq_len, ring, window=job.model.sliding_window)
 
 
 def lay(job: Request, program: Program) -> Program:
-    """Cuts seq; then what must see it whole gets its exchanges, and behind them its ring."""
+    """Cuts seq; then what must see it whole gets its exchanges, and behind them its ring. Of images rows."""
     sizes = job.plan.sizes
+    if job.model.image is not None:
+        return program if sizes["cp"] == 1 else halo.lay(job, program)
     for axis in AXES:
         if sizes[axis] > 1:
             program = program.map(

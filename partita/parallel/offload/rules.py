@@ -169,7 +169,9 @@ Move = tuple[str, Event]  # offload | reload | read | write
 def _kept_events(block: Block, plan: Plan, last: bool) -> list[Move]:
     """What a block keeps goes in F and comes in B; not its output, which the next block keeps, nor data."""
     arena = arena_of(plan, "activations")
-    names = sorted(n for n in block.kept if n != block.output and not _is_data(block.tensors[n]))
+    own = {block.output, *(op.writes for op in block.ops())}  # rows of pixels are a copy
+    brought = {n for n in block.kept - own if _is_data(block.tensors[n])}
+    names = sorted(block.kept - brought - {block.output})
     if arena == "device" or not names:
         return []
     goes, comes = (Event(p, "copy", names[0], beside=tuple(names[1:]), apart=last) for p in "FB")

@@ -23,7 +23,8 @@ from partita.parallel.room import Request
 from partita.spec.plan import RecomputePlan
 from partita.spec.program import Block, Op, Program
 
-REMEMBERED = ("reduce_from", "gather_from", "scatter_to")  # regions whose results `keep` keeps
+# regions whose results `keep` keeps
+REMEMBERED = ("reduce_from", "gather_from", "scatter_to", "halo", "gather_map")
 
 
 def problems(job: Request) -> list[Problem]:

@@ -28,7 +28,6 @@ from partita.parallel.room import (
 from partita.spec.program import Block, Op, Program, Tensor, rewrite
 
 LACKS = {  # what an axis cuts, and no convolutional model has
-    "cp": "no sequence for cp to cut (its batch lies on dp, its channels on tp and split)",
     "ep": "no experts to lie on ep",
 }
 
@@ -64,10 +63,8 @@ def problems(job: Request) -> list[Problem]:
     if other:
         asked = " ".join(f"{a}{getattr(mesh, a)}" for a in other)
         message = f"{asked}: a convolutional model has " + ", ".join(LACKS[a] for a in other)
-        nearest = str(job.plan.with_("mesh", cp=1, ep=1, etp=1))
-        found.append(
-            error("split", "axes", message, asked=asked, limit="no cp, ep", nearest=nearest)
-        )
+        nearest = str(job.plan.with_("mesh", ep=1, etp=1))
+        found.append(error("split", "axes", message, asked=asked, limit="no ep", nearest=nearest))
     return found
 
 

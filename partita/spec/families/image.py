@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from partita.spec.families.loss import loss
 from partita.spec.families.writer import Writer
-from partita.spec.image import Conv
+from partita.spec.image import POOL, POOL_STRIDE, Conv
 from partita.spec.program import Block, Program
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Images:
             f"{segment}.kernel", "conv", x, ("y.mm", INSIDE), weights={f"{segment}.kernel": weight},
             sums=tuple(inputs.split()), saves=x,
             space=f"batch groups filters rows columns {inputs}",
+            window=(conv.kernel, conv.stride, conv.padding),
         )  # fmt: skip
         y = w.bias(f"{segment}.kernel", y, ("y", INSIDE), "groups filters")
         ends = "relu" if not (conv.norm or conv.pool) else "norm" if not conv.pool else "pool"
@@ -87,7 +88,10 @@ class Images:
             return w.op(f"{segment}.response", "response", x, (out, dims), whole=whole, saves=x)
         w.tensor("pick", dims, "route")
         whole = ((x, "rows"), (x, "columns"))
-        return w.op(f"{segment}.pool", "pool", x, (out, dims), whole=whole, saves=f"{x} pick")
+        return w.op(
+            f"{segment}.pool", "pool", x, (out, dims), whole=whole, saves=f"{x} pick",
+            window=(POOL, POOL_STRIDE, 0),
+        )  # fmt: skip
 
     def dense(self, name: str, segment: str, sizes: dict[str, int]) -> Block:
         """A fully connected layer: it sees all groups; bias, ReLU, dropout."""
