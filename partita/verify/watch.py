@@ -49,15 +49,19 @@ class Watch:
 
     def see_channels(self, name: str, x: Tensor, batch: Microbatch, at: Tensor) -> None:
         """An image model's output [samples, groups, channels or units, ...]; `at` says which of all groups'
-        they are [groups, channels], of a map [groups, channels, rows]."""
-        if self.active:
-            self._see(name, x, batch, at.flatten().expand(len(batch.samples), -1))
+        they are [groups, channels], of a map [groups, channels, rows], the rows behind which are padding."""
+        if self.active and at.numel():  # of a small map the last ranks hold no row
+            held = at.shape[2] if at.ndim > 2 else None
+            self._see(name, x, batch, at.flatten().expand(len(batch.samples), -1), held)
 
-    def _see(self, name: str, x: Tensor, batch: Microbatch, at: Tensor) -> None:
-        """Row by row; what lies in groups as one row of channels."""
+    def _see(
+        self, name: str, x: Tensor, batch: Microbatch, at: Tensor, held: int | None = None
+    ) -> None:
+        """Row by row; what lies in groups as one row of channels, of maps so many rows."""
         samples = batch.samples.tolist()
 
         def rows(values: Tensor) -> Tensor:
+            values = values if held is None else values.narrow(-2, 0, held)
             return values.reshape(len(samples), at.shape[1], -1)
 
         for row, (sample, values) in enumerate(zip(samples, rows(x.detach()), strict=True)):
@@ -78,8 +82,12 @@ class Watch:
         while at < len(self._order) and done + len(self._order[at].samples) <= seen:
             done += len(self._order[at].samples)
             at += 1
-        x = x.flatten(1, 2) if x.ndim > 3 else x  # a map's rows, channel by channel
-        self.see(name, x, self._order[at], (0, 1))
+        batch = self._order[at]
+        if x.ndim > 3:  # a map's rows, channel by channel
+            every = torch.arange(x.shape[1] * x.shape[2])
+            self._see(name, x, batch, every.expand(len(batch.samples), -1))
+        else:
+            self.see(name, x, batch, (0, 1))
 
 
 class _Watched:
@@ -117,10 +125,7 @@ def tell(model: Model, watch: Watch, name: str, y: Tensor, batch: Any) -> None:
     """Says which positions this rank holds of y."""
     if model.laid.request.model.image is not None:
         at = _channels(model, y)
-        if y.ndim > 3:
-            y, at = _rows(model, name, y, at)
-        if y.numel():  # of a small map the last ranks hold no row
-            watch.see_channels(name, y, batch, at)
+        watch.see_channels(name, y, batch, _rows(model, name, y, at) if y.ndim > 3 else at)
         return
     axes = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
     watch.see(name, y, batch, share_of(model, axes))
@@ -136,14 +141,13 @@ def _channels(model: Model, y: Tensor) -> Tensor:
     return first + torch.arange(groups).unsqueeze(1) * whole + torch.arange(channels)
 
 
-def _rows(model: Model, name: str, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a map's channels that are of the image, and which of all they are."""
+def _rows(model: Model, name: str, y: Tensor, at: Tensor) -> Tensor:
+    """[groups, channels, rows] of a map that are of the image here, as numbers among all channels' rows."""
     stages = (s for s in model.laid.stages if name in s.names)
     block = next(s.blocks[s.names.index(name)] for s in stages)
     size = block.tensors[block.output].dims[-2].size
     first = min(model.context.coords["cp"] * y.shape[-2], size)
-    y = y.narrow(-2, 0, min(y.shape[-2], size - first))
-    return y, at.unsqueeze(-1) * size + torch.arange(first, first + y.shape[-2])
+    return at.unsqueeze(-1) * size + torch.arange(first, min(first + y.shape[-2], size))
 
 
 def watch_blocks(model: Model, watch: Watch) -> None:

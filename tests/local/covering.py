@@ -3,8 +3,8 @@
 A feature is an axis, a method of it, or a choice beside the axes; `hybrid` context parallelism is `ring` and
 `ulysses` at once. Two kinds of pairs are not asked for, which would take a plan each: beside a schedule that
 something else is *left out*, and of each family every schedule, which a plan each would be (seven families
-beside eighteen schedules); there it is every `kind` of schedule, and every schedule with dense layers,
-experts and images.
+beside eighteen schedules), nor beside halos; there it is every `kind` of schedule, and every schedule with
+dense layers, experts and images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "shards": ("", "dp_shard2.zero0", "dp_shard2.zero1", "dp_shard2.zero2", "dp_shard2.zero3"),
     "gathers": ("", "data.reshard_after_forward=false"),
     "tensor": ("", "tp2", "tp2+sp"),
-    "context": ("", "ring", "all_gather"),
+    "context": ("", "ring", "all_gather", "halo"),
     "heads": ("", "ulysses"),
     "experts": ("", "ep2"),
     "slices": ("", "etp2"),
@@ -60,7 +60,7 @@ KINDS = {  # of schedules, by where stages lie and what they hold
 CHUNKS = ("loop", "vee", "lists")  # two stages a rank
 MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 MOST_PROCESSES = 8  # at most so many where ranks are processes
-SEED, TRIES, THRIFT = 9, 4, 0.05  # of forty tried, what came to the fewest plans
+SEED, TRIES, THRIFT = 26, 4, 0.05  # of those tried, what came to the fewest plans
 FREE = tuple(FEATURES)
 Row = dict[str, str]
 Pair = tuple[str, str, str, str]
@@ -74,6 +74,7 @@ UNSPELT = {  # two features of which no plan says both, or one is then as if it 
     ("recompute", "every"): "nothing is computed again, in every k-th layer or in all",
     ("context", "heads"): "of ring and Ulysses a hybrid is made",
     ("family", "sees"): "an image has no sequence",
+    ("context", "sees"): "an image has no sequence",
 }
 
 
@@ -109,7 +110,8 @@ def legal(row: Row) -> bool:
     made = layers(row)
     experts = row["experts"] or row["slices"] or row["chunks"]
     needs = prod(2 for f in ("experts", "slices") if row[f])
-    cut = row["tensor"] == "tp2+sp" or row["context"] or row["heads"]
+    edges = row["context"] == "halo"
+    cut = row["tensor"] == "tp2+sp" or (row["context"] and not edges) or row["heads"]
     versions = kind(row) == "versions"
     return not (
         ranks(row) > MOST_RANKS
@@ -117,6 +119,7 @@ def legal(row: Row) -> bool:
         or ((row["brings"] or row["every"]) and not row["recompute"])
         or (row["context"] == "all_gather" and row["heads"])
         or (made == "images" and (cut or row["sees"]))
+        or (made != "images" and edges)
         or (made != "experts" and experts)
         or (made == "experts" and row["tensor"] == "tp2" and not row["slices"])
         or fold(row) % needs
@@ -131,6 +134,8 @@ def pair(row: Row, a: str, b: str) -> list[Pair]:
     if a == "pipeline" and b == "family":
         made = layers(row)
         return [(a, kind(row), b, y)] + [(a, x, "layers", made)] * (made != "dense")
+    if a == "pipeline" and y == "halo":
+        return [(a, kind(row), b, y)]
     return [] if a == "pipeline" and kind(row) and not y else [(a, x, b, y)]
 
 
@@ -253,7 +258,9 @@ def on_processes(of: Sequence[Row]) -> list[tuple[Row, str]]:
 def line(row: Row, given: str = "") -> str:
     """The plan in one line; `given` is the path of a schedule's lists. What lies elsewhere takes the shards
     of stage 3 along (fp8's not into files)."""
-    context = {"": "", "ring": "cp2:ring", "all_gather": "cp2:all_gather"}[row["context"]]
+    context = {"": "", "ring": "cp2:ring", "all_gather": "cp2:all_gather", "halo": "cp2:halo"}[
+        row["context"]
+    ]
     if row["heads"]:
         context = "cp4:hybrid2x2" if context else "cp2:ulysses"
     filed = row["precision"] == "fp8" and "nvme" in row["offload"]

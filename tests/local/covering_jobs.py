@@ -24,7 +24,8 @@ def job(folder, row):
     given.write_text(LISTS)
     plan, (family, *words) = covering.line(row, str(given)), row["family"].split()
     if family == "alexnet":
-        low = {"lora_rank": 2, "lora_dropout": 0.1} if row["trains"] == "lora" else {}
+        low = {"lora_rank": 2, "lora_dropout": 0.1, "lora_targets": ("linear", "kernel")}
+        low = low if row["trains"] == "lora" else {}
         return trained(row, image_jobs.job(folder, plan, batch=16, **low))
     model = {"layers": 4 if covering.kind(row) in covering.CHUNKS else 3}
     if family == "moe":

@@ -9,7 +9,7 @@ from executed import difference as difference_from_one
 from partita.base.errors import UsageError
 from partita.parallel.execute import execute
 from partita.parallel.laid import Request, lay, problems
-from partita.parallel.read import flops
+from partita.parallel.read import flops, gradient_axes
 from partita.simulate.predict import simulate
 from partita.simulate.work import block_work
 from partita.spec.families import program
@@ -70,8 +70,15 @@ def difference(got):
     return difference_from_one(SMALL, got, 2)
 
 
-def test_no_region_can_be_left_out():
-    whole = laid("split2 dp_replicate2 2mb")
+@pytest.mark.parametrize("line, some", [
+    (
+        "split2 dp_replicate2 2mb",
+        {"conv.join:gather_from", "dense.join:gather_from", "head.project:reduce_from"},
+    ),
+    ("cp3:halo", {"input:halo", "conv.response:halo", "conv.join:halo", "input:gather_map"}),
+])  # fmt: skip
+def test_no_region_can_be_left_out(line, some):
+    whole = laid(line)
     blocks = [b for s in whole.stages for b in s.blocks]
     sites = {
         (b.name, op.name): (b.name, op)
@@ -79,9 +86,7 @@ def test_no_region_can_be_left_out():
         for op in (*b.ops(), *b.regions)
         if op.is_region
     }
-    assert {op.name for _, op in sites.values()} >= {
-        "conv.join:gather_from", "dense.join:gather_from", "head.project:reduce_from",
-    }  # fmt: skip
+    assert {op.name for _, op in sites.values()} >= some
     for site in sites.values():
         silent = replace(site[1], events=())
         assert found_wrong(SMALL, change_region(whole, site, (silent,))), site[1].name
@@ -141,8 +146,9 @@ def test_a_plan_is_judged_and_refused_in_words():
     (wide,) = problems(Request(Plan.parse("tp3 split2"), ALEXNET, 1))
     assert (wide.room, wide.rule, wide.nearest) == ("tp", "channels", "tp2 split2")
     assert "128 channels a group of convolution 2" in wide.message
-    (tokens,) = problems(Request(Plan.parse("tp2+sp"), ALEXNET, 1))
-    assert tokens.room == "sp" and "one place" in tokens.message and tokens.nearest == "tp2"
+    for line, nearest in (("tp2+sp", "tp2"), ("tp2+sp cp2:halo", "cp2:halo tp2")):
+        (tokens,) = problems(Request(Plan.parse(line), ALEXNET, 1))
+        assert tokens.room == "sp" and "one place" in tokens.message and tokens.nearest == nearest
     llama = problems(Request(Plan.parse("split2"), ModelSpec.from_preset("tiny"), 8))
     assert llama[0].nearest == "1mb" and "channels" in llama[0].message
     long = Job.of("alexnet", "laptop", "split2", global_batch_size=8, seq_len=2)
@@ -162,13 +168,17 @@ def test_sizes_that_cannot_be_are_refused(changed):
 
 
 LOW = replace(SMALL, lora_rank=2, lora_targets=("linear",), lora_dropout=0.5)
+BOTH = replace(LOW, lora_targets=("linear", "kernel"))
 
 
-@pytest.mark.parametrize("line", ["split2 2mb", "tp2 dp_shard2.zero3", "pp2:zb_h1/2mb tp2 split4"])
-def test_lora_beside_fully_connected_layers_equals_one_device_exactly(line):
-    whole = lay(replace(request(LOW, line), seq_len=1))
+@pytest.mark.parametrize("line, model", [
+    ("split2 2mb", LOW), ("tp2 dp_shard2.zero3", LOW), ("pp2:zb_h1/2mb tp2 split4", LOW),
+    ("tp2 split2", BOTH), ("cp3:halo dp_shard2.zero2", BOTH), ("pp2:zb_h1/2mb cp2:halo split2", BOTH),
+])  # fmt: skip
+def test_lora_equals_one_device_exactly(line, model):
+    whole = lay(replace(request(model, line), seq_len=1))
     got = execute(whole)
-    assert difference_from_one(LOW, got, 2) == ""
+    assert difference_from_one(model, got, 2) == ""
     for rank in range(whole.mesh.world_size):
         assert got.traffic[rank] == whole.traffic(rank)
 
@@ -181,3 +191,48 @@ def test_adapters_are_counted_and_lie_as_their_linears():
     layer = next(b for b in whole.program.blocks if "dense.linear" in b.tensors)
     a, b = (layer.tensors[f"dense.linear_lora_{x}"] for x in "ab")
     assert a.axes() == set() and b.axes() == {"tp", "split"}
+
+
+def test_adapters_of_convolutions_are_counted_and_lie_as_their_kernels():
+    """A of 2 colors and 9 places for all groups; of a group's own 2 channels and 4 places; of all groups' at
+    the join. B is a number for each filter. Rows on cp make each gradient a partial sum; of A that groups
+    share split and tp do too, of a group's own only tp."""
+    sizes = 2 * 9 + 8, 4 * 2 * 4 + 8, 4 * 2 * 4 + 8, 4 * 2 + 8
+    assert BOTH.parameters() - LOW.parameters() == 2 * sum(sizes)
+    whole = lay(replace(request(BOTH, "tp2 split2 cp2:halo"), seq_len=1))
+    own, shared = (b.tensors for b in whole.program.blocks[1:3])
+    for tensors, axes in ((own, {"split"}), (shared, set())):
+        a, b = (tensors[f"conv.kernel_lora_{x}"] for x in "ab")
+        assert a.axes() == axes and b.axes() == {"tp", "split"}
+    partial = [
+        {n: gradient_axes(b, t, whole.sizes) for n, t in b.tensors.items() if "lora" in n}
+        for b in whole.program.blocks[1:3]
+    ]
+    assert set(partial[0]["conv.kernel_lora_a"]) == {"cp", "tp"}
+    assert set(partial[1]["conv.kernel_lora_a"]) == {"cp", "tp", "split"}
+    assert set(partial[1]["conv.kernel_lora_b"]) == {"cp"}
+
+
+def test_halos_of_alexnet_are_what_the_page_says():
+    """Two ranks: 55, 27 and 13 rows lie 28 + 27, 14 + 13 and 7 + 6. Pooling 1 makes 14 + 13 rows of 29 + 27,
+    pooling 2 7 + 6 of 15 + 13, pooling 5 3 + 3 of 7 + 7; conv 2 sees two rows beyond the seam, conv 3 to 5
+    one."""
+    whole = lay(Request(Plan.parse("cp2:halo fp32"), ALEXNET, 1, 1))
+    rows = {
+        "embedding.response": (96 * 55, 0, 1), "blocks.0.input": (96 * 27, 2, 2),
+        "blocks.0.conv.response": (256 * 27, 0, 1), "blocks.1.conv.join": (256 * 13, 1, 1),
+        "blocks.2.input": (384 * 13, 1, 1), "blocks.3.input": (384 * 13, 1, 1),
+        "blocks.3.conv.relu": (256 * 13, 1, 0),
+    }  # fmt: skip
+    for rank in (0, 1):
+        found = {
+            (t.site.rpartition(":")[0], t.phase): t.bytes
+            for t in whole.traffic(rank) if t.op == "all_to_all"
+        }  # fmt: skip
+        want = {}
+        for site, (row, down, up) in rows.items():
+            sends = (down, up) if rank == 0 else (up, down)
+            want |= {(site, p): row * n * 4 for p, n in zip("FB", sends, strict=True)}
+        assert found == want
+        (whole_map,) = (t for t in whole.traffic(rank) if t.op == "all_gather")
+        assert (whole_map.site, whole_map.bytes) == ("blocks.4.input:gather_map", 3 * 6 * 256 * 4)

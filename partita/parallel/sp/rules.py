@@ -27,7 +27,7 @@ def problems(job: Request) -> list[Problem]:
     """tp divides the sequence that is left after context parallelism."""
     tp, sp = job.plan.mesh.tp, job.plan.mesh.sp
     local = job.seq_len // job.plan.mesh.cp
-    if not sp or tp == 1 or local % tp == 0:
+    if not sp or tp == 1 or (local % tp == 0 and job.model.image is None):
         return []
     message = (
         f"a sequence of {local} tokens cannot be cut over tp {tp}: {local} % {tp} = {local % tp}"
