@@ -46,11 +46,13 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     m = plan.mesh
     for axis in ("tp", "pp", "cp"):
         other = _moved(job, plan, axis)
+        if other is not None and axis == "cp" and job.model.image is not None:
+            other = other.with_("context", method="halo")  # rows' only one
         if other is not None:
             yield f"{axis}{getattr(m, axis)}", other
     if m.tp > 1:
         yield "+sp" if m.sp else "no sp", plan.with_("mesh", sp=not m.sp)
-    if m.cp > 1:
+    if m.cp > 1 and job.model.image is None:
         method = plan.context.method
         yield (
             method,

@@ -200,7 +200,7 @@ class Model:
         head = self.blocks[-1]
         found, head.known = int(head.known), 0
         at = self.context.coords
-        return found if at["split"] == at["tp"] == 0 else 0
+        return found if at["split"] == at["tp"] == at["cp"] == 0 else 0
 
     def begin(self, batch: StepBatch) -> None:
         """Zeroes gradients and tells the head how many valid tokens the step has."""

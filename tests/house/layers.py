@@ -15,7 +15,7 @@ LEVELS = {
     "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 9, "verify": 10, "tune": 10,
     "report": 10, "cli": 11,
 }  # fmt: skip
-PURE = ("rules.py", "balance.py", "counts.py", "__init__.py")  # of a room
+PURE = ("rules.py", "balance.py", "halo.py", "counts.py", "__init__.py")  # of a room
 JOINS_ROOMS = ("laid", "execute")  # beginnings of names, pure
 
 

@@ -52,7 +52,7 @@ def test_lora_of_fully_connected_layers_equals_one_device(plan, tmp_path):
 
 def test_known_images_are_counted_once_whoever_has_their_class(tmp_path):
     """Classes lie on tp: a rank sees its own logits and the largest of all."""
-    plans = "2mb fp64", "tp2 split2 2mb fp64"
+    plans = "2mb fp64", "tp2 cp2:halo 2mb fp64"
     one, cut = (image_jobs.job(tmp_path, plan) for plan in plans)
     with local(1) as ranks:
         (want,) = ranks.run(knows, one)
