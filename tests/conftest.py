@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import hypothesis  # noqa: F401 (what it registers must be there before objects are frozen)
@@ -15,8 +16,11 @@ DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2
 SLOW = (
     240  # of those marked slow: a starved machine takes many times as long, and that fails nothing
 )
+# Ranks that are processes wait much, best while other workers compute; then the longest
+FIRST = {"gloo": 0, "e2e": 1}
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+TURNS = count()
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1360,2600", "--disable-dev-shm-usage",
@@ -39,8 +43,13 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
+
+    def folder_of(item) -> str:
+        return item.path.relative_to(here).parts[0] if here in item.path.parents else ""
+
+    items.sort(key=lambda item: FIRST.get(folder_of(item), len(FIRST)))
     for item in items:
-        folder = item.path.relative_to(here).parts[0] if here in item.path.parents else ""
+        folder = folder_of(item)
         if item.get_closest_marker("timeout") is None:
             least = SLOW if item.get_closest_marker("slow") else 60
             item.add_marker(pytest.mark.timeout(max(DEADLINES.get(folder, 60), least)))
@@ -53,11 +62,12 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup(item):
-    """Of two workers each keeps its thread ranks on one core, where they take turns anyway: waking one on
-    another core costs a quarter more. Processes may run anywhere."""
+    """Each worker keeps its thread ranks on one core, where they take turns anyway: waking one on another
+    costs a quarter more. A worker beyond the cores takes one after the other; processes may run anywhere."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if worker and CPUS:
-        own = [CPUS[int(worker) % len(CPUS)]]
+        at = int(worker) if int(worker) < len(CPUS) else next(TURNS)
+        own = [CPUS[at % len(CPUS)]]
         os.sched_setaffinity(0, own if item.path.parent.name in ("local", "e2e") else CPUS)
 
 
