@@ -4,9 +4,9 @@ MKL, which torch's fp32 products call, keeps to 256-bit vectors on CPUs of other
 oneDNN fills AVX-512's: 105 against 220 GFLOP/s of a core of Zen 5. There dense layers' fp32 products go
 through oneDNN, of operands as they lie, and by small matrices through its kernel for these (brgemm.py), as
 experts' do. Zen 4 executes 512 bits in two halves: there oneDNN makes large products 5 % faster (104 to 108
-GFLOP/s for 97 to 101), gradients that are added up and small ones slower (54 for 99), which stay MKL's, but
-for those of many tokens by small matrices. Which kernel makes a product follows from the CPU and from the
-product's sizes alone, so that a run repeats itself bit for bit.
+GFLOP/s for 97 to 101), gradients that are added up and smaller ones slower (54 for 99), which stay MKL's, but
+for those of small matrices. Which kernel makes a product follows from the CPU and from the product's sizes
+alone, so that a run repeats itself bit for bit.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own
 LEAST_HALVED = 1 << 24  # of one where 512 bits are executed in halves
 LITTLE = 1 << 16  # of one that oneDNN's small-matrix kernel makes
-MANY = (
-    256  # tokens of which that kernel is faster than MKL's on every CPU: the weight is turned once
-)
 THIN = 16  # rows or columns that it takes at least
 NARROW = 64  # rows or columns of a weight: fewer do not fill its kernels
 PIECE = 1 << 20  # elements of a weight's gradient that are made at a time
@@ -128,11 +125,7 @@ def _is_wide(
 
 def is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
     """Whether oneDNN's small-matrix kernel makes a product of (tokens, rows, columns), on this thread
-    alone: a rank has no others. Where 512 bits are executed in halves, of many tokens."""
-    return (sizes[0] >= MANY or executes_whole()) and _is_little(dtype, device, sizes)
-
-
-def _is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
+    alone: a rank has no others."""
     if sizes[1] * sizes[2] > brgemm.FITS or not _is_wide(dtype, device, sizes, LITTLE, THIN):
         return False
     return brgemm.kernels() is not None and not _is_watched()
@@ -151,7 +144,7 @@ def is_little_16(x: Tensor, sizes: tuple[int, int, int]) -> bool:
     """Whether its 16-bit form makes one of bf16 x: experts', and gradients of more tokens than is_paired
     takes. What a dense layer rounds is as fast by a linear."""
     even = x.dtype == torch.bfloat16 and not (sizes[1] % 2 or sizes[2] % 2)
-    return even and paired.is_there() and _is_little(torch.float32, x.device, sizes)
+    return even and paired.is_there() and is_little(torch.float32, x.device, sizes)
 
 
 def little_of(x: Tensor, sizes: tuple[int, int, int]) -> ModuleType | None:
@@ -161,7 +154,7 @@ def little_of(x: Tensor, sizes: tuple[int, int, int]) -> ModuleType | None:
     if is_little_16(x, sizes):
         return brgemm16
     few = x.element_size() == 2 and prod(sizes) < FEW
-    fits = (few or x.dtype == torch.float32) and _is_little(torch.float32, x.device, sizes)
+    fits = (few or x.dtype == torch.float32) and is_little(torch.float32, x.device, sizes)
     return brgemm if fits else None
 
 

@@ -9,7 +9,8 @@ A walk over its ops, forward and backward, of what is there at each:
     input half  a backward whose weight half comes later: what that reads stays, inputs of products with
                 weights and the gradients of what these make
 
-A little matrix in fp32 is turned for forward (parallel/brgemm.py; elsewhere half a MiB less is held). A layer
+A little matrix in fp32 is turned for forward, or what it multiplies and some of what it makes, where that is
+less (parallel/brgemm.py; elsewhere half a MiB less is held). A layer
 with matmuls among what it makes again does so as a whole, before its backward, which holds its output
 too; else each piece is made where backward comes to the ops that want it. What comes round a ring is seen
 share by share, two at a time. A value that carries no gradient has none.
@@ -21,9 +22,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 from partita.parallel.read import bytes_of, once, once_of_ops, replayed
-from partita.spec.program import DRAWN_AT_ONCE, LITTLE_MATRIX, LITTLE_ROWS, NARROW, Block, Op, Sizes
+from partita.spec.program import (
+    DRAWN_AT_ONCE,
+    LITTLE_HELD,
+    LITTLE_MATRIX,
+    LITTLE_ROWS,
+    NARROW,
+    Block,
+    Op,
+    Sizes,
+)
 
 DRAWN_BYTES = 44  # of an element of a mask while it is drawn: int64 words of Philox (comm/seeds.py)
 
@@ -165,7 +176,7 @@ class _Walk:
             elif at >= 0:
                 yield at, self.read.get(t, at), self.each[t]
         for i, op in enumerate(self.ops):  # turned, packed
-            yield i, i, sum(self.each[w] for w in op.weights if self._is_little(w))
+            yield i, i, sum(self._turned(op, w) for w in op.weights if self._is_little(w))
             yield i, i, self._packed(op)
         if whole:  # the gradient that waits for it
             yield 0, self.count - 1, self.each[self.block.output]
@@ -196,6 +207,16 @@ class _Walk:
     def _is_little(self, weight: str) -> bool:
         elements = self.block.tensors[weight].local(self.sizes)
         return elements <= LITTLE_MATRIX and self.each[weight] == 4 * elements
+
+    def _turned(self, op: Op, weight: str) -> int:
+        """For forward, of a little matrix: it, or tokens and as many rows of what they make as are held."""
+        made = {d.name for d in self.block.tensors[op.writes].dims}
+        dims = self.block.tensors[weight].dims
+        rows = prod(d.local(self.sizes) for d in dims if d.name in made)
+        columns, tokens = self.each[weight] // (4 * rows), self.each[op.writes] // (4 * rows)
+        if tokens * (rows + columns) > rows * columns:
+            return self.each[weight]
+        return 4 * tokens * (columns + min(rows, LITTLE_HELD // max(tokens, 1)))
 
     def _packed(self, op: Op) -> int:
         """SwiGLU's gate, which is packed where it is narrow."""

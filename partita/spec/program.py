@@ -34,6 +34,7 @@ DRAWN_AT_ONCE = (
 )  # elements of a mask, or of a weight: 1 MB an int64 temporary, which stays in cache
 LITTLE_MATRIX = 1 << 17  # elements of a weight that fits a core's second cache, in fp32: half a MiB
 LITTLE_ROWS = 128  # that are multiplied by it at a time
+LITTLE_HELD = 1 << 15  # elements that are made and then turned, or read and then added to: 128 KiB
 NARROW = 256  # of SwiGLU's half of a row: below it kernels of strided rows take 2 to 7 times as long as of
 # packed ones
 

@@ -142,15 +142,11 @@ def test_in_halves_large_products_alone_are_onednns(calls, monkeypatch):
     assert len(calls) == 2
 
 
-def test_in_halves_experts_keep_the_small_matrices_kernel(little, monkeypatch):
+def test_in_halves_small_matrices_keep_their_kernel(little, monkeypatch):
     monkeypatch.setattr(product, "executes_whole", lambda: False)
     x, w = torch.randn(48, 128), torch.randn(88, 128)
     near(PLAIN.forward(x, w), x.double() @ w.double().t())
-    assert not little and product.little_of(x, (48, 88, 128)) is brgemm
-    PLAIN.forward(torch.randn(255, 128), w)
-    assert not little
-    PLAIN.forward(torch.randn(256, 128), w)
-    assert little  # of many tokens dense layers' too
+    assert little and product.little_of(x, (48, 88, 128)) is brgemm
 
 
 def test_tokens_whose_number_varies(calls):
@@ -199,7 +195,13 @@ def test_many_numbers_of_rows_are_few_sizes_of_blocks():
     assert len({n for count in range(64, 129) for _, n in brgemm.given(count)}) == 9
 
 
-@pytest.mark.parametrize("sizes", ((64, 96, 40), (130, 16, 512), (1, 1024, 80)))
+def at_a_time(rows, columns, summed, each=0):
+    """Calls of the kernel, of `each` rows."""
+    parts = [min(each, rows - at) for at in range(0, rows, each)] if each else pieces(rows)
+    return [(some, columns, summed) for some in parts]
+
+
+@pytest.mark.parametrize("sizes", ((64, 96, 40), (130, 16, 512), (1, 1024, 80), (16, 300, 96)))
 def test_small_matrices_are_multiplied_as_they_lie(sizes, little):
     tokens, rows, columns = sizes
     x, w, dy = (torch.randn(s) for s in ((2, tokens, columns), (rows, columns), (tokens, rows + 5)))
@@ -210,10 +212,15 @@ def test_small_matrices_are_multiplied_as_they_lie(sizes, little):
     expected = start.double() + part.double().t() @ x[0].double()
     add_steady(start, part, x[0])
     near(start, expected)
+    few = 2 * tokens * (rows + columns) <= rows * columns  # then these are turned, not the weight
     assert little == [
-        *((some, rows, columns) for some in pieces(2 * tokens)),
-        *((some, columns, rows) for some in pieces(tokens)),
-        *((rows, columns, some) for some in pieces(tokens)),
+        *([(rows, 2 * tokens, columns)] if few else at_a_time(2 * tokens, rows, columns)),
+        *at_a_time(tokens, columns, rows),
+        *(
+            ((rows, columns, some) for some in pieces(tokens))
+            if tokens > 128
+            else at_a_time(rows, columns, tokens, brgemm.LITTLE_HELD // columns // 16 * 16)
+        ),
     ]
     spread = torch.randn(tokens, 2 * columns)[:, ::2]  # no rows: copies, held while they are used
     near(PLAIN.forward(spread, w), spread.double() @ w.double().t())
