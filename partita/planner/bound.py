@@ -55,6 +55,7 @@ from partita.simulate.step import update_bytes, update_seconds
 ENDLESS = 2048  # samples of a microbatch that amortises what a microbatch costs
 SLACK = 0.998  # what is left of it
 EAGER = 8192  # forwards of a schedule that is soon made
+REORDERED = ("v_half", "v_min")  # whose orders are searched for, and which hold little
 REHEARSED = 256  # schedules of whole steps that are remembered
 
 
@@ -130,16 +131,6 @@ class Bounds:
         """The blocks of so large a microbatch that a sample cannot cost less."""
         return self.table(mesh, shape, Tokens(*mode, ENDLESS))
 
-    def rough(
-        self, mesh: MeshChoice, table: Table, leaf: tuple[str, int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """From an endless table, the three bounds of a schedule for each size of a microbatch."""
-        rough = self.lies(mesh, leaf)
-        sizes = self.sizes(mesh)
-        send = self.links.send(mesh, table.sent / ENDLESS * sizes)
-        stages, times = self.stages(table, rough.num_stages), self.space.batch // mesh.dp / sizes
-        return rough.bounds(stages, SLACK / ENDLESS * sizes, times, send)
-
     def sizes(self, mesh: MeshChoice) -> np.ndarray:
         """[sizes]: samples of a microbatch."""
         if mesh.dp not in self._sizes:
@@ -161,13 +152,13 @@ class Bounds:
         rough = self.lies(mesh, leaf)
         return float(rough(stages, np.ones(1), m, self.links.send(mesh, sent))[0])
 
-    def kinds(self, mesh: MeshChoice, table: Table) -> Kinds:
-        """Where the stages of all schedules lie, and the layers' splits."""
-        key = (mesh.pp, table.proportions)
+    def kinds(self, mesh: MeshChoice, table: Table, schedules: Sequence[tuple[str, int]]) -> Kinds:
+        """Where the stages of some schedules lie, and the layers' splits."""
+        key = (mesh.pp, table.proportions, schedules[0], len(schedules))
         if key not in self._kinds:
-            roughs = [self.lies(mesh, leaf) for leaf in self.space.schedules(mesh)]
+            roughs = [self.lies(mesh, leaf) for leaf in schedules]
             splits = [self.split(table, r.num_stages) for r in roughs]
-            self._kinds[key] = Kinds(roughs, splits)
+            self._kinds[key] = Kinds(roughs, splits, table.at)
         return self._kinds[key]
 
     def step(self, mesh: MeshChoice, leaf: tuple[str, int], m: int, stages: int) -> Rehearsal:
@@ -249,6 +240,8 @@ class Bounds:
 
     def prepare(self, mesh: MeshChoice, leaf: tuple[str, int], sizes: np.ndarray) -> None:
         """Makes the probes of some sizes of a microbatch where that is soon done."""
+        if leaf[0] in REORDERED:
+            return
         most = EAGER // self.lies(mesh, leaf).num_stages
         for micro in sizes.tolist():
             m = self.space.batch // mesh.dp // micro

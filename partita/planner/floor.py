@@ -19,7 +19,7 @@ import numpy as np
 from partita.base.errors import Problem
 from partita.cost.empirical import SLOW
 from partita.planner.bound import ENDLESS, SLACK, Bounds
-from partita.planner.rough import HIDES, Halves, halves
+from partita.planner.rough import HIDES, PAIRED, Halves, Rough, halves
 from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.planner.table import KEPT, READ, TRAVEL, Shards, Table
 
@@ -27,6 +27,7 @@ ROOM, SPARSE_ROOM = (
     2.0,
     16.0,
 )  # a sample's backward takes at most so many times what it does endlessly
+NEAR = 0.9  # of the best seen: a bound below that is seldom raised to it by where stages lie
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,34 @@ def _least(found: np.ndarray, fits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Kind:
-    """Of schedules whose stages lie alike: the `bounds` of time for each size of a microbatch, and how many
-    `times` the rank with fewest layers runs its share of them, as `Floor.behind` takes them; bytes of states
-    [way, 1, rank], `standing` and `coming`; of a chunk those kept, and what its weight half reads beyond,
-    [rank, stage of its own], and the most `inside` one [rank], of so many samples as the table has, whose
-    part `samples` [size, 1] is; and bytes of whole `units` [way, 1, rank]."""
+    """What schedules hold whose stages lie alike: bytes of states [way, 1, rank], `standing` and `coming`; of
+    a chunk those kept, and what its weight half reads beyond, [rank, stage of its own], and the most `inside`
+    one [rank], of so many samples as the table has, whose part `samples` [size, 1] is; and bytes of whole
+    `units` [way, 1, rank]."""
 
-    bounds: Sequence[np.ndarray]
-    times: np.ndarray
     standing: np.ndarray
     coming: np.ndarray
     chunks: tuple[np.ndarray, np.ndarray]
     inside: np.ndarray
     samples: np.ndarray
     units: np.ndarray
+
+
+@dataclass(frozen=True)
+class Told:
+    """What all kinds of schedules take: the `row` of each in what follows; their three `bounds` for each size
+    of a microbatch, and how many `times` the rank with fewest layers runs its share of them, [row, size], as
+    `Floor.behind` takes them; and `seconds` [whole or halves, row, size] of a step at least."""
+
+    row: Mapping[object, int]
+    bounds: Sequence[np.ndarray]
+    times: np.ndarray
+    seconds: np.ndarray
+
+    def under(self, lies: Rough, least: Floor, fits: np.ndarray) -> np.ndarray:
+        """[size]: seconds of a step at least of one of them, where these ways to cut states fit."""
+        at = self.row[lies.kind]
+        return least.behind([x[at] for x in self.bounds], self.times[at], fits)[lies.split]
 
 
 @dataclass(frozen=True)
@@ -119,18 +134,24 @@ class Floors:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds, self.space = bounds, bounds.space
         self._known: dict[object, _Ways] = {}
-        self._begun: dict[object, Floor] = {}
+        self._kept: dict[object, Floor] = {}
         self.begins = False  # what the first beam asks the search asks again
 
     def __call__(
-        self, mesh: MeshChoice, shape: Shape, table: Table, cp: int = 1, paired: bool = False
+        self,
+        mesh: MeshChoice,
+        shape: Shape,
+        table: Table,
+        cp: int = 1,
+        paired: bool = False,
+        keep: bool = False,
     ) -> Floor:
         """The least over all ways that fit. `cp`: into how many parts ranks cut the tokens of the table;
-        `paired`: of schedules of pairs, whose rows travel under compute."""
+        `paired`: of schedules of pairs, whose rows travel under compute; `keep`: it is asked for again."""
         key = (mesh, shape.ep, shape.etp, id(table), cp, paired, self.bounds.limit_bytes)
-        found = self._begun.pop(key, None) or self._least(mesh, shape, table, cp, paired)
-        if self.begins:
-            self._begun[key] = found
+        found = self._kept.pop(key, None) or self._least(mesh, shape, table, cp, paired)
+        if self.begins or keep:
+            self._kept[key] = found
         return found
 
     def _least(self, mesh: MeshChoice, shape: Shape, table: Table, cp: int, paired: bool) -> Floor:
@@ -156,8 +177,6 @@ class Floors:
         """What is the same of all schedules whose stages lie alike."""
         b = self.bounds
         lies = b.lies(mesh, leaf)
-        fewest = lies.fewest(b.split(table, lies.num_stages))
-        times = fewest * (self.space.batch // mesh.dp) / b.sizes(mesh)
         ways, stages = self._ways(mesh, shape, table), b.stages(table, lies.num_stages)
         ranks, samples = stages[lies.held].sum(1), b.sizes(mesh)[:, None] / ENDLESS
         standing, coming = ((x @ ranks.T)[:, None] for x in (ways.standing, ways.coming))
@@ -165,8 +184,7 @@ class Floors:
         chunks = kept[lies.held], np.maximum(read - kept, 0.0)[lies.held]
         inside = b.inside(table, lies.held, lies.split)
         units = b.whole(table, lies.held, b.ways(mesh, shape))[:, None]
-        rough = b.rough(mesh, table, leaf)
-        return Kind(rough, times, standing, coming, chunks, inside, samples, units)
+        return Kind(standing, coming, chunks, inside, samples, units)
 
     def held(
         self, mesh: MeshChoice, leaf: tuple[str, int], kind: Kind, least: Floor
@@ -180,16 +198,53 @@ class Floors:
         return (kind.standing + most + kind.units).max(-1)
 
     def kinds(
-        self, mesh: MeshChoice, table: Table, least: Floor
-    ) -> tuple[Mapping[object, int], tuple[np.ndarray, np.ndarray]]:
-        """The same of all schedules at once, as the last rank alone tells: the row of each kind, and [kind,
-        size]."""
-        b = self.bounds
-        kinds, sizes, samples = b.kinds(mesh, table), b.sizes(mesh), self.space.batch // mesh.dp
-        send = b.links.send(mesh, table.sent / ENDLESS * sizes)
-        found = kinds(table, SLACK / ENDLESS, sizes, samples, send)
+        self,
+        mesh: MeshChoice,
+        table: Table,
+        least: Floor,
+        schedules: Sequence[tuple[str, int]],
+        parts: int = 1,
+    ) -> Told:
+        """What time schedules take, by where their stages lie, from an endless table of a sequence in so many
+        times fewer parts."""
+        b, scale = self.bounds, 1 / (ENDLESS * parts)
+        kinds, sizes, samples = (
+            b.kinds(mesh, table, schedules),
+            b.sizes(mesh),
+            self.space.batch // mesh.dp,
+        )
+        send = b.links.send(mesh, table.sent * scale * sizes)
+        bounds = kinds(table, SLACK * scale, sizes, samples, send)
         times = kinds.fewest * samples / sizes
-        return kinds.place, least.behind([x[:, None] for x in found], times[:, None])
+        seconds = least.behind([x[:, None] for x in bounds], times[:, None])
+        return Told(kinds.place, bounds, times, np.array(seconds))
+
+    def least(
+        self, mesh: MeshChoice, shape: Shape, table: Table, parts: int, paired: bool, cut: float
+    ) -> float:
+        """Seconds of a step at least with any schedule, from an endless table of a sequence in so many times
+        fewer parts: of the mean rank, and where that is just below `cut`, by where stages lie."""
+        found = self(mesh, shape, table, parts, paired)
+        seconds = float(np.minimum.reduce(found.seconds))
+        if seconds >= cut or seconds < NEAR * cut:
+            return seconds
+        b, schedules = self.bounds, self.schedules(mesh, paired)
+        told = self.kinds(mesh, table, found, schedules, parts)
+        each = np.minimum.reduce(np.maximum(told.seconds, found.seconds), -1)
+        lies = [b.lies(mesh, leaf) for leaf in schedules]
+        return min(float(each[int(x.split), told.row[x.kind]]) for x in lies)
+
+    def _alone(self, table: Table, scale: np.ndarray, paired: bool) -> Halves:
+        """What each kind of block takes; in a pair rows travel under compute."""
+        rows = table.rows
+        return halves(rows, scale, HIDES * (rows[:, TRAVEL] > 0) if paired else 0.0)
+
+    def schedules(self, mesh: MeshChoice, paired: bool) -> list[tuple[str, int]]:
+        """Those of a mesh; with experts those of pairs alone, or all others."""
+        found = self.space.schedules(mesh)
+        if self.space.model.experts:
+            found = [x for x in found if (x[0] in PAIRED) == paired]
+        return found
 
     def fewer_parts(
         self, mesh: MeshChoice, shape: Shape, mode: tuple[str, int], paired: bool, cut: float
@@ -216,7 +271,7 @@ class Floors:
                 continue
             seconds = b.evenly(mesh, table, paired, fewer := mesh.cp // narrow.cp)
             if seconds < cut:
-                seconds = float(self(mesh, shape, table, fewer, paired).seconds.min())
+                seconds = self.least(mesh, shape, table, fewer, paired, cut)
             if seconds >= cut:
                 break
         return seconds
@@ -285,7 +340,7 @@ class Floors:
         """[way, size]: seconds of a step; by how much a rank's forwards and backwards of a microbatch are
         longer for the way, and what follows the schedule."""
         scale, rows, at = samples * SLACK, table.rows, table.layers_at
-        alone = halves(rows, scale, HIDES * (rows[:, TRAVEL] > 0) if paired else 0.0)
+        alone = self._alone(table, scale, paired)
         both = alone.forward + alone.whole
         mine = alone.at(at)
         there = self._forward(table, mine, scale, ways.forward)

@@ -105,7 +105,9 @@ class Levels:
                 if self.bounds.evenly(mesh, table, node.paired, mesh.cp) >= self.cut:
                     continue
                 if id(table) not in known:
-                    known[id(table)] = self.floors(mesh, node.shape, table, mesh.cp, node.paired)
+                    known[id(table)] = self.floors(
+                        mesh, node.shape, table, mesh.cp, node.paired, True
+                    )
                 least = known[id(table)]
                 seconds = max(float(least.seconds.min()), node.seconds)
                 if seconds == INF:
@@ -120,7 +122,17 @@ class Levels:
                 )
 
     def each_method(self, node: Node) -> Iterator[Node]:
-        """What follows from its methods, of which none has a better bound than the node itself."""
+        """What follows from its methods, of which none has a better bound than a sequence that is cut for
+        nothing, wherever stages lie."""
+        if node.mesh.cp > 1 and self.cut < INF:
+            mode = (node.tokens.mode, node.tokens.every)
+            table = self.bounds.endless(node.mesh._replace(cp=1), node.shape, mode)
+            assert isinstance(table, Table)
+            mesh = node.mesh
+            least = self.floors.least(mesh, node.shape, table, mesh.cp, node.paired, self.cut)
+            if least >= self.cut:
+                return
+            node = node._replace(seconds=max(node.seconds, least))
         for child in self.methods(node):
             yield from self.rough(child)
 
@@ -149,33 +161,31 @@ class Levels:
             return
         sizes, states = self.bounds.sizes(mesh), len(self.space.states(mesh, node.shape))
         least = self.floors(mesh, node.shape, table, paired=node.paired)
-        schedules = self.space.schedules(mesh)
-        if self.space.model.experts:
-            schedules = [x for x in schedules if (x[0] in PAIRED) == node.paired]
+        schedules = self.floors.schedules(mesh, node.paired)
         self.refuse("memory", int(np.isinf(least.seconds).sum()) * states * len(schedules))
         if least.seconds.min(initial=INF) >= self.cut:
             return
-        bound = np.maximum(least.seconds, node.seconds)
-        known: dict[object, Kind] = {}
-        row, told = self.floors.kinds(mesh, table, least)
-        cut = np.minimum.reduce(np.maximum(told, bound), -1) >= self.cut  # [halves, kind]
+        bound, known = np.maximum(least.seconds, node.seconds), dict[object, Kind]()
+        told = self.floors.kinds(mesh, table, least, schedules)
+        every = np.maximum(told.seconds, bound)
+        cut = np.minimum.reduce(every, -1) >= self.cut  # [halves, kind]
         for leaf in schedules:
             lies = self.bounds.lies(mesh, leaf)
-            if (only and leaf[0] not in only) or cut[int(lies.split), row[lies.kind]]:
+            split, row = int(lies.split), told.row[lies.kind]
+            if (only and leaf[0] not in only) or cut[split, row]:
                 continue
-            if lies.kind not in known:
-                known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf)
-            kind = known[lies.kind]
-            seconds = np.maximum(least.behind(kind.bounds, kind.times)[lies.split], bound)
-            if seconds.min() >= self.cut:
-                continue
+            seconds = every[split, row]
             if not only:
                 self.bounds.prepare(mesh, leaf, sizes[seconds < self.cut])
-            held = self.floors.held(mesh, leaf, kind, least)
-            fits = None if held is None else held <= self.bounds.limit_bytes
-            if fits is not None and not fits.all():
-                told = least.behind(kind.bounds, kind.times, fits)[lies.split]
-                seconds = np.maximum(told, bound)
+            held = fits = None
+            if self.bounds.holds(mesh, leaf) is not None:
+                if lies.kind not in known:
+                    known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf)
+                held = self.floors.held(mesh, leaf, known[lies.kind], least)
+            if held is not None:
+                fits = held <= self.bounds.limit_bytes
+                if not fits.all():
+                    seconds = np.maximum(told.under(lies, least, fits), bound)
             most = least.num_bytes if held is None else held.min(0)
             good = ((seconds < self.cut) & (most <= self.cut_bytes)).nonzero()[0]
             if fits is not None:

@@ -183,7 +183,12 @@ class Table:
     @cached_property
     def total(self) -> np.ndarray:
         """[numbers] of all blocks."""
-        return np.bincount(self.at, minlength=len(self.kinds)) @ self.rows
+        return self.count @ self.rows
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """[kind]: how many blocks are of it."""
+        return np.bincount(self.at, minlength=len(self.kinds))
 
     @cached_property
     def even(self) -> tuple[float, float]:
@@ -228,7 +233,7 @@ class Table:
         least: but for gradients that ZeRO cuts. `halves`: backward is in halves."""
         kept = np.array([b.kept - halves * min(b.read, b.kept) for b in self.kinds])[self.at]
         behind, inside = kept.cumsum(), np.array([b.inside for b in self.kinds])[self.at]
-        ends = _ends(split, len(self.at))
+        ends = ends_of(split, len(self.at))
         found = np.maximum.reduceat(inside + behind, ends[:-1]) - behind[ends[1:] - 1]
         if not halves:
             return found
@@ -247,7 +252,7 @@ class Table:
         """[way, stage]: bytes of a layer's units, of which these `parts` [way, 4] are whole for a while, at
         least."""
         sizes = self.block_units @ parts.T
-        return np.maximum.reduceat(sizes, _ends(split, len(self.at))[:-1]).T
+        return np.maximum.reduceat(sizes, ends_of(split, len(self.at))[:-1]).T
 
     @cached_property
     def block_units(self) -> np.ndarray:
@@ -280,7 +285,7 @@ def _prefix_of(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, 0)])
 
 
-def _ends(split: Sequence[int], blocks: int) -> np.ndarray:
+def ends_of(split: Sequence[int], blocks: int) -> np.ndarray:
     """[stage + 1]: where the blocks of each stage begin; the first and the last have what is no layer."""
     ends = np.cumsum((1, *split))
     ends[0], ends[-1] = 0, blocks
@@ -288,7 +293,7 @@ def _ends(split: Sequence[int], blocks: int) -> np.ndarray:
 
 
 def _between(prefix: np.ndarray, split: Sequence[int]) -> np.ndarray:
-    ends = _ends(split, len(prefix) - 1)
+    ends = ends_of(split, len(prefix) - 1)
     return prefix[ends[1:]] - prefix[ends[:-1]]
 
 

@@ -85,7 +85,8 @@ def bounds_hold(search: Search, node: Node) -> bool:
     laid_s = laid_seconds(laid, search.machine, step)
     laid_bytes = laid_memory(laid, probe, search.machine.cluster)
     meetings = b.links.meetings(mesh, shape, leaf.dp_shard, cut)
-    row, kinds = search.floors.kinds(mesh, endless, least)
+    schedules = [x for x in search.space.schedules(mesh) if (x[0] in PAIRED) == paired]
+    told = search.floors.kinds(mesh, endless, least, schedules)
     kind = search.floors.kind(mesh, shape, endless, named)
     filled = search.floors.held(mesh, named, kind, least)
     assert filled is not None
@@ -99,8 +100,10 @@ def bounds_hold(search: Search, node: Node) -> bool:
         b.coarse(mesh, shape, paired),
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[at],
         search.floors.fewer_parts(mesh, shape, mode, paired, 1e30),
-        kinds[lies.split][row[lies.kind], at],
-        least.behind(kind.bounds, kind.times, fits)[lies.split][at],
+        search.floors.fewer_parts(mesh, shape, mode, paired, seconds * (1 + 1e-9)),
+        search.floors.least(mesh, fold, whole, mesh.cp, paired, seconds * (1 + 1e-9)),
+        told.seconds[int(lies.split)][told.row[lies.kind], at],
+        told.under(lies, least, fits)[at],
         least.seconds[at],
         search.levels.plain(node, endless, num_stages),
         b.quick(table, mesh, named, m)(meetings, cut) + once,
@@ -229,6 +232,27 @@ def test_where_stages_lie_is_what_the_schedules_say():
         assert rough.split == probe.split and rough.num_stages == probe.chunks.shape[-1], name
         assert rough.held.tolist() == probe.held.tolist(), name
         assert all(rough.share == share for share in probe.share), name
+
+
+def test_the_bounds_of_all_schedules_at_once_are_those_of_each():
+    for search, shape in (
+        (searcher(Job.of("llama3-8b", "32xh100", "", global_batch_size=64, seq_len=2048)), Shape()),
+        (searcher(Job.of("mixtral-8x7b", "16xh100", "", **H100)), Shape(ep=2)),
+    ):
+        b, mesh = search.bounds, MeshChoice(4, 2, 1, 2, True)
+        table = b.endless(mesh, shape, ("none", 1))
+        assert isinstance(table, Table)
+        sizes, schedules = b.sizes(mesh), search.space.schedules(mesh)
+        kinds, send = b.kinds(mesh, table, schedules), 0.01 * sizes
+        samples = search.space.batch // mesh.dp
+        told = kinds(table, 0.25, sizes, samples, send)
+        for leaf in schedules:
+            lies = b.lies(mesh, leaf)
+            each = lies.bounds(
+                b.stages(table, lies.num_stages), 0.25 * sizes, samples / sizes, send
+            )
+            for mine, alone in zip(told, each, strict=True):
+                assert mine[kinds.place[lies.kind]] == pytest.approx(alone, rel=1e-9), leaf
 
 
 BRUTE = small(
