@@ -70,7 +70,7 @@ def searched(search: Search, goal: Goal, question: Question) -> Found:
     left = budget_s - found.seconds
     search, found = precise(search, question.precision, goal, top, found, left)
     left = budget_s - found.seconds
-    found = widened(search, goal, top, found, left) if left > 0 else found
+    found = widened(search, goal, top, found, left)
     found = nearby(search, goal, top, found, NEAR_S)
     return finished(search, goal, top, found, budget_s - found.seconds, every=True)
 

@@ -39,7 +39,8 @@ def offloads(search: Search, found: Found) -> Iterator[OffloadPlan]:
 
 
 def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
-    """What was found without, and with what lies elsewhere, as one answer."""
+    """What was found without, and with what lies elsewhere, as one answer; where no time is left for that, it
+    says so."""
     end, host = time.perf_counter() + budget_s, search.job.cluster.host_memory_bytes
     for offload in offloads(search, found):
         space = search.space
@@ -50,11 +51,12 @@ def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float)
             found.rejected[NO_BETTER] += leaves
             continue
         left = end - time.perf_counter()
+        there = Found(plans=found.plans, complete=False)
+        if left > 0:
+            there = more.best(goal, top, left, seen=found.plans)
+        found.join_other("offload", there)
         if left <= 0:
-            found.complete = False
             break
-        there = more.best(goal, top, left, seen=found.plans)
-        found.join(there)
     return found
 
 

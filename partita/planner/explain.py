@@ -31,10 +31,18 @@ class Reason:
 
 
 def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Each choice of the plan with a plan that differs in it alone; other stages have the balanced split."""
+    """Each choice of the plan with a plan that differs in it alone; other stages have the balanced split, and
+    an `auto` of stated costs is made anew for what the changed plan's stages cost."""
     for choice, other in _changes(job, plan):
         alike = _stages(other) == _stages(plan)
-        yield choice, other if alike else other.with_("pipeline", split=())
+        found = other if alike else other.with_("pipeline", split=())
+        yield choice, _made_anew(job, plan, found) if plan.pipeline.costs else found
+
+
+def _made_anew(job: Job, before: Plan, plan: Plan) -> Plan:
+    from partita.planner.anew import anew  # what makes schedules is read where one is made
+
+    return anew(job, plan, before)
 
 
 def _stages(plan: Plan) -> int:

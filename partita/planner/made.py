@@ -18,16 +18,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from partita.base.errors import Problem
 from partita.planner.levels import Levels
 from partita.planner.nodes import Found, Goal, Node
 from partita.planner.search import Search
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens, Words
-from partita.planner.table import KEPT, TIMES
+from partita.planner.table import KEPT, TIMES, Probe, Table
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.synth.bounds import lower_bound
 from partita.schedule.synth.flow import flow_of
 from partita.simulate.pipeline import FULL
-from partita.simulate.predict import weigh
+from partita.simulate.predict import weigh, wrongs
 from partita.spec.plan import DEFAULT_ORDER, Plan
 from partita.spec.stage_costs import write_costs
 
@@ -88,6 +89,26 @@ class Made(Levels):
         """The schedule made, within the most that memory allows. Stages that may lie in a loop or a vee have
         one, whichever node asks: the better of the two, at the limits of both; it has that placement's
         bound."""
+        why: Problem | str = "memory"
+        for leaf in self.stated(node):
+            told = node._replace(level=7, leaf=leaf)
+            job = self.job.with_plan(self.plan(told))
+            weighed = weigh(job)
+            if weighed is None:
+                why = next(p for p in wrongs(job) if p.severity == "error")
+            elif weighed.fits:
+                yield told._replace(num_bytes=max(told.num_bytes, float(weighed.peak_bytes)))
+                return
+            else:
+                here = weighed.peak_bytes <= self.bounds.limit_bytes
+                why = "memory of the host or its disk" if here else "memory"
+        self.refuse(why, 1)
+
+    def stated(self, node: Node) -> Iterator[Leaf]:
+        """What a schedule may be made for, as a plan's line has it, the most that it may hold first; none
+        where the node cannot be."""
+        if not self._can_be(node):
+            return
         costs, v = self._costs(node), node.leaf.virtual
         unit = max(s.F + s.I + s.W for s in costs.stages) / FINE
         rows = [tuple(round(x / unit) for x in (s.F, s.I, s.W)) for s in costs.stages]
@@ -98,12 +119,16 @@ class Made(Levels):
             most, mean = (int(x.min()) for x in self._rooms(other))
             limits |= {most, *(mean - i for i in range(TRIES))}
         for limit in (0, *sorted((x for x in limits if x >= v), reverse=True)):
-            told = node._replace(level=7, leaf=node.leaf._replace(costs=texts, limit=limit))
-            weighed = weigh(self.job.with_plan(self.plan(told)))
-            if weighed is not None and weighed.fits:
-                yield told._replace(num_bytes=max(told.num_bytes, float(weighed.peak_bytes)))
-                return
-        self.refuse("memory", 1)
+            yield node.leaf._replace(costs=texts, limit=limit)
+
+    def _can_be(self, node: Node) -> bool:
+        """Whether blocks can be cut so, and lie on as many stages."""
+        leaf, m = node.leaf, self._microbatches(node)
+        if leaf.virtual not in LIE or leaf.virtual * node.mesh.pp > self.space.model.layers:
+            return False
+        probe = self.bounds.probe(node.mesh, LIE[leaf.virtual][0], leaf.virtual, m)
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        return isinstance(table, Table) and isinstance(probe, Probe)
 
     def _costs(self, node: Node) -> Costs:
         """What the stages cost at least."""

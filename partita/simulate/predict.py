@@ -161,10 +161,14 @@ class Weighed:
 
 def weigh(job: Job) -> Weighed | None:
     """What `simulate` says of the job's memory alone; None where its plan is illegal."""
-    request = request_of(job)
-    if any(p.severity == "error" for p in (*job.problems(), *problems(request))):
+    if any(p.severity == "error" for p in wrongs(job)):
         return None
-    return _weighed(lay(request), job.cluster)
+    return _weighed(lay(request_of(job)), job.cluster)
+
+
+def wrongs(job: Job) -> list[Problem]:
+    """What is wrong with a job and its plan, warnings too."""
+    return [*job.problems(), *problems(request_of(job))]
 
 
 def _weighed(laid: Laid, cluster: Cluster) -> Weighed:

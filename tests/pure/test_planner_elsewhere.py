@@ -6,6 +6,7 @@ import pytest
 from drawn_plans import wide
 from test_planner import bounds_hold, hold_many, leaves, small
 
+from partita.planner.answer import counts
 from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
 from partita.planner.explain import binds, why
 from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
@@ -110,3 +111,10 @@ def test_more_devices_search_it_where_nothing_else_fits_or_it_is_asked_for():
         assert (f"offload:{to}" in reasons) == bool(to) and "the its" not in binds(one, best)
     forbidden = searcher(one, words, ("cp", "recompute", "offload"))
     assert not widened(forbidden, ANY, 1, forbidden.best(ANY), 30.0).plans
+
+
+def test_offload_that_no_time_is_left_for_is_said():
+    search = small(4, 2e6, fix=("2mb",), forbid=("v_half", "v_min"))
+    found = widened(search, ANY, 1, search.best(ANY), 0.0)
+    assert found.proven and not found.complete and found.unproven == ("offload",)
+    assert "not proven over offload, proven over all else" in counts(found)

@@ -8,12 +8,15 @@ from drawn_plans import random_leaf, wide
 from test_planner import leaves, small
 
 import partita as pt
-from partita.base.errors import UsageError
+from partita.base.errors import Problem, UsageError
+from partita.base.units import format_seconds
 from partita.parallel.pp.rules import schedule_of
+from partita.planner.anew import anew
 from partita.planner.explain import why
 from partita.planner.made import LIE, MARGIN, MOST, Made, MadeSpace, made
 from partita.planner.nodes import Node
 from partita.planner.search import ANY, Goal, Search, measures, searcher
+from partita.planner.space import Leaf, Shape, Tokens
 from partita.planner.splits import finished
 from partita.planner.table import Table
 from partita.simulate.predict import simulate
@@ -196,6 +199,17 @@ def test_a_schedule_is_made_where_it_is_better_and_its_line_says_for_what():
     assert made(eight(fix=("pp4",), forbid=("cp",)), ANY, 1, plain, 60.0).plans[0].plan == best.plan
     reasons = why(search.job, best)
     assert any(r.choice == "auto" for r in reasons)
+    changed = {r.choice: r for r in reasons if ":auto/" in r.changed.plan}
+    mine = Plan.parse(best.plan)
+    for r in changed.values():  # each for its own costs, and told so
+        other = Plan.parse(r.changed.plan)
+        assert anew(search.job, other, mine) == other and other.pipeline.costs
+        told = simulate(search.job.with_plan(other))
+        seconds = measures(told)[0]
+        assert told.fits and f"{r.changed.plan} takes {format_seconds(seconds)} instead" in r.text
+    for choice in ("tp1", "pp4", "recompute:none", f"{mine.num_microbatches}mb"):
+        other = Plan.parse(changed[choice].changed.plan)
+        assert other.pipeline.costs != mine.pipeline.costs, choice
     without = eight(fix=("pp4",), forbid=("cp", "auto"))
     assert ":auto/" not in finished(without, ANY, 1, without.best(ANY), 1.0).plans[0].plan
 
@@ -234,3 +248,14 @@ def test_a_step_too_long_is_left_out():
     search = searcher(job, ("pp2", "dp_replicate2", f"{MOST}mb"), ("cp", "recompute"))
     told = made_of(search).best(Goal("time"), budget_s=60.0)
     assert not told.plans and told.rejected["a step too long for auto"]
+
+
+def test_a_made_plan_that_cannot_be_is_refused_for_what_is_wrong(monkeypatch):
+    search = made_of(eight(fix=("pp4", "8mb"), forbid=("cp", "tp", "recompute")))
+    mesh = next(m for m in search.space.meshes() if m.pp == 4)
+    node = Node(5, 0.0, 0.0, 1, mesh, Shape(), Tokens(micro=1), Leaf("auto", 1, mesh.dp, 1))
+    assert list(search.levels.laid(node)) and not search.levels.refused
+    wrong = Problem("dp", "cut", "it cannot be cut so")
+    monkeypatch.setattr("partita.planner.made.weigh", lambda job: None)
+    monkeypatch.setattr("partita.planner.made.wrongs", lambda job: [wrong])
+    assert not list(search.levels.laid(node)) and search.levels.refused == {"dp cut": 1}

@@ -25,19 +25,22 @@ _LINES = (zb_h1, zb_h2, one_f_one_b, gpipe)
 _LOOPS = (interleaved_zb, interleaved_1f1b, looped_bfs)
 _VEES = (zb_v, v_half, v_min, dualpipev)
 _BOTH_WAYS = (dualpipe, chimera)
+LARGE = 500  # stage-microbatches
 _SHARES = ((1, 3), (1, 2), (2, 3), (3, 4), (1, 1))
 
 
-def named(p: int, m: int, stages: int, copies: int) -> Iterator[Schedule]:
+def named(p: int, m: int, stages: int, copies: int, limited: bool = True) -> Iterator[Schedule]:
     """Every synchronous named schedule of this many stages a rank that exists for p and m; two copies of
-    the stages only where `copies` allows."""
+    the stages only where `copies` allows. Where memory is not `limited`, vees of a stated share of it are
+    left out of more than LARGE stage-microbatches: they take longest to make, and end later than ZB-V."""
     makers = [lambda make=make: make(p, m, stages) for make in _LOOPS]
     if stages == 1:
         makers += [lambda make=make: make(p, m) for make in _LINES]
         makers += [lambda make=make: make(p, m) for make in (_BOTH_WAYS if copies == 2 else ())]
     if stages == 2:
         makers += [lambda make=make: make(p, m) for make in _VEES]
-        makers += [lambda share=share: v_share(share[0], share[1], p, m) for share in _SHARES]
+        shares = _SHARES if limited or 2 * p * m <= LARGE else ()
+        makers += [lambda share=share: v_share(share[0], share[1], p, m) for share in shares]
     for make in makers:
         try:
             yield make()

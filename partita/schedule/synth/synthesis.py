@@ -224,7 +224,7 @@ def _seeds(
     task: Task, stages: int, costs: Costs, limits: list[float], weights: list[float]
 ) -> Iterator[Schedule]:
     p, m = task.num_ranks, task.num_microbatches
-    yield from seeds.named(p, m, stages, task.copies)
+    yield from seeds.named(p, m, stages, task.copies, math.isfinite(task.limit))
     yield seeds.one_at_a_time(p, m, (loop_placement(p, stages),))
     if stages > 1:
         yield seeds.one_at_a_time(p, m, (wave_placement(p, stages),))
