@@ -77,11 +77,23 @@ def counts(found: Found) -> str:
     )
     told = ", ".join(filter(None, beside))
     told = f"; of the best plans {told}" if told else ""
+    told += _beaten(found)
     cut = "cut by their bound" + ("" if found.complete else " or not looked at")
     return (
         f"{found.considered:,} plans in {format_seconds(found.seconds)}: {found.bounded:,} {cut}, "
         f"{found.simulated:,} simulated, refused: {refused or 'none'}; {proof}{told}"
     )
+
+
+def _beaten(found: Found) -> str:
+    """By how much a plan with another split or a schedule made for it could be faster than the best."""
+    if not found.least_s:
+        return ""
+    best = found.plans[0].step_time_s or 0.0
+    if found.least_s >= best:
+        return "; in their order of axes no other split of layers and no schedule made for a plan is faster"
+    least = f"{format_seconds(found.least_s)} at least ({found.least_s / best - 1:+.1%})"
+    return f"; in their order of axes another plan's split of layers or made schedule takes {least}"
 
 
 def _many(count: int, one: str, more: str) -> str:

@@ -66,6 +66,7 @@ class Found:
     unproven: tuple[str, ...] = ()  # choices whose search ended by its budget, all else proven
     near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
+    least_s: float = 0.0  # what no split or schedule undercuts, where not all were searched
 
     @property
     def bounded(self) -> int:

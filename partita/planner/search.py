@@ -140,6 +140,10 @@ class Search:
             yield from found
             rest = [] if found else [x for x in children if x.level < 4]
 
+    def roots(self) -> Iterator[Node]:
+        """The meshes of the space, with their bounds."""
+        return self._meshes(Found())
+
     def _meshes(self, found: Found) -> Iterator[Node]:
         for mesh in self.space.meshes():
             leaves = self.space.leaves(mesh)

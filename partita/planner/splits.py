@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from partita.planner.beyond import turned
+from partita.planner.gap import least_seconds
+from partita.planner.made import FEW as MANY
 from partita.planner.made import made
-from partita.planner.nodes import Found, Goal, Queue, measures
+from partita.planner.nodes import ANY, Found, Goal, Queue, measures
 from partita.planner.search import Search
 from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.planner.table import TIMES, Table
@@ -51,7 +53,17 @@ def finished(
         found = spread_out(search, goal, top, found, left())
     if left() > 0:
         found = splits(search, goal, top, found, left())
-    return made(search, goal, top, found, left(), every) if may_change() else found
+    found = made(search, goal, top, found, left(), every) if may_change() else found
+    many = search.job.cluster.devices > MANY and found.complete and found.plans
+    if every and many and goal == ANY and _is_of(search, found.plans[0]):
+        found.least_s = least_seconds(search, found, left())
+    return found
+
+
+def _is_of(search: Search, best: Prediction) -> bool:
+    """Whether the plan is of the search's precision and offload."""
+    plan, space = Plan.parse(best.plan), search.space
+    return plan.precision.dtype == space.dtype and plan.offload == space.offload
 
 
 def splits(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:

@@ -10,7 +10,9 @@ from test_planner import leaves, small
 from test_planner_beyond import nodes_of
 
 from partita.base.errors import Problem
+from partita.base.units import format_seconds
 from partita.planner.answer import counts
+from partita.planner.gap import least_seconds
 from partita.planner.nodes import Node
 from partita.planner.rough import PAIRED
 from partita.planner.search import ANY, Goal, Search, measures, searcher
@@ -29,6 +31,7 @@ from partita.planner.uneven import (
     stages_of,
 )
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 
 
 def uneven(search: Search, turned: bool = False) -> Search:
@@ -206,3 +209,19 @@ def test_what_was_not_looked_at_for_want_of_time_is_not_proven():
     assert told.unproven == ("other orders of axes",)
     search = searcher(job, fix, FORBID)
     assert finished(search, ANY, 1, search.best(ANY), 60.0, every=True).complete
+
+
+def test_no_split_on_many_devices_undercuts_what_is_said():
+    job = Job.of("llama3-8b", "32xh100", "", global_batch_size=64, seq_len=2048)
+    search = searcher(job, fix=("pp4", "tp2+sp"))
+    found = search.best(ANY)
+    found.least_s = least_seconds(search, found, 60.0)
+    best = found.plans[0].step_time_s
+    assert best is not None and 0 < found.least_s < best
+    plan = Plan.parse(found.plans[0].plan)
+    stages = 4 * plan.pipeline.virtual_stages
+    even = tuple(32 // stages for _ in range(stages))
+    tried = [search.predict(plan.with_("pipeline", split=split)) for split in [*moved(even)][:12]]
+    fit = [measures(p)[0] for p in tried if p.fits]
+    assert fit and min(fit) >= found.least_s
+    assert f"{format_seconds(found.least_s)} at least" in counts(found)
