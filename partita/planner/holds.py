@@ -9,7 +9,6 @@ import numpy as np
 
 from partita.planner.rough import Rough
 from partita.planner.table import Probe, probe_of
-from partita.schedule.synth.seeds import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def short_step(ranks: int, m: int) -> int:
 
 def least_probe(lies: Rough, num_microbatches: int) -> Probe:
     """What any order of such stages holds at least: one microbatch at a time."""
+    from partita.schedule.synth.seeds import one_at_a_time  # with all that makes schedules
+
     held = lies.held.tolist()
     rank = {stage: r for r, mine in enumerate(held) for stage in mine}
     placement = tuple(rank[s] for s in range(lies.num_stages))
