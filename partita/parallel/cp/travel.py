@@ -70,12 +70,14 @@ class Ring:
     def shares(
         self, regions: Sequence[Region], tensors: Sequence[Tensor], kind: str
     ) -> Iterator[tuple[int, list[Tensor]]]:
-        """The next share is under way while this one is used."""
+        """The next share is under way while this one is used. Each has gone out when the next is there: the
+        first may be what attention keeps, whose memory is freed where it is moved away."""
         held, size = [t.contiguous() for t in tensors], self.comm.size
         for step in range(size):
-            coming = [] if step == size - 1 else _hand_on(regions, held, kind, step)
+            going, coming = ([], []) if step == size - 1 else _hand_on(regions, held, kind, step)
             yield (self.rank - step) % size, held
             held = [handle.wait() for handle in coming]
+            _waited(going)
 
     def gradients(self, regions: Sequence[Region], like: Sequence[Tensor]) -> Gradients:
         """They follow their shares."""
@@ -84,15 +86,21 @@ class Ring:
 
 def _hand_on(
     regions: Sequence[Region], tensors: Sequence[Tensor], kind: str, step: int, slot: int = 0
-) -> list[Handle]:
-    """Sends each tensor to the next rank; handles of those that come from the one before."""
-    coming = []
+) -> tuple[list[Handle], list[Handle]]:
+    """Sends each tensor to the next rank; handles of those that go, and that come from the one before."""
+    going, coming = [], []
     for i, (region, x) in enumerate(zip(regions, tensors, strict=True)):
         comm, key = region.comm, Key(kind, step, 0, slot + i)
-        comm.send(x, (comm.rank + 1) % comm.size, key=key, site=region.site)
+        going.append(comm.send(x, (comm.rank + 1) % comm.size, key=key, site=region.site))
         before = (comm.rank - 1) % comm.size
         coming.append(comm.receive(x, before, key=key, site=region.site))
-    return coming
+    return going, coming
+
+
+def _waited(going: list[Handle]) -> None:
+    """Until all have gone out; none holds its tensor any longer."""
+    while going:
+        going.pop().wait()
 
 
 class _Following:
@@ -101,6 +109,7 @@ class _Following:
     def __init__(self, ring: Ring, regions: Sequence[Region], like: Sequence[Tensor]) -> None:
         self._ring, self._regions = ring, regions
         self._home: list[Tensor] = []
+        self._going: list[Handle] = []
         self._coming: list[Handle] = []
         self._step = 0
 
@@ -110,7 +119,8 @@ class _Following:
             self._home = list(parts)
             return
         total = [x if h is None else x.add_(h.wait()) for x, h in self._with_coming(parts)]
-        self._coming = _hand_on(self._regions, total, "B", self._step, slot=2)
+        _waited(self._going)
+        self._going, self._coming = _hand_on(self._regions, total, "B", self._step, slot=2)
         self._step += 1
 
     def _with_coming(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, Handle | None]]:
@@ -119,7 +129,9 @@ class _Following:
 
     def home(self) -> list[Tensor]:
         """What came last is the own share's."""
-        return [x.add_(h.wait()) for x, h in zip(self._home, self._coming, strict=True)]
+        found = [x.add_(h.wait()) for x, h in zip(self._home, self._coming, strict=True)]
+        _waited(self._going)
+        return found
 
 
 @dataclass(frozen=True)
