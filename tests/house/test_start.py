@@ -12,7 +12,7 @@ from took import least_seconds
 
 from partita.cli.main import available
 
-LIMIT_S = 0.5
+LIMIT_S = 0.8  # 0.25 to 0.45 on a core of one's own, half as much more beside work on its other thread
 TRIES = 12  # a busy machine spoils some, not all
 
 LINES = {
@@ -32,7 +32,7 @@ def processor_time_of_children() -> float:
 
 
 @pytest.mark.parametrize("verb", [verb for verb in LINES if verb in available()])
-def test_it_starts_in_half_a_second(verb):
+def test_it_starts_at_once(verb):
     words = [sys.executable, "-m", "partita", *LINES[verb]]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as a user's
     once = partial(
