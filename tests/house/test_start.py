@@ -12,7 +12,7 @@ from took import least_seconds
 
 from partita.cli.main import available
 
-LIMIT_S = 0.8  # 0.25 to 0.45 on a core of one's own, half as much more beside work on its other thread
+LIMIT_S = 0.8  # 0.25 to 0.45 on a core of one's own; more beside work on its other thread
 TRIES = 12  # a busy machine spoils some, not all
 
 LINES = {
