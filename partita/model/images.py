@@ -38,10 +38,13 @@ WINDOW, ALPHA, BETA, K = 5, 1e-4, 0.75, 2.0  # of the response norm (sec. 3.3)
 
 
 def window_sums(x: Tensor) -> Tensor:
-    """[b, groups, channels, ...]: of each channel and WINDOW // 2 on both sides of it, within a group."""
-    half, channels = WINDOW // 2, x.shape[2]
+    """[channels, ...]: of each channel and WINDOW // 2 on both sides of it; written over x."""
+    half, channels = WINDOW // 2, x.shape[0]
     wide = pad(x, (0, 0, 0, 0, half, half))
-    return sum((wide.narrow(2, i, channels) for i in range(1, WINDOW)), wide.narrow(2, 0, channels))
+    torch.add(wide.narrow(0, 0, channels), wide.narrow(0, 1, channels), out=x)
+    for i in range(2, WINDOW):
+        x.add_(wide.narrow(0, i, channels))
+    return x
 
 
 @dataclass(frozen=True)
@@ -59,43 +62,52 @@ class Share:
         return first, min(self.end + WINDOW // 2, self.channels) - first
 
     def own(self, x: Tensor) -> Tensor:
-        """Its channels, of those that it sees."""
-        return x.narrow(2, self.first - self.sees[0], self.end - self.first)
+        """[channels, ...]: its own, of those that it sees."""
+        return x.narrow(0, self.first - self.sees[0], self.end - self.first)
 
 
 class ResponseNorm(torch.autograd.Function):
     """x / (K + ALPHA sum of squares over neighbouring channels) ** BETA, within a group; keeps x alone.
-    Statistics are fp32 (fp64 under fp64)."""
+    Statistics are fp32 (fp64 under fp64). Group by group of an image: what it makes for itself is small, and
+    near."""
 
     @staticmethod
     def forward(ctx, x: Tensor, share: Share) -> Tensor:
         """[b, groups, channels, rows, columns] to the share's channels."""
         ctx.save_for_backward(x)
         ctx.share = share
-        seen = x.narrow(2, *share.sees)
-        wide = seen if x.dtype == torch.float64 else seen.float()
-        return (share.own(wide) * share.own(_scale(wide)).pow_(-BETA)).to(x.dtype)
+        found = x.new_empty(*x.shape[:2], share.end - share.first, *x.shape[3:])
+        for seen, to in zip(_each(x.narrow(2, *share.sees)), _each(found), strict=True):
+            wide = _wide(seen)
+            to.copy_(share.own(_scale(wide)).pow_(-BETA).mul_(share.own(wide)))
+        return found
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         """dy s^-b - 2 a b x sum(dy x s^(-b-1)), s the scale: this share's part of the gradient of x."""
         (x,) = ctx.saved_tensors
         share: Share = ctx.share
-        seen = x.narrow(2, *share.sees)
-        wide = seen if x.dtype == torch.float64 else seen.float()
-        given = dy.to(wide.dtype)
-        if given.shape != wide.shape:
-            given = torch.zeros_like(wide)
-            share.own(given).copy_(dy)
-        scale = _scale(wide)
-        power = scale.pow(-BETA)
-        inner = window_sums(given * wide * power / scale)
-        found = (given * power - (2 * ALPHA * BETA) * wide * inner).to(x.dtype)
-        if found.shape == x.shape:
-            return found, None
-        whole = torch.zeros_like(x)
-        whole.narrow(2, *share.sees).copy_(found)
-        return whole, None
+        found = torch.zeros_like(x)
+        parts = (_each(x.narrow(2, *share.sees)), _each(dy), _each(found.narrow(2, *share.sees)))
+        for seen, mine, to in zip(*parts, strict=True):
+            wide, given = _wide(seen), _wide(mine)
+            if given.shape != wide.shape:
+                given = torch.zeros_like(wide)
+                share.own(given).copy_(mine)
+            scale = _scale(wide)
+            power = scale.pow(-BETA).mul_(given)
+            inner = window_sums((power * wide).div_(scale))
+            to.copy_(power.sub_(inner.mul_(wide), alpha=2 * ALPHA * BETA))
+        return found, None
+
+
+def _each(x: Tensor) -> list[Tensor]:
+    """Group by group of each image."""
+    return [group for image in x.unbind() for group in image.unbind()]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scale(x: Tensor) -> Tensor:
