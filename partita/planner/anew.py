@@ -10,7 +10,7 @@ from partita.planner.made import Made, MadeSpace
 from partita.planner.nodes import Node
 from partita.planner.search import Search
 from partita.planner.space import Leaf, MeshChoice, Shape, Tokens, Words
-from partita.simulate.predict import weigh
+from partita.simulate.predict import weigh, wrongs
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.spec.stage_costs import read_costs
@@ -24,6 +24,8 @@ def anew(job: Job, plan: Plan, before: Plan) -> Plan:
     p, old = plan.pipeline, before.pipeline
     if p.schedule != "auto" or p.split or p.copies > 1:
         return plan
+    if any(problem.severity == "error" for problem in wrongs(job.with_plan(plan))):
+        return plan  # its stages may have no costs
     virtual = len(read_costs(old.costs)[0]) // before.mesh.pp
     space = MadeSpace(job, Words(), plan.precision.dtype, plan.offload)
     levels, last = Search(space, Made).levels, plan

@@ -90,10 +90,11 @@ def _beaten(found: Found) -> str:
     if not found.least_s:
         return ""
     best = found.plans[0].step_time_s or 0.0
+    alike = "; of plans with its precision and axes in the order that all are searched in"
     if found.least_s >= best:
-        return "; in their order of axes no other split of layers and no schedule made for a plan is faster"
+        return f"{alike} no other split of layers and no schedule made for one is faster"
     least = f"{format_seconds(found.least_s)} at least ({found.least_s / best - 1:+.1%})"
-    return f"; in their order of axes another plan's split of layers or made schedule takes {least}"
+    return f"{alike} one with another split of layers or a made schedule takes {least}"
 
 
 def _many(count: int, one: str, more: str) -> str:

@@ -7,7 +7,7 @@ plan loses most by: memory, the bubble, or an axis' link.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from partita.base.units import format_bytes, format_seconds, sign_of
@@ -30,13 +30,16 @@ class Reason:
     changed: Prediction
 
 
-def changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Each choice of the plan with a plan that differs in it alone; other stages have the balanced split, and
-    an `auto` of stated costs is made anew for what the changed plan's stages cost."""
+def changes(
+    job: Job, plan: Plan, wanted: Callable[[Plan], bool] = lambda _: True
+) -> Iterator[tuple[str, Plan]]:
+    """Each choice of the plan with a plan that differs in it alone, and is `wanted`; other stages have the
+    balanced split, and an `auto` of stated costs is made anew for what the changed plan's stages cost."""
     for choice, other in _changes(job, plan):
         alike = _stages(other) == _stages(plan)
         found = other if alike else other.with_("pipeline", split=())
-        yield choice, _made_anew(job, plan, found) if plan.pipeline.costs else found
+        if wanted(found):
+            yield choice, _made_anew(job, plan, found) if plan.pipeline.costs else found
 
 
 def _made_anew(job: Job, before: Plan, plan: Plan) -> Plan:

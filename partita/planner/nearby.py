@@ -21,19 +21,24 @@ def nearby(search: Search, goal: Goal, top: int, found: Found, budget_s: float) 
     if found.complete or not found.plans:
         return found
     start, queue, best = time.perf_counter(), Queue(goal, found.rejected, top, found.plans), None
+    end = start + budget_s
     while best is not found.plans[0]:
         best = found.plans[0]
-        found.near += keep_better(search, queue, best, _others(search, best), start + budget_s)
+        found.near += keep_better(search, queue, best, _others(search, best, end), end)
         found.plans = [p for _, p in queue.best]
     found.seconds += time.perf_counter() - start
     return found
 
 
-def _others(search: Search, best: Prediction) -> Iterator[Plan]:
-    plan = Plan.parse(best.plan)
-    for _, other in changes(search.job, plan):
-        if other.precision == plan.precision and allowed(search.space.words, other):
-            yield other
+def _others(search: Search, best: Prediction, end_s: float) -> Iterator[Plan]:
+    """Its neighbours; no schedule is made for one that is not wanted, nor once the clock says `end_s`."""
+    plan, words = Plan.parse(best.plan), search.space.words
+
+    def wanted(other: Plan) -> bool:
+        in_time = time.perf_counter() <= end_s
+        return in_time and other.precision == plan.precision and allowed(words, other)
+
+    return (other for _, other in changes(search.job, plan, wanted))
 
 
 def allowed(words: Words, plan: Plan) -> bool:

@@ -12,7 +12,7 @@ from partita.base.errors import Problem, UsageError
 from partita.base.units import format_seconds
 from partita.parallel.pp.rules import schedule_of
 from partita.planner.anew import anew
-from partita.planner.explain import why
+from partita.planner.explain import changes, why
 from partita.planner.made import LIE, MARGIN, MOST, Made, MadeSpace, made
 from partita.planner.nodes import Node
 from partita.planner.search import ANY, Goal, Search, measures, searcher
@@ -259,3 +259,28 @@ def test_a_made_plan_that_cannot_be_is_refused_for_what_is_wrong(monkeypatch):
     monkeypatch.setattr("partita.planner.made.weigh", lambda job: None)
     monkeypatch.setattr("partita.planner.made.wrongs", lambda job: [wrong])
     assert not list(search.levels.laid(node)) and search.levels.refused == {"dp cut": 1}
+
+
+def test_a_changed_plan_that_cannot_be_has_no_schedule_made():
+    """Experts on ranks that the change took away: which link their rows would cross is not asked."""
+    line = "pp2:auto/4mb dp_shard2.zero3 ep2 pipeline.costs=10_10_10x2"
+    job = pt.Job.of("tiny", "4xh100", "", global_batch_size=8, seq_len=64)
+    model = replace(job.model, family="llama", experts=4, top_k=2)
+    job = replace(job, model=model).with_plan(line)
+    best = simulate(job)
+    assert best.fits, best.problems
+    told = [r.text for r in why(job, best) if "cannot be: " in r.text]
+    assert any("ep" in text for text in told), told
+
+
+def test_only_for_changes_that_are_wanted_is_a_schedule_made(monkeypatch):
+    mine, seen = Plan.parse(LINE), []
+    monkeypatch.setattr(
+        "partita.planner.anew.anew", lambda job, plan, before: seen.append(plan) or plan
+    )
+    job = pt.Job.of("tiny", "4xh100", LINE, global_batch_size=8, seq_len=64)
+    every = [plan for _, plan in changes(job, mine)]
+    assert seen == every
+    seen.clear()
+    found = [x for _, x in changes(job, mine, lambda other: other.precision == mine.precision)]
+    assert 0 < len(found) < len(every) and seen == found
