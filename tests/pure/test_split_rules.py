@@ -7,6 +7,8 @@ from executed import change_region, found_wrong, request
 from executed import difference as difference_from_one
 
 from partita.base.errors import UsageError
+from partita.parallel.cp import halo
+from partita.parallel.cp.halo import Window
 from partita.parallel.execute import execute
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import flops, gradient_axes
@@ -236,3 +238,23 @@ def test_halos_of_alexnet_are_what_the_page_says():
         assert found == want
         (whole_map,) = (t for t in whole.traffic(rank) if t.op == "all_gather")
         assert (whole_map.site, whole_map.bytes) == ("blocks.4.input:gather_map", 3 * 6 * 256 * 4)
+
+
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding", [(27, 3, 2, 0), (9, 5, 2, 3), (2, 3, 1, 2)]
+)
+@pytest.mark.parametrize("ways", [2, 5, 4096])
+def test_rows_moved_are_counted_in_steps_as_many_as_rows(
+    size, kernel, stride, padding, ways, monkeypatch
+):
+    """What every pair of ranks exchanges, added up; however wide cp is, pairs without rows are not asked."""
+    w = Window(size, (size + 2 * padding - kernel) // stride + 1, kernel, stride, padding, ways)
+    near = range(min(ways, 40))  # beyond the image nobody holds or makes a row
+    pairs = {(a, b): len(w.sends(a, b)) for a in near for b in near}
+    asked, sends = [], Window.sends
+    monkeypatch.setattr(Window, "sends", lambda *at: asked.append(at) or sends(*at))
+    halo._moved.cache_clear()
+    assert [w.sent(r) for r in near] == [sum(pairs[r, b] for b in near) for r in near]
+    assert [w.received(r) for r in near] == [sum(pairs[a, r] for a in near) for r in near]
+    assert w.sent(ways) == w.received(ways) == 0
+    assert len(asked) <= (size + 2 * padding) * kernel

@@ -16,6 +16,7 @@ takes its own rows of it. Kernels' gradients are partial sums over cp, as the su
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -81,11 +82,11 @@ class Window:
 
     def sent(self, rank: int) -> int:
         """Rows that a rank hands out forward, whose gradients it gets."""
-        return sum(len(self.sends(rank, to)) for to in range(self.ways))
+        return _moved(self)[0].get(rank, 0)
 
     def received(self, rank: int) -> int:
         """Rows that it gets forward, whose gradients it hands out."""
-        return sum(len(self.sends(source, rank)) for source in range(self.ways))
+        return _moved(self)[1].get(rank, 0)
 
     @property
     def is_own(self) -> bool:
@@ -95,6 +96,20 @@ class Window:
     def named(self, what: str) -> str:
         """The name of a dim that follows from it: what a rank sees, sends or receives."""
         return f"{what} {self.size} {self.out} {self.kernel} {self.stride} {self.padding}"
+
+
+@lru_cache(maxsize=1024)
+def _moved(w: Window) -> tuple[dict[int, int], dict[int, int]]:
+    """Rows sent and received by rank, of those that move any: each rank that makes rows, with those that hold
+    what it sees. Steps are about as many as ranks with rows, however wide cp is."""
+    sent, received = Counter[int](), Counter[int]()
+    for to in range(-(-w.out // w.made)):
+        seen = w.seen(to)
+        for source in range(seen.start // w.held, -(-seen.stop // w.held)) if seen else ():
+            if rows := len(w.sends(source, to)):
+                sent[source] += rows
+                received[to] += rows
+    return dict(sent), dict(received)
 
 
 @lru_cache(maxsize=1024)
@@ -203,8 +218,8 @@ def _like(t: Tensor, name: str, rows: Dim) -> Tensor:
 
 def _halo(writer: str, t: Tensor, y: str, w: Window, new: dict[str, Tensor]) -> Op:
     """Brings rows to a window: forward what a rank sends, backward the gradients of what it received."""
-    for what, count in ((SENT, w.sent), (RECEIVED, w.received)):
-        most = max(count(rank) for rank in range(w.ways))
+    for what, rows in zip((SENT, RECEIVED), _moved(w), strict=True):
+        most = max(rows.values(), default=0)
         name = f"{t.name}.{what}"
         new[name] = _like(t, name, Dim(w.named(what), most, of=(LANE,)))
     events = (
