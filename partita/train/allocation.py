@@ -50,6 +50,11 @@ def mapped_files() -> list[tuple[int, int]]:
     return sorted(found)
 
 
+def _with_subclasses(kind: type) -> set[type]:
+    """A class and all that inherit from it."""
+    return {kind}.union(*map(_with_subclasses, type.__subclasses__(kind)))
+
+
 class Allocations(TorchDispatchMode):
     """The storages of one rank's process on one kind of device.
 
@@ -88,9 +93,14 @@ class Allocations(TorchDispatchMode):
                 self._move(key, category)
 
     def adopt(self) -> None:
-        """Enters every tensor that Python can reach and nobody has claimed, as untagged."""
+        """Enters every tensor that Python can reach and nobody has claimed, as untagged.
+
+        Tensors are found through their classes. A list of all objects would hold tuples that other threads
+        are making, and CPython makes none longer or shorter that somebody else holds: `tuple(...)` raises
+        SystemError there.
+        """
         self._mapped = mapped_files()
-        for found in gc.get_objects():
+        for found in gc.get_referrers(*_with_subclasses(Tensor)):
             if issubclass(type(found), Tensor):
                 self._enter(found, "untagged")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -99,6 +101,33 @@ def test_what_was_there_before_is_untagged_once_it_is_adopted() -> None:
     del before
     gc.collect()
     assert a.held["untagged"] < HIDDEN
+
+
+def test_a_tuple_that_another_thread_is_making_is_left_alone() -> None:
+    """Ranks may be threads: one looks for tensors while another puts a tuple together."""
+    x, looks, is_made = torch.zeros(10), Event(), Event()
+
+    class Slow(Allocations):
+        def _enter(self, t: torch.Tensor, category: str) -> None:
+            looks.set()
+            is_made.wait(20)
+            super()._enter(t, category)
+
+    a = Slow(Where())
+    thread = Thread(target=a.adopt)
+
+    def parts() -> Iterator[int]:
+        yield 1
+        thread.start()
+        assert looks.wait(20)
+        yield 2
+
+    try:
+        assert tuple(parts()) == (1, 2)
+    finally:
+        is_made.set()
+        thread.join()
+    assert a.held["untagged"] >= x.nbytes
 
 
 def test_a_mapped_file_is_no_allocation_but_foreign_memory_is(tmp_path: Path) -> None:
