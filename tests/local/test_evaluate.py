@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import image_jobs
 import numpy as np
 import pytest
 import verify_jobs
@@ -18,14 +19,28 @@ def evaluated(world, job):
     return sum(x * n for x, n in found) / sum(n for _, n in found), sum(n for _, n in found)
 
 
-def test_every_plan_evaluates_to_the_same_loss(tmp_path):
-    text = tmp_path / "text.txt"
+def of_text(folder, plan):
+    text = folder / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log. " * 60)
+    base = verify_jobs.job(folder, plan, vocab=256).to_table()
+    return Job.load(
+        {**base, "data": {"source": str(text), "tokenizer": "byte", "eval_fraction": 0.2}}
+    )
+
+
+def of_images(folder, plan):
+    job = image_jobs.job(folder, plan)
+    return replace(job, data=replace(job.data, eval_fraction=0.4))
+
+
+@pytest.mark.parametrize("made, plans", [
+    (of_text, ("fp64", "tp2+sp pp2/2mb fp64", "dp4 fp64", "dp2 pp2/4mb fp64")),
+    (of_images, ("fp64", "cp2:halo 2mb fp64")),
+])  # fmt: skip
+def test_every_plan_evaluates_to_the_same_loss(made, plans, tmp_path):
     results = []
-    for plan in ("fp64", "tp2+sp pp2/2mb fp64", "dp4 fp64", "dp2 pp2/4mb fp64"):
-        base = verify_jobs.job(tmp_path, plan, vocab=256).to_table()
-        base["data"] = {"source": str(text), "tokenizer": "byte", "eval_fraction": 0.2}
-        job = Job.load(base)
+    for plan in plans:
+        job = made(tmp_path, plan)
         with local(job.plan.world_size, 20) as ranks:
             found = ranks.run(evaluated, job)
         assert len({loss for loss, _ in found}) == 1

@@ -22,15 +22,16 @@ LOW = {"lora_rank": 2, "lora_targets": ["linear", "kernel"], "lora_dropout": 0.3
 ODD = {"kernels": [5, 3, 4, 1], "strides": [2, 1, 1, 1], "paddings": [3, 2, 2, 1], "pools": [4]}
 
 
-@pytest.mark.parametrize("plan", [
-    "cp3:halo tp2 2mb recompute:full recompute.collectives=keep fp16",
-    "cp2:halo dp_shard2.zero2 recompute:full fp8",
-    "pp2:zb_h1/2mb cp2:halo dp_shard2.zero3 fp64",
-    "pp2/2mb cp2:halo tp2 split2 offload:cpu offload.targets=activations bf16",
+@pytest.mark.parametrize("plan, image", [
+    ("cp3:halo tp2 2mb recompute:full recompute.collectives=keep fp16", ODD),
+    ("cp2:halo dp_shard2.zero2 recompute:full fp8", {}),
+    ("pp2:zb_h1/2mb cp2:halo dp_shard2.zero3 fp64", {}),
+    ("pp2/2mb cp2:halo tp2 split2 offload:cpu offload.targets=activations bf16", ODD),
 ])  # fmt: skip
-def test_rows_on_cp_equal_one_device(plan, tmp_path):
-    """Of maps of 9, 9, 4, 4 and 1 rows: no cut divides them, and of the last some ranks hold none."""
-    found = verify(image_jobs.job(tmp_path, plan))
+def test_rows_on_cp_equal_one_device(plan, image, tmp_path):
+    """Of maps of 9, 9, 4, 4 and 1 rows, or with strides and paddings of many sizes: no cut divides them, and
+    of the last some ranks hold none."""
+    found = verify(image_jobs.job(tmp_path, plan, image))
     assert found.equal and found.traffic_equal, str(found)
 
 

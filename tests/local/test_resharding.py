@@ -4,6 +4,7 @@ after each step every weight and every moment."""
 import json
 from dataclasses import replace
 
+import image_jobs
 import pytest
 import torch
 import verify_jobs
@@ -66,8 +67,14 @@ CHAINS = {
         "dp_shard2.zero2 tp2+sp etp2 2mb",
         "pp2:zb_h2/4mb",
     ),
+    "images": (
+        {},
+        "cp2:halo 2mb",
+        "tp2 split2 2mb",
+        "cp2:halo dp_shard2.zero3 2mb",
+    ),
 }
-QUICK = ("llama", "experts")
+QUICK = ("llama", "experts", "images")
 
 
 def begin(job, folder, data, weights):
@@ -134,7 +141,8 @@ def held(path):
 )
 def test_a_run_handed_from_plan_to_plan_is_one_device_s(chain, tmp_path):
     model, *lines = CHAINS[chain]
-    job = verify_jobs.job(tmp_path, "2mb fp64", **model)
+    jobs = image_jobs if chain == "images" else verify_jobs
+    job = jobs.job(tmp_path, "2mb fp64", **model)
     last = len(lines) + 2
     train = replace(job.train, lr=1e-2, steps=last, warmup_steps=2, lr_schedule="cosine")
     job = replace(job, train=train)
