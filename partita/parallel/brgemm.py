@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ from partita.spec.program import LITTLE_HELD, LITTLE_MATRIX, LITTLE_ROWS
 BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
 TRANSPOSE = "_ZN6fbgemm14transpose_simdIfEEvllPKT_lPS1_l"
 FITS = LITTLE_MATRIX
-BLOCK = (
-    LITTLE_ROWS  # are given to a kernel at a time: of whatever number, no more kernels than these
-)
+BLOCK = LITTLE_ROWS  # rows at a time, of few sizes (`blocks`); `add` and few tokens want a kernel a number
 EVEN = 16  # rows of which a block's are a multiple, where there are several
 STEP, MOST_EXACT = (
     8,
@@ -164,10 +162,10 @@ def _times_few(out: Tensor, x: Tensor, weight: Tensor) -> None:
         a, to = a + WIDTH * some * lda, to + WIDTH * some
 
 
-@cache
+@lru_cache(4096)
 def _blocks_of(rows: int, columns: int) -> Sequence[int]:
     """Rows of each call, of `columns` elements each."""
-    each = max(LITTLE_HELD // columns // EVEN, 1) * EVEN
+    each = max(LITTLE_HELD // max(columns, 1) // EVEN, 1) * EVEN
     return tuple(min(each, rows - first) for first in range(0, rows, each))
 
 
@@ -249,7 +247,7 @@ def _add_grouped(gradients: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]
         c += WIDTH * rows * columns
 
 
-@cache
+@lru_cache(4096)
 def blocks(count: int) -> Sequence[int]:
     """Rows of each call, as few as can be: of more than a block's all but the last are multiples of EVEN, and
     that is nearly a block, so that there are few numbers, as each wants a kernel of its own."""
@@ -258,7 +256,7 @@ def blocks(count: int) -> Sequence[int]:
     return (*(BLOCK,) * whole, *(n for n in (rest, last) if n))
 
 
-@cache
+@lru_cache(4096)
 def given(count: int) -> Sequence[tuple[int, int]]:
     """The same, and how many rows a call may be given where more follow, which are made again: fewer numbers
     still, for a thirtieth of the time."""

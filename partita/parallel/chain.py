@@ -95,7 +95,8 @@ class Steps:
     @staticmethod
     def of(ctx: Any) -> Steps:
         """What a node kept, of which it lets go step by step."""
-        steps: Steps = ctx.steps
+        steps = Steps()
+        steps._done = list(ctx.steps._done)  # a graph that is retained comes back again
         steps.saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
         return steps
@@ -107,7 +108,9 @@ class Steps:
         first = len(self.saved) - saves
         kept.saved_tensors = tuple(self.saved[first:])
         del self.saved[first:]
-        return function.backward(kept, *gradients)
+        found = function.backward(kept, *gradients)
+        kept.saved_tensors = ()
+        return found
 
 
 class Residual(torch.autograd.Function):

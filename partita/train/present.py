@@ -11,6 +11,12 @@ from partita.train.megatron import files_of, prefix_of
 from partita.train.sources import text_files
 from partita.train.streams import IDX, TOKENS
 
+EVERY = ("*",)
+READ = {  # of a folder
+    "data.tokenizer": ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    "model.path": ("config.json", "*.safetensors", "*.safetensors.index.json"),
+}
+
 
 def data_files(job: Job) -> list[Path]:
     """The files that training reads: sources, mask, documents, a tokenizer's file, weights it starts from.
@@ -28,7 +34,7 @@ def data_files(job: Job) -> list[Path]:
         named.append(("model.path", job.model_path))
     for key, name in named:
         if name and not (key == "data.documents" and name == IDX):
-            files += _named(name, key)
+            files += _named(name, key, READ.get(key, EVERY))
     return files
 
 
@@ -41,11 +47,12 @@ def _source(source: str, key: str) -> list[Path]:
     return text_files(source, key) if prefix is None else list(files_of(prefix, key))
 
 
-def _named(name: str, key: str) -> list[Path]:
-    """A file, or those of a folder."""
+def _named(name: str, key: str, read: tuple[str, ...] = EVERY) -> list[Path]:
+    """A file, or those of a folder that are read; none that is hidden."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.is_file())
+        found = {p for pattern in read for p in path.glob(pattern) if p.is_file()}
+        return sorted(p for p in found if not p.name.startswith("."))
     if not path.is_file():
         raise UsageError(f"{key} = {name!r}: no such file", file=name, key=key)
     return [path]

@@ -160,6 +160,17 @@ def test_what_a_job_reads_is_found_unread(tmp_path):
     ]
     assert names(source=f"images:{here}/i.npz") == ["i.npz"] and names(source="digits") == []
     assert "ast.py" in names(source="python-stdlib")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    model = ["config.json", "model.safetensors"]
+    for name in (".DS_Store", "README.md", "chat_template.jinja", *model, "tokenizer.json"):
+        (folder / name).write_bytes(b"x")
+    assert names(source="digits", tokenizer=str(folder)) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+    ]
+    job = replace(JOB, data=DataSpec(source="digits"), init="pretrained", model_path=str(folder))
+    assert [p.name for p in data_files(job)] == model
     for source in (f"{here}/none.txt", f"tokens:{here}/none.npy", f"{here}/none.idx"):
         with pytest.raises(UsageError, match=r"data\.source.*no such file"):
             names(source=source)
