@@ -69,6 +69,12 @@ def ranks_of(agent: subprocess.Popen[str], count: int = 2) -> list[psutil.Proces
     return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
 
+def newest() -> Path | None:
+    """The last checkpoint that is whole; it is written behind the training."""
+    folder = faults.RUN / "checkpoints"
+    return checkpoint.newest_complete(folder) if folder.is_dir() else None
+
+
 def test_it_is_the_same_run(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, "--json")
     out, err = agent.communicate(timeout=150)
@@ -98,14 +104,17 @@ def test_a_killed_rank_is_told_and_a_restart_goes_on(agents, scratch: Path) -> N
 @pytest.mark.slow
 def test_a_killed_rank_without_restarts(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, LONG)
-    ranks_of(agent)[1].kill()
+    ranks = ranks_of(agent)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not newest():
+        time.sleep(0.02)
+    ranks[1].kill()
     _, err = agent.communicate(timeout=150)
     assert agent.returncode != 0
     told = faults.failure()
     assert told["message"].startswith("rank 1 has died") and told["rank"] == 1
     assert "partita: rank 1 has died" in err
-    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
-    assert newest is not None
+    assert newest() is not None
 
 
 @pytest.mark.slow
@@ -115,8 +124,8 @@ def test_sigterm_to_the_agent_saves_and_leaves(agents) -> None:
     agent.send_signal(signal.SIGTERM)
     _, err = agent.communicate(timeout=60)
     done = len(faults.metrics())
-    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
-    assert newest is not None and newest.name == f"step-{done:08d}", err
+    found = newest()
+    assert found is not None and found.name == f"step-{done:08d}", err
     assert f"stopped by SIGTERM after step {done}" in err
 
 
