@@ -35,15 +35,16 @@ from partita.spec.lora import A, B
 from partita.spec.program import Tensor as Named
 
 WINDOW, ALPHA, BETA, K = 5, 1e-4, 0.75, 2.0  # of the response norm (sec. 3.3)
+NEAR = 1 << 16  # elements it works on at a time
 
 
 def window_sums(x: Tensor) -> Tensor:
-    """[channels, ...]: of each channel and WINDOW // 2 on both sides of it; written over x."""
-    half, channels = WINDOW // 2, x.shape[0]
+    """[b, groups, channels, ...]: of each channel and WINDOW // 2 beside it, in a group; written over x."""
+    half, channels = WINDOW // 2, x.shape[2]
     wide = pad(x, (0, 0, 0, 0, half, half))
-    torch.add(wide.narrow(0, 0, channels), wide.narrow(0, 1, channels), out=x)
+    torch.add(wide.narrow(2, 0, channels), wide.narrow(2, 1, channels), out=x)
     for i in range(2, WINDOW):
-        x.add_(wide.narrow(0, i, channels))
+        x.add_(wide.narrow(2, i, channels))
     return x
 
 
@@ -62,13 +63,13 @@ class Share:
         return first, min(self.end + WINDOW // 2, self.channels) - first
 
     def own(self, x: Tensor) -> Tensor:
-        """[channels, ...]: its own, of those that it sees."""
-        return x.narrow(0, self.first - self.sees[0], self.end - self.first)
+        """Its channels, of those that it sees."""
+        return x.narrow(2, self.first - self.sees[0], self.end - self.first)
 
 
 class ResponseNorm(torch.autograd.Function):
     """x / (K + ALPHA sum of squares over neighbouring channels) ** BETA, within a group; keeps x alone.
-    Statistics are fp32 (fp64 under fp64). Group by group of an image: what it makes for itself is small, and
+    Statistics are fp32 (fp64 under fp64). A few images at a time: what it makes for itself is small, and
     near."""
 
     @staticmethod
@@ -77,7 +78,7 @@ class ResponseNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.share = share
         found = x.new_empty(*x.shape[:2], share.end - share.first, *x.shape[3:])
-        for seen, to in zip(_each(x.narrow(2, *share.sees)), _each(found), strict=True):
+        for seen, to in zip(*_few(x.narrow(2, *share.sees), found), strict=True):
             wide = _wide(seen)
             to.copy_(share.own(_scale(wide)).pow_(-BETA).mul_(share.own(wide)))
         return found
@@ -88,8 +89,8 @@ class ResponseNorm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         share: Share = ctx.share
         found = torch.zeros_like(x)
-        parts = (_each(x.narrow(2, *share.sees)), _each(dy), _each(found.narrow(2, *share.sees)))
-        for seen, mine, to in zip(*parts, strict=True):
+        parts = x.narrow(2, *share.sees), dy, found.narrow(2, *share.sees)
+        for seen, mine, to in zip(*_few(*parts), strict=True):
             wide, given = _wide(seen), _wide(mine)
             if given.shape != wide.shape:
                 given = torch.zeros_like(wide)
@@ -101,9 +102,10 @@ class ResponseNorm(torch.autograd.Function):
         return found, None
 
 
-def _each(x: Tensor) -> list[Tensor]:
-    """Group by group of each image."""
-    return [group for image in x.unbind() for group in image.unbind()]
+def _few(first: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """As many images of each at a time as fit NEAR elements of the first, one at least."""
+    number = max(1, NEAR * first.shape[0] // max(first.numel(), 1))
+    return [x.split(number) for x in (first, *others)]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -239,10 +239,22 @@ def third() -> int:
     return int(done.stdout[:8] or "0", 16) % 3
 
 
+def fewer(row: Row) -> Row:
+    """The row without replicas, slices, tensor or context ranks, one after the other, until it is small."""
+    for f in ("replicas", "slices", "tensor", "heads", "context", "experts"):
+        new = {**row, f: ""}
+        row = new if ranks(row) > MOST_PROCESSES and legal(new) else row
+    return row
+
+
 def on_processes(of: Sequence[Row]) -> list[tuple[Row, str]]:
     """A third of the rows, and the backend of each: in turn for shm and gloo the plan of at most
-    MOST_PROCESSES that brings most features which run on neither, then on that one, then of fewest ranks."""
-    left = [(r, {(f, v) for f, v in r.items() if v}) for r in of if ranks(r) <= MOST_PROCESSES]
+    MOST_PROCESSES that brings most features which run on neither, then on that one, then of fewest ranks.
+    A feature that no such row has brings its rows made smaller."""
+    small = [r for r in of if ranks(r) <= MOST_PROCESSES]
+    known = {x for r in small for x in r.items()}
+    small += [s for s in (fewer(r) for r in of if not known >= set(r.items())) if s not in small]
+    left = [(r, {(f, v) for f, v in r.items() if v}) for r in small if ranks(r) <= MOST_PROCESSES]
     seen: dict[str, set[tuple[str, str]]] = {"shm": set(), "gloo": set()}
     found = []
     for i in range(len(of) // 3):
