@@ -64,23 +64,27 @@ def measured(name, v, p, taken):
 
 
 def best(name, v, p, taken, tries=1):
-    """Measured / predicted nearest to 1: what is measured is this process, on a machine that others use; once
-    it was slow it is left some time to be so no more."""
-    ratio = got = stated = float("inf")
+    """(measured / predicted nearest to 1, measured / stated then): what is measured is this process, on a
+    machine that others use; once it was slow it is left some time to be so no more."""
+    found = []
     for at in range(tries):
         time.sleep(min(at, 3))
         stated, want, got, order, done = measured(name, v, p, taken)
         assert done == order
-        assert got >= 0.99 * stated
-        ratio = min(ratio, got / want, key=lambda r: abs(r - 1))
-        if abs(ratio - 1) <= MOST:
+        found.append((got / want, got / stated))
+        if abs(got / want - 1) <= MOST:
             break
-    return ratio, got / stated
+    return min(found, key=lambda ratios: abs(ratios[0] - 1))
+
+
+def test_an_action_takes_little_more_than_its_slot(taken):
+    assert min(taken.F, taken.I, taken.W) >= SLOT_S
+    assert max(taken.F, taken.I, taken.W) <= 1.1 * SLOT_S
 
 
 @pytest.mark.parametrize(("name", "v"), [("zb_v", 2), ("1f1b", 1)])
 def test_clocked_stages_keep_the_order_and_are_never_faster_than_the_clock(name, v, taken):
-    best(name, v, 2, taken)
+    assert best(name, v, 2, taken)[1] >= 0.99
 
 
 @pytest.mark.slow
@@ -91,3 +95,4 @@ def test_clocked_stages(name, v, p, taken):
     ratio, stated = best(name, v, p, taken, tries=4)
     sys.stdout.write(f"{name} p{p}: measured / predicted {ratio:.3f}, / stated {stated:.3f}\n")
     assert abs(ratio - 1) <= MOST
+    assert stated >= 0.99
