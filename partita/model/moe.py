@@ -91,8 +91,9 @@ class MoE:
 
     def links(self, batch: Any, training: bool, replay: bool = False) -> Segment:
         """All of it as one link of a chain, which stops nowhere; none where it cannot be one."""
-        drops = training and (self.gate_up.masks or self.down.masks)
-        if type(self) is not MoE or self.remakes or drops or self.exchange.chunks > 1:
+        if type(self) is not MoE or self.remakes or self.exchange.chunks > 1:
+            return ()
+        if training and (self.gate_up.masks or self.down.masks):
             return ()
         positions = None if batch.split is None else batch.split.tokens.positions
         return ((_Whole, self, positions, training and not replay, replay),)
