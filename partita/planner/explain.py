@@ -57,8 +57,9 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     m = plan.mesh
     for axis in ("tp", "pp", "cp"):
         other = _moved(job, plan, axis)
-        if other is not None and axis == "cp" and job.model.image is not None:
-            other = other.with_("context", method="halo")  # rows' only one
+        if other is not None and job.model.image is not None:
+            method = "halo" if other.mesh.cp > 1 else "ring"  # rows' only one, or none
+            other = other.with_("context", method=method).with_("mesh", sp=False)
         if other is not None:
             yield f"{axis}{getattr(m, axis)}", other
     if m.tp > 1:

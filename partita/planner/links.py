@@ -54,10 +54,14 @@ class Links:
     def meetings(
         self, mesh: MeshChoice, shape: Shape, shard: int, zero: int
     ) -> tuple[Meeting, ...]:
-        """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force."""
+        """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force. Of
+        images on cp nobody is said to meet: kernels are reduced over it, fully connected layers are not."""
         fold, replicas = shape.ep * shape.etp, mesh.dp // shard
         key = (mesh.tp, mesh.cp, fold, shard, replicas, bool(zero))
-        if key not in self._meetings:
+        if key not in self._meetings and self.model.image is not None and mesh.cp > 1:
+            alone = self.group(1, 1)
+            self._meetings[key] = (Meeting(alone, 1, alone),)
+        elif key not in self._meetings:
             rows = [(mesh.tp, shard * mesh.cp)]
             if self.model.experts:
                 rows.append((fold, shard * mesh.cp * mesh.tp // fold))

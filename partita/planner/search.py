@@ -23,7 +23,7 @@ from partita.spec.job import Job
 from partita.spec.plan import OffloadPlan, Plan
 
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
-METHODS = ("ring", "all_gather")
+METHODS = ("ring", "all_gather", "halo")
 FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
 RARELY = 50_000_000  # objects made between two looks for cycles
 

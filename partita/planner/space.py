@@ -145,7 +145,9 @@ class Shape(NamedTuple):
     @lru_cache(maxsize=4096)  # noqa: B019 (shapes are few)
     def narrower(self, cp: int) -> list[tuple[int, Shape]]:
         """Fewer parts into which the same method may cut a sequence, each a divisor; a hybrid of but its own
-        ranks of ulysses is ulysses."""
+        ranks of ulysses is ulysses. Of rows none: fewer parts may have more edges to send for their size."""
+        if self.method == "halo":
+            return []
         if self.method != "hybrid":
             return [(parts, self) for parts in divisors(cp)[1:-1]]
         alone = self._replace(method="ulysses", ulysses=1)
@@ -215,13 +217,18 @@ class Space:
                         continue
                     for cp in divisors(world // pp // tp):
                         dp = world // pp // tp // cp
-                        if self.batch % dp or self.job.train.seq_len % cp or not ok("cp", cp):
+                        if self.batch % dp or not self._cuts(cp) or not ok("cp", cp):
                             continue
                         if not ok("dp", dp):
                             continue
                         for sp in (True, False) if tp > 1 else (False,):
                             if ok("sp", sp):
                                 yield MeshChoice(pp, dp, cp, tp, sp)
+
+    def _cuts(self, cp: int) -> bool:
+        """Whether cp may cut so many ways: the sequence, or the rows of the first convolution's map."""
+        image = self.model.image
+        return self.job.train.seq_len % cp == 0 if image is None else cp <= image.convs[0].out
 
     def shapes(self, mesh: MeshChoice) -> list[Shape]:
         """cp's methods times the foldings of experts."""
@@ -231,6 +238,8 @@ class Space:
         """How attention sees a cut sequence: a method, and the ranks of ulysses it states."""
         if mesh.cp == 1:
             return [("ring", 1)]
+        if self.model.image is not None:  # rows have but one way
+            return [("halo", 1)] if self.words.admit("method", "halo") else []
         found = [("ring", 1), ("all_gather", 1), ("ulysses", 1)]
         found += [("hybrid", u) for u in divisors(mesh.cp)[1:-1]]
         return [m for m in found if self.words.admit("method", m[0])]

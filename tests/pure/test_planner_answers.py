@@ -112,7 +112,8 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
 
 
 def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(capsys):
-    words = "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --budget 40 --json"
+    words = "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --forbid cp"
+    words += " --budget 40 --json"
     assert run(words.split()) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["plans"] == []

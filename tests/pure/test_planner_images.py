@@ -1,0 +1,97 @@
+"""Rows of images among the choices: bounds below `simulate`, the best that of brute force, words."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from drawn_plans import random_leaf
+from test_planner import equals_brute_force, hold_many
+from test_planner_splits import splits_hold, uneven
+
+from partita.planner.explain import why
+from partita.planner.nodes import Goal
+from partita.planner.search import ANY, Search, searcher
+from partita.spec.cluster import Cluster
+from partita.spec.job import Job
+from partita.spec.model import ModelSpec
+from partita.spec.plan import Plan
+
+NARROW = [16, 32, 32, 32, 32]
+
+
+def photos(
+    cluster: str, size: int, batch: int, memory: float = 0, **words: tuple[str, ...]
+) -> Search:
+    """A search for a narrow AlexNet on images of so many pixels, a wide one of large ones."""
+    narrow, long = {"channels": NARROW}, {"pools": [1, 2, 3, 4, 5]}
+    image = {"size": size, **(narrow if size < 1000 else long)}
+    spec = {"preset": "alexnet", "hidden": 64, "vocab": 10, "image": image}
+    found = Cluster.load(cluster)
+    found = replace(found, memory_bytes=int(memory)) if memory else found
+    job = Job.of("alexnet", cluster, "", global_batch_size=batch, seq_len=1)
+    return searcher(replace(job, model=ModelSpec.load(spec), cluster=found), **words)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "size", "batch"), [("16xh100", 227, 16), ("32xh100", 131, 64), ("laptop", 67, 8)]
+)
+def test_no_bound_of_cut_rows_is_above_what_simulate_says(cluster, size, batch):
+    s = photos(cluster, size, batch)
+    assert {m.cp for m in s.space.meshes()} >= {1, 2}
+    hold_many(photos(cluster, size, batch, fix=("cp2",)), 1, 12)
+    hold_many(s, 2, 12)
+
+
+def test_no_bound_of_uneven_stages_of_cut_rows_is_above_what_simulate_says():
+    search = uneven(photos("16xh100", 131, 16))
+    dice, meshes = random.Random(3), [m for m in search.space.meshes() if m.pp > 1 and m.cp > 1]
+    nodes = (random_leaf(search, dice, meshes) for _ in range(40))
+    assert sum(node is not None and splits_hold(search, node, dice) for node in nodes) >= 10
+
+
+FEW = ("recompute", "zero1", "zero2", "v_min", "v_half", "interleaved_zb")
+
+
+@pytest.mark.parametrize(
+    ("search", "goal"),
+    [
+        (photos("4xh100", 67, 8, 1.2e6, fix=("2mb",), forbid=FEW), "time"),
+        (photos("4xh100", 67, 8, 1.2e6, fix=("cp2",), forbid=FEW), "memory"),
+        pytest.param(
+            photos("8xh100", 67, 8, 7e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            photos("16xh100", 131, 8, 6e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["4", "cp2-memory", "8", "16"],
+)
+def test_the_best_of_cut_rows_is_that_of_brute_force(search, goal):
+    equals_brute_force(search, Goal(goal))
+
+
+def test_rows_are_cut_where_one_image_is_large_and_words_are_obeyed():
+    found = photos("4xh100", 4095, 1).best(ANY, top=3)
+    best = Plan.parse(found.plans[0].plan)
+    assert found.complete and best.mesh.cp > 1 and best.context.method == "halo", best
+    for word in ("cp", "halo"):
+        other = photos("4xh100", 4095, 1, forbid=(word,)).best(ANY)
+        assert Plan.parse(other.plans[0].plan).mesh.cp == 1
+        assert other.plans[0].step_time_s > found.plans[0].step_time_s
+    for word in ("cp2", "cp2:halo"):
+        fixed = photos("4xh100", 4095, 1, fix=(word,)).best(ANY).plans[0]
+        assert "cp2:halo" in fixed.plan
+    assert not photos("4xh100", 4095, 1, fix=("cp2:ring",)).best(ANY).plans
+
+
+def test_why_rows_are_cut_is_told_by_plans_that_can_be():
+    search = photos("4xh100", 4095, 4, fix=("cp2", "dp2"))
+    best = search.best(ANY).plans[0]
+    told = {r.choice: r for r in why(search.job, best)}
+    assert told["cp2"].changed.fits and "cp" not in told["cp2"].changed.plan
+    assert "halo" not in told and "cannot be" not in told["tp1"].text
+
+
+def test_no_more_ranks_than_rows():
+    space = photos("64xh100", 67, 1).space
+    assert max(m.cp for m in space.meshes()) == 8  # of 15 rows behind the first convolution
