@@ -11,7 +11,7 @@ JOB ?= jobs/quickstart.toml
 RUN ?= runs/quickstart
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: train test check test-slow bench docs clean
+.PHONY: train test check test-slow test-gpu bench docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -50,6 +50,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) tests -m "(slow or browser) and not (gpu or timed)" $(TOGETHER) $(SLOW)
 	$(PYTEST) $(TIMED) -m "timed and slow and not gpu" $(ALONE)
+
+# On one GPU, by the Python that has torch for it, from the source tree: make test-gpu PYTHON=python3
+test-gpu:
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[bench]"

@@ -3,7 +3,8 @@
 The rank that comes last computes the result, in rank order; the others copy theirs out, so that no rank
 sees another's tensor. CPU autograd runs backward in the calling thread, so functions that communicate in
 backward work unchanged. A mismatch, an absent rank and a deadlock are found at once, since the meeting place
-knows what everybody waits for. CPU only: on CUDA one autograd thread serves the device.
+knows what everybody waits for. On a GPU, which all share, torch would run every backward in the one thread
+that serves the device, where one that waits for another's never ends: ranks run their own.
 
     with local(4) as ranks:
         results = ranks.run(function, *args)        # function(world, *args) on every rank
@@ -327,6 +328,7 @@ class LocalRanks:
 
         def enter(world: LocalWorld) -> None:
             rank = world.rank
+            torch.autograd.set_multithreading_enabled(False)
             try:
                 results[rank] = function(world, *args)
             except BaseException as error:

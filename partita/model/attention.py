@@ -84,24 +84,24 @@ class Attention:
     def links(self, x: Tensor, batch: Any, replay: bool = False) -> Segment:
         """All of it on x, or what has its shape, as links of one node; none where it cannot be one."""
         parts = self.rope is None or self.qk_norms is not None or bool(self.remakes)
-        if parts or not self.chained or not isinstance(self.core, Flash) or x.device.type != "cpu":
+        if parts or not self.chained or not isinstance(self.core, Flash):
             return ()
         seq = self.qkv.region.shape_after(x.shape)[1]
         if replay or batch.split is not None or batch.documents is not None:
-            return self._links(seq, batch, replay)
+            return self._links(x, seq, batch, replay)
         if seq not in self._known:
             self._known.clear()  # a sample grows by a token at a time
-            self._known[seq] = self._links(seq, batch, replay)
+            self._known[seq] = self._links(x, seq, batch, replay)
         return self._known[seq]
 
-    def _links(self, seq: int, batch: Any, replay: bool) -> Segment:
-        """The same of `seq` tokens."""
+    def _links(self, x: Tensor, seq: int, batch: Any, replay: bool) -> Segment:
+        """The same of `seq` tokens, where x is."""
         tables = (t.unsqueeze(-2) for t in self._tables(seq, batch))
         return (
             self.norm.link,
             self.qkv.link,
             (SplitRotate, (self.heads, self.kv_heads), *tables),
-            self.core.link(seq, batch),
+            self.core.link(seq, batch, x.device),
             (Merge, self.heads),
             *self.wo.links(replay),
         )

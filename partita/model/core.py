@@ -1,7 +1,7 @@
 """Attention proper on one rank's heads: q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq,
 head_dim] -> [batch, heads, seq, head_dim].
 
-    Flash            q, k, v, the output and its log-sum-exp are kept; Tiled: by the kernel of one tile
+    Flash            q, k, v, the output and its log-sum-exp are kept: one tile
     Explicit         probabilities and their dropout mask are kept
     SharedExplicit   the same where keys and values go round a ring or are gathered; its flash form is
                      parallel/cp/ring.py, and parallel/cp/ulysses.py goes around any
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from partita.model.dropout import Dropout
 from partita.parallel.chain import Link
@@ -52,21 +51,11 @@ class Flash:
     ) -> Tensor:
         """Causal without a mask where nothing else hides a key."""
         mask = self._mask(q.shape[-2], batch, q.device)
-        if q.device.type == "cpu" or v.shape[-1] != q.shape[-1] or self.slopes is not None:
-            return Tiled.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
-        return scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask and mask(),
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        return Tiled.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
 
-    def link(self, seq: int, batch: Any) -> Link:
-        """The same of `seq` tokens as a link of a chain, on a CPU."""
-        return Tiled, self._mask(seq, batch, torch.device("cpu")), self.scale
+    def link(self, seq: int, batch: Any, device: torch.device) -> Link:
+        """The same of `seq` tokens as a link of a chain."""
+        return Tiled, self._mask(seq, batch, device), self.scale
 
     def _mask(self, seq: int, batch: Any, device: torch.device) -> Callable[[], Tensor] | None:
         """What makes the mask; None where attention is causal and nothing else."""
@@ -84,10 +73,8 @@ class Flash:
 
 
 class Tiled(torch.autograd.Function):
-    """Flash for what torch has no kernel on every device: values narrower than keys (latent attention),
-    scores that something is added to (ALiBi); and, on the CPU, all: torch's kernel called as it is, whose
-    backward is slow where few queries are of 16 bits, and a mask is not kept. Causal where there is none;
-    backward makes it again."""
+    """Flash by a device's kernels as they are (parallel/cp/tile.py), whose backward begins with the output
+    and its lse alone: a mask is not kept. Causal where there is none; backward makes it again."""
 
     @staticmethod
     def forward(

@@ -26,7 +26,7 @@ def drawn(seed: int, temperature: float) -> Choice:
 
     def choose(logits: Tensor, number: int) -> int:
         vocab = logits.shape[0]
-        u = uniform(seed, "sample", torch.arange(vocab) + number * vocab)
+        u = uniform(seed, "sample", torch.arange(vocab, device=logits.device) + number * vocab)
         noise = -torch.log(-torch.log(u.clamp(2.0**-33, 1 - 2.0**-33)))
         return int((logits.double() / temperature + noise).argmax())
 
@@ -35,13 +35,14 @@ def drawn(seed: int, temperature: float) -> Choice:
 
 def continued(
     blocks: Sequence[Any], ids: Sequence[int], new_tokens: int, window: int, vocab: int,
-    choose: Choice = likeliest,
+    choose: Choice = likeliest, device: torch.device | str = "cpu",
 ) -> list[int]:  # fmt: skip
     """Appends `new_tokens` chosen tokens; sees the last `window` tokens. The blocks are embedding, layers
-    and head of one rank. Returns the new ids."""
+    and head of one rank, on `device`. Returns the new ids."""
     *body, head = blocks
 
     def last(seen: Tensor) -> Tensor:
+        seen = seen.to(device)
         batch = SimpleNamespace(ids=seen, documents=None, samples=None, split=None, step=0)
         x = None
         for block in body:

@@ -337,5 +337,6 @@ class Edged:
         *channels, (first, end), (left, right) = (b for b in self.masks.box)
         if first == end:
             sizes = (b - a for a, b in channels)
-            return torch.zeros(len(batch.samples), *sizes, sum(self.edges), right - left).bool()
+            rows, like = sum(self.edges), batch.samples
+            return like.new_zeros((len(like), *sizes, rows, right - left), dtype=torch.bool)
         return pad(self.masks.mask(step, batch), (0, 0, *self.edges))

@@ -228,9 +228,11 @@ def make_model(job: Job, laid: Laid, context: Context, fill: Callable[[Unit], No
     return model
 
 
-def new_values(job: Job, laid: Laid) -> Callable[[str, Box], Tensor]:
-    """The value of a box of a weight before training: by counter, or from the slices of a Hugging Face
-    folder; LoRA's from one of peft's."""
+def new_values(
+    job: Job, laid: Laid, device: torch.device | str = "cpu"
+) -> Callable[[str, Box], Tensor]:
+    """The value of a box of a weight before training: by counter, drawn on `device`, or from the slices of a
+    Hugging Face folder; LoRA's from one of peft's."""
     if job.init == "pretrained" and job.model_path is not None:
         from partita.model.families.read import read_slices
 
@@ -250,8 +252,8 @@ def new_values(job: Job, laid: Laid) -> Callable[[str, Box], Tensor]:
             return low[name][tuple(slice(a, b) for a, b in box)]
         if read is not None and not is_adapter(name):
             return read(name, box)
-        shape = laid.layouts[name].shape
-        return initial_value(job.seed, name, shape, box, layers=job.model.layers)
+        shape, layers = laid.layouts[name].shape, job.model.layers
+        return initial_value(job.seed, name, shape, box, layers=layers, device=device)
 
     return value
 
@@ -274,7 +276,7 @@ def assemble(
     laid = lay(request_of(job))
     found = device or device_of(job, world.rank)
     context = make_context(laid, job, world, where or Where(), recorder, found)
-    value = new_values(job, laid)
+    value = new_values(job, laid, found)
     model = make_model(job, laid, context, lambda unit: fill_unit(unit, laid, context, value))
     update = make_update(model, job.train)
     data = open_job_data(job)

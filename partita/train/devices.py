@@ -6,6 +6,8 @@ data and checkpoints stay with the CPU (gloo). No layer names a device: it compu
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from partita.base.errors import UsageError
@@ -41,7 +43,28 @@ def device_of(job: Job, rank: int) -> torch.device:
 
 
 def use_gpu(number: int) -> torch.device:
-    """The GPU of that number on this host, for this process from now on."""
+    """The GPU of that number on this host, for this process (and this thread) from now on: fp32 is fp32, not
+    TF32, whose 10 bits cuDNN's convolutions would take; sums of 16-bit products are not rounded midway; and
+    backward runs in the thread that asks for it."""
     for_gpu()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.autograd.set_multithreading_enabled(False)
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def shared_device(job: Job) -> torch.device:
+    """What all thread ranks of this process compute on: the CPU, or its first GPU, where the job computes on
+    GPUs."""
+    return use_gpu(0) if computes_on_gpu(job) else torch.device("cpu")
+
+
+def reading_device(job: Job) -> torch.device:
+    """What one rank computes on that reads what a run of the job has left, perhaps on another host: where
+    that has no GPU, the CPU."""
+    wants = job.device == "cuda" and torch.cuda.is_available()
+    return (
+        use_gpu(0) if wants or computes_on_gpu(replace(job, device="auto")) else torch.device("cpu")
+    )

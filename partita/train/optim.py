@@ -81,8 +81,11 @@ def restore_state(
 class PartOptimizer:
     """torch's optimizer over one part of a flat tensor at a time, its states given with it."""
 
-    def __init__(self, train: TrainSpec, dtype: torch.dtype) -> None:
-        self._params = {decays: torch.zeros(1, dtype=dtype) for decays in (True, False)}
+    def __init__(
+        self, train: TrainSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        decays = (True, False)
+        self._params = {d: torch.zeros(1, dtype=dtype, device=device) for d in decays}
         named = [(str(decays), p, decays) for decays, p in self._params.items()]
         self._optimizer = make_optimizer(named, train)
 

@@ -1,4 +1,4 @@
-"""Text that a checkpoint's model writes, on one device."""
+"""Text that a checkpoint's model writes, on one device: the job's, where this host has it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.train.build import make_context, make_model, open_job_data
 from partita.train.checkpoint import load
+from partita.train.devices import reading_device
 from partita.train.pieces import Wanted
 from partita.train.step import Model
 
@@ -38,12 +39,13 @@ def job_of(step_folder: Path) -> Job:
 
 
 def load_single(step_folder: Path, job: Job) -> Model:
-    """The whole model of a checkpoint on one rank, fp32."""
+    """The whole model of a checkpoint on one rank, fp32, on the job's device (none here: the CPU)."""
     plan = Plan().with_("pipeline", num_microbatches=1)
     train = replace(job.train, global_batch_size=1, micro_batch_size=1)
     alone = replace(job, plan=plan, train=train)
     laid = lay(request_of(alone))
-    context = make_context(laid, alone, SingleWorld(), Where())
+    device = reading_device(job)
+    context = make_context(laid, alone, SingleWorld(), Where(), device=device)
     model = make_model(alone, laid, context, lambda unit: None)
     wanted = []
     for unit in model.units:
@@ -79,5 +81,6 @@ def continue_text(
     model = load_single(step_folder, job)
     choose = drawn(job.seed, temperature) if temperature else likeliest
     window, vocab = job.train.seq_len, job.model.vocab
-    new = continued(model.blocks, ids, new_tokens, window, vocab, choose)
+    device = model.context.device
+    new = continued(model.blocks, ids, new_tokens, window, vocab, choose, device)
     return Text(data.tokenizer.decode(new), new)

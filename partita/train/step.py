@@ -220,7 +220,8 @@ class Model:
     def count(self, batch: StepBatch) -> None:
         """Tells the head the valid tokens of the whole step: the loss is a mean over them."""
         if self.holds_loss:
-            total = sum(int(b.valid.sum()) for b in batch.microbatches)
+            counts = [b.valid.sum() for b in batch.microbatches]
+            total = int(torch.stack(counts).sum())  # one word to the host
             if self.comms.count is not None:
                 counted = torch.tensor([total], dtype=torch.int64)
                 total = int(self.comms.count.all_reduce(counted, site="step.count:reduce_from"))

@@ -110,7 +110,8 @@ class StochasticUpdate:
 
     def __post_init__(self) -> None:
         wide = {slot.gradient.dtype for slot in self.slots} or {torch.float32}
-        self._parts, device = PartOptimizer(self.train, *wide), self.rounding.context.device
+        device = self.rounding.context.device
+        self._parts = PartOptimizer(self.train, *wide, device)
         for slot in self.slots:
             if not slot.balances:
                 moments = {

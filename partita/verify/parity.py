@@ -22,7 +22,7 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.train.data import Dataset
-from partita.train.devices import computes_on_gpu
+from partita.train.devices import computes_on_gpu, shared_device
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
 from partita.verify.compare import ROUNDING, Difference, differences, near, walk_of
@@ -154,7 +154,8 @@ def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
 def verify(
     job: Job, *, plan: str | Plan | None = None, backend: str = "local", brief: bool = False
 ) -> Verification:
-    """Runs the plan on thread ranks (or processes) and the judge on one device, and compares.
+    """Runs the plan on thread ranks (or processes) and the judge on one device, and compares. Thread ranks
+    compute on the job's device, a GPU that they share where it is one; the judge on the CPU.
 
     `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time.
     Raises PlanError for an illegal plan, DataError for bad data.
@@ -239,7 +240,7 @@ def run_ranks(
     if backend == "local":
         noise(job, wide_dtype(job))  # by one thread, for all
         with local(job.plan.world_size, job.train.comm_timeout_s) as ranks:
-            found = ranks.run(run_rank, job, data, watched, None, laid)
+            found = ranks.run(run_rank, job, data, watched, shared_device(job), laid)
     else:
         found = run_processes(job, data, backend)
     declare(job, found)

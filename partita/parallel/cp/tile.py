@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from partita.parallel.cp import fused
 from partita.parallel.cp.split import Tile
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -50,7 +51,8 @@ def attend(
     1, queries, keys], or all, or what is added to scores [batch or 1, heads, queries, keys] (alibi.py), -inf
     where nothing is seen; `causal`: the upper half is hidden."""
     if q.device.type != "cpu":
-        return plain(q, k, v, seen, causal, scale)
+        own = fused.attend if fused.takes(q) else plain
+        return own(q, k, v, seen, causal, scale)
     padded = _padded(v, q.shape[-1])
     out, lse = _FLASH(q, k, padded, 0.0, causal, attn_mask=_added(seen, q), scale=scale)
     if padded is not v:  # as narrow as it is laid, and as the kernel lays its output
@@ -72,7 +74,8 @@ def attend_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one tile, from its rows' final output and lse."""
     if g.device.type != "cpu":
-        return plain_back(g, qkv, out, lse, seen, causal, scale)
+        own = fused.attend_back if fused.takes(g) else plain_back
+        return own(g, qkv, out, lse, seen, causal, scale)
     q, k, v = qkv
     g, wide_v, out = (_padded(t, q.shape[-1]) for t in (g, v, out))
     tensors, mask = (g, q, k, wide_v, out, lse), _added(seen, g)

@@ -79,8 +79,10 @@ class Parameters:
         for unit in units:
             self._users[unit.name] = self._users.get(unit.name, 0) + 1
             if unit.name not in self._whole:
-                like, size = unit.working, unit.values.size
-                self._whole[unit.name] = torch.empty(size, dtype=like.dtype, device=like.device)
+                made = unit.values  # whose device a shard that lies elsewhere is brought to
+                self._whole[unit.name] = torch.empty(
+                    made.size, dtype=made.dtype, device=made.device
+                )
             found.append((unit, self._gather(unit, self._whole[unit.name])))
         return found
 

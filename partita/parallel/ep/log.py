@@ -63,15 +63,16 @@ class RouterLog:
 
     def rows(self, chosen: Tensor, sent: list[int]) -> None:
         """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
-        self.now.counts += torch.bincount(chosen.flatten(), minlength=self.experts)
-        self.now.sent = tuple(sent)
+        now, rows = self.now, torch.bincount(chosen.flatten(), minlength=self.experts)
+        now.counts = now.counts.to(rows.device) + rows
+        now.sent = tuple(sent)
         if self.keeps:
-            self.now.chosen = chosen.clone()  # what it lies in may go elsewhere until backward
+            now.chosen = chosen.clone()  # what it lies in may go elsewhere until backward
 
     def total(self, end: int | None = None) -> Seen:
         """Of all microbatches, or those before `end`."""
         found = [seen for m, seen in self.seen.items() if end is None or m < end]
-        return sum(found, self._nothing())
+        return sum(found[1:], found[0]) if found else self._nothing()
 
     def _nothing(self) -> Seen:
         return Seen(torch.zeros(self.experts, dtype=torch.int64))

@@ -188,10 +188,10 @@ def _balance_gradient(layer: Router, scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def _record(layer: Router, scores: Tensor, counts: Tensor, logits: Tensor) -> None:
-    """This rank's part of the losses' values."""
-    s = layer.spec
+    """This rank's part of the losses' values, where they are made."""
+    s, now = layer.spec, layer.log.now
     if s.balance_loss:
         p = scores if s.router == "softmax" else scores / scores.sum(-1, keepdim=True)
-        layer.log.now.balance += (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
+        now.balance = now.balance + (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
     if s.z_loss:
-        layer.log.now.z += logits.logsumexp(-1).square().sum() / layer.seq_len
+        now.z = now.z + logits.logsumexp(-1).square().sum() / layer.seq_len

@@ -205,4 +205,4 @@ class _Convolve(torch.autograd.Function):
             layer.kernel.queue.add(layer.accumulate, dy, x)
         if low is not None and low.trains:
             low.a.queue.add(low.accumulate, dy, x, kept, shape)
-        return dx, dy.new_empty(0) if ctx.is_data else None, None
+        return dx, torch.empty(0) if ctx.is_data else None, None  # where the entry is: no device's
