@@ -5,7 +5,8 @@
     every MEMORY_EVERY steps      memory again, and in the last one: a leak would show
 
 The record goes to records/rank-N.json of the run folder; the launcher merges all into trace.json. A run
-of one or two steps measures both in the last.
+of one or two steps measures both in the last. On a GPU spans are when the device computed (clock.py); those
+of collectives and waits are the host's calls.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -33,14 +35,16 @@ from partita.record.transfer import Transfer, summarise
 from partita.schedule.ir import Action
 from partita.train.allocation import Allocations
 from partita.train.build import Built
+from partita.train.clock import Clock, clock_of
 
 MEMORY_FIRST, MEMORY_EVERY = 2, 50
+Stamped = tuple[Span, Any, Any]  # a span, and the stamps of its clock that say when
 
 
 class StepRecorder:
     """One rank's recorder. The loop enters `step` around each step and `span` around its parts."""
 
-    def __init__(self, built: Built, folder: Path, steps: int) -> None:
+    def __init__(self, built: Built, folder: Path, steps: int, clock: Clock | None = None) -> None:
         self.built, self.folder, self.last_step = built, folder, steps - 1
         context = built.context
         self.where, self.rank = context.where, context.rank
@@ -48,7 +52,8 @@ class StepRecorder:
         self.record = RankRecord(self.rank, host=socket.gethostname())
         self.aside: list[Span] = []  # checkpoints and evaluations, outside the recorded step
         self._first: int | None = None
-        self._spans: list[Span] | None = None
+        self.clock = clock or clock_of(context.device)
+        self._spans: list[Stamped] | None = None
         self._ledger = Ledger(self.rank)
         self._peak = 0
         context.recorder.active = False
@@ -79,36 +84,43 @@ class StepRecorder:
     @contextmanager
     def span(self, kind: str, name: str, lane: str = "compute") -> Iterator[None]:
         """Around a part of a step, a checkpoint or an evaluation."""
-        start = time.perf_counter()
+        start, spans = time.perf_counter(), self._spans
+        stamp = None if spans is None else self.clock.stamp()
         try:
             yield
         finally:
             found = Span(
                 self.rank, lane, kind, name, start, time.perf_counter(), step=self.where.step
             )
-            if self._spans is not None:
-                self._spans.append(found)
+            if spans is not None:
+                spans.append((found, stamp, self.clock.stamp()))
             elif kind in ("checkpoint", "eval"):
                 self.aside.append(found)
 
     @contextmanager
     def action(self, action: Action) -> Iterator[None]:
         """Around a forward or a backward of the executor."""
-        start = time.perf_counter()
+        spans = self._spans
+        start = None if spans is None else self.clock.stamp()
         yield
         if self.where.phase == "F" and action.kind == "F":
             self.allocations.forward_over()
         else:
             self.allocations.backward_over()
-        if self._spans is not None:
-            end = time.perf_counter()
+        if spans is not None:
             stage, kind, microbatch = action
-            self._spans.append(
-                Span(
-                    self.rank, "compute", kind, str(action), start, end, stage, microbatch,
-                    self.where.step,
-                )
-            )  # fmt: skip
+            found = Span(
+                self.rank,
+                "compute",
+                kind,
+                str(action),
+                0.0,
+                0.0,
+                stage,
+                microbatch,
+                self.where.step,
+            )
+            spans.append((found, start, self.clock.stamp()))
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -167,14 +179,16 @@ class StepRecorder:
     def _timed(self, step: int) -> Iterator[None]:
         recorder = self.built.context.recorder
         recorder.take()
+        self.clock.begin()
         recorder.active, self._spans = True, []
         with self._hooked():
             yield
         recorder.active = False
         waits = recorder.take_waits()
         transfers = recorder.take()
-        spans = [*self._spans, *comm_spans(transfers, waits, self.rank, recorder.origin_s)]
-        self._spans = None
+        stamped, self._spans = self._spans, None
+        spans = comm_spans(transfers, waits, self.rank, recorder.origin_s)
+        spans += read_spans(stamped, self.clock)
         spans = [replace(s, step=step + 1) for s in sorted(spans, key=lambda s: s.start_s)]
         self.record = replace(
             self.record,
@@ -195,6 +209,16 @@ class StepRecorder:
         """The run is over: the record with its last memory, checkpoints and evaluations."""
         if self._first is not None:
             self.write()
+
+
+def read_spans(stamped: Sequence[Stamped], clock: Clock) -> list[Span]:
+    """Spans with the times of their stamps, on the host's clock."""
+    times = clock.read([stamp for _, *both in stamped for stamp in both])
+    starts, ends = times[::2], times[1::2]
+    return [
+        replace(span, start_s=start, end_s=end)
+        for (span, *_), start, end in zip(stamped, starts, ends, strict=True)
+    ]
 
 
 def comm_spans(

@@ -1,0 +1,102 @@
+"""Spans of a step are when the device computed, not when the host ordered it: on a device that stands in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from partita.comm.single import SingleWorld
+from partita.spec.job import Job
+from partita.train.build import assemble
+from partita.train.clock import DeviceClock, HostClock, clock_of
+from partita.train.recorder import StepRecorder
+from tests.local.test_allocation import TABLE
+
+
+@dataclass
+class Device:
+    """Runs behind the host: what was ordered takes so many seconds, one after the other. Reading an event's
+    time that the host has not waited for is an error, as on a GPU; so is waiting in a step."""
+
+    host_s: float = 100.0
+    free_s: float = 7.0  # on its own clock, which is not the host's
+    in_step: bool = False
+    waits: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    def order(self, seconds: float) -> None:
+        self.free_s += seconds
+
+    def event(self) -> Event:
+        self.events.append(Event(self))
+        return self.events[-1]
+
+    def wait(self) -> None:
+        assert not self.in_step, "a step never waits for its device"
+        self.waits += 1
+
+    def clock(self) -> DeviceClock:
+        return DeviceClock(self.event, self.wait, lambda: self.host_s)
+
+
+@dataclass
+class Event:
+    device: Device
+    at_s: float = -1.0
+    waited: bool = False
+
+    def record(self) -> None:
+        self.at_s = self.device.free_s
+
+    def synchronize(self) -> None:
+        self.device.wait()
+        self.waited = True
+
+    def elapsed_time(self, end_event: Event) -> float:
+        assert self.waited and end_event.waited
+        return 1e3 * (end_event.at_s - self.at_s)
+
+
+def test_a_stamp_is_when_the_device_came_to_it() -> None:
+    device = Device()
+    clock = device.clock()
+    clock.begin()
+    device.in_step = True
+    stamps = [clock.stamp()]
+    device.order(0.25)
+    stamps.append(clock.stamp())
+    device.in_step = False
+    assert clock.read(stamps) == pytest.approx([100.0, 100.25])
+
+
+def test_a_clock_of_a_cpu_is_the_hosts() -> None:
+    clock = clock_of(torch.device("cpu"))
+    assert isinstance(clock, HostClock)
+    assert isinstance(clock_of(torch.device("cuda", 0)), DeviceClock)
+    clock.begin()
+    first, then = clock.stamp(), clock.stamp()
+    assert clock.read([first, then]) == [first, then]
+    assert first <= then
+
+
+def test_spans_of_a_recorded_step_are_the_devices(tmp_path) -> None:
+    built, device = assemble(Job.load(TABLE), SingleWorld()), Device()
+    recorder = StepRecorder(built, tmp_path, 1, device.clock())
+    with recorder.step(0):
+        device.in_step = True
+        with recorder.span("data", "data"):
+            batch = built.batch(0)
+        device.order(0.5)
+        built.model.forward_backward(batch)
+        with recorder.span("U", "optimizer"):
+            device.order(0.125)
+        device.in_step = False
+    spans = [s for s in recorder.record.spans if s.lane == "compute"]
+    by_kind = {s.kind: s for s in spans}
+    assert {"data", "F", "B", "U"} <= set(by_kind)
+    assert by_kind["data"].start_s == by_kind["data"].end_s == pytest.approx(100.0)
+    assert by_kind["F"].start_s == pytest.approx(100.5)
+    assert by_kind["U"].duration_s == pytest.approx(0.125)
+    assert all(s.step == 1 for s in spans)
