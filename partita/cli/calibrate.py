@@ -17,6 +17,7 @@ from partita.spec.cluster import Cluster
 
 if TYPE_CHECKING:
     from partita.tune.calibrate import Calibration, Tell
+    from partita.tune.device import DeviceCalibration
 
 
 def register(app: typer.Typer) -> None:
@@ -72,7 +73,7 @@ def _make_folder(path: Path) -> None:
         raise WriteError(text, file=str(path)) from None
 
 
-def _write(path: Path, details: Path, found: Calibration) -> None:
+def _write(path: Path, details: Path, found: Calibration | DeviceCalibration) -> None:
     import msgspec
 
     try:

@@ -66,7 +66,8 @@ class Event(Protocol):
         ...
 
 
-def _timing_event() -> Event:
+def timing_event() -> Event:
+    """Of the current device."""
     return torch.cuda.Event(enable_timing=True)
 
 
@@ -74,7 +75,7 @@ def _timing_event() -> Event:
 class DeviceClock:
     """Where a GPU does: `make` an event, `wait` until the device is idle."""
 
-    make: Callable[[], Event] = _timing_event
+    make: Callable[[], Event] = timing_event
     wait: Callable[[], None] = torch.cuda.synchronize
     now: Callable[[], float] = time.perf_counter
     _first: Event | None = field(default=None, init=False)

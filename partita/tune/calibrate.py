@@ -28,12 +28,13 @@ from typing import Any
 
 import psutil
 
-from partita.base.errors import PeerError, UsageError
+from partita.base.errors import PeerError
 from partita.base.text import table
 from partita.base.units import format_bytes, format_rate, format_seconds
 from partita.comm.processes import start_ranks
 from partita.cost.comm import AlphaBeta, steps_and_bytes
 from partita.spec.cluster import Cluster, Link
+from partita.tune.device import DeviceCalibration, calibrate_gpu
 from partita.tune.pieces import Made
 from partita.tune.probes import COLLECTIVES, MATMUL_SIZES, Call, Found, Setup, phase_names, probe
 
@@ -111,18 +112,17 @@ def _calls_table(calls: Sequence[Call]) -> str:
     return table(rows, ["backend", "collective", "ranks", *map(format_bytes, sizes)])
 
 
-def calibrate(base: Cluster, tell: Tell = lambda phase, done, of: None) -> Calibration:
-    """Measures this machine for ranks of `base`, which keeps devices, memory and limit.
+def calibrate(
+    base: Cluster, tell: Tell = lambda phase, done, of: None
+) -> Calibration | DeviceCalibration:
+    """Measures this machine for ranks of `base`, which keeps devices, memory and limit; its GPU where that
+    is the base's device (device.py).
 
-    Starts two to four processes; takes 10 to 30 seconds. Raises UsageError for a cluster of other
-    devices than CPUs, PeerError when a rank is lost on the way.
+    Starts two to four processes; takes 10 to 30 seconds. Raises UsageError for a cluster of GPUs where
+    torch sees none, PeerError when a rank is lost on the way.
     """
     if base.device != "CPU":
-        raise UsageError(
-            f"calibrate measures CPU ranks of this machine, {base.name} has {base.device}: its rates are "
-            "published ones; name a CPU cluster, e.g. --cluster laptop",
-            key="cluster",
-        )
+        return calibrate_gpu(base, tell)
     found = _measure(_setup(base), tell)
     return summarise(base, found, _has_bf16())
 

@@ -16,8 +16,6 @@ run as a whole.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,54 +51,75 @@ from partita.train.data import Batch
 from partita.train.step import Model
 from partita.train.update import make_update
 from partita.tune.timing import median_seconds
+from partita.tune.turns import BYTES, LAYERS, Piece, both_ways
 
 # samples, positions, hidden, vocabulary: a microbatch of small and middling blocks
-SHAPES = ((1, 16, 32, 64), (2, 128, 128, 512), (4, 128, 256, 2048), (2, 512, 384, 4096))
+Shape = tuple[int, int, int, int]
+SHAPES: tuple[Shape, ...] = (
+    (1, 16, 32, 64),
+    (2, 128, 128, 512),
+    (4, 128, 256, 2048),
+    (2, 512, 384, 4096),
+)
 HEAD = 32
 ACTIONS = 16  # microbatches
-TOGETHER = (2, 8)  # of a piece in a row, at least and at most
-BYTES = 24_000_000  # that they read: more than a core's caches, as a model's layers do
-# bytes that LAYERS touch: at most, and times what a piece is given
-AWAY, AWAY_TIMES = 40_000_000, 160
-ROUNDS = 3
-LAYERS = 8  # whose linears take turns, at most; fewer where fewer fill the caches
 Made = dict[str, dict[str, float]]  # piece -> size -> seconds
-Piece = Callable[..., Any]
 # what pieces that take turns, of inputs, take in so many seconds, each forward and backward
 Both = Callable[[Sequence[Piece], Sequence[Tensor], float], tuple[float, float]]
 
 
-def measure_pieces(dtype: str, seconds_each: float) -> Made:
-    """Every piece of every shape in a dtype."""
+def measure_pieces(
+    dtype: str, seconds_each: float, shapes: Sequence[Shape] = SHAPES, on: On | None = None
+) -> Made:
+    """Every piece of every shape in a dtype, `on` the CPU unless told otherwise."""
     made: Made = {}
-    for shape in SHAPES:
-        dense(Bench(dtype, shape, seconds_each, made))
-        plain(Bench(dtype, shape, seconds_each, made, {"family": "gpt2", "dropout": 0.1}))
-        sparse = {"experts": 4, "top_k": 2, "expert_ffn_hidden": shape[2]}
-        experts(Bench(dtype, shape, seconds_each, made, sparse))
-    _action(made, seconds_each)
-    for name, points in made.items():  # what the host takes for attention of any keys
-        if name.startswith(ATTENTION):
-            points.update(made[f"{name.partition(' ')[0]} {SHAPES[0][1]}"] | points)
+    for shape in shapes:
+        measure_shape(dtype, shape, seconds_each, made, on or On())
+    measure_action(made, seconds_each)
+    with_any_keys(made, shapes[0][1])
     return made
+
+
+def measure_shape(dtype: str, shape: Shape, seconds_each: float, made: Made, on: On) -> None:
+    """Every piece of a shape."""
+    dense(Bench(dtype, shape, seconds_each, made, {}, on))
+    plain(Bench(dtype, shape, seconds_each, made, {"family": "gpt2", "dropout": 0.1}, on))
+    sparse = {"experts": 4, "top_k": 2, "expert_ffn_hidden": shape[2]}
+    experts(Bench(dtype, shape, seconds_each, made, sparse, on))
+
+
+def with_any_keys(made: Made, keys: int) -> None:
+    """What the smallest attention takes holds with any keys: it is the host's, or a kernel's start."""
+    for name, points in made.items():
+        if name.startswith(ATTENTION):
+            points.update(made[f"{name.partition(' ')[0]} {keys}"] | points)
+
+
+@dataclass(frozen=True)
+class On:
+    """Where pieces are measured, with heads of what width, and how: `both` and `one` find out what a piece,
+    and a call without a backward, take."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    head: int = HEAD
+    both: Both = both_ways
+    one: Callable[[Callable[[], object], float], float] = median_seconds
 
 
 @dataclass
 class Bench:
-    """A model of a few layers, and where its pieces' times go. `both` and `one` find out what a piece, and a
-    call without a backward, take."""
+    """A model of a few layers, and where its pieces' times go."""
 
     dtype: str
-    shape: tuple[int, int, int, int]
+    shape: Shape
     seconds_each: float
     made: Made
     more: Mapping[str, Any] = field(default_factory=dict)
-    both: Both = field(default_factory=lambda: both_ways)
-    one: Callable[[Callable[[], object], float], float] = median_seconds
+    on: On = field(default_factory=On)
 
     def __post_init__(self) -> None:
         samples, seq, hidden, vocab = self.shape
-        heads = max(hidden // HEAD, 1)
+        heads = max(hidden // self.on.head, 1)
         kv_heads = heads if self.more.get("family") == "gpt2" else max(heads // 2, 1)
         model = {
             "family": "llama", "layers": _layers(hidden), "hidden": hidden, "heads": heads,
@@ -114,22 +133,24 @@ class Bench:
         }  # fmt: skip
         self.job = Job.load(table)
         laid = lay(request_of(self.job))
-        context = make_context(laid, self.job, SingleWorld(), Where())
+        device = self.on.device
+        context = make_context(laid, self.job, SingleWorld(), Where(), device=device)
         self.model: Model = make_model(self.job, laid, context, _fill)
         self.embedding, *self.layers, self.head = self.model.blocks
         self.layer = self.layers[0]
         self.wide = torch.float32 if self.dtype == "fp32" else torch.bfloat16
         ids = torch.arange(samples * seq).view(samples, seq) % vocab
         valid = torch.ones(samples, seq, dtype=torch.bool)
-        self.batch = microbatch(Batch(ids, ids, valid, None), range(samples))
+        self.batch = microbatch(Batch(ids, ids, valid, None), range(samples)).to(device)
 
     def ones(self, *shape: int) -> Tensor:
         """A tensor of the dtype whose elements differ."""
-        return torch.linspace(-1, 1, prod(shape)).sin_().view(shape).to(self.wide)
+        line = torch.linspace(-1, 1, prod(shape), device=self.on.device)
+        return line.sin_().view(shape).to(self.wide)
 
     def time(self, name: str, size: float, piece: Piece, *inputs: Tensor) -> None:
         """Seconds of one forward and one backward of a piece of inputs that want gradients."""
-        there, back = self.both([piece], inputs, self.seconds_each)
+        there, back = self.on.both([piece], inputs, self.seconds_each)
         self.keep(name, size, there)
         self.keep(f"{name}.back", size, back)
 
@@ -145,67 +166,8 @@ def _layers(hidden: int) -> int:
 
 def _fill(unit: Unit) -> None:
     """Weights that differ, so that a router does not choose one expert alone."""
-    generator = torch.Generator().manual_seed(0)
-    unit.master.copy_(torch.rand(unit.master.shape, generator=generator) * 0.2 - 0.1)
-
-
-def both_ways(
-    pieces: Sequence[Piece], inputs: Sequence[Tensor], at_least_s: float
-) -> tuple[float, float]:
-    """Median seconds of a piece's forward and of its backward, the engine's start left out."""
-    made = _run(pieces, inputs, at_least_s)
-    empty = _run([lambda *x: x[0].view_as(x[0])], inputs[:1], at_least_s / 4)
-    return made[0], max(made[1] - empty[1], 0.0)
-
-
-def _run(
-    pieces: Sequence[Piece], inputs: Sequence[Tensor], at_least_s: float
-) -> tuple[float, float]:
-    """Each call on its own: between two of them memory is touched as by the rest of a layer, then what the
-    next is given."""
-    count = _count(pieces[0], inputs, at_least_s)
-    sets = [[x.clone().requires_grad_() for x in inputs] for _ in range(count)]
-    size = min(AWAY, AWAY_TIMES * sum(x.nbytes for x in inputs))
-    layers = cycle(torch.zeros(size, dtype=torch.uint8).split(max(size // LAYERS, 1)))
-    there, back = [], []
-    end = time.perf_counter() + at_least_s
-    seed: Tensor | None = None
-    while len(there) < ROUNDS or time.perf_counter() < end:
-        made, forward, backward = [], 0.0, 0.0
-        for piece, one in zip(cycle(pieces), sets, strict=False):
-            touch(next(layers), *one)
-            start = time.perf_counter()
-            made.append(piece(*one))
-            forward += time.perf_counter() - start
-        is_first = seed is None
-        seed = torch.ones_like(made[0]) if seed is None else seed
-        for y, one in zip(reversed(made), reversed(sets), strict=True):
-            touch(next(layers), seed)
-            start = time.perf_counter()
-            torch.autograd.grad(y, one, seed)
-            backward += time.perf_counter() - start
-        if not is_first:  # which warms up
-            there.append(forward / count)
-            back.append(backward / count)
-    return statistics.median(there), statistics.median(back)
-
-
-@torch.no_grad()
-def touch(*tensors: Tensor) -> None:
-    """Brings them to the caches."""
-    for x in tensors:
-        x.mul_(1)
-
-
-def _count(piece: Piece, inputs: Sequence[Tensor], at_least_s: float) -> int:
-    """How many run in a row: fewer where one takes long."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    piece(*leaves)
-    start = time.perf_counter()
-    piece(*leaves)
-    quick = int(2 * at_least_s / (time.perf_counter() - start))
-    few, many = TOGETHER
-    return max(few, min(many, quick, BYTES // max(sum(x.nbytes for x in inputs), 1)))
+    generator = torch.Generator(unit.master.device).manual_seed(0)
+    unit.master.uniform_(-0.1, 0.1, generator=generator)
 
 
 def dense(b: Bench) -> None:
@@ -221,7 +183,7 @@ def dense(b: Bench) -> None:
     h = b.ones(samples, seq, mlp.up.matrices[0].shape[0])
     b.time("gate", h.numel() // 2, mlp.activate, h)
     _attention(b, attention)
-    b.time("lookup", x.numel(), lambda x: b.embedding(x, b.batch), torch.empty(0))
+    b.time("lookup", x.numel(), lambda x: b.embedding(x, b.batch), b.ones(0))
     logits = b.ones(samples, seq, b.head.loss.rows)
     valid = b.batch.valid
     b.time("loss", logits.numel(), lambda y: b.head.loss(y, b.batch.ids, valid, rows), logits)
@@ -231,7 +193,7 @@ def dense(b: Bench) -> None:
 def _add(b: Bench, x: Tensor) -> None:
     """A residual to what was made just now, and in backward the residual's gradient."""
     away = cycle([x.clone() for _ in range(2 * LAYERS)])
-    seconds = b.one(lambda: x + next(away), b.seconds_each)
+    seconds = b.on.one(lambda: x + next(away), b.seconds_each)
     b.keep("add", x.numel(), seconds)
     b.keep("add.back", x.numel(), seconds)
 
@@ -274,10 +236,10 @@ def _halves(
     """Forward, the gradient of the input, and of the weight: halves of a backward that is split, neither a
     difference of two measurements. A call is `each` products."""
     queue.split(0, 0)  # what is kept goes with the next split
-    there, back = b.both(runs, [x], b.seconds_each)
+    there, back = b.on.both(runs, [x], b.seconds_each)
     queue.close()
     turns = cycle(grow)
-    weight = b.one(lambda: next(turns)(), b.seconds_each)
+    weight = b.on.one(lambda: next(turns)(), b.seconds_each)
     for half, seconds in (("", there), (".back", back), (".weight", weight)):
         b.keep(f"{name}{half}", flops, seconds / each)
 
@@ -285,21 +247,21 @@ def _halves(
 def _attention(b: Bench, a: Attention) -> None:
     """Positions, the core by its keys, and what lies between the linears and it."""
     samples, seq, _, _ = b.shape
-    q = b.ones(samples, seq, a.heads, HEAD)
-    k = b.ones(samples, seq, a.kv_heads, HEAD)
+    q = b.ones(samples, seq, a.heads, b.on.head)
+    k = b.ones(samples, seq, a.kv_heads, b.on.head)
     if a.rope is not None:
         cos, sin = (t.unsqueeze(1) for t in a.rope)
-        both = b.ones(samples, seq, a.heads + a.kv_heads, HEAD)  # queries and keys, as one
+        both = b.ones(samples, seq, a.heads + a.kv_heads, b.on.head)  # queries and keys, as one
         b.time("rotate", both.numel(), lambda x: Rotate.apply(x, cos, sin), both)
     heads = [t.transpose(1, 2) for t in (q, k, k)]
     points = q.numel() * seq
     b.time(f"attention {seq}", points, lambda q, k, v: a.core(q, k, v, b.batch, 0, True), *heads)
     seconds = b.made.pop(f"attention {seq}.back")
     b.made.setdefault(f"attention.back {seq}", {}).update(seconds)
-    sizes = [n * HEAD for n in (a.heads, a.kv_heads, a.kv_heads)]
+    sizes = [n * b.on.head for n in (a.heads, a.kv_heads, a.kv_heads)]
 
     def split(x: Tensor) -> Tensor:
-        q, k, v = (t.view(samples, seq, -1, HEAD).transpose(1, 2) for t in x.split(sizes, -1))
+        q, k, v = (t.view(samples, seq, -1, b.on.head).transpose(1, 2) for t in x.split(sizes, -1))
         y: Tensor = _Free.apply(q, k, v.contiguous())  # type: ignore[assignment]
         return y.transpose(1, 2).reshape(samples, seq, -1)
 
@@ -338,10 +300,11 @@ def experts(b: Bench) -> None:
     moe: MoE = b.layer.mlp
     samples, seq, hidden, _ = b.shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, seq, hidden, generator=generator).to(b.wide)
-    logits = torch.rand(samples, seq, moe.exchange.experts, generator=generator)
+    x = torch.randn(samples, seq, hidden, generator=generator).to(b.on.device, b.wide)
+    logits = torch.rand(samples, seq, moe.exchange.experts, generator=generator).to(b.on.device)
     _, chosen = moe.router(logits, False)
-    gates, chunks = torch.ones(samples * seq, moe.exchange.top_k), moe.exchange.plan(chosen)
+    gates = torch.ones(samples * seq, moe.exchange.top_k, device=b.on.device)
+    chunks = moe.exchange.plan(chosen)
     idle, apart = _Idle(**vars(moe)), _Apart(**{**vars(moe), "norm": lambda x: x})
 
     def travel(x: Tensor, gates: Tensor) -> Tensor:
@@ -384,11 +347,11 @@ def _update(b: Bench) -> None:
         update.model.units[0].gradient[:1].fill_(2.0)  # so that it is clipped
         update.step()
 
-    b.keep("update", update_bytes(states), b.one(run, 2 * b.seconds_each))
+    b.keep("update", update_bytes(states), b.on.one(run, 2 * b.seconds_each))
 
 
-def _action(made: Made, seconds_each: float) -> None:
-    """What the executor takes for an F and a B."""
+def measure_action(made: Made, seconds_each: float) -> None:
+    """What the executor takes for an F and a B, of the host."""
     anchor = torch.zeros((), requires_grad=True)
     schedule = make_schedule("1f1b", num_ranks=1, num_microbatches=ACTIONS)
     executor = Executor(

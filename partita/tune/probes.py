@@ -22,8 +22,9 @@ from partita.cost.pieces import CROWDED
 from partita.parallel.product import PLAIN
 from partita.train.heap import keep_freed_memory
 from partita.tune.crowd import Layers
-from partita.tune.pieces import Made, measure_pieces, touch
+from partita.tune.pieces import Made, measure_pieces
 from partita.tune.timing import median_seconds
+from partita.tune.turns import touch
 
 # rows, inner, columns: a microbatch's tokens against the weights of small and middling blocks
 MATMUL_SIZES = (

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
+import torch
 
 from partita.base.config import to_toml
 from partita.base.errors import UsageError
 from partita.cost.comm import AlphaBeta, seconds
+from partita.simulate.predict import simulate
 from partita.spec.calibrated import adopt, calibrated, calibration_path
 from partita.spec.cluster import Cluster
+from partita.spec.job import Job
 from partita.tune.calibrate import calibrate, compute_units, fit, slowest_calls, summarise
+from partita.tune.device import Setup, Timer, calibrate_on
 from partita.tune.probes import COLLECTIVES, COMM_BYTES, MATMUL_SIZES, Call, Found
 
 LINK = AlphaBeta(latency_s=20e-6, bytes_per_s=3e9)
@@ -116,6 +123,64 @@ def test_a_job_that_states_no_rates_takes_this_hosts(tmp_path, monkeypatch) -> N
     assert calibrated(other, tmp_path) == other  # what was measured otherwise is not read
 
 
-def test_published_devices_are_not_measured() -> None:
-    with pytest.raises(UsageError, match="CPU ranks"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
+def test_a_device_that_is_not_here_is_not_measured() -> None:
+    with pytest.raises(UsageError, match="sees no GPU"):
         calibrate(Cluster.load("8xh100"))
+
+
+class HostEvent:
+    """A device that does what it is told at once."""
+
+    at_s = 0.0
+
+    def record(self) -> None:
+        self.at_s = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end_event: HostEvent) -> float:
+        return 1e3 * (end_event.at_s - self.at_s)
+
+
+def test_a_gpu_keeps_its_published_rates_and_takes_pieces_and_its_link() -> None:
+    base, told, spun = Cluster.load("1xh100"), [], []
+    timer = Timer(HostEvent, lambda: None, spun.append, torch.device("cpu"), 64)
+    small = Setup(
+        ((1, 8, 32, 32),), ((8, 8, 8),), head=16, elements=64, seconds_each=0.0, dtypes=("bf16",)
+    )
+    found = calibrate_on(base, small, timer, "stand-in", lambda *line: told.append(line))
+    made = found.cluster
+    assert (made.peak_flops, made.memory_bytes_per_s) == (base.peak_flops, base.memory_bytes_per_s)
+    assert made.host_link == min(found.up_bytes_per_s, found.down_bytes_per_s)
+    assert [done for _, done, _ in told] == [0, 1, 2]
+    assert min(spun) == 0.0
+    assert max(spun) > 0.0, "a device runs behind its host, but while that warms up"
+    pieces = made.piece_seconds
+    assert pieces is not None
+    assert pieces["bf16"]["linear"].keys() == {str(2 * 8 * 32 * n) for n in (32, 88, 176)}
+    assert all(s >= 0 for by in pieces.values() for x in by.values() for s in x.values())
+    assert Cluster.load(made.to_toml()).piece_seconds == pieces
+    assert "stand-in" in str(found)
+
+
+def test_a_step_of_a_measured_gpu_is_the_sum_of_its_pieces() -> None:
+    job = Job.load(
+        {
+            "name": "measured", "plan": "1mb bf16", "cluster": {"preset": "1xh100"},
+            "model": {
+                "family": "llama", "layers": 2, "hidden": 32, "heads": 2, "ffn_hidden": 88, "vocab": 32,
+                "max_seq_len": 8,
+            },
+            "train": {"global_batch_size": 1, "seq_len": 8},
+        }
+    )  # fmt: skip
+    both_ways = "linear", "norm", "rotate", "split", "gate", "add", "lookup", "loss"
+    names = ["linear.weight", "update", "action", *both_ways, *(f"{x}.back" for x in both_ways)]
+    names += [f"{x} {keys}" for x in ("attention", "attention.back") for keys in (8, 16)]
+    both = [
+        simulate(replace(job, cluster=replace(job.cluster, piece_seconds={"bf16": made})))
+        for made in ({n: {"1": s, str(10**9): s} for n in names} for s in (1.0, 2.0))
+    ]
+    once, twice = (x.time["compute_s"] for x in both)
+    assert twice == pytest.approx(2 * once)

@@ -16,7 +16,7 @@ from partita.parallel.pp.pieces import run
 from partita.simulate.predict import request_of
 from partita.simulate.work import block_work
 from partita.tune import pieces
-from partita.tune.pieces import Bench, Made
+from partita.tune.pieces import Bench, Made, On
 
 SHAPE = (2, 16, 64, 96)
 
@@ -73,10 +73,10 @@ def both(
 def test_pieces_make_the_calls_of_a_layer(dtype, measure, more, within) -> None:
     counts: Made = {}
     for made in ({}, counts):  # at its first call a kernel tries what it may rely on
-        pieces.dense(Bench(dtype, SHAPE, 0.0, made, {}, both, calls))
-    bench = Bench(dtype, SHAPE, 0.0, counts, more, both, calls)
+        pieces.dense(Bench(dtype, SHAPE, 0.0, made, {}, On(both=both, one=calls)))
+    bench = Bench(dtype, SHAPE, 0.0, counts, more, On(both=both, one=calls))
     if measure is pieces.plain:
-        drops = Bench(dtype, SHAPE, 0.0, counts, {**more, "dropout": 0.1}, both, calls)
+        drops = Bench(dtype, SHAPE, 0.0, counts, {**more, "dropout": 0.1}, On(both=both, one=calls))
         measure(drops)
     elif measure is pieces.experts:
         measure(bench)
