@@ -149,7 +149,8 @@ class Allocations(TorchDispatchMode):
                 self._enter_all(value, category)
 
     def _enter(self, t: Tensor, category: str) -> None:
-        if t.device.type != self.device or t.layout is not torch.strided:
+        on_host = self.where.arena != "device" and t.device.type == "cpu"
+        if not (t.device.type == self.device or on_host) or t.layout is not torch.strided:
             return
         storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -158,7 +159,7 @@ class Allocations(TorchDispatchMode):
             if not storage.resizable() and self._is_mapped(storage.data_ptr()):
                 return
             gone = weakref.ref(storage, lambda _, key=key: self._freed(key))
-            arena = self.held if self.where.arena == "device" else self.host
+            arena = self.host if on_host else self.held
             if arena is self.host and category == "buffers" and self.where.phase == "F":
                 category = "activations"  # what F has put there waits for B
             self._live[key] = (size, category, arena, gone)

@@ -255,14 +255,46 @@ def test_what_another_microbatch_kept_is_seen(tmp_path, monkeypatch):
     take, before = HostShelf.take, []
 
     def swapped(self, ticket, into):
-        mine = [t.clone() for t in ticket]
+        mine = [t.clone() for t in ticket.made]
         same = [t for t in before if [x.shape for x in t] == [x.shape for x in mine]]
-        take(self, same[-1] if same else ticket, into)
+        ticket.made = [*same[-1]] if same else ticket.made
+        take(self, ticket, into)
         before.append(mine)
 
     monkeypatch.setattr(HostShelf, "take", swapped)
     job = verify_jobs.job(tmp_path, f"2mb fp64 offload:cpu {KEPT}")
     assert not verify(job).equal
+
+
+class LateShelf(HostShelf):
+    """Copies as late as a GPU's streams may: down when their memory is to be free, up when they are waited
+    for."""
+
+    def put(self, bytes_):
+        return {"from": bytes_}
+
+    def lingers(self, ticket):
+        return True
+
+    def left(self, ticket):
+        ticket["down"] = super().put(ticket.pop("from"))
+
+    def take(self, ticket, into):
+        assert "down" in ticket, "it is still there"
+        for t in into:
+            t.fill_(255)  # not a number, whatever it was
+        ticket["into"] = into
+
+    def arrived(self, ticket):
+        if "into" in ticket:
+            super().take(ticket["down"], ticket.pop("into"))
+
+
+@pytest.mark.parametrize("plan", ["2mb bf16", "pp2:zb_h1/4mb tp2+sp fp64 recompute:selective"])
+def test_copies_beside_what_is_computed_are_waited_for(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("partita.parallel.offload.arenas.HostShelf", LateShelf)
+    found = verify(verify_jobs.job(tmp_path, f"{plan} offload:cpu {KEPT}", tied=True), brief=True)
+    assert found.equal and found.traffic_equal, str(found)
 
 
 def test_a_full_disk_is_told_before_the_first_step(tmp_path, monkeypatch):

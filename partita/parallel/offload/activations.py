@@ -5,7 +5,8 @@
 
 So a microbatch holds what one block keeps while it runs forward, and what two keep while it runs backward,
 however many microbatches are under way. A stage's last block stays until its B, which begins with it; where
-the schedule runs something else in between, it leaves at OFFLOAD and is back at RELOAD.
+the schedule runs something else in between, it leaves at OFFLOAD and is back at RELOAD. On a GPU copies go
+beside what is computed, so that forward holds two as well: the one before is let go when the next leaves.
 
 Storages are emptied and filled again in place: whoever has a view of one (autograd, the executor, a replay)
 finds it as it was. Weights, tables that live for the whole run, and data do not move; nor does a block's
@@ -41,11 +42,7 @@ class _Kept:
     bytes_: list[Tensor]
     sizes: list[int]
     ticket: Any = None
-
-    @property
-    def is_away(self) -> bool:
-        """Whether the storages are empty."""
-        return self.ticket is not None
+    is_away: bool = False  # or on its way down
 
 
 def _flat(storage: torch.UntypedStorage) -> Tensor:
@@ -63,6 +60,7 @@ class Activations:
     names: Mapping[int, Sequence[str]]
     watcher: Callable[[Tensor], Any] | None = None
     _held: dict[BlockKey, _Kept] = field(default_factory=dict)
+    _leaving: _Kept | None = None  # whose copy down goes on beside the next block
 
     def hold(self, at: int, storages: Sequence[torch.UntypedStorage]) -> None:
         """The block at a place of the stage has run, and keeps these."""
@@ -71,17 +69,28 @@ class Activations:
             self._held[self._key(at)] = made
 
     def leave(self, at: int) -> None:
-        """What a block keeps goes, and its memory is free."""
+        """What a block keeps goes. Its memory is free; where the copy is made beside what is computed, when
+        the next one leaves or something comes."""
+        self.let_go()
         kept = self._held.get(self._key(at))
         if kept is None or kept.is_away:
             return
         start = time.perf_counter()
-        kept.ticket = self.shelf.put(kept.bytes_)
+        kept.ticket, kept.is_away, self._leaving = self.shelf.put(kept.bytes_), True, kept
+        if not self.shelf.lingers(kept.ticket):
+            self.let_go()
+        for axis in self.shelf.axes:
+            self._note(axis, at, "offload" if axis == "host" else "write", kept, start)
+
+    def let_go(self) -> None:
+        """The memory of what has left last is free."""
+        if self._leaving is None:
+            return
+        kept, self._leaving = self._leaving, None
+        self.shelf.left(kept.ticket)
         for flat in kept.bytes_:
             flat.untyped_storage().resize_(0)
             flat.detach()  # an operation: who counts memory sees that it is gone
-        for axis in self.shelf.axes:
-            self._note(axis, at, "offload" if axis == "host" else "write", kept, start)
 
     def expect(self, at: int) -> None:
         """A block's backward is the next but one."""
@@ -90,7 +99,8 @@ class Activations:
             self.shelf.expect(kept.ticket)
 
     def come(self, at: int) -> None:
-        """What a block keeps is there again."""
+        """What a block keeps is there again, or on its way until `done`."""
+        self.let_go()
         kept = self._held.get(self._key(at))
         if kept is None or not kept.is_away:
             return
@@ -101,7 +111,9 @@ class Activations:
 
     def done(self, at: int) -> None:
         """A block's backward has begun: what it keeps is there, and autograd's alone."""
-        self._held.pop(self._key(at), None)
+        kept = self._held.pop(self._key(at), None)
+        if kept is not None and kept.ticket is not None:
+            self.shelf.arrived(kept.ticket)
 
     def last_leaves(self) -> None:
         """OFFLOAD: other work comes before the backward of the stage and microbatch."""
@@ -113,16 +125,19 @@ class Activations:
 
     def forget(self) -> None:
         """All that is away is there again, and nobody's: a stage's input is used a second time."""
+        self.let_go()
         for kept in self._held.values():
             if kept.is_away:
                 self._fill(kept)
+            if kept.ticket is not None:
+                self.shelf.arrived(kept.ticket)
         self._held.clear()
 
     def _fill(self, kept: _Kept) -> None:
         for flat, size in zip(kept.bytes_, kept.sizes, strict=True):
             flat.untyped_storage().resize_(size)
         self.shelf.take(kept.ticket, kept.bytes_)
-        kept.ticket = None
+        kept.is_away = False
 
     def _key(self, at: int) -> BlockKey:
         where = self.moves.where
@@ -147,6 +162,8 @@ class StageKept:
         """The block's forward, as it flows; what autograd saves of it is seen."""
         found: dict[int, torch.UntypedStorage] = {}
         stays = self._stays(batch)
+        if at == self.blocks - 1:  # nothing leaves behind it
+            self.kept.let_go()
 
         def pack(t: Tensor) -> Tensor:
             if self.kept.watcher is not None:

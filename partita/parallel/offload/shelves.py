@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,15 @@ class Shelf(Protocol):
     axes: tuple[str, ...]  # what a copy crosses on the way down
 
     def put(self, bytes_: Sequence[Tensor]) -> Any:
-        """Takes copies of flat bytes, whose memory may be freed when it returns; a ticket for them."""
+        """Copies flat bytes, which stay as they are until `left`; a ticket for them."""
+        ...
+
+    def lingers(self, ticket: Any) -> bool:
+        """Whether a copy down is under way, so that `left` would wait."""
+        ...
+
+    def left(self, ticket: Any) -> None:
+        """What is computed from now on may use the memory of what was put."""
         ...
 
     def expect(self, ticket: Any) -> None:
@@ -35,33 +43,79 @@ class Shelf(Protocol):
         ...
 
     def take(self, ticket: Any, into: Sequence[Tensor]) -> None:
-        """Copies them back, in the order they were put; the ticket is spent."""
+        """Copies them back, in the order they were put."""
+        ...
+
+    def arrived(self, ticket: Any) -> None:
+        """What is computed from now on finds what was taken; the ticket is spent."""
         ...
 
 
 @dataclass
+class _Copies:
+    """Of flat bytes in the host's memory; events on the device's streams, where it is an accelerator."""
+
+    made: list[Tensor]
+    down: torch.cuda.Event | None = None
+    up: torch.cuda.Event | None = None
+
+
+@dataclass
 class HostShelf:
-    """The host's memory; pinned where the device is an accelerator, so that nobody waits for a copy."""
+    """The host's memory. On a GPU it is pinned, and copies go on two streams of their own, down and up,
+    beside what is computed: streams wait for each other, the host for none."""
 
     where: Where
     axes: tuple[str, ...] = ("host",)
+    _streams: list[torch.cuda.Stream] = field(default_factory=list)
 
-    def put(self, bytes_: Sequence[Tensor]) -> list[Tensor]:
-        """Copies, ordered on the current stream."""
+    def put(self, bytes_: Sequence[Tensor]) -> _Copies:
+        """Copies, behind what is computed so far."""
         with self.where.on("host"):
             made = [torch.empty(b.shape, dtype=b.dtype, pin_memory=b.is_cuda) for b in bytes_]
-        for there, here in zip(made, bytes_, strict=True):
-            there.copy_(here, non_blocking=True)
-        return made
+        return _Copies(made, self._copied(0, made, bytes_))
 
-    def expect(self, ticket: list[Tensor]) -> None:
+    def lingers(self, ticket: _Copies) -> bool:
+        """On a GPU."""
+        return ticket.down is not None
+
+    def left(self, ticket: _Copies) -> None:
+        """The current stream waits for the copy down."""
+        if ticket.down is not None:
+            torch.cuda.current_stream().wait_event(ticket.down)
+
+    def expect(self, ticket: _Copies) -> None:
         """Memory is at hand."""
 
-    def take(self, ticket: list[Tensor], into: Sequence[Tensor]) -> None:
-        """Copies back, ordered on the current stream."""
-        for here, there in zip(into, ticket, strict=True):
-            here.copy_(there, non_blocking=True)
-        ticket.clear()
+    def take(self, ticket: _Copies, into: Sequence[Tensor]) -> None:
+        """Copies back, behind what is computed so far, whose memory it may have been, and the copy down."""
+        if ticket.down is not None:
+            self._streams[1].wait_event(ticket.down)
+        ticket.up = self._copied(1, into, ticket.made)
+        ticket.made.clear()  # pinned memory is not used again before its copies are over
+
+    def arrived(self, ticket: _Copies) -> None:
+        """The current stream waits for the copy up."""
+        if ticket.up is not None:
+            torch.cuda.current_stream().wait_event(ticket.up)
+
+    def _copied(
+        self, way: int, into: Sequence[Tensor], given: Sequence[Tensor]
+    ) -> torch.cuda.Event | None:
+        """Copies on a stream (0 down, 1 up) and marks their end; on the CPU, at once."""
+        device = next((t.device for t in (*into, *given) if t.is_cuda), None)
+        if device is None:
+            for there, here in zip(into, given, strict=True):
+                there.copy_(here)
+            return None
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+        stream = self._streams[way]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for there, here in zip(into, given, strict=True):
+                there.copy_(here, non_blocking=True)
+        return stream.record_event()
 
 
 @dataclass
@@ -105,6 +159,13 @@ class DiskShelf:
         self._out.append(buffer)
         return _Slot(place, total, writing)
 
+    def lingers(self, ticket: _Slot) -> bool:
+        """All was copied when it was put."""
+        return False
+
+    def left(self, ticket: _Slot) -> None:
+        """It has."""
+
     def expect(self, ticket: _Slot) -> None:
         """Reads ahead, if no other is."""
         if ticket.reading is None and len(self._in) > 1:
@@ -122,6 +183,9 @@ class DiskShelf:
             first += b.numel()
         self._in.append(ticket.buffer)
         self._slots.append(ticket.place)
+
+    def arrived(self, ticket: _Slot) -> None:
+        """It has."""
 
     def _read(self, ticket: _Slot) -> None:
         ticket.buffer = self._long_enough(self._in.pop(0), ticket.size)
