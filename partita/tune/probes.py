@@ -22,7 +22,7 @@ from partita.cost.pieces import CROWDED
 from partita.parallel.product import PLAIN
 from partita.train.heap import keep_freed_memory
 from partita.tune.crowd import Layers
-from partita.tune.pieces import Made, measure_pieces
+from partita.tune.pieces import SHAPES, Made, measure_pieces
 from partita.tune.timing import median_seconds
 from partita.tune.turns import touch
 
@@ -72,7 +72,7 @@ class Found:
 @dataclass(frozen=True)
 class Setup:
     """What every rank is given. `busy` are the numbers of busy ranks to try, `units` how many compute
-    in the other phases; `scratch` is a folder for the rendezvous."""
+    in the other phases; `scratch` is a folder for the rendezvous, `shapes` are those of the layers."""
 
     num_ranks: int
     units: int
@@ -81,6 +81,7 @@ class Setup:
     backends: tuple[str, ...]
     scratch: Path
     seconds_each: float = 0.15
+    shapes: tuple[tuple[int, int, int, int], ...] = SHAPES
 
 
 def probe(rank: int, connection: Connection, setup: Setup, barrier: Any) -> None:
@@ -185,7 +186,7 @@ def _memory(found: Found, setup: Setup) -> None:
 
 def _pieces(found: Found, setup: Setup, dtype: str) -> None:
     if found.rank < setup.units:
-        found.pieces[dtype] = measure_pieces(dtype, setup.seconds_each / 20)
+        found.pieces[dtype] = measure_pieces(dtype, setup.seconds_each / 20, setup.shapes)
 
 
 def make_world(backend: str, rank: int, num_ranks: int, scratch: Path) -> World:

@@ -28,6 +28,16 @@ def words(*values):
 )
 def test_philox_gives_the_known_answers(counter, key, answer):
     assert tuple(int(w) for w in seeds.philox(words(*counter), key)) == answer
+    assert tuple(seeds._philox_here([w.numpy() for w in words(*counter)], key)[0]) == answer
+
+
+def test_numpy_draws_what_torch_draws():
+    """Of samples and elements that broadcast, beyond 32 bits too."""
+    block, sample = torch.arange(37) + 2**34 - 5, torch.arange(4).view(-1, 1)
+    counter = (block & seeds.MASK, block >> 32, sample, torch.tensor(3))
+    key = seeds.key_of(5, "dropout", "a site")
+    want = torch.stack(torch.broadcast_tensors(*seeds.philox(counter, key)), -1)
+    assert torch.equal(seeds._blocks(key, block, sample, 3), want)
 
 
 @pytest.mark.parametrize(
