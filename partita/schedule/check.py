@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from partita.base.errors import Problem, ScheduleError
 from partita.schedule.clock import Costs, StageCosts, schedule_starts
-from partita.schedule.ir import COMPUTE, Action, Schedule, makes, needs
+from partita.schedule.ir import COMMUNICATION, COMPUTE, Action, Schedule, makes, needs
 from partita.schedule.passes import with_communication
 from partita.schedule.rendezvous import Wait, steps_of, waits
 from partita.schedule.staircase import marked, staircase
@@ -172,14 +172,19 @@ def _paired(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Probl
     places = {}
     for rank, actions in enumerate(ranks):
         for place, a in enumerate(actions):
-            sends = a.is_send
-            if not sends and not a.is_receive:
+            stage, kind, microbatch = a
+            if kind not in COMMUNICATION:
                 continue
-            peer = schedule.rank_of(a.peer_stage, a.microbatch) if _has_peer(schedule, a) else -1
-            message = (a.key, (rank, peer) if sends else (peer, rank))
-            (sent if sends else received)[message] += 1
+            peer_stage, sends = a.peer_stage, a.is_send
+            exists = 0 <= peer_stage < schedule.num_stages
+            exists = exists and 0 <= microbatch < schedule.num_microbatches
+            peer = schedule.rank_of(peer_stage, microbatch) if exists else -1
+            key = (kind[-1], peer_stage if sends else stage, microbatch)
+            message = (key, (rank, peer) if sends else (peer, rank))
+            count = sent if sends else received
+            count[message] = count.get(message, 0) + 1
             places[message] = rank, place
-    wrong = [m for m in sorted(places) if sent[m] != 1 or received[m] != 1]
+    wrong = sorted(m for m in places if sent[m] != 1 or received[m] != 1)
     problems = []
     for message in wrong[:_SHOWN]:
         (what, stage, microbatch), (source, target) = message
@@ -189,14 +194,6 @@ def _paired(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Probl
         picture = marked(rank, ranks[rank], place, times)
         problems.append(_problem("paired", words + _shown([picture])))
     return problems
-
-
-def _has_peer(schedule: Schedule, message: Action) -> bool:
-    _, _, microbatch = message
-    return (
-        0 <= message.peer_stage < schedule.num_stages
-        and 0 <= microbatch < schedule.num_microbatches
-    )
 
 
 def _alive(schedule: Schedule, program: Sequence[Sequence[Action]]) -> list[Problem]:

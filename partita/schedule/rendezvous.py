@@ -12,15 +12,14 @@ its own. Two extremes of what a network may do:
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from partita.schedule.ir import COMPUTE, Action, Schedule, makes, needs
+from partita.schedule.ir import COMMUNICATION, COMPUTE, Action, Schedule, makes, needs
 
-Lane = tuple[tuple[str, int], int, int]  # channel, source rank, target rank
-Message = tuple[str, int, int]
+Lane = tuple[str, int, int, int]  # kind and consuming stage, source rank, target rank
+_RESULTS = "FBW"  # what `needs` asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,69 +32,100 @@ class Wait:
     missing: tuple[Action, ...]
 
 
-class Step(NamedTuple):
-    """An action: what it waits for, each with the message that brings it from another rank, what it leaves,
-    and of a SEND or RECV the lane and the message."""
-
-    wanted: tuple[tuple[Action, Message | None], ...]
-    results: tuple[Action, ...]
-    lane: Lane | None
-    message: Message
-    sends: bool
-
-
+# An action: what it waits for, each with the message that brings it from another rank (or -1), what it
+# leaves, and of a SEND or RECV the lane (else -1), the message, and whether it sends. Results and messages
+# are numbers (_Rules.number): a message has that of the result, at the stage that consumes it.
+Wanted = tuple[tuple[int, int], ...]
+Step = tuple[Wanted, tuple[int, ...], int, int, bool]
 Steps = list[list[Step]]
-_NONE: Message = ("", 0, 0)
+
+
+class _Rules:
+    """`needs` and `makes` in numbers, of every microbatch by those of the first."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.lanes = schedule, dict[Lane, int]()
+        self.compute: dict[tuple[int, str], tuple[list[tuple[int, int]], list[int]]] = {}
+        self.ends: dict[tuple[int, int, str, int], tuple[int, int, int]] = {}  # of lanes
+
+    @property
+    def count(self) -> int:
+        """Of all numbers."""
+        return len(_RESULTS) * self.schedule.num_stages * self.schedule.num_microbatches
+
+    def number(self, kind: str, stage: int, microbatch: int = 0) -> int:
+        """Of a result."""
+        row = _RESULTS.index(kind) * self.schedule.num_stages + stage
+        return row * self.schedule.num_microbatches + microbatch
+
+    def result(self, number: int) -> Action:
+        """That has the number."""
+        row, microbatch = divmod(number, self.schedule.num_microbatches)
+        kind, stage = divmod(row, self.schedule.num_stages)
+        return Action(stage, _RESULTS[kind], microbatch)
+
+    def _of_first(self, stage: int, kind: str) -> tuple[list[tuple[int, int]], list[int]]:
+        first = Action(stage, kind, 0)
+        wanted = [
+            (self.number(n.kind, n.stage), -1 if n.stage == stage else self.number(n.kind, stage))
+            for n in needs(first, self.schedule.num_stages)
+        ]
+        return wanted, [self.number(r.kind, r.stage) for r in makes(first)]
+
+    def step(self, rank: int, action: Action) -> Step:
+        """What `waits` does with an action."""
+        stage, kind, k = action
+        if kind in COMPUTE:
+            rule = self.compute.get((stage, kind))
+            if rule is None:
+                rule = self.compute[stage, kind] = self._of_first(stage, kind)
+            wanted = [(n + k, by if by < 0 else by + k) for n, by in rule[0]]
+            return tuple(wanted), tuple([n + k for n in rule[1]]), -1, -1, False
+        if kind not in COMMUNICATION:
+            return (), (), -1, -1, False
+        way = self.schedule.direction[k] if self.schedule.direction is not None else 0
+        end = self.ends.get((rank, stage, kind, way))
+        if end is None:
+            end = self.ends[rank, stage, kind, way] = self._end(rank, action)
+        lane, message, own = end
+        return () if own < 0 else ((own + k, -1),), (), lane, message + k, own >= 0
+
+    def _end(self, rank: int, action: Action) -> tuple[int, int, int]:
+        """The lane of a SEND or RECV, and of the first microbatch its message and what is sent (or -1)."""
+        (stage, _, k), what, peer_stage = action, action.what, action.peer_stage
+        peer = self.schedule.rank_of(peer_stage, k)
+        sends = action.is_send
+        to, ends = (peer_stage, (rank, peer)) if sends else (stage, (peer, rank))
+        lane = self.lanes.setdefault((what, to, *ends), len(self.lanes))
+        return lane, self.number(what, to), self.number(what, stage) if sends else -1
 
 
 def steps_of(schedule: Schedule, program: Sequence[Sequence[Action]]) -> Steps:
     """The program as `waits` runs it: what does not change with the network, found once."""
-    return [[_step(schedule, rank, a) for a in actions] for rank, actions in enumerate(program)]
-
-
-def _step(schedule: Schedule, rank: int, action: Action) -> Step:
-    stage, kind, microbatch = action
-    if kind in COMPUTE:
-        wanted = tuple(
-            [
-                (n, None if n[0] == stage else (n[1], stage, microbatch))
-                for n in needs(action, schedule.num_stages)
-            ]
-        )
-        return Step(wanted, makes(action), None, _NONE, False)
-    sends = action.is_send
-    if not sends and not action.is_receive:
-        return Step((), (), None, _NONE, False)
-    what, peer_stage = action.what, action.peer_stage
-    key = (what, peer_stage if sends else stage, microbatch)
-    peer = schedule.rank_of(peer_stage, microbatch)
-    if sends:
-        own = ((Action(stage, what, microbatch), None),)
-        return Step(own, (), (key[:2], rank, peer), key, True)
-    return Step((), (), (key[:2], peer, rank), key, False)
+    rules = _Rules(schedule)
+    return [[rules.step(rank, a) for a in actions] for rank, actions in enumerate(program)]
 
 
 class _Network:
     """Lanes, what is issued on their two ends and has not met, and the messages that have arrived."""
 
-    def __init__(self, buffered: bool) -> None:
-        self.buffered, self.arrived = buffered, set[Message]()
-        self.open = Counter[tuple[Lane, Message, bool]]()  # with buffers
-        self.queues: dict[Lane, tuple[deque[Message], deque[Message]]] = {}  # without: sent, posted
+    def __init__(self, buffered: bool, messages: int) -> None:
+        self.buffered, self.arrived = buffered, bytearray(messages)
+        self.open: dict[tuple[int, int], int] = {}  # with buffers: sends less receives
+        self.queues: dict[int, tuple[deque[int], deque[int]]] = {}  # without: sent, posted
 
-    def issue(self, lane: Lane, message: Message, sends: bool) -> None:
+    def issue(self, lane: int, message: int, sends: bool) -> None:
         """Issues a SEND or RECV; what it lets through arrives."""
         if self.buffered:
-            if self.open[lane, message, not sends]:
-                self.open[lane, message, not sends] -= 1
-                self.arrived.add(message)
-            else:
-                self.open[lane, message, sends] += 1
+            before = self.open.get((lane, message), 0)
+            self.open[lane, message] = before + (1 if sends else -1)
+            if before < 0 if sends else before > 0:
+                self.arrived[message] = 1
             return
         sent, posted = self.queues.setdefault(lane, (deque(), deque()))
         (sent if sends else posted).append(message)
         while sent and posted and sent[0] == posted[0]:
-            self.arrived.add(sent.popleft())
+            self.arrived[sent.popleft()] = 1
             posted.popleft()
 
 
@@ -107,31 +137,37 @@ def waits(
 ) -> list[Wait]:
     """The ranks that never come to their end, and what they wait for; empty where all do. `steps` are the
     program's, where somebody has found them."""
-    steps, network = steps or steps_of(schedule, program), _Network(buffered)
-    done: list[set[Action]] = [set() for _ in program]
-    at = [0] * len(program)
-
-    def missing(rank: int, step: Step) -> tuple[Action, ...]:
-        own, arrived = done[rank], network.arrived
-        return tuple(
-            n for n, by in step.wanted if n not in own and (by is None or by not in arrived)
-        )
-
-    moved = True
+    steps, rules = steps or steps_of(schedule, program), _Rules(schedule)
+    network, at = _Network(buffered, rules.count), [0] * len(program)
+    done = [bytearray(rules.count) for _ in program]
+    arrived, moved = network.arrived, True
     while moved:
         moved = False
         for rank, row in enumerate(steps):
-            while at[rank] < len(row):
-                step = row[at[rank]]
-                if step.wanted and missing(rank, step):
-                    break
-                if step.lane is not None:
-                    network.issue(step.lane, step.message, step.sends)
-                done[rank].update(step.results)
-                at[rank] += 1
-                moved = True
+            here, place = done[rank], at[rank]
+            while place < len(row):
+                wanted, results, lane, message, sends = row[place]
+                for n, by in wanted:
+                    if not here[n] and (by < 0 or not arrived[by]):
+                        break
+                else:
+                    if lane >= 0:
+                        network.issue(lane, message, sends)
+                    for n in results:
+                        here[n] = 1
+                    place += 1
+                    continue
+                break
+            moved = moved or place > at[rank]
+            at[rank] = place
+
+    def missing(rank: int) -> tuple[Action, ...]:
+        here, wanted = done[rank], steps[rank][at[rank]][0]
+        gone = [n for n, by in wanted if not (here[n] or (by >= 0 and arrived[by]))]
+        return tuple(map(rules.result, gone))
+
     return [
-        Wait(rank, at[rank], actions[at[rank]], missing(rank, steps[rank][at[rank]]))
+        Wait(rank, at[rank], actions[at[rank]], missing(rank))
         for rank, actions in enumerate(program)
         if at[rank] < len(actions)
     ]

@@ -67,8 +67,19 @@ class Mesh:
             rank = rank * self.sizes[axis] + coords.get(axis, 0)
         return rank
 
+    @cached_property
+    def _met(self) -> dict[tuple[int, tuple[str, ...]], tuple[int, ...]]:
+        """Groups that were asked for: each is found by a look at every rank."""
+        return {}
+
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The ranks that differ from `rank` on `axes` only, the last axis innermost."""
+        found = self._met.get((rank, axes))
+        if found is None:
+            found = self._met[rank, axes] = self._group(rank, axes)
+        return found
+
+    def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         view = EXPERT if set(axes) & set(_UNFOLD) else DENSE
         mine = self.coords(rank)
         fixed = [a for a in view if a not in axes]
