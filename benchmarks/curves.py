@@ -17,7 +17,7 @@ from partita.train.build import assemble
 from partita.train.step import StepBatch
 
 PLANS = (
-    "2mb", "dp2 tp2", "tp2+sp 2mb", "pp2:gpipe/4mb", "pp4:1f1b/8mb recompute:full",
+    "2mb", "dp2 tp2 1mb", "tp2+sp 2mb", "pp2:gpipe/4mb", "pp4:1f1b/8mb recompute:full",
     "dp2 tp2+sp pp2:1f1b/4mb",
 )  # fmt: skip
 STEPS = 200
