@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from turns import turn
 
 from benchmarks.schedules import best_named, point, tasks
 from partita.base.errors import ScheduleError
@@ -54,9 +55,10 @@ def test_never_worse_than_a_named_schedule(p, more, limit, stage, send, how):
 @pytest.mark.timeout(300)
 def test_never_worse_over_a_grid_and_often_better():
     """A fifth of the grid of `python -m benchmarks.schedules`, at most four stages a rank; more often with
-    the usual effort."""
-    fifth = list(tasks([2, 4, 8], stages=4, effort=15_000))[::5]
-    points = [point(name, task, hold(task)) for name, task in fifth]
+    the usual effort. Of the fifth one half, with another commit the other: 10 of 13 points of the first and
+    15 of 17 of the second are better."""
+    half = list(tasks([2, 4, 8], stages=4, effort=15_000))[5 * turn(2) :: 10]
+    points = [point(name, task, hold(task)) for name, task in half]
     fit = [x for x in points if x.counts and x.fits]
     assert sum(x.is_better for x in fit) >= len(fit) / 3
 
