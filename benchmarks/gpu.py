@@ -160,11 +160,13 @@ def compiled(env: Env) -> Found:
 
 
 def experts(env: Env) -> Found:
-    """A Qwen3-MoE: ours and transformers' with its grouped products."""
+    """A Qwen3-MoE: ours and transformers' with its grouped products, which under autocast are
+    fp32's: so once more all in bf16, without masters."""
     job = the_job(env, "sparse", "1mb bf16")
     asked = [
         Side("ours", lambda: sides.ours(env, job)),
         Side("transformers", lambda: sides.hugging_face(env, job)),
+        Side("no masters", lambda: sides.hugging_face(env, job, narrow=True)),
     ]
     found = rated(env, job, compare(env, asked))
     env.found["experts"] = job, found["sides"]["ours"]

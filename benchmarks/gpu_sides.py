@@ -173,16 +173,17 @@ def plain(env: Env, job: Job, compiles: bool = False) -> Step:
     return _autocast_step(env, job, model, call)
 
 
-def hugging_face(env: Env, job: Job) -> Step:
-    """transformers' Llama, or Qwen3-MoE where there are experts, of the same sizes under autocast."""
+def hugging_face(env: Env, job: Job, narrow: bool = False) -> Step:
+    """transformers' Llama, or Qwen3-MoE where there are experts, of the same sizes under autocast; `narrow`:
+    all in bf16 without masters, as its grouped products are fp32's under autocast."""
     with env.device:
         model = _hugging_face_model(job.model, job.train.seq_len)
-    model.to(env.device).train()
+    model.to(env.device, torch.bfloat16 if narrow else None).train()
     if job.plan.recompute.mode == "full":
         name = "activation_checkpointing_enable"  # versions before it have the other
         begin = getattr(model, name, None) or model.gradient_checkpointing_enable
         begin({"use_reentrant": False})
-    return _autocast_step(env, job, model, lambda ids: model(ids).logits)
+    return _autocast_step(env, job, model, lambda ids: model(ids).logits, not narrow)
 
 
 def _hugging_face_model(s: ModelSpec, seq_len: int) -> Any:
@@ -204,7 +205,9 @@ def _hugging_face_model(s: ModelSpec, seq_len: int) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sparse, **same))
 
 
-def _autocast_step(env: Env, job: Job, model: torch.nn.Module, logits_of: Callable) -> Step:
+def _autocast_step(
+    env: Env, job: Job, model: torch.nn.Module, logits_of: Callable, casts: bool = True
+) -> Step:
     """fp32 weights, gradients and moments, products in bf16, torch's fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     train, kind = job.train, env.device.type
@@ -215,7 +218,7 @@ def _autocast_step(env: Env, job: Job, model: torch.nn.Module, logits_of: Callab
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=casts):
             loss = loss_of(logits_of(ids), targets)
         loss.backward()
         optimizer.step()

@@ -65,10 +65,12 @@ def trace(env: Env, step: Step) -> dict[str, Any]:
         names[name[:110]] += end - start
     busy = covered((a, b) for _, a, b in found)
     span = max(b for *_, b in found) - min(a for _, a, _ in found) if found else 0.0
+    own = Counter({e.key: e.self_cpu_time_total * 1e-6 for e in seen.key_averages()})
     waits = Counter(e.name for e in events if e.device_type == DeviceType.CPU and e.name in WAITS)
     return {
         "step_s": plain_s, "profiled_s": profiled_s, "busy_s": busy, "span_s": span,
         "idle_share": max(0.0, 1 - busy / plain_s) if plain_s else None,
         "kinds_s": dict(kinds.most_common()), "launches": len(found), "waits": dict(waits),
+        "host_longest": [[n, s] for n, s in own.most_common(SHOWN)],
         "longest": [[n, s, counts[n]] for n, s in names.most_common(SHOWN)],
     }  # fmt: skip
