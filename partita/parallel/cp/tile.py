@@ -129,8 +129,8 @@ def plain(
     scores = _scores(q, k, seen, causal, scale)
     lse = scores.logsumexp(-1)
     probs = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
-    out = torch.einsum("bkgqs,bksd->bkgqd", probs, v.to(probs.dtype))
-    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+    out = torch.einsum("bkgqs,bksd->bqkgd", probs, v.to(probs.dtype))
+    return out.flatten(2, 3).to(q.dtype).transpose(1, 2), lse.flatten(1, 2)  # laid as kernels do
 
 
 def plain_back(
