@@ -31,6 +31,7 @@ from partita.planner.holds import Holds, least_probe, short_step
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, Reader, on_device
+from partita.planner.rings import Rings
 from partita.planner.rough import HIDES, MADE, Rough
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
@@ -68,7 +69,7 @@ class Bounds:
         self._read = Reader(machine)
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, dict[int, Probe | Problem]] = {}
-        self._holds: dict[object, tuple[int, Holds | None]] = {}
+        self._holds: dict[object, tuple[int, Holds | None, list[tuple[int, Problem]]]] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
         self._stages: dict[tuple[int, int], np.ndarray] = {}
         self._inside: dict[tuple[int, int, bool], np.ndarray] = {}
@@ -76,7 +77,7 @@ class Bounds:
         self._kinds: dict[object, Kinds] = {}
         self._steps: dict[object, Rehearsal] = {}
         self._sizes: dict[int, np.ndarray] = {}
-        self.cuts = Cuts(space)
+        self.cuts, self.rings = Cuts(space), Rings(self._tables)
         self.shards, self.ways = self.cuts.shards, self.cuts.ways
         self._asked: tuple[tuple[object, ...], tuple[np.ndarray, ...]] = ((None,) * 3, ())
         self.request = request_of(space.job)
@@ -87,7 +88,7 @@ class Bounds:
         schedules."""
         self._read, self._tables, self._probes = other._read, other._tables, other._probes
         self._splits, self._stages, self._steps = other._splits, other._stages, other._steps
-        self._inside, self._roughs = other._inside, other._roughs
+        self._inside, self._roughs, self.rings = other._inside, other._roughs, other.rings
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -99,6 +100,8 @@ class Bounds:
             if isinstance(plain, Table) and plain.is_like(made):
                 made = plain  # nothing is made again
             self._tables[key] = made
+            if isinstance(made, Table) and tokens.micro == ENDLESS:
+                self.rings.learn(mesh, shape, tokens, made)
         return self._tables[key]
 
     def knows(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> bool:
@@ -248,17 +251,21 @@ class Bounds:
             if short_step(mesh.pp, m) <= most:
                 self.probe(mesh, *leaf, m)
 
-    def holds(self, mesh: MeshChoice, leaf: tuple[str, int]) -> Holds | None:
-        """What the schedule holds of each size of a microbatch, as far as its probes are there."""
+    def holds(
+        self, mesh: MeshChoice, leaf: tuple[str, int]
+    ) -> tuple[Holds | None, list[tuple[int, Problem]]]:
+        """What the schedule holds of each size of a microbatch, as far as its probes are there; and of which,
+        by their place, it cannot be made."""
         key, probes = (mesh.pp, mesh.dp, *leaf), self._probes_of(mesh, *leaf)
-        known, found = self._holds.get(key, (0, None))
+        known, found, wrong = self._holds.get(key, (0, None, []))
         if known < len(probes):
             counts = [self.space.batch // mesh.dp // b for b in self.space.micros(mesh)]
             told = [probes.get(short_step(mesh.pp, m)) for m in counts]
             there = [p if isinstance(p, Probe) else None for p in told]
             found = Holds.of(there, self.lies(mesh, leaf).held)
-            self._holds[key] = len(probes), found
-        return found
+            wrong = [(i, p) for i, p in enumerate(told) if isinstance(p, Problem)]
+            self._holds[key] = len(probes), found, wrong
+        return found, wrong
 
     def stages(self, table: Table, count: int) -> np.ndarray:
         """[stage, numbers] of balanced stages."""

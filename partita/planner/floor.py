@@ -173,12 +173,14 @@ class Floors:
         slower = Slower(fits, forward, backward, once)
         return Floor(_least(found, fits), _least(once, fits), least, slower)
 
-    def kind(self, mesh: MeshChoice, shape: Shape, table: Table, leaf: tuple[str, int]) -> Kind:
-        """What is the same of all schedules whose stages lie alike."""
+    def kind(
+        self, mesh: MeshChoice, shape: Shape, table: Table, leaf: tuple[str, int], parts: int = 1
+    ) -> Kind:
+        """What is the same of all schedules whose stages lie alike, from a table of fewer parts."""
         b = self.bounds
         lies = b.lies(mesh, leaf)
         ways, stages = self._ways(mesh, shape, table), b.stages(table, lies.num_stages)
-        ranks, samples = stages[lies.held].sum(1), b.sizes(mesh)[:, None] / ENDLESS
+        ranks, samples = stages[lies.held].sum(1), b.sizes(mesh)[:, None] / (ENDLESS * parts)
         standing, coming = ((x @ ranks.T)[:, None] for x in (ways.standing, ways.coming))
         kept, read = stages[:, KEPT], stages[:, READ]
         chunks = kept[lies.held], np.maximum(read - kept, 0.0)[lies.held]
@@ -190,7 +192,7 @@ class Floors:
         self, mesh: MeshChoice, leaf: tuple[str, int], kind: Kind, least: Floor
     ) -> np.ndarray | None:
         """[way, size]: bytes of the fullest rank at least, as far as the schedule's probes are there."""
-        holds = self.bounds.holds(mesh, leaf)
+        holds, _ = self.bounds.holds(mesh, leaf)
         if holds is None or least.slower is None:
             return None
         chunks, later = (kind.samples * x for x in holds.most(*kind.chunks))
@@ -252,7 +254,7 @@ class Floors:
         """Seconds of a step at least, as a sequence cut into fewer parts tells: cut further, a sample takes
         its devices no fewer seconds (more is sent, over links no faster). From the most parts that a table is
         known of, until they tell `cut` or more; infinite where memory allows no way. What is known of none
-        made again tells first: it takes no longer."""
+        made again tells first: it takes no longer; and what another way to lay experts tells of this cut."""
         b, seconds = self.bounds, 0.0
         if cut == np.inf:
             return seconds
@@ -263,9 +265,14 @@ class Floors:
             seconds = self._plain(mesh, paired, cuts)
             if seconds >= cut:
                 return seconds
+        told = b.rings.told(mesh, shape, tokens)
+        if told is not None:  # what else it tells is asked of its schedules
+            return max(seconds, b.evenly(mesh, told, paired, mesh.cp))
         known = [i for i, (_, s) in enumerate(parts) if b.knows(meshes[i], s, tokens)]
         first = max(known, default=0)
-        for narrow, (_, alike) in zip(meshes[first:], parts[first:], strict=True):
+        if self.space.model.experts:  # a table of its own is worth laying: it tells others
+            parts = parts[: first + 1 if known else 0]
+        for narrow, (_, alike) in zip(meshes[first:], parts[first:], strict=False):
             table = b.endless(narrow, alike, mode)
             if isinstance(table, Problem):
                 continue
@@ -281,6 +288,9 @@ class Floors:
     ) -> float:
         """Seconds of a step at least, as the last known of the tables where nothing is made again tells."""
         b, tokens = self.bounds, Tokens(micro=ENDLESS)
+        told = b.rings.told(*cuts[-1], tokens)
+        if told is not None:
+            return b.evenly(mesh, told, paired, mesh.cp)
         for narrow, alike in reversed(cuts):
             if b.knows(narrow, alike, tokens):
                 table = b.table(narrow, alike, tokens)

@@ -64,15 +64,8 @@ class Levels:
 
     def expand(self, node: Node) -> Iterator[Node]:
         """What follows from a node: its parts, or itself with a better bound."""
-        steps = (
-            self.folds,
-            self.each_method,
-            self.rough,
-            self.scheduled,
-            self.states,
-            self.played,
-            self.laid,
-        )
+        s = self
+        steps = (s.folds, s.each_method, s.rough, s.scheduled, s.states, s.played, s.laid)
         return steps[node.level](node)
 
     def folds(self, node: Node) -> Iterator[Node]:
@@ -93,6 +86,8 @@ class Levels:
     def _modes(self, node: Node, leaves: int) -> Iterator[Node]:
         """What is recomputed; so many plans lie below each."""
         mesh, modes = node.mesh, self.space.modes()
+        if self.floors.begins:
+            modes = [m for m in modes if m[1] == 1]
         alone = mesh._replace(cp=1)
         least = self.bounds.coarse(alone, node.shape, node.paired)
         if isinstance(least, Problem):
@@ -145,28 +140,43 @@ class Levels:
 
     def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         """Schedules, each with its sizes of microbatches, by what a sample costs at least."""
-        mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
+        mesh, mode, b = node.mesh, (node.tokens.mode, node.tokens.every), self.bounds
         told = self.floors.fewer_parts(mesh, node.shape, mode, node.paired, self.cut)
         if told >= self.cut:
             self.refuse("memory", node.leaves if told == INF else 0)
             return
-        table = self.bounds.endless(mesh, node.shape, mode)
+        sketch = b.rings.told(mesh, node.shape, Tokens(*mode, ENDLESS)) if self.cut < INF else None
+        if sketch is not None:
+            counted, self.refused = self.refused, Counter[str]()
+            found = next(self._schedules(node, sketch, only, mesh.cp), None)
+            counted, self.refused = self.refused, counted
+            if found is None:
+                self.refused.update(counted)
+                return
+        table = b.endless(mesh, node.shape, mode)
         if isinstance(table, Problem):
             self.refuse(table, node.leaves)
             return
-        if self.bounds.evenly(mesh, table, node.paired) >= self.cut:
+        if b.evenly(mesh, table, node.paired) >= self.cut:
             return
         if mode[0] != "none" and self._same(node, table):
             self.refuse("recompute changes nothing", node.leaves)
             return
+        yield from self._schedules(node, table, only)
+
+    def _schedules(
+        self, node: Node, table: Table, only: tuple[str, ...], parts: int = 1
+    ) -> Iterator[Node]:
+        """The same from an endless table of a sequence in so many times fewer parts."""
+        mesh = node.mesh
         sizes, states = self.bounds.sizes(mesh), len(self.space.states(mesh, node.shape))
-        least = self.floors(mesh, node.shape, table, paired=node.paired)
+        least = self.floors(mesh, node.shape, table, parts, node.paired)
         schedules = self.floors.schedules(mesh, node.paired)
         self.refuse("memory", int(np.isinf(least.seconds).sum()) * states * len(schedules))
         if least.seconds.min(initial=INF) >= self.cut:
             return
         bound, known = np.maximum(least.seconds, node.seconds), dict[object, Kind]()
-        told = self.floors.kinds(mesh, table, least, schedules)
+        told = self.floors.kinds(mesh, table, least, schedules, parts)
         every = np.maximum(told.seconds, bound)
         cut = np.minimum.reduce(every, -1) >= self.cut  # [halves, kind]
         for leaf in schedules:
@@ -175,19 +185,23 @@ class Levels:
             if (only and leaf[0] not in only) or cut[split, row]:
                 continue
             seconds = every[split, row]
-            if not only:
-                self.bounds.prepare(mesh, leaf, sizes[seconds < self.cut])
+            self.bounds.prepare(mesh, leaf, sizes[seconds < self.cut])
             held = fits = None
-            if self.bounds.holds(mesh, leaf) is not None:
+            holds, wrong = self.bounds.holds(mesh, leaf)
+            if holds is not None:
                 if lies.kind not in known:
-                    known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf)
+                    known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf, parts)
                 held = self.floors.held(mesh, leaf, known[lies.kind], least)
             if held is not None:
                 fits = held <= self.bounds.limit_bytes
                 if not fits.all():
                     seconds = np.maximum(told.under(lies, least, fits), bound)
             most = least.num_bytes if held is None else held.min(0)
-            good = ((seconds < self.cut) & (most <= self.cut_bytes)).nonzero()[0]
+            may = (seconds < self.cut) & (most <= self.cut_bytes)
+            for i, why in wrong:
+                self.refuse(why, states * int(may[i]))
+                may[i] = False
+            good = may.nonzero()[0]
             if fits is not None:
                 none = int((np.isfinite(least.seconds) & ~fits.any(0)).sum())
                 self.refuse("memory", none * states)

@@ -27,6 +27,7 @@ from partita.parallel.precision import rules as precision
 from partita.parallel.read import flops, gradient_axes, kept_bytes, state_bytes, tensor_bytes
 from partita.parallel.recompute import rules as recompute
 from partita.parallel.room import Request
+from partita.planner.rings import kept
 from partita.planner.starts import lines_of
 from partita.planner.table import Cost, Table, Three
 from partita.simulate.inside import transient_bytes
@@ -204,7 +205,8 @@ class Reader:
         took = stage_time(work, laid, self.machine)
         cost = cost_of(took, late > 0)
         if late:
-            cost = replace(cost, lines=lines_of(work.parts[0], took, late, laid, self.machine))
+            lines = lines_of(work.parts[0], took, late, laid, self.machine)
+            cost = replace(cost, lines=lines, lanes=kept(took.lanes))
         return replace(
             cost,
             kept=kept_bytes(block, sizes),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from partita.base.errors import Problem
 from partita.cost.machine import machine_of
 from partita.planner.levels import Levels
-from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, beam, measures
+from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, Step, beam, measures
 from partita.planner.space import Space, Words, default_dtype
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
@@ -25,6 +25,7 @@ from partita.spec.plan import OffloadPlan, Plan
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather", "halo")
 FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
+FIRST = 12  # meshes that are tried before the others
 RARELY = 50_000_000  # objects made between two looks for cycles
 
 
@@ -104,31 +105,39 @@ class Search:
         most = self.job.cluster.devices_per_node
         counted, self.levels.refused = self.levels.refused, Counter()
         self.floors.begins = True
-        nodes: list[Node] = []
+        found: list[Node] = []
         self.levels.cut = FAR * min((n.seconds for n in roots), default=INF)
-        for root in sorted(roots, key=lambda n: n.seconds):
-            m = root.mesh
-            common = m.world == wide and m.tp <= most and m.cp <= 4 and (m.sp or m.tp == 1)
-            if common and time.perf_counter() < until:
-                nodes += [n for n in self.levels.folds(root) if n.tokens.every == 1]
-        found = beam(
-            nodes,
-            (
-                (
-                    lambda n: (x for x in self.levels.methods(n) if x.shape.method in METHODS),
-                    9999,
-                    9999,
-                ),
-                (lambda n: self.levels.rough(n, USUAL), 999, 1100),
-                (self._fitting, 999, 300),
-                (self.levels.played, 60, 9999),
-                (self.levels.laid, 9, 2),
-            ),
-            until,
-        )
+        usual = [
+            n
+            for n in sorted(roots, key=lambda n: n.seconds)
+            if (m := n.mesh).world == wide and m.tp <= most and m.cp <= 4 and (m.sp or m.tp == 1)
+        ]
+        for some in (usual[:FIRST], usual[FIRST:]):  # the others must beat what the first lead to
+            nodes: list[Node] = []
+            for root in some:
+                if time.perf_counter() < until:
+                    nodes += [n for n in self.levels.folds(root) if n.tokens.every == 1]
+            found += beam(nodes, self._steps, until)
+            self.levels.cut = min([self.levels.cut, *(n.seconds for n in found)])
+        found.sort(key=lambda n: n.seconds)
         self.levels.refused, self.levels.cut = counted, INF
         self.floors.begins = False
         return found[:1]
+
+    @property
+    def _steps(self) -> tuple[Step, ...]:
+        """Of the beam."""
+        return (
+            (
+                lambda n: (x for x in self.levels.methods(n) if x.shape.method in METHODS),
+                9999,
+                9999,
+            ),
+            (lambda n: self.levels.rough(n, USUAL), 999, 1100),
+            (self._fitting, 999, 300),
+            (self.levels.played, 60, 9999),
+            (self.levels.laid, 9, 2),
+        )
 
     def _fitting(self, node: Node) -> Iterator[Node]:
         """The ways to cut states of a schedule with the most promising size of a microbatch that memory

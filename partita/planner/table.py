@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class Cost:
     forward and of backward the compute, with what it waits for (`rooms`: more may run beside that); and what
     forward and backward take at `least`, however few the tokens are: the host starts every kernel, weights
     are read. `lines` (starts.py): of forward, input half and thrice weight half what a microbatch takes
-    beside its tokens, and what these add; and of what its rows travel the first."""
+    beside its tokens, and what these add; and of what its rows travel the first. `lanes`: of an
+    endless microbatch (rings.py)."""
 
     forward: float
     input: float
@@ -44,6 +46,7 @@ class Cost:
     least: tuple[float, float] = (0.0, 0.0)
     away: tuple[float, float] = (0.0, 0.0)
     lines: tuple[float, ...] = (0.0,) * 11
+    lanes: tuple[tuple[Any, ...], ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -40,6 +40,7 @@ AGAIN = ("B", "dp", "all_gather")  # phase, lane and collective of ZeRO-3's weig
 REDUCTIONS = ("all_reduce", "reduce_scatter")
 HIDDEN_KINDS = ("copy_to", "gather_from", "scatter_to")
 Seconds = defaultdict[str, float]
+Lanes = dict[str, dict[str, Lane]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class StageTime:
     host_backward_s: float = 0.0
     paths_s: tuple[float, float] = (0.0, 0.0)  # forward and backward, at least (links.path_seconds)
     calls_s: tuple[float, float] = (0.0, 0.0)  # of the host, for all that it starts
+    lanes: Lanes = field(default_factory=dict)  # of the last of its parts, by phase and name
 
     @property
     def backward_s(self) -> float:
@@ -184,9 +186,8 @@ def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
     return tuple(c for c in calls if c.phase == "F" and c.lane != "dp" and c.site not in again)
 
 
-PartTimes = dict[
-    tuple[int, tuple[float, float]], tuple[dict[str, float], dict[str, dict[str, float]]]
-]
+PartTime = tuple[dict[str, float], dict[str, dict[str, float]], Lanes]
+PartTimes = dict[tuple[int, tuple[float, float]], PartTime]
 
 
 def stage_time(
@@ -197,11 +198,12 @@ def stage_time(
     known = {} if known is None else known
     total: Seconds = defaultdict(float)
     comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
+    lanes: Lanes = {}
     for part in work.parts:
         key = id(part.work), part.shares
         if key not in known:
             known[key] = _part_time(part, laid, machine)
-        seconds, seen = known[key]
+        seconds, seen, lanes = known[key]
         for name, s in seconds.items():
             total[name] += part.times * s
         for phase, axes in seen.items():
@@ -211,13 +213,12 @@ def stage_time(
         total["F"], total["I"] + total["again"], total["W"], dict(comm["F"]), dict(comm["B"]),
         total["host F"], total["host B"], (total["path F"], total["path B"]),
         (total["calls F"], total["calls B"]),
+        lanes,
     )  # fmt: skip
 
 
-def _part_time(
-    part: Part, laid: Laid, machine: Machine
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Seconds of one block by part, and its exposed collectives by phase and axis."""
+def _part_time(part: Part, laid: Laid, machine: Machine) -> PartTime:
+    """Seconds of one block by part, its exposed collectives by phase and axis, and its lanes."""
     era, w, calls = machine.software, part.work, part.calls
     kernels = {"F": w.forward, "I": w.input, "W": w.weight, "again": w.again}
     if era.replays_layers and part.unplayed is not None:
@@ -234,7 +235,7 @@ def _part_time(
     started = {n: sum(host_seconds(k, machine) for k in ks) for n, ks in kernels.items()}
     host = {"F": started["F"], "B": started["I"] + started["again"] + started["W"]}
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
-    lanes: dict[str, dict[str, Lane]] = {"F": {}, "B": {}}
+    lanes: Lanes = {"F": {}, "B": {}}
     chunks: Counter[str] = Counter()
     exchanged = max((c.bytes for c in calls if is_exchange(c)), default=0)
     links: dict[tuple[str, ...], str] = {}
@@ -269,7 +270,7 @@ def _part_time(
             busy = seen["F"].get("ep", 0.0) + sum(s for (_, s), k in timed if k.routed)
         found[f"calls {where}"] = host[where]
         found[f"host {where}"] = max(host[where] - busy, 0.0)
-    return found, {where: dict(axes) for where, axes in seen.items()}
+    return found, {where: dict(axes) for where, axes in seen.items()}, lanes
 
 
 def _room(name: str, lane: Lane, chunks: int, w: BlockWork, where: str, machine: Machine) -> float:
