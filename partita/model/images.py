@@ -32,10 +32,10 @@ from partita.parallel.tp.linear import Column, Row
 from partita.parallel.tp.loss import CrossEntropy
 from partita.spec.image import POOL, POOL_STRIDE, Conv
 from partita.spec.lora import A, B
+from partita.spec.program import NORMED_AT_ONCE as NEAR
 from partita.spec.program import Tensor as Named
 
 WINDOW, ALPHA, BETA, K = 5, 1e-4, 0.75, 2.0  # of the response norm (sec. 3.3)
-NEAR = 1 << 16  # elements it works on at a time
 
 
 def window_sums(x: Tensor) -> Tensor:
@@ -133,7 +133,10 @@ class ImageBlock:
     def run(self, x: Tensor | None, batch: Any, replay: bool = False) -> Tensor:
         """The layers in order. What backward does not need is cheap here: a replay makes all of it."""
         self.now.batch, self.now.training = batch, self.training
-        return self.layers(x, batch, batch.step if self.training else -1)
+        try:
+            return self.layers(x, batch, batch.step if self.training else -1)
+        finally:
+            self.now.batch = None  # of which no picture is held until the next
 
 
 class Layers(Protocol):

@@ -30,6 +30,7 @@ from partita.simulate.memory import (
     deferred_bytes,
     kept_at_once,
     lent_parts,
+    picture_bytes,
     standing_gradients,
     waiting_bytes,
     worst_moment,
@@ -67,7 +68,8 @@ def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledg
         if away
         else {t: int(n) for t, n in held_over_time(schedule, own, kept, waits)[place]}
     )
-    most = sum(ledger.at_peak[c] for c in ("activations", "buffers"))
+    pictures = picture_bytes(laid, place)
+    most = sum(ledger.at_peak[c] for c in ("activations", "buffers")) - pictures
     inside = most - kept_at_once(laid, place, schedule)[0]
     runs = {s.end_s: 0 for s in own} | {s.start_s: inside for s in own}
     come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming)
@@ -81,7 +83,7 @@ def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledg
         gradients.append(g)
     top = max(range(len(times)), key=lambda i: activations[i] + buffers[i] + gradients[i])
     stays = sum(ledger.at_peak.get(c, 0) for c in ("parameters", "optimizer"))
-    stays += standing_gradients(laid, place)
+    stays += standing_gradients(laid, place) + pictures
     during = next((s.name for s in own if s.start_s <= times[top] < s.end_s), "")
     return Held(
         tuple(times), tuple(activations), tuple(buffers), tuple(gradients), stays, times[top], during
@@ -124,13 +126,13 @@ def holders(laid: Laid, place: int, ledger: Ledger, cluster: Cluster) -> dict[st
         masters = (at["optimizer"] - saved) // (words + 1)
     worst = max((worst_moment(laid, s.blocks, laid.schedule) for s in stages), key=lambda x: x.size)
     lent = max((lent_parts(laid, s.blocks, cluster) for s in stages), key=lambda x: sum(x.values()))
-    waits = waiting_bytes(laid, place)
+    waits, pictures = waiting_bytes(laid, place), picture_bytes(laid, place)
     brought = brought_bytes(laid, place)
     scratch = at["buffers"] - sum(lent.values()) - waits - brought
     found = {
         "parameters": at["parameters"], "gradients": at["gradients"],
         "moments": at["optimizer"] - masters - saved, "masters": masters, "to undo an update": saved,
-        "activations": at["activations"],
+        "activations": at["activations"] - pictures, "a step's pictures": pictures,
         **lent, f"inside {worst.block.name}": scratch, "a forward whose rows travel": waits,
         "an output's gradient": brought,
     }  # fmt: skip

@@ -24,13 +24,14 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from partita.parallel.read import bytes_of, once, once_of_ops, replayed
+from partita.parallel.read import BYTES, bytes_of, once, once_of_ops, replayed
 from partita.spec.program import (
     DRAWN_AT_ONCE,
     LITTLE_HELD,
     LITTLE_MATRIX,
     LITTLE_ROWS,
     NARROW,
+    NORMED_AT_ONCE,
     Block,
     Op,
     Sizes,
@@ -178,6 +179,7 @@ class _Walk:
         for i, op in enumerate(self.ops):  # turned, packed
             yield i, i, sum(self._turned(op, w) for w in op.weights if self._is_little(w))
             yield i, i, self._packed(op)
+            yield i, i, self._normed(op, 2, 1)
         if whole:  # the gradient that waits for it
             yield 0, self.count - 1, self.each[self.block.output]
         yield from self._beside()
@@ -199,6 +201,7 @@ class _Walk:
             later = halves and op.writes in made
             yield i, i, 0 if later else sum(self.gradient(op, w) for w in op.weights)
             yield i, i, 3 * self._packed(op)  # the gate, up's gradient by it, the gate's
+            yield i, i, self._normed(op, 4, 2, is_backward=True)
             if any(e.phase == "B" and not e.gradient for e in op.events):
                 wants = [k for k, o in enumerate(self.ops) if op.writes in o.reads]
                 yield min(wants, default=i), max(wants, default=i), self.each[op.writes]
@@ -225,6 +228,22 @@ class _Walk:
             return 0
         half = self.block.tensors[op.writes].dims[-1].local(self.sizes)
         return self.each[op.writes] if half < NARROW else 0
+
+    def _normed(self, op: Op, times: int, copies: int, is_backward: bool = False) -> int:
+        """What a response norm makes for itself, `times` the images it works on at a time, one of them with
+        two channels more on both sides, and so many `copies` where these are narrower than statistics. A rank
+        of tp sees its neighbours' edge channels, and gives gradients zeros there."""
+        if op.kind != "response":
+            return 0
+        made = self.block.tensors[op.writes]
+        images, _, own = (d.local(self.sizes) for d in made.dims[:3])
+        ways = made.dims[2].ways(self.sizes)
+        channels = min(own + 2 * min(ways - 1, 2), own * ways)
+        elements = made.local(self.sizes) * channels // max(images * own, 1)  # of one
+        wide = max(BYTES[made.dtype], BYTES["fp32"])
+        times += copies * (wide > BYTES[made.dtype]) + (is_backward and ways > 1)
+        number = min(max(1, NORMED_AT_ONCE // max(elements, 1)), images)
+        return number * elements * wide * (times * channels + 4) // channels
 
     def gradient(self, op: Op, weight: str) -> int:
         """What makes a weight's gradient: its product, to be added; of a little one in fp32, added as it

@@ -32,6 +32,7 @@ Sizes = Mapping[str, int]  # mesh axis -> its size
 DRAWN_AT_ONCE = (
     1 << 17
 )  # elements of a mask, or of a weight: 1 MB an int64 temporary, which stays in cache
+NORMED_AT_ONCE = 1 << 16  # elements of a map in a response norm, of one image at least
 LITTLE_MATRIX = 1 << 17  # elements of a weight that fits a core's second cache, in fp32: half a MiB
 LITTLE_ROWS = 128  # that are multiplied by it at a time
 LITTLE_HELD = 1 << 15  # elements that are made and then turned, or read and then added to: 128 KiB

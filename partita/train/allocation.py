@@ -58,15 +58,16 @@ def _with_subclasses(kind: type) -> set[type]:
 class Allocations(TorchDispatchMode):
     """The storages of one rank's process on one kind of device.
 
-    Enter it as a context (through `watch`) while something runs. `at_peak` are the bytes by category
-    when their sum was largest; `on_peak` is called then.
+    Of a rank that is not `alone` in its process nothing is untagged: what it neither made nor claims may be
+    another thread's. Enter it as a context (through `watch`) while something runs. `at_peak` are the bytes by
+    category when their sum was largest; `on_peak` is called then.
     """
 
     watches_storages = True  # and nothing else: products keep their kernels (parallel/product.py)
 
-    def __init__(self, where: Where, device: str = "cpu") -> None:
+    def __init__(self, where: Where, device: str = "cpu", alone: bool = True) -> None:
         super().__init__()
-        self.where, self.device = where, device
+        self.where, self.device, self.alone = where, device, alone
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.host: Counter[str] = Counter()  # the same of the host's arena, even where both are RAM
@@ -100,6 +101,8 @@ class Allocations(TorchDispatchMode):
         SystemError there.
         """
         self._mapped = mapped_files()
+        if not self.alone:
+            return
         for found in gc.get_referrers(*_with_subclasses(Tensor)):
             if issubclass(type(found), Tensor):
                 self._enter(found, "untagged")
@@ -155,6 +158,8 @@ class Allocations(TorchDispatchMode):
         storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
+        if known is None and category == "untagged" and not self.alone:
+            return
         if known is None:
             if not storage.resizable() and self._is_mapped(storage.data_ptr()):
                 return

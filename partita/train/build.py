@@ -77,7 +77,8 @@ class Built:
         return StepBatch(step, self._microbatches(step), following, drains)
 
     def _microbatches(self, step: int) -> list[Microbatch]:
-        found = [(s, self.data.microbatch(step, s)) for s in self.samples()]
+        reads = self._reads_pictures
+        found = ((s, self.data.microbatch(step, s, reads)) for s in self.samples())
         return [self.own(microbatch(b, s, step)) for s, b in found]
 
     def own(self, whole: Microbatch) -> Microbatch:
@@ -94,6 +95,11 @@ class Built:
         ids, targets, valid = split.take((whole.ids, whole.targets, whole.valid), mine, ways)
         documents = split.tokens.documents
         return Microbatch(ids, targets, valid, documents, whole.samples, split, whole.step)
+
+    @property
+    def _reads_pictures(self) -> bool:
+        """Whether images are read here, which the first stage alone does."""
+        return any(s.index == 0 for s in self.model.laid.stages_of(self.model.place))
 
     def _split_of(self, documents: Tensor | None) -> Split:
         return Split.of(self.model.laid.request, documents)

@@ -67,9 +67,12 @@ class Dataset:
             return place
         return permuted(place, self.num_sequences, f"{self.seed} {epoch}")
 
-    def microbatch(self, step: int, samples: Sequence[int]) -> Batch:
-        """These samples of a step's global batch, in this order."""
-        return self.train.batch([self.sample(step, i) for i in samples], self.seq_len)
+    def microbatch(self, step: int, samples: Sequence[int], pictures: bool = True) -> Batch:
+        """These samples of a step's global batch, in this order; without `pictures` labels alone."""
+        at = [self.sample(step, i) for i in samples]
+        if isinstance(self.train, Images) and not pictures:
+            return self.train.labelled(at)
+        return self.train.batch(at, self.seq_len)
 
     def eval_batches(
         self, size: int, *, limit: int | None = None, part: tuple[int, int] = (0, 1)

@@ -27,6 +27,7 @@ import torch
 
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes
+from partita.comm.local import LocalWorld
 from partita.parallel.read import state_bytes
 from partita.record.ledger import Ledger
 from partita.record.run import FOLDER, RankRecord, write_record
@@ -48,7 +49,8 @@ class StepRecorder:
         self.built, self.folder, self.last_step = built, folder, steps - 1
         context = built.context
         self.where, self.rank = context.where, context.rank
-        self.allocations = Allocations(self.where, context.device.type)
+        alone = not isinstance(context.world, LocalWorld)
+        self.allocations = Allocations(self.where, context.device.type, alone)
         self.record = RankRecord(self.rank, host=socket.gethostname())
         self.aside: list[Span] = []  # checkpoints and evaluations, outside the recorded step
         self._first: int | None = None

@@ -1,0 +1,73 @@
+"""What a rank of images holds is what is declared: pictures, halos, the norm's own tensors, in every cut."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import image_jobs
+import numpy as np
+import pytest
+import torch
+
+from partita.comm.local import LocalWorld, local
+from partita.record.ledger import Ledger
+from partita.simulate.predict import simulate
+from partita.spec.job import Job
+from partita.train.build import assemble
+from partita.train.recorder import StepRecorder
+
+SIZE = 51
+PICTURES = 16 * 3 * SIZE * SIZE * 4  # bytes of a step's
+IMAGE = {
+    "size": SIZE, "colors": 3, "channels": [32, 64, 32], "kernels": [7, 5, 3], "strides": [2, 1, 1],
+    "paddings": [0, 2, 1], "joins": [3], "norms": [1, 2], "pools": [1, 2, 3], "groups": 2, "dense": 1,
+}  # fmt: skip
+
+
+def job(folder: Path, plan: str) -> Job:
+    """Images large beside the weights, a few of which a norm takes at a time."""
+    found = image_jobs.job(folder, plan, IMAGE, batch=16, hidden=64)
+    dice = np.random.default_rng(0)
+    images = dice.integers(0, 256, (24, 3, SIZE, SIZE), dtype=np.uint8)
+    image_jobs.write(folder, images=images)
+    return found
+
+
+def measured(found: Job, folder: Path) -> list[Ledger]:
+    """Of each rank, a thread, in a second step: the first makes the optimizer's states."""
+
+    def run(world: LocalWorld) -> Ledger:
+        built = assemble(found, world, world.where, device=torch.device("cpu"))
+        recorder = StepRecorder(built, folder, 2)
+        for step in range(2):
+            with recorder.step(step) if step else nullcontext():
+                built.model.forward_backward(built.batch(step))
+                built.update.step()
+        return recorder.record.ledger
+
+    return local(found.plan.world_size).run(run)
+
+
+@pytest.mark.parametrize("plan", [
+    "1mb", "2mb bf16", "2mb recompute:full", "split2 1mb", "cp2:halo 2mb", "pp2/2mb",
+    "pp2:zb_h1/4mb cp2:halo", "dp_shard2.zero2 2mb",
+])  # fmt: skip
+def test_what_is_held_is_what_is_declared(plan: str, tmp_path: Path) -> None:
+    """Of tp on threads the last to come makes what others gather, for them too: as processes, in gloo's."""
+    found = job(tmp_path, plan)
+    predicted = {p.rank: p for p in simulate(found).ledgers}
+    ledgers, seen = measured(found, tmp_path), 0
+    for real in ledgers:
+        if (said := predicted.get(real.rank)) is None:
+            continue
+        if said.at_peak["activations"] < PICTURES:  # a later stage, which has none
+            assert real.peak_bytes < said.peak_bytes + PICTURES / 2
+            continue
+        seen += 1
+        assert "untagged" not in real.at_peak
+        for states in ("parameters", "gradients", "optimizer"):
+            assert real.at_peak[states] == pytest.approx(said.at_peak[states], rel=0.03), states
+        moving = [
+            sum(x.at_peak.get(c, 0) for c in ("activations", "buffers")) for x in (real, said)
+        ]
+        assert moving[0] == pytest.approx(moving[1], rel=0.10), (real.at_peak, said.at_peak)
+    assert seen
