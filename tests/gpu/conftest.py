@@ -26,10 +26,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
-def pytest_terminal_summary(terminalreporter):
-    if TABLE:
-        terminalreporter.section(
-            "measured on " + (torch.cuda.get_device_name() if not MISSING else "-")
-        )
-        for line in TABLE:
-            terminalreporter.write_line(line)
+def pytest_runtest_logreport(report):
+    """A line as soon as a test is over, with what it has measured: a run may be cut short."""
+    if report.when != "call" or "tests/gpu" not in report.nodeid or MISSING:
+        return
+    name = report.nodeid.partition("::")[2]
+    words = [f"{report.duration:5.1f} s {report.outcome} {name}", *TABLE]
+    if report.failed:
+        words += [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:12]
+    TABLE.clear()
+    sys.__stdout__.write("\n" + "\n".join(word[:200] for word in words))
+    sys.__stdout__.flush()

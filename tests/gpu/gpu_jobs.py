@@ -22,7 +22,7 @@ def job(folder, plan: str, *given: Any, **model: Any) -> Job:
     return replace(verify_jobs.job(folder, plan, *given, **model), device=DEVICE.type)
 
 
-def seconds(work: Callable[[], Any], times: int = 5) -> float:
+def seconds(work: Callable[[], Any], times: int = 3) -> float:
     """The least that a call takes, once it has been made, on the device's clock as the host sees it."""
     found = []
     for _ in range(times + 1):

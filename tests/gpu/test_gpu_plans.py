@@ -24,31 +24,25 @@ EIGHT = {"layers": 2, "hidden": 32, "ffn_hidden": 32, "seq": 16}  # sizes that k
 LORA = {"lora_rank": 2, "lora_targets": ("wq", "wo"), "lora_dropout": 0.1}
 PLANS = [
     ("llama", {}, "dp_shard2.zero1 tp2+sp 2mb fp64"),
-    ("llama", {}, "dp_replicate2 dp_shard2.zero2 tp2 2mb bf16 recompute:selective"),
-    ("llama", {"tied": True}, "dp_shard2.zero3 tp2+sp 2mb bf16"),
-    ("llama", verify_jobs.QWEN, "dp2 tp4+sp fp32 recompute:full"),
-    ("llama", {"packed": True}, "cp2:ring tp2+sp 2mb bf16"),
+    ("llama", {"tied": True}, "dp_replicate2 dp_shard2.zero2 2mb bf16 recompute:selective"),
+    ("llama", verify_jobs.QWEN, "dp_shard2.zero3 tp2+sp fp32 recompute:full"),
+    ("llama", {"packed": True}, "cp2:ring bf16"),
     ("llama", {}, "cp4:hybrid2x2 recompute:full fp16"),
-    ("llama", {"sliding_window": 3}, "cp2:all_gather 2mb fp32"),
-    ("gpt2", {"dropout": 0.1}, "cp2:ulysses tp2 2mb bf16"),
-    ("gpt2", {"dropout": 0.1}, "cp2:ring tp2+sp recompute:selective fp64"),
-    ("llama", {"tied": True}, f"pp2:zb_h1/4mb tp2+sp bf16 offload:cpu {KEPT}"),
-    ("llama", {}, "pp2:dualpipev/4mb dp2 bf16"),
-    ("llama", {"layers": 4}, "pp2:interleaved_1f1bx2/4mb fp16"),
-    ("llama", EXPERTS, "dp2 tp2+sp ep2 etp2 2mb bf16"),
-    ("llama", {**EXPERTS, **MLA, "router": "sigmoid"}, "dp2 ep2 expert.chunks=2 2mb fp64"),
-    ("llama", {**EXPERTS, "layers": 4}, "pp2:dualpipev/4mb dp2 ep2 expert.chunks=2 bf16"),
-    ("llama", MLA, "tp2+sp 2mb bf16 recompute:selective recompute.modules=core,norm,act"),
-    ("llama", {"tied": True}, f"dp_shard2.zero3 2mb bf16 offload:cpu {KEPT},parameters,gradients,optimizer"),
-    ("llama", {}, f"dp_shard2.zero3 2mb offload:nvme {KEPT},parameters"),
-    ("llama", {"tied": True}, "dp_shard2.zero1 tp2 2mb bf16 offload:nvme"),
-    ("llama", {}, "dp_shard2.zero1 2mb bf16 precision.rounding=stochastic"),
-    ("llama", {}, "2mb bf16 precision.rounding=stochastic offload:cpu"),
-    ("llama", LORA, "tp2+sp dp_shard2.zero2 2mb bf16"),
-    ("bloom", {"packed": True}, "tp2+sp 2mb bf16"),
-    ("gpt_neox", {"gelu": "erf", "parallel_residual": True}, "pp2:1f1b/4mb tp2 bf16"),
+    ("llama", {"sliding_window": 3}, "cp2:all_gather fp32"),
+    ("gpt2", {"dropout": 0.1}, "cp2:ulysses bf16"),
+    ("llama", {"tied": True}, f"pp2:zb_h1/2mb bf16 offload:cpu {KEPT}"),
+    ("llama", {"layers": 4}, "pp2:dualpipev/4mb bf16"),
+    ("llama", {"layers": 4}, "pp2:interleaved_1f1bx2/2mb fp16"),
+    ("llama", EXPERTS, "dp2 tp2+sp ep2 etp2 bf16"),
+    ("llama", {**EXPERTS, **MLA, "router": "sigmoid"}, "dp2 ep2 expert.chunks=2 fp64"),
+    ("llama", MLA, "tp2+sp bf16 recompute:selective recompute.modules=core,norm,act"),
+    ("llama", {}, f"dp_shard2.zero3 2mb bf16 offload:cpu {KEPT},parameters,gradients,optimizer"),
+    ("llama", {}, f"2mb bf16 offload:nvme {KEPT},gradients,optimizer"),
+    ("llama", {}, "dp_shard2.zero1 bf16 precision.rounding=stochastic"),
+    ("llama", LORA, "tp2+sp 2mb bf16"),
+    ("bloom", {"packed": True}, "tp2+sp bf16"),
     ("llama", EIGHT, "tp2+sp 2mb fp8"),
-    ("llama", EIGHT, "tp2 2mb fp8 precision.fp8_granularity=row"),
+    ("llama", EIGHT, "2mb fp8 precision.fp8_granularity=row"),
 ]  # fmt: skip
 
 
@@ -59,11 +53,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "model", "plan"), PLANS, ids=[f"{p} {f}" for f, _, p in PLANS])
 def test_a_plan_equals_the_cpu(family, model, plan, folder):
-    found = verify(gpu_jobs.job(folder, plan, family, **model), brief=True)
+    job = gpu_jobs.job(folder, plan, family, **{"layers": 2, **model})
+    found = verify(job, brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
-@pytest.mark.parametrize("plan", ["dp2 tp2 2mb fp32", "cp2:halo 2mb bf16", "split2 pp2/2mb fp64"])
+@pytest.mark.parametrize("plan", ["tp2 2mb fp32", "cp2:halo bf16"])
 def test_images(plan, folder):
     found = verify(replace(image_jobs.job(folder, plan), device=DEVICE.type), brief=True)
     assert found.equal and found.traffic_equal, str(found)
