@@ -1,8 +1,9 @@
 """Counter-based randomness: every value is a pure function of (seed, name, element index).
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), by NumPy where
-tensors lie on the CPU, else in int64 tensor operations; no default generator is read or moved. Element i of a
-logical tensor is word i % 4 of Philox block i // 4, so any shard of any plan draws the numbers of one
+tensors lie on the CPU, on a GPU by one kernel (seeds_gpu.py), else in int64 tensor operations; no default
+generator is read or moved. Element i of a logical tensor is word i % 4 of Philox block i // 4, so any shard
+of any plan draws the numbers of one
 device, at the cost of the shard.
 
     counter word    0           1            2         3
@@ -26,6 +27,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from partita.comm.triton_kernels import Kernels
 from partita.spec.program import DRAWN_AT_ONCE
 
 Box = Sequence[tuple[int, int]]
@@ -36,6 +38,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123 philox.h, PHILOX_M4x32_0 and
 WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, PHILOX_W32_0 and _1
 CHUNK = DRAWN_AT_ONCE
 HIGH = 1 if sys.byteorder == "little" else 0  # of a 64-bit number's two halves in memory
+KERNELS = Kernels("partita.comm.seeds_gpu")
 RUN = 8  # shorter contiguous runs are drawn element by element
 
 INIT_STD = 0.02  # GPT-2's; residual outputs are divided by sqrt(2 * layers), Radford et al. 2019
@@ -117,6 +120,8 @@ def normal_box(
     """
     out = torch.empty([b - a for a, b in box], dtype=dtype, device=device)
     flat, key = out.view(-1), key_of(seed, "value", name)
+    if KERNELS(out, "normal", out, key, shape, box, std) is not None:
+        return out
     for first, words in _box_words(key, shape, box, device):
         flat[first : first + words.numel()] = _to_normal(words).mul_(std).view(-1)
     return out
@@ -158,6 +163,8 @@ def rounded_box(
     and element."""
     flat, key = values.reshape(-1).to(torch.float32, copy=True), key_of(seed, "round", name)
     bits = flat.view(torch.int32)
+    if KERNELS(flat, "rounded", bits, key, shape, box, step) is not None:
+        return flat.to(values.dtype).view(values.shape)
     for first, words in _box_words(key, shape, box, values.device, step=step):
         part = bits[first : first + words.numel()]
         part.add_((words.reshape(-1) >> 16).to(torch.int32))  # the 16 bits below bf16's last
@@ -195,12 +202,15 @@ def dropout_box(
     """
     size = [b - a for a, b in box]
     key, device = key_of(seed, "dropout", site), sample_indices.device
+    drawn = KERNELS(sample_indices, "dropout", sample_indices, key, step, shape, box, _threshold(p))
+    if drawn is not None:
+        return drawn
     out = torch.empty(sample_indices.numel(), prod(size), dtype=torch.bool, device=device)
     samples = sample_indices.reshape(-1, 1, 1)
     for first, words in _box_words(key, shape, box, device, samples=samples, step=step):
         part = words.reshape(out.shape[0], -1)
         out[:, first : first + part.shape[1]] = part >= _threshold(p)
-    return out.view(-1, *size)
+    return out.view(len(out), *size)
 
 
 def dropout_rows(
@@ -209,6 +219,9 @@ def dropout_rows(
     """dropout_mask of rows of many samples: bool [rows, width], elements first .. first + width - 1 of the
     logical tensor of each row's sample. `samples` and `first` are int64 [rows]."""
     key, each = key_of(seed, "dropout", site), max(1, CHUNK // max(width, 1))
+    drawn = KERNELS(samples, "kept", samples, (first, width), key, step, _threshold(p))
+    if drawn is not None:
+        return drawn
     found = [
         _run_words(key, at.unsqueeze(-1), width, of.unsqueeze(-1), step, None) >= _threshold(p)
         for at, of in zip(first.split(each), samples.split(each), strict=True)

@@ -17,9 +17,9 @@ what lies 2^-14 and more below it. No scale is exchanged between ranks: nothing 
                  static   from the first that is seen
 
 Where the device multiplies fp8 (NVIDIA from compute capability 8.9 on), one scale a tensor or row goes to its
-own kernel, `torch._scaled_mm`. Else this is an emulation: rounded values are multiplied in bf16, which holds
-each of them exactly, and added up as wide as the device does (fp32): the same numbers, but for the order of
-sums. Storage stays bf16.
+own kernel, `torch._scaled_mm`; rounding is by Triton's kernels there (fp8_gpu.py). Else this is an emulation:
+rounded values are multiplied in bf16, which holds each of them exactly, and added up as wide as the device
+does (fp32): the same numbers, but for the order of sums. Storage stays bf16.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partita.comm.triton_kernels import Kernels
 from partita.parallel.product import PLAIN, Product
 from partita.spec.plan import PrecisionPlan
 
 FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
 HISTORY = 16
 BLOCK = 128
+KERNELS = Kernels("partita.parallel.precision.fp8_gpu")
 
 
 @dataclass
@@ -66,17 +68,31 @@ class Eight:
     def _weight(self, weight: Tensor, dim: int) -> Scaled:
         if self.plan.fp8_granularity != "block":
             return self._round(weight, f"w{dim}", dim)
+        made = by_triton("in_blocks", weight, "e4m3", 2)
+        if made is not None:
+            return Scaled(made, weight.new_ones(()), weight.dtype)
         largest = block_maximum(block_maximum(weight.abs(), 0), 1)
         return scaled(weight, "e4m3", largest)
 
     def _round(self, x: Tensor, role: str, dim: int) -> Scaled:
         if not x.numel():  # rows of an expert that nobody chose
             return Scaled(x, x.new_ones(()), x.dtype)
-        gradient = role.startswith("dy") and self.plan.fp8_format == "hybrid"
-        largest = maximum(x, self.plan.fp8_granularity, dim)
-        if self.plan.fp8_scaling != "current":
+        hybrid = role.startswith("dy") and self.plan.fp8_format == "hybrid"
+        name, granularity = "e5m2" if hybrid else "e4m3", self.plan.fp8_granularity
+        current, own = self.plan.fp8_scaling == "current", by_triton
+        if granularity == "block":
+            made = own("in_blocks", x, name, dim) if current else None
+            if made is not None:
+                return Scaled(made, x.new_ones(()), x.dtype)
+            own = no_kernel
+        parts = 0 if granularity == "tensor" else 1 if dim == -1 else 2
+        largest = own("maximum", x, parts)
+        if largest is None:
+            largest = maximum(x, granularity, dim)
+        if not current:
             largest = self._looked_back(role, largest)
-        return scaled(x, "e5m2" if gradient else "e4m3", largest)
+        made = own("scaled", x, name, largest, parts, dim == 0)
+        return scaled(x, name, largest) if made is None else Scaled(*made[:2], x.dtype, made[2])
 
     def _looked_back(self, role: str, largest: Tensor) -> Tensor:
         seen = self.seen.setdefault(role, deque(maxlen=HISTORY))
@@ -120,6 +136,15 @@ def product_of(precision: PrecisionPlan, weight: str) -> Product:
     return Eight(precision) if eight else PLAIN
 
 
+def by_triton(name: str, x: Tensor, *given: Any) -> Any:
+    """What Triton's kernel makes of x; None where there is none (fp8_gpu.py)."""
+    return KERNELS(x, name, x, *given) if multiplies_fp8(x.device) else None
+
+
+def no_kernel(name: str, x: Tensor, *given: Any) -> None:
+    """As by_triton, where there is none."""
+
+
 def maximum(x: Tensor, granularity: str, dim: int) -> Tensor:
     """The largest absolute element of each part that shares a scale, of a shape that divides x."""
     if granularity == "tensor":
@@ -138,19 +163,26 @@ def block_maximum(x: Tensor, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A tensor in 8 bits, times a power of two that divides it again; `dtype` is what it was."""
+    """A tensor in 8 bits (or wide again), times a power of two that divides it again; `dtype` is what it was,
+    `inverse` 1 / scale in fp32 where it is known."""
 
     bits: Tensor
     scale: Tensor
     dtype: torch.dtype
+    inverse: Tensor | None = None
 
     def t(self) -> Scaled:
         """A matrix transposed."""
-        return Scaled(self.bits.t(), self.scale.t() if self.scale.dim() else self.scale, self.dtype)
+        scale, inverse = (
+            s if s is None or not s.dim() else s.t() for s in (self.scale, self.inverse)
+        )
+        return Scaled(self.bits.t(), scale, self.dtype, inverse)
 
     def wide(self) -> Tensor:
         """Its values, as wide as it was."""
-        return self.bits.to(self.dtype) / self.scale
+        if self.bits.dtype == self.dtype:
+            return self.bits
+        return self.bits.to(self.dtype) / self.scale.to(self.dtype)
 
 
 def scaled(x: Tensor, name: str, largest: Tensor) -> Scaled:
@@ -192,8 +224,10 @@ def by_kernel(a: Scaled, b: Scaled) -> Tensor:
     left = a.bits.reshape(-1, a.bits.shape[-1]).contiguous()
     right = b.bits.t().contiguous().t()
     by_row, by_column = (
-        s.reciprocal().float().reshape(shape if s.dim() else ()).contiguous()
-        for s, shape in ((a.scale, (-1, 1)), (b.scale, (1, -1)))
+        (s.scale.reciprocal().float() if s.inverse is None else s.inverse)
+        .reshape(shape if s.scale.dim() else ())
+        .contiguous()
+        for s, shape in ((a, (-1, 1)), (b, (1, -1)))
     )
     found = torch._scaled_mm(left, right, scale_a=by_row, scale_b=by_column, out_dtype=out)
     return found.view(*rows, found.shape[-1])
