@@ -3,8 +3,8 @@ together by (tile.py, whose shapes these are).
 
     16 bits, nothing hidden but the upper half     flash (Dao 2023, 2307.08691), on Hopper of many tokens
                                                    cuDNN's, which is faster; grouped heads as they are
-    fp32; 16 bits with a mask, or something        memory-efficient (Rabe and Staats 2021) in fp32; heads
-    added to scores                                repeated
+    16 bits, a mask; fp32                          memory-efficient (Rabe and Staats 2021); heads repeated
+    16 bits, something added to scores             the same in fp32: 8 bits of a distance are too few
     fp64                                           none: scores are made whole (tile.plain)
 
 Rows of heads are filled up with zeros to 16 bytes, which change no product. cuDNN's backward does not repeat
@@ -46,7 +46,7 @@ def attend(
     if _is_flash(q, seen):
         out, lse = _flash(q, k, v, causal, scale)
         return _narrowed(out, values), lse
-    q, k, v = q.float(), k.float(), v.float()
+    q, k, v = _alike(seen, q, k, v)
     made = (_filled(t, q.shape[-1]) for t in (q, *_repeated(q, k, v)))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         *made, _bias(seen, q, k.shape[2]), True, 0.0, causal, scale=scale
@@ -78,14 +78,16 @@ def attend_back(
     if _is_flash(q, seen):
         found = _flash_back(g, qkv, out, lse, causal, scale)
     else:
-        g, q, k, v, out = (t.float() for t in (g, q, k, v, out))
+        g, q, k, v, out = _alike(seen, g, q, k, v, out)
         heads, bias = k.shape[1], _bias(seen, q, k.shape[2])
         k, v = _repeated(q, k, v)
         made = [_filled(t, q.shape[-1]) for t in (g, q, k, v)]
+        # Of 16 bits the kernel itself sums g out, and takes out to be laid as forward's, whatever its strides
+        laid = _filled(out, q.shape[-1]).transpose(1, 2).contiguous().transpose(1, 2)
         whole = pad(lse, (0, -lse.shape[-1] % LSE), value=inf).contiguous()
         found = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            *made, bias, _filled(out, q.shape[-1]), whole, *_no_state(q), 0.0,
-            [True, True, True, False], causal, scale=scale,
+            *made, bias, laid, whole, *_no_state(q), 0.0, [True, True, True, False], causal,
+            scale=scale,
         )[:3]  # fmt: skip
         found = found[0], *(t.unflatten(1, (heads, -1)).sum(2) for t in found[1:])
     dq, dk, dv = (t[..., :n].to(dtype) for t, n in zip(found, sizes, strict=True))
@@ -169,6 +171,12 @@ def _no_state(like: Tensor) -> Sequence[Tensor]:
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _alike(seen: Tensor | None, *tensors: Tensor) -> Sequence[Tensor]:
+    """In fp32 where something is added to scores, else as they are."""
+    adds = seen is not None and seen.dtype != torch.bool
+    return [t.float() for t in tensors] if adds else tensors
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
