@@ -15,7 +15,7 @@ from partita.parallel.execute_block import BlockRun, World
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES
 from partita.parallel.room import ACROSS
-from partita.spec.layout import Piece, product_coordinate
+from partita.spec.layout import Layout, Piece, product_coordinate
 from partita.spec.program import Block, Event, Op
 
 
@@ -71,6 +71,7 @@ class States:
 
     def __init__(self, laid: Laid, world: World) -> None:
         self.laid, self.world = laid, world
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}  # by layout, which the plan holds
         self.units = {
             (r, u.name): self._store(r, u)
             for place in range(laid.sizes["pp"])
@@ -103,10 +104,17 @@ class States:
             found.shard["gradient"] = found.fresh_gradient(f"{rank}")[found.part]
         return self._checked(rank, found)
 
+    def pieces(self, layout: Layout, rank: int) -> list[Piece]:
+        """What the layout says of a rank, found once."""
+        found = self._pieces.get((id(layout), rank))
+        if found is None:
+            found = self._pieces[id(layout), rank] = layout.pieces(self.laid.mesh, rank)
+        return found
+
     def _checked(self, rank: int, found: Stored) -> Stored:
         """The layouts say of the shard what was stored there."""
         for name, _, layout in found.unit.weights:
-            for p in layout.pieces(self.laid.mesh, rank):
+            for p in self.pieces(layout, rank):
                 spans = tuple(range(a, b) for a, b in p.box)
                 there = found.shard["parameter"][p.start : p.start + p.numel()]
                 if not np.array_equal(there, noise(name, spans).ravel()):
@@ -261,7 +269,7 @@ class States:
         home = self.laid.mesh.rank_of({a: at[a] for a in axes})
         for (r, _), stored in self.units.items():
             for _, _, layout in stored.unit.weights if r == rank and not stored.unit.frozen else ():
-                for p in layout.pieces(self.laid.mesh, home):
+                for p in self.pieces(layout, home):
                     g = stored.shard["gradient"][p.start : p.start + p.numel()]
                     found += int((g * g % P).sum()) if p.primary else 0
         return found % P
@@ -283,9 +291,8 @@ class States:
 
     def held(self, role: str) -> dict[tuple[int, str], tuple[Local, ...]]:
         """What every rank stores, by (rank, weight)."""
-        mesh = self.laid.mesh
         return {
-            (r, name): stored.held(name, role, layout.pieces(mesh, r))
+            (r, name): stored.held(name, role, self.pieces(layout, r))
             for (r, _), stored in self.units.items()
             if role in stored.shard
             for name, _, layout in stored.unit.weights
