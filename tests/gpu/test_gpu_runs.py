@@ -85,10 +85,11 @@ def large(folder: Path, plan: str) -> Job:
 
 
 PLANS = (
-    "1mb bf16", "2mb bf16 recompute:full", "2mb bf16 recompute:selective recompute.modules=norm,act",
-    "1mb fp32", "1mb bf16 offload:cpu offload.targets=activations",
+    "1mb bf16",
+    "2mb bf16 recompute:full",
+    "2mb bf16 offload:cpu offload.targets=activations",
     "1mb bf16 offload:cpu offload.targets=optimizer",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -112,7 +113,10 @@ def test_the_allocators_peak_is_the_ledgers(plan, tmp_path):
             built.model.forward_backward(built.batch(step))
             built.update.step()
         found.append(torch.cuda.max_memory_allocated() - before)
-    ledger = sum(recorder.record.ledger.at_peak.values())
+    peak = recorder.record.ledger.at_peak
+    ledger = sum(
+        n for category, n in peak.items() if category != "untagged"
+    )  # other tests' tensors
     TABLE.append(
         f"peak {plan[:58]:<58} allocator {max(found) / 1e6:7.0f} MB, ledger {ledger / 1e6:7.0f} MB"
     )
