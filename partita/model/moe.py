@@ -112,7 +112,7 @@ class MoE:
         positions = None if batch.split is None else batch.split.tokens.positions
         chunks = self.exchange.plan(chosen, positions)
         if records:
-            self.log.rows(chosen, [n for rows in chunks for n in rows.sent])
+            self.log.rows(chosen, [rows.leaving for rows in chunks])
         if training and (self.gate_up.masks or self.down.masks):
             chunks = self.marked(chunks, batch)
         stays = (x,) if y is None else (x, y)
@@ -200,7 +200,7 @@ class _Whole(torch.autograd.Function):
         gates, chosen = steps.run(Route, logits, moe.router, records)
         (rows,) = moe.exchange.plan(chosen, positions)
         if records:
-            moe.log.rows(chosen, rows.sent)
+            moe.log.rows(chosen, [rows.leaving])
         routed = moe.through(steps, n.flatten(0, 1), rows)
         out = steps.run(Combine, routed, gates.flatten(0, 1), rows).view(x.shape)
         steps.keep(ctx)

@@ -63,17 +63,30 @@ def start_routing(
     model.context.where.phase = "step"
     layers, experts = spec.expert_layers, spec.experts
     sums = torch.zeros(ROUTING_SUMS + layers * experts, dtype=torch.float64)
-    for name, log in logs(model):
+    found = {name: log.total(end) for name, log in logs(model)}
+    each = found.values()
+    balance, z, counts = map(
+        _told, ([s.balance for s in each], [s.z for s in each], [s.counts for s in each])
+    )
+    for i, (name, seen) in enumerate(found.items()):
         at = ROUTING_SUMS + spec.experts_before(int(name.rpartition(".")[2])) * experts
-        seen = log.total(end)
-        sums[:ROUTING_SUMS] += torch.stack(
-            [seen.balance.double().cpu(), seen.z.double().cpu(), torch.tensor(float(seen.dropped))]
-        )
-        sums[at : at + experts] = seen.counts.double()
+        sums[0] += balance[i]
+        sums[1] += z[i]
+        sums[2] += seen.dropped
+        sums[at : at + experts] = counts[i]
     if comm is None:
         return partial(_routed, model, Done(sums))
     site = "step.routing:reduce_from"
     return partial(_routed, model, comm.start_all_reduce(sums, site=site))
+
+
+def _told(of_layers: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor of each layer, float64 on the host, which waits once for all of a device's."""
+    if not of_layers:
+        return torch.empty(0, dtype=torch.float64)
+    if len({one.device for one in of_layers}) > 1:
+        of_layers = [one.cpu() for one in of_layers]
+    return torch.stack(of_layers).double().cpu()
 
 
 def _routed(model: Routing, handle: Handle) -> Routed:

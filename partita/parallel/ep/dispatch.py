@@ -5,9 +5,9 @@
 
 `order` lists the slots (token * top_k + pick) by expert, so that a token's row goes once to each of its
 experts: top_k * tokens * hidden elements leave a rank, no copies more. Numbers of rows are told ahead
-(Comm.counts, the one host read). On etp > 1 peers gather each other's rows, padded to the most that one of
-them has, and add up what they made; where tokens are replicated over tp = etp they hold the same rows, and
-copy_to / reduce_from do it.
+(Comm.counts, the one host read; of a GPU without peers there is none). On etp > 1 peers gather each other's
+rows, padded to the most that one of them has, and add up what they made; where tokens are replicated over
+tp = etp they hold the same rows, and copy_to / reduce_from do it.
 
 Each way is two functions, leave and arrive, so that other work may run between them: the experts of another
 chunk of the tokens, or another microbatch. What travels is with the Rows; autograd sees an empty tensor.
@@ -24,6 +24,7 @@ from torch.nn.functional import embedding_bag, one_hot
 
 from partita.comm.protocol import Done, Handle
 from partita.parallel.ep.counts import experts_of
+from partita.parallel.ep.loads import Counts, Loads, count, is_told_late
 from partita.parallel.regions import IDENTITY, Region
 
 
@@ -55,7 +56,10 @@ class Exchange:
             kept = self._admitted(chosen, self.capacity, positions)
             flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
         parts = [p.flatten() for p in flat.view(-1, self.top_k).tensor_split(self.chunks)]
-        mine = [torch.bincount(p, minlength=self.experts)[: self.experts] for p in parts]
+        alone = self.count.comm.size == 1 and self.capacity is None
+        if alone and is_told_late(chosen.device):
+            return [self._alone(part) for part in parts]
+        mine = [count(p, self.experts + 1)[: self.experts] for p in parts]
         table = self.count.comm.counts(torch.cat(mine), site=self.count.site)
         found = []
         for i, part in enumerate(parts):
@@ -63,6 +67,12 @@ class Exchange:
             sent, order = each[self.count.comm.rank], part.sort(stable=True).indices
             found.append(Rows(self, order[: sum(sent)], part.numel(), each, sent))
         return found
+
+    def _alone(self, chosen: Tensor) -> Rows:
+        """Of a chunk [slots] that no peer has a part in: the host does not learn how many there are."""
+        sorted_, order = chosen.int().sort(stable=True)
+        loads = Loads.of_sorted(sorted_, self.experts)
+        return Rows(self, order, chosen.numel(), [], [], alone=loads)
 
     def _admitted(self, chosen: Tensor, capacity: int, positions: Tensor | None) -> Tensor:
         """bool [batch, seq, top_k]: rows of earlier positions first, up to the capacity."""
@@ -88,7 +98,8 @@ class Marks:
 @dataclass(frozen=True)
 class Rows:
     """Rows of one microbatch, or a chunk of it. `table[peer]` are the rows that a peer on ep.etp sends to
-    each expert; `under_way` is what travels between the two functions of a direction."""
+    each expert, `alone` those of this rank where it has none; `under_way` is what travels between the two
+    functions of a direction."""
 
     exchange: Exchange
     order: Tensor
@@ -97,6 +108,7 @@ class Rows:
     sent: list[int]
     under_way: list[Handle] = field(default_factory=list)
     marks: Marks | None = None  # of the rows at this rank's experts, by expert
+    alone: Loads | None = None
 
     @property
     def tokens(self) -> int:
@@ -125,19 +137,27 @@ class Rows:
         return (receive.comm.size, receive.comm.rank) if receive.kind == "gather_rows" else (1, 0)
 
     @property
-    def counts(self) -> list[int]:
+    def leaving(self) -> Counts:
+        """Rows that this rank sends to each expert."""
+        return self.sent if self.alone is None else self.alone
+
+    @property
+    def counts(self) -> Counts:
         """Rows of each local expert, of all etp peers."""
+        if self.alone is not None:
+            return self.alone
         peers = range(self._etp[0])
-        return [sum(c) for c in zip(*(row for j in peers for row in self.arriving(j)), strict=True)]
+        each = [sum(c) for c in zip(*(row for j in peers for row in self.arriving(j)), strict=True)]
+        return each if self.order.device.type == "cpu" else Loads(each)
 
     def marked(self, step: int, tokens: Tensor) -> Rows:
         """The same, whose tokens, int64 [tokens], are told where the experts are.
 
         Communicates: 8 bytes a row over ep, then over etp where peers have other rows."""
-        exchange, me = self.exchange, self._etp[1]
+        exchange = self.exchange
         mine = tokens.index_select(0, self.order // exchange.top_k)
         here = self._all_to_all(mine, exchange.mark, back=False).wait()
-        here = self._gather(self.regroup(here, self.arriving(me), back=False), exchange.marked)
+        here = self._gather(self._by_expert(here), exchange.marked)
         return replace(self, marks=Marks(step, here))
 
     def start(self, x: Tensor, region: Region, back: bool) -> None:
@@ -158,6 +178,10 @@ class Rows:
     def arrived(self) -> Tensor:
         """What was started, when it is there."""
         return self.under_way.pop().wait()
+
+    def _by_expert(self, x: Tensor, back: bool = False) -> Tensor:
+        """Rows that have come to this rank, by expert; or `back`. Of one peer they are."""
+        return x if self._ep == 1 else self.regroup(x, self.arriving(self._etp[1]), back)
 
     def regroup(self, x: Tensor, blocks: list[list[int]], back: bool, pad: int = 0) -> Tensor:
         """Rows that lie source by source, each by expert, put expert by expert; or `back`. A source has `pad`
@@ -218,14 +242,13 @@ class Rows:
 
     def at_experts(self, conjugate: bool = False) -> Tensor:
         """They are there, by expert."""
-        mine = self.regroup(self.arrived(), self.arriving(self._etp[1]), back=False)
-        return self.enter(mine, conjugate)
+        return self.enter(self._by_expert(self.arrived()), conjugate)
 
     def start_to_tokens(self, made: Tensor, conjugate: bool = False) -> None:
         """Rows by expert leave for their tokens. `conjugate`: gradients, through `send`."""
         mine = self.exit(made, conjugate)
-        leaving = self.regroup(mine, self.arriving(self._etp[1]), back=True)
-        self.start(leaving, self.exchange.send if conjugate else self.exchange.back, back=True)
+        region = self.exchange.send if conjugate else self.exchange.back
+        self.start(self._by_expert(mine, back=True), region, back=True)
 
 
 def _token(x: Tensor) -> Tensor:
@@ -314,7 +337,7 @@ class Combine(torch.autograd.Function):
 def _rows_at_once(x: Tensor) -> Iterator[slice]:
     """x [rows, hidden] in turns that are short beside it, so that what is made wide of them is little: of a
     CPU's stays in the caches (a sixth of the time of all at once), of a GPU's is worth its launches."""
-    elements = 1 << (18 if x.device.type == "cpu" else 22)
+    elements = 1 << (18 if x.device.type == "cpu" else 24)
     each = max(elements // x.shape[-1], 1)
     return (slice(at, at + each) for at in range(0, len(x), each))
 

@@ -1,13 +1,12 @@
 """A linear of every expert on its own rows: one matmul an expert over neighbouring rows, none padded or
-dropped (MegaBlocks, Gale et al. 2023). On a GPU all experts' bf16 products are one grouped kernel: the host
-takes longer to start one each than the device to run it."""
+dropped (MegaBlocks, Gale et al. 2023). Where a GPU has a kernel for all experts at once, by that: it reads on
+the device whose rows are whose, and the host is not told."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import cache, cached_property
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor
 
 from partita.parallel.ep.dispatch import Marks
+from partita.parallel.ep.loads import Counts, ends_of, host_of
 from partita.parallel.lora import LowRank, RowMasks, masked
 from partita.parallel.product import LEAST, PLAIN, Product, is_wide, little_of, times_into
 from partita.parallel.units import Weight, add_product
 
-GROUPED_DEVICES = ("cuda",)
-EVEN = 8  # 16-bit numbers: rows of matrices that the grouped kernel reads begin at 16 bytes
+ALIGNED = 16  # bytes that rows lie on for the kernel that takes all experts
+MOST = 1023  # experts that it takes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Grouped:
         """Whether something has a gradient: only then x is kept."""
         return self.weight.trains or any(low.trains for low in self.low)
 
-    def __call__(self, x: Tensor, counts: Sequence[int], marks: Marks | None = None) -> Tensor:
+    def __call__(self, x: Tensor, counts: Counts, marks: Marks | None = None) -> Tensor:
         """`counts` are the rows of each expert, `marks` whose they are, where adapters drop and it trains."""
         step, tokens = (
             (0, None) if marks is None or self.masks is None else (marks.step, marks.tokens)
@@ -63,13 +63,13 @@ class Grouped:
             replace(low, dropped=masked(of, p)) for low, of in zip(self.low, stays, strict=True)
         )
 
-    def multiply(self, x: Tensor, counts: Sequence[int], back: bool) -> Tensor:
+    def multiply(self, x: Tensor, counts: Counts, back: bool) -> Tensor:
         """x W.T of each expert, or x W on the way `back`. Views are made for all experts at once: with many
         narrow ones a view takes as long as a product."""
         weights = self.weight.value.flatten(1, -2)
-        if self._is_one(x, weights):
-            right = weights if back else weights.mT
-            return torch._grouped_mm(x.contiguous(), right, offs=ends(tuple(counts), x.device))
+        if self._is_plain and has_grouped(x, weights):
+            return grouped(x, weights if back else weights.mT, counts)
+        counts = host_of(counts)
         y = x.new_empty((x.shape[0], weights.shape[2 if back else 1]))
         little = self._little(x, counts)
         if little is not None:
@@ -94,38 +94,32 @@ class Grouped:
     def _is_plain(self) -> bool:
         return all(product is PLAIN for product in self.products)
 
-    def _is_one(self, x: Tensor, weights: Tensor) -> bool:
-        """Whether one kernel makes the products of rows x by weights [experts, rows, columns]."""
-        if x.device.type not in GROUPED_DEVICES or x.dtype != torch.bfloat16 or not x.shape[0]:
-            return False
-        even = not any(size % EVEN for size in (x.shape[1], *weights.shape[1:]))
-        return even and self._is_plain and not weights.data_ptr() % (2 * EVEN)
-
     def _little(self, x: Tensor, counts: Sequence[int]) -> ModuleType | None:
         if not self._is_plain:
             return None
         return little_of(x, (max(counts), prod(self.weight.shape[1:-1]), self.weight.shape[-1]))
 
-    def accumulate(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+    def accumulate(self, dy: Tensor, x: Tensor, counts: Counts) -> None:
         """Adds every expert's gradient: now, or at the W of a split backward, which keeps both until then."""
         if self.weight.trains:
             self.weight.queue.add(self._add, dy, x, counts)
 
     def accumulate_low(
-        self, dy: Tensor, x: Tensor, counts: Sequence[int], dhs: Sequence[Any], *marks: Any
+        self, dy: Tensor, x: Tensor, counts: Counts, dhs: Sequence[Any], *marks: Any
     ) -> None:
         """The same of what is beside them, whose dh are known; draws its masks again."""
+        counts = host_of(counts)
         each = zip(self.begin(counts, *marks), dy.split(counts), x.split(counts), dhs, strict=True)
         for low, d, rows, dh in each:
             if rows.shape[0]:
                 low.accumulate(d, rows, dh)
 
-    def _add(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+    def _add(self, dy: Tensor, x: Tensor, counts: Counts) -> None:
         gradients = self.weight.gradient.flatten(1, -2)
-        if min(counts) and self._is_one(x, self.weight.value.flatten(1, -2)):
-            at = ends(tuple(counts), x.device)
-            gradients.add_(torch._grouped_mm(dy.contiguous().t(), x.contiguous(), offs=at))
+        if self._is_plain and gradients.dtype != dy.dtype and has_grouped(dy, x):
+            gradients.add_(grouped(dy.t(), x, counts))  # of no rows: zero
             return
+        counts = host_of(counts)
         little = self._little(dy, counts)
         if little is not None:
             little.add_grouped(gradients, dy, x, counts)
@@ -138,13 +132,35 @@ class Grouped:
                 add_product(gradient, d, rows, product)
 
 
-@lru_cache(maxsize=64)
-def ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each expert's rows end, int32 on the device; handed over without a wait."""
-    found = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-    if device.type == "cuda":
-        found = found.pin_memory()
-    return found.to(device, non_blocking=True)
+def grouped(x: Tensor, right: Tensor, counts: Counts) -> Tensor:
+    """Rows x [rows, columns] by each expert's right [experts, columns, ...]; or x [..., rows] by right [rows,
+    columns], an expert's columns of one by its rows of the other: [experts, ..., columns]."""
+    return torch._grouped_mm(x, right, offs=ends_of(counts, x.device))  # type: ignore[attr-defined]
+
+
+def has_grouped(*operands: Tensor) -> bool:
+    """Whether torch's kernel for all experts takes rows [rows, columns], or stacked weights [experts, rows,
+    columns]: of bf16, each row on 16 bytes (aten GroupMM.cu)."""
+    first = operands[0]
+    if not (groups(first.device) and first.shape[0]):
+        return False
+    return all(
+        x.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and not any(n * x.element_size() % ALIGNED for n in x.shape[1:])
+        and not x.data_ptr() % ALIGNED
+        and (x.ndim == 2 or x.shape[0] <= MOST)
+        for x in operands
+    )
+
+
+@cache
+def groups(device: torch.device) -> bool:
+    """Whether a device has that kernel: Hopper. Others go by a loop that waits, and Blackwell's leaves the
+    gradient of an expert without rows unwritten (pytorch issue 172439)."""
+    if device.type != "cuda" or not hasattr(torch, "_grouped_mm"):
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def mm_into(out: Tensor, x: Tensor, right: Tensor) -> None:
@@ -157,14 +173,15 @@ class Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, layer: Grouped, counts: Sequence[int], step: int, tokens: Tensor | None
+        ctx, x: Tensor, layer: Grouped, counts: Counts, step: int, tokens: Tensor | None
     ) -> Tensor:
-        """An expert after the other."""
+        """An expert after the other, or all at once."""
         ctx.save_for_backward(x if layer.trains else None, tokens)
         ctx.layer, ctx.counts, ctx.step = layer, counts, step
         y = layer.multiply(x, counts, back=False)
         if not layer.low:  # views of so many rows cost as much as a product
             return y
+        counts = host_of(counts)
         begun = layer.begin(counts, step, tokens)
         for low, rows, out in zip(begun, x.split(counts), y.split(counts), strict=True):
             if rows.shape[0]:
@@ -176,11 +193,12 @@ class Multiply(torch.autograd.Function):
         """Gradient of the rows, then of the weights."""
         x, tokens = ctx.saved_tensors
         layer: Grouped = ctx.layer
-        counts: Sequence[int] = ctx.counts
+        counts: Counts = ctx.counts
         dx = layer.multiply(dy, counts, back=True)
         if x is not None:
             layer.accumulate(dy, x, counts)
         if layer.low:
+            counts = host_of(counts)
             begun = layer.begin(counts, ctx.step, tokens)
             each = zip(begun, dy.split(counts), dx.split(counts), strict=True)
             dhs = [low.back(d, out) if d.shape[0] else () for low, d, out in each]

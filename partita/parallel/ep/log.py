@@ -3,6 +3,7 @@ were dropped. The step adds them up over ranks once (site step.routing:reduce_fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Where
+from partita.parallel.ep.loads import Counts, Loads, count, host_of
+
+Sent = tuple[int, ...] | Tensor  # on a device, where the host was not told
 
 
 @dataclass
@@ -18,18 +22,23 @@ class Seen:
     this rank for each expert."""
 
     counts: Tensor
-    sent: tuple[int, ...] = ()
+    sent: Sent = ()
     chosen: Tensor | None = None  # [batch, seq share, top_k], where they are asked for
     balance: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     z: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     @property
     def dropped(self) -> int:
-        """Rows that were chosen and not sent."""
-        return int(self.counts.sum()) - sum(self.sent)
+        """Rows that were chosen and not sent: none where the host is not told, as nothing limits them."""
+        return 0 if isinstance(self.sent, Tensor) else int(self.counts.sum()) - sum(self.sent)
 
     def __add__(self, other: Seen) -> Seen:
-        sent = tuple(a + b for a, b in zip_longest(self.sent, other.sent, fillvalue=0))
+        mine, theirs = self.sent, other.sent
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            sent = mine + theirs
+        else:
+            both = zip_longest(_numbers(mine), _numbers(theirs), fillvalue=0)
+            sent = tuple(a + b for a, b in both)
         balance, z = self.balance + other.balance, self.z + other.z
         return Seen(self.counts + other.counts, sent, balance=balance, z=z)
 
@@ -54,18 +63,24 @@ class RouterLog:
     @property
     def sent(self) -> dict[int, tuple[int, ...]]:
         """By microbatch, the rows that left this rank for each expert."""
-        return {m: seen.sent for m, seen in self.seen.items()}
+        return {m: _numbers(seen.sent) for m, seen in self.seen.items()}
 
     def clear(self, before: int = 0) -> None:
         """A new step, whose first microbatch is numbered `before`: what came earlier is forgotten. At 0
         numbers begin anew: everything is."""
         self.seen = {m: seen for m, seen in self.seen.items() if 0 < before <= m}
 
-    def rows(self, chosen: Tensor, sent: list[int]) -> None:
-        """Adds one microbatch: the experts chosen, and the rows that were sent to each."""
-        now, rows = self.now, torch.bincount(chosen.flatten(), minlength=self.experts)
-        now.counts = now.counts.to(rows.device) + rows
-        now.sent = tuple(sent)
+    def rows(self, chosen: Tensor, sent: Sequence[Counts]) -> None:
+        """Adds one microbatch: the experts chosen, and the rows that were sent to each, chunk by chunk."""
+        now, late = self.now, [each for each in sent if isinstance(each, Loads)]
+        if late:
+            now.sent = torch.cat([each.counts for each in late])
+            rows = now.sent.view(-1, self.experts).sum(0)
+        else:
+            now.sent = tuple(n for each in sent for n in host_of(each))
+            rows = count(chosen, self.experts)
+        # counts that are not where rows are made are the zeros they began as
+        now.counts = now.counts + rows if now.counts.device == rows.device else rows
         if self.keeps:
             now.chosen = chosen.clone()  # what it lies in may go elsewhere until backward
 
@@ -76,6 +91,10 @@ class RouterLog:
 
     def _nothing(self) -> Seen:
         return Seen(torch.zeros(self.experts, dtype=torch.int64))
+
+
+def _numbers(sent: Sent) -> tuple[int, ...]:
+    return tuple(sent.tolist()) if isinstance(sent, Tensor) else sent
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from partita.parallel.ep.loads import count
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.product import times
 from partita.parallel.regions import Region
@@ -134,7 +135,7 @@ class Route(torch.autograd.Function):
             seed = layer.seed(s.z_loss)
             dlogits += 2 * seed * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)
         if layer.bias is not None:
-            rows = torch.bincount(chosen.flatten(), minlength=s.experts).to(scores.dtype)
+            rows = count(chosen, s.experts).to(scores.dtype)
             layer.bias.accumulate(rows * layer.log.loss_scale)
         return dlogits, None, None
 
@@ -154,7 +155,10 @@ def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _first(x: Tensor, k: int) -> Tensor:
-    """Indices of the k largest, the lower on ties: one after the other, as a sort of all is slower."""
+    """Indices of the k largest, the lower on ties: on a CPU one after the other, as a sort of all is slower;
+    a GPU sorts in three kernels where that takes two of each."""
+    if x.device.type != "cpu":
+        return x.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     left, found = x.clone(), []
     for _ in range(k):
         found.append(left.max(-1, keepdim=True).indices)  # the first of equal ones
