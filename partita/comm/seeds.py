@@ -3,8 +3,7 @@
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), by NumPy where
 tensors lie on the CPU, on a GPU by one kernel (seeds_gpu.py), else in int64 tensor operations; no default
 generator is read or moved. Element i of a logical tensor is word i % 4 of Philox block i // 4, so any shard
-of any plan draws the numbers of one
-device, at the cost of the shard.
+of any plan draws the numbers of one device, at the cost of the shard.
 
     counter word    0           1            2         3
     values          block low   block high   0         0          key = xxh3(seed, "value", name)

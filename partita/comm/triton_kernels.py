@@ -11,10 +11,15 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ONE = (
+    RLock()
+)  # thread ranks compile and launch one after another: Triton promises nothing of threads
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Kernels:
             self.failed = "Triton is not installed"
             return None
         try:
-            with torch.cuda.device_of(like):
+            with ONE, torch.cuda.device_of(like):
                 return getattr(import_module(self.module), name)(*given)
         except torch.OutOfMemoryError:
             raise

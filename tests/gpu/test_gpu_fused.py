@@ -83,6 +83,26 @@ def test_eight_bits_are_torchs(granularity, scaling, monkeypatch):
             assert torch.equal(one.bits.view(torch.uint8), other.bits.view(torch.uint8))
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_gradient_is_rounded_once_for_both_products(changed):
+    """Its transpose is kept for the weight's, unless it was written to."""
+    eight, (x, *_) = fp8.Eight(PLAN), inputs()
+    dy = x.clone()
+    weight, like = (torch.ones(n, 48, dtype=BF16, device=DEVICE) for n in (70, 15))
+    eight.input_gradient(dy, weight)
+    kept = eight.turned.made
+    assert (kept is not None) == (DEVICE.type == "cuda" and not fp8.KERNELS.failed)
+    if changed:
+        dy.mul_(3)
+    found = eight.weight_gradient(dy.view(-1, 70), like)
+    want = fp8.Eight(PLAN)
+    assert torch.equal(found, want.weight_gradient(dy.clone().view(-1, 70), like))
+    if kept is not None:
+        assert (eight.turned.made is None) != changed
+        rounded = want._round(x.view(-1, 70), "dy.W", 0)
+        assert torch.equal(kept.bits.view(torch.uint8), rounded.bits.view(torch.uint8))
+
+
 def test_how_long_they_take_fused():
     """A line each; no bound."""
     if DEVICE.type == "cpu":
@@ -102,6 +122,8 @@ def test_how_long_they_take_fused():
         moved = (4 if name == "block" else 5) * g.numel()  # bytes at least: read (twice), written
         calls[f"fp8 by {name}"] = (lambda e=e: e._round(g, "x", -1), moved)
         calls[f"fp8 by {name}, turned"] = (lambda e=e: e._round(g, "x.W", 0), moved)
+    e = eight["tensor"]
+    calls["fp8 both ways"] = (lambda: e._both(g), 6 * g.numel())
     for name, (call, moved) in calls.items():
         took = gpu_jobs.seconds(call, 3)
         TABLE.append(f"{name:<24} {1e3 * took:8.3f} ms, {moved / took / 1e9:6.0f} GB/s")

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from partita.comm.triton_kernels import Kernels
 from partita.parallel.product import PLAIN, Product
@@ -43,11 +44,41 @@ KERNELS = Kernels("partita.parallel.precision.fp8_gpu")
 
 
 @dataclass
+class Turned:
+    """The last gradient in 8 bits as a weight's takes it, which its input's made in one pass: one of a rank,
+    until it is taken or another is made. `source` says which memory, and of which version, it was made of."""
+
+    made: Scaled | None = None
+    source: tuple[Any, ...] = ()
+    storage: StorageWeakRef | None = None  # while it is held, no other storage has its address
+
+    def keep(self, dy: Tensor, made: Scaled) -> None:
+        """`made` is of dy."""
+        self.made, self.source = made, _source(dy)
+        self.storage = StorageWeakRef(dy.untyped_storage())
+
+    def take(self, dy: Tensor) -> Scaled | None:
+        """What was made of dy, or of what it is a view of; it is kept no longer."""
+        if self.made is None or self.source != _source(dy):
+            return None
+        made, self.made, self.storage = self.made, None, None
+        return made
+
+
+def _source(dy: Tensor) -> tuple[Any, ...]:
+    """Equal for a contiguous tensor's views [..., columns] while nobody writes to it."""
+    storage = dy.untyped_storage()._cdata
+    return storage, dy.storage_offset(), dy.numel(), dy.shape[-1], dy.dtype, dy._version
+
+
+@dataclass
 class Eight:
     """The matmul of rounded inputs; `seen` holds largest elements by role, where scaling looks back."""
 
     plan: PrecisionPlan
     seen: dict[str, deque[Tensor]] = field(default_factory=dict)
+    turned: Turned = field(default_factory=Turned)
+    splits: bool = False  # a weight's gradient does not follow its input's
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """q(x) q(W).T."""
@@ -55,11 +86,33 @@ class Eight:
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """q(dy) q(W)."""
-        return self._multiply(self._round(dy, "dy", -1), self._weight(weight, 0))
+        return self._multiply(self._both(dy) or self._round(dy, "dy", -1), self._weight(weight, 0))
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """q(dy).T q(x)."""
-        return self._multiply(self._round(dy, "dy.W", 0).t(), self._round(x, "x.W", 0))
+        made = self.turned.take(dy) if dy.is_contiguous() and not dy.is_inference() else None
+        self.splits |= made is None
+        return self._multiply((made or self._round(dy, "dy.W", 0)).t(), self._round(x, "x.W", 0))
+
+    def _both(self, dy: Tensor) -> Scaled | None:
+        """dy rounded; what its weight's gradient takes is kept. None where that is not one pass."""
+        alike = self.plan.fp8_granularity == "tensor" and self.plan.fp8_scaling == "current"
+        if (
+            self.splits
+            or not alike
+            or not dy.numel()
+            or not dy.is_contiguous()
+            or dy.is_inference()
+        ):
+            return None
+        name = "e5m2" if self.plan.fp8_format == "hybrid" else "e4m3"
+        largest = by_triton("maximum", dy, 0)
+        made = None if largest is None else by_triton("both", dy, name, largest)
+        if made is None:
+            return None
+        out, turned, scale, inverse = made
+        self.turned.keep(dy, Scaled(turned, scale, dy.dtype, inverse))
+        return Scaled(out, scale, dy.dtype, inverse)
 
     def _multiply(self, a: Scaled, b: Scaled) -> Tensor:
         blocks = self.plan.fp8_granularity == "block"
@@ -109,11 +162,13 @@ class Products:
 
     precision: PrecisionPlan
     made: list[Eight] = field(default_factory=list)
+    turned: Turned = field(default_factory=Turned)
 
     def of(self, weight: str) -> Product:
         """How a weight is multiplied, anew for each caller."""
         product = product_of(self.precision, weight)
         if isinstance(product, Eight):
+            product.turned = self.turned
             self.made.append(product)
         return product
 

@@ -25,11 +25,11 @@ TILES = {0: (BLOCK, 32), 1: (32, BLOCK), 2: (BLOCK, BLOCK)}  # of in_blocks, by 
 
 
 @triton.jit
-def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows [BM, 1] and columns [1, BN] of this program's tile, int64, and which lie in [M, N]."""
+def _tile(at, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows [BM, 1] and columns [1, BN] of tile `at`, int64, and which lie in [M, N]."""
     across = tl.cdiv(N, BN)
-    rows = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
-    columns = (tl.program_id(0) % across).to(tl.int64) * BN + tl.arange(0, BN)[None, :]
+    rows = (at // across).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    columns = (at % across).to(tl.int64) * BN + tl.arange(0, BN)[None, :]
     return rows, columns, (rows < M) & (columns < N)
 
 
@@ -61,7 +61,8 @@ def _rounded(v, LIMIT: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def _maximum(x, found, M, N, pitch, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    rows, columns, inside = _tile(M, N, BM, BN)
+    last = tl.num_programs(0) - 1  # backwards: _scaled begins where this ends, in the L2 cache
+    rows, columns, inside = _tile(last - tl.program_id(0), M, N, BM, BN)
     bits = _bits_of(tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32))
     if PARTS == 0:
         tl.atomic_max(found, tl.max(tl.max(bits, 1), 0), sem="relaxed")
@@ -73,12 +74,12 @@ def _maximum(x, found, M, N, pitch, PARTS: tl.constexpr, BM: tl.constexpr, BN: t
 
 @triton.jit
 def _scaled(
-    x, largest, out, scale, undo, M, N, pitch,
-    PARTS: tl.constexpr, TURNED: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr,
+    x, largest, out, turned, scale, undo, M, N, pitch,
+    PARTS: tl.constexpr, LIES: tl.constexpr, TURNED: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr,
     FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N], or [N, M] TURNED; scale and undo by the programs of the first tiles."""
-    rows, columns, inside = _tile(M, N, BM, BN)
+    """out [M, N] where LIES, turned [N, M] where TURNED; scale and undo by the first tiles' programs."""
+    rows, columns, inside = _tile(tl.program_id(0), M, N, BM, BN)
     v = tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32)
     if PARTS == 0:
         factor, back = _scales(_bits_of(tl.load(largest)), TOP)
@@ -96,10 +97,10 @@ def _scaled(
             tl.store(scale + columns, factor, mask=columns < N)
             tl.store(undo + columns, back, mask=columns < N)
     small = _rounded(v * factor, LIMIT, FORM)
-    if TURNED:
-        tl.store(out + columns * M + rows, small, mask=inside)
-    else:
+    if LIES:
         tl.store(out + rows * N + columns, small, mask=inside)
+    if TURNED:
+        tl.store(turned + columns * M + rows, small, mask=inside)
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def _in_blocks(
     DIM: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr, FORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, inside = _tile(M, N, BM, BN)
+    rows, columns, inside = _tile(tl.program_id(0), M, N, BM, BN)
     v = tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32)
     bits = _bits_of(v)
     if DIM == 0:
@@ -150,21 +151,45 @@ def maximum(x: Tensor, parts: int) -> Tensor | None:
 def scaled(
     x: Tensor, name: str, largest: Tensor, parts: int, turned: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(bits of x's shape, their scale, its inverse), the scales fp32 of largest's shape. `turned`: x's rows
-    lie contiguous, a transposed matrix's."""
+    """(bits of x's shape, their scale, its inverse), the scales fp32 of largest's shape. `turned`: the
+    matrix lies transposed, its columns contiguous."""
     if x.dtype not in WIDE:
         return None
-    dtype, form, limit, top = FORMATS[name]
-    flat, largest = _flat(x), largest.float().contiguous()
-    sizes = flat.shape[::-1] if turned else flat.shape
-    out = torch.empty(sizes, dtype=dtype, device=x.device)
-    scale, undo = torch.empty_like(largest), torch.empty_like(largest)
-    tile = (128, 64) if turned else (32, 256)
-    _scaled[_grid(flat.shape, tile)](
-        flat, largest, out, scale, undo, *flat.shape, flat.stride(0),
-        PARTS=parts, TURNED=turned, LIMIT=limit, TOP=top, FORM=form, BM=tile[0], BN=tile[1], num_warps=8,
-    )  # fmt: skip
+    flat = _flat(x)
+    out = torch.empty(
+        flat.shape[::-1] if turned else flat.shape, dtype=FORMATS[name][0], device=x.device
+    )
+    scale, undo = _launch(flat, name, largest, parts, (None, out) if turned else (out, None))
     return (out.t() if turned else out).view(x.shape), scale, undo
+
+
+def both(x: Tensor, name: str, largest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """With one scale for the tensor: (bits of x's shape, the same as a matrix with contiguous columns, their
+    scale, its inverse)."""
+    if x.dtype not in WIDE:
+        return None
+    flat, dtype = _flat(x), FORMATS[name][0]
+    out = torch.empty(flat.shape, dtype=dtype, device=x.device)
+    turned = torch.empty(flat.shape[::-1], dtype=dtype, device=x.device)
+    scale, undo = _launch(flat, name, largest, TENSOR, (out, turned))
+    return out.view(x.shape), turned.t(), scale, undo
+
+
+def _launch(
+    flat: Tensor, name: str, largest: Tensor, parts: int, outs: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Writes outs (as it lies, turned); their scale and its inverse."""
+    (out, turned), (_, form, limit, top) = outs, FORMATS[name]
+    largest = largest.float().contiguous()
+    scale, undo = torch.empty_like(largest), torch.empty_like(largest)
+    tile = (32, 256) if turned is None else (128, 64)
+    _scaled[_grid(flat.shape, tile)](
+        flat, largest, turned if out is None else out, out if turned is None else turned,
+        scale, undo, *flat.shape, flat.stride(0),
+        PARTS=parts, LIES=out is not None, TURNED=turned is not None, LIMIT=limit, TOP=top, FORM=form,
+        BM=tile[0], BN=tile[1], num_warps=8,
+    )  # fmt: skip
+    return scale, undo
 
 
 def in_blocks(x: Tensor, name: str, dim: int) -> Tensor | None:
