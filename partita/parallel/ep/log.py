@@ -58,7 +58,10 @@ class RouterLog:
     @property
     def now(self) -> Seen:
         """Of the microbatch under way."""
-        return self.seen.setdefault(self.where.microbatch, self._nothing())
+        number = self.where.microbatch
+        if number not in self.seen:
+            self.seen[number] = self._nothing()
+        return self.seen[number]
 
     @property
     def sent(self) -> dict[int, tuple[int, ...]]:
