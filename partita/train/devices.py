@@ -64,7 +64,6 @@ def shared_device(job: Job) -> torch.device:
 def reading_device(job: Job) -> torch.device:
     """What one rank computes on that reads what a run of the job has left, perhaps on another host: where
     that has no GPU, the CPU."""
-    wants = job.device == "cuda" and torch.cuda.is_available()
-    return (
-        use_gpu(0) if wants or computes_on_gpu(replace(job, device="auto")) else torch.device("cpu")
-    )
+    if job.device == "cuda" and not torch.cuda.is_available():
+        job = replace(job, device="cpu")
+    return shared_device(job)

@@ -13,7 +13,8 @@ bit for bit: where torch is asked for that, flash makes it, from the same lse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from math import inf
 
@@ -159,9 +160,25 @@ def _flash_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = (_filled(t, qkv[0].shape[-1]) for t in (g, *qkv, out))
     lengths = g.shape[2], qkv[1].shape[2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *made, lse.contiguous(), None, None, *lengths, 0.0, causal, *_no_state(g), scale=scale
-    )
+    with _strict():
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *made, lse.contiguous(), None, None, *lengths, 0.0, causal, *_no_state(g), scale=scale
+        )
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """Where torch is asked to repeat itself and else to warn: flash adds up in one order only if it may not
+    warn."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not warns:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _no_state(like: Tensor) -> Sequence[Tensor]:
