@@ -41,7 +41,7 @@ def test_numbers_of_a_box_are_the_cpus(shape, box):
         yield seeds.normal_box(3, "w", shape, box, std=0.5, device=device)
         yield seeds.dropout_box(3, 2**32 + 5, "s", samples, shape=shape, box=box, p=0.3)
         yield seeds.rounded_box(values, 3, 4, "w", shape, box)
-        yield seeds.dropout_rows(3, 1, "r", samples, samples * 3 + 1, box[-1][1], 0.4)
+        yield seeds.dropout_rows(3, 1, "r", samples, samples * 3 + 1, 50, 0.4)
 
     (normals, *same), (found, *bits) = drawn("cpu"), drawn(DEVICE)
     torch.testing.assert_close(found.cpu(), normals, rtol=1e-6, atol=1e-7)
@@ -51,11 +51,10 @@ def test_numbers_of_a_box_are_the_cpus(shape, box):
 
 def inputs():
     g = torch.Generator().manual_seed(1)
-    for shape in ((3, 5, 70), (64, 256), (130, 17), (257, 1), (1, 40)):
+    for shape in ((3, 5, 70), (64, 256), (130, 17), (257, 1), (1, 48)):
         wide = torch.randn(*shape, generator=g) * torch.randn(*shape, generator=g).mul(4).exp()
         yield wide.to(DEVICE, BF16)
-    yield wide.to(DEVICE)
-    yield wide.expand(48, 40).to(DEVICE, BF16).t()
+    yield wide.expand(64, 48).to(DEVICE, BF16).t()
     yield wide.new_zeros(4, 36, dtype=BF16, device=DEVICE)[:, 3:]
 
 
@@ -66,7 +65,7 @@ def test_eight_bits_are_torchs(granularity, scaling, monkeypatch):
 
     def bits(x):
         """Of everything that a matmul rounds; delayed, of what comes third."""
-        for role, dim in (("x", -1), ("dy", -1), ("w0", 0), ("dy.W", 0)):
+        for role, dim in (("x", -1), ("dy.W", 0)):
             eight = fp8.Eight(plan)
             found = [eight._round(x * k, role, dim) for k in (1, 3, 9) if dim or x.dim() == 2]
             yield from found[-1:]

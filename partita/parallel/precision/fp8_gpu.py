@@ -24,6 +24,13 @@ BLOCK = 128
 TILES = {0: (BLOCK, 32), 1: (32, BLOCK), 2: (BLOCK, BLOCK)}  # of in_blocks, by the dim that is cut
 
 
+SIZES = (
+    "M",
+    "N",
+    "pitch",
+)  # in UP (M) and ALONG (N, pitch): 16 where all are, so that 16 bytes are read at once
+
+
 @triton.jit
 def _tile(at, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """Rows [BM, 1] and columns [1, BN] of tile `at`, int64, and which lie in [M, N]."""
@@ -59,8 +66,12 @@ def _rounded(v, LIMIT: tl.constexpr, FORM: tl.constexpr):
     return tl.minimum(low, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(FORM)
 
 
-@triton.jit
-def _maximum(x, found, M, N, pitch, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def _maximum(
+    x, found, M, N, pitch,
+    UP: tl.constexpr, ALONG: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    M, N, pitch = M * UP, N * ALONG, pitch * ALONG
     last = tl.num_programs(0) - 1  # backwards: _scaled begins where this ends, in the L2 cache
     rows, columns, inside = _tile(last - tl.program_id(0), M, N, BM, BN)
     bits = _bits_of(tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32))
@@ -72,13 +83,15 @@ def _maximum(x, found, M, N, pitch, PARTS: tl.constexpr, BM: tl.constexpr, BN: t
         tl.atomic_max(found + columns, tl.max(bits, 0)[None, :], mask=columns < N, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scaled(
     x, largest, out, turned, scale, undo, M, N, pitch,
-    PARTS: tl.constexpr, LIES: tl.constexpr, TURNED: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr,
+    UP: tl.constexpr, ALONG: tl.constexpr, PARTS: tl.constexpr, LIES: tl.constexpr,
+    TURNED: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr,
     FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] where LIES, turned [N, M] where TURNED; scale and undo by the first tiles' programs."""
+    M, N, pitch = M * UP, N * ALONG, pitch * ALONG
     rows, columns, inside = _tile(tl.program_id(0), M, N, BM, BN)
     v = tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32)
     if PARTS == 0:
@@ -103,12 +116,13 @@ def _scaled(
         tl.store(turned + columns * M + rows, small, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _in_blocks(
     x, out, M, N, pitch,
-    DIM: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr, FORM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    UP: tl.constexpr, ALONG: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr, TOP: tl.constexpr,
+    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    M, N, pitch = M * UP, N * ALONG, pitch * ALONG
     rows, columns, inside = _tile(tl.program_id(0), M, N, BM, BN)
     v = tl.load(x + rows * pitch + columns, mask=inside, other=0).to(tl.float32)
     bits = _bits_of(v)
@@ -133,6 +147,20 @@ def _grid(sizes: tuple[int, ...], tile: tuple[int, int]) -> tuple[int]:
     return (triton.cdiv(sizes[0], tile[0]) * triton.cdiv(sizes[1], tile[1]),)
 
 
+def _sizes(flat: Tensor, turned: bool = False) -> dict[str, int]:
+    """What kernels call SIZES, in units; M's is 16 only where rows are written along it, `turned`."""
+    (rows, columns), pitch = flat.shape, flat.stride(0)
+    up = 16 if turned and rows % 16 == 0 else 1
+    along = 16 if columns % 16 == 0 and pitch % 16 == 0 else 1
+    return {
+        "M": rows // up,
+        "N": columns // along,
+        "pitch": pitch // along,
+        "UP": up,
+        "ALONG": along,
+    }
+
+
 def maximum(x: Tensor, parts: int) -> Tensor | None:
     """The largest absolute element, fp32: of all (), of each row [..., 1] or of each column [1, N] (x a
     matrix then)."""
@@ -143,7 +171,7 @@ def maximum(x: Tensor, parts: int) -> Tensor | None:
     found = torch.zeros(shape, dtype=torch.int32, device=x.device)
     tile = (32, 256)
     _maximum[_grid(flat.shape, tile)](
-        flat, found, *flat.shape, flat.stride(0), PARTS=parts, BM=tile[0], BN=tile[1], num_warps=8
+        flat, found, **_sizes(flat), PARTS=parts, BM=tile[0], BN=tile[1], num_warps=8
     )
     return found.view(torch.float32)
 
@@ -185,7 +213,7 @@ def _launch(
     tile = (32, 256) if turned is None else (128, 64)
     _scaled[_grid(flat.shape, tile)](
         flat, largest, turned if out is None else out, out if turned is None else turned,
-        scale, undo, *flat.shape, flat.stride(0),
+        scale, undo, **_sizes(flat, turned is not None),
         PARTS=parts, LIES=out is not None, TURNED=turned is not None, LIMIT=limit, TOP=top, FORM=form,
         BM=tile[0], BN=tile[1], num_warps=8,
     )  # fmt: skip
@@ -202,7 +230,7 @@ def in_blocks(x: Tensor, name: str, dim: int) -> Tensor | None:
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     tile = TILES[dim]
     _in_blocks[_grid(flat.shape, tile)](
-        flat, out, *flat.shape, flat.stride(0), DIM=dim, LIMIT=limit, TOP=top, FORM=form,
+        flat, out, **_sizes(flat), DIM=dim, LIMIT=limit, TOP=top, FORM=form,
         BM=tile[0], BN=tile[1], num_warps=8 if dim == 2 else 4,
     )  # fmt: skip
     return out.view(x.shape)
