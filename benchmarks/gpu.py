@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu [--limit-s 300] [--json FILE] [--md FILE] [--rows NAME ...]`: one GPU, by itself.
+"""`python -m benchmarks.gpu [--limit-s 300] [--row-s 15] [--json FILE] [--md FILE] [--rows NAME ...]`: one
+GPU, by itself.
 
 Ours beside transformers' models and a plain module, steps in turn (A B B A) on one device; what offload
 and fp8 give; where the time of a step goes; what `simulate` says of the same plans. A step is timed from a
@@ -29,7 +30,9 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_sides as sides
+from benchmarks.gpu_kernels import candidates
 from benchmarks.gpu_sides import Env, Ours, Side, compare
+from benchmarks.gpu_table import HEADER, lines_of, markdown
 from benchmarks.gpu_trace import trace
 from partita.base.errors import PartitaError
 from partita.base.text import table
@@ -54,18 +57,6 @@ TINY = {
     "sparse": {**SMALL, "ffn_hidden": 16, "qk_norm": True, "experts": 4, "top_k": 2, "expert_ffn_hidden": 16},
 }  # fmt: skip
 LARGE = {"dense": DENSE, "half": HALF, "sparse": SPARSE}
-HEADER = (
-    "row",
-    "side",
-    "step ms",
-    "quartiles",
-    "n",
-    "peak GB",
-    "tok/s",
-    "MFU",
-    "of matmul",
-    "note",
-)
 Found = dict[str, Any]
 
 
@@ -275,11 +266,11 @@ def _on(job: Job, cluster: Cluster) -> Job:
 
 
 ROWS: dict[str, Callable[[Env], Found]] = {
-    "rates": rates, "dense": dense, "plain": plain, "recompute": recompute, "experts": experts, "fp8": fp8,
-    "offload": offload, "trace": where_time_goes, "trace experts": where_experts_go,
-    "predictions": predictions, "compiled": compiled,
+    "rates": rates, "dense": dense, "plain": plain, "experts": experts, "fp8": fp8, "offload": offload,
+    "predictions": predictions, "trace": where_time_goes, "trace experts": where_experts_go,
+    "recompute": recompute, "kernels": candidates, "compiled": compiled,
 }  # fmt: skip
-ASKED = [name for name in ROWS if name != "compiled"]
+ASKED = [name for name in ROWS if name not in ("kernels", "compiled")]
 SECONDS = {"predictions": 90.0, "compiled": 90.0}  # rows that may take more
 
 
@@ -299,12 +290,14 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(env: Env, names: Sequence[str], keep: Callable[[Found], None]) -> Found:
-    """Every row in turn; `keep` is handed what is there after each."""
+def run(
+    env: Env, names: Sequence[str], keep: Callable[[Found], None], row_s: float = 15.0
+) -> Found:
+    """Every row in turn, each for some `row_s`; `keep` is handed what is there after each."""
     found: Found = {"device": described(env), "rows": {}}
     for name in names:
         start = time.monotonic()
-        env.row_s = SECONDS.get(name, 15.0)
+        env.row_s = SECONDS.get(name, row_s)
         env.begin()
         left = env.ends - start
         try:
@@ -335,85 +328,13 @@ def described(env: Env) -> Found:
     }
 
 
-def lines_of(found: Found) -> list[list[str]]:
-    """The table's."""
-    made = []
-    for name, row in found["rows"].items():
-        if "failed" in row:
-            made.append([name, *[""] * 8, row["failed"]])
-        for side, one in row.get("sides", {}).items():
-            made.append([name, side, *_figures(one)])
-        for side, one in row.get("traces", {}).items():
-            made.append([name, side, *_traced(one)])
-        for plan, by in row.get("predicted", {}).items():
-            made += [[name, f"{plan}, {which}", *_predicted(one)] for which, one in by.items()]
-        if "calibration_failed" in row:
-            made.append([name, "calibrate", *[""] * 7, row["calibration_failed"]])
-        if "bf16_flops_per_s" in row:
-            made.append([name, "", *[""] * 7, _rates(row)])
-    return made
-
-
-def _figures(one: Found) -> list[str]:
-    if "failed" in one:
-        return [""] * 7 + [one["failed"]]
-    low, high = one["quartiles_s"]
-    notes = {"update_s": "update {:.3f} s", "of_pinned_copy": "{:.2f} of a pinned copy"}
-    return [
-        f"{1e3 * one['step_s']:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}", str(one["steps"]),
-        f"{one['peak_bytes'] / 1e9:.1f}", f"{one['tokens_per_s']:.0f}", f"{one['mfu']:.3f}",
-        f"{one['of_matmul']:.3f}" if "of_matmul" in one else "",
-        ", ".join(text.format(one[key]) for key, text in notes.items() if key in one),
-    ]  # fmt: skip
-
-
-def _traced(one: Found) -> list[str]:
-    if "failed" in one:
-        return [""] * 7 + [one["failed"]]
-    kinds = " ".join(f"{kind} {1e3 * s:.1f}" for kind, s in one["kinds_s"].items())
-    waits = sum(one["waits"].values())
-    note = f"idle {one['idle_share']:.1%}; {one['launches']} kernels, {waits} waits; ms: {kinds}"
-    return [f"{1e3 * one['step_s']:.1f}", *[""] * 6, note]
-
-
-def _predicted(one: Found) -> list[str]:
-    if "failed" in one:
-        return [""] * 7 + [one["failed"]]
-    peak = "" if one["peak_ratio"] is None else f", memory {one['peak_ratio']:.2f}"
-    said = f"predicted / measured: step {one['step_ratio']:.2f}{peak}"
-    return [
-        f"{1e3 * one['step_s']:.1f}",
-        "",
-        "",
-        f"{one['peak_bytes'] / 1e9:.1f}",
-        "",
-        "",
-        "",
-        said,
-    ]
-
-
-def _rates(row: Found) -> str:
-    fp8 = f"{row['fp8_flops_per_s'] / 1e12:.0f}" if "fp8_flops_per_s" in row else row["fp8_failed"]
-    return (
-        f"TFLOP/s bf16 {row['bf16_flops_per_s'] / 1e12:.0f}, fp8 {fp8}; GB/s memory "
-        f"{row['memory_bytes_per_s'] / 1e9:.0f}, up {row['to_device_bytes_per_s'] / 1e9:.1f}, down "
-        f"{row['to_host_bytes_per_s'] / 1e9:.1f}"
-    )
-
-
-def markdown(found: Found) -> str:
-    """Device and table, for docs/benchmarks.md."""
-    rows = [list(HEADER), ["---"] * len(HEADER), *lines_of(found)]
-    return "\n".join([str(found["device"]), "", *(f"| {' | '.join(r)} |" for r in rows), ""])
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Reads the command line, measures, prints the table last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--limit-s", type=float, default=300.0)
+    parser.add_argument("--row-s", type=float, default=15.0)
     parser.add_argument("--rows", nargs="*", default=ASKED, choices=list(ROWS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--md", type=Path)
@@ -430,7 +351,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ends = time.monotonic() + asked.limit_s
         env = Env(sides.device_named(asked.device), Path(folder), asked.tiny, ends)
-        found = run(env, asked.rows, keep)
+        found = run(env, asked.rows, keep, asked.row_s)
     print(found["device"])
     print(table(lines_of(found), header=HEADER))
 

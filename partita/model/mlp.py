@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from partita.comm.triton_kernels import Kernels
 from partita.model.dropout import Dropout
 from partita.parallel.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
 from partita.spec.program import NARROW
+
+KERNELS = Kernels("partita.parallel.rows_gpu")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor) -> Tensor:
         """Half the width."""
         ctx.save_for_backward(gate_up)
+        if (y := KERNELS(gate_up, "gate", gate_up)) is not None:
+            return y
         gate, up = gate_up.chunk(2, -1)
         return silu(_packed(gate)).mul_(up)
 
@@ -81,6 +86,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> Tensor:
         """Both halves into one buffer."""
         (gate_up,) = ctx.saved_tensors
+        if (made := KERNELS(gate_up, "gate_back", gate_up, dy)) is not None:
+            return made
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, -1)

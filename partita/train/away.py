@@ -3,6 +3,7 @@ chunk by chunk; gradients, brought to an optimizer on the device unit by unit.""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -110,6 +111,13 @@ class Given:
             here = self.away.fetch(units[name], units[name].gradient)
             apply([replace(slot, gradient=here[slot.part]) for slot in own])
             del here  # before the next comes
+
+
+def host_threads(ranks: int) -> int:
+    """Threads of a rank on a GPU for an update that is made on the host: its share of the processors."""
+    count = os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    return max(here // max(min(ranks, torch.cuda.device_count()), 1), 1)
 
 
 def _within(slot: Slot, chunk: Chunk) -> dict[str, Tensor] | None:

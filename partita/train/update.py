@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from partita.spec.job import TrainSpec
-from partita.train.away import Given, make_away
+from partita.train.away import Given, host_threads, make_away
 from partita.train.guess import Guess
 from partita.train.optim import make_optimizer
 from partita.train.places import Places
@@ -38,6 +40,8 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     update.away = make_away(
         model.arenas, by_unit, trained, update.optimizer, train, rounding, places
     )
+    if update.away is not None and model.context.device.type == "cuda":
+        torch.set_num_threads(host_threads(model.laid.request.plan.world_size))
     if rounding is not None and update.away is None:
         shards = shards_of(model.parameters, trained, slots, places)
         update.rounded = StochasticUpdate(rounding, slots, update.optimizer, train, shards)

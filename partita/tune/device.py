@@ -15,6 +15,7 @@ with the constants that were fitted to them.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -203,6 +204,12 @@ def calibrate_gpu(base: Cluster, tell: Callable[[str, int, int], None]) -> Devic
         )
     device = use_gpu(0)
     name = torch.cuda.get_device_name(device)
+    if base.device.split("-")[0].upper() not in name.upper():
+        logging.warning(
+            "this host's GPU is %s, the cluster's %s: its own peaks and memory stay",
+            name,
+            base.device,
+        )
     return calibrate_on(base, Setup(), gpu_timer(device), name, tell)
 
 

@@ -21,6 +21,7 @@ from partita.parallel.offload.shelves import HostShelf
 from partita.parallel.read import state_bytes
 from partita.simulate.memory import arena_ledger
 from partita.simulate.predict import request_of, simulate
+from partita.train.away import host_threads
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.recorder import StepRecorder
@@ -320,3 +321,9 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path):
 def test_a_disk_without_room_says_how_much_is_wanted(tmp_path):
     with pytest.raises(WriteError, match=r"needs 4 PB or more .* are free"):
         nvme.File(tmp_path).zeros(10**15, torch.float32)
+
+
+def test_ranks_on_gpus_share_the_hosts_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [host_threads(n) for n in (1, 2, 4, 64)] == [16, 8, 4, 4]

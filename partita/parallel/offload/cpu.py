@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -49,9 +50,18 @@ class HostArena:
     def zeros(self, category: str, size: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor that the ledger counts here."""
         with self.where.on(self.name):
-            made = torch.zeros(size, dtype=dtype)
+            made = _reachable(size, dtype)
         self.held.setdefault(category, []).append(made)
         return made
+
+
+def _reachable(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that this process's GPU, where it has one, copies from and to by itself (pinned): other memory
+    goes through a small buffer that is. Where the host pins no more, other memory."""
+    if torch.cuda.is_initialized() and size:
+        with suppress(RuntimeError):
+            return torch.zeros(size, dtype=dtype, pin_memory=True)
+    return torch.zeros(size, dtype=dtype)
 
 
 @dataclass(frozen=True)
