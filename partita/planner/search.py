@@ -116,7 +116,7 @@ class Search:
             nodes: list[Node] = []
             for root in some:
                 if time.perf_counter() < until:
-                    nodes += [n for n in self.levels.folds(root) if n.tokens.every == 1]
+                    nodes += self.levels.folds(root)
             found += beam(nodes, self._steps, until)
             self.levels.cut = min([self.levels.cut, *(n.seconds for n in found)])
         found.sort(key=lambda n: n.seconds)

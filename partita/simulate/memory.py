@@ -19,7 +19,7 @@ from math import prod
 from typing import NamedTuple
 
 from partita.parallel.dp.rules import zero_stage
-from partita.parallel.laid import Laid, Stage
+from partita.parallel.laid import Laid
 from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes, targets
 from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import (
@@ -57,6 +57,8 @@ def stage_ledger(
     beside = lent["whole gradients"] + brought
     moments = (worst_moment(laid, s.blocks, schedule, beside) for s in stages)
     worst = max(moments, key=lambda x: x.size)
+    if away.leaves(laid):  # not when most is kept
+        worst = worst._replace(size=away.full_peak(laid, place, schedule) - activations)
     gone = min(worst.gone, activations)  # forward alone keeps nothing
     categories["activations"] = activations - gone + picture_bytes(laid, place)
     categories["gradients"] = standing_gradients(laid, place) + come
@@ -81,7 +83,9 @@ def chunk_bytes(laid: Laid, place: int) -> tuple[list[float], list[float]]:
     kept, coming = [0.0] * len(laid.stages), [0.0] * len(laid.stages)
     for s in laid.stages_of(place):
         each = distinct(s.blocks)
-        kept[s.index] = float(sum(n * kept_bytes(b, laid.sizes) for b, n in each) - _shown(laid, s))
+        kept[s.index] = float(
+            sum(n * kept_bytes(b, laid.sizes) for b, n in each) - away.pictures_kept(laid, s)
+        )
         coming[s.index] = float(sum(n * coming_bytes(b, laid.sizes) for b, n in each))
     return kept, coming
 
@@ -93,7 +97,7 @@ def deferred_bytes(laid: Laid, place: int) -> list[float]:
     for s in laid.stages_of(place):
         found[s.index] = float(
             sum(n * read_later_bytes(b, laid.sizes) for b, n in distinct(s.blocks))
-            - _shown(laid, s)
+            - away.pictures_kept(laid, s)
         )
     return found
 
@@ -107,15 +111,6 @@ def picture_bytes(laid: Laid, place: int) -> int:
     samples = laid.request.micro_batch_size * plan.num_microbatches
     steps = 1 + laid.schedule.is_asynchronous
     return steps * samples * image.colors * image.size**2 * BYTES["fp32"]
-
-
-def _shown(laid: Laid, stage: Stage) -> int:
-    """Of what a microbatch keeps those pictures that a step holds anyway: neither cut nor converted."""
-    first = stage.blocks[0]
-    x = first.tensors[first.input]
-    same = stage.index == 0 and x.role == "data" and first.input in first.kept
-    is_picture = laid.request.model.image is not None and x.dtype == "fp32"
-    return tensor_bytes(x, laid.sizes) if same and is_picture else 0
 
 
 @once_of_ops

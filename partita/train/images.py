@@ -38,11 +38,11 @@ class Images:
     def batch(self, sequences: Sequence[int], length: int) -> Batch:
         """The images of these numbers, in this order; targets [b, 1]."""
         at = np.asarray(sequences, np.int64)
-        pixels = torch.empty(
-            len(at), *self.pixels.shape[1:]
-        )  # torch's own memory, which is measured
+        found = self.labelled(at)  # which knows a number that is none
+        pixels = torch.empty(len(at), *self.pixels.shape[1:])  # torch's memory, which is measured
+        # "raise" would write into a buffer of numpy's first
         np.take(self.pixels, at, 0, out=pixels.numpy(), mode="clip")
-        return replace(self.labelled(at), ids=pixels)
+        return replace(found, ids=pixels)
 
     def labelled(self, sequences: Sequence[int] | np.ndarray) -> Batch:
         """The same without a picture: for a rank that reads none."""

@@ -32,42 +32,42 @@ def job(folder: Path, plan: str) -> Job:
     return found
 
 
-def measured(found: Job, folder: Path) -> list[Ledger]:
-    """Of each rank, a thread, in a second step: the first makes the optimizer's states."""
+def measured(found: Job, folder: Path) -> list[tuple[Ledger, bool]]:
+    """Of each rank, a thread, in a second step (the first makes the optimizer's states): its ledger, and
+    whether it is given pictures."""
 
-    def run(world: LocalWorld) -> Ledger:
+    def run(world: LocalWorld) -> tuple[Ledger, bool]:
         built = assemble(found, world, world.where, device=torch.device("cpu"))
         recorder = StepRecorder(built, folder, 2)
         for step in range(2):
             with recorder.step(step) if step else nullcontext():
                 built.model.forward_backward(built.batch(step))
                 built.update.step()
-        return recorder.record.ledger
+        given = any(m.ids.numel() for m in built.batch(1).microbatches)
+        return recorder.record.ledger, given
 
     return local(found.plan.world_size).run(run)
 
 
 @pytest.mark.parametrize("plan", [
     "1mb", "2mb bf16", "2mb recompute:full", "split2 1mb", "cp2:halo 2mb", "pp2/2mb",
-    "pp2:zb_h1/4mb cp2:halo", "dp_shard2.zero2 2mb",
+    "pp2:zb_h1/4mb cp2:halo", "dp_shard2.zero2 2mb", "2mb offload:cpu offload.targets=activations",
 ])  # fmt: skip
 def test_what_is_held_is_what_is_declared(plan: str, tmp_path: Path) -> None:
     """Of tp on threads the last to come makes what others gather, for them too: as processes, in gloo's."""
     found = job(tmp_path, plan)
-    predicted = {p.rank: p for p in simulate(found).ledgers}
-    ledgers, seen = measured(found, tmp_path), 0
-    for real in ledgers:
-        if (said := predicted.get(real.rank)) is None:
-            continue
-        if said.at_peak["activations"] < PICTURES:  # a later stage, which has none
-            assert real.peak_bytes < said.peak_bytes + PICTURES / 2
-            continue
-        seen += 1
-        assert "untagged" not in real.at_peak
+    predicted, ledgers = simulate(found), measured(found, tmp_path)
+    assert predicted.laid is not None
+    for place, said in enumerate(predicted.ledgers):
+        real, given = ledgers[said.rank]
+        first = any(s.index == 0 for s in predicted.laid.stages_of(place))
+        assert real.rank == said.rank and given == first
         for states in ("parameters", "gradients", "optimizer"):
             assert real.at_peak[states] == pytest.approx(said.at_peak[states], rel=0.03), states
         moving = [
             sum(x.at_peak.get(c, 0) for c in ("activations", "buffers")) for x in (real, said)
         ]
-        assert moving[0] == pytest.approx(moving[1], rel=0.10), (real.at_peak, said.at_peak)
-    assert seen
+        if first:
+            assert moving[0] == pytest.approx(moving[1], rel=0.10), (real.at_peak, said.at_peak)
+        else:  # next to nothing, of which a last convolution's temporaries are not predicted
+            assert moving[0] < moving[1] + PICTURES / 2, (real.at_peak, said.at_peak)
