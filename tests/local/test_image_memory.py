@@ -44,6 +44,7 @@ def measured(found: Job, folder: Path) -> list[tuple[Ledger, bool]]:
                 built.model.forward_backward(built.batch(step))
                 built.update.step()
         given = any(m.ids.numel() for m in built.batch(1).microbatches)
+        assert recorder.record.ledger is not None
         return recorder.record.ledger, given
 
     return local(found.plan.world_size).run(run)
