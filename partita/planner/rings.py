@@ -4,9 +4,9 @@ What the lanes of cp move, and the compute beside which they may, is attention's
 the compute and the other lanes of the whole sequence's block, whose experts lie so, they make a block of the
 cut one (simulate/links.py), which takes its devices no fewer seconds: its kernels are as many, and smaller.
 
-Of what is told only sums, of a forward and a backward, are bounds of the laid table's: a weight half alone was
-up to 1.9 % above its own, and what floors make of such pieces up to 3.6 % above what they make of it. Against
-`simulate` both are held by tests.
+Of what is told only sums, of a forward and a backward, are bounds of the laid table's: a weight half alone
+was up to 1.9 % above its own, and what floors make of such pieces up to 3.6 % above what they make of it.
+Against `simulate` both are held by tests.
 """
 
 from __future__ import annotations
