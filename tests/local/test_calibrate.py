@@ -15,6 +15,8 @@ from partita.simulate.predict import simulate
 from partita.spec.calibrated import adopt, calibrated, calibration_path
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.train.step import Update
+from partita.tune import device, pieces
 from partita.tune.calibrate import calibrate, compute_units, fit, slowest_calls, summarise
 from partita.tune.device import Setup, Timer, calibrate_on
 from partita.tune.probes import COLLECTIVES, COMM_BYTES, MATMUL_SIZES, Call, Found
@@ -162,6 +164,19 @@ def test_a_gpu_keeps_its_published_rates_and_takes_pieces_and_its_link() -> None
     assert all(s >= 0 for by in pieces.values() for x in by.values() for s in x.values())
     assert Cluster.load(made.to_toml()).piece_seconds == pieces
     assert "stand-in" in str(found)
+
+
+def test_pieces_of_a_gpu_lie_on_it(monkeypatch) -> None:
+    """On `meta`, where an op of two devices raises as on a GPU."""
+    monkeypatch.setattr(device, "_moves", lambda *_: (1.0, 1.0, 1.0))
+    monkeypatch.setattr(pieces, "_fill", lambda _: None)
+    monkeypatch.setattr(
+        Update, "gradient_norm", lambda _: 1.0
+    )  # the one number that the host reads
+    small = Setup(((1, 8, 32, 32),), ((8, 8, 8),), head=16, elements=64, seconds_each=0.0)
+    timer = Timer(HostEvent, lambda: None, lambda _: None, torch.device("meta"), 64)
+    found = calibrate_on(Cluster.load("1xh100"), small, timer, "stand-in", lambda *_: None)
+    assert found.cluster.piece_seconds.keys() == {"bf16", "fp32"}
 
 
 def test_a_step_of_a_measured_gpu_is_the_sum_of_its_pieces() -> None:

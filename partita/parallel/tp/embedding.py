@@ -44,7 +44,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, ids: Tensor, layer: Lookup) -> Tensor:
         """Rows of the own range, zero elsewhere, then the region."""
         ctx.save_for_backward(ids if layer.table.trains else None)
-        ctx.layer = layer
+        ctx.layer, ctx.device = layer, anchor.device
         rows = layer.table.shape[0]
         if layer.region.kind == "identity":  # the whole table is here
             return layer.region.forward(layer.table.value[ids])
@@ -61,4 +61,4 @@ class _Lookup(torch.autograd.Function):
         dy = layer.region.backward(dy)
         if ids is not None:
             layer.table.queue.add(layer.accumulate, ids, dy)
-        return torch.empty(0), None, None
+        return torch.empty(0, device=ctx.device), None, None
