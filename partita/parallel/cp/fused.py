@@ -52,7 +52,7 @@ def attend(
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         *made, _bias(seen, q, k.shape[2]), True, 0.0, causal, scale=scale
     )
-    out, lse = _narrowed(out, values).to(dtype), lse[..., : q.shape[2]]
+    out, lse = _narrowed(out, values).to(dtype), lse[..., : q.shape[2]].contiguous()
     if seen is None:
         return out, lse
     none = ~(seen if seen.dtype == torch.bool else seen > -inf).any(
@@ -124,6 +124,8 @@ def _cudnn_holds(
     try:
         own, log = _cudnn(q, k, v, causal, width**-0.5)
         found = own, *_cudnn_back(g, (q, k, v), own, log, causal, width**-0.5)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
     except RuntimeError:
         return False
     pairs = zip((*found, log), (*want, lse), strict=True)
