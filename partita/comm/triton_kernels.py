@@ -24,7 +24,14 @@ ONE = (
 
 @dataclass
 class Kernels:
-    """The functions of `module`, which imports Triton when it is first asked for."""
+    """The functions of `module`, which imports Triton when it is first asked for. A module that has
+    `prove(name, like)` is asked by it, before each call, whether its kernels make what operators make where
+    `like` lies; where not, it raises.
+
+    One for each user, at module level, as `failed` is a finding about the process, not about a run: whether
+    its Triton, driver and compiler can do this. No run of it would find otherwise, and ranks that are
+    threads agree.
+    """
 
     module: str
     failed: str = ""
@@ -40,16 +47,23 @@ class Kernels:
         if find_spec("triton") is None:
             self.failed = "Triton is not installed"
             return None
+        with ONE, torch.cuda.device_of(like):
+            return None if self.failed else self._tried(like, name, given)
+
+    def _tried(self, like: Tensor, name: str, given: tuple[Any, ...]) -> Any:
         try:
-            with ONE, torch.cuda.device_of(like):
-                return getattr(import_module(self.module), name)(*given)
+            module = import_module(self.module)
+            if hasattr(module, "prove"):
+                module.prove(name, like)
+            return getattr(module, name)(*given)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler's errors are of many kinds
-            said = (str(error).strip() or "no message").splitlines()[0]
+            lines = (str(error).strip() or "no message").splitlines()
+            said = " ".join(dict.fromkeys((lines[0], lines[-1])))  # where, and why
             self.failed = f"{type(error).__name__}: {said}"
             warnings.warn(
                 f"{self.module}.{name} failed ({self.failed}); torch's operators, which are slower, do it",
-                stacklevel=2,
+                stacklevel=3,
             )
             return None

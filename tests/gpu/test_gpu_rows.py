@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,27 @@ def test_norms_are_the_operators(rows, width, monkeypatch) -> None:
     for a, b in zip(found, both_ways(piece, x, dy), strict=True):
         close(a, b)
     torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3 * float(sums[1].abs().max()))
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cpu" and "TRITON_INTERPRET" not in os.environ, reason="Triton's are a GPU's"
+)
+@pytest.mark.parametrize("name", ["gate", "gate_back", "norm", "norm_back"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_proves_itself_and_a_wrong_one_does_not(name, dtype, monkeypatch) -> None:
+    rows_gpu = pytest.importorskip("partita.parallel.rows_gpu", exc_type=ImportError)
+    like = drawn(2, 96, dtype=dtype)
+    rows_gpu.prove(name, like)
+    own = getattr(rows_gpu, name)
+
+    def wrong(*given, **named):
+        made = own(*given, **named)
+        first = made[0] if isinstance(made, tuple) else made
+        first[-1, -1] += 0.5
+        return made
+
+    monkeypatch.setattr(rows_gpu, name, wrong)
+    rows_gpu._apart.cache_clear()
+    with pytest.raises(ArithmeticError, match="of the largest element"):
+        rows_gpu.prove(name, like)
+    rows_gpu._apart.cache_clear()

@@ -1,10 +1,14 @@
 """Where a GPU's kernels answer, gates and norms take what they made; elsewhere torch's operators do it."""
 
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from partita.comm import triton_kernels
+from partita.comm.triton_kernels import Kernels
 from partita.model import mlp
 from partita.model.mlp import SwiGLU
 from partita.parallel.sp import norm
@@ -45,3 +49,31 @@ def test_a_cpu_has_none() -> None:
     assert mlp.KERNELS(x, "gate", x) is None
     assert norm.KERNELS(x, "norm", x, x[0], 1e-5) is None
     assert not mlp.KERNELS.failed
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_kernels_that_do_not_prove_right_are_never_run(right, monkeypatch) -> None:
+    calls: list[str] = []
+
+    def prove(name: str, like: torch.Tensor) -> None:
+        calls.append(f"prove {name}")
+        if not right:
+            raise ArithmeticError("at 5:4\n    far\napart")
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        calls.append("double")
+        return x * 2
+
+    monkeypatch.setitem(sys.modules, "stands_in", SimpleNamespace(prove=prove, double=double))
+    monkeypatch.setattr(triton_kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(Kernels, "takes", lambda self, device: not self.failed)
+    kernels, x = Kernels("stands_in"), torch.ones(2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = [kernels(x, "double", x) for _ in range(2)]
+    if right:
+        assert [float(y.sum()) for y in made] == [4.0, 4.0]
+        assert calls == ["prove double", "double"] * 2 and not told
+    else:
+        assert made == [None, None] and calls == ["prove double"]
+        assert [str(w.message).count("ArithmeticError: at 5:4 apart") for w in told] == [1]
