@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks.plain import Llama, loss_of
+from benchmarks.plain import Checkpointed, Llama, loss_of
 from partita.comm.protocol import Where
 from partita.comm.recording import Recorder
 from partita.comm.single import SingleWorld
@@ -148,17 +147,6 @@ def ours(env: Env, job: Job) -> Ours:
     model = make_model(job, laid, context, lambda unit: fill_unit(unit, laid, context, value))
     built = Built(job, context, model, make_update(model, job.train), open_job_data(job))
     return Ours(built, built.batch(0))
-
-
-class Checkpointed(torch.nn.Module):
-    """A layer under torch.utils.checkpoint."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *inputs):
-        return checkpoint(self.layer, *inputs, use_reentrant=False)
 
 
 def plain(env: Env, job: Job, compiles: bool = False) -> Step:

@@ -7,9 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks.plain import Llama, loss_of
+from benchmarks.plain import Checkpointed, Llama, loss_of
 from partita.spec.model import ModelSpec
 
 BATCH = 8
@@ -38,17 +37,6 @@ def plain(s: ModelSpec, seq_len: int, bf16: bool, checkpointed: bool = False):
         for i, layer in model.layers.items():
             model.layers[i] = Checkpointed(layer)
     return _alone(model, model, s, seq_len, bf16)
-
-
-class Checkpointed(torch.nn.Module):
-    """A layer under torch.utils.checkpoint."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *inputs):
-        return checkpoint(self.layer, *inputs, use_reentrant=False)
 
 
 def recomputed(s: ModelSpec, seq_len: int, bf16: bool):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
 
 from partita.model.rope import rotate, tables
 from partita.spec.model import ModelSpec
@@ -114,3 +115,14 @@ class Llama(nn.Module):
 def loss_of(logits, targets):
     """Token mean."""
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class Checkpointed(nn.Module):
+    """A layer under torch.utils.checkpoint."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return checkpoint(self.layer, *inputs, use_reentrant=False)

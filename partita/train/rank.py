@@ -135,9 +135,8 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # each torch.empty is written before it is read
-    )
+    # Each torch.empty is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False
     log_to(spec.folder / "logs" / f"rank-{rank}.log")
     for notice in spec.notices:
         logging.warning("%s", notice)
