@@ -79,8 +79,11 @@ def deepseek_experts(s: ModelSpec, seq_len: int, bf16: bool):
 
 def _alone(model, logits_of, s: ModelSpec, seq_len: int, bf16: bool):
     """A step of one rank on the whole batch."""
-    optimizer = _optimizer(model)
-    ids, targets = inputs(s, seq_len)
+    return _step(_optimizer(model), logits_of, *inputs(s, seq_len), bf16)
+
+
+def _step(optimizer, logits_of, ids, targets, bf16: bool):
+    """Forward, backward and update of one rank's share."""
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -167,15 +170,7 @@ def deepspeed(stage: int):
 def _replicated(model, optimizer, s: ModelSpec, seq_len: int, bf16: bool):
     """A step on this rank's half of the batch."""
     ids, targets = (t.chunk(2)[dist.get_rank()] for t in inputs(s, seq_len))
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        with _autocast(bf16):
-            loss = loss_of(model(ids), targets)
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return _step(optimizer, model, ids, targets, bf16)
 
 
 def tensor(s: ModelSpec, seq_len: int, bf16: bool):

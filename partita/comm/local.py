@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -292,6 +292,9 @@ class LocalComm(Blocking):
             raise CommError(self.world.meeting.failure)
 
 
+Handed = TypeVar("Handed")
+
+
 class RankThread(threading.Thread):
     """A rank's thread, which knows its world."""
 
@@ -300,13 +303,13 @@ class RankThread(threading.Thread):
         self.world = world
 
 
-class LocalRanks:
-    """Thread ranks, started anew for each `run`."""
+class LocalRanks(Generic[Handed]):
+    """Thread ranks, started anew for each `run`; a function is handed what `handed` makes of its world."""
 
-    def __init__(self, size: int, timeout_s: float = DEADLINE_S) -> None:
-        self.size, self.timeout_s = size, timeout_s
+    def __init__(self, size: int, timeout_s: float, handed: Callable[[LocalWorld], Handed]) -> None:
+        self.size, self.timeout_s, self._handed = size, timeout_s, handed
 
-    def __enter__(self) -> LocalRanks:
+    def __enter__(self) -> LocalRanks[Handed]:
         return self
 
     def __exit__(
@@ -318,8 +321,8 @@ class LocalRanks:
         """Nothing outlives a run."""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(world, *args) on every rank; the results by rank. The first failing rank's error is
-        raised, with a note of what the others said."""
+        """function(what it is handed, *args) on every rank; the results by rank. The first failing rank's
+        error is raised, with a note of what the others said."""
         # What torch.optim loads at its first use parses source: CPython 3.11 does so in one thread only
         import_module("torch._dynamo")
         meeting = Meeting(self.size, self.timeout_s)
@@ -330,7 +333,7 @@ class LocalRanks:
             rank = world.rank
             torch.autograd.set_multithreading_enabled(False)
             try:
-                results[rank] = function(world, *args)
+                results[rank] = function(self._handed(world), *args)
             except BaseException as error:
                 errors.append((time.monotonic(), rank, error))
                 with meeting.lock:
@@ -363,6 +366,6 @@ def _raise_first(errors: list[tuple[float, int, BaseException]]) -> None:
     raise error
 
 
-def local(size: int, timeout_s: float = DEADLINE_S) -> LocalRanks:
+def local(size: int, timeout_s: float = DEADLINE_S) -> LocalRanks[LocalWorld]:
     """`size` ranks as threads of this process, each with a LocalWorld."""
-    return LocalRanks(size, timeout_s)
+    return LocalRanks(size, timeout_s, lambda world: world)

@@ -22,9 +22,6 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 ReduceOp = Literal["sum", "max"]
-CollectiveName = Literal[
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send"
-]
 
 
 @dataclass(slots=True)

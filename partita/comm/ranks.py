@@ -13,14 +13,11 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any
 
 from partita.base.errors import UsageError
 from partita.comm.context import Context
 from partita.comm.lifeline import Lifeline
-from partita.comm.local import LocalRanks, LocalWorld, RankThread
+from partita.comm.local import LocalRanks, RankThread
 from partita.comm.meeting import DEADLINE_S
 from partita.comm.processes import torchrun_rank, torchrun_store
 from partita.comm.protocol import Where, World
@@ -29,34 +26,7 @@ from partita.spec.mesh import DENSE, Mesh
 from partita.spec.plan import Plan
 
 
-class ContextRanks:
-    """Thread ranks, each with a Context; started anew for each `run`."""
-
-    def __init__(self, size: int, plan: Plan, timeout_s: float) -> None:
-        self.size, self.plan, self._ranks = size, plan, LocalRanks(size, timeout_s)
-
-    def __enter__(self) -> ContextRanks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing outlives a run."""
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(context, *args) on every rank; the results by rank. The first failing rank's error is
-        raised, with a note of what the others said."""
-
-        def enter(world: LocalWorld, *given: Any) -> Any:
-            return function(context_of(world, self.plan, world.where), *given)
-
-        return self._ranks.run(enter, *args)
-
-
-def local(size: int, plan: Plan | str = "", timeout_s: float = DEADLINE_S) -> ContextRanks:
+def local(size: int, plan: Plan | str = "", timeout_s: float = DEADLINE_S) -> LocalRanks[Context]:
     """`size` ranks as threads of this process. `plan` (its size must agree) names the groups that
     `context.comm(axis)` serves.
 
@@ -71,7 +41,7 @@ def local(size: int, plan: Plan | str = "", timeout_s: float = DEADLINE_S) -> Co
         raise UsageError(
             f"{laid} is a plan of {laid.world_size} ranks, local({size}) starts {size}"
         )
-    return ContextRanks(size, laid, timeout_s)
+    return LocalRanks(size, timeout_s, lambda world: context_of(world, laid, world.where))
 
 
 def context_of(world: World, plan: Plan, where: Where) -> Context:

@@ -3,7 +3,8 @@
 A number v of a format with m bits of mantissa whose normal numbers begin at 2^low is one of the multiples of
 2^(max(floor(log2 |v|), low) - m), the even one of two as near. A tensor is first multiplied by the power of
 two that brings its largest element (of all, of a row, of a block of 128; along what the product adds up) to
-within a factor of two below the largest power of two of the format, and divided by it afterwards.
+within a factor of two below the largest power of two of the format (2^126 at the most), and divided by it
+afterwards.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def in_eight_bits(x: Tensor, form: tuple[int, int, float], largest: Tensor) -> T
     """The format's number next to each of x's, scaled for `largest`; in x's dtype."""
     mantissa, low, limit = form
     top = floor(log2(limit)) - 1
-    scale = torch.where(largest > 0, _power(top - _whole_log(largest)), 1.0)
+    scale = torch.where(largest > 0, _power((top - _whole_log(largest)).clamp(max=126)), 1.0)
     v = x.double() * scale
     step = _power(_whole_log(v.abs()).clamp(min=low) - mantissa)
     return ((v / step).round() * step).clamp(-limit, limit).div(scale).to(x.dtype)

@@ -26,7 +26,6 @@ from partita.parallel.execute_algebra import (
 from partita.parallel.execute_move import cut_to
 from partita.spec.program import Op
 
-PLANE = ("height", "width")
 KERNEL = ("kernel_height", "kernel_width")
 INSIDE = ("rows", "columns")
 

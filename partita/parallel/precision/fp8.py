@@ -7,7 +7,8 @@
 Before rounding a tensor is multiplied by a scale, after it divided, so that its largest element is near
 the format's. Scales are powers of two: numbers in the format's normal range then round to the same value
 whatever the scale, so a plan that cuts a tensor otherwise, and so sees another largest element, changes only
-what lies 2^-14 and more below it. No scale is exchanged between ranks: nothing is sent.
+what lies 2^-14 and more below it. None exceeds 2^126, so that it and its inverse are normal numbers.
+No scale is exchanged between ranks: nothing is sent.
 
     granularity  tensor  one scale a tensor
                  row     one a row along the dim that the product adds up
@@ -40,6 +41,7 @@ from partita.spec.plan import PrecisionPlan
 FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
 HISTORY = 16
 BLOCK = 128
+TOP_SCALE = 126  # log2 of the largest scale
 KERNELS = Kernels("partita.parallel.precision.fp8_gpu")
 
 
@@ -246,7 +248,9 @@ def scaled(x: Tensor, name: str, largest: Tensor) -> Scaled:
     dtype, limit = FORMATS[name]
     _, exponent = torch.frexp(largest.float())  # largest < 2^exponent
     top = int(torch.frexp(torch.tensor(limit)).exponent) - 1  # 2^top <= limit
-    scale = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), top - exponent)
+    scale = torch.ldexp(
+        torch.ones_like(largest, dtype=torch.float32), (top - exponent).clamp(max=TOP_SCALE)
+    )
     scale = torch.where(largest > 0, scale, torch.ones_like(scale)).to(x.dtype)
     return Scaled((x * scale).clamp(-limit, limit).to(dtype), scale, x.dtype)
 

@@ -48,15 +48,11 @@ def _bits_of(v):
 
 @triton.jit
 def _scales(bits, TOP: tl.constexpr):
-    """The scale for a largest element of these bits, and what undoes it: powers of two."""
+    """The scale for a largest element of these bits, and what undoes it: powers of two, 2^126 at the most."""
     exponent = bits >> 23
-    biased = tl.where(
-        exponent == 0,
-        255,
-        tl.where(exponent == 255, TOP + 127, tl.minimum(TOP + 253 - exponent, 255)),
-    )
+    biased = tl.where(exponent == 255, TOP + 127, tl.minimum(TOP + 253 - exponent, 253))
     biased = tl.where((bits == 0) | (bits > 0x7F800000), 127, biased)
-    undo = tl.where(biased == 254, 1 << 22, tl.where(biased == 255, 0, (254 - biased) << 23))
+    undo = (254 - biased) << 23
     return (biased << 23).to(tl.float32, bitcast=True), undo.to(tl.float32, bitcast=True)
 
 
