@@ -24,8 +24,9 @@ def anew(job: Job, plan: Plan, before: Plan) -> Plan:
     p, old = plan.pipeline, before.pipeline
     if p.schedule != "auto" or p.split or p.copies > 1:
         return plan
-    if any(problem.severity == "error" for problem in wrongs(job.with_plan(plan))):
-        return plan  # its stages may have no costs
+    plain = plan.with_("pipeline", schedule="gpipe", virtual_stages=1, costs=(), limit=0)
+    if any(problem.severity == "error" for problem in wrongs(job.with_plan(plain))):
+        return plan  # its stages may have no costs; what is wrong with its `auto` alone, `weigh` says below
     virtual = len(read_costs(old.costs)[0]) // before.mesh.pp
     space = MadeSpace(job, Words(), plan.precision.dtype, plan.offload)
     levels, last = Search(space, Made).levels, plan
