@@ -48,9 +48,9 @@ measured one, minus 1.
 SHAPE = ("group", "hidden", "tp", "microbatch_size")
 CAUSE = f"""Cause *shape*: all runs of that hidden size, tensor parallelism and microbatch size are off by as
 much, whatever their batch, pipeline and data parallelism. With the mean error of the runs of that shape on
-*other* grids taken off, regret is at most {REGRET:.0%} (*by shape*). The source's times are sums over one
-profile of each such shape: what that profile had by chance, up to 20 % between
-neighbours, decides between two plans of different shapes, and no constant of a device says it."""
+*other* grids taken off, regret is at most {REGRET:.0%} (*by shape*). What the one profile of a shape had by
+chance, up to 20 % between neighbours, decides between two plans of different shapes; no constant of a device
+says it."""
 CAUSES = tomllib.loads((HERE / "causes.toml").read_text(encoding="utf-8"))
 
 
@@ -193,7 +193,8 @@ def page(found: Sequence[Grid], memory: Sequence[str]) -> str:
             f"{sum(g.regret == 0 for g in own)} | {fmean(g.regret for g in own):.1%} | "
             f"{sum(g.regret <= REGRET for g in own)} |"
         )
-    lines += ["", f"{CAUSE} What is known of vtrain-single: {CAUSES['vtrain-single']}"]
+    lines += ["", CAUSE, "", f"What is known of {LARGEST}:", ""]
+    lines += [f"* {point}" for point in CAUSES["known"][LARGEST]]
     lines += ["", _laws([g for g in found if g.question[0] == LARGEST])]
     missed = sorted((g for g in found if g.regret > REGRET), key=lambda g: -g.regret)
     lines += ["", f"## Regret above {REGRET:.0%}: {len(missed)} of {len(found)} grids", ""]
@@ -217,11 +218,11 @@ def _laws(own: Sequence[Grid]) -> str:
     each = " and ".join(f"{above} ({numbers} numbers)" for numbers, above in tried)
     words = " and ".join(DEGREES.values())
     return (
-        f"How far a better model could come on {LARGEST}: of its {len(own)} grids "
-        f"{sum(g.regret > REGRET for g in own)} are above {REGRET:.0%} here. With a polynomial of {words} "
-        "degree in the logarithms of hidden size, tensor parallelism and microbatch size taken off the "
-        f"errors, fitted to these very rows, {each} are: no law that is smooth in the shape chooses well "
-        "among profiles that are not."
+        f"How far a better model could come on {LARGEST}: {sum(g.regret > REGRET for g in own)} of its "
+        f"{len(own)} grids are above {REGRET:.0%} here. With a polynomial in the logarithms of hidden size, "
+        "tensor parallelism and microbatch size taken off the errors, fitted to these very rows, of "
+        f"{words} degree, {each} are: no law that is smooth in the shape chooses well among profiles that are "
+        "not."
     )
 
 
