@@ -221,8 +221,8 @@ def _laws(own: Sequence[Grid]) -> str:
         f"How far a better model could come on {LARGEST}: {sum(g.regret > REGRET for g in own)} of its "
         f"{len(own)} grids are above {REGRET:.0%} here. With a polynomial in the logarithms of hidden size, "
         "tensor parallelism and microbatch size taken off the errors, fitted to these very rows, of "
-        f"{words} degree, {each} are: no law that is smooth in the shape chooses well among profiles that are "
-        "not."
+        f"{words} degree, {each} are: no law that is smooth in the shape chooses well among profiles that "
+        "are not."
     )
 
 
