@@ -18,9 +18,10 @@ import numpy as np
 from partita.base.errors import PlanError, Problem
 from partita.cost.machine import Machine
 from partita.parallel.laid import lay
-from partita.planner.bound import ENDLESS, Bounds
+from partita.planner.bound import ENDLESS, REORDERED, Bounds
 from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.floor import Floor, Floors, Kind
+from partita.planner.holds import least_probe
 from partita.planner.links import Meeting
 from partita.planner.nodes import INF, Node
 from partita.planner.orders import nearest
@@ -123,8 +124,8 @@ class Levels:
             mode = (node.tokens.mode, node.tokens.every)
             table = self.bounds.endless(node.mesh._replace(cp=1), node.shape, mode)
             assert isinstance(table, Table)
-            mesh = node.mesh
-            least = self.floors.least(mesh, node.shape, table, mesh.cp, node.paired, self.cut)
+            parts, paired = node.mesh.cp, node.paired
+            least = self.floors.least(node.mesh, node.shape, table, parts, paired, self.cut)
             if least >= self.cut:
                 return
             node = node._replace(seconds=max(node.seconds, least))
@@ -133,8 +134,7 @@ class Levels:
 
     def methods(self, node: Node) -> Iterator[Node]:
         """How attention sees a cut sequence: children that are not looked at yet."""
-        methods = self.space.methods(node.mesh)
-        for method, ulysses in methods:
+        for method, ulysses in (methods := self.space.methods(node.mesh)):
             shape = node.shape._replace(method=method, ulysses=ulysses)
             yield node._replace(level=2, shape=shape, leaves=node.leaves // len(methods))
 
@@ -294,12 +294,16 @@ class Levels:
         return max(told + node.once, node.seconds)
 
     def _slower(self, node: Node, num_stages: int) -> float:
-        """The same with the best way to cut states, infinite where none is below the cut."""
-        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        """The same with the best way to cut states that one microbatch leaves room; infinite for none."""
+        b, named = self.bounds, (node.leaf.schedule, node.leaf.virtual)
+        table = b.table(node.mesh, node.shape, node.tokens)
         if isinstance(table, Problem):
             return node.seconds
-        stages = self.bounds.stages(table, num_stages)
-        return min((w.least + w.once for w in self._ways(node, table, stages)), default=INF)
+        ways = self._ways(node, table, b.stages(table, num_stages))
+        if named[0] in REORDERED and self.cut < INF:
+            least = least_probe(b.lies(node.mesh, named), 1)
+            ways = (w for w in ways if b.memory(table, least, w.cut, w.shards) <= b.limit_bytes)
+        return min((w.least + w.once for w in ways), default=INF)
 
     def _ways(self, node: Node, table: Table, stages: np.ndarray) -> Iterator[Way]:
         """The ways to cut states that are below the cut."""
@@ -359,9 +363,8 @@ class Levels:
         (table, stages, _), leaf, b = self._parts(node), node.leaf, self.bounds
         cut = leaf.zero if leaf.dp_shard > 1 else 0
         at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
-        named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
-        slower = b.sharded(table, len(stages), at, cut)
-        seconds = b.played(slower, node.mesh, named, m, table.sent) + node.once
+        slower, m = b.sharded(table, len(stages), at, cut), self._microbatches(node)
+        seconds = b.played(slower, node.mesh, leaf[:2], m, table.sent) + node.once
         yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def laid(self, node: Node) -> Iterator[Node]:

@@ -89,8 +89,8 @@ class Replay:
         add = ends.append
         for rank, cost, need in zip(self.ranks, self.costs, self.needs, strict=True):
             now = free[rank]
-            if need >= 0 and ends[need] + send > now:
-                now = ends[need] + send
+            if need >= 0 and (there := ends[need] + send) > now:
+                now = there
             now += table[cost]
             free[rank] = now
             add(now)

@@ -54,6 +54,7 @@ class Rehearsal:
             lengths = [short, short + PERIOD * ranks]
         self.schedules = [make(m) for m in lengths]
         self._replays = [_replay(schedule) for schedule in self.schedules]
+        self._least: dict[Costs, float] = {}
 
     def __call__(self, costs: Costs) -> Times:
         """The times of the whole step."""
@@ -70,8 +71,12 @@ class Rehearsal:
 
     def least(self, costs: Costs) -> float:
         """Seconds of the step at least, where costs are at least these: each short step ends no sooner, and
-        then follows at least the work of the busiest rank."""
-        times = [replay(costs) for replay in self._replays]
+        then follows at least the work of the busiest rank. Ways to cut states that slow nothing ask alike."""
+        if costs not in self._least:
+            self._least[costs] = self._shortest([replay(costs) for replay in self._replays])
+        return self._least[costs]
+
+    def _shortest(self, times: Sequence[Times]) -> float:
         if len(times) == 1:
             return times[0].makespan
         work = max(_each(times[0].busy, times[1].busy))

@@ -177,7 +177,12 @@ class Op:
         space = change(self.space)
         if space == self.space and not self.extra:
             return self
-        return replace(self, space=space, extra=tuple((change(s), f) for s, f in self.extra))
+        extra = tuple((change(s), f) for s, f in self.extra)
+        return Op(  # `replace` takes thrice as long
+            self.name, self.kind, self.reads, self.writes, self.weights, self.sums, self.whole,
+            self.saves, self.scratch, space, self.flops_per_point, self.cheap, self.axes, self.events,
+            self.lane, self.frozen, extra, self.window,
+        )  # fmt: skip
 
     @property
     def segment(self) -> str:
