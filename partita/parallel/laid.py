@@ -348,6 +348,7 @@ class Laid:
         kv = self.request.model.kv_heads
         return all(axis_size(a, self.sizes, kv) == 1 for a in call.axes)
 
+    @cached_property
     def groups(self) -> list[tuple[tuple[str, ...], str]]:
         """Every (axes, lane) that some rank's regions speak on, in one order on all ranks."""
         found: dict[tuple[tuple[str, ...], str], None] = {}

@@ -192,7 +192,7 @@ def make_context(
     device: torch.device | None = None,
 ) -> Context:  # fmt: skip
     """The rank's Context with every group the laid program speaks on, made in one order."""
-    groups = [*laid.groups(), (("world",), "host")]
+    groups = [*laid.groups, (("world",), "host")]
     context = Context.create(
         job.plan, laid.mesh, world, groups=groups, named=Named(job.model.kv_heads, laid.pairs),
         seed=job.seed, where=where, recorder=recorder,

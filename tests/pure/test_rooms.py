@@ -108,7 +108,7 @@ def test_a_sequence_that_tp_does_not_divide() -> None:
 def test_one_rank_moves_nothing() -> None:
     whole = laid(TIED, "pp1/2mb recompute:full")
     assert whole.traffic(0) == []
-    assert whole.groups() == []
+    assert whole.groups == []
 
 
 def test_tied_weight_is_one_unit() -> None:
