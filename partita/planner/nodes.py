@@ -156,8 +156,8 @@ class Queue:
         self._longer = 1.0 + margin
 
     def keep(self, plan: Prediction, measured: tuple[float, float, int]) -> bool:
-        """Adds a plan that was simulated; whether it is the best."""
-        if not self.goal.admits(*measured) or any(p is plan for _, p in self.best):
+        """Adds a plan that was simulated, once, whichever search came to it; whether it is the best."""
+        if not self.goal.admits(*measured) or any(p.plan == plan.plan for _, p in self.best):
             return False
         self.best.append((self._key(*measured), plan))
         self.best.sort(key=lambda x: (x[0], len(x[1].plan), x[1].plan))  # of equals the simplest

@@ -1,6 +1,7 @@
 """Layer splits beside every other choice: bounds never above `simulate`, and equal to brute force."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -13,7 +14,7 @@ from partita.base.errors import Problem
 from partita.base.units import format_seconds
 from partita.planner.answer import counts
 from partita.planner.gap import least_seconds
-from partita.planner.nodes import Node
+from partita.planner.nodes import Node, Queue
 from partita.planner.rough import PAIRED
 from partita.planner.search import ANY, Goal, Search, measures, searcher
 from partita.planner.space import Shape
@@ -30,6 +31,7 @@ from partita.planner.uneven import (
     other_splits,
     stages_of,
 )
+from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 
@@ -49,6 +51,17 @@ def test_every_split_is_counted_and_only_an_end_may_have_no_layer():
     far = (4,) * 8
     assert count_splits(32, 8) > ALL and other_splits(far) == tuple(moved(far))
     assert len(other_splits(far)) == 8 * 7
+
+
+def test_a_plan_that_two_searches_come_to_is_kept_once():
+    job, queue = (
+        Job.of("tiny", "4xh100", "", global_batch_size=8, seq_len=64),
+        Queue(ANY, Counter(), 2),
+    )
+    for line in ("1mb bf16", "1mb bf16", "2mb bf16"):
+        told = simulate(job.with_plan(line))
+        queue.keep(told, measures(told))
+    assert [p.plan for _, p in queue.best] == ["1mb bf16", "2mb bf16"]
 
 
 def splits_hold(search: Search, node: Node, rng: random.Random) -> bool:
