@@ -1,6 +1,6 @@
 """Every plan for a job: the choices, what the user fixed or forbade, and how they nest.
 
-    world     divisors of the cluster, and whole nodes times powers of two
+    world     any number of devices of FEW; of more divisors, whole nodes of NODES, else times powers of two
     mesh      pp, dp, cp, tp, sp                 pp * dp * cp * tp = world; dp divides the batch
     fold      ep, etp; recompute
     method    cp's
@@ -32,6 +32,7 @@ SCHEDULES = (
 )  # fmt: skip
 VIRTUAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zb")
 MOST_VIRTUAL = 8
+FEW, NODES = 16, 16  # devices any number of which may be ranks; nodes any number of which may
 HERE = OffloadPlan()  # all on the device
 Order = tuple[str, ...]
 State = tuple[int, int, Order]
@@ -198,7 +199,11 @@ class Space:
     def worlds(self) -> list[int]:
         """Numbers of ranks, most first."""
         devices, node = self.job.cluster.devices, self.job.cluster.devices_per_node
+        if devices <= FEW:
+            return list(range(devices, 0, -1))
         found = set(divisors(devices))
+        if devices <= NODES * node:
+            found.update(range(node, devices + 1, node))
         size = node
         while size <= devices:
             found.add(devices // size * size)

@@ -34,6 +34,7 @@ from partita.simulate.predict import request_of, simulate
 from partita.simulate.stage import Work, stage_time, works_of
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 from partita.spec.program import distinct
 
 H100 = {"global_batch_size": 16, "seq_len": 2048}
@@ -296,9 +297,8 @@ def test_the_bounds_of_all_schedules_at_once_are_those_of_each():
                 assert mine[kinds.place[lies.kind]] == pytest.approx(alone, rel=1e-9), leaf
 
 
-BRUTE = small(
-    4, 2e6, fix=("2mb",), forbid=("v_half", "v_min", "dp_replicate", "zero1", "gpipe", "looped_bfs")
-)
+FEWER = ("v_half", "v_min", "dp_replicate", "zero1", "gpipe", "looped_bfs")
+BRUTE = small(4, 2e6, fix=("2mb",), forbid=FEWER)
 
 
 def equals_brute_force(search: Search, goal: Goal) -> None:
@@ -315,6 +315,23 @@ def equals_brute_force(search: Search, goal: Goal) -> None:
 @pytest.mark.parametrize("name", ["time", "memory", "devices", "cost"])
 def test_the_best_of_a_small_cluster_is_that_of_brute_force(name):
     equals_brute_force(BRUTE, Goal(name, price=2e-4))
+
+
+def test_plans_of_fewer_devices_than_divide_a_cluster_are_among_those_of_brute_force():
+    words = {"fix": ("2mb",), "forbid": ("pp", "cp", "dp_replicate")}
+    search = small(6, 1.5e6, **words)
+    every = [small(n, 1.5e6, **words) for n in range(1, 7)]
+    plans = {str(each.plan(node)) for each in every for node in leaves(each)}
+    fit = [p for p in (search.predict(Plan.parse(line)) for line in plans) if p.fits]
+    found, best = search.best(ANY), min(fit, key=lambda p: ANY.key(*measures(p)))
+    assert found.complete and found.considered == len(plans)
+    assert ANY.key(*measures(found.plans[0])) == ANY.key(*measures(best))
+    assert 0 < len(fit) < len(plans) and measures(best)[2] == 4
+
+
+def test_seven_devices_are_no_slower_than_six():
+    six, seven = (small(n, 2e6, fix=("2mb",), forbid=FEWER).best().plans[0] for n in (6, 7))
+    assert seven.step_time_s == six.step_time_s and measures(six)[2] > 1
 
 
 def sparse(devices: int, memory: float, **words: tuple[str, ...]) -> Search:
