@@ -9,7 +9,7 @@ from partita.cost.machine import device_class, table
 from partita.parallel.room import ARENAS
 from partita.simulate import goodput, jitter, packed
 from partita.simulate.groups import group_of
-from partita.simulate.held import held, holders, shown_bytes
+from partita.simulate.held import held, holders, peak_interval, shown_bytes
 from partita.simulate.memory import arena_ledger
 from partita.simulate.predict import Prediction
 
@@ -129,7 +129,8 @@ def _memory(p: Prediction) -> dict[str, Any]:
         alike[p.laid.mesh.coords(rank)["pp"]].append(rank)
     return {
         "peak_bytes": peak,
-        "peak_interval_bytes": list(shown_bytes(peak, device_class(p.device) == "CPU")),
+        "peak_interval_bytes": list(peak_interval(peak)),
+        "device_interval_bytes": list(shown_bytes(peak, device_class(p.device) == "CPU")),
         "limit_bytes": p.limit_bytes,
         "per_rank": [
             {

@@ -6,11 +6,12 @@ worst moment inside any of the rank's actions, while one runs. The curve's top i
 construction and by a test.
 
 A device shows more than its tensors: the context of its runtime and of its communicators, and what the
-allocator cannot give back. `shown_bytes` is the interval that this makes of a peak.
+allocator cannot give back. `peak_interval` is of tensors alone, `shown_bytes` of all that a device shows.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,14 @@ def holders(laid: Laid, place: int, ledger: Ledger, cluster: Cluster) -> dict[st
     return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda x: -x[1]))
 
 
+def peak_interval(peak: int) -> tuple[int, int]:
+    """Between which bytes tensors will peak of which the ledger says so many."""
+    return int(peak * (1 - LEDGER)), math.ceil(peak * (1 + LEDGER))
+
+
 def shown_bytes(peak: int, is_cpu: bool) -> tuple[int, int]:
     """Between which bytes a device will show a peak of so many bytes of tensors."""
     if is_cpu:
-        return int(peak * (1 - LEDGER)), int(peak * (1 + LEDGER))
+        return peak_interval(peak)
     low = peak * (1 - LEDGER) + CONTEXT_BYTES[0]
     return int(low), int(peak * (1 + LEDGER + FRAGMENTATION) + CONTEXT_BYTES[1])

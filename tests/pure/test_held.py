@@ -11,7 +11,7 @@ from partita.cli.main import application
 from partita.schedule.clock import peaks_with_gradients, rank_peak
 from partita.schedule.ir import Action
 from partita.simulate import memory
-from partita.simulate.held import held, holders, shown_bytes
+from partita.simulate.held import held, holders, peak_interval, shown_bytes
 from partita.simulate.memory import kept_at_once
 from partita.simulate.predict import simulate
 
@@ -75,6 +75,8 @@ def test_a_device_shows_more_than_tensors():
     low, high = shown_bytes(10**10, is_cpu=False)
     assert low < 10**10 < high
     assert shown_bytes(10**10, is_cpu=True) == (int(0.95e10), int(1.05e10))
+    assert shown_bytes(10**6, is_cpu=False)[0] > 10**8  # a small model's context is most of it
+    assert all(low <= n <= high for n in (0, 1, 10**6) for low, high in [peak_interval(n)])
 
 
 def test_simulate_answers_with_curves_page_and_trace(tmp_path):

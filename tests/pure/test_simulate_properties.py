@@ -11,6 +11,7 @@ from drawn_plans import random_leaf, wide
 
 from partita.cost.machine import machine_of
 from partita.planner.search import searcher
+from partita.simulate.answer import to_json
 from partita.simulate.predict import Prediction, simulate
 from partita.simulate.stage import works_of
 from partita.spec.job import Job
@@ -53,6 +54,18 @@ def test_the_parts_of_time_sum_to_the_step(question):
         parts = [p.time[name] for name in TIMES] + list(p.time["exposed_comm_s"].values())
         assert sum(parts) == pytest.approx(p.step_time_s, rel=1e-9), job.plan
         assert min(parts) >= -1e-12, job.plan
+
+
+@pytest.mark.parametrize("question", [*OWN, CORES], ids=str)
+def test_a_peak_lies_in_its_interval_and_the_device_shows_no_less(question):
+    for job, p in drawn(question):
+        memory = to_json(p)["memory"]
+        low, high = memory["peak_interval_bytes"]
+        assert low <= memory["peak_bytes"] <= high, job.plan
+        shown = memory["device_interval_bytes"]
+        assert low <= shown[0] <= shown[1] and high <= shown[1], job.plan
+        fits = memory["peak_bytes"] <= memory["limit_bytes"]
+        assert p.fits == fits or job.plan.offload.to != "none", job.plan
 
 
 @pytest.mark.parametrize("question", [*OWN, CORES], ids=str)
