@@ -1,6 +1,7 @@
 """fp8, emulated and by a device's kernel: rounding is the format's, scales are powers of two, gradients
 follow the products."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -139,18 +140,41 @@ def test_a_plan_by_the_kernel_computes_what_one_device_does(monkeypatch, tmp_pat
 
 
 def test_delayed_and_static_scaling_look_back():
-    one, ten = torch.ones(4, 4), torch.full((4, 4), 1000.0)
+    one, nine, more = (torch.full((4, 4), v) for v in (1.0, 9.0, 1e5))
     weight = torch.eye(4)
     delayed = Eight(replace(PLAN, fp8_scaling="delayed"))
     assert delayed.forward(one, weight)[0, 0] == 1
-    assert delayed.forward(ten, weight)[0, 0] == 448 / 128  # the scale is still that of 1
-    assert delayed.forward(ten, weight)[0, 0] == 1024  # now it is known; 1000 rounds to even
+    assert delayed.forward(nine, weight)[0, 0] == 9  # there is room
     for _ in range(HISTORY):
         delayed.forward(one, weight)
-    assert delayed.forward(ten, weight)[0, 0] == 448 / 128  # and forgotten
+    assert delayed.forward(more, weight)[0, 0] == 8 * 448 / 128  # the scale is still that of 1
+    assert delayed.forward(more, weight)[0, 0] == 98304  # now it is known; rounded to even
+    for _ in range(HISTORY):
+        delayed.forward(one, weight)
+    assert delayed.forward(more, weight)[0, 0] == 8 * 448 / 128  # and forgotten
     static = Eight(replace(PLAN, fp8_scaling="static"))
     static.forward(one, weight)
-    assert [float(static.forward(ten, weight)[0, 0]) for _ in range(3)] == [448 / 128] * 3
+    assert [float(static.forward(more, weight)[0, 0]) for _ in range(3)] == [28] * 3
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "static"])
+@pytest.mark.parametrize("nothing", [0.0, math.inf, math.nan])
+def test_what_says_nothing_of_a_scale_is_not_remembered(scaling, nothing):
+    """A first microbatch whose tokens all carry no loss has a gradient of zeros."""
+    eight = Eight(replace(PLAN, fp8_scaling=scaling))
+    small, weight = torch.full((4, 4), 2.0**-20), torch.eye(4)
+    for _ in range(2):
+        for _ in range(HISTORY + 1):
+            eight.input_gradient(small * 0 + nothing, weight)
+        for _ in range(2):
+            assert torch.equal(eight.input_gradient(small, weight), small)
+
+
+def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
+    eight, weight = Eight(replace(PLAN, fp8_scaling="static")), torch.eye(4, dtype=torch.bfloat16)
+    top = torch.full((4, 4), 2.0**127, dtype=torch.bfloat16)
+    for _ in range(2):
+        assert torch.equal(eight.input_gradient(top, weight), top)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +183,8 @@ def test_delayed_and_static_scaling_look_back():
         "dp2 tp2+sp 2mb fp8",
         "pp2/2mb tp2 fp8 precision.fp8_granularity=row",
         "tp2 2mb fp8 precision.fp8_granularity=block precision.fp8_format=e4m3",
-        "2mb fp8 precision.fp8_scaling=delayed recompute:full",
+        "4mb fp8 precision.fp8_scaling=delayed recompute:full",
+        "dp2 tp2+sp 2mb fp8 precision.fp8_scaling=static",
     ],
 )
 def test_a_plan_computes_what_one_device_does_in_fp8(plan, tmp_path):

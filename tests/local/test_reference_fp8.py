@@ -52,8 +52,9 @@ def half(x, name, largest, real=fp8.scaled):
     return replace(found, scale=found.scale * 2)
 
 
-def test_a_coarse_fault_in_the_plans_is_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scaling", ["current", "static"])
+def test_a_coarse_fault_in_the_plans_is_seen(tmp_path, monkeypatch, scaling):
     """A finer one only by the products above: two plans' roundings differ by a tenth of a gradient."""
-    job = verify_jobs.job(tmp_path, "tp2 fp8", layers=2)
+    job = verify_jobs.job(tmp_path, f"tp2 fp8 precision.fp8_scaling={scaling}", layers=2)
     monkeypatch.setattr(fp8, "scaled", half)
     assert not verify(job).equal

@@ -8,14 +8,18 @@ Before rounding a tensor is multiplied by a scale, after it divided, so that its
 the format's. Scales are powers of two: numbers in the format's normal range then round to the same value
 whatever the scale, so a plan that cuts a tensor otherwise, and so sees another largest element, changes only
 what lies 2^-14 and more below it. None exceeds 2^126, so that it and its inverse are normal numbers.
-No scale is exchanged between ranks: nothing is sent.
+No scale is exchanged between ranks: nothing is sent, each looks back at what it saw itself.
 
     granularity  tensor  one scale a tensor
                  row     one a row along the dim that the product adds up
                  block   one in 128 along that dim (DeepSeek-V3, 2412.19437, sec. 3.3), 128 x 128 for weights
     scaling      current  from the tensor itself
-                 delayed  from the largest of the last HISTORY, this one left out (it may saturate)
+                 delayed  from the largest of the last HISTORY, this one left out
                  static   from the first that is seen
+
+A scale that looks back leaves ROOM above what was seen (Transformer Engine's `margin`), for the next tensor
+may be larger; what outgrows it saturates. Tensors of zeros, or with an element that is not finite, are not
+remembered; while nothing is, a tensor is scaled by its own largest.
 
 Where the device multiplies fp8 (NVIDIA from compute capability 8.9 on), one scale a tensor or row goes to its
 own kernel, `torch._scaled_mm`; rounding is by Triton's kernels there (fp8_gpu.py). Else this is an emulation:
@@ -25,7 +29,6 @@ does (fp32): the same numbers, but for the order of sums. Storage stays bf16.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -39,9 +42,11 @@ from partita.parallel.product import PLAIN, Product
 from partita.spec.plan import PrecisionPlan
 
 FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+ROOM = {"e4m3": 2.0**3, "e5m2": 2.0**8}  # below what was seen 2^11, 2^21 stay normal
 HISTORY = 16
 BLOCK = 128
 TOP_SCALE = 126  # log2 of the largest scale
+LARGEST = torch.finfo(torch.float32).max
 KERNELS = Kernels("partita.parallel.precision.fp8_gpu")
 
 
@@ -75,10 +80,11 @@ def _source(dy: Tensor) -> tuple[Any, ...]:
 
 @dataclass
 class Eight:
-    """The matmul of rounded inputs; `seen` holds largest elements by role, where scaling looks back."""
+    """The matmul of rounded inputs; `seen` holds by role the largest elements that scaling looks back at,
+    last first: [HISTORY] (static: [1]), fp32, 0 where there is none yet; replaced, never written to."""
 
     plan: PrecisionPlan
-    seen: dict[str, deque[Tensor]] = field(default_factory=dict)
+    seen: dict[str, Tensor] = field(default_factory=dict)
     turned: Turned = field(default_factory=Turned)
     splits: bool = False  # a weight's gradient does not follow its input's
 
@@ -145,17 +151,23 @@ class Eight:
         if largest is None:
             largest = maximum(x, granularity, dim)
         if not current:
-            largest = self._looked_back(role, largest)
+            largest = self._looked_back(role, largest, ROOM[name])
         made = own("scaled", x, name, largest, parts, dim == 0)
         return scaled(x, name, largest) if made is None else Scaled(*made[:2], x.dtype, made[2])
 
-    def _looked_back(self, role: str, largest: Tensor) -> Tensor:
-        seen = self.seen.setdefault(role, deque(maxlen=HISTORY))
-        if self.plan.fp8_scaling == "static" and seen:
-            return seen[0]
-        before = torch.stack(list(seen)).amax(0) if seen else largest
-        seen.append(largest)
-        return before
+    def _looked_back(self, role: str, largest: Tensor, room: float) -> Tensor:
+        """What a tensor of this role is scaled for, fp32; the device is not waited for."""
+        largest, static = largest.float(), self.plan.fp8_scaling == "static"
+        before = self.seen.get(role)
+        if before is None:
+            before = largest.new_zeros(1 if static else HISTORY)
+        after = largest[None] if static else torch.cat([largest[None], before[:-1]])
+        told = (largest > 0) & largest.isfinite()
+        if static:
+            told = told & (before == 0)
+        self.seen[role] = torch.where(told, after, before)
+        top = before.amax()
+        return torch.where(top > 0, (top * room).clamp(max=LARGEST), largest)
 
 
 @dataclass(frozen=True)
@@ -174,11 +186,11 @@ class Products:
             self.made.append(product)
         return product
 
-    def seen(self) -> list[dict[str, deque[Tensor]]]:
+    def seen(self) -> list[dict[str, Tensor]]:
         """What was seen so far; empty where nothing looks back."""
-        return [{role: seen.copy() for role, seen in e.seen.items()} for e in self.made]
+        return [dict(e.seen) for e in self.made]
 
-    def restore(self, before: list[dict[str, deque[Tensor]]]) -> None:
+    def restore(self, before: list[dict[str, Tensor]]) -> None:
         """What was seen since has not been."""
         for eight, seen in zip(self.made, before, strict=True):
             eight.seen.clear()
