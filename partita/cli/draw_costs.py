@@ -61,6 +61,7 @@ def _from_words(text: str) -> Costs:
     if len(numbers) not in (3, 4):
         raise UsageError(f"--costs {text}: write F,I,W or F,I,W,SEND, or FILE.json", key="costs")
     _hold_sane(numbers, f"--costs {text}")
+    _hold_some(numbers[:3], f"--costs {text}")
     return Costs((StageCosts(*numbers[:3]),), numbers[3] if len(numbers) == 4 else 0.0)
 
 
@@ -72,9 +73,18 @@ def _from_file(path: str) -> Costs:
         numbers = [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes, stage.hidden]
         _hold_sane(numbers, f"{path}: stages[{i}]")
     _hold_sane([costs.send], f"{path}: send")
+    _hold_some([s.of(kind) for s in costs.stages for kind in "FIW"], path)
     return costs
 
 
 def _hold_sane(numbers: list[float], where: str) -> None:
     if not all(math.isfinite(x) and 0 <= x < 1e18 for x in numbers):
         raise UsageError(f"{where}: costs are finite numbers of at least 0", key="costs")
+
+
+def _hold_some(numbers: list[float], where: str) -> None:
+    if not any(numbers):
+        raise UsageError(
+            f"{where}: F, I and W all cost 0, so no action takes time; write e.g. 1,1,1",
+            key="costs",
+        )

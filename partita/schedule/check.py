@@ -2,7 +2,8 @@
 
 complete   every stage runs F, and B or (I and W), of every microbatch once; F alone is a schedule too
 placed     on the rank that the placement names
-ordered    a rank runs what it needs from itself first, and an update behind the gradients it takes
+ordered    a rank runs what it needs from itself first, and an update behind the gradients it takes; what a
+           file lists of weights, gradients and activations (misplaced.py) stands where it can, once
 paired     every SEND has its RECV, with one key, on the ranks that hold the two stages
 alive      no rank waits for ever on the send/receive program, whether the network buffers without limit
            or not at all (a deadlock names who waits for whom)
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from partita.base.errors import Problem, ScheduleError
 from partita.schedule.clock import Costs, StageCosts, schedule_starts
 from partita.schedule.ir import COMMUNICATION, COMPUTE, Action, Schedule, makes, needs
+from partita.schedule.misplaced import misplaced
 from partita.schedule.passes import with_communication
 from partita.schedule.rendezvous import Wait, steps_of, waits
 from partita.schedule.staircase import marked, staircase
@@ -28,14 +30,17 @@ _PICTURES = 3  # pictures of one rule
 def check(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None) -> list[Problem]:
     """Everything that keeps the schedule from running; empty when it can.
 
-    `program` is its actions with SEND and RECV among them, by default those of `with_communication`.
+    `program` is its actions with those of passes among them; where it has neither SEND nor RECV, those of
+    `with_communication` are added.
     Pairing and deadlock are looked for only when each rank's own list is sound: a missing action would
     only show up a second time.
     """
     problems = [*_complete(schedule), *_placed(schedule)]
     if not problems:
-        messages = program if program is not None else with_communication(schedule)
-        problems = _ordered(schedule)
+        lists = program or ()
+        sends = any(a.kind in COMMUNICATION for actions in lists for a in actions)
+        messages = lists if sends else with_communication(schedule)
+        problems = [*_ordered(schedule), *_misplaced(schedule, lists)]
         problems += _paired(schedule, messages)
         problems += [] if problems else _alive(schedule, messages)
     return problems
@@ -164,6 +169,17 @@ def _ordered(schedule: Schedule) -> list[Problem]:
             message = f"rank {rank} runs {names} before what it needs from itself"
             pictures = [marked(rank, actions, place, "too early") for place in early]
             problems.append(_problem("ordered", message + _shown(pictures)))
+    return problems
+
+
+def _misplaced(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Problem]:
+    problems = []
+    for rank, actions in enumerate(ranks):
+        for place, words in misplaced(schedule, rank, actions)[:_PICTURES]:
+            message = f"rank {rank} runs {actions[place]} {words}"
+            problems.append(
+                _problem("ordered", message + _shown([marked(rank, actions, place, words)]))
+            )
     return problems
 
 

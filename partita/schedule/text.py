@@ -63,16 +63,17 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
 
     Only compute actions are kept: what passes add is added again when it runs. A file in which a stage
     is updated before its last backward is asynchronous, with weights stashed as PipeDream does. Raises
-    UsageError for a cell that is no action, ScheduleError for a stage that lies on two ranks.
+    UsageError for a cell that is no action, ScheduleError for a stage that lies on two ranks and for a
+    rank that computes nothing.
     """
     return parse_program(text, name)[0]
 
 
 def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | None]:
-    """The same, and the lists with the SEND and RECV actions of the file, where it has any."""
+    """The same, and the file's lists with actions of passes (SEND, REDUCE ...), where it has any."""
     paired: set[Action] = set()
     program: list[tuple[Action, ...]] = []
-    for row, line in enumerate(text.strip().splitlines()):
+    for row, line in enumerate(text.rstrip().splitlines()):
         try:
             program.append(_parse_rank(line, paired))
         except UsageError as error:
@@ -83,6 +84,7 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         raise UsageError(
             f"{name} holds no forward; one line a rank is wanted, e.g. 0F0,0F1,0B0,0B1"
         )
+    _hold_busy(name, ranks)
     _hold_numbers(name, ranks)
     made = Schedule(
         name=name,
@@ -94,8 +96,18 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         paired=frozenset(paired),
         versions="newest" if any(map(_updates_early, ranks)) else "flush",
     )
-    sends = any(a.is_send or a.is_receive for row in program for a in row)
-    return made, tuple(program) if sends else None
+    added = any(a.kind not in COMPUTE for row in program for a in row)
+    return made, tuple(program) if added else None
+
+
+def _hold_busy(name: str, ranks: Sequence[Sequence[Action]]) -> None:
+    """Raises ScheduleError where a rank computes nothing, as one whose line is blank."""
+    idle = next((rank for rank, actions in enumerate(ranks) if not actions), None)
+    if idle is not None:
+        raise ScheduleError(
+            f"{name}, line {idle + 1}: rank {idle} has no action to compute; every line is a rank with a "
+            "stage of its own: fill the line, or take it out"
+        )
 
 
 def _hold_numbers(name: str, ranks: Sequence[Sequence[Action]]) -> None:
@@ -168,7 +180,7 @@ def read_schedule(path: str | Path) -> Schedule:
 
 
 def read_program(path: str | Path) -> tuple[Schedule, Program | None]:
-    """A schedule from a CSV file, and its lists with SEND and RECV where the file has any."""
+    """A schedule from a CSV file, and its lists with actions of passes where the file has any."""
     from partita.base.config import read_text  # slow to import, and only files need it
 
     return parse_program(read_text(path), name=str(path))

@@ -5,12 +5,13 @@ from types import MethodType, SimpleNamespace
 import pytest
 from torch.distributed.pipelining import schedules as torchs
 
+from partita.schedule.check import check
 from partita.schedule.make import schedule
-from partita.schedule.text import cells, parse_schedule
+from partita.schedule.text import cells, parse_program, parse_schedule
 
 
-def cells_of_torch(kind: type, p: int, m: int, v: int) -> list[list[str]]:
-    """Each rank's cells as torch's generator lists them, idle places left out."""
+def actions_of_torch(kind: type, p: int, m: int, v: int) -> list[list]:
+    """Each rank's actions as torch's generator lists them, idle places left out."""
     rounds = max(1, m // p)
     out = []
     for rank in range(p):
@@ -22,8 +23,13 @@ def cells_of_torch(kind: type, p: int, m: int, v: int) -> list[list[str]]:
             listed = kind._get_pipeline_order(sizes)[rank]
         else:
             listed = MethodType(kind._calculate_single_rank_operations, sizes)(rank)
-        out.append([str(a) for a in listed if a is not None and "REDUCE" not in str(a)])
+        out.append([a for a in listed if a is not None and "REDUCE" not in str(a)])
     return out
+
+
+def cells_of_torch(kind: type, p: int, m: int, v: int) -> list[list[str]]:
+    """Their cells."""
+    return [list(map(str, row)) for row in actions_of_torch(kind, p, m, v)]
 
 
 KINDS = {
@@ -50,3 +56,16 @@ def test_the_lists_are_torchs(name, p):
             assert read.placement == ours.placement
             pairs = [cells(row, read.paired) for row in read.ranks]
             assert pairs == [cells(row, ours.paired) for row in ours.ranks]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_torch_adds_to_its_lists_stands_where_it_can(name):
+    kind, virtual = KINDS[name]
+    lists = actions_of_torch(kind, 4, 8, virtual[-1])
+    lowered = []
+    for row in lists:
+        whole = torchs._add_unshard_reshard(list(row), max_active_stages=1)
+        lowered.append(torchs._add_reduce_grad(list(whole), 8))
+    made, program = parse_program("\n".join(",".join(map(str, row)) for row in lowered))
+    assert program and {"UNSHARD", "REDUCE"} <= {a.kind for row in program for a in row}
+    assert check(made, program) == []

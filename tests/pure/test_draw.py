@@ -89,6 +89,7 @@ def test_check_proves_a_file(capsys, tmp_path, text, code, words):
 
 @pytest.mark.parametrize("text, end", [
     ("0F0,0F1,0B0,0B1\n1F0,1B1,1F1,1B0\n", "ordered: rank 1 runs 1B1 before what it needs from itself"),
+    ("0F0,0REDUCE,0B0\n1F0,1B0\n", "ordered: rank 0 runs 0REDUCE before the gradient of 0B0"),
     ("0F0,0B0\n1F0,1B0\n1F1", "stage 1 runs on ranks 1, 2; in a file a stage lies on one rank"),
 ])  # fmt: skip
 def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_path, text, end):
@@ -106,6 +107,7 @@ def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_pat
     (["1f1b", "-p", "2", "-m", "2", "--costs", "1,nan,1"], 2, "finite"),
     (["1f1b", "-p", "2", "-m", "2", "--costs", "none.json"], 2, "no such file"),
     (["1f1b", "-p", "2", "-m", "2", "--costs", "1,2"], 2, "F,I,W"),
+    (["1f1b", "-p", "2", "-m", "2", "--costs", "0,0,0"], 2, "F, I and W all cost 0"),
     (["1f1b", "-p", "2", "-m", "2", "--svg", "no/such/a.svg"], 2, "does not exist"),
     (["gpipe", "-p", "4", "-m", "8", "--limit", "5"], 1, "within it: 1f1b"),
     (["1f1b", "-p", "4", "-m", "8", "-v", "2"], 1, "one stage a rank"),

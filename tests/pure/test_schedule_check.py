@@ -162,6 +162,61 @@ def test_a_number_beyond_all_actions_is_refused_at_once(cell):
         parse_schedule("0F" + "9" * 5000)
 
 
+@pytest.mark.parametrize("row, action, words", [
+    ("0F0,0REDUCE,0B0", "0REDUCE", "before the gradient of 0B0"),
+    ("0F0,0I0,0REDUCE,0W0", "0REDUCE", "before the gradient of 0W0"),
+    ("0F0,0B0,0REDUCE,0REDUCE", "0REDUCE", "a second time"),
+    ("0F0,0REDUCE0,0B0", "0REDUCE0", "where there is no gradient of it"),
+    ("0F0,0B0,0U0,0REDUCE", "0REDUCE", "where there is no gradient of it"),
+    ("0F0,0FREE0,0B0", "0FREE0", "before 0B0, which reads it"),
+    ("0F0,0I0,0FREE0,0W0", "0FREE0", "before 0W0, which reads it"),
+    ("0F0,0B0,0FREE0,0FREE0", "0FREE0", "a second time"),
+    ("0OFFLOAD0,0F0,0B0", "0OFFLOAD0", "before its F"),
+    ("0F0,0B0,0OFFLOAD0", "0OFFLOAD0", "behind 0B0"),
+    ("0F0,0OFFLOAD0,0B0", "0OFFLOAD0", "with no RELOAD before its backward"),
+    ("0F0,0OFFLOAD0,0OFFLOAD0,0RELOAD0,0B0", "0OFFLOAD0", "a second time"),
+    ("0F0,0OFFLOAD0,0RELOAD0,0RELOAD0,0B0", "0RELOAD0", "a second time"),
+    ("0F0,0RELOAD0,0B0", "0RELOAD0", "of what no OFFLOAD moved"),
+    ("0F0,0OFFLOAD0,0B0,0RELOAD0", "0RELOAD0", "behind 0B0"),
+    ("0F0,0RESHARD,0B0", "0B0", "after a RESHARD, with no UNSHARD between"),
+    ("0F0,0B0,0RESHARD,0RESHARD", "0RESHARD", "before a use of whole weights"),
+    ("0UNSHARD,0RESHARD,0UNSHARD,0F0,0B0", "0RESHARD", "before a use of whole weights"),
+    ("0UNSHARD,0UNSHARD,0F0,0B0", "0UNSHARD", "though the weights are whole"),
+    ("0F0,0UNSHARD,0B0", "0UNSHARD", "though the weights are whole"),
+    ("0F0,0B0,0RESHARD,0UNSHARD", "0UNSHARD", "for nothing: no use of the weights follows"),
+    ("0F0,0B0,0FREE7", "0FREE7", "of a stage or microbatch that does not exist"),
+    ("0F0,0B0,1REDUCE", "1REDUCE", "of a stage that lies on rank 1"),
+    ("0F0,0B0,1FREE0", "1FREE0", "of a stage that lies on rank 1"),
+])  # fmt: skip
+def test_a_misplaced_or_doubled_action_of_a_pass_is_seen(row, action, words):
+    (problem,) = check(*parse_program(f"{row}\n1F0,1B0"))
+    assert problem.rule == "ordered"
+    first, list_of_rank, mark = problem.message.splitlines()
+    assert first == f"rank 0 runs {action} {words}"
+    assert list_of_rank == f"  rank 0 | {row.replace(',', ' ')}" and mark.endswith(f"^-- {words}")
+
+
+@pytest.mark.parametrize("row", [
+    "0UNSHARD,0F0,0RESHARD,0UNSHARD,0I0,0RESHARD,0W0,0REDUCE,0FREE0,0U0",
+    "0F0,0OFFLOAD0,0RELOAD0,0B0,0REDUCE0,0RESHARD",
+])  # fmt: skip
+def test_actions_of_passes_may_stand_where_they_are_needed(row):
+    made, program = parse_program(f"{row}\n1F0,1B0")
+    assert check(made, program) == [] and program is not None
+
+
+@pytest.mark.parametrize("text, line", [
+    ("0F0,0F1,0B0,0B1\n\n1F0,1B0,1F1,1B1\n", 2),
+    ("0F0,0B0\n1F0,1B0\n1REDUCE\n", 3),
+    ("\n0F0,0B0", 1),
+    ("0F0,0B0\n,,\n", 2),
+])  # fmt: skip
+def test_a_rank_that_computes_nothing_is_refused_with_its_line(text, line):
+    with pytest.raises(ScheduleError, match=rf"mine, line {line}: rank {line - 1} has no action"):
+        parse_schedule(text, "mine")
+    assert parse_schedule("0F0,0B0\n1F0,1B0\n\n").num_ranks == 2
+
+
 def test_a_plan_names_what_its_file_lacks(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("0F0,0F1,0B0\n1F0,1B0,1F1,1B1\n")

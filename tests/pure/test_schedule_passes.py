@@ -106,6 +106,18 @@ def test_what_is_away_is_back_before_its_backward(name):
     assert none == s.ranks
 
 
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "v_half", "chimera", "pipedream", "pipedream_2bw", "forward"]
+)
+def test_the_checker_finds_nothing_wrong_with_them(name, each):
+    s = make(name)
+    ranks = with_communication(s) if each else s.ranks
+    program = with_free(with_offload(with_shards(with_reduce(ranks, each), keep=1 + each), ahead=2))
+    assert {"UNSHARD", "RESHARD", "FREE"} <= {a.kind for own in program for a in own}
+    assert check(s, program) == []
+
+
 def test_updates_and_text():
     program = with_updates(with_reduce(make("zb_h1", 2, 3).ranks))
     assert program[0][-2:] == (Action(0, "REDUCE", STEP), Action(0, "U", 2))
