@@ -2,6 +2,7 @@
 
     needed      nothing fits with all of it on the device
     small       at most SMALL devices: it may also buy a better plan than the best that fits without
+    devices     the fewest are looked for
 
 Each way to offload is a space of its own, with the bounds of bound.py over what stays on the device; a plan
 of it must beat the best plans seen before. Where a host has no stated limit, files hold no more than it and
@@ -13,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from partita.planner.nodes import Found, Goal
+from partita.planner.nodes import ANY, Found, Goal
 from partita.planner.search import Search
 from partita.planner.space import Space
 from partita.spec.plan import OffloadPlan
@@ -25,11 +26,11 @@ TARGETS = ((), ("activations", *STATES), ("activations", *STATES, "parameters"))
 NO_BETTER = "files where the host has room"
 
 
-def offloads(search: Search, found: Found) -> Iterator[OffloadPlan]:
-    """The ways to offload that are worth a search, files behind host memory."""
+def offloads(search: Search, found: Found, goal: Goal = ANY) -> Iterator[OffloadPlan]:
+    """The ways to offload that are worth a search, files behind host memory; for fewer devices all are."""
     words, devices = search.space.words, search.job.cluster.devices
     stated = search.space.offload.to != "none"
-    if found.plans and devices > SMALL:
+    if found.plans and devices > SMALL and goal.name != "devices":
         return
     for to in ("cpu", "nvme"):
         wanted = search.space.offload.to == to if stated else words.admit("offload", to)
@@ -38,11 +39,15 @@ def offloads(search: Search, found: Found) -> Iterator[OffloadPlan]:
                 yield OffloadPlan(to, targets)
 
 
-def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+def widened(
+    search: Search, goal: Goal, top: int, found: Found, budget_s: float, first: bool = False
+) -> Found:
     """What was found without, and with what lies elsewhere, as one answer; where no time is left for that, it
-    says so."""
+    says so. `first`: until any plan fits."""
     end, host = time.perf_counter() + budget_s, search.job.cluster.host_memory_bytes
-    for offload in offloads(search, found):
+    for offload in offloads(search, found, goal):
+        if first and found.plans:
+            break
         space = search.space
         more = Search(Space(search.job, space.words, space.dtype, offload))
         if offload.to == "nvme" and host is None and search.space.offload.to == "none":
@@ -53,7 +58,7 @@ def widened(search: Search, goal: Goal, top: int, found: Found, budget_s: float)
         left = end - time.perf_counter()
         there = Found(plans=found.plans, complete=False)
         if left > 0:
-            there = more.best(goal, top, left, seen=found.plans)
+            there = more.best(goal, top, left, first, found.plans)
         found.join_other("offload", there)
         if left <= 0:
             break

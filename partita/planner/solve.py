@@ -14,7 +14,7 @@ from itertools import combinations
 
 from partita.base.errors import UsageError
 from partita.base.units import format_bytes
-from partita.planner.elsewhere import least_memory
+from partita.planner.elsewhere import least_memory, widened
 from partita.planner.nodes import GOALS
 from partita.planner.search import ANY, Found, Goal, Search, measures
 from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
@@ -84,7 +84,7 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
     devices, end = job.cluster.devices, time.perf_counter() + budget_s
     while devices <= MOST_DEVICES and time.perf_counter() < end:
         search = makes(_with(job, "devices", devices))
-        found = search.best(FEWEST, budget_s=budget_s)
+        found = _everywhere(search, end)
         if found.plans:
             search, found = _fewer(job, makes, (search, found), end)
             found = finished(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
@@ -95,6 +95,12 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
     return Solved(
         "devices", None, 1, Found(), False, f"no plan was found on less than {devices:,} devices"
     )
+
+
+def _everywhere(search: Search, end: float) -> Found:
+    """The plan on the fewest devices, with all on them or what may lie elsewhere."""
+    found = search.best(FEWEST, budget_s=max(end - time.perf_counter(), 0.0))
+    return widened(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
 
 
 def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tuple[Search, Found]:
@@ -109,7 +115,7 @@ def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tu
         if time.perf_counter() > end:
             return search, replace(found, complete=False)
         fewer = makes(_with(job, "devices", devices))
-        less = fewer.best(FEWEST, budget_s=end - time.perf_counter())
+        less = _everywhere(fewer, end)
         if less.plans:
             return fewer, replace(less, complete=less.complete and found.complete)
         found = replace(found, complete=found.complete and less.complete)
@@ -152,7 +158,11 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
     fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
     shown = fastest if fastest.plans else shown
     text = f"{field} {low:,} fits ({shown.plans[0].plan}), {high:,} does not (steps of {unit})"
-    return Solved(field, low, unit, shown, proven, text)
+    more, left = makes(_with(job, field, high)), max(end - time.perf_counter(), 0.0)
+    beyond = widened(more, Goal("memory"), 1, Found(), left, first=True)
+    if beyond.plans:
+        text += f" without offload: {high:,} fits with {beyond.plans[0].plan}"
+    return Solved(field, low, unit, shown, proven and beyond.complete and not beyond.plans, text)
 
 
 def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:

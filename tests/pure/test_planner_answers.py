@@ -12,7 +12,7 @@ from partita.planner.ask import Question, ask, resolved
 from partita.planner.explain import beside, binds, causes, changes, why
 from partita.planner.nodes import Found
 from partita.planner.search import Search, measures, searcher
-from partita.planner.solve import nothing_fits, pareto, solve
+from partita.planner.solve import nothing_fits, pareto, solve, with_devices
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -24,6 +24,11 @@ WORDS = {"fix": ("2mb",), "forbid": ("v_half", "v_min", "gpipe", "cp")}
 
 def makes(job: Job) -> Search:
     return searcher(job, **WORDS)
+
+
+def on_devices(job: Job) -> Search:
+    """All of it on the devices."""
+    return searcher(job, fix=WORDS["fix"], forbid=(*WORDS["forbid"], "offload"))
 
 
 def job_of(devices: int, memory: float) -> Job:
@@ -175,23 +180,37 @@ def test_a_front_is_beaten_nowhere():
 
 def test_solve_devices_finds_the_edge():
     job = job_of(2, 1.2e6)
-    solved = solve(job, "devices", makes, 20)
+    solved = solve(job, "devices", on_devices, 20)
     assert solved.proven and solved.value is not None and solved.value > 2
-    below = makes(job_of(solved.value - 1, 1.2e6)).best(first=True)
+    below = on_devices(job_of(solved.value - 1, 1.2e6)).best(first=True)
     assert below.complete and not below.plans
     job = job_of(4, 2.8e6)  # three, no divisor of the four that are asked for
     job = replace(job, train=replace(job.train, global_batch_size=12))
-    fewer = {"fix": ("1mb", "bf16"), "forbid": (*WORDS["forbid"], "recompute")}
+    fewer = {"fix": ("1mb", "bf16"), "forbid": (*WORDS["forbid"], "recompute", "offload")}
     solved = solve(job, "devices", lambda j: searcher(j, **fewer), 20)
     assert solved.proven and solved.value == 3
     cluster = replace(job.cluster, devices=2)
     assert not searcher(replace(job, cluster=cluster), **fewer).best(first=True).plans
 
 
+def test_solve_devices_looks_where_offload_needs_fewer():
+    job = job_of(32, 1.2e6)
+    alone = solve(job, "devices", on_devices, 20)
+    solved = solve(job, "devices", makes, 20)
+    assert solved.proven and alone.value is not None and solved.value is not None
+    assert solved.value < alone.value and "offload:cpu" in solved.text
+    line = solved.found.plans[0].plan
+    assert simulate(
+        replace(job, cluster=with_devices(job.cluster, solved.value)).with_plan(line)
+    ).fits
+
+
 def test_solve_layers_finds_the_edge():
     job = job_of(2, 3e6)
-    solved = solve(job, "layers", makes, 20)
+    told = solve(job, "layers", makes, 20)
+    solved = solve(job, "layers", on_devices, 20)
     assert solved.proven and solved.value
+    assert (told.value, told.proven) == (solved.value, False) and "without offload: " in told.text
     for layers, fits in ((solved.value, True), (solved.value + 1, False)):
         deeper = replace(job, model=replace(job.model, layers=layers))
         assert bool(makes(deeper).best(first=True).plans) == fits
