@@ -97,6 +97,9 @@ def _hold_job(job: Job) -> None:
 
 def ask(job: Job, question: Question) -> Answer:
     """Searches. Raises UsageError where the question cannot be, PlanError where no plan can."""
+    if question.solve and question.pareto:
+        text = "--solve asks how much fits, --pareto for a front of plans: one of the two, not both"
+        raise UsageError(text, key="pareto")
     if question.solve:
         solved = solve(job, question.solve, question.search, question.budget_s)
         return Answer(solved.found, tuple(solved.found.plans[: question.top]), (), solved)

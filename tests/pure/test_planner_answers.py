@@ -300,3 +300,11 @@ def test_a_cluster_file_has_prices():
     assert simulate(job_of(4, 80e9)).to_json()["cost"] is None
     with pytest.raises(UsageError, match="below 0"):
         Cluster.load({"preset": "4xh100", "prices": {"device_hour": -1.0}})
+
+
+def test_a_front_of_what_is_solved_for_is_refused(capsys):
+    words = ["plan", "tiny", "4xh100", "--global-batch-size", "8", "--seq-len", "64",
+             "--solve", "devices", "--pareto", "time,memory"]  # fmt: skip
+    assert run(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and "--solve" in err and "not both" in err
