@@ -147,6 +147,7 @@ def _decode_fields(
     except UsageError as error:
         inner = _dotted(key, error.key) if error.key else key
         problems.append((inner, error.message))
+        problems += [(_dotted(key, other), text) for other, text in error.others]
         return None
 
 

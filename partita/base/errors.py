@@ -64,9 +64,18 @@ def _rebuild(kind: type[PartitaError], message: str, state: dict[str, object]) -
 
 
 class UsageError(PartitaError):
-    """The command or the job file is wrong."""
+    """The command or the job file is wrong. `others`: what else is, each with its key and told beside it."""
 
     exit_code, kind = 2, "usage"
+    others: tuple[tuple[str, str], ...] = ()
+
+
+def raise_all(problems: Sequence[tuple[str, str]]) -> None:
+    """Raises UsageError of the first (key, text), with the others beside it, where there are any."""
+    if problems:
+        error = UsageError(problems[0][1], key=problems[0][0])
+        error.others = tuple(problems[1:])
+        raise error
 
 
 class PlanError(PartitaError):

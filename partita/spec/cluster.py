@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.config import encode, load_toml
-from partita.base.errors import UsageError
+from partita.base.errors import UsageError, raise_all
 from partita.base.text import did_you_mean
 from partita.base.units import format_bytes, format_rate
 from partita.spec.hardware import ALIASES, Hardware, find_hardware, hardware_rows, host_link
@@ -39,9 +39,13 @@ class Link:
     reduces: bool = False
 
     def __post_init__(self) -> None:
-        _within("devices", self.devices, 1, MAX_DEVICES)
-        _within("bytes_per_s", self.bytes_per_s, 1, 1e18)
-        _within("latency_s", self.latency_s, 0, 3600)
+        raise_all(
+            [
+                *_outside("devices", self.devices, 1, MAX_DEVICES),
+                *_outside("bytes_per_s", self.bytes_per_s, 1, 1e18),
+                *_outside("latency_s", self.latency_s, 0, 3600),
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +281,13 @@ class Cluster:
         )
 
 
+def _outside(key: str, value: float, low: float, high: float) -> list[tuple[str, str]]:
+    holds = low <= value <= high
+    return [] if holds else [(key, f"{value} is not within {low:g}..{high:g}")]
+
+
 def _within(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{value} is not within {low:g}..{high:g}", key=key)
+    raise_all(_outside(key, value, low, high))
 
 
 def _check_rates(memory_bytes: int, memory_bytes_per_s: float, peaks: Mapping[str, float]) -> None:

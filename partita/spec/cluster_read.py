@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.config import decode, load_toml
-from partita.base.errors import UsageError
+from partita.base.errors import UsageError, raise_all
 from partita.spec.cluster import PRESETS, Cluster, Link, NodeGroup, split_preset
 from partita.spec.hardware import Hardware, find_hardware
 from partita.spec.prices import Prices
@@ -91,7 +91,9 @@ def _placed(error: UsageError, file: str | None, prefix: str) -> UsageError:
         return error
     key = f"{prefix}.{error.key}" if prefix else error.key
     where = f"{file}: " if file else ""
-    return UsageError(f"{where}{key}: {error.message}", file=file, key=key)
+    before = f"{where}{prefix}." if prefix else where
+    told = [f"{before}{k}: {text}" for k, text in ((error.key, error.message), *error.others)]
+    return UsageError("\n".join(told), file=file, key=key)
 
 
 def _with_base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def _weakest_peaks(nodes: tuple[NodeGroup, ...], own: dict[str, float] | None) -
 def _links(stated: _File, row: Hardware, devices: int, on_node: int) -> tuple[Link, ...]:
     """The tiers as stated, else those of the device: inside its domain, then between domains."""
     if stated.links:
-        return tuple(_link(i, x, devices) for i, x in enumerate(stated.links))
+        return _stated_links(stated.links, devices)
     if devices == 1:
         return ()
     rack = row.domain_devices > row.node_devices  # the inner link leaves the node
@@ -240,14 +242,23 @@ def _links(stated: _File, row: Hardware, devices: int, on_node: int) -> tuple[Li
     return tuple(tiers)
 
 
-def _link(index: int, stated: _Link, devices: int) -> Link:
-    try:
-        return Link(
-            name=stated.name or f"tier {index}",
-            devices=devices if stated.devices is None else stated.devices,
-            bytes_per_s=stated.bytes_per_s,
-            latency_s=stated.latency_s,
-            reduces=stated.reduces,
-        )
-    except UsageError as error:
-        raise UsageError(error.message, key=f"links[{index}].{error.key}") from None
+def _stated_links(stated: tuple[_Link, ...], devices: int) -> tuple[Link, ...]:
+    """The tiers as stated; what is wrong with any is told at once."""
+    made: list[Link] = []
+    wrong: list[tuple[str, str]] = []
+    for i, x in enumerate(stated):
+        try:
+            made.append(
+                Link(
+                    name=x.name or f"tier {i}",
+                    devices=devices if x.devices is None else x.devices,
+                    bytes_per_s=x.bytes_per_s,
+                    latency_s=x.latency_s,
+                    reduces=x.reduces,
+                )
+            )
+        except UsageError as error:
+            told = ((error.key, error.message), *error.others)
+            wrong += [(f"links[{i}].{key}", text) for key, text in told]
+    raise_all(wrong)
+    return tuple(made)

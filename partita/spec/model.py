@@ -29,7 +29,13 @@ from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
 from partita.spec.lora import DEFAULT, DENSE, check_lora, widths
-from partita.spec.model_check import check_experts, check_latent, check_range, check_relations
+from partita.spec.model_check import (
+    check_experts,
+    check_latent,
+    check_range,
+    check_relations,
+    check_stated,
+)
 from partita.spec.model_parts import Latent, RopeScaling
 from partita.spec.model_sizes import ModelSizes
 
@@ -45,12 +51,7 @@ class ModelSpec(ModelSizes):
     bloom: yes) follow from the others where they are left out. Raises UsageError for sizes that cannot be."""
 
     def __post_init__(self) -> None:
-        check_range(self, "layers", "hidden", "heads", "vocab", "max_seq_len")
-        if not self.head_dim and self.hidden % self.heads:
-            raise UsageError(
-                f"hidden {self.hidden} is not divisible by heads {self.heads} (or state head_dim)",
-                key="heads",
-            )
+        check_stated(self)
         derived = {
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.hidden // self.heads,

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from partita.base.errors import UsageError
+from partita.base.errors import UsageError, raise_all
 from partita.spec.image import ImageSpec
 from partita.spec.model_parts import LIMITS
 from partita.spec.model_sizes import ModelSizes
+
+
+def check_stated(spec: ModelSizes) -> None:
+    """All sizes as they were stated, told at once; a relation, where both its sides can be."""
+    sizes = (
+        "layers",
+        "hidden",
+        "heads",
+        "vocab",
+        "max_seq_len",
+        "kv_heads",
+        "head_dim",
+        "ffn_hidden",
+    )
+    wrong: list[tuple[str, str]] = []
+    for name in sizes:
+        value = getattr(spec, name)
+        if not (name in sizes[5:] and value == 0) and not 1 <= value <= LIMITS[name]:
+            wrong.append((name, f"{value} is not within 1..{LIMITS[name]}"))
+    keys = {key for key, _ in wrong}
+    if not spec.head_dim and not keys & {"hidden", "heads"} and spec.hidden % spec.heads:
+        text = f"hidden {spec.hidden} is not divisible by heads {spec.heads} (or state head_dim)"
+        wrong.append(("heads", text))
+    if spec.kv_heads and not keys & {"heads", "kv_heads"} and spec.heads % spec.kv_heads:
+        wrong.append(
+            ("kv_heads", f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}")
+        )
+    raise_all(wrong)
 
 
 def check_range(spec: ModelSizes, *names: str) -> None:
@@ -20,9 +48,6 @@ def check_range(spec: ModelSizes, *names: str) -> None:
 
 def check_relations(spec: ModelSizes) -> None:
     """Sizes fit each other and the family."""
-    if spec.heads % spec.kv_heads:
-        text = f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}"
-        raise UsageError(text, key="kv_heads")
     if not 0.0 <= spec.dropout < 1.0:
         raise UsageError(f"{spec.dropout} is not within 0 <= dropout < 1", key="dropout")
     if not 0 <= spec.sliding_window <= LIMITS["max_seq_len"]:

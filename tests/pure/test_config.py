@@ -16,6 +16,8 @@ from partita.base.config import (
     to_toml,
 )
 from partita.base.errors import UsageError
+from partita.spec.cluster import Cluster
+from partita.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -172,3 +174,18 @@ def test_toml_text_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(to_toml({"a": {"b": [1, 2.5], "c": None, "d": "x\ny"}}))
     assert load_toml(path) == {"a": {"b": [1, 2.5], "d": "x\ny"}}
+
+
+def test_sizes_and_links_that_cannot_be_are_told_at_once():
+    sizes = {"family": "llama", "layers": 0, "hidden": 65, "heads": 4, "kv_heads": 3,
+             "ffn_hidden": -2, "vocab": 256, "max_seq_len": 64}  # fmt: skip
+    with pytest.raises(UsageError) as told:
+        ModelSpec.from_toml(sizes, file="m.toml")
+    keys = [line.split(": ")[1] for line in str(told.value).split("\n")]
+    assert keys == [f"model.{k}" for k in ("layers", "ffn_hidden", "heads", "kv_heads")]
+    link = {"bytes_per_s": 0.0, "latency_s": -1.0}
+    table = {"devices": 4, "device": "h100", "links": [{**link, "devices": 2}, link]}
+    with pytest.raises(UsageError) as told:
+        Cluster.from_toml(table, file="c.toml", prefix="cluster")
+    keys = [line.split(": ")[1] for line in str(told.value).split("\n")]
+    assert keys == [f"cluster.links[{i}].{k}" for i in (0, 1) for k in link]
