@@ -16,6 +16,7 @@ from partita.base.errors import PartitaError, PlanError
 from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
+from partita.simulate.cells import not_understood
 from partita.simulate.recipes import UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
@@ -136,14 +137,12 @@ def number(row: Row, column: str, default: int | None = None) -> int:
             raise UnpredictableError(f"missing column: {column}")
         return default
     try:
-        found = int(float(text))
+        found = float(text)
     except ValueError:
         raise UnpredictableError(f"not a number: {column} = {text}") from None
-    except OverflowError:
-        found = 0
-    if found < 1:
-        raise UnpredictableError(f"not a number above zero: {column} = {text}")
-    return found
+    if not 1 <= found < float("inf") or found % 1:
+        raise UnpredictableError(f"not a whole number above zero: {column} = {text}")
+    return int(found)
 
 
 def value_of(row: Row) -> float:
@@ -179,6 +178,8 @@ def case(row: Row) -> Case:
     """The row as a case. Raises UnpredictableError with the reason."""
     if row["quality"] == "C":
         raise UnpredictableError("quality C")
+    if told := not_understood(row):
+        raise UnpredictableError("; ".join(told))
     if method(row) not in ("", "baseline", "redis", *SPREAD):
         raise UnpredictableError(f"a method that is not described: {method(row)}")
     seq, batch, stated = number(row, "seq_len"), global_batch(row), recipe_of(row)
@@ -280,11 +281,10 @@ def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
     dp = number(row, "dp", max(devices // (tp * pp * cp), 1))
     micro = number(row, "microbatch_size", 1)
     if tp * pp * cp * dp != devices:
-        raise UnpredictableError(
-            f"missing column: {tp}*{pp}*{cp}*{dp} ranks are not {devices} devices"
-        )
+        ranks = f"{tp}*{pp}*{cp}*{dp} ranks"
+        raise UnpredictableError(f"a contradiction: {ranks} are not {devices} devices")
     if batch % (micro * dp):
-        raise UnpredictableError(f"missing column: {batch} is no multiple of {micro} * {dp}")
+        raise UnpredictableError(f"a contradiction: {batch} is no multiple of {micro} * {dp}")
     vpp = number(row, "vpp", 1)
     name = SCHEDULES.get(row["schedule"].lower())
     if name is None:

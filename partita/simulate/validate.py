@@ -50,6 +50,9 @@ OPTIONAL = (
 )  # fmt: skip
 
 
+SAME = "told by another row of the same configuration"
+
+
 @dataclass(frozen=True)
 class Scored:
     """One row, predicted."""
@@ -66,11 +69,18 @@ class Scored:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table. Raises UsageError where the file or a column is missing."""
+    """The rows of a table. Raises UsageError where the file or a column is missing, or
+    the file is no text."""
     if not path.is_file():
         raise UsageError(f"no such file: {path}", key="FILE", file=str(path))
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    try:
+        with path.open(
+            encoding="utf-8-sig", newline=""
+        ) as lines:  # with the mark Excel writes, or none
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        text = f"{path} is no table of UTF-8 text: {error}; save it as CSV (UTF-8)"
+        raise UsageError(text, key="FILE", file=str(path)) from None
     missing = [c for c in COLUMNS if rows and c not in rows[0]]
     if missing or not rows:
         text = f"{path} has no column {', '.join(missing)}" if missing else f"{path} has no rows"
@@ -128,18 +138,13 @@ def score(
 ) -> tuple[list[Scored], list[Skip]]:
     """Predicts every step-time row; each configuration once, step time or tokens/s first."""
     found: list[Scored] = []
-    skipped: list[Skip] = []
     seconds: dict[tuple[str, ...], float] = {}
-    for row in _once(rows):
+    cases, skipped = _usable(rows)
+    for row, one in cases:
         try:
-            value_of(row)
-            one = case(row)
             key = _configuration(row)
             if key not in seconds:
                 seconds[key] = predict(one, constants)
-        except UnpredictableError as error:
-            skipped.append(Skip(row, str(error)))
-            continue
         except PlanError as error:
             skipped.append(Skip(row, refusal(error)))
             continue
@@ -163,17 +168,40 @@ def _configuration(row: Row) -> tuple[str, ...]:
     return (*(row.get(c, "") for c in CONFIGURATION), method(row), adapters)
 
 
-def _once(rows: Iterable[Row]) -> list[Row]:
-    """Step-time rows, one a configuration."""
+def _usable(rows: Iterable[Row]) -> tuple[list[tuple[Row, Case]], list[Skip]]:
+    """Step-time rows that say what ran, one a configuration, and why each other one is not among them. A row
+    that cannot be used takes no other's place; a configuration that cannot counts once too."""
     order = {m: i for i, m in enumerate(STEP_METRICS)}
-    kept: dict[tuple[str, ...], Row] = {}
+    kept: dict[tuple[str, ...], tuple[Row, Case]] = {}
+    skipped: list[Skip] = []
+    told: set[tuple[str, ...]] = set()
     for row in rows:
         if row["metric"] not in order:
             continue
         key = (*_configuration(row), _revision(row))
-        if key not in kept or order[row["metric"]] < order[kept[key]["metric"]]:
-            kept[key] = row
-    return list(kept.values())
+        try:
+            one = row, _read(row, told)
+        except (UnpredictableError, UsageError) as error:
+            why = str(error) if isinstance(error, UnpredictableError) else f"refused, {error}"
+            skipped.append(Skip(row, SAME if (*key, why) in told else why))
+            told.add((*key, why))
+            continue
+        first = kept.setdefault(key, one)
+        if first is one:
+            continue
+        if order[row["metric"]] < order[first[0]["metric"]]:
+            kept[key], one = one, first
+        skipped.append(Skip(one[0], SAME))
+    return list(kept.values()), skipped
+
+
+def _read(row: Row, told: set[tuple[str, ...]]) -> Case:
+    """The row as a case, its value a number, its id not met before."""
+    if (row["id"],) in told:
+        raise UnpredictableError(f"an id that stands twice: {row['id']}")
+    told.add((row["id"],))
+    value_of(row)
+    return case(row)
 
 
 def _revision(row: Row) -> str:

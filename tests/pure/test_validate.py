@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from partita.base.errors import UsageError
 from partita.cli.main import application
 from partita.cost.comm import AlphaBeta, Group
 from partita.cost.machine import machine_of, software_of, table
@@ -271,9 +272,9 @@ def test_reasons_are_told(rows):
         ({"global_batch": ""}, "missing column: global_batch"),
         ({"mlp": "mamba"}, "outside the families"),
         ({"notes": "method barriers"}, "a method that is not described: barriers"),
-        ({"tp": "0"}, "not a number above zero: tp = 0"),
-        ({"pp": "inf"}, "not a number above zero: pp = inf"),
-        ({"microbatch_size": "-1"}, "not a number above zero: microbatch_size = -1"),
+        ({"tp": "0"}, "not a whole number above zero: tp = 0"),
+        ({"pp": "inf"}, "not a whole number above zero: pp = inf"),
+        ({"microbatch_size": "-1"}, "not a whole number above zero: microbatch_size = -1"),
     ):
         with pytest.raises(UnpredictableError, match=words):
             case({**row, **change})
@@ -369,3 +370,47 @@ def test_a_regret_of_shapes_is_told_from_others(rows):
     (alone,) = grids(both[:2])
     assert alone.regret > 0.1
     assert alone.by_shape is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({"precision": "int3"}, "precision = int3: known are"),
+        ({"recompute": "maybe"}, "recompute = maybe: known are"),
+        ({"zero_or_fsdp": "zero9", "seqpar": "perhaps"}, "seqpar = perhaps: known are yes, no; zero"),
+        ({"flops_conv": "weird"}, "flops_conv = weird: known are"),
+        ({"vpp": "99", "pp": "1"}, "a contradiction: vpp 99 without a pipeline"),
+        ({"n_gpus": "64.5"}, "not a whole number above zero: n_gpus = 64.5"),
+        ({"dp": "7"}, "a contradiction: 8*1*1*7 ranks are not 64 devices"),
+        ({"id": "first"}, "an id that stands twice: first"),
+    ],
+)  # fmt: skip
+def test_a_cell_that_nobody_knows_is_no_default(rows, cells, told):
+    own = next(r for r in rows if (r["group"], r["tp"], r["pp"]) == ("korthikanti-t5", "8", "1"))
+    own = {**own, "id": "first", "n_gpus": "64", "dp": "8", "global_batch": "64"}
+    other = {**own, "id": "second", "global_batch": "128", **cells}
+    scored, skipped = score([own, other])
+    assert [s.row["id"] for s in scored] == ["first"]
+    assert len(skipped) == 1 and skipped[0].reason.startswith(told)
+
+
+def test_a_row_that_cannot_be_used_takes_no_others_place(rows):
+    own = next(r for r in rows if r["group"] == "korthikanti-t5" and r["metric"] == "step_time_s")
+    bad, twin = {**own, "id": "bad", "value": "fast"}, {**own, "id": "twin"}
+    scored, skipped = score([bad, own, twin])
+    assert [s.row["id"] for s in scored] == [own["id"]]
+    assert {s.row["id"]: s.reason for s in skipped} == {
+        "bad": "not a number above zero: value = fast",
+        "twin": "told by another row of the same configuration",
+    }
+
+
+def test_a_table_that_is_no_text_is_told_and_excels_mark_is_read(tmp_path, rows):
+    path = tmp_path / "own.csv"
+    with FILE.open(encoding="utf-8") as source:
+        text = "".join(source.readline() for _ in range(2))
+    path.write_bytes(text.replace("DeepSeek", "D\u00e9\u00e9pSeek").encode("latin-1"))
+    with pytest.raises(UsageError, match="no table of UTF-8 text"):
+        read_rows(path)
+    path.write_text(text, encoding="utf-8-sig")
+    assert [r["id"] for r in read_rows(path)] == [rows[0]["id"]]
