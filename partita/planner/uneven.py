@@ -24,7 +24,7 @@ from partita.planner.rough import HIDES, PAIRED, Rough, halves
 from partita.planner.search import Search
 from partita.planner.space import Leaf, MeshChoice, Space
 from partita.planner.table import KEPT, READ, Probe, Table
-from partita.spec.plan import Plan
+from partita.spec.plan import OffloadPlan, Plan
 
 Split = tuple[int, ...]
 ALL = 300  # splits of which all are meant
@@ -137,24 +137,31 @@ class UnevenSpace(Space):
         return super()._all_schedules(mesh) if mesh.pp > 1 else []
 
 
+def ways_of(space: Space, found: Found) -> list[OffloadPlan]:
+    """The space's own way to offload, and that of the best plan: what fits in the balanced split only with
+    more elsewhere may fit in another without."""
+    best = [Plan.parse(p.plan).offload for p in found.plans[:1]]
+    return list(dict.fromkeys([*best, space.offload]))
+
+
 def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
     """What was found, and with layers split in every other way on few devices, axes in any order, as one
     answer."""
     space, cluster, start = search.space, search.job.cluster, time.perf_counter()
     if cluster.devices > FEW or not space.words.admit("split", "uneven"):
         return found
-    offload = Plan.parse(found.plans[0].plan).offload if found.plans else space.offload
-    base = Space(space.job, space.words, space.dtype, offload)
     wanted = not space.stated and space.words.admit("order", "another") and len(cluster.links) > 1
-    for turned in (False, True) if wanted else (False,):
-        left = budget_s - (time.perf_counter() - start)
-        more = Search(UnevenSpace(base, turned), Uneven)
-        if offload == space.offload and not turned and not space.turned:
-            more.bounds.share(search.bounds)
-        there = more.best(goal, top, max(left, 0.0), seen=found.plans)
-        found.join_other("other splits of layers", there)
-        if not there.complete:
-            break
+    for offload in ways_of(space, found):
+        base = Space(space.job, space.words, space.dtype, offload)
+        for turned in (False, True) if wanted else (False,):
+            left = budget_s - (time.perf_counter() - start)
+            more = Search(UnevenSpace(base, turned), Uneven)
+            if offload == space.offload and not turned and not space.turned:
+                more.bounds.share(search.bounds)
+            there = more.best(goal, top, max(left, 0.0), seen=found.plans)
+            found.join_other("other splits of layers", there)
+            if not there.complete:
+                return found
     return found
 
 

@@ -13,6 +13,7 @@ from test_planner_beyond import nodes_of
 from partita.base.errors import Problem
 from partita.base.units import format_seconds
 from partita.planner.answer import counts
+from partita.planner.ask import Question, ask
 from partita.planner.gap import least_seconds
 from partita.planner.nodes import Node, Queue
 from partita.planner.rough import PAIRED
@@ -200,6 +201,25 @@ def test_a_split_makes_fit_what_else_does_not():
     assert measures(found.plans[0])[1] < limit
     search = searcher(tight(job, fix, 1 - 1 / limit), fix, FORBID)
     assert not search.best(ANY).plans and uneven(search).best(ANY).plans
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_a_split_that_needs_no_host_beats_what_fits_only_with_it(slow):
+    nodes = [
+        {"count": 1, "device": "a100", "devices": 1},
+        {"count": slow, "device": "h100", "devices": 1},
+    ]
+    link = {"name": "ib", "devices": 1 + slow, "bytes_per_s": 2e9, "latency_s": 5e-6}
+    cluster = {"name": "two", "memory_bytes": 125_227_633, "nodes": nodes, "links": [link]}
+    sizes = {"heads": 2, "kv_heads": 2, "hidden": 256, "ffn_hidden": 96, "vocab": 16384}
+    model = {"preset": "tiny", "layers": 5, **sizes}
+    job = Job.of(model, cluster, "", global_batch_size=4, seq_len=96)
+    forbid = ("recompute", "auto", *FORBID[1:])
+    told = ask(job, Question(top=3, fix=("pp2:1f1b", "bf16", "1mb"), forbid=forbid))
+    lines = [f"pp2:1f1b/1mb bf16 pipeline.split={n},{5 - n}" for n in range(6)]
+    keys = [measures(p) for p in map(simulate, map(job.with_plan, lines)) if p.fits]
+    assert 0 < len(keys) < 6 and measures(told.plans[0])[:2] <= min(keys)[:2]
+    assert len({p.plan for p in told.plans}) == len(told.plans) and told.found.complete
 
 
 def test_what_was_not_looked_at_for_want_of_time_is_not_proven():
