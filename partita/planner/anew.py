@@ -45,7 +45,7 @@ def _node(job: Job, plan: Plan, virtual: int) -> Node:
     micro = job.train.global_batch_size // ways // plan.num_microbatches
     return Node(
         5, 0.0, 0.0, 1,
-        MeshChoice(m.pp, ways, m.cp, m.tp, m.sp),
+        MeshChoice(m.pp, ways, m.cp, m.tp, m.sp, m.split),
         Shape(plan.context.method, plan.context.ulysses, m.ep, m.etp),
         Tokens(plan.recompute.mode, plan.recompute.every, micro),
         Leaf("auto", virtual, m.dp_shard, plan.data.zero_stage, m.order),

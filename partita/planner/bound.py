@@ -12,7 +12,7 @@
     laid       the same from the laid plan's own stages, and exactly what runs once a step
 
 Memory: states as far as ZeRO may cut them, and the activations of the chunks a schedule holds at once. Block
-tables are cached by (tp, sp, cp, method, ep, etp, recompute, micro_batch_size); dp, pp, m only multiply.
+tables are cached by (tp, sp, split, cp, method, ep, etp, recompute, micro_batch_size); dp, pp, m multiply.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Bounds:
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
-        key = (mesh.tp, mesh.sp, mesh.cp, shape, tokens)
+        key = (mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens)
         if key not in self._tables:
             make = self._mixed if tokens.every > 1 else self.laid_table
             made = make(mesh, shape, tokens)
@@ -106,7 +106,7 @@ class Bounds:
 
     def knows(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> bool:
         """Whether a table is there."""
-        return (mesh.tp, mesh.sp, mesh.cp, shape, tokens) in self._tables
+        return (mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens) in self._tables
 
     def laid_table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The table of a laid model."""
@@ -115,9 +115,9 @@ class Bounds:
 
     def asked(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Request:
         """The plan of a table: one microbatch, no pipeline, states that are not cut."""
-        fold = mesh.cp * mesh.tp
+        fold = mesh.cp * mesh.inner
         shard = next(d for d in range(1, 10**7) if d * fold % (shape.ep * shape.etp) == 0)
-        alone = MeshChoice(1, shard, mesh.cp, mesh.tp, mesh.sp)
+        alone = mesh._replace(pp=1, dp=shard)
         plan = self.space.plan(alone, shape, tokens, Leaf("1f1b", 1, shard, 0))
         plan = plan.with_("pipeline", num_microbatches=1)
         return replace(self.request, plan=plan, micro_batch_size=tokens.micro)

@@ -23,7 +23,7 @@ class Cuts:
     def shards(self, mesh: MeshChoice, shape: Shape, dp_shard: int) -> Shards:
         """Into how many parts ZeRO cuts the states of experts, and of the rest at most."""
         cut = dp_shard * mesh.cp
-        key = (cut, max(cut * mesh.tp // (shape.ep * shape.etp), 1))
+        key = (cut, max(cut * mesh.inner // (shape.ep * shape.etp), 1))
         if key not in self._shards:
             self._shards[key] = Shards(*key, self._narrow)
         return self._shards[key]

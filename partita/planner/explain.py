@@ -55,16 +55,18 @@ def _stages(plan: Plan) -> int:
 
 def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
     m = plan.mesh
-    for axis in ("tp", "pp", "cp"):
+    image = job.model.image
+    groups = ("split",) if image is not None and image.groups > 1 else ()
+    for axis in ("tp", "pp", "cp", *groups):
         other = _moved(job, plan, axis)
-        if other is not None and job.model.image is not None:
+        if other is not None and image is not None:
             method = "halo" if other.mesh.cp > 1 else "ring"  # rows' only one, or none
             other = other.with_("context", method=method).with_("mesh", sp=False)
         if other is not None:
             yield f"{axis}{getattr(m, axis)}", other
-    if m.tp > 1:
+    if m.tp > 1 and image is None:
         yield "+sp" if m.sp else "no sp", plan.with_("mesh", sp=not m.sp)
-    if m.cp > 1 and job.model.image is None:
+    if m.cp > 1 and image is None:
         method = plan.context.method
         yield (
             method,
@@ -130,8 +132,8 @@ def _moved(job: Job, plan: Plan, axis: str) -> Plan | None:
     if size > 1:
         by = divisors(size)[1]
         found = plan.with_("mesh", **{axis: size // by, into: getattr(m, into) * by})
-    elif getattr(m, into) % 2 == 0:
-        found = plan.with_("mesh", **{axis: 2, into: getattr(m, into) // 2})
+    elif getattr(m, into) % (by := _first(job, axis)) == 0:
+        found = plan.with_("mesh", **{axis: by, into: getattr(m, into) // by})
         found = found.with_("mesh", sp=True) if axis == "tp" else found
     else:
         return None
@@ -149,6 +151,12 @@ def _moved(job: Job, plan: Plan, axis: str) -> Plan | None:
     micro = min(job.with_plan(plan).micro_batch_size, samples // ways)
     micro = max(d for d in divisors(samples // ways) if d <= micro)
     return found.with_("pipeline", num_microbatches=samples // ways // micro)
+
+
+def _first(job: Job, axis: str) -> int:
+    """The fewest ranks of an axis beyond one: two, or the smallest factor of an image model's groups."""
+    image = job.model.image
+    return divisors(image.groups)[1] if axis == "split" and image is not None else 2
 
 
 def _counts(job: Job, plan: Plan) -> list[int]:

@@ -259,7 +259,7 @@ class Floors:
         if cut == np.inf:
             return seconds
         parts, tokens = shape.narrower(mesh.cp), Tokens(*mode, ENDLESS)
-        meshes = [MeshChoice(mesh.pp, mesh.dp, c, mesh.tp, mesh.sp) for c, _ in parts]
+        meshes = [mesh._replace(cp=c) for c, _ in parts]
         if mode[0] != "none":
             cuts = [*zip(meshes, (s for _, s in parts), strict=True), (mesh, shape)]
             seconds = self._plain(mesh, paired, cuts)
@@ -299,7 +299,7 @@ class Floors:
         return 0.0
 
     def _ways(self, mesh: MeshChoice, shape: Shape, table: Table) -> _Ways:
-        key = (mesh.pp, mesh.dp, mesh.cp, mesh.tp, shape.ep, shape.etp, table.largest)
+        key = (*mesh, shape.ep, shape.etp, table.largest)
         if key not in self._known:
             ways = self.bounds.ways(mesh, shape)
             numbers = len(table.total)

@@ -57,18 +57,18 @@ class Links:
         """Who cuts and who reduces the units of all but experts, and those of experts. `zero`: in force. Of
         images on cp nobody is said to meet: kernels are reduced over it, fully connected layers are not."""
         fold, replicas = shape.ep * shape.etp, mesh.dp // shard
-        key = (mesh.tp, mesh.cp, fold, shard, replicas, bool(zero))
+        key = (mesh.inner, mesh.cp, fold, shard, replicas, bool(zero))
         if key not in self._meetings and self.model.image is not None and mesh.cp > 1:
             alone = self.group(1, 1)
             self._meetings[key] = (Meeting(alone, 1, alone),)
         elif key not in self._meetings:
-            rows = [(mesh.tp, shard * mesh.cp)]
+            rows = [(mesh.inner, shard * mesh.cp)]
             if self.model.experts:
-                rows.append((fold, shard * mesh.cp * mesh.tp // fold))
+                rows.append((fold, shard * mesh.cp * mesh.inner // fold))
             found = []
             for stride, ranks in rows:
                 cut, rest = (ranks, replicas) if zero else (1, ranks * replicas)
-                wide = shard * mesh.cp * mesh.tp if zero else stride
+                wide = shard * mesh.cp * mesh.inner if zero else stride
                 row = stride, cut, wide, rest
                 if row not in self._each:
                     meeting = Meeting(self.group(stride, cut), cut, self.group(wide, rest))
@@ -119,7 +119,7 @@ class Links:
         """Seconds of a message of so many bytes between neighbouring stages, at least."""
         if mesh.pp == 1 or self.machine.class_ == "CPU" or self.machine.software.sends_block:
             return 0.0
-        stride = mesh.dp * mesh.cp * mesh.tp
+        stride = mesh.dp * mesh.cp * mesh.inner
         if (stride, mesh.pp) not in self._hops:
             pairs = [(i * stride, (i + 1) * stride) for i in range(mesh.pp - 1)]
             groups = {place(pair, self.machine) for pair in pairs}

@@ -57,7 +57,7 @@ def _links(order: tuple[int, ...], sizes: tuple[int, ...], tiers: tuple[int, ...
 
 def orders_of(mesh: MeshPlan, cluster: Cluster) -> tuple[Order, ...]:
     """The same of a plan's own mesh."""
-    sizes = (mesh.tp, mesh.cp, mesh.dp_shard, mesh.dp_replicate, mesh.pp)
+    sizes = (mesh.tp * mesh.split, mesh.cp, mesh.dp_shard, mesh.dp_replicate, mesh.pp)
     return other_orders(sizes, cluster)
 
 

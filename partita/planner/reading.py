@@ -269,7 +269,8 @@ def _made_again(laid: Laid, made: RecomputePlan) -> Laid:
 def _tiles(request: Request, machine: Machine) -> bool:
     """Whether the ranks of cp and tp lie alike wherever they begin: groups over them are then the same for
     any number of replicas."""
-    ranks, cluster = request.plan.mesh.cp * request.plan.mesh.tp, machine.cluster
+    m, cluster = request.plan.mesh, machine.cluster
+    ranks = m.cp * m.tp * m.split
     node = cluster.devices_per_node
     return not cluster.nodes and (node % ranks == 0 or ranks % node == 0)
 

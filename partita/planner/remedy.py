@@ -46,7 +46,7 @@ def changes(job: Job, plan: Plan) -> dict[str, Plan]:
         found["recompute:full"] = plan.with_("recompute", mode="full", every=1)
     if plan.precision.dtype in ("fp32", "fp64"):
         found["bf16"] = plan.with_("precision", dtype="bf16")
-    if m.tp > 1 and not m.sp:
+    if m.tp > 1 and not m.sp and job.model.image is None:
         found["+sp"] = plan.with_("mesh", sp=True)
     for zero in range(plan.data.zero_stage + 1 if m.dp_shard > 1 else 4, 4):
         found[f"zero{zero}"] = plan.with_("data", zero_stage=zero)
@@ -57,7 +57,8 @@ def changes(job: Job, plan: Plan) -> dict[str, Plan]:
     if job.train.micro_batch_size is None:
         found["smaller microbatches"] = _smaller(job, plan)
     found |= _schedules(plan)
-    for axis in ("tp", "cp", "pp"):
+    images = job.model.image is not None
+    for axis in ("tp", "cp", "pp", *(("split",) if images else ())):
         found[f"twice the {axis}"] = _twice(job, plan, axis)
     if plan.offload.to == "none":
         found["offload:cpu"] = plan.with_("offload", to="cpu")
@@ -91,8 +92,10 @@ def _twice(job: Job, plan: Plan, axis: str) -> Plan:
         if getattr(m, into) % 2:
             return plan
         changed = changed.with_("mesh", **{into: getattr(m, into) // 2})
-    if axis == "tp":
+    if axis == "tp" and job.model.image is None:
         changed = changed.with_("mesh", sp=True)
+    if axis == "cp" and job.model.image is not None:
+        changed = changed.with_("context", method="halo")
     if axis == "pp":
         changed = changed.with_("pipeline", split=(), costs=(), limit=0)
     samples, ways = job.train.global_batch_size, changed.data_parallel_size

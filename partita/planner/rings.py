@@ -51,11 +51,12 @@ class Rings:
     def told(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | None:
         """The endless table of a cut sequence, at least, in the seconds of all its parts; None where it was
         laid itself, or none is known that is alike."""
-        key = mesh.tp, mesh.sp, mesh.cp, shape, tokens
+        key = mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens
         first = self._first.get(_alike(mesh, shape, tokens))
         if first is None or mesh.cp == 1 or key in self._tables:
             return None
-        whole = self._tables.get((mesh.tp, mesh.sp, 1, Shape(ep=shape.ep, etp=shape.etp), tokens))
+        alone = Shape(ep=shape.ep, etp=shape.etp)
+        whole = self._tables.get((mesh.tp, mesh.sp, mesh.split, 1, alone, tokens))
         if not isinstance(whole, Table):
             return None
         found = id(whole), id(first), mesh.cp  # which are kept
@@ -68,7 +69,7 @@ class Rings:
 
 def _alike(mesh: MeshChoice, shape: Shape, tokens: Tokens) -> object:
     """What lanes of cp depend on."""
-    return mesh.tp, mesh.sp, mesh.cp, shape.method, shape.ulysses, tokens
+    return mesh.tp, mesh.sp, mesh.split, mesh.cp, shape.method, shape.ulysses, tokens
 
 
 def _told(whole: Table, others: Sequence[Cost], parts: int) -> Table:

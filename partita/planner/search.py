@@ -110,7 +110,8 @@ class Search:
         usual = [
             n
             for n in sorted(roots, key=lambda n: n.seconds)
-            if (m := n.mesh).world == wide and m.tp <= most and m.cp <= 4 and (m.sp or m.tp == 1)
+            if (m := n.mesh).world == wide and m.inner <= most and m.cp <= 4
+            if m.sp or m.tp == 1 or self.job.model.image is not None
         ]
         for some in (usual[:FIRST], usual[FIRST:]):  # the others must beat what the first lead to
             nodes: list[Node] = []

@@ -1,7 +1,7 @@
 """Every plan for a job: the choices, what the user fixed or forbade, and how they nest.
 
     world     any number of devices of FEW; of more divisors, whole nodes of NODES, else times powers of two
-    mesh      pp, dp, cp, tp, sp                 pp * dp * cp * tp = world; dp divides the batch
+    mesh      pp, dp, cp, tp, sp, split          their product (but sp) = world; dp divides the batch
     fold      ep, etp; recompute
     method    cp's
     schedule  x virtual stages, micro_batch_size all divisors of a replica's samples
@@ -22,6 +22,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from partita.base.errors import UsageError
+from partita.parallel.tp.rules import channels
 from partita.planner.orders import other_orders
 from partita.spec.job import Job
 from partita.spec.plan import DEFAULT_ORDER, OffloadPlan, Plan, has_fixed_stages
@@ -37,7 +38,7 @@ HERE = OffloadPlan()  # all on the device
 Order = tuple[str, ...]
 State = tuple[int, int, Order]
 EVERY = (2, 3, 4)  # full recomputation of only each k-th block
-_AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp)(\d+)?(\+sp)?(?:[:.](\w+))?")
+_AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp|split)(\d+)?(\+sp)?(?:[:.](\w+))?")
 
 
 @lru_cache(maxsize=4096)
@@ -115,7 +116,8 @@ def _read(word: str) -> list[tuple[str, object]]:
             f"no word of a plan: '{word}'; e.g. tp8, cp, zero1, zb_h1, recompute:full", key="fix"
         )
     axis, size, sp, rest = found.groups()
-    pairs: list[tuple[str, object]] = [(axis, int(size) if size else None)]
+    name = "groups" if axis == "split" else axis  # split alone is of layers too
+    pairs: list[tuple[str, object]] = [(name, int(size) if size else None)]
     pairs += [("sp", True)] if sp else []
     return pairs + (_read(rest) if rest else [])
 
@@ -128,11 +130,17 @@ class MeshChoice(NamedTuple):
     cp: int
     tp: int
     sp: bool
+    split: int = 1
 
     @property
     def world(self) -> int:
         """Ranks."""
-        return self.pp * self.dp * self.cp * self.tp
+        return self.pp * self.dp * self.cp * self.inner
+
+    @property
+    def inner(self) -> int:
+        """Ranks of tp and of the split that stands inside it."""
+        return self.tp * self.split
 
 
 class Shape(NamedTuple):
@@ -212,23 +220,36 @@ class Space:
 
     def meshes(self) -> Iterator[MeshChoice]:
         """Every mesh that ranks, layers, heads and batch allow at all."""
-        ok = self.words.admit
+        ok, text = self.words.admit, self.model.image is None
         for world in self.worlds():
             for pp in divisors(world):
                 if pp > self.model.layers or not ok("pp", pp):
                     continue
-                for tp in divisors(world // pp):
-                    if self.model.heads % tp or not ok("tp", tp):
-                        continue
-                    for cp in divisors(world // pp // tp):
-                        dp = world // pp // tp // cp
+                for tp, split in self._widths(world // pp):
+                    for cp in divisors(world // pp // tp // split):
+                        dp = world // pp // tp // split // cp
                         if self.batch % dp or not self._cuts(cp) or not ok("cp", cp):
                             continue
                         if not ok("dp", dp):
                             continue
-                        for sp in (True, False) if tp > 1 else (False,):
+                        for sp in (True, False) if tp > 1 and text else (False,):
                             if ok("sp", sp):
-                                yield MeshChoice(pp, dp, cp, tp, sp)
+                                yield MeshChoice(pp, dp, cp, tp, sp, split)
+
+    def _widths(self, ranks: int) -> list[tuple[int, int]]:
+        """tp and split, each of as many ranks as heads, or what lies in a group and the groups, allow."""
+        model, ok = self.model, self.words.admit
+        every = (
+            [model.heads] if model.image is None else channels(model.image, model.hidden).values()
+        )
+        groups = 1 if model.image is None else model.image.groups
+        return [
+            (tp, split)
+            for tp in divisors(ranks)
+            if ok("tp", tp) and not any(n % tp for n in every)
+            for split in divisors(ranks // tp)
+            if groups % split == 0 and ok("groups", split) and ok("split", split)
+        ]
 
     def _cuts(self, cp: int) -> bool:
         """Whether cp may cut so many ways: the sequence, or the rows of the first convolution's map."""
@@ -254,7 +275,7 @@ class Space:
         if not self.model.experts:
             ok = self.words.admit("ep", 1) and self.words.admit("etp", 1)
             return [(1, 1)] if ok else []
-        fold = mesh.dp * mesh.cp * mesh.tp
+        fold = mesh.dp * mesh.cp * mesh.inner
         return [
             (ep, etp)
             for ep in divisors(self.model.experts)
@@ -318,7 +339,7 @@ class Space:
 
     def states(self, mesh: MeshChoice, shape: Shape) -> list[State]:
         """(dp_shard, ZeRO stage, order of axes); ZeRO 0 on dp_shard only where experts need the axis."""
-        axes = (mesh.pp, mesh.cp, mesh.tp) if self.turned else (mesh.cp * mesh.tp,)
+        axes = (mesh.pp, mesh.cp, mesh.inner) if self.turned else (mesh.cp * mesh.inner,)
         key = (mesh.dp, *axes, shape.ep, shape.etp)
         if key not in self._states:
             self._states[key] = self._all_states(mesh, shape)
@@ -330,7 +351,7 @@ class Space:
             fits = self.words.admit("dp_shard", shard) and self.words.admit(
                 "dp_replicate", mesh.dp // shard
             )
-            if not fits or shard * mesh.cp * mesh.tp % (shape.ep * shape.etp):
+            if not fits or shard * mesh.cp * mesh.inner % (shape.ep * shape.etp):
                 continue
             stages = (3,) if shard == 1 else (1, 2, 3, *((0,) if shape.ep > 1 else ()))
             if "parameters" in self.offload.targets:  # they come as the shards of stage 3
@@ -343,7 +364,7 @@ class Space:
         """Orders of axes, innermost first."""
         if not self.turned:
             return [self.stated or DEFAULT_ORDER]
-        sizes = (mesh.tp, mesh.cp, shard, mesh.dp // shard, mesh.pp)
+        sizes = (mesh.inner, mesh.cp, shard, mesh.dp // shard, mesh.pp)
         return [o for o in other_orders(sizes, self.job.cluster) if self.words.admit("order", o)]
 
     def times(self, mesh: MeshChoice, schedule: tuple[str, int]) -> int:
@@ -366,6 +387,7 @@ class Space:
             mesh=replace(
                 base.mesh, pp=mesh.pp, dp_replicate=mesh.dp // leaf.dp_shard, dp_shard=leaf.dp_shard,
                 cp=mesh.cp, tp=mesh.tp, sp=mesh.sp, ep=shape.ep, etp=shape.etp, order=leaf.order,
+                split=mesh.split,
             ),
             pipeline=replace(
                 base.pipeline, schedule=leaf.schedule, virtual_stages=leaf.virtual, num_microbatches=m,

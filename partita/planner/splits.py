@@ -126,7 +126,7 @@ def _stages(search: Search, best: Prediction) -> Stages | None:
     """Of a split the seconds of a microbatch in each stage, and what the schedule takes at least."""
     plan, bounds = Plan.parse(best.plan), search.bounds
     m, p = plan.mesh, plan.pipeline
-    mesh = MeshChoice(m.pp, plan.data_parallel_size, m.cp, m.tp, m.sp)
+    mesh = MeshChoice(m.pp, plan.data_parallel_size, m.cp, m.tp, m.sp, m.split)
     shape = Shape(plan.context.method, plan.context.ulysses, m.ep, m.etp)
     samples = search.space.batch // plan.data_parallel_size // plan.num_microbatches
     table = bounds.table(mesh, shape, Tokens(plan.recompute.mode, plan.recompute.every, samples))

@@ -1,4 +1,5 @@
-"""Rows of images among the choices: bounds below `simulate`, the best that of brute force, words."""
+"""Rows, channels and groups of images among the choices: bounds below `simulate`, the best that of brute
+force, words."""
 
 import random
 from dataclasses import replace
@@ -42,9 +43,16 @@ def test_no_bound_of_cut_rows_is_above_what_simulate_says(cluster, size, batch):
     hold_many(s, 2, 12)
 
 
-def test_no_bound_of_uneven_stages_of_cut_rows_is_above_what_simulate_says():
+@pytest.mark.parametrize("fix", [("tp2", "split2"), ("tp4", "cp2"), ("split2", "pp2")])
+def test_no_bound_of_cut_channels_is_above_what_simulate_says(fix):
+    hold_many(photos("16xh100", 131, 16, fix=fix), 3, 12)
+
+
+@pytest.mark.parametrize("axis", ["cp", "tp", "split"])
+def test_no_bound_of_uneven_stages_of_cut_images_is_above_what_simulate_says(axis):
     search = uneven(photos("16xh100", 131, 16))
-    dice, meshes = random.Random(3), [m for m in search.space.meshes() if m.pp > 1 and m.cp > 1]
+    meshes = [m for m in search.space.meshes() if m.pp > 1 and getattr(m, axis) > 1]
+    dice = random.Random(3)
     nodes = (random_leaf(search, dice, meshes) for _ in range(40))
     assert sum(node is not None and splits_hold(search, node, dice) for node in nodes) >= 10
 
@@ -57,6 +65,8 @@ FEW = ("recompute", "zero1", "zero2", "v_min", "v_half", "interleaved_zb")
     [
         (photos("4xh100", 67, 8, 1.2e6, fix=("2mb",), forbid=FEW), "time"),
         (photos("4xh100", 67, 8, 1.2e6, fix=("cp2",), forbid=FEW), "memory"),
+        (photos("4xh100", 67, 8, 6e5, fix=("split2",), forbid=FEW), "time"),
+        (photos("8xh100", 67, 8, 6e5, fix=("tp2", "1mb"), forbid=(*FEW, "cp")), "time"),
         pytest.param(
             photos("8xh100", 67, 8, 7e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
         ),
@@ -64,9 +74,9 @@ FEW = ("recompute", "zero1", "zero2", "v_min", "v_half", "interleaved_zb")
             photos("16xh100", 131, 8, 9e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
         ),
     ],
-    ids=["4", "cp2-memory", "8", "16"],
+    ids=["4", "cp2-memory", "split2", "tp2", "8", "16"],
 )
-def test_the_best_of_cut_rows_is_that_of_brute_force(search, goal):
+def test_the_best_of_cut_images_is_that_of_brute_force(search, goal):
     equals_brute_force(search, Goal(goal))
 
 
@@ -92,6 +102,35 @@ def test_why_rows_are_cut_is_told_by_plans_that_can_be():
     assert "halo" not in told and "cannot be" not in told["tp1"].text
 
 
-def test_no_more_ranks_than_rows():
+def test_no_more_ranks_than_rows_groups_and_channels():
     space = photos("64xh100", 67, 1).space
-    assert max(m.cp for m in space.meshes()) == 8  # of 15 rows behind the first convolution
+    every = list(space.meshes())
+    assert max(m.cp for m in every) == 8  # of 15 rows behind the first convolution
+    assert {m.split for m in every} == {1, 2} and max(
+        m.tp for m in every
+    ) == 8  # of 16 channels in two groups
+    assert not any(m.sp for m in every)
+
+
+def test_channels_are_cut_where_memory_asks_and_why_is_told_by_plans_that_can_be():
+    """One image in a step, and weights that one device does not hold."""
+
+    def asked(**words: tuple[str, ...]) -> Search:
+        return photos("4xh100", 67, 1, 4e5, **words)
+
+    found = asked(forbid=("pp", "cp")).best(ANY)
+    best = found.plans[0]
+    mesh = Plan.parse(best.plan).mesh
+    assert found.complete and mesh.tp * mesh.split > 1 and not mesh.sp, best.plan
+    assert not asked(forbid=("pp", "cp", "tp", "split")).best(ANY).plans
+    for word, axis in (("split", "split"), ("split2", "split"), ("tp2", "tp")):
+        other = asked(forbid=("pp", "cp", word)).best(ANY).plans[0]
+        assert getattr(Plan.parse(other.plan).mesh, axis) != 2, (word, other.plan)
+    for word in ("tp2", "split2"):
+        plans = photos("4xh100", 67, 1, fix=(word,)).best(ANY, top=3).plans
+        assert plans and all(word in p.plan for p in plans)
+    wide = photos("4xh100", 67, 4, fix=("tp2", "split2")).best(ANY).plans[0]
+    told = {r.choice: r for r in why(photos("4xh100", 67, 4).job, wide)}
+    assert "+sp" not in told and "no sp" not in told
+    assert "split" not in told["split2"].changed.plan and "tp" not in told["tp2"].changed.plan
+    assert not any("cannot be" in told[c].text for c in ("tp2", "split2"))
