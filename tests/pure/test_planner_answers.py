@@ -110,7 +110,7 @@ def test_why_speaks_of_every_choice_of_a_plan_with_experts():
 
 def test_images_that_fit_nowhere_are_told_how_much_they_need():
     job = Job.of("alexnet", "laptop", "", global_batch_size=8, seq_len=1)
-    fix, forbid = ("1mb", "recompute:full"), ("tp", "split")
+    fix, forbid = ("1mb", "recompute:full", "pp2"), ("tp", "split", "cp")
     lines = nothing_fits(job, lambda j: searcher(j, fix=fix, forbid=forbid), 30.0)
     assert len(lines) == 1 and "of 29 MB a rank" in lines[0], lines
     with pytest.raises(UsageError, match="images"):
