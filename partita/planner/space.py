@@ -85,7 +85,7 @@ class Words:
 
 def _read(word: str) -> list[tuple[str, object]]:
     """The fields that a word of a plan's line states."""
-    if word in ("sp", "recompute"):
+    if word in ("sp", "recompute", "split"):
         return [(word, True if word == "sp" else None)]
     if found := re.fullmatch(r"(\d+)mb", word):
         return [("num_microbatches", int(found[1]))]
@@ -104,8 +104,6 @@ def _read(word: str) -> list[tuple[str, object]]:
         to = word[8:] or None
         if to is None or to in CHOICES["offload", "to"]:
             return [("offload", to)]
-    if word == "split":
-        return [("split", None)]
     if word == "order" or word.startswith("order:"):
         return [("order", Plan.parse(word).mesh.order if word[5:] else None)]
     if word in CHOICES["context", "method"]:
@@ -116,8 +114,8 @@ def _read(word: str) -> list[tuple[str, object]]:
             f"no word of a plan: '{word}'; e.g. tp8, cp, zero1, zb_h1, recompute:full", key="fix"
         )
     axis, size, sp, rest = found.groups()
-    name = "groups" if axis == "split" else axis  # split alone is of layers too
-    pairs: list[tuple[str, object]] = [(name, int(size) if size else None)]
+    axis = "groups" if axis == "split" else axis  # split alone is of layers too
+    pairs: list[tuple[str, object]] = [(axis, int(size) if size else None)]
     pairs += [("sp", True)] if sp else []
     return pairs + (_read(rest) if rest else [])
 
@@ -228,9 +226,9 @@ class Space:
                 for tp, split in self._widths(world // pp):
                     for cp in divisors(world // pp // tp // split):
                         dp = world // pp // tp // split // cp
-                        if self.batch % dp or not self._cuts(cp) or not ok("cp", cp):
+                        if self.batch % dp or not self._cuts(cp):
                             continue
-                        if not ok("dp", dp):
+                        if not (ok("cp", cp) and ok("dp", dp)):
                             continue
                         for sp in (True, False) if tp > 1 and text else (False,):
                             if ok("sp", sp):
@@ -238,11 +236,9 @@ class Space:
 
     def _widths(self, ranks: int) -> list[tuple[int, int]]:
         """tp and split, each of as many ranks as heads, or what lies in a group and the groups, allow."""
-        model, ok = self.model, self.words.admit
-        every = (
-            [model.heads] if model.image is None else channels(model.image, model.hidden).values()
-        )
-        groups = 1 if model.image is None else model.image.groups
+        model, ok, image = self.model, self.words.admit, self.model.image
+        every = [model.heads] if image is None else [*channels(image, model.hidden).values()]
+        groups = 1 if image is None else image.groups
         return [
             (tp, split)
             for tp in divisors(ranks)
@@ -348,9 +344,8 @@ class Space:
     def _all_states(self, mesh: MeshChoice, shape: Shape) -> list[State]:
         found = []
         for shard in divisors(mesh.dp):
-            fits = self.words.admit("dp_shard", shard) and self.words.admit(
-                "dp_replicate", mesh.dp // shard
-            )
+            ok = self.words.admit
+            fits = ok("dp_shard", shard) and ok("dp_replicate", mesh.dp // shard)
             if not fits or shard * mesh.cp * mesh.inner % (shape.ep * shape.etp):
                 continue
             stages = (3,) if shard == 1 else (1, 2, 3, *((0,) if shape.ep > 1 else ()))

@@ -105,7 +105,7 @@ def test_why_rows_are_cut_is_told_by_plans_that_can_be():
 def test_no_more_ranks_than_rows_groups_and_channels():
     space = photos("64xh100", 67, 1).space
     every = list(space.meshes())
-    assert max(m.cp for m in every) == 8  # of 15 rows behind the first convolution
+    assert max(m.cp for m in every) == 14  # of 56 devices, 15 rows behind the first convolution
     assert {m.split for m in every} == {1, 2} and max(
         m.tp for m in every
     ) == 8  # of 16 channels in two groups
