@@ -175,12 +175,13 @@ def _usable(rows: Iterable[Row]) -> tuple[list[tuple[Row, Case]], list[Skip]]:
     kept: dict[tuple[str, ...], tuple[Row, Case]] = {}
     skipped: list[Skip] = []
     told: set[tuple[str, ...]] = set()
+    ids: set[str] = set()
     for row in rows:
         if row["metric"] not in order:
             continue
         key = (*_configuration(row), _revision(row))
         try:
-            one = row, _read(row, told)
+            one = row, _read(row, ids)
         except (UnpredictableError, UsageError) as error:
             why = str(error) if isinstance(error, UnpredictableError) else f"refused, {error}"
             skipped.append(Skip(row, SAME if (*key, why) in told else why))
@@ -195,11 +196,11 @@ def _usable(rows: Iterable[Row]) -> tuple[list[tuple[Row, Case]], list[Skip]]:
     return list(kept.values()), skipped
 
 
-def _read(row: Row, told: set[tuple[str, ...]]) -> Case:
+def _read(row: Row, ids: set[str]) -> Case:
     """The row as a case, its value a number, its id not met before."""
-    if (row["id"],) in told:
+    if row["id"] in ids:
         raise UnpredictableError(f"an id that stands twice: {row['id']}")
-    told.add((row["id"],))
+    ids.add(row["id"])
     value_of(row)
     return case(row)
 

@@ -106,9 +106,8 @@ def test_no_more_ranks_than_rows_groups_and_channels():
     space = photos("64xh100", 67, 1).space
     every = list(space.meshes())
     assert max(m.cp for m in every) == 14  # of 56 devices, 15 rows behind the first convolution
-    assert {m.split for m in every} == {1, 2} and max(
-        m.tp for m in every
-    ) == 8  # of 16 channels in two groups
+    assert {m.split for m in every} == {1, 2}
+    assert max(m.tp for m in every) == 8  # of 16 channels in two groups
     assert not any(m.sp for m in every)
 
 
