@@ -1,10 +1,7 @@
 """What a rank holds over a step: the ledger's categories along the schedule's clock, and who holds the peak.
 
 parameters, optimizer and gradients stay, but gradients that ZeRO cuts come as the first B of their stage (W
-where halves are split) lets go of what it kept; activations live from F to the end of B (W); buffers, at the
-worst moment inside any of the rank's actions, while one runs. The curve's top is the ledger's peak, by
-construction and by a test.
-
+where halves XX
 A device shows more than its tensors: the context of its runtime and of its communicators, and what the
 allocator cannot give back. `peak_interval` is of tensors alone, `shown_bytes` of all that a device shows.
 """
@@ -42,8 +39,8 @@ from partita.spec.cluster import Cluster
 @dataclass(frozen=True)
 class Held:
     """A step of the ranks at one place of pp: from each time on, bytes of activations, of buffers and of
-    the gradients that come; and the bytes that stay. `peak_s`: when the sum is largest, for the first time;
-    `during`: what runs then."""
+    gradients; and the parameters and optimizer that stay. `peak_s`: when the sum is largest, for the first
+    time; `during`: what runs then."""
 
     times_s: tuple[float, ...]
     activations: tuple[int, ...]
@@ -69,22 +66,22 @@ def held(laid: Laid, place: int, schedule: Schedule, spans: Iterable[Span], ledg
         if away
         else {t: int(n) for t, n in held_over_time(schedule, own, kept, waits)[place]}
     )
-    pictures = picture_bytes(laid, place)
-    most = sum(ledger.at_peak[c] for c in ("activations", "buffers")) - pictures
-    inside = most - kept_at_once(laid, place, schedule)[0]
-    runs = {s.end_s: 0 for s in own} | {s.start_s: inside for s in own}
-    come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming)
+    pictures, stands = picture_bytes(laid, place), standing_gradients(laid, place)
+    at, most = ledger.at_peak, kept_at_once(laid, place, schedule)[0]
+    gone = most - (at["activations"] - pictures)  # at the worst moment inside an action
+    runs = {s.end_s: False for s in own} | {s.start_s: True for s in own}
+    come = Counter({0.0: int(sum(coming))}) if away else _come(own, kept, coming, waits)
     times = sorted({0.0, *level, *runs})
     activations, buffers, gradients = [], [], []
-    a = b = g = 0
+    a, g, inside = 0, stands, False
     for time in times:
-        a, b, g = level.get(time, a), runs.get(time, b), g + come.get(time, 0)
-        activations.append(a)
-        buffers.append(b)
+        a, g, inside = level.get(time, a), g + come.get(time, 0), runs.get(time, inside)
+        less = min(gone, a) if inside else 0
+        activations.append(a - less + pictures)
+        buffers.append(at["buffers"] - gone + less if inside else 0)
         gradients.append(g)
     top = max(range(len(times)), key=lambda i: activations[i] + buffers[i] + gradients[i])
-    stays = sum(ledger.at_peak.get(c, 0) for c in ("parameters", "optimizer"))
-    stays += standing_gradients(laid, place) + pictures
+    stays = sum(at.get(c, 0) for c in ("parameters", "optimizer"))
     during = next((s.name for s in own if s.start_s <= times[top] < s.end_s), "")
     return Held(
         tuple(times), tuple(activations), tuple(buffers), tuple(gradients), stays, times[top], during
@@ -101,16 +98,19 @@ def _leaving(laid: Laid, place: int, schedule: Schedule, own: Sequence[Span]) ->
     return found
 
 
-def _come(own: Sequence[Span], kept: Sequence[float], coming: Sequence[float]) -> Counter[float]:
-    """Bytes of gradients by when they come: as far as a stage's first backward does not let go of as much,
-    at its start, the others at its end."""
+def _come(
+    own: Sequence[Span], kept: Sequence[float], coming: Sequence[float], waits: Sequence[float]
+) -> Counter[float]:
+    """Bytes of gradients by when they come: as far as a stage's first backward does not let go of as much (a
+    weight half of what it reads, where that is more than was kept), at its start, the others at its end."""
     found: Counter[float] = Counter()
     first: dict[int, Span] = {}
     for s in own:
         if s.kind in ("B", "W"):
             first.setdefault(s.stage, s)
     for stage, s in first.items():
-        early = max(int(coming[stage] - kept[stage]), 0)
+        goes = max(kept[stage], waits[stage]) if s.kind == "W" else kept[stage]
+        early = max(int(coming[stage] - goes), 0)
         found[s.start_s] += early
         found[s.end_s] += int(coming[stage]) - early
     return found

@@ -45,6 +45,9 @@ def test_the_curves_top_is_the_ledgers_peak(plan):
         assert max(size for _, size in total) == ledger.peak_bytes
         assert dict(total)[curve.peak_s] == ledger.peak_bytes
         assert curve.during
+        top = curve.times_s.index(curve.peak_s)
+        for name in ("activations", "buffers", "gradients"):  # one figure, wherever it is read
+            assert getattr(curve, name)[top] == ledger.at_peak[name], name
         assert total[-1][1] == curve.stays + curve.gradients[-1]  # only states are left at the end
         assert curve.times_s == tuple(sorted(set(curve.times_s)))
         who = holders(p.laid, place, ledger, p.job.cluster)
@@ -90,8 +93,11 @@ def test_simulate_answers_with_curves_page_and_trace(tmp_path):
     for rank in found:
         curve = rank["over_time"]
         assert len(curve["time_s"]) == len(curve["activations"]) == len(curve["buffers"])
-        tops = map(sum, zip(curve["activations"], curve["buffers"], strict=True))
-        stays = rank["parameters"] + rank["gradients"] + rank["optimizer"]
+        names = ("activations", "buffers", "gradients")
+        tops = map(sum, zip(*(curve[name] for name in names), strict=True))
+        stays = rank["parameters"] + rank["optimizer"]
+        top = curve["time_s"].index(rank["peak"]["time_s"])
+        assert {name: curve[name][top] for name in names} == {name: rank[name] for name in names}
         assert max(tops) + stays == rank["total"] == sum(rank["holders"].values())
         assert 0 <= rank["peak"]["time_s"] <= curve["time_s"][-1]
     assert page.read_text().count('class="held"') == 2

@@ -66,6 +66,11 @@ def test_a_peak_lies_in_its_interval_and_the_device_shows_no_less(question):
         assert low <= shown[0] <= shown[1] and high <= shown[1], job.plan
         fits = memory["peak_bytes"] <= memory["limit_bytes"]
         assert p.fits == fits or job.plan.offload.to != "none", job.plan
+        for rank in memory["per_rank"]:  # by category as over time
+            curve = rank["over_time"]
+            top = curve["time_s"].index(rank["peak"]["time_s"])
+            for name in ("activations", "buffers", "gradients"):
+                assert curve[name][top] == rank[name], (job.plan, name)
 
 
 @pytest.mark.parametrize("question", [*OWN, CORES], ids=str)
