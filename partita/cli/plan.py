@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, Words, from_words
 from partita.cli.out import hold_place, note, write_file, write_json, write_text
 from partita.planner.judge import fit_error, judged, would_be_legal
@@ -17,6 +18,16 @@ from partita.spec.job import Job
 
 if TYPE_CHECKING:
     from partita.planner.ask import Answer
+
+OF_SEARCH = ("solve", "pareto", "fix", "forbid", "precision")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the page and the job with its plan go; None: nowhere."""
+
+    html: Path | None = None
+    save: Path | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -58,31 +69,44 @@ def plan(
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
-    job = from_words(words, line, batch)
-    if line is not None:
-        _judge(job, json)
-        return
     hold_place(html)
     hold_place(save)
-    from partita.planner.ask import (
-        Question,
-        ask,
-    )  # a plan of the user's is judged without the search
-
     words_of = (tuple(fix or ()), tuple(forbid or ()))
+    if line is not None:
+        asked = (solve, pareto, *words_of, precision)
+        _hold_alone(dict(zip(OF_SEARCH, asked, strict=True)))
+        _judge(from_words(words, line, batch), goal, Files(html, save), measure, json)
+        return
+    job = from_words(words, None, batch)
+    from partita.planner.ask import Question, ask  # a user's own plan is judged without the search
+
     dtypes = tuple(filter(None, precision.split(",")))
     question = Question(goal, top, *words_of, budget, pareto or "", solve or "", dtypes)
     answer = ask(job, question)
     if measure and answer.plans:
         answer = _measured(job, answer, measure)
-    if save is not None and answer.plans and not solve:
-        write_file(save, job.with_plan(answer.plans[0].plan).to_toml())
-    if html is not None and answer.plans:
-        write_file(html, _page(job, answer))
+    if answer.plans:
+        _write(job, answer, Files(html, None if solve else save))
     _tell(answer, json)
     if not answer.plans:
         note(f"partita: {next(iter(answer.texts), 'no plan fits')}")
         raise typer.Exit(1)
+
+
+def _hold_alone(asked: dict[str, Any]) -> None:
+    """Raises UsageError where a question to the search stands beside a plan of the user's."""
+    for name, value in asked.items():
+        if value:
+            text = f"--{name} asks the search, --plan judges one plan without it: one of the two, not both"
+            raise UsageError(text, key=name)
+
+
+def _write(job: Job, answer: Answer, files: Files) -> None:
+    """What the user asked for of plans that were found, the best first."""
+    if files.save is not None:
+        write_file(files.save, job.with_plan(answer.plans[0].plan).to_toml())
+    if files.html is not None:
+        write_file(files.html, _page(job, answer))
 
 
 def _measured(job: Job, answer: Answer, count: int) -> Answer:
@@ -104,11 +128,10 @@ def _page(job: Job, answer: Answer) -> str:
     from partita.planner.answer import counts
     from partita.plots.plans import plans_page
 
-    model, cluster = job.model.name, job.cluster.name
+    model, cluster, best = job.model.name, job.cluster.name, answer.plans[0]
     title = f"{model} on {cluster}" if model and cluster else job.name
-    return plans_page(
-        title, counts(answer.found), answer.plans, {answer.plans[0].plan: answer.texts}
-    )
+    lead = counts(answer.found) if answer.found.considered else best.verdict
+    return plans_page(title, lead, answer.plans, {best.plan: answer.texts})
 
 
 def _tell(answer: Answer, json: bool) -> None:
@@ -122,40 +145,63 @@ def _tell(answer: Answer, json: bool) -> None:
     write_text("\n".join([*lines, *answer.texts]))
 
 
-def _judge(job: Job, json: bool) -> None:
-    """One plan of the user's."""
+def _judge(job: Job, goal: str, files: Files, measure: int, json: bool) -> None:
+    """One plan of the user's; what fits may be measured, shown and saved."""
     start = time.perf_counter()
+    if goal != "time":
+        from partita.planner.solve import goal_of
+
+        goal_of(job, goal)
     found = judged(job)
     illegal = any(p.severity == "error" for p in found.problems)
-    why = _why(job, found, illegal)
+    why = _why(job, found, illegal, goal)
+    ran: dict[str, Any] = {}
+    if found.fits and (measure or files != Files()):
+        from partita.planner.ask import Answer
+        from partita.planner.search import Found
+
+        answer = Answer(Found(plans=[found]), (found,), tuple(why))
+        answer = _measured(job, answer, 1) if measure else answer
+        _write(job, answer, files)
+        why = list(answer.texts)
+        if answer.measured:
+            seconds, num_bytes = answer.measured[found.plan]
+            ran = {"measured": {"step_time_s": seconds, "peak_bytes": num_bytes}}
+            ran["others"] = answer.others
     if json:
-        write_json(_document(found, why, time.perf_counter() - start))
+        write_json(_document(found, why, ran, time.perf_counter() - start))
     else:
         text = str(found) if illegal or found.fits else found.head()  # else `why` has the ledger
         write_text("\n".join([text, *why]))
     if not found.fits:
+        if measure or files != Files():
+            note("nothing was measured or written: that is for plans that fit")
         note(f"partita: {found.verdict}")
         raise typer.Exit(1)
 
 
-def _why(job: Job, found: Prediction, illegal: bool) -> list[str]:
+def _why(job: Job, found: Prediction, illegal: bool, goal: str) -> list[str]:
     if illegal:
         return would_be_legal(found)
     if not found.fits:
         return str(fit_error(job, found)).splitlines()
     from partita.planner.explain import beside
 
-    return beside(job, found)
+    return beside(job, found, goal)
 
 
-def _document(found: Prediction, why: list[str], seconds: float) -> dict[str, Any]:
+def _document(
+    found: Prediction, why: list[str], ran: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    wrong = next((f"{p.room} {p.rule}" for p in found.problems if p.severity == "error"), "memory")
+    others = {"others": ran["others"]} if ran else {}
     return {
-        "plans": [{**found.to_json(), "why": why}],
+        "plans": [{**found.to_json(), "why": why, "measured": ran.get("measured")}],
         "considered": 1,
-        "rejected": {}
-        if found.fits
-        else {found.problems[0].rule if found.problems else "memory": 1},
+        "rejected": {} if found.fits else {wrong: 1},
         "bounded": 0,
+        "simulated": int(found.step_time_s is not None),
         "complete": True,
         "seconds": seconds,
+        **others,
     }

@@ -217,10 +217,10 @@ def _plain(plan: Plan) -> Plan:
     return plan if plan.mesh.dp_shard > 1 else plan.with_("data", zero_stage=Plan().data.zero_stage)
 
 
-def beside(job: Job, named: Prediction) -> list[str]:
+def beside(job: Job, named: Prediction, goal: str = "time") -> list[str]:
     """Of a plan that a user names and that fits: what binds, the change of one choice that makes it fastest,
-    and the reason for every choice."""
-    reasons, (ours, _, _) = why(job, named), measures(named)
+    and the reason for every choice, memory first where it is the goal."""
+    reasons, (ours, _, _) = why(job, named, goal), measures(named)
     fits = [r for r in reasons if r.changed.fits and r.changed.step_time_s is not None]
     best = min(fits, key=lambda r: measures(r.changed)[0], default=None)
     told = "no change of one choice alone makes it faster"

@@ -89,6 +89,16 @@ def test_the_answer_says_what_else_ran(tmp_path: Path, monkeypatch) -> None:
     assert document(answer)["others"] == 1.25 and "1.2 of its" in answer.texts[-1]
 
 
+def test_a_judged_plan_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("partita.tune.measure._run", lambda job, p, *_: Measured(p, 0.5, 7))
+    monkeypatch.setattr("partita.tune.measure.cores_taken", lambda: 0.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = "plan tiny laptop --global-batch-size 4 --seq-len 32 --plan dp_replicate2 --measure 3"
+    assert run([*words.split(), "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["measured"] == {"step_time_s": 0.5, "peak_bytes": 7}
+
+
 def test_more_ranks_than_a_machine_starts_are_refused() -> None:
     job = Job.of("tiny", "4096xh100", "dp4096", global_batch_size=4096, seq_len=64)
     with pytest.raises(UsageError, match="4096 ranks"):

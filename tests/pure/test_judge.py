@@ -78,3 +78,36 @@ def test_an_illegal_plan_is_told_on_the_last_line(verb: str, capsys) -> None:
     told = told["plans"][0] if verb == "plan" else told
     assert told["fits"] is False and told["step_time_s"] is None
     assert {p["room"] for p in told["problems"]} >= {"mesh", "cp", "tp"}
+
+
+def test_a_judged_plan_is_shown_and_saved(tmp_path, capsys) -> None:
+    page, saved = tmp_path / "p.html", tmp_path / "job.toml"
+    words = ["plan", "tiny", "8xh100", "--plan", "tp2 8mb", *ASKED]
+    assert run([*words, "--html", str(page), "--save", str(saved)]) == 0
+    assert "tp2 8mb" in page.read_text() and str(Job.load(saved).plan) == "tp2 8mb"
+    capsys.readouterr()
+    words[4:5] = ["tp3"]  # illegal: there is nothing to show, and that is said
+    page.unlink()
+    assert run([*words, "--html", str(page)]) == 1 and not page.exists()
+    assert "nothing was measured or written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--solve", "devices"),
+        ("--pareto", "time,memory"),
+        ("--fix", "tp2"),
+        ("--forbid", "cp"),
+        ("--precision", "bf16"),
+    ],
+)
+def test_what_asks_the_search_is_refused_beside_a_plan(asked, capsys) -> None:
+    assert run(["plan", "tiny", "8xh100", "--plan", "tp2 8mb", *ASKED, *asked]) == 2
+    assert f"{asked[0]} asks the search" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_judged_plan_knows_goals(capsys) -> None:
+    words = ["plan", "tiny", "8xh100", "--plan", "tp2 8mb", *ASKED, "--goal"]
+    assert run([*words, "speed"]) == 2 and run([*words, "memory"]) == 0
+    assert "MB instead of" in capsys.readouterr().out
