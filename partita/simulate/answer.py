@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
 
@@ -15,11 +16,18 @@ from partita.simulate.predict import Prediction
 
 # of step times: where constants were fitted (docs/validation.md), and elsewhere
 FITTED, UNFITTED = 0.15, 0.3
-_EMPTY = (
-    "step_time_s", "step_time_interval_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "hfu",
-    "bubble_fraction", "memory", "traffic", "time", "jitter", "goodput",
-    "routing", "packed", "cost",
-)  # fmt: skip
+_EMPTY = {  # what is said of an illegal plan: a document of the same shape, and no number in it
+    **dict.fromkeys(("step_time_s", "tokens_per_s", "tokens_per_s_per_device")),
+    **dict.fromkeys(("mfu", "hfu", "bubble_fraction", "cost")),
+    **dict.fromkeys(("jitter", "goodput", "routing", "packed")),
+    "step_time_interval_s": [None, None],
+    "memory": {
+        "peak_bytes": None, "peak_interval_bytes": [None, None],
+        "device_interval_bytes": [None, None], "limit_bytes": None, "per_rank": [],
+    },
+    "traffic": [],
+    "time": {"compute_s": None, "exposed_comm_s": {}, "bubble_s": None, "optimizer_s": None},
+}  # fmt: skip
 
 
 def to_json(p: Prediction) -> dict[str, Any]:
@@ -32,7 +40,7 @@ def to_json(p: Prediction) -> dict[str, Any]:
         "flops_convention": "model_causal",
     }
     if p.step_time_s is None or p.laid is None:
-        return head | dict.fromkeys(_EMPTY)
+        return head | deepcopy(_EMPTY)
     rate = p.tokens_per_step / p.step_time_s
     spread = FITTED if device_class(p.device) in table()["device"] else UNFITTED
     low, high = 1 - spread, 1 + spread
