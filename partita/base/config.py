@@ -93,7 +93,9 @@ def decode(
     if problems:
         where = f"{file}: " if file else ""
         lines = [f"{where}{key}: {text}" if key else f"{where}{text}" for key, text in problems]
-        raise UsageError("\n".join(lines), file=file, key=problems[0][0] or None)
+        wrong = UsageError("\n".join(lines), file=file, key=problems[0][0] or None)
+        wrong.keys = tuple(key for key, _ in problems)
+        raise wrong
     return value
 
 
@@ -145,9 +147,7 @@ def _decode_fields(
     try:
         return kind(**values)
     except UsageError as error:
-        inner = _dotted(key, error.key) if error.key else key
-        problems.append((inner, error.message))
-        problems += [(_dotted(key, other), text) for other, text in error.others]
+        problems += [(_dotted(key, own) if own else key, text) for own, text in error.all]
         return None
 
 

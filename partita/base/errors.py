@@ -64,18 +64,30 @@ def _rebuild(kind: type[PartitaError], message: str, state: dict[str, object]) -
 
 
 class UsageError(PartitaError):
-    """The command or the job file is wrong. `others`: what else is, each with its key and told beside it."""
+    """The command or the job file is wrong. `others`: what else is, each with its key and told beside it;
+    `keys`: of the problems, of which each has a line of the message."""
 
     exit_code, kind = 2, "usage"
     others: tuple[tuple[str, str], ...] = ()
+    keys: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> list[tuple[str, str]]:
+        """Key and text of everything that is wrong."""
+        return [(self.key or "", self.message), *self.others]
 
 
 def raise_all(problems: Sequence[tuple[str, str]]) -> None:
     """Raises UsageError of the first (key, text), with the others beside it, where there are any."""
     if problems:
-        error = UsageError(problems[0][1], key=problems[0][0])
-        error.others = tuple(problems[1:])
-        raise error
+        raise all_of(problems)
+
+
+def all_of(problems: Sequence[tuple[str, str]]) -> UsageError:
+    """The first (key, text) as an error, with the others beside it."""
+    error = UsageError(problems[0][1], key=problems[0][0])
+    error.others = tuple(problems[1:])
+    return error
 
 
 class PlanError(PartitaError):

@@ -206,7 +206,15 @@ def _print_failure(error: PartitaError, as_json: bool) -> None:
         note("\n".join(lines))
     cause = ": ".join([lines[0].rstrip(":"), *_first_problem(error, lines[1:2])])
     where = f"{error.file}: " if error.file and error.file not in cause else ""
-    note(f"partita: {where}{cause}")
+    note(f"partita: {where}{cause}{_and_more(error)}")
+
+
+def _and_more(error: PartitaError) -> str:
+    """How many problems the last line leaves to those above it."""
+    told = len(error.keys) if isinstance(error, UsageError) else 1
+    if isinstance(error, PlanError):
+        told = sum(p.severity == "error" for p in error.problems)
+    return f" (and {told - 1} more above)" if told > 1 else ""
 
 
 def _first_problem(error: PartitaError, below: list[str]) -> list[str]:

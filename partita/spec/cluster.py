@@ -7,7 +7,7 @@ neighbouring devices; of two ranks the innermost tier that joins them is the lin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +24,8 @@ from partita.spec.reliability import Jitter, Reliability
 
 PRESETS = Path(__file__).parent / "presets" / "clusters"
 MAX_DEVICES = 10_000_000
+AWAY = ("host_memory_bytes", "host_link_bytes_per_s", "disk_bytes", "disk_bytes_per_s")
+Wrong = Iterator[tuple[str, str]]  # key and text of what is wrong
 DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
 
 
@@ -60,9 +62,13 @@ class NodeGroup:
     peak_flops: Mapping[str, float] = field(hash=False)
 
     def __post_init__(self) -> None:
-        _within("count", self.count, 1, MAX_DEVICES)
-        _within("devices", self.devices, 1, MAX_DEVICES)
-        _check_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
+        raise_all(
+            [
+                *_outside("count", self.count, 1, MAX_DEVICES),
+                *_outside("devices", self.devices, 1, MAX_DEVICES),
+                *_wrong_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops),
+            ]
+        )
 
 
 class Wiring:
@@ -119,35 +125,26 @@ class Cluster:
     slower: float = 1.0  # so many times what its rates say plans took here (plan --measure)
 
     def __post_init__(self) -> None:
-        _within("devices", self.devices, 1, MAX_DEVICES)
-        _within("devices_per_node", self.devices_per_node, 1, MAX_DEVICES)
-        _check_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
-        _within("memory_limit_fraction", self.memory_limit_fraction, 0.01, 1)
+        raise_all([*self._wrong(), *_wrong_measured(self)])
+
+    def _wrong(self) -> Wrong:
+        """Key and text of all that cannot be of its devices and links."""
+        yield from _outside("devices", self.devices, 1, MAX_DEVICES)
+        yield from _outside("devices_per_node", self.devices_per_node, 1, MAX_DEVICES)
+        yield from _wrong_rates(self.memory_bytes, self.memory_bytes_per_s, self.peak_flops)
+        yield from _outside("memory_limit_fraction", self.memory_limit_fraction, 0.01, 1)
         if self.cores_shared is not None:
-            _within("cores_shared", self.cores_shared, 1, 100_000)
-        for name in (
-            "host_memory_bytes",
-            "host_link_bytes_per_s",
-            "disk_bytes",
-            "disk_bytes_per_s",
-        ):
+            yield from _outside("cores_shared", self.cores_shared, 1, 100_000)
+        for name in AWAY:
             if (value := getattr(self, name)) is not None:
-                _within(name, value, 1, 1e18)
-        _within("slower", self.slower, 0.01, 100)
-        for ranks, factor in (self.crowding or {}).items():
-            if not ranks.isdecimal() or int(ranks) < 1:
-                raise UsageError(f"{ranks!r} is no number of ranks", key="crowding")
-            _within("crowding", factor, 1, 100)
-        _check_matmuls(self.matmul_flops_per_s or {})
-        _check_seconds("piece_seconds", self.piece_seconds or {})
-        _check_seconds("collective_seconds", self.collective_seconds or {})
+                yield from _outside(name, value, 1, 1e18)
         sizes = [link.devices for link in self.links]
         if sizes != sorted(sizes):
-            raise UsageError(f"inner tiers come first, these join {sizes} devices", key="links")
-        if self.devices > 1 and (not sizes or sizes[-1] < self.devices):
+            yield "links", f"inner tiers come first, these join {sizes} devices"
+        elif 1 < self.devices <= MAX_DEVICES and (not sizes or sizes[-1] < self.devices):
             joined = sizes[-1] if sizes else 1
             text = f"the outermost tier joins {joined} of {self.devices} devices; add a tier"
-            raise UsageError(f"{text} that joins all", key="links")
+            yield "links", f"{text} that joins all"
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -286,41 +283,49 @@ def _outside(key: str, value: float, low: float, high: float) -> list[tuple[str,
     return [] if holds else [(key, f"{value} is not within {low:g}..{high:g}")]
 
 
-def _within(key: str, value: float, low: float, high: float) -> None:
-    raise_all(_outside(key, value, low, high))
-
-
-def _check_rates(memory_bytes: int, memory_bytes_per_s: float, peaks: Mapping[str, float]) -> None:
-    _within("memory_bytes", memory_bytes, 1_000, 10**16)
-    _within("memory_bytes_per_s", memory_bytes_per_s, 1, 1e18)
+def _wrong_rates(memory_bytes: int, memory_bytes_per_s: float, peaks: Mapping[str, float]) -> Wrong:
+    yield from _outside("memory_bytes", memory_bytes, 1_000, 10**16)
+    yield from _outside("memory_bytes_per_s", memory_bytes_per_s, 1, 1e18)
     if not peaks:
-        raise UsageError("at least one precision is wanted, e.g. {fp32 = 50e9}", key="peak_flops")
+        yield "peak_flops", "at least one precision is wanted, e.g. {fp32 = 50e9}"
     for name, peak in peaks.items():
         if name not in DTYPES:
-            raise UsageError(f"no precision '{name}'{did_you_mean(name, DTYPES)}", key="peak_flops")
-        _within(f"peak_flops.{name}", peak, 1, 1e21)
+            yield "peak_flops", f"no precision '{name}'{did_you_mean(name, DTYPES)}"
+        yield from _outside(f"peak_flops.{name}", peak, 1, 1e21)
 
 
-def _check_matmuls(measured: Mapping[str, Mapping[str, float]]) -> None:
+def _wrong_measured(cluster: Cluster) -> Wrong:
+    """What was measured, and cannot have been."""
+    yield from _outside("slower", cluster.slower, 0.01, 100)
+    for ranks, factor in (cluster.crowding or {}).items():
+        if not ranks.isdecimal() or int(ranks) < 1:
+            yield "crowding", f"{ranks!r} is no number of ranks"
+        yield from _outside("crowding", factor, 1, 100)
+    yield from _wrong_matmuls(cluster.matmul_flops_per_s or {})
+    yield from _wrong_seconds("piece_seconds", cluster.piece_seconds or {})
+    yield from _wrong_seconds("collective_seconds", cluster.collective_seconds or {})
+
+
+def _wrong_matmuls(measured: Mapping[str, Mapping[str, float]]) -> Wrong:
     for dtype, rates in measured.items():
         for size, rate in rates.items():
             if not re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}x[1-9]\d{0,8}", size):
                 text = (
                     f"'{size}' is no size of a product: rows x inner x columns, e.g. '256x192x512'"
                 )
-                raise UsageError(text, key=f"matmul_flops_per_s.{dtype}")
-            _within(f"matmul_flops_per_s.{dtype}.{size}", rate, 1, 1e21)
+                yield f"matmul_flops_per_s.{dtype}", text
+            yield from _outside(f"matmul_flops_per_s.{dtype}.{size}", rate, 1, 1e21)
 
 
-def _check_seconds(field: str, measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+def _wrong_seconds(field: str, measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Wrong:
     for outer, by_name in measured.items():
         for name, by_size in by_name.items():
             if not by_size:
-                raise UsageError("no size was measured", key=f"{field}.{outer}.{name}")
+                yield f"{field}.{outer}.{name}", "no size was measured"
             for size, seconds in by_size.items():
                 if not re.fullmatch(r"[1-9]\d{0,17}", size):
-                    raise UsageError(f"'{size}' is no size", key=f"{field}.{outer}.{name}")
-                _within(f"{field}.{outer}.{name}.{size}", seconds, 0, 3600)
+                    yield f"{field}.{outer}.{name}", f"'{size}' is no size"
+                yield from _outside(f"{field}.{outer}.{name}.{size}", seconds, 0, 3600)
 
 
 def _known() -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from partita.base.config import decode, load_toml
-from partita.base.errors import UsageError, raise_all
-from partita.spec.cluster import PRESETS, Cluster, Link, NodeGroup, split_preset
+from partita.base.errors import UsageError, all_of, raise_all
+from partita.spec.cluster import MAX_DEVICES, PRESETS, Cluster, Link, NodeGroup, split_preset
 from partita.spec.hardware import Hardware, find_hardware
 from partita.spec.prices import Prices
 from partita.spec.reliability import Jitter, Reliability
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,32 @@ def read_cluster(
     """The cluster of a table. Raises UsageError that names file and key."""
     try:
         rest = _with_base(table, folder)
-        stated = decode(_File, rest, file=file, prefix=prefix)
     except UsageError as error:
         if error.file is not None:
             raise
         raise _placed(error, file, prefix) from None
+    told, out, found = list[UsageError](), set[str](), None
     try:
-        return _resolve(stated)
+        stated = decode(_File, rest, file=file, prefix=prefix)
+    except UsageError as error:  # what is wrong with the other fields is told beside it
+        told.append(error)
+        out = {_top(key.removeprefix(f"{prefix}.")) for key in error.keys}
+        stated = decode(_File, {k: v for k, v in rest.items() if k not in out})
+    try:
+        found = _resolve(stated)
     except UsageError as error:
-        raise _placed(error, file, prefix) from None
+        more = [(key, text) for key, text in error.all if _top(key) not in out]
+        told += [_placed(all_of(more), file, prefix)] if more else []
+    if found is not None and not told:
+        return found
+    placed = UsageError("\n".join(x.message for x in told), file=told[0].file, key=told[0].key)
+    placed.keys = tuple(key for x in told for key in x.keys)
+    raise placed
+
+
+def _top(key: str) -> str:
+    """The field that a key lies in."""
+    return key.partition(".")[0].partition("[")[0]
 
 
 def _placed(error: UsageError, file: str | None, prefix: str) -> UsageError:
@@ -92,8 +112,10 @@ def _placed(error: UsageError, file: str | None, prefix: str) -> UsageError:
     key = f"{prefix}.{error.key}" if prefix else error.key
     where = f"{file}: " if file else ""
     before = f"{where}{prefix}." if prefix else where
-    told = [f"{before}{k}: {text}" for k, text in ((error.key, error.message), *error.others)]
-    return UsageError("\n".join(told), file=file, key=key)
+    told = [f"{before}{k}: {text}" for k, text in error.all]
+    placed = UsageError("\n".join(told), file=file, key=key)
+    placed.keys = tuple(key for key, _ in error.all)
+    return placed
 
 
 def _with_base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -148,20 +170,49 @@ def _row(name: str) -> Hardware:
 
 
 def _resolve(stated: _File) -> Cluster:
+    """The cluster, or all that is wrong: of nodes, links and the devices, as far as each can be told."""
+    wrong: list[tuple[str, str]] = []
+
+    def tried(make: Callable[[], T], instead: T) -> T:
+        try:
+            return make()
+        except UsageError as error:
+            wrong.extend(error.all)
+            return instead
+
     if stated.nodes and (stated.devices is not None or stated.device is not None):
-        raise UsageError("nodes replace devices and device", key="nodes")
-    nodes = tuple(_node(i, n) for i, n in enumerate(stated.nodes))
-    if stated.devices is None and not nodes:
-        raise UsageError("missing: how many devices?", key="devices")
-    devices = sum(n.count * n.devices for n in nodes) or stated.devices or 0
+        wrong.append(("nodes", "nodes replace devices and device"))
+    if stated.devices is None and not stated.nodes:
+        wrong.append(("devices", "missing: how many devices?"))
+    if stated.device is None and not stated.nodes:
+        text = "missing: a row of hardware.csv, e.g. 'h100', 'a100' or 'laptop'"
+        wrong.append(("device", text))
+    made = [tried(partial(_node, i, n), None) for i, n in enumerate(stated.nodes)]
+    nodes = tuple(n for n in made if n is not None)
     weakest = min(nodes, key=lambda n: max(n.peak_flops.values())) if nodes else None
-    if weakest is None and stated.device is None:
-        raise UsageError(
-            "missing: a row of hardware.csv, e.g. 'h100', 'a100' or 'laptop'", key="device"
-        )
-    row = _row(weakest.device if weakest else stated.device or "")
+    named = weakest.device if weakest else stated.device or "laptop"
+    row = tried(lambda: _row(named), _row("laptop"))
+    devices = sum(n.count * n.devices for n in nodes) or _or(stated.devices, 0)
+    if wrong:  # the rest is held to one device of which nothing can be wrong
+        nodes, devices = (), 1
+    joined = min(max(devices, 1), MAX_DEVICES)
     on_node = max((n.devices for n in nodes), default=stated.devices_per_node)
-    on_node = on_node or min(row.node_devices or devices, devices)
+    on_node = on_node if on_node is not None else min(row.node_devices or joined, joined)
+    links = tried(lambda: _links(stated, row, joined, on_node), (Link("all", joined, 1.0, 0.0),))
+    cluster = tried(lambda: _made(stated, row, devices, on_node, nodes, links), None)
+    raise_all(wrong)
+    assert cluster is not None
+    return cluster
+
+
+def _made(
+    stated: _File,
+    row: Hardware,
+    devices: int,
+    on_node: int,
+    nodes: tuple[NodeGroup, ...],
+    links: tuple[Link, ...],
+) -> Cluster:
     peaks = {**row.peak_flops, **(stated.peak_flops or {})}
     memory = min((n.memory_bytes for n in nodes), default=row.memory_bytes)
     speed = min((n.memory_bytes_per_s for n in nodes), default=row.memory_bytes_per_s)
@@ -174,7 +225,7 @@ def _resolve(stated: _File) -> Cluster:
         memory_bytes=_or(stated.memory_bytes, memory),
         peak_flops=_weakest_peaks(nodes, stated.peak_flops) if nodes else peaks,
         memory_bytes_per_s=_or(stated.memory_bytes_per_s, speed),
-        links=_links(stated, row, devices, on_node),
+        links=links,
         memory_limit_fraction=_or(stated.memory_limit_fraction, 1.0 if is_cpu else 0.94),
         cores_shared=_or(stated.cores_shared, 2 if is_cpu else None),
         host_memory_bytes=stated.host_memory_bytes,
@@ -211,7 +262,8 @@ def _node(index: int, stated: _Node) -> NodeGroup:
             peak_flops={**row.peak_flops, **(stated.peak_flops or {})},
         )
     except UsageError as error:
-        raise UsageError(error.message, key=f"nodes[{index}].{error.key}") from None
+        raise_all([(f"nodes[{index}].{key}", text) for key, text in error.all])
+        raise
 
 
 def _weakest_peaks(nodes: tuple[NodeGroup, ...], own: dict[str, float] | None) -> dict[str, float]:
@@ -258,7 +310,6 @@ def _stated_links(stated: tuple[_Link, ...], devices: int) -> tuple[Link, ...]:
                 )
             )
         except UsageError as error:
-            told = ((error.key, error.message), *error.others)
-            wrong += [(f"links[{i}].{key}", text) for key, text in told]
+            wrong += [(f"links[{i}].{key}", text) for key, text in error.all]
     raise_all(wrong)
     return tuple(made)

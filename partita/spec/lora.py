@@ -21,7 +21,7 @@ experts come from other ranks: there each row's `mark`, sample * seq + position,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -47,24 +47,25 @@ A, B = "_lora_a", "_lora_b"
 BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
 
 
-def check_lora(spec: ModelSizes) -> None:
-    """UsageError where rank, alpha or targets cannot be."""
+def wrong_lora(spec: ModelSizes) -> Iterator[tuple[str, str]]:
+    """Key and text of rank, alpha, dropout and targets that cannot be."""
     if not spec.lora_rank:
         for key in ("lora_alpha", "lora_targets", "lora_dropout"):
             if getattr(spec, key):
-                raise UsageError("has no meaning without lora_rank", key=key)
+                yield key, "has no meaning without lora_rank"
         return
     if not 1 <= spec.lora_rank <= spec.hidden:
-        raise UsageError(f"{spec.lora_rank} is not within 1..{spec.hidden}", key="lora_rank")
+        yield "lora_rank", f"{spec.lora_rank} is not within 1..{spec.hidden}"
     if not spec.lora_alpha > 0:
-        raise UsageError(f"{spec.lora_alpha} is not larger than 0", key="lora_alpha")
+        yield "lora_alpha", f"{spec.lora_alpha} is not larger than 0"
     if not 0.0 <= spec.lora_dropout < 1.0:
-        raise UsageError(f"{spec.lora_dropout} is not within 0 <= p < 1", key="lora_dropout")
+        yield "lora_dropout", f"{spec.lora_dropout} is not within 0 <= p < 1"
     known = list(widths(spec))
-    for target in spec.lora_targets:
-        if target not in known:
-            text = f"'{target}' is no linear that LoRA adapts here; accepted: {', '.join(known) or 'none'}"
-            raise UsageError(text, key="lora_targets")
+    for target in (t for t in spec.lora_targets if t not in known):
+        text = (
+            f"'{target}' is no linear that LoRA adapts here; accepted: {', '.join(known) or 'none'}"
+        )
+        yield "lora_targets", text
 
 
 def widths(spec: ModelSizes) -> dict[str, int]:

@@ -28,14 +28,8 @@ from partita.base.config import decode, encode, load_toml
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
 from partita.spec.image import ImageSpec
-from partita.spec.lora import DEFAULT, DENSE, check_lora, widths
-from partita.spec.model_check import (
-    check_experts,
-    check_latent,
-    check_range,
-    check_relations,
-    check_stated,
-)
+from partita.spec.lora import DEFAULT, DENSE, widths
+from partita.spec.model_check import check_relations, check_stated
 from partita.spec.model_parts import Latent, RopeScaling
 from partita.spec.model_sizes import ModelSizes
 
@@ -67,11 +61,7 @@ class ModelSpec(ModelSizes):
             derived["lora_targets"] = self.lora_targets or usual
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        check_range(self, "kv_heads", "head_dim", "ffn_hidden")
         check_relations(self)
-        check_latent(self)
-        check_experts(self)
-        check_lora(self)
 
     @property
     def softmax_scale(self) -> float:

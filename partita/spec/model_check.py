@@ -1,73 +1,75 @@
-"""What sizes of a model can be: ranges, relations, and what experts need. Raises UsageError with the key."""
+"""What sizes of a model can be: ranges, relations, and what experts need. Raises UsageError with every key
+that is wrong: first of the fields as they were stated, then of what follows from them."""
 
 from __future__ import annotations
 
-from partita.base.errors import UsageError, raise_all
+from collections.abc import Iterator
+from itertools import chain
+
+from partita.base.errors import raise_all
 from partita.spec.image import ImageSpec
+from partita.spec.lora import wrong_lora
 from partita.spec.model_parts import LIMITS
 from partita.spec.model_sizes import ModelSizes
 
+Wrong = Iterator[tuple[str, str]]  # key and text of what is wrong
+FOLLOW = ("kv_heads", "head_dim", "ffn_hidden")  # from others, where they are left out
+STATED = ("layers", "hidden", "heads", "vocab", "max_seq_len", *FOLLOW)
+
 
 def check_stated(spec: ModelSizes) -> None:
-    """All sizes as they were stated, told at once; a relation, where both its sides can be."""
-    sizes = (
-        "layers",
-        "hidden",
-        "heads",
-        "vocab",
-        "max_seq_len",
-        "kv_heads",
-        "head_dim",
-        "ffn_hidden",
-    )
-    wrong: list[tuple[str, str]] = []
-    for name in sizes:
-        value = getattr(spec, name)
-        if not (name in sizes[5:] and value == 0) and not 1 <= value <= LIMITS[name]:
-            wrong.append((name, f"{value} is not within 1..{LIMITS[name]}"))
+    """What can be said of the fields as they were stated, each by itself, told at once; and of heads, where
+    all that they are made of can be."""
+    wrong = [*chain.from_iterable(_range(spec, name) for name in STATED), *_alone(spec)]
     keys = {key for key, _ in wrong}
     if not spec.head_dim and not keys & {"hidden", "heads"} and spec.hidden % spec.heads:
         text = f"hidden {spec.hidden} is not divisible by heads {spec.heads} (or state head_dim)"
         wrong.append(("heads", text))
     if spec.kv_heads and not keys & {"heads", "kv_heads"} and spec.heads % spec.kv_heads:
-        wrong.append(
-            ("kv_heads", f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}")
-        )
+        text = f"heads {spec.heads} is not divisible by kv_heads {spec.kv_heads}"
+        wrong.append(("kv_heads", text))
     raise_all(wrong)
 
 
-def check_range(spec: ModelSizes, *names: str) -> None:
-    """Sizes are at least 1 and not absurd."""
-    for name in names:
-        value = getattr(spec, name)
-        if name == "ffn_hidden" and value == 0:
-            raise UsageError("missing, and family llama has no default for it", key=name)
-        if not 1 <= value <= LIMITS[name]:
-            raise UsageError(f"{value} is not within 1..{LIMITS[name]}", key=name)
-
-
 def check_relations(spec: ModelSizes) -> None:
-    """Sizes fit each other and the family."""
+    """Sizes, those that follow from others too, fit each other and the family: all told at once."""
+    derived = [*chain.from_iterable(_range(spec, name) for name in FOLLOW)]
+    raise_all([*derived, *_sizes(spec), *_latent(spec), *_experts(spec), *wrong_lora(spec)])
+
+
+def _range(spec: ModelSizes, name: str) -> Wrong:
+    """A size is at least 1 and not absurd; some may be left out, as 0, and follow from others."""
+    value = getattr(spec, name)
+    if name == "ffn_hidden" and value == 0 and spec.family == "llama":
+        yield name, "missing, and family llama has no default for it"
+    elif not (name in FOLLOW and value == 0) and not 1 <= value <= LIMITS[name]:
+        yield name, f"{value} is not within 1..{LIMITS[name]}"
+
+
+def _alone(spec: ModelSizes) -> Wrong:
+    """What each field may be, whatever the sizes are."""
     if not 0.0 <= spec.dropout < 1.0:
-        raise UsageError(f"{spec.dropout} is not within 0 <= dropout < 1", key="dropout")
+        yield "dropout", f"{spec.dropout} is not within 0 <= dropout < 1"
     if not 0 <= spec.sliding_window <= LIMITS["max_seq_len"]:
-        raise UsageError(f"{spec.sliding_window} is absurd", key="sliding_window")
+        yield "sliding_window", f"{spec.sliding_window} is absurd"
     if not 0.0 < spec.norm_eps < 1.0:
-        raise UsageError(f"{spec.norm_eps} is not within 0 < norm_eps < 1", key="norm_eps")
+        yield "norm_eps", f"{spec.norm_eps} is not within 0 < norm_eps < 1"
     if (spec.image is not None) != (spec.family == "alexnet"):
-        text = f"family {spec.family} has {'no' if spec.image else 'an'} [model.image]"
-        raise UsageError(text, key="image")
-    if spec.image is not None:
-        _check_image(spec, spec.image)
-    else:
-        _check_positions(spec)
-        square = spec.kv_heads == spec.heads and spec.heads * spec.head_dim == spec.hidden
-        if spec.has_biases and not square:
-            text = f"family {spec.family} has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
-            raise UsageError(text, key="kv_heads" if spec.kv_heads != spec.heads else "head_dim")
+        yield "image", f"family {spec.family} has {'no' if spec.image else 'an'} [model.image]"
     for name, (nothing, families) in OF_FAMILIES.items():
         if getattr(spec, name) != nothing and spec.family not in families:
-            raise UsageError(f"family {spec.family} has no {name}", key=name)
+            yield name, f"family {spec.family} has no {name}"
+
+
+def _sizes(spec: ModelSizes) -> Wrong:
+    if spec.image is not None:
+        yield from _image(spec, spec.image)
+        return
+    yield from _positions(spec)
+    square = spec.kv_heads == spec.heads and spec.heads * spec.head_dim == spec.hidden
+    if spec.has_biases and not square:
+        text = f"family {spec.family} has kv_heads = heads = {spec.heads} and head_dim = hidden / heads"
+        yield "kv_heads" if spec.kv_heads != spec.heads else "head_dim", text
 
 
 OF_FAMILIES = {  # field -> what says nothing, and the families that may say more
@@ -77,21 +79,21 @@ OF_FAMILIES = {  # field -> what says nothing, and the families that may say mor
 }  # fmt: skip
 
 
-def _check_positions(spec: ModelSizes) -> None:
+def _positions(spec: ModelSizes) -> Wrong:
     """What RoPE turns is whole pairs."""
     if not spec.rotates:
         return
     if not 0.0 < spec.rotary_pct <= 1.0:
-        raise UsageError(f"{spec.rotary_pct} is not within 0 < rotary_pct <= 1", key="rotary_pct")
-    if spec.latent is None and (spec.rope_dim % 2 or not spec.rope_dim):
+        yield "rotary_pct", f"{spec.rotary_pct} is not within 0 < rotary_pct <= 1"
+    elif spec.latent is None and (spec.rope_dim % 2 or not spec.rope_dim):
         whole = spec.rotary_pct == 1.0
         text = f"RoPE turns pairs: {spec.rope_dim} of a head is no even number of 2 or more"
-        raise UsageError(text, key="head_dim" if whole else "rotary_pct")
+        yield "head_dim" if whole else "rotary_pct", text
     if spec.rope_theta < 1.0:
-        raise UsageError(f"{spec.rope_theta} is less than 1", key="rope_theta")
+        yield "rope_theta", f"{spec.rope_theta} is less than 1"
 
 
-def _check_image(spec: ModelSizes, image: ImageSpec) -> None:
+def _image(spec: ModelSizes, image: ImageSpec) -> Wrong:
     """Layers are those of the image's; hidden units lie in its groups; nothing of a transformer's."""
     rules = (
         ("layers", spec.layers == image.layers, f"convolutions and dense make {image.layers}"),
@@ -102,12 +104,12 @@ def _check_image(spec: ModelSizes, image: ImageSpec) -> None:
         ("rope_scaling", spec.rope_scaling is None, "an image model has no positions"),
         ("sliding_window", not spec.sliding_window, "an image model has no attention"),
     )
-    for name, holds, wanted in rules:
-        if not holds:
-            raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
+    yield from (
+        (name, f"{getattr(spec, name)}: {text}") for name, holds, text in rules if not holds
+    )
 
 
-def check_latent(spec: ModelSizes) -> None:
+def _latent(spec: ModelSizes) -> Wrong:
     """What keys and values are made of, and the parts of a head."""
     made = spec.latent
     if made is None:
@@ -121,13 +123,13 @@ def check_latent(spec: ModelSizes) -> None:
     )  # fmt: skip
     for name, holds, wanted in rules:
         if not holds:
-            raise UsageError(f"{getattr(made, name)}: {wanted}", key=f"latent.{name}")
+            yield f"latent.{name}", f"{getattr(made, name)}: {wanted}"
     if spec.kv_heads != spec.heads:
         text = f"{spec.kv_heads} differs from heads {spec.heads}: a latent makes keys of every head"
-        raise UsageError(text, key="kv_heads")
+        yield "kv_heads", text
     for name in ("qkv_bias", "qk_norm"):
         if getattr(spec, name):
-            raise UsageError(f"a latent has no {name}", key=name)
+            yield name, f"a latent has no {name}"
 
 
 EXPERT_FIELDS = {
@@ -137,15 +139,16 @@ EXPERT_FIELDS = {
 }  # fmt: skip
 
 
-def check_experts(spec: ModelSizes) -> None:
+def _experts(spec: ModelSizes) -> Wrong:
     """A model with experts says which; one without says nothing of them."""
     if not spec.experts:
         for name, nothing in EXPERT_FIELDS.items():
             if getattr(spec, name) != nothing:
-                raise UsageError(f"{getattr(spec, name)} without experts", key=name)
+                yield name, f"{getattr(spec, name)} without experts"
         return
     if spec.family != "llama":
-        raise UsageError(f"family {spec.family} has no experts", key="experts")
+        yield "experts", f"family {spec.family} has no experts"
+        return
     groups, top = spec.router_groups, spec.router_top_groups
     inside = groups > 0 and spec.experts % groups == 0
     rules = (
@@ -167,11 +170,12 @@ def check_experts(spec: ModelSizes) -> None:
             "more than 0",
         ),
     )
-    for name, holds, wanted in rules:
-        if not holds:
-            raise UsageError(f"{getattr(spec, name)}: {wanted}", key=name)
-    if inside and spec.top_k > top * (spec.experts // groups):
-        text = (
-            f"{spec.top_k} experts a token do not lie in {top} groups of {spec.experts // groups}"
+    yield from (
+        (name, f"{getattr(spec, name)}: {text}") for name, holds, text in rules if not holds
+    )
+    if inside and 1 <= top <= groups and spec.top_k > top * (spec.experts // groups):
+        size = spec.experts // groups
+        yield (
+            "router_top_groups",
+            f"{spec.top_k} experts a token do not lie in {top} groups of {size}",
         )
-        raise UsageError(text, key="router_top_groups")

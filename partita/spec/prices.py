@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partita.base.errors import UsageError
+from partita.base.errors import raise_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,10 @@ class Prices:
     currency: str = "USD"
 
     def __post_init__(self) -> None:
-        for key in ("device_hour", "watts", "kwh"):
-            if getattr(self, key) < 0:
-                raise UsageError(f"{getattr(self, key)} is below 0", key=key)
+        stated = {key: getattr(self, key) for key in ("device_hour", "watts", "kwh")}
+        raise_all([(key, f"{value} is below 0") for key, value in stated.items() if value < 0])
         if not self.money_per_s and not self.watts:
-            raise UsageError("neither device_hour nor watts is above 0", key="prices")
+            raise_all([("prices", "neither device_hour nor watts is above 0")])
 
     @property
     def money_per_s(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partita.base.errors import UsageError
+from partita.base.errors import raise_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,11 @@ class Reliability:
     write_behind: bool = True
 
     def __post_init__(self) -> None:
-        _positive("device_mtbf_s", self.device_mtbf_s)
-        _positive("checkpoint_bytes_per_s", self.checkpoint_bytes_per_s)
+        rates = {key: getattr(self, key) for key in ("device_mtbf_s", "checkpoint_bytes_per_s")}
+        wrong = [(key, f"{value} is not above 0") for key, value in rates.items() if not value > 0]
         if self.restart_s < 0:
-            raise UsageError(f"{self.restart_s} is below 0", key="restart_s")
+            wrong.append(("restart_s", f"{self.restart_s} is below 0"))
+        raise_all(wrong)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,9 @@ class Jitter:
     slow_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for key in ("compute", "rank"):
-            if not 0 <= getattr(self, key) <= 2:
-                raise UsageError(f"{getattr(self, key)} is not within 0..2", key=key)
-        if not 0 <= self.slow_fraction <= 1:
-            raise UsageError(f"{self.slow_fraction} is not within 0..1", key="slow_fraction")
+        most = {"compute": 2, "rank": 2, "slow_fraction": 1}
+        stated = [(key, getattr(self, key), top) for key, top in most.items()]
+        wrong = [(k, f"{v} is not within 0..{top}") for k, v, top in stated if not 0 <= v <= top]
         if self.slow_factor < 1:
-            raise UsageError(f"{self.slow_factor} is below 1", key="slow_factor")
-
-
-def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise UsageError(f"{value} is not above 0", key=key)
+            wrong.append(("slow_factor", f"{self.slow_factor} is below 1"))
+        raise_all(wrong)

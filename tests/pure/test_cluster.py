@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from partita.base.errors import UsageError
+from partita.cli.main import run
 from partita.spec.cluster import Cluster, Link
 from partita.spec.hardware import find_hardware, hardware_rows
 from partita.spec.model import ModelSpec
@@ -168,3 +169,38 @@ def test_inner_tiers_come_first() -> None:
     links = (Link("outer", 8, 1e9, 0.0), Link("inner", 4, 1e9, 0.0))
     with pytest.raises(UsageError, match="inner tiers come first"):
         Cluster("x", 8, 4, "CPU", 10**9, {"fp32": 1e9}, 1e9, links)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, capsys) -> None:
+    file = tmp_path / "c.toml"
+    wrong = {
+        "memory_byts": "= 4", "device": "= 'h100x'", "memory_limit_fraction": "= 3", "slower": "= -1",
+        "peak_flops.bf17": "= 1e12", "links": "= [{bytes_per_s = 0, latency_s = -1}]",
+        "reliability.device_mtbf_s": "= 0", "reliability.restart_s": "= -1", "jitter.slow_factor": "= 0.5",
+    }  # fmt: skip
+    file.write_text("devices = 4\n" + "".join(f"{k} {v}\n" for k, v in wrong.items()))
+    words = ["simulate", "tiny", str(file), "--plan", "tp2", "--global-batch-size", "4"]
+    assert run([*words, "--seq-len", "4"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    told = " ".join(x.split(": ")[1] for x in lines[:-1])
+    names = [*wrong, "links[0].bytes_per_s", "links[0].latency_s"]
+    assert not [n for n in names if n not in told and n != "peak_flops.bf17"] and "bf17" in str(
+        lines
+    )
+    assert lines[-1] == f"partita: {lines[0]} (and {len(lines) - 2} more above)"
+    assert len(lines) == 11 and "missing" not in str(lines)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys"),
+    [
+        ([{"device": "h1", "devices": 8}, {"device": "a100", "devices": 0}], (0, 1)),
+        ([{"device": "h100", "devices": 0, "count": 0, "memory_bytes": 1}], (0, 0, 0)),
+    ],
+)
+def test_all_nodes_are_told_at_once(nodes, keys) -> None:
+    with pytest.raises(UsageError) as error:
+        Cluster.from_toml({"nodes": nodes, "memory_limit_fraction": 2}, file="job.toml")
+    lines = error.value.message.splitlines()
+    assert [line.split("nodes[")[1][0] for line in lines[:-1]] == [str(k) for k in keys]
+    assert "memory_limit_fraction" in lines[-1]

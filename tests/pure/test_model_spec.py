@@ -384,3 +384,24 @@ def test_experts_count_in_parameters_and_only_the_chosen_in_flops() -> None:
         ModelSpec.from_toml({**moe.to_toml(), "router_bias": True}).parameters()
         == moe.parameters() + 8
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (
+            {"layers": 0, "dropout": 2.0, "norm_eps": 3.0, "ffn_hidden": 0},
+            ["layers", "ffn_hidden", "dropout", "norm_eps", "dropout"],
+        ),
+        (
+            {"rope_theta": 0.5, "experts": 4, "top_k": 9, "router_groups": 3, "lora_rank": 10**4},
+            ["rope_theta", "top_k", "router_groups", "lora_rank"],
+        ),
+        ({"top_k": 2, "z_loss": 1.0, "lora_alpha": 2.0}, ["top_k", "z_loss", "lora_alpha"]),
+    ],
+)
+def test_all_that_is_wrong_is_told_at_once(change: dict[str, Any], keys: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        ModelSpec.from_toml({**TINY, **change}, file="job.toml")
+    told = [line.split(": ")[1] for line in error.value.message.splitlines()]
+    assert told == [f"model.{key}" for key in keys] == list(error.value.keys)
