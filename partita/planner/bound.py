@@ -216,7 +216,8 @@ class Bounds:
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
-        short, probes = short_step(mesh.pp, m), self._probes_of(mesh, schedule, virtual)
+        short = short_step(schedule, mesh.pp, m)
+        probes = self._probes_of(mesh, schedule, virtual)
         if short not in probes:
             alone = MeshChoice(mesh.pp, 1, 1, 1, False)
             plan = self.space.plan(alone, Shape(), Tokens(), Leaf(schedule, virtual, 1))
@@ -233,7 +234,7 @@ class Bounds:
 
     def probed(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> bool:
         """Whether that is there."""
-        return short_step(mesh.pp, m) in self._probes_of(mesh, schedule, virtual)
+        return short_step(schedule, mesh.pp, m) in self._probes_of(mesh, schedule, virtual)
 
     def _probes_of(
         self, mesh: MeshChoice, schedule: str, virtual: int
@@ -248,7 +249,7 @@ class Bounds:
         most = EAGER // self.lies(mesh, leaf).num_stages
         for micro in sizes.tolist():
             m = self.space.batch // mesh.dp // micro
-            if short_step(mesh.pp, m) <= most:
+            if short_step(leaf[0], mesh.pp, m) <= most:
                 self.probe(mesh, *leaf, m)
 
     def holds(
@@ -260,7 +261,7 @@ class Bounds:
         known, found, wrong = self._holds.get(key, (0, None, []))
         if known < len(probes):
             counts = [self.space.batch // mesh.dp // b for b in self.space.micros(mesh)]
-            told = [probes.get(short_step(mesh.pp, m)) for m in counts]
+            told = [probes.get(short_step(leaf[0], mesh.pp, m)) for m in counts]
             there = [p if isinstance(p, Probe) else None for p in told]
             found = Holds.of(there, self.lies(mesh, leaf).held)
             wrong = [(i, p) for i, p in enumerate(told) if isinstance(p, Problem)]

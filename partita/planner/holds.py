@@ -45,8 +45,12 @@ class Holds:
         return held.max(1), np.einsum("sro,ro->sr", self.later, kept)
 
 
-def short_step(ranks: int, m: int) -> int:
-    """Microbatches of a step that tells what a schedule holds at once."""
+def short_step(schedule: str, ranks: int, m: int) -> int:
+    """Microbatches of a step that tells what a schedule holds at once, and that exists where m's does:
+    interleaved_zb holds what m's equal rounds say."""
+    if schedule == "interleaved_zb" and m > 2 * ranks:
+        rounds = m // ranks
+        return m if m % rounds else 2 * m // rounds
     return m if m <= 2 * ranks else 2 * ranks + m % ranks
 
 

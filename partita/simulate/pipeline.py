@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from partita.base.errors import ScheduleError
 from partita.record.span import Span
 from partita.schedule.clock import Costs, clock
 from partita.schedule.ir import Schedule
@@ -20,6 +21,7 @@ from partita.schedule.replay import Replay, Times
 FULL = 6_000  # actions that are played one by one
 WARM = 2  # rounds before a schedule repeats itself
 PERIOD = 2  # rounds after which it does
+EQUAL_ROUNDS = ("interleaved_zb",)  # whose rounds are longer where ranks do not divide microbatches
 
 Make = Callable[[int], Schedule]
 
@@ -47,12 +49,10 @@ class Rehearsal:
     """A step of `make(m)` schedules on `ranks` ranks, which is timed at any costs of its stages."""
 
     def __init__(self, make: Make, ranks: int, num_microbatches: int, num_stages: int) -> None:
-        rounds, rest = divmod(num_microbatches, ranks)
-        self.more, lengths = 0, [num_microbatches]
-        if 2 * num_stages * num_microbatches > FULL and rounds > WARM + PERIOD:
-            self.more, short = rounds - WARM, WARM * ranks + rest
-            lengths = [short, short + PERIOD * ranks]
-        self.schedules = [make(m) for m in lengths]
+        rounds, long = num_microbatches // ranks, 2 * num_stages * num_microbatches > FULL
+        short = _short(make, ranks, num_microbatches) if long and rounds > WARM + PERIOD else []
+        self.more = rounds - WARM if short else 0
+        self.schedules = short or [make(num_microbatches)]
         self._replays = [_replay(schedule) for schedule in self.schedules]
         self._least: dict[Costs, float] = {}
 
@@ -83,6 +83,17 @@ class Rehearsal:
         return max(
             times[0].makespan + self.more * work, times[1].makespan + (self.more - PERIOD) * work
         )
+
+
+def _short(make: Make, ranks: int, num_microbatches: int) -> list[Schedule]:
+    """A step of WARM rounds, and one of PERIOD more; none where that changes all rounds."""
+    rest = num_microbatches % ranks
+    first = WARM * ranks + rest
+    try:
+        made = [make(m) for m in (first, first + PERIOD * ranks)]
+    except ScheduleError:  # a file is of one length
+        return []
+    return [] if rest and made[0].name in EQUAL_ROUNDS else made
 
 
 @lru_cache(maxsize=32)

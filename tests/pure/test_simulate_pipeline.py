@@ -7,6 +7,7 @@ import pytest
 from partita.schedule.clock import Costs, StageCosts, clock, makespan, span
 from partita.schedule.make import GENERATORS, schedule
 from partita.schedule.replay import Replay
+from partita.schedule.text import print_schedule
 from partita.simulate import pipeline
 from partita.simulate.pipeline import Rehearsal, play
 
@@ -34,6 +35,32 @@ def test_an_extrapolated_step_is_the_played_one(name, p, v, m, uneven, monkeypat
     assert played.seconds == pytest.approx(makespan(whole), rel=5e-3 if uneven else 1e-9)
     work = [sum(s.duration_s for s in whole if s.rank == r) for r in range(p)]
     assert list(played.busy) == pytest.approx(work, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p", "m"), [(6, 35), (9, 80)]
+)  # shorter ones: illegal, and of other rounds
+def test_rounds_that_are_longer_where_ranks_do_not_divide_are_played_whole(p, m, monkeypatch):
+    def make(count):
+        return schedule("interleaved_zb", num_ranks=p, num_microbatches=count, virtual_stages=2)
+
+    monkeypatch.setattr(pipeline, "FULL", 0)
+    costs = Costs((StageCosts(1.0, 1.1, 0.9),) * (2 * p), send=0.05)
+    played = play(make, p, m, costs)
+    assert played.whole and played.seconds == pytest.approx(makespan(clock(make(m), costs)))
+
+
+def test_a_file_is_of_one_length(tmp_path, monkeypatch):
+    made = schedule("1f1b", num_ranks=2, num_microbatches=20)
+    path = tmp_path / "mine.csv"
+    path.write_text(print_schedule(made))
+
+    def make(count):
+        return schedule(f"file:{path}", num_ranks=2, num_microbatches=count)
+
+    monkeypatch.setattr(pipeline, "FULL", 0)
+    costs = Costs((StageCosts(),) * 2)
+    assert play(make, 2, 20, costs).seconds == makespan(clock(made, costs))
 
 
 def test_a_short_step_is_played_whole():
