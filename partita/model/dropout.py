@@ -21,7 +21,8 @@ from partita.spec.layout import Box
 @dataclass(frozen=True)
 class Dropout:
     """One site. `box` is the part of a sample's `shape` that this rank holds; along the dims that are `laid`
-    it is a share of the laid sequence (parallel/cp/balance.py)."""
+    it is a share of the laid sequence (parallel/cp/balance.py). Behind `shape` lies what fills a sequence up,
+    of which nothing is dropped."""
 
     seed: int
     site: str
@@ -56,9 +57,15 @@ class Dropout:
         return along([])
 
     def _draw(self, step: int, samples: Tensor, box: list[tuple[int, int]]) -> Tensor:
-        return dropout_box(
-            self.seed, step, self.site, samples, shape=self.shape, box=box, p=self.probability
+        inside = [(min(a, n), min(b, n)) for (a, b), n in zip(box, self.shape, strict=True)]
+        drawn = dropout_box(
+            self.seed, step, self.site, samples, shape=self.shape, box=inside, p=self.probability
         )
+        if inside == box:
+            return drawn
+        whole = drawn.new_ones(len(drawn), *(b - a for a, b in box))
+        whole[(slice(None), *(slice(b - a) for a, b in inside))] = drawn
+        return whole
 
     def __call__(self, x: Tensor, step: int, batch: Any) -> Tensor:
         """x with elements dropped, the others scaled by 1 / (1 - p); keeps the mask."""

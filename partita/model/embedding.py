@@ -25,7 +25,11 @@ class EmbeddingBlock:
         self.position: Weight | None = None
         if spec.has_positions:
             self.position = make.weight("embedding.position")
-            self._span = make.places("e")
+            self._span, request = make.places("e"), make.laid.request
+            self._last = (
+                request.seq_len - 1
+            )  # has a position; what fills a sequence up takes it too
+            self._filled = request.laid_len > request.seq_len
         self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
@@ -34,14 +38,21 @@ class EmbeddingBlock:
         if self.norm is not None:
             h = self.norm(h)
         if self.position is not None:
-            if batch.split is None:
+            if batch.split is None and not self._filled:
                 h = AddPosition.apply(h, self.position, self._span[0])
             else:
-                at = batch.split.tokens.part(*self._span).positions
-                h = AddPositions.apply(h, self.position, at)
+                h = AddPositions.apply(h, self.position, self._positions(batch, h.device))
         if self.drop is not None and self.training:
             h = self.drop(h, batch.step, batch)
         return h
+
+    def _positions(self, batch: Any, device: torch.device) -> Tensor:
+        """[samples or 1, places of this rank]."""
+        if batch.split is None:
+            at = torch.arange(*self._span, device=device).unsqueeze(0)
+        else:
+            at = batch.split.tokens.part(*self._span).positions
+        return at.clamp(max=self._last)
 
 
 class AddPosition(torch.autograd.Function):

@@ -114,8 +114,9 @@ class Maker:
         """Masks of the shape of a tensor of the block."""
         tensor = self.block.tensors[like]
         box = tuple(self._span(d) for d in tensor.dims[1:])
-        shape = tuple(d.size for d in tensor.dims[1:])
         laid = tuple(d.name in ("seq", "keys") for d in tensor.dims[1:])
+        tokens, dims = self.laid.request.seq_len, zip(tensor.dims[1:], laid, strict=True)
+        shape = tuple(tokens if of_tokens else d.size for d, of_tokens in dims)
         name = f"{self.name}.{site}"
         return Dropout(self.context.seed, name, probability, shape, box, laid)
 
@@ -210,6 +211,7 @@ class Maker:
         router = Router(
             spec, self.weight("router.gate").matrix(), bias, at("router.count"), self.laid.request.seq_len,
             self.laid.samples, RouterLog(spec.experts, self.context.where), together,
+            self.places("chosen") if self.laid.request.laid_len > self.laid.request.seq_len else None,
         )  # fmt: skip
         exchange = Exchange(
             spec.experts, spec.top_k, at("dispatch.count"), at("dispatch.send"), at("dispatch.receive"),

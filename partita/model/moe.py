@@ -108,11 +108,12 @@ class MoE:
         y = None
         if self.shared is not None and started is not None:
             y = self.shared.finish(started, self.remakes, replay)
-        gates, chosen = self.router(logits, records)
         positions = None if batch.split is None else batch.split.tokens.positions
-        chunks = self.exchange.plan(chosen, positions)
+        real = self.router.real(positions, x.device)
+        gates, chosen = self.router(logits, records, real)
+        chunks = self.exchange.plan(chosen, positions, real)
         if records:
-            self.log.rows(chosen, [rows.leaving for rows in chunks])
+            self.log.rows(chosen, [rows.leaving for rows in chunks], real)
         if training and (self.gate_up.masks or self.down.masks):
             chunks = self.marked(chunks, batch)
         stays = (x,) if y is None else (x, y)
@@ -197,10 +198,11 @@ class _Whole(torch.autograd.Function):
             for link in shared.down.links(replay and gate is None):
                 y = steps.run(*_on(y, link))
             y = y if gate is None else steps.run(Weigh, y, gate)
-        gates, chosen = steps.run(Route, logits, moe.router, records)
-        (rows,) = moe.exchange.plan(chosen, positions)
+        real = moe.router.real(positions, x.device)
+        gates, chosen = steps.run(Route, logits, moe.router, records, real)
+        (rows,) = moe.exchange.plan(chosen, positions, real)
         if records:
-            moe.log.rows(chosen, [rows.leaving])
+            moe.log.rows(chosen, [rows.leaving], real)
         routed = moe.through(steps, n.flatten(0, 1), rows)
         out = steps.run(Combine, routed, gates.flatten(0, 1), rows).view(x.shape)
         steps.keep(ctx)

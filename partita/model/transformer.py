@@ -162,11 +162,11 @@ def build_blocks(
     weights = {n: w for unit in units for n, w in unit.weights().items()}
     rope = None
     if spec.rotates:
-        made = tables(spec, laid.request.seq_len, _dtype(units))
+        made = tables(spec, laid.request.laid_len, _dtype(units))
         rope = made[0].to(context.device), made[1].to(context.device)
     future = None
     if spec.dropout > 0 and spec.image is None:
-        size = laid.request.seq_len
+        size = laid.request.laid_len
         future = torch.ones(size, size, dtype=torch.bool, device=context.device).triu_(1)
     found: dict[int, list[Any]] = {}
     for s in laid.stages_of(place):

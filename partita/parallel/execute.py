@@ -148,6 +148,8 @@ class Execution:
             return x
         sample = np.array(x.spans[0]) + m * self.batch
         counts = (x.values % 3 > 0) & (sample % 4 != 1).reshape(-1, *[1] * (x.values.ndim - 1))
+        if x.values.ndim > 1:
+            counts = counts & (place.real(x.spans[1]) > 0)
         return Local(x.dims, x.spans, counts.astype(np.int64))
 
     def _microbatch(self, step: int, m: int, scale: Mapping[int, int]) -> dict[int, Local]:

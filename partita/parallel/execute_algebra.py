@@ -56,10 +56,15 @@ class Place:
     order: Values
     falls: bool = False  # attention's scores fall off with distance (ALiBi)
     drops: bool = False  # LoRA's adapters read x times a mask
+    tokens: int = 0  # of a sequence; what lies at later positions fills it up
 
     def positions(self, places: range) -> Values:
         """Where in the sequence laid places lie."""
         return self.order[places.start : places.stop]
+
+    def real(self, places: range) -> Values:
+        """1 where a laid place holds a token of the sequence, 0 where it fills it up."""
+        return (self.positions(places) < self.tokens).astype(np.int64)
 
     def dims(self, name: str) -> tuple[str, ...]:
         """Names of a tensor's dims."""

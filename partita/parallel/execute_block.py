@@ -86,7 +86,7 @@ class World:
     ) -> Place:
         """Where an op runs on a rank."""
         spec, order = self.laid.request.model, self.order
-        facts = spec.alibi, spec.lora_dropout > 0
+        facts = spec.alibi, spec.lora_dropout > 0, self.laid.request.seq_len
         return Place(block, tensors, lambda t: self.share(t, rank), step, first, order, *facts)
 
     def _group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:

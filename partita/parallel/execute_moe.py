@@ -27,6 +27,7 @@ from partita.parallel.execute_algebra import (
 )
 from partita.spec.program import Block, Dim, Op, Tensor
 
+NOBODY = -2  # whom a token chooses that fills a sequence up; a row that is dropped, -1
 OUTSIDE = "slots"  # rows of the tokens that a rank holds; the other folds are rows of its experts
 
 
@@ -81,6 +82,7 @@ def choose(op: Op, at: Place, get: Get) -> Found:
     biased = total(scores.dims, scores, *(get(w) for w in op.weights)).values
     picks = at.size(op.writes, "picks")
     order = np.argsort(-biased, axis=-1, kind="stable")[..., :picks]
+    order = np.where(at.real(scores.span("seq"))[:, None] > 0, order, NOBODY)
     chosen = Local(at.dims("chosen"), (*scores.spans[:2], range(picks)), order)
     mine = _scores(scores, chosen)
     return {"chosen": chosen, op.writes: contract(mine.dims, mine, contract(mine.dims[:2], mine))}
@@ -128,25 +130,33 @@ def limit(op: Op, at: Place, get: Get) -> Found:
 
 def balance(op: Op, at: Place, get: Get) -> Found:
     """Sum of counts times scores."""
-    return {op.writes: contract((), *map(get, op.reads))}
+    counts, scores = map(get, op.reads)
+    return {op.writes: contract((), counts, scores, _real(at, scores))}
 
 
 def balance_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     """Needs the counts."""
     counts, scores = op.reads
-    return {scores: contract(at.dims(scores), at.filled(scores, 1), get(counts), g)}
+    real = _real(at, at.filled(scores, 1))
+    return {scores: contract(at.dims(scores), at.filled(scores, 1), real, get(counts), g)}
+
+
+def _real(at: Place, x: Local) -> Local:
+    """Along x's seq, 0 where a token fills a sequence up."""
+    seq = x.span("seq")
+    return Local(("seq",), (seq,), at.real(seq))
 
 
 def squares(op: Op, at: Place, get: Get) -> Found:
     """Sum of squares, for the z-loss."""
     x = get(op.reads[0])
-    return {op.writes: contract((), x, x)}
+    return {op.writes: contract((), x, x, _real(at, x))}
 
 
 def squares_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     """Needs its input."""
     x = get(op.reads[0])
-    return {op.reads[0]: times(contract(x.dims, x, g), 2)}
+    return {op.reads[0]: times(contract(x.dims, x, g, _real(at, x)), 2)}
 
 
 def mark(op: Op, at: Place, get: Get) -> Found:

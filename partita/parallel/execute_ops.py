@@ -141,7 +141,8 @@ def elementwise_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     for w in op.weights:
         whole, seq = at.filled(w), g.span("seq")
         rows = contract(("seq", *whole.dims[1:]), g)
-        whole.values[at.positions(seq)] = rows.values
+        places = np.minimum(at.positions(seq), at.tokens - 1)
+        np.add.at(whole.values, places, rows.values)
         found[w] = whole
     return found
 
@@ -185,7 +186,8 @@ def append_back(op: Op, at: Place, get: Get, g: Local) -> Found:
 def _rows(table: Local, at: Place, seq: range) -> Local:
     """Rows of a position table at global positions."""
     dims, spans = ("seq", *table.dims[1:]), (seq, *table.spans[1:])
-    return Local(dims, spans, table.values[at.positions(seq)])
+    places = np.minimum(at.positions(seq), at.tokens - 1)  # what fills up takes the last one
+    return Local(dims, spans, table.values[places])
 
 
 def lookup(op: Op, at: Place, get: Get) -> Found:

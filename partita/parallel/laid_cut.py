@@ -20,6 +20,7 @@ from partita.parallel.sp import rules as sp
 from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
 from partita.spec.families import program as family_program
+from partita.spec.families.moe import capacity
 from partita.spec.frozen import freeze
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
@@ -40,8 +41,19 @@ def _cut(request: Request) -> Program:
 def whole(request: Request) -> Program:
     """The program before any room has cut it, its frozen weights marked."""
     batch = request.micro_batch_size * request.plan.data_parallel_size
-    found = freeze(family_program(request.model, batch, request.seq_len), request.frozen)
+    found = freeze(family_program(request.model, batch, request.laid_len), request.frozen)
+    if request.laid_len > request.seq_len:
+        found = found.map(lambda block: _limited(block, request))
     return found.map(_masked) if request.packed else found
+
+
+def _limited(block: Block, request: Request) -> Block:
+    """With the capacity that experts have of a sequence before it was filled up."""
+    if "capacity" not in block.tensors:
+        return block
+    rows = Dim("capacity", capacity(request.model, request.seq_len))
+    limit = replace(block.tensors["capacity"], dims=(rows,))
+    return replace(block, tensors={**block.tensors, "capacity": limit})
 
 
 def _masked(block: Block) -> Block:

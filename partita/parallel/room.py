@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import lcm
 from typing import Protocol
 
 from partita.base.errors import Problem
@@ -51,6 +52,18 @@ class Request:
     state_words: int = 2
     frozen: Frozen = field(default_factory=Frozen)
     packed: bool = False
+
+    @property
+    def laid_len(self) -> int:
+        """Tokens of a sequence as it is laid: filled up behind its end until it divides by the ranks that cut
+        it, and of a ring that balances its shares by two chunks for each. What fills up has no target, and
+        as attention is causal nobody sees it."""
+        mesh, ring = self.plan.mesh, self.plan.sizes["cp"]
+        if self.model.image is not None:
+            return self.seq_len
+        balanced = ring > 1 and self.plan.context.method != "all_gather"
+        unit = lcm(mesh.cp * (mesh.tp if mesh.sp else 1), 2 * ring if balanced else 1)
+        return -(-self.seq_len // unit) * unit
 
 
 class Room(Protocol):
@@ -226,6 +239,19 @@ def copy_rule(block: Block, axis: str) -> Block:
         return (*before, replace(op, reads=tuple(renamed.get(x, x) for x in op.reads)))
 
     return rewrite(block, change, new)
+
+
+def filled_up(job: Request, room: str, asked: str) -> list[Problem]:
+    """A warning where sequences are longer as they are laid than they are."""
+    more = job.laid_len - job.seq_len
+    if not more:
+        return []
+    message = (
+        f"a sequence of {job.seq_len} tokens is laid as {job.laid_len}: {more} that fill it up, without a "
+        "target, are computed on and sent as the others"
+    )
+    limit = f"seq_len {job.laid_len}, for the same work"
+    return [Problem(room, "seq_len", message, asked=asked, limit=limit, severity="warning")]
 
 
 def error(room: str, rule: str, message: str, **facts: str) -> Problem:

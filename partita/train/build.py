@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from partita.comm.context import Context, Named
 from partita.comm.local import LocalWorld
@@ -89,8 +90,12 @@ class Built:
     def _share(self, whole: Microbatch) -> Microbatch:
         sizes, at = self.model.laid.sizes, self.context.coords
         ways, mine = product_coordinate(sizes, at, ("cp", "ulysses"))
-        if ways == 1 or self.model.laid.request.model.image is not None:
+        request = self.model.laid.request
+        if request.model.image is not None:
             return whole  # pixels are cut where they are read
+        whole = filled(whole, request.laid_len)
+        if ways == 1:
+            return whole
         split = self._split if whole.documents is None else self._split_of(whole.documents)
         ids, targets, valid = split.take((whole.ids, whole.targets, whole.valid), mine, ways)
         documents = split.tokens.documents
@@ -185,6 +190,17 @@ def microbatch(batch: Batch, samples: Sequence[int], step: int = 0) -> Microbatc
     """A batch with its samples' places in the step (counted from 0)."""
     places = torch.tensor(list(samples), dtype=torch.int64)
     return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places, step=step)
+
+
+def filled(batch: Microbatch, length: int) -> Microbatch:
+    """The same of `length` tokens a sample: what is added has no target, and is a document of its own."""
+    more, documents = length - batch.ids.shape[1], batch.documents
+    if not more:
+        return batch
+    if documents is not None:
+        documents = pad(documents, (0, more), value=int(documents.min()) - 1)
+    ids, targets, valid = (pad(t, (0, more)) for t in (batch.ids, batch.targets, batch.valid))
+    return replace(batch, ids=ids, targets=targets, valid=valid, documents=documents)
 
 
 def make_context(

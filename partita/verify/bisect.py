@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from partita.parallel.laid import Laid
 from partita.record.transfer import TrafficLine
 from partita.spec.job import Job
@@ -61,11 +63,20 @@ def first_divergence(
 def _data(judge: Watch, ranks: Sequence[RankSeen]) -> Divergence | None:
     for r in ranks:
         for sample, (at, ids) in r.watch.ids.items():
-            if sample not in judge.ids or not bool((judge.ids[sample][1][at] == ids).all()):
-                return Divergence(
-                    "data", "data", r.rank, f"rank {r.rank} reads other tokens as sample {sample}"
-                )
+            if sample in judge.ids:
+                whole = judge.ids[sample][1]
+                at, ids = _tokens(whole, at, ids)
+                if bool((whole[at] == ids).all()):
+                    continue
+            text = f"rank {r.rank} reads other tokens as sample {sample}"
+            return Divergence("data", "data", r.rank, text)
     return None
+
+
+def _tokens(whole: Tensor, at: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and what was seen there, without what fills a sequence up."""
+    real = at < len(whole)
+    return at[real], values[real]
 
 
 def _modules(
@@ -81,6 +92,9 @@ def _modules(
                 if module != name or (module, sample) not in judge:
                     continue
                 _, whole = judge[module, sample]
+                at, values = _tokens(whole, at, values)
+                if not len(at):
+                    continue
                 part = whole[at]
                 largest = float(whole.abs().max())
                 off = float((values - part).abs().max().nan_to_num(math.inf))

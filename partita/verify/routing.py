@@ -27,7 +27,7 @@ def keep_choices(model: Model) -> None:
 def choices(model: Model, step: int, batches: Sequence[Microbatch]) -> Choices:
     """Whom this rank's tokens were sent to in the microbatches of a step, and of those behind it that an
     asynchronous pipeline has begun; `at` are a token's positions."""
-    m = model.laid.request.plan.num_microbatches
+    m, length = model.laid.request.plan.num_microbatches, model.laid.request.seq_len
     begun = step * m if model.flow is not None else 0
     cut_by = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
     found: Choices = {}
@@ -38,8 +38,8 @@ def choices(model: Model, step: int, batches: Sequence[Microbatch]) -> Choices:
             batch = batches[number - begun]
             at = places(batch, seen.chosen.shape[1], share_of(model, cut_by))
             for row, sample in enumerate(batch.samples.tolist()):
-                key = step + (number - begun) // m, name, sample
-                found[key] = at[row], seen.chosen[row].cpu()
+                key, real = (step + (number - begun) // m, name, sample), at[row] < length
+                found[key] = at[row][real], seen.chosen[row].cpu()[real]
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
@@ -43,12 +44,19 @@ def shrink(job: Job) -> tuple[Job, str | None]:
     heads_ways = small["tp"] * plan.sizes["ulysses"]
     spec = _model(job.model, mesh.tp * job.plan.sizes["ulysses"], heads_ways, small["pp"])
     seq_len = min(job.train.seq_len, 16 * small["tp"] * small["cp"])
+    seq_len -= seq_len < job.train.seq_len and _fills_up(job)  # it still does
     spec = replace(spec, max_seq_len=max(seq_len, 1) if spec.has_positions else spec.max_seq_len)
     batch = microbatches * plan.data_parallel_size
     train = replace(job.train, global_batch_size=batch, seq_len=seq_len, micro_batch_size=None)
     out = replace(job, plan=plan, model=spec, train=train)
     size = f"{spec.layers} layers, hidden {spec.hidden}, vocab {spec.vocab}"
     return out, f"{size}, plan {plan}, {batch} x {seq_len} tokens"
+
+
+def _fills_up(job: Job) -> bool:
+    """Whether sequences are filled up until they can be cut."""
+    asked = request_of(job)
+    return asked.laid_len > asked.seq_len
 
 
 def _context(plan: Plan) -> int:

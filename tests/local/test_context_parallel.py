@@ -355,6 +355,24 @@ def test_at_its_own_precision_and_with_a_window(plan, folder):
     assert found.equal, str(found)
 
 
+@pytest.mark.parametrize(
+    ("plan", "family", "model"),
+    [
+        ("cp2:ring tp2+sp", "gpt2", {"dropout": 0.2, "packed": True, "sliding_window": 3}),
+        ("cp2:ulysses ep2", "llama", {**verify_jobs.EXPERTS, "capacity_factor": 1.0}),
+        slow("tp2+sp pp2/2mb recompute:full", "llama", verify_jobs.MLA),
+        slow(
+            "cp2:ulysses ep2", "llama", {**verify_jobs.EXPERTS, "lora_rank": 2, "lora_dropout": 0.3}
+        ),
+    ],
+)
+def test_a_sequence_that_does_not_divide_is_filled_up(plan, family, model, folder):
+    """7 tokens laid as 8: nobody sees, routes or drops the last one, which has no position of its own."""
+    job = verify_jobs.job(folder, f"{plan} fp64", family, batch=2, seq=7, **{"layers": 2, **model})
+    found = verify(job)
+    assert found.equal and found.traffic_equal, str(found)
+
+
 @pytest.mark.slow
 def test_odd_sizes(folder):
     """A ring of 3, kv heads shared over Ulysses x tp, 12 tokens."""

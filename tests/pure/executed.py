@@ -55,14 +55,14 @@ def laid(spec: ModelSpec, line: str) -> Laid:
 
 
 @cache
-def one_device(spec: ModelSpec, steps: int) -> Outcome:
+def one_device(spec: ModelSpec, steps: int, seq: int = SEQ) -> Outcome:
     """The judge: all samples in one microbatch on one rank."""
-    return execute(laid(spec, "fp32"), steps)
+    return execute(lay(replace(request(spec, "fp32"), seq_len=seq)), steps)
 
 
-def difference(spec: ModelSpec, got: Outcome, steps: int) -> str:
+def difference(spec: ModelSpec, got: Outcome, steps: int, seq: int = SEQ) -> str:
     """What differs from one device first: loss, norm, a gradient, a weight; '' when nothing."""
-    want = one_device(spec, steps)
+    want = one_device(spec, steps, seq)
     for step in range(steps):
         for what in ("losses", "auxiliary", "norms"):
             one, all_ranks = getattr(want, what)[step][0], range(len(got.traffic))

@@ -16,12 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from math import lcm
 
 from partita.base.errors import Problem
 from partita.parallel.cp import halo
 from partita.parallel.cp.balance import Order, order
-from partita.parallel.room import Request, cut_everywhere, cut_tensor, error, region, sum_rule
+from partita.parallel.room import (
+    Request,
+    cut_everywhere,
+    cut_tensor,
+    error,
+    filled_up,
+    region,
+    sum_rule,
+)
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, rewrite
 
@@ -30,18 +37,16 @@ HEADS = ("heads", "kv_heads")
 
 
 def problems(job: Request) -> list[Problem]:
-    """The sequence divides by what cuts it, heads by what cuts them; rows of images lie as they come."""
+    """Heads divide by what cuts them; a sequence that does not is filled up; rows of images lie as they
+    come."""
     if job.plan.mesh.cp == 1:
         return []
     other = halo.problems(job)
-    return other if other or job.model.image is not None else [*_sequence(job), *_heads(job)]
-
-
-def _unit(job: Request) -> int:
-    """What must divide the sequence: the ranks, and two chunks for each of a ring's."""
-    ring, ranks = job.plan.sizes["cp"], job.plan.mesh.cp
-    balanced = ring > 1 and job.plan.context.method != "all_gather"
-    return lcm(ranks, 2 * ring) if balanced else ranks
+    return (
+        other
+        if other or job.model.image is not None
+        else [*_heads(job), *filled_up(job, "cp", _asked(job.plan))]
+    )
 
 
 def _heads_fit(heads: int, job: Request) -> bool:
@@ -52,22 +57,7 @@ def _heads_fit(heads: int, job: Request) -> bool:
 def _legal(job: Request) -> bool:
     m, sizes = job.model, job.plan.sizes
     shares = sizes["ulysses"] * sizes["tp"] % m.kv_heads == 0
-    fits = _heads_fit(m.heads, job) and (shares or _heads_fit(m.kv_heads, job))
-    return job.seq_len % _unit(job) == 0 and fits
-
-
-def _sequence(job: Request) -> Iterable[Problem]:
-    ring, ranks, unit = job.plan.sizes["cp"], job.plan.mesh.cp, _unit(job)
-    if job.seq_len % unit:
-        why = f"{ranks} ranks"
-        if unit != ranks:
-            why += f", two chunks for each of a ring's {ring}"
-        left = f"{job.seq_len} % {unit} = {job.seq_len % unit}"
-        yield error(
-            "cp", "seq_len",
-            f"a sequence of {job.seq_len} tokens cannot be cut {unit} ways ({why}): {left}",
-            asked=_asked(job.plan), limit=f"seq_len a multiple of {unit}", nearest=_nearest(job),
-        )  # fmt: skip
+    return _heads_fit(m.heads, job) and (shares or _heads_fit(m.kv_heads, job))
 
 
 def _heads(job: Request) -> Iterable[Problem]:
@@ -107,7 +97,7 @@ def _nearest(job: Request) -> str:
 def laid_order(job: Request) -> Order:
     """Which position lies at each place of the laid sequence where no documents are packed."""
     ring = 1 if job.model.image is not None else job.plan.sizes["cp"]
-    return order(job.seq_len, ring, window=job.model.sliding_window)
+    return order(job.laid_len, ring, window=job.model.sliding_window)
 
 
 def lay(job: Request, program: Program) -> Program:

@@ -58,7 +58,7 @@ class Split:
         """`documents` [samples, seq] in the sequence's own order."""
         ring, window = request.plan.sizes["cp"], request.model.sliding_window
         packed = None if documents is None else documents.numpy()
-        made = order(request.seq_len, ring, packed, window)
+        made = order(request.laid_len, ring, packed, window)
         positions = torch.from_numpy(made.positions)
         if documents is not None:
             documents = documents.gather(1, positions.expand(documents.shape))

@@ -45,9 +45,12 @@ class Exchange:
     mark: Region = IDENTITY  # dispatch.mark:all_to_all, over ep
     marked: Region = IDENTITY  # dispatch.marked:gather_rows, over etp
 
-    def plan(self, chosen: Tensor, positions: Tensor | None = None) -> list[Rows]:
+    def plan(
+        self, chosen: Tensor, positions: Tensor | None = None, real: Tensor | None = None
+    ) -> list[Rows]:
         """Who sends what, chunk by chunk: `chosen` [batch, seq, top_k] are the experts of each token;
-        `positions` [batch or 1, whole seq] of the laid sequence's places, where they are not in order.
+        `positions` [batch or 1, whole seq] of the laid sequence's places, where they are not in order; `real`
+        [batch or 1, seq] leaves out tokens that fill a sequence up, which send nothing.
 
         Communicates: counts over ep.etp, 8 bytes an expert and chunk; with a capacity 8 bytes a token and
         pick over what cuts seq."""
@@ -55,8 +58,11 @@ class Exchange:
         if self.capacity is not None:
             kept = self._admitted(chosen, self.capacity, positions)
             flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
+        if real is not None:
+            none = ~real.unsqueeze(-1).expand_as(chosen)
+            flat = flat.masked_fill(none.flatten(), self.experts)
         parts = [p.flatten() for p in flat.view(-1, self.top_k).tensor_split(self.chunks)]
-        alone = self.count.comm.size == 1 and self.capacity is None
+        alone = self.count.comm.size == 1 and self.capacity is None and real is None
         if alone and is_told_late(chosen.device):
             return [self._alone(part) for part in parts]
         mine = [count(p, self.experts + 1)[: self.experts] for p in parts]

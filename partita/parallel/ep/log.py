@@ -73,15 +73,17 @@ class RouterLog:
         numbers begin anew: everything is."""
         self.seen = {m: seen for m, seen in self.seen.items() if 0 < before <= m}
 
-    def rows(self, chosen: Tensor, sent: Sequence[Counts]) -> None:
-        """Adds one microbatch: the experts chosen, and the rows that were sent to each, chunk by chunk."""
+    def rows(self, chosen: Tensor, sent: Sequence[Counts], real: Tensor | None = None) -> None:
+        """Adds one microbatch: the experts chosen by tokens that are `real`, and the rows that were sent to
+        each, chunk by chunk."""
         now, late = self.now, [each for each in sent if isinstance(each, Loads)]
         if late:
             now.sent = torch.cat([each.counts for each in late])
             rows = now.sent.view(-1, self.experts).sum(0)
         else:
             now.sent = tuple(n for each in sent for n in host_of(each))
-            rows = count(chosen, self.experts)
+            counted = chosen if real is None else chosen[real.expand(chosen.shape[:-1])]
+            rows = count(counted, self.experts)
         # counts that are not where rows are made are the zeros they began as
         now.counts = now.counts + rows if now.counts.device == rows.device else rows
         if self.keeps:

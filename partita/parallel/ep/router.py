@@ -36,7 +36,8 @@ class Router:
 
     `gate` [experts, hidden]; `bias` [experts] collects, for its gradient, the rows of each expert. `counts`
     is the region that sums rows over what cuts seq, `seq_len` the whole sequence, `samples` those of a step,
-    `together` those whose rows are counted together: 1, or a microbatch's.
+    `together` those whose rows are counted together: 1, or a microbatch's. `filled`: this rank's places of
+    the laid sequence, where some hold tokens that fill it up, which count for nothing.
     """
 
     spec: ModelSpec
@@ -47,14 +48,28 @@ class Router:
     samples: int
     log: RouterLog
     together: int = 1
+    filled: tuple[int, int] | None = None
+
+    def real(self, positions: Tensor | None, device: torch.device) -> Tensor | None:
+        """bool [samples or 1, this rank's places]: the tokens that do not fill a sequence up; None where all
+        are such. `positions` [samples or 1, whole seq] of the laid sequence's places, where not in order."""
+        if self.filled is None:
+            return None
+        first, end = self.filled
+        if positions is None:
+            return torch.arange(first, end, device=device).unsqueeze(0) < self.seq_len
+        return positions[:, first:end] < self.seq_len
 
     def logits(self, x: Tensor) -> Tensor:
         """[batch, seq, experts] in the wide dtype."""
         return Gate.apply(x, self)  # type: ignore[return-value]
 
-    def __call__(self, logits: Tensor, records: bool) -> tuple[Tensor, Tensor]:
-        """(gates, chosen); `records` says that the losses' values count (not in a replay)."""
-        return Route.apply(logits, self, records)  # type: ignore[return-value]
+    def __call__(
+        self, logits: Tensor, records: bool, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(gates, chosen); `records` says that the losses' values count (not in a replay), `real` which
+        tokens do."""
+        return Route.apply(logits, self, records, real)  # type: ignore[return-value]
 
     def seed(self, coefficient: float) -> float:
         """What backward starts from at a token's part of an auxiliary loss."""
@@ -96,7 +111,9 @@ class Route(torch.autograd.Function):
     """Keeps the scores and the choice; counts for the balance loss, logits for the z-loss."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, layer: Router, records: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, logits: Tensor, layer: Router, records: bool, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scores and chooses."""
         s = layer.spec
         scores = layer.scores(logits)
@@ -107,37 +124,48 @@ class Route(torch.autograd.Function):
             gates = gates / (gates.sum(-1, keepdim=True) + TINY)
         counts = logits.new_empty(0)
         if s.balance_loss:
-            rows = one_hot(chosen, s.experts).sum((1, 2))
+            rows = _real(one_hot(chosen, s.experts).sum(2), real).sum(1)
             rows = rows if s.balance_over == "sequence" else rows.sum(0, keepdim=True)
             counts = layer.counts.forward(rows.to(scores.dtype))
-        kept = logits if s.z_loss else logits.new_empty(0)
-        ctx.save_for_backward(scores, chosen, counts, kept)
-        ctx.layer = layer
+        saved = logits if s.z_loss else logits.new_empty(0)
+        ctx.save_for_backward(scores, chosen, counts, saved)
+        ctx.layer, ctx.real = layer, real
         ctx.mark_non_differentiable(chosen)
         if records:
-            _record(layer, scores, counts, kept)
+            _record(layer, scores, counts, saved, real)
         return gates * s.router_scale, chosen
 
     @staticmethod
-    def backward(ctx, dgates: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dgates: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         """Through gates and scores, and from the auxiliary losses."""
         scores, chosen, counts, logits = ctx.saved_tensors
         layer: Router = ctx.layer
         s = layer.spec
         dscores = torch.zeros_like(scores).scatter_(-1, chosen, _ungate(s, dgates, scores, chosen))
         if s.balance_loss:
-            dscores += _balance_gradient(layer, scores, counts)
+            dscores += _real(_balance_gradient(layer, scores, counts), ctx.real)
         if s.router == "softmax":
             dlogits = (dscores - (dscores * scores).sum(-1, keepdim=True)) * scores
         else:
             dlogits = dscores * scores * (1 - scores)
         if s.z_loss:
             seed = layer.seed(s.z_loss)
-            dlogits += 2 * seed * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)
+            slope = 2 * seed * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1)
+            dlogits += _real(slope, ctx.real)
         if layer.bias is not None:
-            rows = count(chosen, s.experts).to(scores.dtype)
+            rows = count(kept(chosen, ctx.real), s.experts).to(scores.dtype)
             layer.bias.accumulate(rows * layer.log.loss_scale)
-        return dlogits, None, None
+        return dlogits, None, None, None
+
+
+def kept(chosen: Tensor, real: Tensor | None) -> Tensor:
+    """The choices [..., top_k] of tokens that do not fill a sequence up."""
+    return chosen if real is None else chosen[real.expand(chosen.shape[:-1])]
+
+
+def _real(x: Tensor, real: Tensor | None) -> Tensor:
+    """x [batch, seq, n], zero where a token fills a sequence up."""
+    return x if real is None else x * real.unsqueeze(-1)
 
 
 def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,8 +176,8 @@ def choose(spec: ModelSpec, scores: Tensor, bias: Tensor | None) -> Tensor:
         groups = ranked.unflatten(-1, (spec.router_groups, -1))
         best = 2 if spec.router == "sigmoid" else 1
         worth = groups.sort(dim=-1, descending=True).values[..., :best].sum(-1)
-        kept = _first(worth, spec.router_top_groups)
-        shut = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
+        best_of_all = _first(worth, spec.router_top_groups)
+        shut = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, best_of_all, False)
         ranked = groups.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(-2)
     return _first(ranked, spec.top_k)
 
@@ -191,11 +219,15 @@ def _balance_gradient(layer: Router, scores: Tensor, counts: Tensor) -> Tensor:
     return (d - (d * scores).sum(-1, keepdim=True) / total) / total
 
 
-def _record(layer: Router, scores: Tensor, counts: Tensor, logits: Tensor) -> None:
+def _record(
+    layer: Router, scores: Tensor, counts: Tensor, logits: Tensor, real: Tensor | None
+) -> None:
     """This rank's part of the losses' values, where they are made."""
     s, now = layer.spec, layer.log.now
     if s.balance_loss:
         p = scores if s.router == "softmax" else scores / scores.sum(-1, keepdim=True)
-        now.balance = now.balance + (_share(layer, counts) * p.sum(1)).sum() / layer.seq_len
+        p = _real(p, real).sum(1)
+        now.balance = now.balance + (_share(layer, counts) * p).sum() / layer.seq_len
     if s.z_loss:
-        now.z = now.z + logits.logsumexp(-1).square().sum() / layer.seq_len
+        z = _real(logits.logsumexp(-1, keepdim=True).square(), real)
+        now.z = now.z + z.sum() / layer.seq_len

@@ -16,6 +16,7 @@ from partita.parallel.room import (
     cut,
     cut_space,
     error,
+    filled_up,
     gather_from,
     scatter_to,
     sum_rule,
@@ -24,21 +25,18 @@ from partita.spec.program import Block, Op, Program, rewrite
 
 
 def problems(job: Request) -> list[Problem]:
-    """tp divides the sequence that is left after context parallelism."""
-    tp, sp = job.plan.mesh.tp, job.plan.mesh.sp
-    local = job.seq_len // job.plan.mesh.cp
-    if not sp or tp == 1 or (local % tp == 0 and job.model.image is None):
+    """There is a sequence; where tp does not divide it, it is filled up."""
+    tp = job.plan.mesh.tp
+    if not job.plan.mesh.sp or tp == 1:
         return []
+    if job.model.image is None:
+        return filled_up(job, "sp", f"tp{tp}+sp") if job.plan.mesh.cp == 1 else []
     message = (
-        f"a sequence of {local} tokens cannot be cut over tp {tp}: {local} % {tp} = {local % tp}"
+        "an image is a sequence of one place: between its layers tp cuts channels, and +sp has "
     )
-    if job.model.image is not None:
-        message = (
-            "an image is a sequence of one place: between its layers tp cuts channels, and +sp has "
-        )
-        message += "nothing to cut"
+    message += "nothing to cut"
     nearest = str(job.plan.with_("mesh", sp=False))
-    asked, limit = f"tp{tp}+sp", f"seq_len a multiple of {tp * job.plan.mesh.cp}"
+    asked, limit = f"tp{tp}+sp", "a model of sequences"
     return [error("sp", "seq_len", message, asked=asked, limit=limit, nearest=nearest)]
 
 
