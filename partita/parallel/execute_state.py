@@ -202,7 +202,7 @@ class States:
 
     def reduce(self) -> None:
         """Every unit's reductions, then what two places of pp that hold a weight add up."""
-        for kinds in (("scatter",), ("reduce",), ("tied", "copies")):
+        for kinds in (("scatter",), ("reduce",), ("copies",), ("tied",)):
             summed: dict[tuple[int, str], Values] = {}
             for ranks, name, block in self.each_block():
                 if kinds == ("scatter",):
@@ -228,7 +228,7 @@ class States:
         found = {}
         for r in ranks:
             axes = call[1].axes
-            group = self._pair(unit, r) if axes[0] in ACROSS else self.world.group(r, axes)
+            group = self._pair(axes[0], r) if axes[0] in ACROSS else self.world.group(r, axes)
             every = [self.units[q, unit] for q in group]
             mine = self.units[r, unit]
             if any((x.boxes, x.part) != (mine.boxes, mine.part) for x in every):
@@ -242,9 +242,10 @@ class States:
             self.units[key].shard["gradient"][:] = gradient
         summed.clear()
 
-    def _pair(self, unit: str, rank: int) -> tuple[int, ...]:
-        at, weight = self.world.at[rank], self.units[rank, unit].unit.weights[0][0]
-        return tuple(self.laid.mesh.rank_of({**at, "pp": p}) for p in self.laid.holders(weight))
+    def _pair(self, axis: str, rank: int) -> tuple[int, ...]:
+        at = self.world.at[rank]
+        pair = next(places for places in self.laid.pairs[axis] if at["pp"] in places)
+        return tuple(self.laid.mesh.rank_of({**at, "pp": p}) for p in pair)
 
     def group(self, rank: int, axes: tuple[str, ...]) -> list[int]:
         """Ranks that meet on a product of axes, in the order of their shards."""

@@ -51,10 +51,9 @@ class Unit:
 
     `axes`: the gradient is partial over them; `shard`: those of them over which the states are cut as ZeRO's
     `stage` says (dp/rules.py), the gradient where `cuts_gradient`. `blocks`: the names of its holders on this
-    place of pp, the first of which names it. `across`: the gradient is then summed between the two places of
-    pp that hold it, 'tied' or 'pp/copy' ('' where there is one). `weights`: (full name, laid tensor, layout),
-    in storage order.
-    `frozen`: none of them has a gradient.
+    place of pp, the first of which names it. `across`: the gradient is then summed between the places of pp
+    that hold it, two by two: 'pp/copy', then 'tied' (none where one holds it). `weights`: (full name, laid
+    tensor, layout), in storage order. `frozen`: none of them has a gradient.
     """
 
     name: str  # 'blocks.3.unit[dp_replicate]' or 'embedding.table'
@@ -64,7 +63,7 @@ class Unit:
     shard: tuple[str, ...] = ()
     stage: int = 0
     cuts_gradient: bool = False
-    across: str = ""
+    across: tuple[str, ...] = ()
     frozen: bool = False
 
 
@@ -139,7 +138,10 @@ class Laid:
     @cached_property
     def pairs(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         """The places of pp that hold one weight, by the name of their group: 'tied', 'pp/copy'."""
-        found = {"tied": {tuple(h) for n in self.program.tied if len(h := self.holders(n)) == 2}}
+        copies = 1 + (self.schedule.direction is not None)
+        held = [h for n in self.program.tied if len(h := self.holders(n)) == 2 * copies]
+        ends = (zip(h[:copies], h[copies:], strict=True) for h in held)
+        found = {"tied": {tuple(sorted(pair)) for pairs in ends for pair in pairs}}
         found["pp/copy"] = {tuple(sorted(s.places)) for s in self.stages if len(s.places) == 2}
         return {name: tuple(sorted(places)) for name, places in found.items()}
 
@@ -225,14 +227,13 @@ class Laid:
             flat.shard,
             dp.zero_stage(self.request.plan) if flat.shard else 0,
             bool(flat.shard) and dp.cuts_gradients(self.request.plan),
-            "" if flat.frozen else self._across(next(iter(held))),
+            () if flat.frozen else self._across(self.holders(next(iter(held)))),
             flat.frozen,
         )
 
-    def _across(self, weight: str) -> str:
-        if len(self.holders(weight)) == 1:
-            return ""
-        return "pp/copy" if self.schedule.direction is not None else "tied"
+    def _across(self, holders: tuple[int, ...]) -> tuple[str, ...]:
+        copied = self.schedule.direction is not None
+        return ("pp/copy",) * copied + ("tied",) * (len(holders) > 1 + copied)
 
     def traffic(self, rank: int, routing: Routing | None = None) -> list[TrafficLine]:
         """What the rank sends in one step, exactly; where experts are, for what the routers chose. Without
@@ -295,8 +296,10 @@ class Laid:
             if not call.again:
                 yield call, site, {**done, "step": min(done["step"], 1)} if call.once else done
                 continue
-            tied = site.rpartition(":")[0] in self.program.tied and self.schedule.direction
-            every = [a for a in self.schedule.ranks[place] if tied or a.stage == mine[0].stage]
+            holding, unit = {mine[0].stage}, site.rpartition(":")[0]
+            if unit in self.program.tied and self.schedule.direction:
+                holding |= {s.index for s in self.stages_of(place) if s.holds(unit)}
+            every = [a for a in self.schedule.ranks[place] if a.stage in holding]
             new = Counter(a.kind for a in anew(every) if a in mine)
             yield call, site, {**done, **{kind: done[kind] - n for kind, n in new.items()}}
 
@@ -370,7 +373,7 @@ def lay(request: Request) -> Laid:
     if found:
         noun = "problem" if len(found) == 1 else "problems"
         raise PlanError(f"{request.plan} cannot run this model ({len(found)} {noun})", found)
-    plan = request.plan
+    request = replace(request, plan=(plan := pp.in_force(request.plan)))
     program = recompute.lay(request, cut(request))
     two_ways = pp.schedule_of(plan).direction is not None
     program = step_sums(dp.reduce(request, program), plan, two_ways)

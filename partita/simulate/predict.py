@@ -20,7 +20,7 @@ from partita.base.units import format_bytes, format_seconds
 from partita.cost.empirical import SLOW
 from partita.cost.machine import Machine, machine_of
 from partita.parallel.laid import Laid, Request, lay, problems
-from partita.parallel.pp.rules import schedule_of
+from partita.parallel.pp.rules import in_force, schedule_of
 from partita.parallel.read import flops
 from partita.record.ledger import Ledger
 from partita.record.span import Span
@@ -224,7 +224,7 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         busy = crowded * _slow_down(played, laid, machine.cluster)
         costs, played = at(busy)
     published = machine.software.validates_after and plan.pipeline.schedule.startswith("zb_")
-    after = published or plan.pipeline.post_validation
+    after = published or in_force(plan).pipeline.post_validation
     pipeline_s = played.own if after else played.seconds
     step = step_time(laid, works, stages, machine, _ranks_a_unit(laid, machine.cluster))
     return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits * busy)

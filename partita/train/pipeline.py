@@ -69,7 +69,7 @@ def data_parallel(
         comms[unit.name] = UnitComms(
             context.comm(*spec.shard, lane="dp") if spec.shard else None,
             context.comm(*other, lane="dp") if other else None,
-            context.comm(spec.across, lane="dp") if spec.across else None,
+            tuple(context.comm(axis, lane="dp") for axis in spec.across),
         )
     stages = laid.stages_of(context.coords["pp"])
     two_ways = laid.schedule.direction is not None

@@ -26,7 +26,7 @@ from partita.model.reference_moe import Told
 from partita.parallel.ep.counts import Routing
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
-from partita.parallel.pp.rules import schedule_of
+from partita.parallel.pp.rules import in_force, schedule_of
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, joined, summarise
@@ -80,13 +80,14 @@ class RankSeen:
 def steps_of(plan: Plan) -> int:
     """Two: of weights drawn and of weights updated. Three where one works on weights of before the last
     update, or has two updates to prove."""
-    return 3 if plan.pipeline.post_validation or schedule_of(plan).is_asynchronous else 2
+    guesses = in_force(plan).pipeline.post_validation
+    return 3 if guesses or schedule_of(plan).is_asynchronous else 2
 
 
 def limited(job: Job, data: Dataset) -> Job:
     """Where updates are made before the norm is known: clipped by a limit between the largest norm of a
     step and what its first place knows of it, which therefore guesses wrong; no other step is clipped."""
-    if not job.plan.pipeline.post_validation:
+    if not in_force(job.plan).pipeline.post_validation:
         return job
     free = replace(job, train=replace(job.train, clip_grad_norm=0.0))
     steps = [s for s in run_judge(free, data)[0][:-1] if math.isfinite(s.norm)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 import verify_jobs
 
-from partita.base.errors import NonFiniteError, PlanError
+from partita.base.errors import NonFiniteError
 from partita.comm.local import local
-from partita.parallel.laid import lay
+from partita.parallel.laid import lay, problems
 from partita.parallel.offload import cpu
 from partita.parallel.precision.rules import is_before
 from partita.parallel.read import tensor_bytes
@@ -241,11 +241,17 @@ def test_what_routers_did_is_of_the_step_that_is_proven(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ("2mb", "without a pipeline there is none"),
-        ("pp2:pipedream/2mb", "no norm to wait for"),
+        ("2mb dp2", "without a pipeline the norm is known at once"),
+        ("pp2:pipedream/2mb", "has no norm to wait for"),
     ],
 )
-def test_it_is_refused_where_it_makes_no_sense(plan, why, tmp_path):
-    with pytest.raises(PlanError) as error:
-        lay(request_of(job(tmp_path, f"{plan} {AFTER}", clip=0.0)))
-    assert why in str(error.value)
+def test_it_changes_nothing_where_nobody_waits(plan, why, tmp_path):
+    """A warning says so; laid, and predicted, as without it; and it runs."""
+    lines = (f"{plan} fp64{word}" for word in (f" {AFTER}", ""))
+    made, plain = (job(tmp_path, line, clip=0.0, layers=2, batch=4) for line in lines)
+    (found,) = problems(request_of(made))
+    assert found.severity == "warning" and why in found.message
+    laid, same = lay(request_of(made)), lay(request_of(plain))
+    assert laid.program.step == same.program.step and laid.traffic(0) == same.traffic(0)
+    assert simulate(made).step_time_s == simulate(plain).step_time_s
+    assert verify(made).equal

@@ -65,17 +65,16 @@ def test_parameters_are_predicted_and_added_up_twice():
 
 
 @pytest.mark.parametrize(
-    ("line", "tied", "rule", "nearest"),
+    ("line", "rule", "nearest"),
     [
-        ("pp3:auto/8mb pipeline.copies=2", False, "copies", "pp3:auto/8mb"),
-        ("pp4:1f1b/8mb pipeline.copies=2", False, "costs", "pp4:1f1b/8mb"),
-        (DEAR, True, "tied", DEAR.replace(" pipeline.copies=2", "")),
+        ("pp3:auto/8mb pipeline.copies=2", "copies", "pp3:auto/8mb"),
+        ("pp4:1f1b/8mb pipeline.copies=2", "costs", "pp4:1f1b/8mb"),
     ],
 )
-def test_what_two_copies_need_is_told(line, tied, rule, nearest):
-    """An even number of ranks, `auto`, and a tied table's two ends on the same ranks; what is near runs."""
-    found = [p for p in simulate(job(line, tied)).problems if p.severity == "error"]
+def test_what_two_copies_need_is_told(line, rule, nearest):
+    """An even number of ranks, and `auto`; what is near runs."""
+    found = [p for p in simulate(job(line)).problems if p.severity == "error"]
     assert [p.rule for p in found] == [rule]
     assert found[0].nearest == nearest
-    again = simulate(job(nearest, tied)).problems
+    again = simulate(job(nearest)).problems
     assert [p for p in again if p.severity == "error"] == []

@@ -73,16 +73,14 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         (LLAMA, 'pp2:"file:missing.csv"/2mb', ["pp"], "pp2"),
         (
             LLAMA,
-            "fp8 precision.fp8_granularity=row precision.fp8_scaling=delayed",
+            "fp32 tp2 precision.rounding=stochastic",
             ["precision"],
-            "fp8 precision.fp8_granularity=row",
+            "tp2",
         ),
-        (LLAMA, "cp3:ring", ["cp"], "cp2:ring"),
-        (LLAMA, "cp4:ring", ["cp"], "cp2:ring"),
         (LLAMA, "cp4:ulysses tp2", ["cp"], "cp2:ulysses tp2"),
         (LLAMA, "cp8:ulysses", ["cp", "cp"], "cp4:ulysses"),
         (model(heads=6, kv_heads=3, hidden=12), "cp2:ulysses", ["cp"], "1mb"),
-        (LLAMA, "dp_shard2.zero1 pp4 cp3", ["cp", "pp"], ""),
+        (LLAMA, "dp_shard2.zero1 pp4 tp3", ["tp", "tp", "pp"], ""),
     ],
 )
 def test_every_problem_at_once_with_a_legal_way_out(spec, line, rooms, nearest) -> None:
@@ -91,18 +89,11 @@ def test_every_problem_at_once_with_a_legal_way_out(spec, line, rooms, nearest) 
     assert all(p.message and p.asked and p.limit for p in found)
     with pytest.raises(PlanError) as error:
         lay(request(spec, line))
-    assert error.value.problems == tuple(found)
+    assert error.value.problems == tuple(p for p in found if p.severity == "error")
     if nearest:
         assert found[0].nearest
         assert nearest in found[0].nearest
         assert problems(request(spec, found[0].nearest)) == []
-
-
-def test_a_sequence_that_tp_does_not_divide() -> None:
-    found = problems(Request(parse("tp4+sp"), LLAMA, 6))
-    assert [(p.room, p.rule) for p in found] == [("sp", "seq_len")]
-    assert "6 % 4 = 2" in found[0].message
-    assert problems(Request(parse("tp4"), LLAMA, 6)) == []
 
 
 def test_one_rank_moves_nothing() -> None:
@@ -114,10 +105,10 @@ def test_one_rank_moves_nothing() -> None:
 def test_tied_weight_is_one_unit() -> None:
     """On one stage stored once; on two its sum is a unit of its own on both."""
     one = [u for u in laid(TIED, "dp_replicate2").units(0) if u.name == "embedding.table"]
-    assert [u.across for u in one] == [""]
+    assert [u.across for u in one] == [()]
     two = laid(TIED, "dp_replicate2 pp2/2mb")
     for place in (0, 1):
-        assert [u.across for u in two.units(place) if u.name == "embedding.table"] == ["tied"]
+        assert [u.across for u in two.units(place) if u.name == "embedding.table"] == [("tied",)]
     assert two.holders("embedding.table") == (0, 1)
     sites = [t.site for t in two.traffic(0) if t.axis == "tied"]
     assert sites == ["embedding.table:tied"]

@@ -33,7 +33,7 @@ class UnitComms:
 
     shard: Comm | None = None
     reduce: Comm | None = None
-    across: Comm | None = None  # the other place of pp that holds it
+    across: tuple[Comm, ...] = ()  # other places of pp that hold it, one after the other
 
 
 @dataclass
@@ -152,8 +152,7 @@ class Reducer:
     def add_late(self, units: Sequence[Unit], spent: Sequence[Tensor]) -> None:
         """Sums what was spent of late units between the places of pp that hold them; it is their gradient."""
         for unit, made in zip(units, spent, strict=True):
-            comm = self.comms[unit.name].across
-            assert comm is not None, "late is what two places hold"
+            (comm,) = self.comms[unit.name].across  # late is what two places hold
             with self.where.at("step"):
                 site = f"{unit.name}:{_across(comm)}"
                 comm.start_all_reduce(made, site=site, out=made).wait()
@@ -164,12 +163,12 @@ class Reducer:
                     self.away.settle()
 
     def add_across(self, units: Sequence[Unit]) -> None:
-        """Sums units between the places of pp that hold them."""
-        for unit in units:
-            comm = self.comms[unit.name].across
-            if comm is not None:
-                self._reduce(unit, comm, _across(comm))
-        self._settle()
+        """Sums units between the places of pp that hold them: copies, then what is tied."""
+        for turn in range(max((len(self.comms[u.name].across) for u in units), default=0)):
+            for unit in units:
+                for comm in self.comms[unit.name].across[turn : turn + 1]:
+                    self._reduce(unit, comm, _across(comm))
+            self._settle()
 
     def _sum_away(self, unit: Unit, away: Away, late: bool) -> None:
         """A unit that ranks sum once a step comes for that, and its part goes again; a late one's stays until
@@ -185,8 +184,8 @@ class Reducer:
                 out = torch.empty(unit.gradient.shape, dtype=made.dtype, device=made.device)
                 site = f"{unit.name}:scatter"
                 made = comms.shard.start_reduce_scatter(made, site=site, out=out).wait()
-            across = None if late else comms.across
-            for comm, kind in ((comms.reduce, "reduce"), (across, _across(across))):
+            across = () if late else comms.across
+            for comm, kind in ((comms.reduce, "reduce"), *((c, _across(c)) for c in across)):
                 if comm is not None:
                     made = comm.start_all_reduce(made, site=f"{unit.name}:{kind}", out=made).wait()
             if late:
@@ -247,5 +246,5 @@ class Reducer:
         self._fresh.discard(unit.name)
 
 
-def _across(comm: Comm | None) -> str:
-    return "tied" if comm is not None and comm.axis == "tied" else "copies"
+def _across(comm: Comm) -> str:
+    return "tied" if comm.axis == "tied" else "copies"

@@ -41,6 +41,10 @@ class Stage:
     blocks: tuple[Block, ...]
     places: tuple[int, ...] = (0,)
 
+    def holds(self, weight: str) -> bool:
+        """Whether a block of it has the weight."""
+        return any(w.name == weight for b in self.blocks for w in b.weights())
+
 
 def schedule_of(plan: Plan) -> Schedule:
     """The plan's schedule; without a pipeline, microbatches one after the other. Raises what
@@ -93,7 +97,7 @@ def problems(job: Request) -> list[Problem]:
         return found
     made = schedule_of(plan)
     found = [*_needs_flush(job)] if made.is_asynchronous else []
-    found += [*_cannot_undo(job, made), *_cannot_tie(job, made)]
+    found += _means_nothing(job, made)
     stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
         found.append(_too_few_layers(job, stages))
@@ -148,32 +152,26 @@ def _needs_flush(job: Request) -> Iterator[Problem]:
             yield error("pp", rule, message, asked=asked, limit=limit, nearest=nearest)
 
 
-def _cannot_undo(job: Request, made: Schedule) -> Iterator[Problem]:
-    """Where an update before the norm is known makes no sense, or cannot be undone."""
-    plan = job.plan
-    if not plan.pipeline.post_validation:
+def in_force(plan: Plan) -> Plan:
+    """The plan without updates before the norm is known where nobody waits for it: without a pipeline it is
+    known at once, and stages that update by themselves have none."""
+    if not plan.pipeline.post_validation or (
+        plan.mesh.pp > 1 and not schedule_of(plan).is_asynchronous
+    ):
+        return plan
+    return plan.with_("pipeline", post_validation=False)
+
+
+def _means_nothing(job: Request, made: Schedule) -> Iterator[Problem]:
+    """A warning where nothing is to be updated before a norm."""
+    near, asked = in_force(job.plan), "pipeline.post_validation=true"
+    if near == job.plan:
         return
-    nearest = str(plan.with_("pipeline", post_validation=False))
-    asked = "pipeline.post_validation=true"
-    for wrong, message, limit in (
-        (plan.mesh.pp == 1, "saves the wait of one stage for the others' gradient norm: without a pipeline "
-         "there is none", "pp > 1"),
-        (made.is_asynchronous, f"is of a step that ends with one update: {made.name} updates stage by stage "
-         "and has no norm to wait for", "a schedule that flushes"),
-    ):  # fmt: skip
-        if wrong:
-            text = f"{asked} {message}"
-            yield error("pp", "post_validation", text, asked=asked, limit=limit, nearest=nearest)
-
-
-def _cannot_tie(job: Request, made: Schedule) -> Iterator[Problem]:
-    """The gradients of a stage's copies are added between two places: a tied table has no others."""
-    ends = [sorted(made.ranks_of(stage)) for stage in (0, made.num_stages - 1)]
-    if job.model.tied and made.is_bidirectional and ends[0] != ends[1]:
-        message = f"{made.name} has the tied table's ends on ranks {ends[0]} and {ends[1]}"
-        near = str(job.plan.with_("pipeline", **(_PLAIN if made.name != "auto" else {"copies": 1})))
-        asked, limit = f"pp{made.num_ranks}:{made.name}", "both ends on the same two ranks"
-        yield error("pp", "tied", message, asked=asked, limit=limit, nearest=near)
+    late = f"{made.name} updates stage by stage and has no norm to wait for"
+    why = late if made.is_asynchronous else "without a pipeline the norm is known at once"
+    facts = {"asked": asked, "limit": "pp > 1 and a flush", "nearest": str(near)}
+    text = f"{asked} changes nothing: {why}"
+    yield error("pp", "post_validation", text, severity="warning", **facts)
 
 
 def _schedule_problems(plan: Plan) -> list[Problem]:
@@ -316,7 +314,7 @@ def stages(job: Request, program: Program) -> tuple[Stage, ...]:
         names = tuple(program.names[j] for j in at)
         found.append(Stage(i, names, tuple(blocks), schedule.ranks_of(i)))
     copied = schedule.direction is not None
-    return _across(_owned(found, program.tied, copied), () if copied else program.tied, copied)
+    return _across(_owned(found, program.tied, copied), program.tied, copied)
 
 
 class _Sends:
@@ -354,7 +352,7 @@ def _owned(found: Sequence[Stage], tied: tuple[str, ...], copied: bool) -> tuple
 
 def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tuple[Stage, ...]:
     """Sums between the two places of pp that hold a weight: all weights of a stage with two copies
-    ('pp/copy'), else a tied one whose owners lie on two places ('tied')."""
+    ('pp/copy'), then a tied one whose owners lie on other places ('tied')."""
 
     def units(block: Block) -> list[str]:
         return [
@@ -365,11 +363,9 @@ def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tu
     shared = [w for w in tied if len({frozenset(at) for u, at in every if u == w}) > 1]
 
     def change(block: Block) -> Block:
-        ops = [
-            _sum_between(unit, "copies" if copied else "tied", "pp/copy" if copied else "tied")
-            for unit in units(block)
-            if copied or unit in shared
-        ]
+        held = units(block)
+        ops = [_sum_between(unit, "copies", "pp/copy") for unit in held if copied]
+        ops += [_sum_between(unit, "tied", "tied") for unit in held if unit in shared]
         return replace(block, regions=(*block.regions, *ops)) if ops else block
 
     done = {id(b): change(b) for b, _ in distinct(b for s in found for b in s.blocks)}
