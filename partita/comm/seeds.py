@@ -38,6 +38,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, PHILOX_W32_
 CHUNK = DRAWN_AT_ONCE
 HIGH = 1 if sys.byteorder == "little" else 0  # of a 64-bit number's two halves in memory
 KERNELS = Kernels("partita.comm.seeds_gpu")
+HALF = 65504.0  # fp16's largest number
 RUN = 8  # shorter contiguous runs are drawn element by element
 
 INIT_STD = 0.02  # GPT-2's; residual outputs are divided by sqrt(2 * layers), Radford et al. 2019
@@ -154,12 +155,15 @@ def initial_value(
 
 
 def rounded_box(
-    values: Tensor, seed: int, step: int, name: str, shape: Sequence[int], box: Box
-) -> Tensor:
+    values: Tensor, seed: int, step: int, name: str, shape: Sequence[int], box: Box,
+    half: bool = False,
+) -> Tensor:  # fmt: skip
     """`values` (fp32; fp64's as fp32 has them) of `box` of the weight `name` of `shape`, each rounded to one
-    of its two neighbours in bf16, in their own dtype still: up with the probability of its place between
-    them, so that the mean is kept (Gupta et al. 2015, arXiv 1502.02551). A pure function of seed, step, name
-    and element."""
+    of its two neighbours in bf16 (of `half` in fp16), in their own dtype still: up with the probability of
+    its place between them, so that the mean is kept (Gupta et al. 2015, arXiv 1502.02551). A pure function of
+    seed, step, name and element."""
+    if half:
+        return _rounded_half(values, key_of(seed, "round", name), step, shape, box)
     flat, key = values.reshape(-1).to(torch.float32, copy=True), key_of(seed, "round", name)
     bits = flat.view(torch.int32)
     if KERNELS(flat, "rounded", bits, key, shape, box, step) is not None:
@@ -169,6 +173,23 @@ def rounded_box(
         part.add_((words.reshape(-1) >> 16).to(torch.int32))  # the 16 bits below bf16's last
     near = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
     return near.to(values.dtype).view(values.shape)
+
+
+def _rounded_half(
+    values: Tensor, key: tuple[int, int], step: int, shape: Sequence[int], box: Box
+) -> Tensor:
+    """To fp16: 13 bits below its last one, of numbers below 2^-14 what is less than 2^-24; beyond the largest
+    number there is none."""
+    flat = values.reshape(-1).to(torch.float32, copy=True)
+    for first, words in _box_words(key, shape, box, values.device, step=step):
+        part = flat[first : first + words.numel()]
+        dice = (words.reshape(-1) >> 19).to(torch.int32)  # 13 bits
+        bits = part.view(torch.int32) + dice
+        near = bits.bitwise_and_(-(1 << 13)).view(torch.float32)
+        places = part.abs().double() * 2.0**24 + dice * 2.0**-13
+        small = (places.floor() * 2.0**-24).float().copysign(part)
+        part.copy_(torch.where(part.abs() < 2.0**-14, small, near).clamp(-HALF, HALF))
+    return flat.to(values.dtype).view(values.shape)
 
 
 def dropout_mask(

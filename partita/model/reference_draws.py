@@ -7,7 +7,8 @@ Word i of a stream is word i % 4 of Philox 4x32-10 (Salmon et al., SC 2011) of t
     kind "value"      a new weight, sample and step 0: the normal quantile of (word + 1/2) / 2**32, in fp32
     kind "dropout"    an element of a sample stays where its word is p 2**32 or more
     kind "round"      an fp32 number goes up to the next bf16 where its 16 low bits and the word's 16 high
-                      ones carry; else down
+                      ones carry; else down. To fp16 by as many bits as it has fewer: 13, and of numbers
+                      below 2^-14 by what they are above a multiple of 2^-24, in units of 2^-37
 
 Whole tensors, one after the other: the plan draws boxes of them (comm/seeds.py).
 """
@@ -79,11 +80,23 @@ def kept(
     return torch.from_numpy(drawn >= np.uint64(round(p * 2**32))).view(len(samples), *shape)
 
 
-def rounded(values: Tensor, seed: int, step: int, name: str) -> Tensor:
-    """A whole weight, each number of it rounded at random to bf16, in its own dtype."""
+def rounded(values: Tensor, seed: int, step: int, name: str, half: bool = False) -> Tensor:
+    """A whole weight, each number of it rounded at random to bf16 (`half`: fp16), in its own dtype."""
+    if half:
+        return _rounded_half(values, seed, step, name)
     bits = values.detach().float().contiguous().view(-1).numpy().view(np.uint32).astype(np.uint64)
     dice = words(seed, "round", name, bits.size, step=step)[0] >> np.uint64(16)
     up = (bits & np.uint64(0xFFFF)) + dice > np.uint64(0xFFFF)
     near = ((bits >> np.uint64(16)) + up.astype(np.uint64)) << np.uint64(16)
     found = torch.from_numpy(near.astype(np.uint32).view(np.float32))
+    return found.to(values.dtype).view(values.shape)
+
+
+def _rounded_half(values: Tensor, seed: int, step: int, name: str) -> Tensor:
+    x = values.detach().float().double().contiguous().view(-1).numpy()
+    dice = (words(seed, "round", name, x.size, step=step)[0] >> np.uint64(19)).astype(np.float64)
+    exponent = np.maximum(np.frexp(x)[1] - 1, -14)  # fp16 has no finer numbers below 2^-14
+    unit = np.exp2(exponent - 10.0)
+    up = np.floor(np.abs(x) / unit + dice / 2**13) * unit
+    found = torch.from_numpy(np.copysign(np.minimum(up, 65504.0), x))
     return found.to(values.dtype).view(values.shape)

@@ -1,4 +1,4 @@
-"""The update of bf16 weights that are their own masters: in fp32, then rounded up or down at random.
+"""The update of 16-bit weights that are their own masters: in fp32, then rounded up or down at random.
 
     w bf16 ──widen──► fp32 ──AdamW or SGD, moments fp32──► fp32 ──stochastic rounding──► w bf16
 
@@ -47,6 +47,7 @@ class Rounding:
     ) -> Iterator[tuple[slice, Tensor]]:
         """(where in `wide`, rounded values) of a slot's elements from `first` on, by number `draw`."""
         rank, seed = self.context.rank, self.context.seed
+        half = self.laid.request.plan.precision.dtype == "fp16"
         for weight in slot.weights:
             layout = self.laid.layouts[weight]
             for piece in self.laid.pieces(weight, rank):
@@ -54,7 +55,8 @@ class Rounding:
                 at, end = max(begin, 0), min(begin + piece.numel(), wide.numel())
                 for box, _ in range_boxes(piece.box, at - begin, end - begin):
                     part = slice(at, at + prod(b - a for a, b in box))
-                    yield part, rounded_box(wide[part], seed, draw, weight, layout.shape, box)
+                    whole = layout.shape
+                    yield part, rounded_box(wide[part], seed, draw, weight, whole, box, half)
                     at = part.stop
 
 

@@ -154,4 +154,5 @@ class JudgeUpdate:
         if self.job.plan.precision.rounding == "stochastic":
             for n in self.weights.keys() - self.frozen:
                 w, number = self.weights[n], (step if update is None else update) + 1
-                w.copy_(rounded(w, self.job.seed, number, n))
+                half = self.job.plan.precision.dtype == "fp16"
+                w.copy_(rounded(w, self.job.seed, number, n, half))

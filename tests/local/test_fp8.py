@@ -158,6 +158,36 @@ def test_delayed_and_static_scaling_look_back():
 
 
 @pytest.mark.parametrize("scaling", ["delayed", "static"])
+def test_a_row_looks_back_by_itself(scaling):
+    """Of a weight, and of a feature along the tokens; a token is another one each time."""
+    eight = Eight(replace(PLAN, fp8_scaling=scaling, fp8_granularity="row"))
+    x, weight, tall = torch.eye(4), torch.ones(4, 4), torch.ones(4, 4)
+    tall[1] = 1e5
+    eight.forward(x, weight)
+    got = eight.forward(x, tall)
+    assert (got[:, 1] == 28).all() and (got[:, [0, 2, 3]] == 1).all()
+    eight = Eight(eight.plan)
+    eight.forward(weight, x)
+    assert (eight.forward(tall, x)[1] == 98304).all()
+    eight.weight_gradient(x, weight)
+    got = eight.weight_gradient(x, tall.t().contiguous())
+    assert (got[:, 1] == 28).all() and (got[:, [0, 2, 3]] == 1).all()
+
+
+def test_a_block_of_a_weight_looks_back_by_itself():
+    """What is remembered is one number a block."""
+    eight = Eight(replace(PLAN, fp8_scaling="static", fp8_granularity="block"))
+    weight, x = torch.ones(200, 300), torch.eye(300)
+    eight.forward(x, weight)
+    assert eight.seen["w-1"].shape == (1, 2, 3) and set(eight.seen) == {"w-1"}
+    got = eight.forward(x, weight * 1e5)
+    assert (got == 28).all()
+    weight[130:, :100] = 4096.0  # one block of six; the others are as they were
+    got = eight.forward(x, weight)
+    assert (got[:100, 130:] == 28).all() and (got[100:, :] == 1).all() and (got[:, :128] == 1).all()
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "static"])
 @pytest.mark.parametrize("nothing", [0.0, math.inf, math.nan])
 def test_what_says_nothing_of_a_scale_is_not_remembered(scaling, nothing):
     """A first microbatch whose tokens all carry no loss has a gradient of zeros."""
@@ -181,8 +211,8 @@ def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
     "plan",
     [
         "dp2 tp2+sp 2mb fp8",
-        "pp2/2mb tp2 fp8 precision.fp8_granularity=row",
-        "tp2 2mb fp8 precision.fp8_granularity=block precision.fp8_format=e4m3",
+        "pp2/2mb tp2 fp8 precision.fp8_granularity=row precision.fp8_scaling=delayed",
+        "tp2 2mb fp8 precision.fp8_granularity=block precision.fp8_format=e4m3 precision.fp8_scaling=static",
         "4mb fp8 precision.fp8_scaling=delayed recompute:full",
         "dp2 tp2+sp 2mb fp8 precision.fp8_scaling=static",
     ],

@@ -33,6 +33,12 @@ def test_they_are_the_plans(monkeypatch):
         values = own.normals(5, "v", SHAPE, 2.0).to(dtype)
         part = seeds.rounded_box(values[PART].contiguous(), 5, 9, "w", SHAPE, BOX)
         assert torch.equal(own.rounded(values, 5, 9, "w")[PART], part) and part.dtype == dtype
+        for size in (1.0, 2.0**-12, 2.0**-20, 3e4):  # of fp16, numbers without a leading one too
+            part = seeds.rounded_box(
+                (values * size)[PART].contiguous(), 5, 9, "w", SHAPE, BOX, half=True
+            )
+            assert torch.equal(own.rounded(values * size, 5, 9, "w", half=True)[PART], part)
+            assert torch.equal(part.half().to(dtype), part)
 
 
 def wider(seed, name, *rest, real=seeds.initial_value, **more):

@@ -85,8 +85,8 @@ def test_other_bits_are_seen(tmp_path, monkeypatch):
     """A plan that rounds by its rank, as torch's generators would."""
     real = rounded_box
 
-    def wrong(values, seed, step, name, shape, box):
-        return real(values, seed + box[0][0], step, name, shape, box)
+    def wrong(values, seed, step, name, shape, box, half):
+        return real(values, seed + box[0][0], step, name, shape, box, half)
 
     monkeypatch.setattr("partita.train.stochastic.rounded_box", wrong)
     found = verify(verify_jobs.job(tmp_path, f"tp2 bf16 {RANDOM}"))

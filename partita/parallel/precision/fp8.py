@@ -17,6 +17,10 @@ No scale is exchanged between ranks: nothing is sent, each looks back at what it
                  delayed  from the largest of the last HISTORY, this one left out
                  static   from the first that is seen
 
+What is there again in the next pass looks back: a tensor; a weight's row or block, and along the tokens a
+feature's row. A token is another one then, and so are a block of tokens and one of a token's features: their
+scales are `current` always. Each part remembers for itself.
+
 A scale that looks back leaves ROOM above what was seen (Transformer Engine's `margin`), for the next tensor
 may be larger; what outgrows it saturates. Tensors of zeros, or with an element that is not finite, are not
 remembered; while nothing is, a tensor is scaled by its own largest.
@@ -81,7 +85,7 @@ def _source(dy: Tensor) -> tuple[Any, ...]:
 @dataclass
 class Eight:
     """The matmul of rounded inputs; `seen` holds by role the largest elements that scaling looks back at,
-    last first: [HISTORY] (static: [1]), fp32, 0 where there is none yet; replaced, never written to."""
+    last first: [HISTORY, parts] (static: [1, parts]), fp32, 0 where is none yet; replaced, never written."""
 
     plan: PrecisionPlan
     seen: dict[str, Tensor] = field(default_factory=dict)
@@ -129,10 +133,16 @@ class Eight:
     def _weight(self, weight: Tensor, dim: int) -> Scaled:
         if self.plan.fp8_granularity != "block":
             return self._round(weight, f"w{dim}", dim)
-        made = by_triton("in_blocks", weight, "e4m3", 2)
+        current = self.plan.fp8_scaling == "current"
+        made = by_triton("in_blocks", weight, "e4m3", 2) if current else None
         if made is not None:
             return Scaled(made, weight.new_ones(()), weight.dtype)
         largest = block_maximum(block_maximum(weight.abs(), 0), 1)
+        if not current:
+            one_each = largest[::BLOCK, ::BLOCK]
+            known = self._looked_back(f"w{dim}", one_each, ROOM["e4m3"])
+            largest = known.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            largest = largest[: weight.shape[0], : weight.shape[1]]
         return scaled(weight, "e4m3", largest)
 
     def _round(self, x: Tensor, role: str, dim: int) -> Scaled:
@@ -140,9 +150,9 @@ class Eight:
             return Scaled(x, x.new_ones(()), x.dtype)
         hybrid = role.startswith("dy") and self.plan.fp8_format == "hybrid"
         name, granularity = "e5m2" if hybrid else "e4m3", self.plan.fp8_granularity
-        current, own = self.plan.fp8_scaling == "current", by_triton
+        current, own = not self._looks_back(role, dim), by_triton
         if granularity == "block":
-            made = own("in_blocks", x, name, dim) if current else None
+            made = own("in_blocks", x, name, dim)
             if made is not None:
                 return Scaled(made, x.new_ones(()), x.dtype)
             own = no_kernel
@@ -155,18 +165,25 @@ class Eight:
         made = own("scaled", x, name, largest, parts, dim == 0)
         return scaled(x, name, largest) if made is None else Scaled(*made[:2], x.dtype, made[2])
 
+    def _looks_back(self, role: str, dim: int) -> bool:
+        """Whether parts of a tensor that share a scale are the same ones in the next pass."""
+        stays = role.startswith("w") or (self.plan.fp8_granularity == "row" and dim == 0)
+        return self.plan.fp8_scaling != "current" and (
+            self.plan.fp8_granularity == "tensor" or stays
+        )
+
     def _looked_back(self, role: str, largest: Tensor, room: float) -> Tensor:
         """What a tensor of this role is scaled for, fp32; the device is not waited for."""
         largest, static = largest.float(), self.plan.fp8_scaling == "static"
         before = self.seen.get(role)
         if before is None:
-            before = largest.new_zeros(1 if static else HISTORY)
+            before = largest.new_zeros(1 if static else HISTORY, *largest.shape)
         after = largest[None] if static else torch.cat([largest[None], before[:-1]])
         told = (largest > 0) & largest.isfinite()
         if static:
             told = told & (before == 0)
         self.seen[role] = torch.where(told, after, before)
-        top = before.amax()
+        top = before.amax(0)
         return torch.where(top > 0, (top * room).clamp(max=LARGEST), largest)
 
 

@@ -9,8 +9,8 @@
 
 bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. Where
 ZeRO 3 cuts the working weights they are made from the masters as they are gathered: 16. With
-`precision.rounding=stochastic` (bf16, fp8) it is 14: the weights are their own masters, and an update is made
-in fp32 and rounded up or down at random (train/stochastic.py); under fp64 they are so too, in fp64.
+`precision.rounding=stochastic` (not of fp32) it is 14: weights are their own masters, an update is made in
+fp32 and rounded up or down at random (train/stochastic.py); under fp64 they are so too, in fp64.
 """
 
 from __future__ import annotations
@@ -25,32 +25,14 @@ BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64
 
 
 def problems(job: Request) -> list[Problem]:
-    """Scales that cannot look back, and weights that cannot be their own masters."""
-    return [*_scales(job), *_rounding(job)]
-
-
-def _rounding(job: Request) -> list[Problem]:
-    """Weights that are their own masters are bf16's numbers."""
-    plan, dtype = job.plan, job.plan.precision.dtype
-    if plan.precision.rounding == "nearest" or dtype in ("bf16", "fp8", "fp64"):
+    """Rounding where there is nothing to round."""
+    plan = job.plan
+    if plan.precision.rounding == "nearest" or plan.precision.dtype not in ("fp32", "fp16"):
         return []
     nearest = str(plan.with_("precision", rounding="nearest"))
     asked, limit = "precision.rounding=stochastic", "bf16 or fp8 (fp64 for proofs)"
-    message = f"stochastic rounding is of bf16 weights, the plan's are {dtype}"
+    message = f"stochastic rounding is of bf16 weights, the plan's are {plan.precision.dtype}"
     return [error("precision", "rounding", message, asked=asked, limit=limit, nearest=nearest)]
-
-
-def _scales(job: Request) -> list[Problem]:
-    """A scale that looks back needs one number a tensor: the rows of a microbatch are other rows in the
-    next."""
-    p = job.plan.precision
-    if p.dtype != "fp8" or p.fp8_scaling == "current" or p.fp8_granularity == "tensor":
-        return []
-    message = f"{p.fp8_scaling} scaling of each {p.fp8_granularity} looks back at other rows"
-    nearest = str(job.plan.with_("precision", fp8_scaling="current"))
-    asked = f"precision.fp8_scaling={p.fp8_scaling} precision.fp8_granularity={p.fp8_granularity}"
-    limit = "fp8_scaling=current, or fp8_granularity=tensor"
-    return [error("precision", "fp8", message, asked=asked, limit=limit, nearest=nearest)]
 
 
 def dtypes(dtype: str) -> dict[str, str]:
