@@ -92,7 +92,7 @@ def test_06_tied_gradients_not_summed_between_stages(judged, monkeypatch):
     finish = Reducer.finish
 
     def untied(self):
-        self.comms = {n: replace(c, across=None) for n, c in self.comms.items()}
+        self.comms = {n: replace(c, across=()) for n, c in self.comms.items()}
         finish(self)
 
     monkeypatch.setattr(Reducer, "finish", untied)
