@@ -1,9 +1,14 @@
 """`auto` with two copies of every stage, as a plan's line asks for it: laid, predicted, refused."""
 
+from dataclasses import replace
+
 import pytest
+from executed import model, request, unequal
 
 import partita as pt
 from partita.base.errors import UsageError
+from partita.parallel.execute import execute
+from partita.parallel.laid import lay
 from partita.parallel.pp.rules import schedule_of
 from partita.schedule.check import check
 from partita.simulate.predict import Prediction, simulate
@@ -62,6 +67,20 @@ def test_parameters_are_predicted_and_added_up_twice():
     assert both.laid is not None
     for rank in range(4):
         assert any(line.site.endswith(":copies") for line in both.laid.traffic(rank))
+
+
+def test_a_tied_table_on_four_places():
+    """The first and the last stage on other ranks: copies are added up, then ends."""
+    asked = request(model(tied=True, layers=8), DEAR)
+    whole = lay(replace(asked, micro_batch_size=1))
+    assert whole.pairs == {"tied": ((0, 1), (2, 3)), "pp/copy": ((0, 3), (1, 2))}
+    alone = lay(replace(request(asked.model, "8mb"), micro_batch_size=1))
+    got, want = execute(whole, 1), execute(alone, 1)
+    assert (got.losses[0][0], got.norms[0][0]) == (want.losses[0][0], want.norms[0][0])
+    assert unequal(got.weights, want.weights) == ""
+    for rank in range(4):
+        assert got.traffic[rank] == whole.traffic(rank)
+        assert sum(t.axis == "tied" for t in whole.traffic(rank)) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from executed import (
     laid,
     model,
     request,
-    unequal,
 )
 
 from partita.parallel.cp.rules import laid_order
@@ -133,23 +132,6 @@ STAGES = [
     "dp_replicate2 pp2:zb_h1/2mb", "dp_shard2.zero2 pp2:chimera/2mb", "dp_shard2.zero3 pp2:chimera/2mb",
     "tp2 pp2:auto/4mb pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15",
 ]  # fmt: skip
-
-
-def test_a_tied_table_on_four_places() -> None:
-    """Two copies of each stage, the first and the last on other ranks: copies are added up, then ends."""
-    costs = "12_12_12,10_10_10x6,15_15_15"
-    asked = request(
-        model(tied=True, layers=8), f"pp4:auto/8mb pipeline.copies=2 pipeline.costs={costs}"
-    )
-    whole = lay(replace(asked, micro_batch_size=1))
-    assert whole.pairs == {"tied": ((0, 1), (2, 3)), "pp/copy": ((0, 3), (1, 2))}
-    alone = lay(replace(request(asked.model, "8mb"), micro_batch_size=1))
-    got, want = execute(whole, 1), execute(alone, 1)
-    assert (got.losses[0][0], got.norms[0][0]) == (want.losses[0][0], want.norms[0][0])
-    assert unequal(got.weights, want.weights) == ""
-    for rank in range(4):
-        assert got.traffic[rank] == whole.traffic(rank)
-        assert sum(t.axis == "tied" for t in whole.traffic(rank)) == 1
 
 
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
