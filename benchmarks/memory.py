@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import run
-from benchmarks.run import SIZES, job_of, ours
+from benchmarks.run import SIZES, job_of
+from benchmarks.sides import ours
 from partita.base.text import table
 from partita.comm.processes import start_ranks
 from partita.comm.shm import ShmWorld

@@ -1,9 +1,10 @@
 """`python -m benchmarks [--sizes tiny half] [--pairs 15]`: ours against each peer, A B A B in one run.
 
 Two ranks of one thread, and as many microbatches as the peer has: one, or one a sample under a pipeline.
-A pair is one step of each, the order swapped every time; the figure is the median of pair ratios (ours /
-peer, below 1 is faster) with a 95 % bootstrap interval. Beside it the bound of bounds.py, how many times
-that ours takes, and the same ratio of the processor time that all threads of all ranks took in the step.
+Each side has ranks, processes, of its own (sides.py), as whoever chose it would. A pair is one step of each,
+the order swapped every time, while the other side's ranks wait for a word; the figure is the median of pair
+ratios (ours / peer, below 1 is faster) with a 95 % bootstrap interval. Beside it the bound of bounds.py, how
+many times that ours takes, and the same ratio of the processor time that all threads of all ranks took.
 `--markdown` prints the lines of docs/benchmarks.md instead of a table.
 """
 
@@ -15,20 +16,21 @@ import random
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks import peers
 from benchmarks.bounds import bound, rates
+from benchmarks.sides import CALL, Side, Step, Took, in_turn, ours
 from partita.base.text import table
-from partita.comm.processes import start_ranks
+from partita.comm.protocol import World
 from partita.spec.job import Job
-from partita.train.build import assemble
-from partita.train.heap import keep_freed_memory
 
 SIZES = {
     "tiny": ({"hidden": 128, "heads": 4, "ffn_hidden": 352, "vocab": 512}, 64),
@@ -57,6 +59,7 @@ ROWS = (
     ("dualpipev", "pp2:dualpipev/8mb", peers.pipeline("dualpipev"), 2),
     *((f"deepspeed {n}", f"dp_shard2.zero{n} 1mb", peers.deepspeed(n), 2) for n in (1, 2, 3)),
 )
+PLANS = {name: plan for name, plan, *_ in ROWS}
 NAMED = "deepspeed 1", "deepspeed 2", "deepspeed 3"  # only where asked for: no extra installs it
 
 HEADER = (
@@ -84,8 +87,6 @@ GOALS: dict[tuple[str, str], tuple[Goal, Goal, Goal]] = {
     },
 }  # fmt: skip
 """The ratio of time that a row shall reach at tiny, half and std: the lower end of its interval, that is."""
-Took = tuple[list[tuple[float, float]], list[tuple[float, float]]]
-"""Wall and processor seconds of each step of a rank: ours, and the peer's."""
 # experts, and how much narrower than the dense mlp: a few wide ones; DeepSeek-V2-Lite's many narrow ones
 FEW = {"experts": 8, "top_k": 2, "shared_experts": 1}, 4
 MANY = {"experts": 64, "top_k": 6, "shared_experts": 2, "normalise_top_k": False}, 8
@@ -118,54 +119,52 @@ def job_of(size: str, row: str, plan: str, folder: str) -> Job:
     )
 
 
-def ours(job: Job, world):
-    """A step of ours, data read ahead as the peers' is."""
-    built = assemble(job, world)
-    built.context.recorder.active = False
-    batch = built.batch(0)
+class Work(NamedTuple):
+    """What a row measures."""
 
-    def step():
-        built.model.forward_backward(batch)
-        built.update.step()
+    size: str
+    row: str
+    dtype: str
 
-    return step
+    def job(self, folder: str) -> Job:
+        """Ours."""
+        return job_of(self.size, self.row, f"{PLANS[self.row]} {self.dtype}", folder)
 
 
-def rank_of(rank: int, writer, ranks: int, folder: str, work) -> None:
-    """One process: every row of the table, in the same order on both."""
-    torch.set_num_threads(1)
-    keep_freed_memory()  # of both: they share the process
-    from partita.comm.shm import ShmWorld
-    from partita.comm.single import SingleWorld
+def make_ours(world: World, folder: str, work: Work) -> tuple[Step, Callable[[], float]]:
+    """Our step, and the seconds of its bound at the speed of this rank, as busy as the others leave it."""
+    job = work.job(folder)
+    return ours(job, world), lambda: sum(bound(job, *peaks(work.dtype)))
 
-    if ranks > 1:
-        import torch.distributed as dist
 
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks
-        )
-    peaks = {}
-    for number, (size, name, dtype, pairs) in enumerate(work):
-        if dtype not in peaks:
-            peaks[dtype] = rates(torch.bfloat16 if dtype == "bf16" else torch.float32)
-        _, plan, make, _ = next(r for r in ROWS if r[0] == name)
-        job = job_of(size, name, f"{plan} {dtype}", folder)
-        world = (
-            SingleWorld() if ranks == 1 else ShmWorld(rank, ranks, Path(f"{folder}/world{number}"))
-        )
-        a, b = ours(job, world), make(job.model, SIZES[size][1], dtype == "bf16")
-        took: Took = [], []
-        for i in range(pairs + 2):
-            for which in (0, 1) if i % 2 == 0 else (1, 0):
-                start, used = time.perf_counter(), time.process_time()
-                (a, b)[which]()
-                if ranks > 1:
-                    dist.barrier()
-                if i >= 2:
-                    used = time.process_time() - used
-                    took[which].append((time.perf_counter() - start, used))
-        writer.send((took, sum(bound(job, *peaks[dtype]))))
-        world.close()
+@cache
+def peaks(dtype: str) -> tuple[float, float]:
+    """FLOP/s and bytes/s of this rank."""
+    return rates(torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def make_peer(_: None, folder: str, work: Work) -> tuple[Step, None]:
+    """The peer's step."""
+    make = next(make for name, _, make, _ in ROWS if name == work.row)
+    return make(work.job(folder).model, SIZES[work.size][1], work.dtype == "bf16"), None
+
+
+def measured(ranks: int, work: list[Work], pairs: int) -> Iterator[dict[str, Any]]:
+    """The rows, each as it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [
+            Side(ranks, folder, work, make, make is make_ours) for make in (make_ours, make_peer)
+        ]
+        try:
+            for item in work:
+                for side in sides:
+                    side.hear()
+                sides[0].say(CALL)
+                least = sides[0].hear()[0]
+                yield compared(item, in_turn(*sides, pairs), least)
+        finally:
+            for side in sides:
+                side.end()
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -175,17 +174,17 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return found[25], found[974]
 
 
-def compared(size: str, name: str, dtype: str, took: list[Took], least: float) -> dict[str, Any]:
-    """A row: the time of rank 0, and the processor time of all ranks, beside the peer's."""
-    row: dict[str, Any] = {"size": size, "row": name, "dtype": dtype, "pairs": len(took[0][0])}
-    wall = [[w for w, _ in side] for side in took[0]]
-    cpu = [[sum(rank[side][i][1] for rank in took) for i in range(row["pairs"])] for side in (0, 1)]
+def compared(work: Work, took: tuple[Took, Took], least: float) -> dict[str, Any]:
+    """A row: the time of a step, and the processor time of all ranks, beside the peer's."""
+    row: dict[str, Any] = {"size": work.size, "row": work.row, "dtype": work.dtype}
+    wall, cpu = ([[step[clock] for step in side] for side in took] for clock in (0, 1))
+    row["pairs"] = len(wall[0])
     for prefix, (mine, theirs) in (("", wall), ("cpu_", cpu)):
         ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
         row[f"{prefix}ratio"] = statistics.median(ratios)
         row[f"{prefix}ours_s"], row[f"{prefix}peer_s"] = map(statistics.median, (mine, theirs))
         row[f"{prefix}interval"] = list(interval(ratios))
-    goal = GOALS.get((name, dtype), (None,) * len(SIZES))[list(SIZES).index(size)]
+    goal = GOALS.get((work.row, work.dtype), (None,) * len(SIZES))[list(SIZES).index(work.size)]
     row["goal"], row["met"] = goal, None if goal is None else row["interval"][0] <= goal
     return {**row, "bound_s": least}
 
@@ -222,28 +221,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
+    wanted = asked.rows or [name for name, *_ in ROWS if name not in NAMED]
     rows = []
     for ranks in (1, 2):
-        wanted = asked.rows or [name for name, *_ in ROWS if name not in NAMED]
-        chosen = [r for r in ROWS if r[3] == ranks and r[0] in wanted]
-        work = [
-            (size, name, dtype, asked.pairs)
-            for size in asked.sizes
-            for dtype in asked.dtypes
-            for name, *_ in chosen
-        ]
-        if not work:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            started = start_ranks(ranks, rank_of, (ranks, folder, work), ["torch"])
-            for size, name, dtype, _ in work:
-                found = [reader.recv() for _, reader in started]
-                took, least = [took for took, _ in found], found[0][1]
-                rows.append(compared(size, name, dtype, took, least))
-                print(*cells(rows[-1]), file=sys.stderr, flush=True)  # a run takes minutes
-            for process, _ in started:
-                process.join(10)
-                process.kill()
+        chosen = [name for name, _, _, needs in ROWS if needs == ranks and name in wanted]
+        work = [Work(*each) for each in product(asked.sizes, chosen, asked.dtypes)]
+        for row in measured(ranks, work, asked.pairs) if work else ():
+            rows.append(row)
+            print(*cells(row), file=sys.stderr, flush=True)  # a run takes minutes
     if asked.json:
         print(json.dumps({"format": 1, "rows": rows}))
     else:
