@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from partita.base.errors import PlanError, UsageError
-from partita.planner.beyond import precise
+from partita.planner.beyond import faster_dtype, precise
 from partita.planner.elsewhere import widened
 from partita.planner.explain import binds, why
-from partita.planner.nearby import nearby
+from partita.planner.nearby import allowed, nearby
 from partita.planner.nodes import ANY, KEEP, Goal
 from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.planner.splits import finished
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 from partita.spec.plan_table import CHOICES
 
 AUTO_S = 20.0
@@ -68,11 +69,18 @@ def searched(search: Search, goal: Goal, question: Question) -> Found:
     top, budget_s = question.top, question.budget_s
     found = search.best(goal, top, budget_s)
     left = budget_s - found.seconds
-    search, found = precise(search, question.precision, goal, top, found, left)
+    dtypes = question.precision or faster_dtype(search, goal, found)
+    search, found = precise(search, dtypes, goal, top, found, left)
     left = budget_s - found.seconds
     found = widened(search, goal, top, found, left)
     found = nearby(search, goal, top, found, NEAR_S)
     return finished(search, goal, top, found, budget_s - found.seconds, every=True)
+
+
+def _precisions(search: Search, question: Question, found: Found) -> set[str]:
+    """Those that plans were searched in."""
+    known = {search.space.dtype, Plan.parse(found.plans[0].plan).precision.dtype}
+    return known | set(() if question.pareto else question.precision)
 
 
 def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
@@ -117,6 +125,13 @@ def ask(job: Job, question: Question) -> Answer:
             texts = [f"no plan was found in {question.budget_s:g} s: not proven", *texts]
         return Answer(found, (), tuple(texts))
     best = found.plans[0]
-    texts = [binds(job, best), *(r.text for r in why(job, best, first or goal.name))]
+    dtypes = _precisions(search, question, found)
+
+    def admitted(plan: Plan) -> bool:
+        alike = plan.with_("precision", dtype=search.space.dtype)
+        return plan.precision.dtype in dtypes and allowed(search.space.words, alike)
+
+    reasons = why(job, best, first or goal.name, admitted)
+    texts = [binds(job, best), *(r.text for r in reasons)]
     most = KEEP if question.pareto else question.top
     return Answer(found, tuple(found.plans[:most]), tuple(texts))

@@ -1,5 +1,5 @@
-"""What is tried beyond the search, whose answer it has to beat: other precisions that the user names, each a
-space of its own, and axes in another order on the links:
+"""What is tried beyond the search, whose answer it has to beat: other precisions that the user names, or fp32
+where the best plan is faster in it, each a space of its own, and axes in another order on the links:
 
 at most SMALL devices    every plan in every order that differs on the links, as a space of its own
                          (with experts, whose rows a bound for every order knows little of: SPARSE)
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from partita.planner.elsewhere import ways_of
 from partita.planner.nodes import Found, Goal, Queue, measures
 from partita.planner.orders import orders_of
 from partita.planner.search import Search
@@ -20,6 +21,7 @@ from partita.spec.plan import Plan
 
 SMALL, SPARSE = 16, 8
 BEST = 3
+WORTH = 0.01  # of a step, for which another precision is looked at
 
 
 def precise(
@@ -36,6 +38,19 @@ def precise(
         found.join(more.best(goal, top, max(end - time.perf_counter(), 0.0), seen=found.plans))
         best = more if found.plans[:1] != before else best
     return best, found
+
+
+def faster_dtype(search: Search, goal: Goal, found: Found) -> tuple[str, ...]:
+    """fp32, where the device's rates chose bf16 and the best plan is yet faster in it, by WORTH, as the words
+    allow; else none."""
+    other, words = "fp32", search.space.words
+    if search.space.dtype != "bf16" or not words.admit("dtype", other):
+        return ()
+    if not found.plans or goal.name == "memory":
+        return ()
+    told = search.predict(Plan.parse(found.plans[0].plan).with_("precision", dtype=other))
+    seconds = measures(found.plans[0])[0]
+    return (other,) if told.fits and measures(told)[0] <= (1 - WORTH) * seconds else ()
 
 
 def keep_better(
@@ -59,15 +74,19 @@ def turned(
     """What was found, and with axes in another order, as one answer; `every` plan of few devices, else the
     best."""
     space, cluster = search.space, search.job.cluster
-    wanted = not space.stated and space.words.admit("order", "another")
+    wanted, start = not space.stated and space.words.admit("order", "another"), time.perf_counter()
     if not found.plans or len(cluster.links) < 2 or not wanted:
         return found
     if every and cluster.devices <= (SPARSE if space.model.experts else SMALL):
-        offload = Plan.parse(found.plans[0].plan).offload
-        others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
-        found.join_other("other orders of axes", others.best(goal, top, budget_s, seen=found.plans))
+        for offload in ways_of(space, found):
+            others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
+            left = max(budget_s - (time.perf_counter() - start), 0.0)
+            there = others.best(goal, top, left, seen=found.plans)
+            found.join_other("other orders of axes", there)
+            if not there.complete:
+                break
         return found
-    start, queue = time.perf_counter(), Queue(goal, found.rejected, top, found.plans)
+    queue = Queue(goal, found.rejected, top, found.plans)
     for best in found.plans[: min(top, BEST)]:
         plan = Plan.parse(best.plan)
         orders = (plan.with_("mesh", order=order) for order in orders_of(plan.mesh, cluster))

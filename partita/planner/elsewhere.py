@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from partita.planner.nodes import ANY, Found, Goal
 from partita.planner.search import Search
 from partita.planner.space import Space
-from partita.spec.plan import OffloadPlan
+from partita.spec.plan import OffloadPlan, Plan
 
 SMALL = 16
 WITHOUT = 1 << 62  # bytes of a device, where its limit does not count
@@ -37,6 +37,13 @@ def offloads(search: Search, found: Found, goal: Goal = ANY) -> Iterator[Offload
         for targets in TARGETS if wanted else ():
             if (to, targets) != (search.space.offload.to, search.space.offload.targets):
                 yield OffloadPlan(to, targets)
+
+
+def ways_of(space: Space, found: Found) -> list[OffloadPlan]:
+    """The space's own way to offload, and that of the best plan: what fits in the balanced split and
+    the default order of axes only with more elsewhere may fit in another without."""
+    best = [Plan.parse(p.plan).offload for p in found.plans[:1]]
+    return list(dict.fromkeys([*best, space.offload]))
 
 
 def widened(

@@ -8,7 +8,7 @@ plan loses most by: memory, the bubble, or an axis' link.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.base.units import format_bytes, format_seconds, sign_of
 from partita.parallel.room import PRODUCT_ORDER
@@ -19,6 +19,8 @@ from partita.simulate.groups import group_of
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan, has_fixed_stages
+
+OUT = "; it was not among the choices"
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,30 @@ def reason(job: Job, best: Prediction, choice: str, plan: Plan, goal: str = "tim
     return Reason(choice, f"{lead} {takes}; {memory}", other)
 
 
-def why(job: Job, best: Prediction, goal: str = "time") -> list[Reason]:
-    """A reason for every choice of a plan that was simulated; memory comes first where it is the goal."""
-    plan = Plan.parse(best.plan)
-    others = ((choice, _plain(other)) for choice, other in changes(job, plan))
-    return [reason(job, best, choice, other, goal) for choice, other in others if other != plan]
+def why(
+    job: Job,
+    best: Prediction,
+    goal: str = "time",
+    admitted: Callable[[Plan], bool] = lambda _: True,
+) -> list[Reason]:
+    """A reason for every choice of a plan that was simulated; memory comes first where it is the goal. Of a
+    change that is better, and was not `admitted` among the plans it is chosen from, the sentence says so."""
+    plan, found = Plan.parse(best.plan), list[Reason]()
+    for choice, other in changes(job, plan):
+        if (changed := _plain(other)) == plan:
+            continue
+        told = reason(job, best, choice, changed, goal)
+        out = _is_better(told.changed, best, goal) and not admitted(changed)
+        found.append(replace(told, text=told.text + OUT) if out else told)
+    return found
+
+
+def _is_better(changed: Prediction, best: Prediction, goal: str) -> bool:
+    """Whether a change fits, and is faster, or smaller where memory is the goal."""
+    if not changed.fits:
+        return False
+    at = int(goal == "memory")
+    return measures(changed)[at] < measures(best)[at]
 
 
 def _plain(plan: Plan) -> Plan:

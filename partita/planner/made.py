@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from partita.base.errors import Problem
+from partita.planner.elsewhere import ways_of
 from partita.planner.levels import Levels
 from partita.planner.nodes import Found, Goal, Node
 from partita.planner.search import Search
@@ -29,7 +30,7 @@ from partita.schedule.synth.bounds import lower_bound
 from partita.schedule.synth.flow import flow_of
 from partita.simulate.pipeline import FULL
 from partita.simulate.predict import weigh, wrongs
-from partita.spec.plan import DEFAULT_ORDER, Plan
+from partita.spec.plan import DEFAULT_ORDER, OffloadPlan, Plan
 from partita.spec.stage_costs import write_costs
 
 MARGIN = 0.01  # of what is best, that a schedule without a name must save
@@ -165,9 +166,13 @@ def made(
         return found
     few = every and space.job.cluster.devices <= FEW
     if few or not found.plans:
-        more = _search(search, space.words, found)
-        there = more.best(goal, top, budget_s, seen=found.plans, margin=MARGIN)
-        found.join_other("schedules made for a plan", there)
+        for offload in ways_of(space, found):
+            more = _search(search, space.words, offload)
+            left = max(budget_s - (time.perf_counter() - start), 0.0)
+            there = more.best(goal, top, left, seen=found.plans, margin=MARGIN)
+            found.join_other("schedules made for a plan", there)
+            if not there.complete:
+                break
         return found
     end = start + min(budget_s, SHORT_S)
     for words in dict.fromkeys(
@@ -175,7 +180,8 @@ def made(
     ):
         left = end - time.perf_counter()
         if left > 0:
-            there = _search(search, words, found).best(
+            offload = Plan.parse(found.plans[0].plan).offload
+            there = _search(search, words, offload).best(
                 goal, top, left, seen=found.plans, margin=MARGIN
             )
             found.made += there.simulated
@@ -184,10 +190,9 @@ def made(
     return found
 
 
-def _search(search: Search, words: Words, found: Found) -> Search:
+def _search(search: Search, words: Words, offload: OffloadPlan) -> Search:
     """A search of such plans; what is known of blocks is known here."""
     space = search.space
-    offload = Plan.parse(found.plans[0].plan).offload if found.plans else space.offload
     more = Search(MadeSpace(space.job, words, space.dtype, offload), Made)
     if offload == space.offload and not space.turned and space.stated == more.space.stated:
         more.bounds.share(search.bounds)

@@ -17,6 +17,7 @@ from math import comb
 import numpy as np
 
 from partita.base.errors import Problem
+from partita.planner.elsewhere import ways_of
 from partita.planner.levels import Levels
 from partita.planner.links import Meeting
 from partita.planner.nodes import Found, Goal, Node
@@ -24,7 +25,6 @@ from partita.planner.rough import HIDES, PAIRED, Rough, halves
 from partita.planner.search import Search
 from partita.planner.space import Leaf, MeshChoice, Space
 from partita.planner.table import KEPT, READ, Probe, Table
-from partita.spec.plan import OffloadPlan, Plan
 
 Split = tuple[int, ...]
 ALL = 300  # splits of which all are meant
@@ -135,13 +135,6 @@ class UnevenSpace(Space):
 
     def _all_schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         return super()._all_schedules(mesh) if mesh.pp > 1 else []
-
-
-def ways_of(space: Space, found: Found) -> list[OffloadPlan]:
-    """The space's own way to offload, and that of the best plan: what fits in the balanced split only with
-    more elsewhere may fit in another without."""
-    best = [Plan.parse(p.plan).offload for p in found.plans[:1]]
-    return list(dict.fromkeys([*best, space.offload]))
 
 
 def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:

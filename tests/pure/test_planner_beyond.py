@@ -11,13 +11,13 @@ from test_planner import bounds_hold, hold_many, leaves, small
 
 from partita.base.errors import UsageError
 from partita.planner.ask import Question, ask
-from partita.planner.beyond import turned
+from partita.planner.beyond import faster_dtype, turned
 from partita.planner.explain import changes, why
 from partita.planner.nearby import allowed, nearby
 from partita.planner.nodes import Found, Node
 from partita.planner.orders import other_orders
 from partita.planner.search import ANY, Search, measures, searcher
-from partita.planner.solve import pareto, solve
+from partita.planner.solve import goal_of, pareto, solve
 from partita.planner.space import Leaf, MeshChoice, Space, Tokens, Words
 from partita.planner.splits import splits
 from partita.spec.cluster import Cluster
@@ -68,6 +68,10 @@ def test_the_best_of_all_orders_is_that_of_brute_force(devices, each, fix):
             keys += [ANY.key(*measures(p))] if p.fits else []
     assert found.complete and ANY.key(*measures(found.plans[0])) == min(keys)
     assert found.bounded + found.simulated + found.rejected.total() == found.considered
+    line = f"{found.plans[0].plan} offload:cpu"  # other orders need none of it
+    seen = Found([search.predict(Plan.parse(line).with_("mesh", order=DEFAULT_ORDER))])
+    again = turned(search, ANY, 1, seen, 60.0)
+    assert "offload" in line and "offload" not in again.plans[0].plan
 
 
 def test_more_devices_turn_the_best_plans_and_words_say_which_orders():
@@ -185,3 +189,33 @@ def test_zero_gathers_no_frozen_expert_after_an_update():
     for zero in (1, 2):
         leaf = Leaf("1f1b", 1, 2, zero)
         assert bounds_hold(search, Node(4, 0.0, 0.0, 1, mesh, shape, Tokens("none", 1, 1), leaf))
+
+
+def test_fp32_is_looked_at_where_the_best_plan_is_faster_in_it(monkeypatch):
+    search = small(2, 1e9, fix=("1mb",), forbid=("pp", "cp"))
+    found, real = search.best(), search.predict
+    seconds = measures(found.plans[0])[0]
+
+    def told(share: float, searched: Search = search, goal: str = "time") -> tuple[str, ...]:
+        def predict(plan: Plan):
+            assert plan.precision.dtype == "fp32"
+            return replace(real(plan), step_time_s=share * seconds)
+
+        monkeypatch.setattr(searched, "predict", predict)
+        return faster_dtype(searched, goal_of(search.job, goal), found)
+
+    assert told(0.9) == ("fp32",) and told(0.995) == told(0.9, goal="memory") == ()
+    assert told(0.9, searcher(search.job, fix=("bf16",))) == ()
+    assert told(0.9, searcher(search.job, fix=("fp32",))) == ()
+
+
+def test_a_better_change_that_words_leave_out_is_told_as_that():
+    job = small(2, 1e9).job
+    forbid = ("pp", "cp", "tp", "order", "offload", "recompute")
+    told = ask(job, Question("time", 1, ("4mb", "fp32"), forbid)).texts
+    fewer = next(t for t in told if t.startswith("4mb: ") and "2mb" in t)
+    assert "(-" in fewer and fewer.endswith("it was not among the choices")
+    slower = [t for t in told if "(+" in t]
+    assert slower and not any("not among" in t for t in slower)
+    free = ask(job, Question("time", 1, ("fp32",), forbid)).texts
+    assert not any("not among" in t for t in free if not t.startswith("fp32"))
