@@ -24,6 +24,7 @@ def document(answer: Answer) -> dict[str, Any]:
         "bounded": found.bounded,
         "simulated": found.simulated,
         "complete": found.complete,
+        "not_searched": list(found.not_searched),
         "seconds": found.seconds,
     }
     if answer.measured:
@@ -67,6 +68,8 @@ def counts(found: Found) -> str:
     proof = proof if found.complete else "stopped by its budget: not proven"
     if found.unproven:
         proof += f" over {' and '.join(found.unproven)}, proven over all else"
+    if found.complete and found.not_searched:
+        proof += f" (not searched: {'; '.join(found.not_searched)})"
     if found.more:
         proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (

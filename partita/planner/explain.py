@@ -230,7 +230,7 @@ def _is_better(changed: Prediction, best: Prediction, goal: str) -> bool:
     if not changed.fits:
         return False
     at = int(goal == "memory")
-    return measures(changed)[at] < measures(best)[at]
+    return round(measures(changed)[at] / measures(best)[at], 3) < 1
 
 
 def _plain(plan: Plan) -> Plan:

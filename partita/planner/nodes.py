@@ -64,6 +64,7 @@ class Found:
     split: int = 0  # the same with another split of the layers
     made: int = 0  # the same with a schedule made for them
     unproven: tuple[str, ...] = ()  # choices whose search ended by its budget, all else proven
+    not_searched: tuple[str, ...] = ()  # choices, of plans that the proof says nothing of
     near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
     least_s: float = 0.0  # what no split or schedule undercuts, where not all were searched

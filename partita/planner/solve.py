@@ -14,11 +14,12 @@ from itertools import combinations
 
 from partita.base.errors import UsageError
 from partita.base.units import format_bytes
-from partita.planner.elsewhere import least_memory, widened
+from partita.planner.elsewhere import WITHOUT, least_memory, widened
 from partita.planner.nodes import GOALS
 from partita.planner.search import ANY, Found, Goal, Search, measures
 from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
 from partita.planner.splits import finished
+from partita.planner.uneven import FEW, Uneven, UnevenSpace
 from partita.simulate.predict import Prediction
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -235,6 +236,8 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     that a search did not come to."""
     search, lines = makes(job), list[str]()
     least = least_memory(search, budget_s)
+    if least.complete and not least.plans:  # more stages than layers have plans with a split alone
+        least = _least_of_splits(search, budget_s)
     if least.plans:
         needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
         told = f"{least.plans[0].plan} with {format_bytes(needs)} of {format_bytes(limit)} a rank"
@@ -257,6 +260,15 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
         if solved.value is not None:
             lines.append(f"would fit: {solved.text}")
     return lines
+
+
+def _least_of_splits(search: Search, budget_s: float) -> Found:
+    """The plan of least memory with layers split in another way, on few devices, whatever their limit."""
+    if search.job.cluster.devices > FEW or not search.space.words.admit("split", "uneven"):
+        return Found()
+    more = Search(UnevenSpace(search.space), Uneven)
+    more.bounds.limit_bytes = WITHOUT
+    return more.best(Goal("memory"), budget_s=budget_s)
 
 
 def _which(space: Space) -> str:

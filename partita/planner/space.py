@@ -188,7 +188,7 @@ class Space:
     plans. `turned`: of plans in every order of axes but the default; `uneven`: with layers split in other
     ways than the balanced one (uneven.py)."""
 
-    uneven = False
+    uneven, spare = False, 0  # stages beyond the layers: ends with embedding and head alone
 
     def __init__(
         self, job: Job, words: Words, dtype: str, offload: OffloadPlan = HERE, turned: bool = False
@@ -221,7 +221,7 @@ class Space:
         ok, text = self.words.admit, self.model.image is None
         for world in self.worlds():
             for pp in divisors(world):
-                if pp > self.model.layers or not ok("pp", pp):
+                if pp > self.model.layers + self.spare or not ok("pp", pp):
                     continue
                 for tp, split in self._widths(world // pp):
                     for cp in divisors(world // pp // tp // split):
@@ -316,7 +316,7 @@ class Space:
                 if all(f not in ("schedule", "virtual") for f, _ in self.words.fixed)
                 else []
             )
-        most = min(MOST_VIRTUAL, self.model.layers // mesh.pp)
+        most = min(MOST_VIRTUAL, (self.model.layers + self.spare) // mesh.pp)
         found = [(n, 2 if has_fixed_stages(n) else 1) for n in SCHEDULES]
         found = [(n, v) for n, v in found if v <= max(most, 1)]
         found += [(n, v) for n in VIRTUAL for v in range(2, most + 1)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from partita.planner.beyond import turned
+from partita.planner.beyond import SMALL, SPARSE, turned
 from partita.planner.gap import least_seconds
 from partita.planner.made import FEW as MANY
 from partita.planner.made import made
@@ -54,10 +54,33 @@ def finished(
     if left() > 0:
         found = splits(search, goal, top, found, left())
     found = made(search, goal, top, found, left(), every) if may_change() else found
+    found.not_searched = not_searched(search, every)
     many = search.job.cluster.devices > MANY and found.complete and found.plans
     if every and many and goal == ANY and _is_of(search, found.plans[0]):
         found.least_s = least_seconds(search, found, left())
     return found
+
+
+def not_searched(search: Search, every: bool) -> tuple[str, ...]:
+    """The choices that no proof is over: those looked at for the best plans alone, and pairs of choices."""
+    space, cluster, admit = search.space, search.job.cluster, search.space.words.admit
+    few = every and cluster.devices <= MANY
+    alone = every and cluster.devices <= (SPARSE if space.model.experts else SMALL)
+    turns = len(cluster.links) > 1 and not space.stated and admit("order", "another")
+    splits = admit("split", "uneven") and admit("pp", 2)
+    auto = admit("schedule", "auto") and space.model.image is None and admit("pp", 2)
+    of_best = ["orders of axes"] * (turns and not alone)
+    of_best += ["splits of layers"] * (splits and not few) + ["made schedules"] * (auto and not few)
+    found = [f"other {', '.join(of_best)} of all but the best plans"] if of_best else []
+    if few and splits and auto:
+        found.append("auto beside another split of layers")
+    if admit("offload", "cpu"):
+        beside = ["other orders"] * turns + ["other splits"] * splits + ["auto"] * auto
+        if not few:
+            found.append("offload where a plan fits without")
+        elif beside:
+            found.append(f"offload beside {', '.join(beside)} but as the best plan has it")
+    return tuple(found)
 
 
 def _is_of(search: Search, best: Prediction) -> bool:

@@ -68,6 +68,12 @@ def other_splits(balanced: Split) -> tuple[Split, ...]:
 
 
 @lru_cache(maxsize=1024)
+def filled(layers: int, stages: int) -> tuple[Split, ...]:
+    """All splits, of more stages than layers: the balanced one is none of theirs."""
+    return tuple(every_split(layers, stages))
+
+
+@lru_cache(maxsize=1024)
 def _ends(splits: tuple[Split, ...]) -> np.ndarray:
     """[split, stage + 1]: where the blocks of each stage begin."""
     found = np.cumsum(np.array([(1, *s) for s in splits]), 1)
@@ -116,9 +122,10 @@ def least_bytes(probe: Probe, stages: np.ndarray, states: np.ndarray, zero: int)
 
 
 class UnevenSpace(Space):
-    """The plans of a space, in its order of axes or `turned`, with every other split of the layers."""
+    """The plans of a space, in its order of axes or `turned`, with every other split of the layers: also on
+    one or two stages more than there are layers."""
 
-    uneven = True
+    uneven, spare = True, 2
 
     def __init__(self, space: Space, turned: bool = False) -> None:
         super().__init__(space.job, space.words, space.dtype, space.offload, turned)
@@ -129,8 +136,9 @@ class UnevenSpace(Space):
         key = (mesh.pp, *schedule)
         if key not in self._counts:
             stages = Rough(schedule[0], mesh.pp, schedule[1]).num_stages
-            every = count_splits(self.model.layers, stages)
-            self._counts[key] = every - 1 if every <= ALL else stages * (stages - 1)
+            every, layers = count_splits(self.model.layers, stages), self.model.layers
+            others = every - (stages <= layers)  # of more stages no split is the balanced one
+            self._counts[key] = others if every <= ALL else stages * (stages - 1)
         return self._counts[key]
 
     def _all_schedules(self, mesh: MeshChoice) -> list[tuple[str, int]]:
@@ -244,8 +252,20 @@ class Uneven(Levels):
         yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def _splits(self, node: Node, table: Table) -> tuple[Split, ...]:
-        lies = self.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual))
-        return other_splits(self.bounds.split(table, lies.num_stages))
+        stages = self.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual)).num_stages
+        layers = len(table.at) - 2
+        if stages > layers:
+            return filled(layers, stages)
+        return other_splits(self.bounds.split(table, stages))
+
+    def _parts(self, node: Node) -> tuple[Table, np.ndarray, Probe]:
+        """Of a node whose table and schedule are there: the stages of its split, or of the first of all."""
+        table = self.bounds.table(node.mesh, node.shape, node.tokens)
+        named = (node.leaf.schedule, node.leaf.virtual)
+        probe = self.bounds.probe(node.mesh, *named, self._microbatches(node))
+        assert isinstance(table, Table) and isinstance(probe, Probe)
+        split = node.leaf.split or self._splits(node, table)[0]
+        return table, stages_of(table, (split,))[0], probe
 
     def _seconds(
         self,

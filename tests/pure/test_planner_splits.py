@@ -19,7 +19,7 @@ from partita.planner.nodes import Node, Queue
 from partita.planner.rough import PAIRED
 from partita.planner.search import ANY, Goal, Search, measures, searcher
 from partita.planner.space import Shape
-from partita.planner.splits import finished
+from partita.planner.splits import finished, not_searched
 from partita.planner.table import Table
 from partita.planner.uneven import (
     ALL,
@@ -76,7 +76,7 @@ def splits_hold(search: Search, node: Node, rng: random.Random) -> bool:
     table, probe = b.table(mesh, node.shape, tokens), b.probe(mesh, *named, m)
     if not isinstance(table, Table) or isinstance(probe, Problem):
         return False
-    splits = other_splits(b.split(table, b.lies(mesh, named).num_stages))
+    splits = levels._splits(node, table)
     if not splits:
         return False
     i = rng.randrange(len(splits))
@@ -177,6 +177,7 @@ FORBID = ("recompute", "cp", "v_half", "v_min", "zb_h2", "gpipe", "dualpipe", "l
     [
         (4, 1.5, 4, ("4mb", "fp32", "pp2"), "time"),
         (4, 1.5, 4, ("2mb", "fp32", "pp2"), "memory"),
+        (4, 1.5, 2, ("2mb", "fp32"), "time"),  # pp4, and two stages a rank, of two layers
         pytest.param(4, 2.0, 5, ("4mb", "fp32"), "time", marks=pytest.mark.slow),
         pytest.param(8, 2.0, 5, ("2mb", "fp32"), "time", marks=pytest.mark.slow),
         pytest.param(16, 2.0, 5, ("2mb", "fp32", "zero3"), "time", marks=pytest.mark.slow),
@@ -191,6 +192,24 @@ def test_the_best_of_all_splits_is_that_of_brute_force(devices, room, layers, fi
 def test_the_best_of_all_splits_and_orders_is_that_of_brute_force():
     job, fix = nodes_of(small(4, 1e9, layers=5).job, 2), ("4mb", "fp32")
     equals_brute_force(searcher(tight(job, fix, 2.0), fix, FORBID), ANY, turned=True)
+
+
+def test_ends_without_layers_are_stages_of_their_own():
+    """Llama 3's layout (Llama Team 2024), of two layers: the fastest of four ranks, which no plan without a
+    stated split has."""
+    fix, forbid = ("2mb", "bf16"), ("cp", "recompute", "auto", "offload")
+    job = small(4, 1e9, layers=2).job
+    told = ask(job, Question(fix=fix, forbid=forbid))
+    assert told.found.complete and "pp4:" in told.plans[0].plan
+    assert told.found.not_searched == () and "not searched" not in counts(told.found)
+    assert "pipeline.split=0,1,1,0" in told.plans[0].plan
+    plain = ask(job, Question(fix=fix, forbid=(*forbid, "split")))
+    assert measures(plain.plans[0])[0] > measures(told.plans[0])[0]
+    (tiny,) = ask(job, Question(top=1, fix=("pp4", *fix), forbid=forbid)).plans
+    assert tiny.fits
+    full = replace(job, cluster=replace(job.cluster, memory_bytes=10**5))
+    said = ask(full, Question(fix=("pp4", *fix), forbid=forbid)).texts
+    assert "the least memory found is pp4:" in said[0]
 
 
 def test_a_split_makes_fit_what_else_does_not():
@@ -258,3 +277,19 @@ def test_no_split_on_many_devices_undercuts_what_is_said():
     fit = [measures(p)[0] for p in tried if p.fits]
     assert fit and min(fit) >= found.least_s
     assert f"{format_seconds(found.least_s)} at least" in counts(found)
+
+
+def test_what_a_proof_is_not_over_is_told():
+    few, many = (Job.of("tiny", f"{n}xh100", "", global_batch_size=8, seq_len=64) for n in (4, 64))
+    (auto, offload) = not_searched(searcher(few), every=True)
+    assert auto == "auto beside another split of layers" and "other splits, auto" in offload
+    told, _ = not_searched(searcher(many), every=True)
+    assert (
+        told == "other orders of axes, splits of layers, made schedules of all but the best plans"
+    )
+    assert not_searched(searcher(few, forbid=("split", "offload")), every=True) == ()
+    assert not_searched(searcher(few, forbid=("pp", "offload")), every=True) == ()
+    moe = Job.of("mixtral-8x7b", "16xh100", "", global_batch_size=16, seq_len=64)
+    assert "other orders of axes of all" in not_searched(searcher(moe), every=True)[0]
+    found = ask(few, Question(top=1, fix=("tp4", "1mb", "bf16"), forbid=("cp", "sp"))).found
+    assert found.complete and f"(not searched: {auto}; {offload})" in counts(found)
