@@ -49,6 +49,7 @@ def allowed(words: Words, plan: Plan) -> bool:
     told |= {"dp": plan.data_parallel_size, "num_microbatches": plan.num_microbatches}
     told |= {"zero": plan.data.zero_stage if m.dp_shard > 1 else 0, "dtype": plan.precision.dtype}
     told |= {"recompute": plan.recompute.mode, "offload": plan.offload.to, "method": c.method}
+    told |= {"ulysses": c.ulysses if c.method == "hybrid" else None}
     told |= {"schedule": p.schedule, "virtual": p.virtual_stages, "groups": m.split}
     told |= {"split": p.split or m.split if p.split or m.split > 1 else None}
     fixed = {name for name, _ in words.fixed}

@@ -14,19 +14,16 @@ leaf may not be is said by `problems` alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
-from partita.base.errors import UsageError
 from partita.parallel.tp.rules import channels
 from partita.planner.orders import other_orders
+from partita.planner.words import Words
 from partita.spec.job import Job
 from partita.spec.plan import DEFAULT_ORDER, OffloadPlan, Plan, has_fixed_stages
-from partita.spec.plan_table import CHOICES, is_schedule
 
 SCHEDULES = (
     "1f1b", "gpipe", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe", "dualpipev",
@@ -38,7 +35,6 @@ HERE = OffloadPlan()  # all on the device
 Order = tuple[str, ...]
 State = tuple[int, int, Order]
 EVERY = (2, 3, 4)  # full recomputation of only each k-th block
-_AXIS = re.compile(r"(pp|dp|dp_replicate|dp_shard|cp|tp|ep|etp|split)(\d+)?(\+sp)?(?:[:.](\w+))?")
 
 
 @lru_cache(maxsize=4096)
@@ -46,78 +42,6 @@ def divisors(n: int) -> tuple[int, ...]:
     """All divisors, smallest first."""
     low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return tuple(sorted({*low, *(n // d for d in low)}))
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a plan must have and must not: (field, value) pairs; value None is 'larger than 1, or on'."""
-
-    fixed: tuple[tuple[str, object], ...] = ()
-    forbidden: tuple[tuple[str, object], ...] = ()
-
-    @staticmethod
-    def of(fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Words:
-        """From words of a plan's line: tp8, tp8+sp, cp2:ring, zb_h1, zero1, recompute:full, bf16, 8mb,
-        offload:cpu, order:pp,tp,cp,dp_shard,dp_replicate; an axis alone (cp, sp, recompute, pp) to forbid
-        it. Raises UsageError."""
-        fixed = tuple(chain.from_iterable(map(_read, fix)))
-        bare = [word for word in fix if _read(word)[0][1] is None]
-        if bare:
-            raise UsageError(f"--fix {bare[0]}: which? e.g. tp2, recompute:full", key="fix")
-        found = [_read(word) for word in forbid]
-        for word, pairs in zip(forbid, found, strict=True):
-            if len(pairs) > 1:
-                raise UsageError(
-                    f"--forbid {word}: one thing a word, e.g. {word.split('+')[0].split(':')[0]}",
-                    key="forbid",
-                )
-        return Words(fixed, tuple(p[0] for p in found))
-
-    def admit(self, name: str, value: object) -> bool:
-        """Whether a field may hold this."""
-        if not self.fixed and not self.forbidden:
-            return True
-        on = value not in (1, False, "none", None, DEFAULT_ORDER)
-        if any(f == name and not (on if v is None else v == value) for f, v in self.fixed):
-            return False
-        return not any(f == name and (on if v is None else v == value) for f, v in self.forbidden)
-
-
-def _read(word: str) -> list[tuple[str, object]]:
-    """The fields that a word of a plan's line states."""
-    if word in ("sp", "recompute", "split"):
-        return [(word, True if word == "sp" else None)]
-    if found := re.fullmatch(r"(\d+)mb", word):
-        return [("num_microbatches", int(found[1]))]
-    if found := re.fullmatch(r"zero([0-3])", word):
-        return [("zero", int(found[1]))]
-    if word in CHOICES["precision", "dtype"]:
-        return [("dtype", word)]
-    if word.startswith("recompute:") and word[10:] in CHOICES["recompute", "mode"]:
-        return [("recompute", word[10:])]
-    found = re.fullmatch(r"(\w+?)x(\d+)", word)
-    if found and is_schedule(found[1]) and not is_schedule(word):
-        return [("schedule", found[1]), ("virtual", int(found[2]))]
-    if is_schedule(word):
-        return [("schedule", word)]
-    if word == "offload" or word.startswith("offload:"):
-        to = word[8:] or None
-        if to is None or to in CHOICES["offload", "to"]:
-            return [("offload", to)]
-    if word == "order" or word.startswith("order:"):
-        return [("order", Plan.parse(word).mesh.order if word[5:] else None)]
-    if word in CHOICES["context", "method"]:
-        return [("method", word)]
-    found = _AXIS.fullmatch(word)
-    if not found:
-        raise UsageError(
-            f"no word of a plan: '{word}'; e.g. tp8, cp, zero1, zb_h1, recompute:full", key="fix"
-        )
-    axis, size, sp, rest = found.groups()
-    axis = "groups" if axis == "split" else axis  # split alone is of layers too
-    pairs: list[tuple[str, object]] = [(axis, int(size) if size else None)]
-    pairs += [("sp", True)] if sp else []
-    return pairs + (_read(rest) if rest else [])
 
 
 class MeshChoice(NamedTuple):
@@ -263,7 +187,7 @@ class Space:
         if self.model.image is not None:  # rows have but one way
             return [("halo", 1)] if self.words.admit("method", "halo") else []
         found = [("ring", 1), ("all_gather", 1), ("ulysses", 1)]
-        found += [("hybrid", u) for u in divisors(mesh.cp)[1:-1]]
+        found += [("hybrid", u) for u in divisors(mesh.cp)[1:-1] if self.words.admit("ulysses", u)]
         return [m for m in found if self.words.admit("method", m[0])]
 
     def folds(self, mesh: MeshChoice) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Around the search: why, what binds, what fits at most, a front, auto, nothing fits."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from partita.planner.explain import beside, binds, causes, changes, why
 from partita.planner.nodes import Found
 from partita.planner.search import Search, measures, searcher
 from partita.planner.solve import nothing_fits, pareto, solve, with_devices
+from partita.planner.words import Words
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
@@ -309,3 +311,47 @@ def test_a_front_of_what_is_solved_for_is_refused(capsys):
     assert run(words) == 2
     out, err = capsys.readouterr()
     assert not out and "--solve" in err and "not both" in err
+
+
+@pytest.mark.parametrize(
+    ("word", "fixed"),
+    [
+        ("pp2:1f1b/4mb", {"pp": 2, "schedule": "1f1b", "num_microbatches": 4}),
+        ("pp2:interleaved_1f1bx3", {"pp": 2, "schedule": "interleaved_1f1b", "virtual": 3}),
+        ("cp4:hybrid2x2", {"cp": 4, "method": "hybrid", "ulysses": 2}),
+        ("dp_shard4.zero2 tp2+sp", {"dp_shard": 4, "zero": 2, "tp": 2, "sp": True}),
+        ("offload:cpu bf16 8mb", {"offload": "cpu", "dtype": "bf16", "num_microbatches": 8}),
+    ],
+)
+def test_words_are_read_as_a_plan_prints_them(word, fixed):
+    assert dict(Words.of((word,)).fixed) == fixed
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("TP2", "did you mean 'tp2'?"), ("tp=2", "did you mean 'tp2'?"), ("mesh.tp=2", "did you mean 'tp2'?"),
+        ("full", "did you mean 'recompute:full'?"), ("nvme", "did you mean 'offload:nvme'?"),
+        ("pp2:zbv", "did you mean 'zb_v'?"), ("precision:bf16", "did you mean 'bf16'?"), ("tp0", "1 or more"),
+        ("pipeline.split=1,2", "--plan judges a plan with pipeline.split=1,2"), ("", "is empty"),
+        ("tp2:4mb:", "no word of a plan"), ("tp2/4mb", "no word of a plan"),
+    ],
+)  # fmt: skip
+def test_an_unknown_word_teaches(word, text):
+    for key in ("fix", "forbid"):
+        with pytest.raises(UsageError, match=re.escape(text)) as error:
+            Words.of(**{key: (word,)})
+        assert error.value.key == key and f"--{key}" in error.value.message
+
+
+def test_what_is_to_be_forbidden_is_one_thing():
+    with pytest.raises(UsageError, match=r"one thing a word: dp_shard2 or zero3$"):
+        Words.of(forbid=("dp_shard2.zero3",))
+    with pytest.raises(UsageError, match=r"which\? e.g. offload:cpu"):
+        Words.of(("offload",))
+
+
+def test_a_hybrid_is_searched_in_its_own_parts():
+    job = job_of(4, 1e9)
+    told = ask(job, Question(top=50, fix=("cp4:hybrid2x2 bf16 2mb",), forbid=("recompute",))).plans
+    assert told and all("cp4:hybrid2x2" in p.plan for p in told)
