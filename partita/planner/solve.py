@@ -291,15 +291,21 @@ def _which(space: Space) -> str:
 
 def _leaves(space: Space, words: Words) -> bool:
     """Whether plans are left under other words."""
+    return any(there.leaves(mesh) for there in _spaces(space, words) for mesh in there.meshes())
+
+
+def _spaces(space: Space, words: Words) -> list[Space]:
+    """Those of the balanced split, and on few devices of the others."""
     there = Space(space.job, words, space.dtype)
-    return any(there.leaves(mesh) for mesh in there.meshes())
+    wanted = space.job.cluster.devices <= FEW and words.admit("split", "uneven")
+    return [there, UnevenSpace(there)] if wanted else [there]
 
 
 def _known(space: Space, name: str) -> Sequence[object]:
     """What a field may hold at all."""
     if name == "schedule":
         return SEARCHED
-    meshes = Space(space.job, Words(), space.dtype).meshes
+    meshes = _spaces(space, Words())[-1].meshes
     if name == "num_microbatches":
         return sorted({n for dp in {m.dp for m in meshes()} for n in divisors(space.batch // dp)})
     return sorted({getattr(m, name) for m in meshes()}) if name in SIZES else ()

@@ -52,6 +52,15 @@ class _Told:
     scratch: str | None  # on one host the folder of what its ranks share
 
 
+def hold_world(job: Job, started: int) -> None:
+    """Raises UsageError where torchrun started more or fewer ranks than the plan has."""
+    if started != job.plan.world_size:
+        raise UsageError(
+            f"torchrun started {started} ranks, the plan {job.plan} needs {job.plan.world_size}: "
+            "change --nproc-per-node or --nnodes, or the plan"
+        )
+
+
 def train_as_rank(
     job: Job,
     prediction: Prediction,
@@ -67,11 +76,7 @@ def train_as_rank(
     from partita.comm.stores import rendezvous
 
     rank, world, _ = torchrun_rank() or (0, 1, 0)
-    if world != job.plan.world_size:
-        raise UsageError(
-            f"torchrun started {world} ranks, the plan {job.plan} needs {job.plan.world_size}: "
-            "change --nproc-per-node or --nnodes, or the plan"
-        )
+    hold_world(job, world)
     roll = rendezvous(job.train.comm_timeout_s, line)
     if rank > 0:
         told = _hear(roll)

@@ -40,6 +40,7 @@ from partita.train.preflight import Facts, exchange, mismatches, tell_all
 from partita.train.present import data_files
 from partita.train.rank import RunSpec, join, new_scratch
 from partita.train.start import checkpoint_bytes
+from partita.train.torchrun import hold_world
 from partita.tune.diagnosis import Check, Diagnosis
 from partita.tune.probes import COLLECTIVES, Calls, matmul_flops
 
@@ -295,7 +296,8 @@ def doctor(job: Job) -> Diagnosis:
     """Looks at the ranks that the job would train on: as many processes of this host as its plan has, or
     those that torchrun started, each of which calls it and has the same answer.
 
-    Raises PlanError, and PeerError where a rank is lost on the way.
+    Raises PlanError, UsageError where torchrun started another number of ranks, and PeerError where a rank is
+    lost on the way.
     """
     job = replace(job, train=replace(job.train, comm_timeout_s=TIMEOUT_S))
     prediction = simulate(job)
@@ -309,6 +311,7 @@ def doctor(job: Job) -> Diagnosis:
     needs = Needs(checkpoint_bytes(job, tensors), peak)
     place = torchrun_rank()
     if place is not None:
+        hold_world(job, place[1])
         return _as_rank(job, needs, place[0])
     spec = RunSpec(job, Path.cwd())
     ranks = start_ranks(job.plan.world_size, _enter, (spec, needs))

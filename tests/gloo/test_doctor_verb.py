@@ -11,9 +11,10 @@ from pathlib import Path
 import faults
 import pytest
 
-from partita.base.errors import PeerError
+from partita.base.errors import PeerError, PlanError, UsageError
 from partita.cli.main import run as command
 from partita.tune import doctor
+from partita.tune.doctor import doctor as doctor_of
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -62,6 +63,25 @@ def leave(rank, writer, spec, needs) -> None:
     if rank == 0:
         error = PeerError("rank 1 did not come")
         writer.send(error)
+
+
+def test_a_plan_that_is_searched_is_examined(monkeypatch, capfd) -> None:
+    seen = []
+    monkeypatch.setattr(doctor, "doctor", lambda job: seen.append(job) or doctor.Diagnosis(()))
+    assert command(["doctor", "job.toml", "plan=auto", "cluster.devices=1", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"format": 1, "ok": True, "checks": []}
+    (job,) = seen
+    assert not job.auto and f'plan = "auto" is {job.plan}' in err
+    with pytest.raises(PlanError, match="auto"):
+        doctor_of(doctor.Job.load("job.toml", "plan=auto"))
+
+
+def test_as_many_ranks_as_the_plan_has_are_examined(monkeypatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="torchrun started 3 ranks"):
+        doctor_of(doctor.Job.load("job.toml"))
 
 
 @pytest.mark.slow
