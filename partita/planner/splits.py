@@ -17,7 +17,7 @@ from partita.planner.made import FEW as MANY
 from partita.planner.made import made
 from partita.planner.nodes import ANY, Found, Goal, Queue, measures
 from partita.planner.search import Search
-from partita.planner.space import MeshChoice, Shape, Tokens
+from partita.planner.space import MeshChoice, Shape, Tokens, divisors
 from partita.planner.table import TIMES, Table
 from partita.planner.uneven import count_splits, every_split, spread_out
 from partita.simulate.predict import Prediction
@@ -74,6 +74,9 @@ def not_searched(search: Search, every: bool) -> tuple[str, ...]:
     found = [f"other {', '.join(of_best)} of all but the best plans"] if of_best else []
     if few and splits and auto:
         found.append("auto beside another split of layers")
+    parts, seq_len = divisors(cluster.devices), search.job.train.seq_len
+    if space.model.image is None and any(seq_len % n and admit("cp", n) for n in parts):
+        found.append("parts of a sequence that do not divide it")
     if admit("offload", "cpu"):
         beside = ["other orders"] * turns + ["other splits"] * splits + ["auto"] * auto
         if not few:

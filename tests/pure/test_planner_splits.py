@@ -289,6 +289,10 @@ def test_what_a_proof_is_not_over_is_told():
     )
     assert not_searched(searcher(few, forbid=("split", "offload")), every=True) == ()
     assert not_searched(searcher(few, forbid=("pp", "offload")), every=True) == ()
+    odd = replace(few, train=replace(few.train, seq_len=66))
+    assert not_searched(searcher(odd, forbid=("pp", "offload")), every=True) == (
+        "parts of a sequence that do not divide it",
+    )
     moe = Job.of("mixtral-8x7b", "16xh100", "", global_batch_size=16, seq_len=64)
     assert "other orders of axes of all" in not_searched(searcher(moe), every=True)[0]
     found = ask(few, Question(top=1, fix=("tp4", "1mb", "bf16"), forbid=("cp", "sp"))).found
