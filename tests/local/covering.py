@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import combinations, product
 from math import prod
@@ -61,6 +61,8 @@ SEED, TRIES, THRIFT = 26, 4, 0.05  # of those tried, what came to the fewest pla
 FREE = tuple(FEATURES)
 Row = dict[str, str]
 Pair = tuple[str, str, str, str]
+# Legal since the array was drawn: rows behind it hold these, so that the others stay as they were verified
+LATER: tuple[Pair, ...] = (("rounding", "precision.rounding=stochastic", "precision", "fp16"),)
 UNSPELT = {  # two features of which no plan says both, or one is then as if it were not there: why
     ("shards", "gathers"): "parameters are gathered at stage 3 alone",
     (
@@ -120,9 +122,14 @@ def legal(row: Row) -> bool:
         or (made != "experts" and experts)
         or (made == "experts" and row["tensor"] == "tp2" and not row["slices"])
         or fold(row) % needs
-        or (row["rounding"] and row["precision"] not in ("bf16", "fp8"))
+        or (row["rounding"] and row["precision"] == "fp32")
         or (versions and (row["shards"][-1:] in ("2", "3") or row["precision"] == "fp16"))
     )
+
+
+def draws(row: Row) -> bool:
+    """Whether the array may be drawn with the row."""
+    return legal(row) and not any(row[a] == x and row[b] == y for a, x, b, y in LATER)
 
 
 def pair(row: Row, a: str, b: str) -> list[Pair]:
@@ -174,13 +181,13 @@ def left_out() -> list[Pair]:
     ]
 
 
-def drawn(part: Row, draw: random.Random) -> Row:
-    """A legal row that holds the part, the other features drawn one after the other."""
+def drawn(part: Row, draw: random.Random, fits: Callable[[Row], bool] = draws) -> Row:
+    """A row that fits and holds the part, the other features drawn one after the other."""
     row = completed(part)
     assert row is not None
     for f in draw.sample(FREE, len(FREE)):
         new = {**row, f: draw.choice(FEATURES[f])} | part
-        row = new if legal(new) else row
+        row = new if fits(new) else row
     return row
 
 
@@ -188,7 +195,7 @@ def rows() -> list[Row]:
     """Greedy, the same every time: each row is the best of some that hold a pair not yet covered, of features
     that most is missing of."""
     draw, found = random.Random(SEED), []
-    left = wanted()
+    left = {p: part for p, part in wanted().items() if p not in LATER}
     while left:
         missing = Counter(x for a, v, b, w in left for x in ((a, v), (b, w)))
         hardest = sorted(left, key=lambda p: (-missing[p[:2]] - missing[p[2:]], p))[:TRIES]
@@ -196,7 +203,7 @@ def rows() -> list[Row]:
         found.append(max(made, key=lambda m: m[0])[1])
         done = pairs(found[-1])
         left = {p: part for p, part in left.items() if p not in done}
-    return found
+    return [*found, *(drawn({a: x, b: y}, draw, legal) for a, x, b, y in LATER)]
 
 
 def climbed(part: Row, left: Mapping[Pair, Row], draw: random.Random) -> tuple[float, Row]:
@@ -210,7 +217,7 @@ def climbed(part: Row, left: Mapping[Pair, Row], draw: random.Random) -> tuple[f
         for f in draw.sample(FREE, len(FREE)):
             before = _share(row, f, left)
             for new in ({**row, f: v} for v in FEATURES[f] if v != row[f] and f not in part):
-                if not legal(new):
+                if not draws(new):
                     continue
                 more = gain - before + _share(new, f, left)
                 if more / ranks(new) ** THRIFT > best + 1e-9:

@@ -27,11 +27,11 @@ BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bool": 1, "int64
 def problems(job: Request) -> list[Problem]:
     """Rounding where there is nothing to round."""
     plan = job.plan
-    if plan.precision.rounding == "nearest" or plan.precision.dtype not in ("fp32", "fp16"):
+    if plan.precision.rounding == "nearest" or plan.precision.dtype != "fp32":
         return []
     nearest = str(plan.with_("precision", rounding="nearest"))
-    asked, limit = "precision.rounding=stochastic", "bf16 or fp8 (fp64 for proofs)"
-    message = f"stochastic rounding is of bf16 weights, the plan's are {plan.precision.dtype}"
+    asked, limit = "precision.rounding=stochastic", "bf16, fp16 or fp8 (fp64 for proofs)"
+    message = "weights of fp32 are as wide as their update: nothing is left to round at random"
     return [error("precision", "rounding", message, asked=asked, limit=limit, nearest=nearest)]
 
 
