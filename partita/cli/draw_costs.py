@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.base.errors import UsageError
 from partita.schedule.clock import Costs, StageCosts
@@ -44,13 +44,14 @@ class Prices:
         if self.text.endswith(".json") or (recorded and len(given.stages) == schedule.num_stages):
             return given
         (share,) = (_shared(given, schedule.num_ranks) if recorded else given).stages
-        return Costs.equal(schedule, share.F, share.I, share.W, given.send)
+        equal = Costs.equal(schedule, share.F, share.I, share.W, given.send)
+        return replace(equal, wire=given.wire)
 
 
 def _shared(costs: Costs, ranks: int) -> Costs:
     """A rank's share of all the stages."""
     sums = (sum(s.of(kind) for s in costs.stages) / ranks for kind in "FIW")
-    return Costs((StageCosts(*sums),), costs.send)
+    return replace(costs, stages=(StageCosts(*sums),))
 
 
 def _from_words(text: str) -> Costs:
@@ -58,11 +59,14 @@ def _from_words(text: str) -> Costs:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (3, 4):
-        raise UsageError(f"--costs {text}: write F,I,W or F,I,W,SEND, or FILE.json", key="costs")
+    if len(numbers) not in (3, 4, 5):
+        raise UsageError(
+            f"--costs {text}: write F,I,W or F,I,W,SEND or F,I,W,SEND,WIRE, or FILE.json",
+            key="costs",
+        )
     _hold_sane(numbers, f"--costs {text}")
     _hold_some(numbers[:3], f"--costs {text}")
-    return Costs((StageCosts(*numbers[:3]),), numbers[3] if len(numbers) == 4 else 0.0)
+    return Costs((StageCosts(*numbers[:3]),), *numbers[3:])
 
 
 def _from_file(path: str) -> Costs:
@@ -73,6 +77,7 @@ def _from_file(path: str) -> Costs:
         numbers = [stage.F, stage.I, stage.W, stage.U, stage.activation_bytes, stage.hidden]
         _hold_sane(numbers, f"{path}: stages[{i}]")
     _hold_sane([costs.send], f"{path}: send")
+    _hold_sane([costs.wire], f"{path}: wire")
     _hold_some([s.of(kind) for s in costs.stages for kind in "FIW"], path)
     return costs
 

@@ -115,6 +115,12 @@ def group_seconds(collective: str, group: Group, size: float, top_k: int = 1) ->
     return base + min(within + min(ring, tree), added)
 
 
+def wire_seconds(group: Group, size: float) -> float:
+    """Seconds in which a message takes the link out of its rank, of those that group_seconds tells of it."""
+    link = group.outer if group.nodes > 1 else group.inner
+    return size / link.bytes_per_s if group.size > 1 else 0.0
+
+
 def _added_on_the_way(group: Group, size: float) -> float:
     """Seconds beyond the base of an all-reduce whose outermost switches add; infinite where they do not."""
     inside, inner, outer = group.inside, group.inner, group.outer

@@ -211,7 +211,7 @@ class Bounds:
         under compute in the backwards alone that stand beside a forward."""
         rows = zip(stages[:, TIMES].tolist(), (HIDES * stages[:, TRAVEL]).tolist(), strict=True)
         each = tuple(StageCosts(*times, hidden=hidden) for times, hidden in rows)
-        costs = Costs(each, self.links.send(mesh, sent))
+        costs = Costs(each, self.links.send(mesh, sent), self.links.wire(mesh, sent))
         return self.step(mesh, leaf, m, len(stages)).least(costs)
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:

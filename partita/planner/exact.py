@@ -26,7 +26,8 @@ def laid_seconds(laid: Laid, machine: Machine, step: Rehearsal) -> float:
     """Step time at least, from the laid plan's own stages and messages."""
     works, known = works_of(laid), PartTimes()
     times = [stage_time(w, laid, machine, known) for w in works.stages]
-    send = 0.0 if machine.software.sends_block else send_seconds(laid, works.stages, machine)
+    blocks = machine.software.sends_block
+    message = (0.0, 0.0) if blocks else send_seconds(laid, works.stages, machine)
     once = step_time(laid, works, times, machine)
     stages = tuple(stage_costs(t, 1.0, 0.0) for t in times)
-    return step.least(Costs(stages, send)) + once.seconds
+    return step.least(Costs(stages, *message)) + once.seconds

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from partita.cost.comm import Group, group_seconds
+from partita.cost.comm import Group, group_seconds, wire_seconds
 from partita.cost.machine import Machine
 from partita.planner.space import MeshChoice, Shape
 from partita.simulate.groups import place
@@ -117,12 +117,22 @@ class Links:
 
     def send(self, mesh: MeshChoice, sent: T) -> T | float:
         """Seconds of a message of so many bytes between neighbouring stages, at least."""
+        hop, shares = self._hop(mesh)
+        return 0.0 if hop is None else group_seconds("send", hop, sent / shares)  # type: ignore[arg-type, return-value]
+
+    def wire(self, mesh: MeshChoice, sent: float) -> float:
+        """Those of them in which the link out of its rank carries nothing else."""
+        hop, shares = self._hop(mesh)
+        return 0.0 if hop is None else wire_seconds(hop, sent / shares)
+
+    def _hop(self, mesh: MeshChoice) -> tuple[Group | None, int]:
+        """What a message crosses, if it travels beside compute, and in how many shares."""
         if mesh.pp == 1 or self.machine.class_ == "CPU" or self.machine.software.sends_block:
-            return 0.0
+            return None, 1
         stride = mesh.dp * mesh.cp * mesh.inner
         if (stride, mesh.pp) not in self._hops:
             pairs = [(i * stride, (i + 1) * stride) for i in range(mesh.pp - 1)]
             groups = {place(pair, self.machine) for pair in pairs}
             self._hops[stride, mesh.pp] = max(groups, key=lambda g: group_seconds("send", g, 1e6))
         shares = 1 if mesh.sp or not self.machine.software.scatters_sends else mesh.tp
-        return group_seconds("send", self._hops[stride, mesh.pp], sent / shares)  # type: ignore[arg-type, return-value]
+        return self._hops[stride, mesh.pp], shares

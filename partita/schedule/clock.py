@@ -1,7 +1,8 @@
 """A clock for schedules: durations in, Spans out, and the numbers read off them.
 
 In order: each rank runs its list strictly in order, and an action starts when its rank is free and
-its inputs are there. Nothing else defines time. A result that crosses ranks takes `send` more.
+its inputs are there. Nothing else defines time. A result that crosses ranks takes `send` more; a rank's
+results leave it one after the other, each `wire` after the one before it at the soonest.
 
     makespan (flush time)  first start to last end over all ranks: a step that a barrier ends
     span                   the largest of each rank's own last end minus own first start: what a step
@@ -43,10 +44,12 @@ class StageCosts:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of every stage; `send` is the seconds a result needs from rank to rank."""
+    """Costs of every stage; `send` is the seconds a result needs from rank to rank, `wire` those of them in
+    which the link out of its rank carries nothing else (its bytes / bandwidth; 0: a delay alone)."""
 
     stages: tuple[StageCosts, ...]
     send: float = 0.0
+    wire: float = 0.0
 
     def seconds(self, action: Action, schedule: Schedule) -> float:
         """Of one action of a schedule."""
@@ -70,8 +73,9 @@ class _Block:
     """What a rank starts at once: an action, or an overlapped pair. Results are numbered."""
 
     actions: tuple[Action, ...]
-    needs: list[tuple[int, float]]  # results of others, and the seconds they are on the way
+    needs: list[tuple[int, bool]]  # results, and whether another rank makes them
     makes: list[int]
+    leaves: list[int]  # of those made, what another rank needs
     seconds: float
 
 
@@ -88,9 +92,9 @@ class _Clock:
             for rank in range(len(schedule.ranks))
         ]
         self.at = [0] * len(self.blocks)
-        self.ends: list[float | None] = [None] * (
-            3 * schedule.num_stages * schedule.num_microbatches
-        )
+        every = 3 * schedule.num_stages * schedule.num_microbatches
+        self.ends: list[float | None] = [None] * every
+        self.there = [0.0] * every  # when what leaves has come
 
     def number(self, result: Action) -> int:
         """The place of a result among all."""
@@ -110,23 +114,31 @@ class _Clock:
         return [self.number(r) for r in makes(action)], [(self.number(n), n.stage) for n in wants]
 
     def _block(self, rank: int, actions: tuple[Action, ...]) -> _Block:
-        made, wants, seconds, send = [], [], 0.0, self.costs.send
+        made, leaves, wants, seconds = [], [], [], 0.0
         for action in actions:
             results, _ = self._rules[action[:2]]
             made += [result + action.microbatch for result in results]
+            if self._leaves(rank, action):
+                leaves.append(made[-len(results)])
             seconds += self.costs.seconds(action, self.schedule)
         for action in actions:
             k = action.microbatch
             for need, stage in self._rules[action[:2]][1]:
                 if need + k not in made:
-                    near = not send or self.schedule.rank_of(stage, k) == rank
-                    wants.append((need + k, 0.0 if near else send))
-        return _Block(actions, wants, made, seconds)
+                    wants.append((need + k, self.schedule.rank_of(stage, k) != rank))
+        return _Block(actions, wants, made, leaves, seconds)
+
+    def _leaves(self, rank: int, action: Action) -> bool:
+        """Whether another rank needs what it makes."""
+        to = action.stage + (1 if action.kind == "F" else -1)
+        inside = action.kind in "FBI" and 0 <= to < self.schedule.num_stages
+        return inside and self.schedule.rank_of(to, action.microbatch) != rank
 
     def run(self) -> list[list[float]]:
         """When each block of each rank starts; those that never do are left out."""
         starts: list[list[float]] = [[] for _ in self.blocks]
-        free, ends = [0.0] * len(self.blocks), self.ends
+        free, ends, there = [0.0] * len(self.blocks), self.ends, self.there
+        wires, send, wire = [0.0] * len(self.blocks), self.costs.send, self.costs.wire
         waiting: dict[int, list[int]] = {}
         ready = list(range(len(self.blocks)))
         while ready:
@@ -134,16 +146,21 @@ class _Clock:
             blocks, at, now = self.blocks[rank], self.at[rank], free[rank]
             while at < len(blocks):
                 block, start = blocks[at], now
-                for need, lag in block.needs:
+                for need, far in block.needs:
                     end = ends[need]
                     if end is None:
                         waiting.setdefault(need, []).append(rank)
                         break
-                    if end + lag > start:
-                        start = end + lag
+                    if far:
+                        end = there[need]
+                    if end > start:
+                        start = end
                 else:
                     now = start + block.seconds
                     starts[rank].append(start)
+                    for result in block.leaves:
+                        left = max(now, wires[rank])
+                        wires[rank], there[result] = left + wire, left + send
                     for result in block.makes:
                         ends[result] = now
                         if result in waiting:

@@ -4,7 +4,8 @@ The order in which results become ready does not depend on what actions cost, on
 and on what each action needs of another rank: one result, of the stage before (F) or behind (B, I). So a
 replay is one pass over actions sorted that way:
 
-    end = max(end of the action before it on its rank, end of what it needs + send) + cost
+    end = max(end of the action before it on its rank, when what it needs has come) + cost
+    come = max(end of what made it, when the link out of that rank is free) + send
 
 A longer action ends nothing sooner: from lower bounds of costs follows a lower bound of every time.
 """
@@ -42,6 +43,7 @@ class Replay:
         self.ranks: list[int] = []
         self.costs: list[int] = []  # place in the table of costs
         self.needs: list[int] = []  # place of the action that makes what is needed, or -1
+        self.leaves: list[bool] = []  # whether another rank needs what it makes
         self.first = [-1] * schedule.num_ranks  # place of each rank's first action
         self._sort(schedule)
         self._counts = [Counter[int]() for _ in range(schedule.num_ranks)]
@@ -79,22 +81,37 @@ class Replay:
                 at[rank] += 1
         if len(self.ranks) < sum(map(len, schedule.ranks)):
             raise ScheduleError(f"{schedule.name}: deadlock")
+        self.leaves = [False] * len(self.needs)
+        for need in self.needs:
+            if need >= 0:
+                self.leaves[need] = True
 
     def __call__(self, costs: Costs) -> Times:
         """The times of the schedule at these costs."""
         table = [stage.of(kind) for kind in ROWS for stage in costs.stages]
         table += [stage.of("B", beside=True) for stage in costs.stages]
-        free, send = [0.0] * self.num_ranks, costs.send
-        ends: list[float] = []
-        add = ends.append
-        for rank, cost, need in zip(self.ranks, self.costs, self.needs, strict=True):
+        free, wires, send, wire = (
+            [0.0] * self.num_ranks,
+            [0.0] * self.num_ranks,
+            costs.send,
+            costs.wire,
+        )
+        come: list[float] = []  # on the rank that needs it
+        add = come.append
+        for rank, cost, need, leaves in zip(
+            self.ranks, self.costs, self.needs, self.leaves, strict=True
+        ):
             now = free[rank]
-            if need >= 0 and (there := ends[need] + send) > now:
+            if need >= 0 and (there := come[need]) > now:
                 now = there
             now += table[cost]
             free[rank] = now
-            add(now)
-        starts = [ends[i] - table[self.costs[i]] for i in self.first]
+            if leaves:
+                if (left := wires[rank]) > now:
+                    now = left
+                wires[rank] = now + wire
+            add(now + send)
+        starts = [come[need] if (need := self.needs[i]) >= 0 else 0.0 for i in self.first]
         own = max(end - start for start, end in zip(starts, free, strict=True))
         return Times(max(free) - min(starts), own, self._busy(table))
 

@@ -72,19 +72,24 @@ def drawn_steps(
             takes = takes * _largest(jitter.compute, among.beside, random, shape)
         return takes
 
-    return played(order, map(seconds, order), costs.send).max(axis=1)
+    return played(order, map(seconds, order), costs).max(axis=1)
 
 
-def played(order: Sequence[Turn], seconds: Iterable[Any], send: float) -> Any:
-    """The last end of turns that take these seconds: numbers, or arrays of many steps at once."""
+def played(order: Sequence[Turn], seconds: Iterable[Any], costs: Costs) -> Any:
+    """The last end of turns that take these seconds: numbers, or arrays of many steps at once; messages
+    take what `costs` say."""
     import numpy as np
 
-    ends: list[Any] = []
-    for turn, takes in zip(order, seconds, strict=True):
+    leave, wires = {other for turn in order for other in turn.far}, dict[int, Any]()
+    ends, come = list[Any](), dict[int, Any]()
+    for at, (turn, takes) in enumerate(zip(order, seconds, strict=True)):
         start = ends[turn.before] if turn.before >= 0 else 0.0
         for other in turn.far:
-            start = np.maximum(start, ends[other] + send)
+            start = np.maximum(start, come[other])
         ends.append(start + takes)
+        if at in leave:
+            left = np.maximum(ends[at], wires.get(turn.rank, 0.0))
+            wires[turn.rank], come[at] = left + costs.wire, left + costs.send
     last = {turn.rank: end for turn, end in zip(order, ends, strict=True)}
     return np.maximum.reduce(list(last.values()))
 
@@ -120,9 +125,7 @@ def outlook(
     schedule = schedule_of(plan.with_("pipeline", num_microbatches=m))
     among = crowd(laid, works)
     order = turns(schedule)
-    alike = played(
-        order, [costs.stages[t.action.stage].of(t.action.kind) for t in order], costs.send
-    )
+    alike = played(order, [costs.stages[t.action.stage].of(t.action.kind) for t in order], costs)
     found = step_s + pipeline_s * (drawn_steps(schedule, costs, jitter, among) / alike - 1)
     quantiles = {f"p{q}": float(np.quantile(found, q / 100)) for q in (50, 90, 99)}
     return {

@@ -88,9 +88,9 @@ def outlook(p: Prediction) -> dict[str, Any]:
         return whole - (1 - share[microbatch]) * saved[stage][phase] * t.busy
 
     order = turns(p.schedule)
-    ends = played(order, (seconds(*turn.action) for turn in order), t.costs.send)
+    ends = played(order, (seconds(*turn.action) for turn in order), t.costs)
     alike = played(
-        order, (t.costs.stages[x.action.stage].of(x.action.kind) for x in order), t.costs.send
+        order, (t.costs.stages[x.action.stage].of(x.action.kind) for x in order), t.costs
     )
     step_s = p.step_time_s - t.pipeline_s * (1 - float(ends.max()) / float(alike))
     return {

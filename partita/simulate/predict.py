@@ -207,15 +207,14 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     known: PartTimes = {}
     alone = (stage_time(w, laid, machine, known) for w in works.stages)
     stages = tuple(with_actions(s, machine) for s in alone)
-    send_s = send_seconds(laid, works.stages, machine)
 
     def make(m: int) -> Schedule:
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
-    waits, send_s = waiting(send_s, machine)
+    waits, message = waiting(send_seconds(laid, works.stages, machine), machine)
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(stage_costs(s, busy, waits * busy) for s in stages), send_s)
+        costs = Costs(tuple(stage_costs(s, busy, waits * busy) for s in stages), *message)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -230,11 +229,12 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     return Timed(machine, works, costs, stages, played, step, busy, pipeline_s, waits * busy)
 
 
-def waiting(send_s: float, machine: Machine) -> tuple[float, float]:
-    """What an action waits for its messages, in seconds, and what messages travel beside compute."""
-    if machine.software.sends_block and send_s:
-        return send_s + machine.software.restart_s, 0.0
-    return 0.0, send_s
+def waiting(message: tuple[float, float], machine: Machine) -> tuple[float, tuple[float, float]]:
+    """What an action waits for its messages, in seconds, and what messages (as send_seconds tells them)
+    travel beside compute."""
+    if machine.software.sends_block and message[0]:
+        return message[0] + machine.software.restart_s, (0.0, 0.0)
+    return 0.0, message
 
 
 def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...]) -> Prediction:

@@ -21,7 +21,7 @@ from partita.base.errors import PlanError, UsageError
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import schedule_of
 from partita.parallel.read import kept_bytes, state_bytes
-from partita.schedule.clock import Costs, StageCosts
+from partita.schedule.clock import StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.memory import kept_at_once
 from partita.simulate.pipeline import play
@@ -147,7 +147,7 @@ def _alike_bubble(found: Case, t: Timed) -> float:
     """Idle share of the schedule with the mean stage at every stage."""
     plan, stages = found.plan, t.costs.stages
     mean = StageCosts(*(fmean(getattr(s, n) for s in stages) for n in ("F", "I", "W")))
-    costs = Costs((mean,) * len(stages), t.costs.send)
+    costs = replace(t.costs, stages=(mean,) * len(stages))
 
     def make(m: int) -> Schedule:
         return schedule_of(plan.with_("pipeline", num_microbatches=m))

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from partita.cost.comm import group_seconds, seconds
+from partita.cost.comm import group_seconds, seconds, wire_seconds
 from partita.cost.kernels import kernel_seconds
 from partita.cost.machine import Machine, Software
 from partita.cost.pieces import on_curve
@@ -366,31 +366,33 @@ def _measured_seconds(
     return seconds(collective, n, size, group.outer if group.nodes > 1 else group.inner)
 
 
-def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> float:
-    """Seconds of the dearest message between neighbouring stages. Tensors that tp ranks hold alike are
-    sent in shares where the software does so, and gathered over the inner link."""
+def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> tuple[float, float]:
+    """Seconds of the dearest message between neighbouring stages, and those of them in which the link out of
+    its rank carries nothing else. Tensors that tp ranks hold alike are sent in shares where the software does
+    so, and gathered over the inner link."""
     return max(
         (_send(call, i, laid, machine) for i, work in enumerate(works) for call in work.sends),
-        default=0.0,
+        default=(0.0, 0.0),
     )
 
 
-def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> float:
+def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> tuple[float, float]:
     places = (laid.stages[s].places[0] for s in (stage, _peer(call, stage)))
     ranks = [laid.mesh.rank_of({"pp": place}) for place in places]
     if ranks[0] == ranks[1]:
-        return 0.0
+        return 0.0, 0.0
     tp, size, pair = laid.sizes["tp"], call.bytes, tuple(sorted(ranks))
-    if machine.class_ == "CPU":
-        return _measured_seconds("send", pair, size, laid, machine)
     group = place(pair, machine)
+    if machine.class_ == "CPU":  # ranks of one host copy in their own time
+        told = _measured_seconds("send", pair, size, laid, machine)
+        return told, min(told, wire_seconds(group, size)) if group.nodes > 1 else 0.0
     whole = not laid.request.plan.mesh.sp
     if not (machine.software.scatters_sends and tp > 1 and whole and group.nodes > 1):
-        return group_seconds("send", group, size)
+        return group_seconds("send", group, size), wire_seconds(group, size)
     gathered = group_seconds(
         "all_gather", place(group_of(laid, ("tp",), machine.cluster), machine), size / tp
     )
-    return group_seconds("send", group, size / tp) + gathered
+    return group_seconds("send", group, size / tp) + gathered, wire_seconds(group, size / tp)
 
 
 def _peer(call: Call, stage: int) -> int:

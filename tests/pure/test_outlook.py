@@ -97,10 +97,12 @@ SCHEDULES = (("1f1b", 4, 1), ("zb_h1", 4, 1), ("interleaved_1f1b", 2, 2), ("dual
 @pytest.mark.parametrize(("name", "p", "v"), SCHEDULES)
 def test_turns_end_when_the_clock_says(name, p, v):
     s = schedule(name, num_ranks=p, num_microbatches=8, virtual_stages=v)
-    costs = Costs(tuple(StageCosts(1 + 0.1 * i, 1.2, 0.9) for i in range(p * v)), send=0.05)
+    costs = Costs(
+        tuple(StageCosts(1 + 0.1 * i, 1.2, 0.9) for i in range(p * v)), send=0.05, wire=0.04
+    )
     order = turns(s)
     each = [costs.stages[t.action.stage].of(t.action.kind) for t in order]
-    assert played(order, each, costs.send) == pytest.approx(makespan(clock(s, costs)), rel=1e-12)
+    assert played(order, each, costs) == pytest.approx(makespan(clock(s, costs)), rel=1e-12)
     still = drawn_steps(s, costs, Jitter(), Crowd(8, 2))
     assert still == pytest.approx(makespan(clock(s, costs)), rel=1e-12)
 

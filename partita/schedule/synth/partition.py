@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from partita.base.errors import ScheduleError
-from partita.schedule.clock import Costs, StageCosts
+from partita.schedule.clock import StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make.families import loop_placement, vee_placement
 from partita.schedule.synth.flow import Held, fits, flow_like, orders_of, starts_of
@@ -69,7 +69,7 @@ def _of_stages(task: Task, layers: Sequence[StageCosts], stages: int) -> Partiti
 
 
 def _with(task: Task, layers: Sequence[StageCosts], split: Sequence[int]) -> Task:
-    return replace(task, costs=Costs(_stages(layers, split), task.costs.send))
+    return replace(task, costs=replace(task.costs, stages=_stages(layers, split)))
 
 
 def _stages(layers: Sequence[StageCosts], split: Sequence[int]) -> tuple[StageCosts, ...]:
@@ -125,7 +125,7 @@ def _moved(
     """The split after moves that make the schedule at hand faster and let it fit."""
 
     def time(cut: tuple[int, ...]) -> float:
-        costs = Costs(_stages(layers, cut), task.costs.send)
+        costs = replace(task.costs, stages=_stages(layers, cut))
         weights = task.weights_of(len(cut) // task.num_ranks, costs)
         limits = [task.limit] * task.num_ranks
         flow = flow_like(schedule, costs, limits, Held(weights, task.until_weights))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from partita.base.errors import ScheduleError
@@ -82,7 +82,7 @@ class Task:
             return None
         (one,) = given.stages
         part = StageCosts(*(x / stages for x in (one.F, one.I, one.W, one.U, one.activation_bytes)))
-        return Costs((part,) * (p * stages), given.send)
+        return replace(given, stages=(part,) * (p * stages))
 
     def weights_of(self, stages: int, costs: Costs) -> list[float]:
         """What a microbatch holds at each stage, in the unit of the limit."""
