@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from partita.base.config import decode, encode, to_toml
-from partita.base.errors import Problem, UsageError
+from partita.base.errors import PlanError, Problem, UsageError
 from partita.spec.cluster import Cluster
 from partita.spec.frozen import Frozen
 from partita.spec.lora import A, B
@@ -118,6 +118,12 @@ class Job:
         from partita.spec.job_check import problems_of_job
 
         return problems_of_job(self)
+
+    def require_legal(self) -> None:
+        """Raises PlanError with what `problems` refuses, on however many devices the ranks are."""
+        wrong = [p for p in self.problems() if p.severity == "error" and p.rule != "world"]
+        if wrong:
+            raise PlanError(f"{self.plan} cannot run {self.name}", wrong)
 
     def to_table(self) -> dict[str, Any]:
         """The job file as resolved: no preset, no path that is relative, the plan as its line."""

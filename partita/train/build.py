@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from partita.base.errors import UsageError
 from partita.comm.context import Context, Named
 from partita.comm.local import LocalWorld
 from partita.comm.protocol import Where, World
@@ -327,8 +328,13 @@ def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Buil
 
     The ranks are those of `context`, or of the caller: threads of `pt.local(n)`, which compute on the CPU,
     processes of torchrun, or one alone. A new Context, with the groups that the job's plan speaks on, is
-    `data.context`.
+    `data.context`. Raises PlanError for an illegal plan, DataError for bad data.
     """
+    if not isinstance(job, Job):
+        raise UsageError(
+            f"build takes a Job, not {type(job).__name__}: Job.load reads a job file or a table"
+        )
+    job.require_legal()
     if context is None:
         world, where = here(job.plan, job.train.comm_timeout_s, computes_on_gpu(job))
     else:

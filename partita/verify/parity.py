@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any
 
-from partita.base.errors import NonFiniteError, PlanError
+from partita.base.errors import NonFiniteError
 from partita.base.text import table
 from partita.comm.local import local
 from partita.model.reference_moe import Told
@@ -162,9 +162,7 @@ def verify(
     """
     computes_on_gpu(job)
     job = job if plan is None else job.with_plan(plan)
-    wrong = [p for p in job.problems() if p.severity == "error" and p.rule != "world"]
-    if wrong:
-        raise PlanError(f"{job.plan} cannot run {job.name}", wrong)
+    job.require_legal()
     lay(request_of(job))  # raises what the rooms find
     small, note = shrink(job)
     data = open_data(small, job)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import partita as pt
-from partita.base.errors import CommError, UsageError
+from partita.base.errors import CommError, PlanError, UsageError
 from partita.comm.local import local
 from partita.comm.meeting import Meeting
 from partita.comm.patience import Patience
@@ -182,6 +182,15 @@ def test_a_loop_of_ones_own_finds_its_ranks():
         found = ranks.run(loop, pt.Job.load(table))
         with pytest.raises(UsageError, match="needs 4 ranks, here are 2"):
             ranks.run(loop, pt.Job.load(table, "plan=tp4"))
+        for asked, why in (
+            (("plan=dp2 3mb", "train.global_batch_size=8"), "global_batch_size is 8"),
+            (("plan=pp2:pipedream/2mb", "train.clip_grad_norm=1.0"), "clip"),
+        ):
+            with pytest.raises(PlanError) as refused:
+                ranks.run(loop, pt.Job.load(table, *asked))
+            assert any(why in p.message for p in refused.value.problems), refused.value.problems
+        with pytest.raises(UsageError, match="a Job"):
+            ranks.run(loop, table)
     assert found[0] == found[1]
     assert found[0][0] == found[0][1]
 
