@@ -93,10 +93,7 @@ def draw(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps back to back.")] = 1,
     costs: Annotated[
-        str,
-        typer.Option(
-            help="F,I,W[,SEND[,WIRE]] of a rank's share, or FILE.json by stage; else 1,1,1."
-        ),
+        str, typer.Option(help="F,I,W[,SEND[,WIRE]] of a rank's share, or FILE.json; else 1,1,1.")
     ] = "",
     layers: Annotated[
         str, typer.Option(help="FILE.json as of --costs, by layer: auto cuts them into stages.")
