@@ -39,7 +39,7 @@ def changes(
     balanced split, and an `auto` of stated costs is made anew for what the changed plan's stages cost."""
     for choice, other in _changes(job, plan):
         alike = _stages(other) == _stages(plan)
-        found = other if alike else other.with_("pipeline", split=())
+        found = _plain(other if alike else other.with_("pipeline", split=()))
         if wanted(found):
             yield choice, _made_anew(job, plan, found) if plan.pipeline.costs else found
 
@@ -216,8 +216,8 @@ def why(
     """A reason for every choice of a plan that was simulated; memory comes first where it is the goal. Of a
     change that is better, and was not `admitted` among the plans it is chosen from, the sentence says so."""
     plan, found = Plan.parse(best.plan), list[Reason]()
-    for choice, other in changes(job, plan):
-        if (changed := _plain(other)) == plan:
+    for choice, changed in changes(job, plan):
+        if changed == plan:
             continue
         told = reason(job, best, choice, changed, goal)
         out = _is_better(told.changed, best, goal) and not admitted(changed)

@@ -146,6 +146,12 @@ def test_the_best_precision_of_those_named_is_chosen():
         ask(job, Question(precision=("int3",)))
 
 
+def test_no_change_keeps_a_stage_of_zero_that_has_nothing_to_cut():
+    job = small(4, 1e9).job
+    found = [str(p) for _, p in changes(job, Plan.parse("dp_shard4.zero2 2mb fp32"))]
+    assert "dp_replicate4 2mb" in found and not any("zero_stage" in line for line in found)
+
+
 def test_what_is_better_by_one_choice_is_taken_where_nothing_is_proven():
     search = searcher(small(4, 1e9).job, ("fp32",), ("recompute", "pp"))
     before = search.predict(Plan.parse("dp_replicate4 2mb"))
