@@ -33,7 +33,7 @@ def precise(
     for dtype in dtypes:
         if dtype == space.dtype:
             continue
-        more = Search(Space(space.job, space.words, dtype, space.offload))
+        more = Search(Space(space.job, space.words, dtype, space.offload), before=search)
         before = found.plans[:1]
         found.join(more.best(goal, top, max(end - time.perf_counter(), 0.0), seen=found.plans))
         best = more if found.plans[:1] != before else best
@@ -79,7 +79,8 @@ def turned(
         return found
     if every and cluster.devices <= (SPARSE if space.model.experts else SMALL):
         for offload in ways_of(space, found):
-            others = Search(Space(space.job, space.words, space.dtype, offload, turned=True))
+            orders = Space(space.job, space.words, space.dtype, offload, turned=True)
+            others = Search(orders, before=search)
             left = max(budget_s - (time.perf_counter() - start), 0.0)
             there = others.best(goal, top, left, seen=found.plans)
             found.join_other("other orders of axes", there)

@@ -22,17 +22,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from partita.base.errors import PartitaError, Problem
+from partita.base.errors import Problem
 from partita.cost.machine import Machine
 from partita.parallel.pp.rules import balanced, schedule_of
 from partita.parallel.room import Request
 from partita.planner.cuts import Cuts
-from partita.planner.holds import Holds, least_probe, short_step
+from partita.planner.holds import Holds, alone, made_probe, short_step
 from partita.planner.kinds import Kinds
 from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, Reader, on_device
 from partita.planner.rings import Rings
-from partita.planner.rough import HIDES, MADE, Rough
+from partita.planner.rough import HIDES, Rough
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import (
     KEPT,
@@ -43,7 +43,6 @@ from partita.planner.table import (
     Probe,
     Shards,
     Table,
-    probe_of,
     spread,
 )
 from partita.schedule.clock import Costs, StageCosts
@@ -69,6 +68,7 @@ class Bounds:
         self._read = Reader(machine)
         self._tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, dict[int, Probe | Problem]] = {}
+        self._made: dict[tuple[int, str, int, int], Probe | Problem] = {}
         self._holds: dict[object, tuple[int, Holds | None, list[tuple[int, Problem]]]] = {}
         self._splits: dict[object, tuple[int, ...]] = {}
         self._stages: dict[tuple[int, int], np.ndarray] = {}
@@ -86,9 +86,16 @@ class Bounds:
     def share(self, other: Bounds) -> None:
         """Takes what those of another space of the same job, precision and machine know of blocks and
         schedules."""
-        self._read, self._tables, self._probes = other._read, other._tables, other._probes
-        self._splits, self._stages, self._steps = other._splits, other._stages, other._steps
-        self._inside, self._roughs, self.rings = other._inside, other._roughs, other.rings
+        self.remember(other)
+        self._tables, self._probes, self._stages = other._tables, other._probes, other._stages
+        self._inside, self.rings = other._inside, other.rings
+
+    def remember(self, other: Bounds) -> None:
+        """Takes what those of any other space of the same job have laid and made, to make nothing twice: what
+        is asked of it is asked anew."""
+        self._read.remember(other._read)
+        self._made, self._steps = other._made, other._steps
+        self._splits, self._roughs = other._splits, other._roughs
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
@@ -170,8 +177,7 @@ class Bounds:
         if key not in self._steps:
             if len(self._steps) >= REHEARSED:
                 self._steps.pop(next(iter(self._steps)))
-            alone = MeshChoice(mesh.pp, 1, 1, 1, False)
-            plan = self.space.plan(alone, Shape(), Tokens(), Leaf(*leaf, 1))
+            plan = alone(self.space, mesh.pp, leaf)
 
             def make(count: int) -> Schedule:
                 return schedule_of(plan.with_("pipeline", num_microbatches=count))
@@ -219,17 +225,11 @@ class Bounds:
         short = short_step(schedule, mesh.pp, m)
         probes = self._probes_of(mesh, schedule, virtual)
         if short not in probes:
-            alone = MeshChoice(mesh.pp, 1, 1, 1, False)
-            plan = self.space.plan(alone, Shape(), Tokens(), Leaf(schedule, virtual, 1))
-            try:
-                if schedule in MADE:
-                    probes[short] = least_probe(self.lies(mesh, (schedule, virtual)), short)
-                    return probes[short]
-                probes[short] = probe_of(
-                    schedule_of(plan.with_("pipeline", num_microbatches=short))
-                )
-            except PartitaError as wrong:
-                probes[short] = Problem("pp", "schedule", wrong.message)
+            key = mesh.pp, schedule, virtual, short
+            if key not in self._made:
+                lies = self.lies(mesh, (schedule, virtual))
+                self._made[key] = made_probe(self.space, lies, mesh.pp, (schedule, virtual), short)
+            probes[short] = self._made[key]
         return probes[short]
 
     def probed(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> bool:

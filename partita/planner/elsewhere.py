@@ -56,7 +56,7 @@ def widened(
         if first and found.plans:
             break
         space = search.space
-        more = Search(Space(search.job, space.words, space.dtype, offload))
+        more = Search(Space(search.job, space.words, space.dtype, offload), before=search)
         if offload.to == "nvme" and host is None and search.space.offload.to == "none":
             leaves = sum(more.space.leaves(mesh) for mesh in more.space.meshes())
             found.considered += leaves
@@ -80,7 +80,8 @@ def least_memory(search: Search, budget_s: float) -> Found:
     found = search.best(goal, budget_s=budget_s)
     ways = list(offloads(search, Found()))
     for offload in (way for way in ways if way.to == ways[0].to):
-        more = Search(Space(search.job, search.space.words, search.space.dtype, offload))
+        space = Space(search.job, search.space.words, search.space.dtype, offload)
+        more = Search(space, before=search)
         more.bounds.limit_bytes = WITHOUT
         left = max(end - time.perf_counter(), 0.0)
         found.join(more.best(goal, budget_s=left, seen=found.plans))

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partita.planner.rough import Rough
+from partita.base.errors import PartitaError, Problem
+from partita.parallel.pp.rules import schedule_of
+from partita.planner.rough import MADE, Rough
+from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
 from partita.planner.table import Probe, probe_of
+from partita.spec.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,21 @@ def least_probe(lies: Rough, num_microbatches: int) -> Probe:
     alone = one_at_a_time(len(held), num_microbatches, (placement,))
     found = probe_of(alone)
     return replace(found, later=np.zeros_like(found.later))
+
+
+def alone(space: Space, ranks: int, leaf: tuple[str, int]) -> Plan:
+    """A pipeline and nothing else."""
+    return space.plan(MeshChoice(ranks, 1, 1, 1, False), Shape(), Tokens(), Leaf(*leaf, 1))
+
+
+def made_probe(
+    space: Space, lies: Rough, ranks: int, leaf: tuple[str, int], short: int
+) -> Probe | Problem:
+    """What a schedule says of itself on so short a step, or why it cannot be made."""
+    try:
+        if leaf[0] in MADE:
+            return least_probe(lies, short)
+        plan = alone(space, ranks, leaf)
+        return probe_of(schedule_of(plan.with_("pipeline", num_microbatches=short)))
+    except PartitaError as wrong:
+        return Problem("pp", "schedule", wrong.message)

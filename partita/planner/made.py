@@ -193,7 +193,7 @@ def made(
 def _search(search: Search, words: Words, offload: OffloadPlan) -> Search:
     """A search of such plans; what is known of blocks is known here."""
     space = search.space
-    more = Search(MadeSpace(space.job, words, space.dtype, offload), Made)
+    more = Search(MadeSpace(space.job, words, space.dtype, offload), Made, search)
     if offload == space.offload and not space.turned and space.stated == more.space.stated:
         more.bounds.share(search.bounds)
     return more

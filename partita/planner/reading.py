@@ -142,9 +142,27 @@ class Reader:
         self._forms: dict[tuple[int, _Way], _Form] = {}
         self._costs: dict[object, tuple[Cost, float]] = {}
         self._each: dict[object, Three] = {}
+        self._found: dict[tuple[Request, bool], Table | Problem] = {}
+        self._priced = [(machine, self._costs, self._found)]
+
+    def remember(self, other: Reader) -> None:
+        """Takes what another has laid, and on the same machine priced."""
+        self._ways, self._forms, self._each = other._ways, other._forms, other._each
+        self._priced = other._priced
+        for machine, costs, found in self._priced:
+            if machine == self.machine:
+                self._costs, self._found = costs, found
+                return
+        self._priced.append((self.machine, self._costs, self._found))
 
     def __call__(self, request: Request, late: bool) -> Table | Problem:
         """The table of a model, or why it cannot be laid. `late`: as `cost_of` takes it."""
+        key = request, late
+        if key not in self._found:
+            self._found[key] = self._table(request, late)
+        return self._found[key]
+
+    def _table(self, request: Request, late: bool) -> Table | Problem:
         short, at = _shortest(request)
         wrong = [p for p in problems(short) if p.severity == "error"]
         if wrong:

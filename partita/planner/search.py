@@ -45,14 +45,19 @@ def rarely_collected() -> Iterator[None]:
 
 
 class Search:
-    """One search of a job's space; tables are shared by all goals."""
+    """One search of a job's space; tables are shared by all goals. `before`: of another space of the job, whose
+    blocks and schedules are not made again."""
 
-    def __init__(self, space: Space, levels: type[Levels] = Levels) -> None:
+    def __init__(
+        self, space: Space, levels: type[Levels] = Levels, before: Search | None = None
+    ) -> None:
         self.space, self.job = space, space.job
         self.machine = machine_of(self.job.cluster)
         self.levels = levels(space, self.machine)
         self.bounds, self.floors = self.levels.bounds, self.levels.floors
         self.predictions: dict[str, Prediction] = {}
+        if before is not None:
+            self.bounds.remember(before.bounds)
 
     @rarely_collected()
     def best(
@@ -68,11 +73,12 @@ class Search:
         of another space, which they must beat, by such a `margin`."""
         start, found = time.perf_counter(), Found()
         self.levels.refused = found.rejected
-        queue, self.levels.cut = Queue(goal, self.levels.refused, top, seen, margin), INF
+        queue = Queue(goal, self.levels.refused, top, seen, margin)
         self.levels.cut_bytes = INF
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
+        self.levels.cut = queue.cut  # of plans known before
         usual = self._usual(queue.roots, start + budget_s / 2) if self.levels.begins else []
         for node in usual:
             prediction = self.predict(self.plan(node))
@@ -106,7 +112,8 @@ class Search:
         counted, self.levels.refused = self.levels.refused, Counter()
         self.floors.begins = True
         found: list[Node] = []
-        self.levels.cut = FAR * min((n.seconds for n in roots), default=INF)
+        known = self.levels.cut
+        self.levels.cut = min(known, FAR * min((n.seconds for n in roots), default=INF))
         usual = [
             n
             for n in sorted(roots, key=lambda n: n.seconds)
@@ -121,7 +128,7 @@ class Search:
             found += beam(nodes, self._steps, until)
             self.levels.cut = min([self.levels.cut, *(n.seconds for n in found)])
         found.sort(key=lambda n: n.seconds)
-        self.levels.refused, self.levels.cut = counted, INF
+        self.levels.refused, self.levels.cut = counted, known
         self.floors.begins = False
         return found[:1]
 

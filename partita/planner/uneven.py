@@ -156,7 +156,7 @@ def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: flo
         base = Space(space.job, space.words, space.dtype, offload)
         for turned in (False, True) if wanted else (False,):
             left = budget_s - (time.perf_counter() - start)
-            more = Search(UnevenSpace(base, turned), Uneven)
+            more = Search(UnevenSpace(base, turned), Uneven, search)
             if offload == space.offload and not turned and not space.turned:
                 more.bounds.share(search.bounds)
             there = more.best(goal, top, max(left, 0.0), seen=found.plans)
