@@ -21,13 +21,14 @@ from functools import lru_cache
 from math import ceil
 
 from partita.cost.empirical import DIAGONAL, RAMP, TILE, UNALIGNED
-from partita.cost.machine import Curve, Machine, Software
+from partita.cost.machine import Curve, Machine, Rates, Software
 from partita.cost.pieces import on_curve
 
 SHAPES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
 # (rows, columns, how well: a smaller tile reads its operands more often, m n / (m + n) FLOPs an element)
 TILES = tuple((m, n, (m * n / (m + n) * (1 / 256 + 1 / 128)) ** TILE) for m, n in SHAPES)
 SPLITS = (1, 2, 4)
+MOVED = ("memory", "softmax", "loss", "cast")  # kinds of kernels that move bytes and no more
 COPIED = (
     4  # bytes: the least that an asynchronous copy to shared memory moves (cp.async: 4, 8 or 16)
 )
@@ -66,8 +67,9 @@ def kernel_seconds(kernel: Kernel, machine: Machine) -> float:
     """Seconds on the device, launch included."""
     if (measured := _measured(kernel, machine)) is not None:
         return measured
-    key = (machine.units, machine.rate(kernel.dtype), machine.attention_rate, machine.memory_rate)
-    seconds = _seconds(kernel, *key, machine.reached(kernel.dtype))
+    rates = machine.rates(kernel.dtype)
+    moving = kernel.bytes / rates.memory
+    seconds = moving if kernel.kind in MOVED else max(_seconds(kernel, rates), moving)
     return launches(kernel, machine.software) * machine.constants.launch_s + seconds
 
 
@@ -91,15 +93,11 @@ def _measured(kernel: Kernel, machine: Machine) -> float | None:
 
 
 @lru_cache(maxsize=200_000)
-def _seconds(
-    k: Kernel, units: int, rate: float, attention: float, memory: float, reached: Curve
-) -> float:
-    moving = k.bytes / memory
-    if k.kind in ("memory", "softmax", "loss", "cast"):
-        return moving
+def _seconds(k: Kernel, rates: Rates) -> float:
+    """Of its FLOPs."""
     if k.kind == "attention":
-        return max(k.flops / (attention * k.k / (k.k + DIAGONAL)) if k.flops else 0.0, moving)
-    return max(_matmul(k, units, rate, reached), moving)
+        return k.flops / (rates.attention * k.k / (k.k + DIAGONAL)) if k.flops else 0.0
+    return _matmul(k, rates.units, rates.flops, rates.reached)
 
 
 def _matmul(k: Kernel, units: int, rate: float, reached: Curve) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,21 @@ class Software:
 MEASURED = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rates:
+    """What kernels of a dtype reach: compute units that are counted, FLOP/s of large matmuls and of
+    attention, bytes a second, and what measured matmuls reach by size."""
+
+    units: int
+    flops: float
+    attention: float
+    memory: float
+    reached: Curve
+
+
+_rates = lru_cache(maxsize=4096)(Rates)  # one object for equal rates
+
+
 @dataclass(frozen=True)
 class Machine:
     """A cluster with what it reaches. `class_` names the constants."""
@@ -142,6 +157,17 @@ class Machine:
     def memory_rate(self) -> float:
         """Bytes a second that elementwise kernels move."""
         return self.cluster.memory_bytes_per_s * self.constants.memory
+
+    def rates(self, dtype: str) -> Rates:
+        """What kernels of a dtype reach: one object for equal ones, by which caches may key."""
+        if dtype not in self._known:
+            told = self.rate(dtype), self.attention_rate, self.memory_rate
+            self._known[dtype] = _rates(self.units, *told, self.reached(dtype))
+        return self._known[dtype]
+
+    @cached_property
+    def _known(self) -> dict[str, Rates]:
+        return {}
 
     def rate(self, dtype: str) -> float:
         """FLOP/s that large matmuls of a dtype reach."""

@@ -21,8 +21,7 @@ from partita.parallel.dp import rules as dp
 from partita.parallel.dp.rules import Flat
 from partita.parallel.ep import rules as ep
 from partita.parallel.ep.counts import Routing
-from partita.parallel.laid_cut import cut
-from partita.parallel.laid_step import step_sums
+from partita.parallel.laid_whole import before_stages
 from partita.parallel.offload import rules as offload
 from partita.parallel.pp import rules as pp
 from partita.parallel.pp.rules import Stage
@@ -40,7 +39,7 @@ from partita.schedule.residence import with_offload
 from partita.schedule.versions import anew
 from partita.spec.layout import Layout, Piece, flat_unit, layout_of
 from partita.spec.mesh import Mesh
-from partita.spec.program import Block, Dim, Op, Program, Tensor, distinct, well_formed
+from partita.spec.program import Block, Dim, Op, Program, Tensor, distinct
 
 ROOMS = (split, dp, cp, tp, sp, ep, pp, recompute, offload, precision)
 
@@ -374,13 +373,8 @@ def lay(request: Request) -> Laid:
         noun = "problem" if len(found) == 1 else "problems"
         raise PlanError(f"{request.plan} cannot run this model ({len(found)} {noun})", found)
     request = replace(request, plan=(plan := pp.in_force(request.plan)))
-    program = recompute.lay(request, cut(request))
     two_ways = pp.schedule_of(plan).direction is not None
-    program = step_sums(dp.reduce(request, program), plan, two_ways)
-    program = precision.lay(request, offload.lay(request, program))
-    wrong = [w for b, _ in distinct(program.blocks) for w in well_formed(b)]
-    if wrong:
-        raise AssertionError("; ".join(wrong))
+    program = before_stages(request, two_ways)
     parts = pp.stages(request, program)
     stages, flats = [], []
     join, moved = dp.Joins(program.tied, plan.sizes), offload.Made()

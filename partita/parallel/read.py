@@ -7,7 +7,7 @@ fact missing in the program.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from math import prod
@@ -32,14 +32,31 @@ def once_of_ops(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concaten
     return _remembering(reader, lambda block: block.known_of_ops)
 
 
-def _remembering(
-    reader: Callable[Concatenate[Block, P], R], where: Callable[[Block], dict[object, R]]
+def once_inside(reader: Callable[Concatenate[Block, P], R]) -> Callable[Concatenate[Block, P], R]:
+    """The same of a reader that asks of a block's segments alone, and of what is kept: of blocks that store
+    their weights in other units it reads once."""
+    return _remembering(reader, lambda block: block.known_inside, lambda block: block.kept)
+
+
+def once_of_segments(
+    reader: Callable[Concatenate[Block, P], R],
 ) -> Callable[Concatenate[Block, P], R]:
+    """The same of a reader that does not ask what is kept either."""
+    return _remembering(reader, lambda block: block.known_inside)
+
+
+def _remembering(
+    reader: Callable[Concatenate[Block, P], R],
+    where: Callable[[Block], dict[object, R]],
+    of: Callable[[Block], object] = lambda block: None,
+) -> Callable[Concatenate[Block, P], R]:
+    name = reader.__qualname__
+
     @wraps(reader)
     def read(block: Block, *args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.items())
-        plain = (tuple(a.items()) if isinstance(a, Mapping) else a for a in given)
-        key, known = (reader.__qualname__, *plain), where(block)
+        given = (*args, *kwargs.items()) if kwargs else args
+        plain = [tuple(a.items()) if isinstance(a, dict) else a for a in given]
+        key, known = (name, of(block), *plain), where(block)
         if key not in known:
             known[key] = reader(block, *args, **kwargs)
         return known[key]
@@ -93,7 +110,7 @@ def gradient_axes(block: Block, weight: Tensor, sizes: Sizes) -> tuple[str, ...]
     return tuple(axes)
 
 
-@once
+@once_inside
 def replayed(block: Block) -> list[Op]:
     """The ops backward must run again: those between what is kept and what backward wants."""
     writer = {op.writes: op for op in block.ops()}
@@ -209,7 +226,7 @@ def flops(block: Block, sizes: Sizes) -> dict[str, float]:
     return {"F": sum(forward.values()), "B": backward, "replay": again}
 
 
-@once_of_ops
+@once_of_segments
 def _own_flops(block: Block, sizes: Sizes) -> tuple[dict[str, int], float]:
     """Of each op's forward, and of backward."""
     ops = block.ops()

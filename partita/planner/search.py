@@ -45,8 +45,8 @@ def rarely_collected() -> Iterator[None]:
 
 
 class Search:
-    """One search of a job's space; tables are shared by all goals. `before`: of another space of the job, whose
-    blocks and schedules are not made again."""
+    """One search of a job's space; tables are shared by all goals. `before`: of another space of the job,
+    whose blocks and schedules are not made again."""
 
     def __init__(
         self, space: Space, levels: type[Levels] = Levels, before: Search | None = None

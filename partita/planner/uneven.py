@@ -17,6 +17,7 @@ from math import comb
 import numpy as np
 
 from partita.base.errors import Problem
+from partita.cost.machine import Machine
 from partita.planner.elsewhere import ways_of
 from partita.planner.levels import Levels
 from partita.planner.links import Meeting
@@ -29,6 +30,7 @@ from partita.planner.table import KEPT, READ, Probe, Table
 Split = tuple[int, ...]
 ALL = 300  # splits of which all are meant
 FEW = 16  # devices
+SUMMED = 32  # tables whose splits are kept
 
 
 def count_splits(layers: int, stages: int) -> int:
@@ -73,7 +75,6 @@ def filled(layers: int, stages: int) -> tuple[Split, ...]:
     return tuple(every_split(layers, stages))
 
 
-@lru_cache(maxsize=1024)
 def _ends(splits: tuple[Split, ...]) -> np.ndarray:
     """[split, stage + 1]: where the blocks of each stage begin."""
     found = np.cumsum(np.array([(1, *s) for s in splits]), 1)
@@ -88,16 +89,42 @@ def stages_of(table: Table, splits: tuple[Split, ...]) -> np.ndarray:
     return sums[:, 1:] - sums[:, :-1]
 
 
+class _Sums:
+    """What some splits make of a table: `ends` as above, `stages` [split, stage, numbers], and of each stage
+    the `halves` of a microbatch [split, stage], forward, the input half of backward, both halves."""
+
+    def __init__(self, table: Table, splits: tuple[Split, ...]) -> None:
+        self.of = table, splits
+        self.ends, self.stages = _ends(splits), stages_of(table, splits)
+        self._halves: dict[bool, list[np.ndarray]] = {}
+
+    def halves(self, paired: bool) -> list[np.ndarray]:
+        """Of schedules of pairs, or of others."""
+        if paired not in self._halves:
+            count, each, numbers = self.stages.shape
+            told = halves(self.stages.reshape(-1, numbers), np.ones(1), HIDES * paired)
+            self._halves[paired] = [x.reshape(count, each) for x in told[:3]]
+        return self._halves[paired]
+
+    def longer(self, each: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+        """[split, stage]: by how much forwards and backwards are longer, where blocks of each kind are so."""
+        rows = np.cumsum(np.array(each)[self.of[0].at], 0)
+        sums = np.concatenate([np.zeros((1, 2)), rows]).T[:, self.ends]
+        forward, backward = sums[..., 1:] - sums[..., :-1]
+        return forward, backward
+
+
 def least_seconds(
-    rough: Rough, stages: np.ndarray, longer: np.ndarray, m: int, send: float
+    rough: Rough,
+    sums: _Sums,
+    longer: tuple[np.ndarray, np.ndarray] | None,
+    m: int,
+    send: float,
 ) -> np.ndarray:
-    """[split]: the bound of `Rough` at stages of these costs [split, stage, numbers]; `longer` [split, stage,
-    2]: of forward and backward."""
-    count, each, numbers = stages.shape
-    told = halves(stages.reshape(-1, numbers), np.ones(1), HIDES * rough.paired)
-    forward, back, whole = (x.reshape(count, each) for x in told[:3])
-    forward = forward + longer[..., 0]
-    back, whole = back + longer[..., 1], whole + longer[..., 1]
+    """[split]: the bound of `Rough` at stages of these costs; `longer`: as `_Sums` says it."""
+    forward, back, whole = sums.halves(rough.paired)
+    if longer is not None:
+        forward, back, whole = forward + longer[0], back + longer[1], whole + longer[1]
     messages = rough.hops[:, 0] * send
     held, times = rough.held, m * rough.share
     head = (forward.cumsum(1) - forward + messages)[:, held]
@@ -171,6 +198,10 @@ class Uneven(Levels):
 
     begins = False
 
+    def __init__(self, space: Space, machine: Machine) -> None:
+        super().__init__(space, machine)
+        self._sums: dict[tuple[int, int], _Sums] = {}
+
     def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         """Schedules, each with its sizes of microbatches, by what the mean rank takes."""
         mesh, mode = node.mesh, (node.tokens.mode, node.tokens.every)
@@ -220,7 +251,7 @@ class Uneven(Levels):
         """How states are cut, and layers."""
         (table, _, probe), b, mesh = self._parts(node), self.bounds, node.mesh
         splits = self._splits(node, table)
-        stages = stages_of(table, splits)
+        stages = self._summed(table, splits).stages
         for dp_shard, zero, order in self.space.states(mesh, node.shape):
             cut, shards = zero if dp_shard > 1 else 0, b.shards(mesh, node.shape, dp_shard)
             at = b.links.meetings(mesh, node.shape, dp_shard, cut)
@@ -245,10 +276,13 @@ class Uneven(Levels):
         (table, _, _), leaf, b = self._parts(node), node.leaf, self.bounds
         cut = leaf.zero if leaf.dp_shard > 1 else 0
         at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
-        stages = stages_of(table, (leaf.split,))
-        stages[..., :2] += self._longer(table, (leaf.split,), cut, at)
+        sums = _Sums(table, (leaf.split,))
+        stages, longer = sums.stages[0].copy(), self._longer(table, sums, cut, at)
+        if longer is not None:
+            stages[:, 0] += longer[0][0]
+            stages[:, 1] += longer[1][0]
         named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
-        seconds = b.played(stages[0], node.mesh, named, m, table.sent) + node.once
+        seconds = b.played(stages, node.mesh, named, m, table.sent) + node.once
         yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def _splits(self, node: Node, table: Table) -> tuple[Split, ...]:
@@ -277,21 +311,25 @@ class Uneven(Levels):
     ) -> np.ndarray:
         """[split]: seconds of the schedule at least."""
         b, named = self.bounds, (node.leaf.schedule, node.leaf.virtual)
-        longer = self._longer(table, splits, cut, at)
-        send = b.links.send(node.mesh, table.sent)
-        stages = stages_of(table, splits)
-        return least_seconds(
-            b.lies(node.mesh, named), stages, longer, self._microbatches(node), send
-        )
+        sums, send = self._summed(table, splits), b.links.send(node.mesh, table.sent)
+        longer = self._longer(table, sums, cut, at)
+        return least_seconds(b.lies(node.mesh, named), sums, longer, self._microbatches(node), send)
+
+    def _summed(self, table: Table, splits: tuple[Split, ...]) -> _Sums:
+        """Of the splits of a table; those of the last that were asked for are kept."""
+        key = id(table), id(splits)
+        if key not in self._sums:
+            if len(self._sums) >= SUMMED:
+                self._sums.pop(next(iter(self._sums)))
+            self._sums[key] = _Sums(table, splits)
+        return self._sums[key]
 
     def _longer(
-        self, table: Table, splits: tuple[Split, ...], cut: int, at: Sequence[Meeting] | None
-    ) -> np.ndarray:
-        """[split, stage, 2]: by how much ZeRO's collectives make forwards and backwards longer, layer by
-        layer."""
-        b, ends = self.bounds, _ends(splits)
+        self, table: Table, sums: _Sums, cut: int, at: Sequence[Meeting] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """By how much ZeRO's collectives make forwards and backwards longer, layer by layer, if they do."""
+        b = self.bounds
         if at is None or cut < 2 or not b.slows:
-            return np.zeros((len(splits), ends.shape[1] - 1, 2))
+            return None
         each = [x.beside(*b.links.each_s(x.units, at, cut, apart=True)) for x in table.kinds]
-        sums = np.concatenate([np.zeros((1, 2)), np.cumsum(np.array(each)[table.at], 0)])[ends]
-        return sums[:, 1:] - sums[:, :-1]
+        return sums.longer(each)

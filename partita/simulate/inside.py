@@ -24,7 +24,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from partita.parallel.read import BYTES, bytes_of, once, once_of_ops, replayed
+from partita.parallel.read import BYTES, bytes_of, once_inside, once_of_segments, replayed
 from partita.spec.program import (
     DRAWN_AT_ONCE,
     LITTLE_HELD,
@@ -44,13 +44,13 @@ PRODUCTS = ("linear", "lookup", "conv")  # of whose weights the gradients are ma
 Span = tuple[int, int, int]  # first and last op, bytes
 
 
-@once
+@once_inside
 def transient_bytes(block: Block, sizes: Sizes, goes: bool = True) -> int:
     """At the worst moment. `goes`: what is kept is let go of op by op, else with the whole block."""
     return worst_op(block, sizes, goes)[0]
 
 
-@once
+@once_inside
 def worst_half(block: Block, sizes: Sizes) -> tuple[int, int, int]:
     """(bytes at the worst moment of a forward, of an input half whose weight half comes later), beyond what
     the block keeps, and of the weight half, beyond what that reads. What is made again is so in the input
@@ -65,7 +65,7 @@ def worst_half(block: Block, sizes: Sizes) -> tuple[int, int, int]:
     return forward, half, max(products, default=0)
 
 
-@once
+@once_inside
 def worst_op(block: Block, sizes: Sizes, goes: bool = True, beside: int = 0) -> tuple[int, int]:
     """(bytes at the worst moment, of what the block keeps those that are not there then). `beside`: what of
     other things stands beside a backward alone, which tells which moment it is."""
@@ -88,13 +88,70 @@ def _sums(spans: Iterable[Span], count: int) -> list[int]:
     return list(accumulate(steps[:-1]))
 
 
-@once_of_ops
+@once_of_segments
 def read_later(block: Block) -> tuple[frozenset[str], frozenset[str]]:
     """What a weight half reads: inputs of a block's products with weights, and what these and lookups make,
     of which it reads the gradients."""
     products = [op for op in block.ops() if op.weights and op.kind in PRODUCTS]
     inputs = frozenset(t for op in products for t in op.saves)
     return inputs, frozenset(op.writes for op in products)
+
+
+@dataclass(frozen=True)
+class _Lives:
+    """Of the ops of a block, whatever is kept: which makes a tensor (none before the first, which makes the
+    input), the last that reads it (the output is there to the end), the first and the last whose backward
+    does; the last op of each segment."""
+
+    written: dict[str, int]
+    read: dict[str, int]
+    saved: dict[str, tuple[int, int]]
+    ends: dict[str, int]
+
+
+@once_of_segments
+def _lives(block: Block) -> _Lives:
+    ops = block.ops()
+    written = {op.writes: i for i, op in enumerate(ops)}
+    saved: dict[str, tuple[int, int]] = {}
+    for i, op in enumerate(ops):
+        for t in op.saves:
+            written.setdefault(t, i if block.tensors[t].role == "stat" else -1)
+            saved[t] = saved.get(t, (i, i))[0], i
+    read = {t: i for i, op in enumerate(ops) for t in op.reads}
+    return _Lives(
+        {**written, block.input: -1},
+        {**read, block.output: len(ops) - 1},
+        saved,
+        {op.segment: i for i, op in enumerate(ops)},
+    )
+
+
+@once_of_segments
+def _share_bytes(block: Block, sizes: Sizes) -> dict[str, int]:
+    """Bytes of each tensor, of what comes round a ring two shares."""
+    each = bytes_of(block, sizes)
+    return each | {op.writes: 2 * each[op.reads[0]] for op in block.ops() if op.kind == "ring"}
+
+
+@once_of_segments
+def _inside_ops(block: Block, sizes: Sizes) -> tuple[list[Span], list[Span], list[Span]]:
+    """What lives inside one op, whatever is kept: forward, backward, and of backward the gradients of
+    weights."""
+    walk = _Walk(block, sizes, True)
+    beside = list(walk.beside())
+    there, back, gradients = ([*beside], [*beside], list[Span]())
+    for i, op in enumerate(walk.ops):  # turned, packed
+        packed = walk.packed(op)
+        there.append((i, i, sum(walk.turned(op, w) for w in op.weights if walk.is_little(w))))
+        there.append((i, i, packed + walk.normed(op, 2, 1)))
+        # the gate, up's gradient by it, the gate's
+        back.append((i, i, 3 * packed + walk.normed(op, 4, 2, is_backward=True)))
+        gradients.append((i, i, sum(walk.gradient(op, w) for w in op.weights)))
+        if any(e.phase == "B" and not e.gradient for e in op.events):
+            wants = [k for k, o in enumerate(walk.ops) if op.writes in o.reads]
+            back.append((min(wants, default=i), max(wants, default=i), walk.each[op.writes]))
+    return tuple([span for span in spans if span[2]] for spans in (there, back, gradients))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -109,44 +166,22 @@ class _Walk:
     def ops(self) -> list[Op]:
         return self.block.ops()
 
-    @property
+    @cached_property
     def count(self) -> int:
         return len(self.ops)
 
     @cached_property
     def each(self) -> dict[str, int]:
-        """Bytes of each tensor, of what comes round a ring two shares."""
-        each = bytes_of(self.block, self.sizes)
-        return each | {op.writes: 2 * each[op.reads[0]] for op in self.ops if op.kind == "ring"}
+        return _share_bytes(self.block, self.sizes)
 
     @cached_property
-    def written(self) -> dict[str, int]:
-        """Which op makes a tensor; none before the first, which makes the input."""
-        found = {op.writes: i for i, op in enumerate(self.ops)}
-        for i, op in enumerate(self.ops):
-            for t in op.saves:
-                found.setdefault(t, i if self.block.tensors[t].role == "stat" else -1)
-        return {**found, self.block.input: -1}
-
-    @cached_property
-    def read(self) -> dict[str, int]:
-        """The last op that reads it; the output is there to the end."""
-        found = {t: i for i, op in enumerate(self.ops) for t in op.reads}
-        return {**found, self.block.output: self.count - 1}
-
-    @cached_property
-    def saved(self) -> dict[str, tuple[int, int]]:
-        """The first and the last op whose backward reads it."""
-        found: dict[str, tuple[int, int]] = {}
-        for i, op in enumerate(self.ops):
-            for t in op.saves:
-                found[t] = found.get(t, (i, i))[0], i
-        return found
+    def lives(self) -> _Lives:
+        return _lives(self.block)
 
     @cached_property
     def again(self) -> dict[str, int]:
         """What is made again: up to which op it is there."""
-        made = replayed(self.block)
+        made, saved = replayed(self.block), self.lives.saved
         held = (
             {t for op in self.ops for t in op.saves if t not in self.block.kept} if made else set()
         )
@@ -155,19 +190,18 @@ class _Walk:
         ends = dict[str, int]()
         for op in reversed(made):  # what follows from a piece is made with it
             mine = {op.writes, *op.saves} - self.block.kept
-            end = max((self.saved[t][1] for t in mine if t in self.saved), default=-1)
+            end = max((saved[t][1] for t in mine if t in saved), default=-1)
             end = max([end, *(ends.get(t, -1) for t in mine)])
             ends |= dict.fromkeys((*mine, *op.reads), end)
         return {t: ends[t] for t in held if t in ends}
 
     def forward(self, again: bool = True) -> Iterable[Span]:
         """Of a forward, or where it is made `again` of a layer."""
-        kept, whole = self.block.kept, again and self._whole
-        ends = {op.segment: i for i, op in enumerate(self.ops)}
-        for t, at in self.written.items():
+        kept, whole, lives = self.block.kept, again and self._whole, self.lives
+        for t, at in lives.written.items():
             if t in kept and at >= 0:  # while what makes it runs it is not yet kept
                 is_stat = self.block.tensors[t].role == "stat"
-                end = ends[self.ops[at].segment] if is_stat else at
+                end = lives.ends[self.ops[at].segment] if is_stat else at
                 yield 0, end, -self.each[t]
                 yield at, end, self.each[t]
             elif t in kept:
@@ -175,43 +209,35 @@ class _Walk:
             elif t in self.again and whole:
                 yield at, self.count - 1, self.each[t]
             elif at >= 0:
-                yield at, self.read.get(t, at), self.each[t]
-        for i, op in enumerate(self.ops):  # turned, packed
-            yield i, i, sum(self._turned(op, w) for w in op.weights if self._is_little(w))
-            yield i, i, self._packed(op)
-            yield i, i, self._normed(op, 2, 1)
+                yield at, lives.read.get(t, at), self.each[t]
         if whole:  # the gradient that waits for it
             yield 0, self.count - 1, self.each[self.block.output]
-        yield from self._beside()
+        yield from _inside_ops(self.block, self.sizes)[0]
 
     def backward(self, halves: bool = False) -> Iterable[Span]:
         """Of a backward; of its input half, where `halves`: what is read later stays to the end."""
-        tensors, kept = self.block.tensors, self.block.kept
+        tensors, kept, lives = self.block.tensors, self.block.kept, self.lives
         inputs, made = read_later(self.block) if halves else (frozenset(), frozenset())
-        for t, at in self.written.items():
+        for t, at in lives.written.items():
             if tensors[t].role in ("value", "aux"):
-                yield 0 if t in made else at, self.read.get(t, at), self.each[t]
-            if t in kept and t in self.saved and t not in inputs and self.goes:
-                yield 0, self.saved[t][0] - 1, -self.each[t]
+                yield 0 if t in made else at, lives.read.get(t, at), self.each[t]
+            if t in kept and t in lives.saved and t not in inputs and self.goes:
+                yield 0, lives.saved[t][0] - 1, -self.each[t]
         for t, end in self.again.items():
-            yield 0 if t in inputs else self.saved[t][0], end, self.each[t]
+            yield 0 if t in inputs else lives.saved[t][0], end, self.each[t]
         if self._whole:
             yield 0, self.count - 1, self.each[self.block.output]
-        for i, op in enumerate(self.ops):
-            later = halves and op.writes in made
-            yield i, i, 0 if later else sum(self.gradient(op, w) for w in op.weights)
-            yield i, i, 3 * self._packed(op)  # the gate, up's gradient by it, the gate's
-            yield i, i, self._normed(op, 4, 2, is_backward=True)
-            if any(e.phase == "B" and not e.gradient for e in op.events):
-                wants = [k for k, o in enumerate(self.ops) if op.writes in o.reads]
-                yield min(wants, default=i), max(wants, default=i), self.each[op.writes]
-        yield from self._beside()
+        _, back, gradients = _inside_ops(self.block, self.sizes)
+        yield from back
+        for span in gradients:
+            if not (halves and self.ops[span[0]].writes in made):
+                yield span
 
-    def _is_little(self, weight: str) -> bool:
+    def is_little(self, weight: str) -> bool:
         elements = self.block.tensors[weight].local(self.sizes)
         return elements <= LITTLE_MATRIX and self.each[weight] == 4 * elements
 
-    def _turned(self, op: Op, weight: str) -> int:
+    def turned(self, op: Op, weight: str) -> int:
         """For forward, of a little matrix: it, or tokens and as many rows of what they make as are held."""
         made = {d.name for d in self.block.tensors[op.writes].dims}
         dims = self.block.tensors[weight].dims
@@ -221,7 +247,7 @@ class _Walk:
             return self.each[weight]
         return 4 * tokens * (columns + min(rows, LITTLE_HELD // max(tokens, 1)))
 
-    def _packed(self, op: Op) -> int:
+    def packed(self, op: Op) -> int:
         """SwiGLU's gate, which is packed where it is narrow."""
         pairs = any(d.name == "pair" for t in op.reads for d in self.block.tensors[t].dims)
         if op.weights or op.is_region or not pairs:
@@ -229,7 +255,7 @@ class _Walk:
         half = self.block.tensors[op.writes].dims[-1].local(self.sizes)
         return self.each[op.writes] if half < NARROW else 0
 
-    def _normed(self, op: Op, times: int, copies: int, is_backward: bool = False) -> int:
+    def normed(self, op: Op, times: int, copies: int, is_backward: bool = False) -> int:
         """What a response norm makes for itself, `times` the images it works on at a time, one of them with
         two channels more on both sides, and so many `copies` where these are narrower than statistics. A rank
         of tp sees its neighbours' edge channels, and gives gradients zeros there."""
@@ -248,17 +274,17 @@ class _Walk:
     def gradient(self, op: Op, weight: str) -> int:
         """What makes a weight's gradient: its product, to be added; of a little one in fp32, added as it
         is made, some rows of the output's gradient turned."""
-        if not self._is_little(weight):
+        if not self.is_little(weight):
             return self.each[weight]
         columns = self.block.tensors[weight].dims[-1].local(self.sizes)
         return min(self.each[op.writes], LITTLE_ROWS * self.each[weight] // columns)
 
-    @property
+    @cached_property
     def _whole(self) -> bool:
         """Whether the layer is made again as one."""
         return any(op.kind == "linear" for op in replayed(self.block))
 
-    def _beside(self) -> Iterable[Span]:
+    def beside(self) -> Iterable[Span]:
         """What lives inside an op alone, forward and backward."""
         for i, op in enumerate(self.ops):
             yield i, i, sum(self.each[t] for t in op.scratch)

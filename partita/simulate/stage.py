@@ -30,7 +30,7 @@ from partita.simulate.started import (
     host_seconds,
     is_exchange,
     kernel_times,
-    started_kernels,
+    ran_kernels,
 )
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block, distinct
@@ -226,21 +226,19 @@ def _part_time(part: Part, laid: Laid, machine: Machine) -> PartTime:
         calls += tuple(replace(c, phase="B") for c in part.unplayed)
     if era.gathers_again and part.unplayed is not None:
         calls += tuple(c for c in calls if (c.phase, c.lane, c.collective) == AGAIN)
-    kernels = {n: started_kernels(ks, n, era) for n, ks in kernels.items()}
-    each = {
-        n: [(k.kind, kernel_times(k, era) * kernel_seconds(k, machine)) for k in ks]
-        for n, ks in kernels.items()
-    }
-    found = {n: sum(s for _, s in ks) for n, ks in each.items()}
-    started = {n: sum(host_seconds(k, machine) for k in ks) for n, ks in kernels.items()}
-    host = {"F": started["F"], "B": started["I"] + started["again"] + started["W"]}
+    ran = {n: ran_kernels(w, ks, n, machine) for n, ks in kernels.items()}
+    each = {n: x.each for n, x in ran.items()}
+    found = {n: x.seconds for n, x in ran.items()}
+    host = {"F": ran["F"].host_s, "B": ran["I"].host_s + ran["again"].host_s + ran["W"].host_s}
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: Lanes = {"F": {}, "B": {}}
     chunks: Counter[str] = Counter()
     exchanged = max((c.bytes for c in calls if is_exchange(c)), default=0)
     links: dict[tuple[str, ...], str] = {}
     for call in calls:
-        if is_exchange(call):  # as long as the more that a rank hands in and takes
+        if call.bytes != exchanged and is_exchange(
+            call
+        ):  # as long as the more of what goes and comes
             call = replace(call, bytes=exchanged)
         n = call.parts
         one = replace(call, bytes=call.bytes // n) if n > 1 else call
@@ -266,7 +264,7 @@ def _part_time(part: Part, laid: Laid, machine: Machine) -> PartTime:
     for where in ("F", "B"):
         busy = compute[where] + sum(seen[where].values())
         if where == "F" and era.starts_experts:  # the host knows their rows when the device does
-            timed = zip(each["F"], kernels["F"], strict=True)
+            timed = zip(each["F"], ran["F"].kernels, strict=True)
             busy = seen["F"].get("ep", 0.0) + sum(s for (_, s), k in timed if k.routed)
         found[f"calls {where}"] = host[where]
         found[f"host {where}"] = max(host[where] - busy, 0.0)

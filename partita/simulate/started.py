@@ -8,14 +8,14 @@ expert has only when the device does: it starts none of them before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from partita.cost.empirical import HOST_S
-from partita.cost.kernels import Kernel, launches
+from partita.cost.kernels import Kernel, kernel_seconds, launches
 from partita.cost.machine import Machine, Software
 from partita.cost.pieces import BACK
 from partita.parallel.read import Call
-from partita.simulate.work import STATE_BYTES
+from partita.simulate.work import STATE_BYTES, BlockWork
 
 UNFUSED = {
     "F": (3, 4, 4, 4, 3),
@@ -91,3 +91,32 @@ def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel
         return (kernel,)
     passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
     return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a machine runs `of` some kernels: those that it starts, kind and seconds of each, seconds of all,
+    and of the host."""
+
+    machine: Machine
+    of: Sequence[Kernel]
+    kernels: list[Kernel]
+    each: list[tuple[str, float]]
+    seconds: float
+    host_s: float
+
+
+def ran_kernels(work: BlockWork, kernels: Sequence[Kernel], part: str, machine: Machine) -> Ran:
+    """Prices a part of a block's work, which remembers what its last machine took: what is made again changes
+    nothing of the rest."""
+    key = part, id(kernels)  # which are kept
+    known = work.known.get(key)
+    if isinstance(known, Ran) and known.machine is machine:
+        return known
+    era = machine.software
+    started = started_kernels(kernels, part, era)
+    each = [(k.kind, kernel_times(k, era) * kernel_seconds(k, machine)) for k in started]
+    host_s = sum(host_seconds(k, machine) for k in started)
+    found = Ran(machine, kernels, started, each, sum(s for _, s in each), host_s)
+    work.known[key] = found
+    return found

@@ -18,13 +18,13 @@ for a machine whose pieces were measured: the host around many kernels is most o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from partita.cost.empirical import WEIGHT_WELL
 from partita.cost.kernels import Kernel, is_aligned
 from partita.cost.pieces import ATTENTION, BACK, WEIGHT
-from partita.parallel.read import BYTES, bytes_of, once, once_of_ops, replayed
+from partita.parallel.read import BYTES, bytes_of, once_inside, once_of_segments, replayed
 from partita.spec.lora import GROUPS
 from partita.spec.program import Block, Op, Sizes
 
@@ -56,9 +56,11 @@ class BlockWork:
     weight: tuple[Kernel, ...]
     again: tuple[Kernel, ...]
     experts: tuple[tuple[Kernel, ...], tuple[Kernel, ...]] = ((), ())
+    # what readers have worked out of these kernels, whatever is made again
+    known: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
 
 
-@once
+@once_inside
 def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
     """Reads a laid block. `matmul_dtype` is what linears compute in, where it is not their tensors'."""
     work, made = _own_work(block, sizes, matmul_dtype)
@@ -72,7 +74,7 @@ def block_work(block: Block, sizes: Sizes, matmul_dtype: str = "") -> BlockWork:
     return replace(work, again=tuple(again))
 
 
-@once_of_ops
+@once_of_segments
 def _own_work(
     block: Block, sizes: Sizes, matmul_dtype: str
 ) -> tuple[BlockWork, dict[tuple[str, ...], list[Kernel]]]:

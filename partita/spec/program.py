@@ -232,6 +232,14 @@ class Block:
         """The same ops, of which a microbatch keeps this; what is known of the ops stays known."""
         block = replace(self, kept=kept)
         block.__dict__["known_of_ops"] = self.known_of_ops
+        block.__dict__["known_inside"] = self.known_inside
+        return block
+
+    def beside(self, tensors: Mapping[str, Tensor], regions: tuple[Op, ...]) -> Block:
+        """The same segments with other states and other regions on weights; what is known of the segments
+        stays known."""
+        block = replace(self, tensors=tensors, regions=regions)
+        block.__dict__["known_inside"] = self.known_inside
         return block
 
     @cached_property
@@ -242,6 +250,11 @@ class Block:
     @cached_property
     def known_of_ops(self) -> dict[object, Any]:
         """The same of readers that do not ask what is kept (`parallel.read.once_of_ops`)."""
+        return {}
+
+    @cached_property
+    def known_inside(self) -> dict[object, Any]:
+        """The same of readers that ask of segments alone, and what is kept (`parallel.read.once_inside`)."""
         return {}
 
 

@@ -282,4 +282,4 @@ def _storing(block: Block, change: Mapping[str, int]) -> Block:
             tensors[name] = replace(t, dims=(*t.dims[:-1], replace(t.dims[-1], size=size)))
     gone = {unit for unit, size in change.items() if not size}
     regions = tuple(op for op in block.regions if op.name.rpartition(":")[0] not in gone)
-    return replace(block, tensors=tensors, regions=regions)
+    return block.beside(tensors, regions)

@@ -329,7 +329,7 @@ class _Sends:
             tensor = block.output if phase == "F" else block.input
             event = Event(phase, "send", tensor, gradient=phase == "B")
             op = replace(region("", "send", ("pp",), (tensor, tensor), event), name="send", lane=on)
-            self._made[key] = block, replace(block, regions=(*block.regions, op))
+            self._made[key] = block, block.beside(block.tensors, (*block.regions, op))
         return self._made[key][1]
 
 
@@ -366,7 +366,7 @@ def _across(found: tuple[Stage, ...], tied: tuple[str, ...], copied: bool) -> tu
         held = units(block)
         ops = [_sum_between(unit, "copies", "pp/copy") for unit in held if copied]
         ops += [_sum_between(unit, "tied", "tied") for unit in held if unit in shared]
-        return replace(block, regions=(*block.regions, *ops)) if ops else block
+        return block.beside(block.tensors, (*block.regions, *ops)) if ops else block
 
     done = {id(b): change(b) for b, _ in distinct(b for s in found for b in s.blocks)}
     return tuple(replace(s, blocks=tuple(done[id(b)] for b in s.blocks)) for s in found)
@@ -393,4 +393,4 @@ def _second_holder(block: Block, weight: str, copied: bool) -> Block:
             regions += [replace(op, events=own)] if own else []
         else:
             regions.append(op)
-    return replace(block, tensors=tensors, regions=tuple(regions))
+    return block.beside(tensors, tuple(regions))
