@@ -43,24 +43,25 @@ class Halves(NamedTuple):
 def halves(rows: np.ndarray, share: np.ndarray, hides: np.ndarray | float = 0.0) -> Halves:
     """Of rows of a table [rows, numbers], for microbatches that have such a `share` [size] of its samples;
     `hides` [rows]: what part of what rows of experts travel hides under another microbatch's compute."""
-    f, i, w = rows[:, TIMES].T
-    start, grow, travel = rows[:, STARTS].T.copy(), rows[:, GROWS].T.copy(), rows[:, TRAVEL]
-    least_f, least_b = rows[:, LEAST].T
+    columns = rows.T
+    (f, i, w), start, grow = columns[TIMES], columns[STARTS], columns[GROWS]
+    least_f, least_b = rows[:, LEAST, None].swapaxes(0, 1)
     if not isinstance(hides, float) or hides:
-        start[1] -= hides * rows[:, SETS_OFF]
-        grow[1] -= hides * (travel - rows[:, SETS_OFF])
+        start, grow, travel = start.copy(), grow.copy(), columns[TRAVEL]
+        start[1] -= hides * columns[SETS_OFF]
+        grow[1] -= hides * (travel - columns[SETS_OFF])
         i = i - hides * travel
-        least_b = np.where(hides * travel > 0, 0.0, least_b)
-    lines = np.multiply.outer(grow, share) + start[..., None]
-    line_f, line_i, line_b = lines[0], lines[1], lines[1] + np.maximum.reduce(lines[2:], 0)
-    forward = np.maximum(np.multiply.outer(f, share), line_f)
-    whole = np.maximum(np.multiply.outer(i + w, share), line_b)
-    return Halves(
-        np.maximum(forward, least_f[:, None]),
-        np.maximum(np.multiply.outer(i, share), line_i),
-        np.maximum(whole, least_b[:, None]),
-        (line_f, line_b),
-    )
+        least_b = np.where((hides * travel > 0)[:, None], 0.0, least_b)
+    each = np.multiply.outer(np.concatenate((grow, (f, i, i + w))), share)
+    lines, (forward, back, whole) = each[:5], each[5:]
+    lines += start[..., None]
+    line_f, line_i = lines[:2]
+    line_b = np.maximum.reduce(lines[2:], 0)
+    line_b += line_i
+    most = np.maximum
+    most(most(forward, line_f, out=forward), least_f, out=forward)
+    most(most(whole, line_b, out=whole), least_b, out=whole)
+    return Halves(forward, most(back, line_i, out=back), whole, (line_f, line_b))
 
 
 class Rough:
