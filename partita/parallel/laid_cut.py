@@ -79,7 +79,12 @@ def _masked(block: Block) -> Block:
 
 def cut_blocks(request: Request, program: Program) -> Program:
     """Some blocks with every dim cut: what becomes of one does not depend on the others."""
-    for room in (split, dp, cp, tp, sp, ep):
+    return ep.lay(request, cut_tokens(request, program))
+
+
+def cut_tokens(request: Request, program: Program) -> Program:
+    """The same before experts are cut, which is alike wherever they lie."""
+    for room in (split, dp, cp, tp, sp):
         program = room.lay(request, program)
     return program
 

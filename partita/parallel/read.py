@@ -55,7 +55,7 @@ def _remembering(
     @wraps(reader)
     def read(block: Block, *args: P.args, **kwargs: P.kwargs) -> R:
         given = (*args, *kwargs.items()) if kwargs else args
-        plain = [tuple(a.items()) if isinstance(a, dict) else a for a in given]
+        plain = [tuple(a.items()) if type(a) is dict else a for a in given]
         key, known = (name, of(block), *plain), where(block)
         if key not in known:
             known[key] = reader(block, *args, **kwargs)

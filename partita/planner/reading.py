@@ -19,8 +19,9 @@ from typing import Any
 
 from partita.base.errors import Problem
 from partita.cost.machine import Machine
+from partita.parallel.ep import rules as ep
 from partita.parallel.laid import Laid, Stage, lay, problems
-from partita.parallel.laid_cut import cut_blocks, whole, with_samples
+from partita.parallel.laid_cut import cut_tokens, whole, with_samples
 from partita.parallel.laid_step import step_sums
 from partita.parallel.offload.rules import targets
 from partita.parallel.precision import rules as precision
@@ -140,6 +141,7 @@ class Reader:
         self.machine = machine
         self._ways: dict[Request, _Way] = {}
         self._forms: dict[tuple[int, _Way], _Form] = {}
+        self._tokens: dict[tuple[int, _Way], Program] = {}
         self._costs: dict[object, tuple[Cost, float]] = {}
         self._each: dict[object, Three] = {}
         self._found: dict[tuple[Request, bool], Table | Problem] = {}
@@ -148,6 +150,7 @@ class Reader:
     def remember(self, other: Reader) -> None:
         """Takes what another has laid, and on the same machine priced."""
         self._ways, self._forms, self._each = other._ways, other._forms, other._each
+        self._tokens = other._tokens
         self._priced = other._priced
         for machine, costs, found in self._priced:
             if machine == self.machine:
@@ -209,11 +212,20 @@ class Reader:
     def _form(self, way: _Way, place: _Place) -> _Form:
         key = place.first, way
         if key not in self._forms:
-            block = whole(way.request).blocks[place.first]
-            laid = _lay(way.request, block, place.name)
+            laid = _lay(way.request, self._cut(way.request, place))
             _forget(self._forms, REMEMBERED)
             self._forms[key] = _Form(laid, place, self._bytes(way.request))
         return self._forms[key]
+
+    def _cut(self, request: Request, place: _Place) -> Program:
+        """A block before experts are cut: the same wherever they lie."""
+        mesh = replace(request.plan.mesh, ep=1, etp=1)
+        key = place.first, self._way(replace(request, plan=replace(request.plan, mesh=mesh)))
+        if key not in self._tokens:
+            block = whole(request).blocks[place.first]
+            _forget(self._tokens, REMEMBERED)
+            self._tokens[key] = cut_tokens(request, Program((block,), (place.name,)))
+        return self._tokens[key]
 
     def _cost(self, way: _Way, laid: Laid, place: _Place, late: int) -> Cost:
         """What a microbatch takes in the block, and what a rank holds of it. `late`: samples of
@@ -253,11 +265,12 @@ class Reader:
         return self._each[alone]
 
 
-def _lay(request: Request, block: Block, name: str) -> Laid:
-    """One block by itself, as a rank has it that holds the whole model: what it computes, keeps and sends
-    of a microbatch, without the states of its weights and their reductions. Nothing is recomputed."""
-    laid = cut_blocks(request, Program((block,), (name,)))
-    if block.name == "head":
+def _lay(request: Request, tokens: Program) -> Laid:
+    """One block by itself, whose tokens are cut, as a rank has it that holds the whole model: what it
+    computes, keeps and sends of a microbatch, without the states of its weights and their reductions. Nothing
+    is recomputed."""
+    laid = ep.lay(request, tokens)
+    if laid.names == ("head",):
         laid = step_sums(laid, request.plan)
     laid = precision.lay(request, laid)
     return Laid(request, laid, (Stage(0, laid.names, laid.blocks),), ((),))

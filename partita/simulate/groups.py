@@ -19,6 +19,7 @@ from partita.parallel.room import ACROSS
 from partita.spec.cluster import Cluster, Wiring
 from partita.spec.hardware import MESHES, SHARED_CHUNK_BYTES, share_of_links
 from partita.spec.mesh import FOLD, Mesh
+from partita.spec.plan import AxisSizes
 
 
 def group_of(laid: Laid, axes: tuple[str, ...], cluster: Cluster) -> tuple[int, ...]:
@@ -28,7 +29,8 @@ def group_of(laid: Laid, axes: tuple[str, ...], cluster: Cluster) -> tuple[int, 
         if name in axes:
             return tuple(laid.mesh.rank_of({"pp": place}) for place in laid.pairs[name][0])
     mesh, kv_heads = laid.mesh, laid.request.model.kv_heads
-    return _slowest(_Sizes(laid.sizes), mesh.order, axes, kv_heads, cluster.wiring)
+    sizes = laid.sizes if isinstance(laid.sizes, AxisSizes) else AxisSizes(laid.sizes)
+    return _slowest(sizes, mesh.order, axes, kv_heads, cluster.wiring)
 
 
 def moves(laid: Laid, cluster: Cluster | None, axes: tuple[str, ...], size: int) -> bool:
@@ -39,16 +41,9 @@ def moves(laid: Laid, cluster: Cluster | None, axes: tuple[str, ...], size: int)
     return len({cluster.node_of(rank) for rank in group_of(laid, axes, cluster)}) > 1
 
 
-class _Sizes(dict[str, int]):
-    """Axis sizes that a cache may key by."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
-
-
 @lru_cache(maxsize=4096)
 def _slowest(
-    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int, wiring: Wiring
+    sizes: AxisSizes, order: tuple[str, ...], axes: tuple[str, ...], kv_heads: int, wiring: Wiring
 ) -> tuple[int, ...]:
     first, cluster = _ranks(Mesh(sizes, order), axes, kv_heads), wiring.cluster
     node = cluster.node_of
@@ -60,7 +55,7 @@ def _slowest(
 
 
 def _shifts(
-    sizes: _Sizes, order: tuple[str, ...], axes: tuple[str, ...], per_node: int
+    sizes: AxisSizes, order: tuple[str, ...], axes: tuple[str, ...], per_node: int
 ) -> tuple[int, ...]:
     """By how much other groups lie behind rank 0's, one for each place in a node where they may begin. Of
     experts' groups those that the axes around the refolded ones make."""

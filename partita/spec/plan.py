@@ -24,6 +24,20 @@ def has_fixed_stages(schedule: str) -> bool:
     return _TWO_STAGES.fullmatch(schedule) is not None
 
 
+class AxisSizes(dict[str, int]):
+    """Axis -> size, which a cache may key by: nobody changes them, and their hash is worked out once."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __reduce__(self) -> tuple[type[AxisSizes], tuple[dict[str, int]]]:
+        return AxisSizes, (dict(self),)  # another process has other hashes
+
+
 @dataclass(frozen=True, slots=True)
 class MeshPlan:
     """Sizes of the mesh axes; `order` is innermost first; `sp`: sequence parallel with tp."""
@@ -182,24 +196,24 @@ class Plan:
         return self.pipeline.num_microbatches or 1
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> AxisSizes:
         """Size of every axis that a layout may name; cp is the ring, ulysses the inner part."""
         m = self.mesh
         ulysses = self.context.ulysses if self.context.method == "hybrid" else 1
         ulysses = m.cp if self.context.method == "ulysses" else ulysses
         fold = m.dp_shard * m.cp * m.tp
-        return {
-            "pp": m.pp,
-            "dp_replicate": m.dp_replicate,
-            "dp_shard": m.dp_shard,
-            "cp": m.cp // ulysses,
-            "ulysses": ulysses,
-            "tp": m.tp,
-            "split": m.split,
-            "efsdp": max(fold // (m.ep * m.etp), 1),
-            "ep": m.ep,
-            "etp": m.etp,
-        }
+        return AxisSizes(
+            pp=m.pp,
+            dp_replicate=m.dp_replicate,
+            dp_shard=m.dp_shard,
+            cp=m.cp // ulysses,
+            ulysses=ulysses,
+            tp=m.tp,
+            split=m.split,
+            efsdp=max(fold // (m.ep * m.etp), 1),
+            ep=m.ep,
+            etp=m.etp,
+        )
 
     def with_(self, section: str, **changes: object) -> Plan:
         """A plan with fields of one section changed."""
