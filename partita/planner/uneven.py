@@ -201,6 +201,7 @@ class Uneven(Levels):
     def __init__(self, space: Space, machine: Machine) -> None:
         super().__init__(space, machine)
         self._sums: dict[tuple[int, int], _Sums] = {}
+        self._clocks: dict[object, float] = {}
 
     def rough(self, node: Node, only: tuple[str, ...] = ()) -> Iterator[Node]:
         """Schedules, each with its sizes of microbatches, by what the mean rank takes."""
@@ -272,18 +273,23 @@ class Uneven(Levels):
                 )
 
     def played(self, node: Node) -> Iterator[Node]:
-        """The schedule's clock at what the stages cost at least."""
-        (table, _, _), leaf, b = self._parts(node), node.leaf, self.bounds
-        cut = leaf.zero if leaf.dp_shard > 1 else 0
-        at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
-        sums = _Sums(table, (leaf.split,))
-        stages, longer = sums.stages[0].copy(), self._longer(table, sums, cut, at)
-        if longer is not None:
-            stages[:, 0] += longer[0][0]
-            stages[:, 1] += longer[1][0]
-        named, m = (leaf.schedule, leaf.virtual), self._microbatches(node)
-        seconds = b.played(stages, node.mesh, named, m, table.sent) + node.once
-        yield node._replace(level=6, seconds=max(seconds, node.seconds))
+        """The schedule's clock at what the stages cost at least: ways to cut states that slow nothing ask it
+        once, in whatever order of axes."""
+        leaf, b, mesh = node.leaf, self.bounds, node.mesh
+        table = b.table(mesh, node.shape, node.tokens)
+        assert isinstance(table, Table)
+        cut, m = leaf.zero if leaf.dp_shard > 1 else 0, self._microbatches(node)
+        slows = cut >= 2 and b.slows
+        at = b.links.meetings(mesh, node.shape, leaf.dp_shard, cut) if slows else None
+        key = mesh, id(table), leaf.schedule, leaf.virtual, m, leaf.split, slows and (cut, at)
+        if key not in self._clocks:
+            sums = _Sums(table, (leaf.split,))
+            stages, longer = sums.stages[0].copy(), self._longer(table, sums, cut, at)
+            if longer is not None:
+                stages[:, 0] += longer[0][0]
+                stages[:, 1] += longer[1][0]
+            self._clocks[key] = b.played(stages, mesh, leaf[:2], m, table.sent)
+        yield node._replace(level=6, seconds=max(self._clocks[key] + node.once, node.seconds))
 
     def _splits(self, node: Node, table: Table) -> tuple[Split, ...]:
         stages = self.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual)).num_stages
