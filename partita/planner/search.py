@@ -25,7 +25,7 @@ from partita.spec.plan import OffloadPlan, Plan
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather", "halo")
 FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
-FIRST = 12  # meshes that are tried before the others
+FEW, FIRST = 3, 12  # meshes that are tried before the others
 RARELY = 50_000_000  # objects made between two looks for cycles
 
 
@@ -120,7 +120,8 @@ class Search:
             if (m := n.mesh).world == wide and m.inner <= most and m.cp <= 4
             if m.sp or m.tp == 1 or self.job.model.image is not None
         ]
-        for some in (usual[:FIRST], usual[FIRST:]):  # the others must beat what the first lead to
+        # the others must beat what the first lead to
+        for some in (usual[:FEW], usual[FEW:FIRST], usual[FIRST:]):
             nodes: list[Node] = []
             for root in some:
                 if time.perf_counter() < until:

@@ -34,8 +34,9 @@ def interleaved_zb(num_ranks: int, num_microbatches: int, virtual_stages: int = 
 
 def _rank(rank: int, p: int, m: int, v: int, q: int) -> list[Action]:
     chunks = [k // q % v for k in range(m * v)]
+    back = [(v - 1 - c) * p + rank for c in chunks]
     f = _numbered([c * p + rank for c in chunks], "F")
-    i = _numbered([(v - 1 - c) * p + rank for c in chunks], "I")
+    i, w = _numbered(back, "I"), _numbered(back, "W")
     warmup = min(m * v, (v - 1) * q + p - 1 - rank)
     out = f[:warmup]
     for k in range(m * v + rank):
@@ -44,7 +45,7 @@ def _rank(rank: int, p: int, m: int, v: int, q: int) -> list[Action]:
         if k < m * v:
             out.append(i[k])
         if k >= rank:
-            out.append(i[k - rank]._replace(kind="W"))
+            out.append(w[k - rank])
     return out
 
 
