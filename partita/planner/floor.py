@@ -166,7 +166,7 @@ class Floors:
         num_bytes = states + beside + samples * (table.total[KEPT] / mesh.pp)
         least = np.minimum.reduce(num_bytes, 0, initial=np.inf)
         fits = num_bytes <= b.limit_bytes
-        if not fits.any():
+        if not np.logical_or.reduce(fits, None):
             none = np.full(len(samples), np.inf)
             return Floor(none, none, least)
         found, forward, backward, once = self._seconds(mesh, table, ways, samples, paired)
@@ -180,7 +180,10 @@ class Floors:
         b = self.bounds
         lies = b.lies(mesh, leaf)
         ways, stages = self._ways(mesh, shape, table), b.stages(table, lies.num_stages)
-        ranks, samples = stages[lies.held].sum(1), b.sizes(mesh)[:, None] / (ENDLESS * parts)
+        ranks, samples = (
+            np.add.reduce(stages[lies.held], 1),
+            b.sizes(mesh)[:, None] / (ENDLESS * parts),
+        )
         standing, coming = ((x @ ranks.T)[:, None] for x in (ways.standing, ways.coming))
         kept, read = stages[:, KEPT], stages[:, READ]
         chunks = kept[lies.held], np.maximum(read - kept, 0.0)[lies.held]
@@ -197,7 +200,7 @@ class Floors:
             return None
         chunks, later = (kind.samples * x for x in holds.most(*kind.chunks))
         most = np.maximum(chunks, kind.coming + later) + kind.samples * kind.inside
-        return (kind.standing + most + kind.units).max(-1)
+        return np.maximum.reduce(kind.standing + most + kind.units, -1)
 
     def kinds(
         self,

@@ -46,7 +46,7 @@ class Holds:
         held = np.einsum("smro,ro->smr", self.chunks, kept)
         if self.wait is not None:
             held += np.einsum("smro,ro->smr", self.wait, more)
-        return held.max(1), np.einsum("sro,ro->sr", self.later, kept)
+        return np.maximum.reduce(held, 1), np.einsum("sro,ro->sr", self.later, kept)
 
 
 def short_step(schedule: str, ranks: int, m: int) -> int:

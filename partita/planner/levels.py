@@ -173,7 +173,7 @@ class Levels:
         least = self.floors(mesh, node.shape, table, parts, node.paired)
         schedules = self.floors.schedules(mesh, node.paired)
         self.refuse("memory", int(np.isinf(least.seconds).sum()) * states * len(schedules))
-        if least.seconds.min(initial=INF) >= self.cut:
+        if np.minimum.reduce(least.seconds, initial=INF) >= self.cut:
             return
         bound, known = np.maximum(least.seconds, node.seconds), dict[object, Kind]()
         told = self.floors.kinds(mesh, table, least, schedules, parts)
@@ -194,17 +194,17 @@ class Levels:
                 held = self.floors.held(mesh, leaf, known[lies.kind], least)
             if held is not None:
                 fits = held <= self.bounds.limit_bytes
-                if not fits.all():
+                if not np.logical_and.reduce(fits, None):
                     seconds = np.maximum(told.under(lies, least, fits), bound)
-            most = least.num_bytes if held is None else held.min(0)
+            most = least.num_bytes if held is None else np.minimum.reduce(held)
             may = (seconds < self.cut) & (most <= self.cut_bytes)
             for i, why in wrong:
                 self.refuse(why, states * int(may[i]))
                 may[i] = False
             good = may.nonzero()[0]
             if fits is not None:
-                none = int((np.isfinite(least.seconds) & ~fits.any(0)).sum())
-                self.refuse("memory", none * states)
+                none = np.isfinite(least.seconds) & ~np.logical_or.reduce(fits)
+                self.refuse("memory", int(np.count_nonzero(none)) * states)
             if not len(good):
                 continue
             rows = zip(*(x[good].tolist() for x in (seconds, least.once, sizes)), strict=True)
