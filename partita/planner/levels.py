@@ -217,16 +217,9 @@ class Levels:
         """A node of the most promising of some sizes of microbatches, which keeps the others."""
         if rest and rest[0][0] < INF:
             (seconds, once, micro), *others = rest
-            tokens = node.tokens._replace(micro=micro)
-            yield node._replace(
-                level=3,
-                seconds=seconds,
-                leaves=states * len(rest),
-                tokens=tokens,
-                leaf=leaf,
-                once=once,
-                rest=tuple(others),
-            )
+            tokens = Tokens(node.tokens.mode, node.tokens.every, micro)
+            at = node.num_bytes, states * len(rest), node.mesh, node.shape, tokens, leaf
+            yield Node(3, seconds, *at, once, node.paired, tuple(others))
 
     def _same(self, node: Node, table: Table) -> bool:
         """Whether the blocks cost what they do without recomputation, which is then among the choices."""

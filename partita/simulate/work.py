@@ -133,7 +133,7 @@ def _kernels(
         found = _passes(first, block, sizes)
     if first.segment not in ROUTED:
         return found
-    f, i, w = ([replace(k, routed=True) for k in ks] for ks in found)
+    f, i, w = ([k.serving(k.each, routed=True) for k in ks] for ks in found)
     return f, i, w
 
 
@@ -181,8 +181,8 @@ def _linear(
         forward.insert(0, _cast(read, w.dtype))
         back.insert(0, _cast(count * m * n, w.dtype))
     if "experts" in own:
-        forward, back = ([replace(k, each=count) for k in ks] for ks in (forward, back))
-        weight = replace(weight, each=count)
+        forward, back = ([k.serving(count) for k in ks] for ks in (forward, back))
+        weight = weight.serving(count)
     halves = [weight] if trained else []
     for op in group:
         for there, again, own_half in _low_rank(op, block, sizes):
