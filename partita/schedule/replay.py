@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from partita.base.errors import ScheduleError
 from partita.schedule.clock import Costs
@@ -85,22 +86,19 @@ class Replay:
         for need in self.needs:
             if need >= 0:
                 self.leaves[need] = True
+        self._leaving = {c for c, leaves in zip(self.costs, self.leaves, strict=True) if leaves}
 
     def __call__(self, costs: Costs) -> Times:
         """The times of the schedule at these costs."""
         table = [stage.of(kind) for kind in ROWS for stage in costs.stages]
         table += [stage.of("B", beside=True) for stage in costs.stages]
-        free, wires, send, wire = (
-            [0.0] * self.num_ranks,
-            [0.0] * self.num_ranks,
-            costs.send,
-            costs.wire,
-        )
+        send, wire, none = costs.send, costs.wire, repeat(False, len(self.ranks))
+        # A rank makes no two results sooner one after the other than the quickest takes
+        queue = self.leaves if wire > min((table[c] for c in self._leaving), default=wire) else none
+        free, wires = [0.0] * self.num_ranks, [0.0] * self.num_ranks
         come: list[float] = []  # on the rank that needs it
         add = come.append
-        for rank, cost, need, leaves in zip(
-            self.ranks, self.costs, self.needs, self.leaves, strict=True
-        ):
+        for rank, cost, need, leaves in zip(self.ranks, self.costs, self.needs, queue, strict=True):
             now = free[rank]
             if need >= 0 and (there := come[need]) > now:
                 now = there
