@@ -62,7 +62,7 @@ class Meeting:
 
     def check(self) -> None:
         """Finds waits that cannot end; the lock is held."""
-        for rank, (kind, what) in self.blocked.items():
+        for rank, (kind, what) in self.blocked.items() if self.finished else ():
             gone = [r for r in self._waits_for(kind, what) if r in self.finished]
             if gone:
                 self.fail(
