@@ -9,12 +9,14 @@ dense layers, experts and images.
 
 from __future__ import annotations
 
+import csv
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import combinations, product
 from math import prod
+from pathlib import Path
 
 FEATURES: dict[str, tuple[str, ...]] = {
     "pipeline": (
@@ -41,7 +43,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "offload:nvme offload.targets=activations,gradients,optimizer",
     ),
     "rounding": ("", "precision.rounding=stochastic"),
-    "precision": ("fp32", "bf16", "fp16", "fp8"),
+    "precision": (
+        "fp32", "bf16", "fp16", "fp8", "fp8 precision.fp8_scaling=delayed",
+        "fp8 precision.fp8_scaling=static",
+    ),
     "family": ("gpt_neox", "qwen tied", "bloom", "gpt2 dropout", "moe", "moe mla", "alexnet"),
     "sees": ("", "documents", "window"),
     "trains": ("", "frozen", "lora"),
@@ -59,10 +64,9 @@ MOST_RANKS = 16  # of one plan: enough for every pair, and a plan takes seconds
 MOST_PROCESSES = 8  # at most so many where ranks are processes
 SEED, TRIES, THRIFT = 26, 4, 0.05  # of those tried, what came to the fewest plans
 FREE = tuple(FEATURES)
+FILE = Path(__file__).with_name("covering.tsv")
 Row = dict[str, str]
 Pair = tuple[str, str, str, str]
-# Legal since the array was drawn: rows behind it hold these, so that the others stay as they were verified
-LATER: tuple[Pair, ...] = (("rounding", "precision.rounding=stochastic", "precision", "fp16"),)
 UNSPELT = {  # two features of which no plan says both, or one is then as if it were not there: why
     ("shards", "gathers"): "parameters are gathered at stage 3 alone",
     (
@@ -91,6 +95,11 @@ def _kind(pipeline: str) -> str:
 def layers(row: Row) -> str:
     """What layers are made of."""
     return {"moe": "experts", "alexnet": "images"}.get(row["family"].split()[0], "dense")
+
+
+def bits(row: Row) -> str:
+    """The dtype of what is computed, whatever its scales are of."""
+    return row["precision"].split()[0]
 
 
 def fold(row: Row) -> int:
@@ -127,17 +136,14 @@ def legal(row: Row) -> bool:
     )
 
 
-def draws(row: Row) -> bool:
-    """Whether the array may be drawn with the row."""
-    return legal(row) and not any(row[a] == x and row[b] == y for a, x, b, y in LATER)
-
-
 def pair(row: Row, a: str, b: str) -> list[Pair]:
     """What is asked for of two of the row's features, in the order of FEATURES."""
     x, y = row[a], row[b]
     if a == "pipeline" and b == "family":
         made = layers(row)
         return [(a, kind(row), b, y)] + [(a, x, "layers", made)] * (made != "dense")
+    if a == "pipeline" and b == "precision" and bits(row) == "fp8":
+        return [(a, kind(row), b, y), (a, x, "bits", "fp8")]
     if a == "pipeline" and y == "halo":
         return [(a, kind(row), b, y)]
     return [] if a == "pipeline" and kind(row) and not y else [(a, x, b, y)]
@@ -181,21 +187,22 @@ def left_out() -> list[Pair]:
     ]
 
 
-def drawn(part: Row, draw: random.Random, fits: Callable[[Row], bool] = draws) -> Row:
-    """A row that fits and holds the part, the other features drawn one after the other."""
+def drawn(part: Row, draw: random.Random) -> Row:
+    """A legal row that holds the part, the other features drawn one after the other."""
     row = completed(part)
     assert row is not None
     for f in draw.sample(FREE, len(FREE)):
         new = {**row, f: draw.choice(FEATURES[f])} | part
-        row = new if fits(new) else row
+        row = new if legal(new) else row
     return row
 
 
 def rows() -> list[Row]:
-    """Greedy, the same every time: each row is the best of some that hold a pair not yet covered, of features
-    that most is missing of."""
-    draw, found = random.Random(SEED), []
-    left = {p: part for p, part in wanted().items() if p not in LATER}
+    """Those of the file that may be, and what they leave out: greedy, the same every time, each row the best
+    of some that hold a pair not yet covered, of features that most is missing of."""
+    draw, found = random.Random(SEED), kept()
+    held = set().union(*map(pairs, found))
+    left = {p: part for p, part in wanted().items() if p not in held}
     while left:
         missing = Counter(x for a, v, b, w in left for x in ((a, v), (b, w)))
         hardest = sorted(left, key=lambda p: (-missing[p[:2]] - missing[p[2:]], p))[:TRIES]
@@ -203,7 +210,21 @@ def rows() -> list[Row]:
         found.append(max(made, key=lambda m: m[0])[1])
         done = pairs(found[-1])
         left = {p: part for p, part in left.items() if p not in done}
-    return [*found, *(drawn({a: x, b: y}, draw, legal) for a, x, b, y in LATER)]
+    return found
+
+
+def kept() -> list[Row]:
+    """The legal rows of the file: one a line, each feature's value under its name."""
+    with FILE.open(newline="") as lines:
+        read = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    known = [r for r in read if all(r.get(f) in values for f, values in FEATURES.items())]
+    return [r for r in known if legal(r)]
+
+
+def keep(of: Sequence[Row]) -> None:
+    """Writes the file."""
+    lines = ["\t".join(FEATURES), *("\t".join(r[f] for f in FEATURES) for r in of)]
+    FILE.write_text("\n".join(lines) + "\n")
 
 
 def climbed(part: Row, left: Mapping[Pair, Row], draw: random.Random) -> tuple[float, Row]:
@@ -217,7 +238,7 @@ def climbed(part: Row, left: Mapping[Pair, Row], draw: random.Random) -> tuple[f
         for f in draw.sample(FREE, len(FREE)):
             before = _share(row, f, left)
             for new in ({**row, f: v} for v in FEATURES[f] if v != row[f] and f not in part):
-                if not draws(new):
+                if not legal(new):
                     continue
                 more = gain - before + _share(new, f, left)
                 if more / ranks(new) ** THRIFT > best + 1e-9:
@@ -276,7 +297,7 @@ def line(row: Row, given: str = "") -> str:
     ]
     if row["heads"]:
         context = "cp4:hybrid2x2" if context else "cp2:ulysses"
-    filed = row["precision"] == "fp8" and "nvme" in row["offload"]
+    filed = bits(row) == "fp8" and "nvme" in row["offload"]
     shards = row["offload"] and "zero3" in row["shards"] and not filed
     words = [row[f] for f in ("replicas", "shards", "gathers", "tensor")]
     words += [context, row["pipeline"].replace("FILE", f'"file:{given}"')]
