@@ -14,14 +14,14 @@ from partita.cli.draw_costs import Prices
 from partita.cli.drawing import Drawing, print_drawings, write_pictures
 from partita.cli.out import in_words, note, write_json
 from partita.schedule import clock as clocks
-from partita.schedule.check import check, over_limit
+from partita.schedule.check import check, checked, over_limit
 from partita.schedule.clock import Pair
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
 from partita.schedule.steps import repeat
 from partita.schedule.synth.partition import partitioned
 from partita.schedule.synth.synthesis import Task, synthesise
-from partita.schedule.text import read_program, read_schedule
+from partita.schedule.text import read_program
 
 if TYPE_CHECKING:
     from partita.report.actions import RecordedStep
@@ -197,7 +197,7 @@ class Size:
 
 def _make(name: str, size: Size) -> Schedule:
     if name.strip('"').startswith("file:") and not size.stated:
-        return read_schedule(name.strip('"').removeprefix("file:"))
+        return checked(*read_program(name.strip('"').removeprefix("file:")))
     ranks, microbatches = size.numbers()
     return schedule(
         name, num_ranks=ranks, num_microbatches=microbatches, virtual_stages=size.stages(name)
@@ -222,24 +222,24 @@ def _drawing(made: Schedule, how: Timing, problems: list[Problem] | None = None)
 def _synthesised(size: Size, how: Timing, bound: Bound) -> Drawing:
     """auto, at the costs and within the bound asked for; bidirectional schedules take part, as they do
     by name."""
-    (ranks, microbatches), virtual = size.numbers(), max(2, size.stages("auto"))
-    hold_to_size(ranks * virtual, microbatches)
+    ranks, microbatches = size.numbers()
+    virtual = max(2, _at_least_one("virtual-stages", size.stages("auto")))
     prices = Prices(how.layers) if how.layers else how.costs
     bound.hold_to_sizes(prices)
-    costs, split = prices.given(ranks), ()
+    costs, split, alone = prices.given(ranks), (), False
     task = Task(
         ranks, microbatches, costs, bound.limit, limit_in_bytes=bound.size is not None,
         stages=virtual, copies=1 if how.layers else 2,
     )  # fmt: skip
     if how.layers:
         cut = partitioned(task, costs.stages)
-        found, split = cut.synthesis, cut.split
+        found, split, alone = cut.synthesis, cut.split, cut.cut_proven
     else:
         found = synthesise(task)
     made = found.schedule
     many = repeat(made, how.steps) if how.steps > 1 else made
     spans = clocks.clock(many, found.costs, how.pair)
-    return Drawing(many, spans, synthesis=found, pair=how.pair, split=split)
+    return Drawing(many, spans, synthesis=found, pair=how.pair, split=split, cut_proven=alone)
 
 
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:

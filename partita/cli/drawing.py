@@ -31,6 +31,7 @@ class Drawing:
     synthesis: Synthesis | None = None
     pair: Pair = "sequence"
     split: tuple[int, ...] = ()  # layers of each stage, where they were cut too
+    cut_proven: bool = False  # whether nothing on that cut is faster
     run: str = ""  # the folder of the run whose measured times these are
 
     @property
@@ -78,7 +79,10 @@ class Drawing:
     @property
     def name(self) -> str:
         """The schedule's, and of a run where it was measured."""
-        return f"{self.run} ({self.schedule.name}, measured)" if self.run else self.schedule.name
+        if not self.run:
+            return self.schedule.name
+        drain = ": a step that drains" if self.schedule.is_asynchronous else ""
+        return f"{self.run} ({self.schedule.name}, measured{drain})"
 
     def text(self, width: int | None, longest: float = 0.0) -> str:
         """Title, picture (a row's width is of at least `longest` seconds) and problems."""
@@ -94,6 +98,8 @@ class Drawing:
                 if made.proven
                 else f"at most {made.gap:.2%} above the optimum"
             )
+            if self.cut_proven and not made.proven:
+                how = f"proven of this cut; {how} of all cuts"
             twice = "; every stage on two ranks: the parameters twice" if s.is_bidirectional else ""
             verdict.append(f"  {how}{twice}; made in {made.seconds:.1f} s")
         if self.split:
@@ -116,10 +122,12 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
             pictures[title] = d.spans
             if d.held:
                 held[title] = d.held
+    seconds = any(d.run for d in drawings)
     if svg is not None:
-        write_file(svg, timeline.svg(pictures, held=held) + "\n")
+        write_file(svg, timeline.svg(pictures, held=held, seconds=seconds) + "\n")
     if html is not None:
-        write_file(html, timeline.html(pictures, title="Pipeline schedules", held=held))
+        page = timeline.html(pictures, title="Pipeline schedules", held=held, seconds=seconds)
+        write_file(html, page)
 
 
 def print_drawings(drawings: list[Drawing]) -> None:

@@ -56,7 +56,7 @@ def simulate(
 
         spans = {prediction.plan: list(prediction.spans)}
         curves = [[(t, b / 1e9) for t, b in r.held] for r in _records(prediction)]
-        page = timeline.html(spans, prediction.plan, {prediction.plan: curves}, " GB")
+        page = timeline.html(spans, prediction.plan, {prediction.plan: curves}, " GB", True)
         write_file(html, page)
     if trace is not None:
         from partita.record.run import chrome_trace

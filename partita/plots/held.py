@@ -34,10 +34,14 @@ def held_svg(
             points += [(x, level), (x, held)]
             level = held
         line = " ".join(f"{x:.1f},{top + height * (1 - value / most):.1f}" for x, value in points)
-        red, green, blue = hls_to_rgb(_HUES / 360 * rank / len(curves), 0.42, 0.6)
-        ink = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
         parts.append(
-            f'<polyline class="held" points="{line}" fill="none" stroke="{ink}" '
+            f'<polyline class="held" points="{line}" fill="none" stroke="{ink(rank, len(curves))}" '
             f'stroke-width="1.2"><title>rank {rank}: held</title></polyline>'
         )
     return parts
+
+
+def ink(rank: int, ranks: int) -> str:
+    """The colour of a rank's curve."""
+    red, green, blue = hls_to_rgb(_HUES / 360 * rank / ranks, 0.42, 0.6)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"

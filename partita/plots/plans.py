@@ -37,9 +37,11 @@ def plans_page(
         f'<link rel="icon" href="data:,"><style>{STYLE}{SHEET}</style></head><body>'
         f'<header><h1>{escape(title)}</h1><p class="note">{escape(lead)}</p></header>'
         f'<section id="plans"><h2>Plans</h2>{_table(plans)}</section>'
-        '<section id="front"><h2>Time against memory</h2><svg id="scatter" role="img"></svg></section>'
+        '<section id="front"><h2>Time against memory</h2><div class="wide">'
+        '<svg id="scatter" role="img" aria-label="Time of a step against memory"></svg></div></section>'
         '<section id="chosen"><h2 id="chosen-plan"></h2><div class="wide"><svg id="timeline"></svg></div>'
-        '<div class="detail" id="span-detail">Click a span.</div><svg id="memory"></svg>'
+        '<div class="detail" id="span-detail">Click a span.</div>'
+        '<div class="wide"><svg id="memory"></svg></div>'
         '<ul id="why"></ul></section>'
         f'<script type="application/json" id="data">{held}</script><script>{SCRIPT}</script>'
         "</body></html>\n"

@@ -5,6 +5,8 @@ SHEET = """
 #table tbody tr{cursor:pointer}
 #table tr.chosen td{background:#e7f0fb}
 #table td:nth-child(n+3),#table th:nth-child(n+3){text-align:right;font-variant-numeric:tabular-nums}
+.scroll td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:180px}
+h1,h2,li,.note,.detail{overflow-wrap:anywhere}
 svg text{font:12px system-ui,sans-serif;fill:#1c2430}
 .wide{overflow-x:auto}
 .span,.dot{cursor:pointer}
@@ -30,11 +32,17 @@ function canvas(id, width, height) {
   svg.setAttribute('height', height);
   return svg;
 }
-function size(bytes) {
-  return bytes >= 1e9 ? (bytes / 1e9).toPrecision(3) + ' GB' : (bytes / 1e6).toPrecision(3) + ' MB';
+function size(bytes, digits) {
+  digits = digits || 3;
+  return bytes >= 1e9 ? (bytes / 1e9).toPrecision(digits) + ' GB' : (bytes / 1e6).toPrecision(digits) + ' MB';
 }
-function duration(seconds) {
-  return seconds >= 1 ? seconds.toPrecision(4) + ' s' : (seconds * 1e3).toPrecision(4) + ' ms';
+function duration(seconds, digits) {
+  digits = digits || 4;
+  return seconds >= 1 ? seconds.toPrecision(digits) + ' s' : (seconds * 1e3).toPrecision(digits) + ' ms';
+}
+function digitsOf(low, high, least) {  // enough to tell four ticks between the two apart
+  var step = (high - low) / 4, whole = Math.floor(Math.log10(high)) - Math.floor(Math.log10(step));
+  return Math.max(least, Math.min(whole + 2, 12));
 }
 function range(values) {
   var low = Math.min.apply(null, values), high = Math.max.apply(null, values);
@@ -50,8 +58,10 @@ function scatter() {
   for (var i = 0; i <= 4; i++) {
     var tx = x[0] + (x[1] - x[0]) * i / 4, ty = y[0] + (y[1] - y[0]) * i / 4;
     draw(svg, 'line', {x1: left, x2: width - 20, y1: py(ty), y2: py(ty), stroke: '#e8ebef'});
-    draw(svg, 'text', {x: left - 8, y: py(ty) + 4, 'text-anchor': 'end'}, size(ty));
-    draw(svg, 'text', {x: px(tx), y: height - 24, 'text-anchor': i < 4 ? 'middle' : 'end'}, duration(tx));
+    draw(svg, 'text', {x: left - 8, y: py(ty) + 4, 'text-anchor': 'end'},
+      size(ty, digitsOf(y[0], y[1], 3)));
+    draw(svg, 'text', {x: px(tx), y: height - 24, 'text-anchor': i < 4 ? 'middle' : 'end'},
+      duration(tx, digitsOf(x[0], x[1], 4)));
   }
   draw(svg, 'text', {x: width / 2, y: height - 6, 'text-anchor': 'middle'},
        'seconds a step; memory of the fullest rank');

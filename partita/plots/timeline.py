@@ -6,10 +6,11 @@ its output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from partita.plots.held import Curves, held_svg
+from partita.plots.held import Curves, held_svg, ink
 from partita.record.span import Span
 from partita.schedule.clock import Costs, clock, makespan
 from partita.schedule.ir import Schedule
@@ -29,7 +30,9 @@ COLOURS = {
 }
 OTHER = "#bab0ac"
 _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a column
-_ROW, _GAP, _LEFT, _TOP = 26, 4, 64, 34  # pixels of the SVG
+_ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
+_LETTER, _WIDEST = 6.8, 6000  # of a label; a picture is widened so far for its labels to fit
+_DARK, _LIGHT = "#222222", "#ffffff"  # labels
 _CURVE = 64  # the height of what is held, below a timeline
 
 
@@ -108,34 +111,84 @@ def svg(
     width: int = 1100,
     held: Mapping[str, Curves] | None = None,
     unit: str = "",
+    seconds: bool = False,
 ) -> str:
     """The named timelines one above the other on one time axis, one row a rank. Colours are by kind, paler
-    by microbatch, darker by chunk. `held[title]`: what each rank holds over time, in `unit`, drawn below."""
+    by microbatch, darker by chunk. `width` is the least: it grows until the labels of passes fit.
+    `held[title]`: what each rank holds over time, in `unit`, drawn below. `seconds`: times are seconds, else
+    units of the costs."""
     rows = {title: _rows(spans) for title, spans in timelines.items()}
     longest = max((makespan(s) for s in timelines.values()), default=0.0) or 1.0
-    scale = (width - _LEFT - 10) / longest
+    width = _wide(timelines, width, longest)
+    scale = (width - _LEFT - 24) / longest
     parts: list[str] = []
     top = 0
     for title, spans in timelines.items():
+        curves = (held or {}).get(title)
         parts.append(f'<text class="title" x="4" y="{top + 20}">{escape(title)}</text>')
-        parts += _svg_rows(rows[title], spans, top + _TOP, scale)
+        parts += _svg_rows(rows[title], spans, top + _TOP, scale, " s" if seconds else "")
+        if curves:
+            parts += _marks(rows[title], len(curves), top + _TOP)
         top += _TOP + len(rows[title]) * (_ROW + _GAP) + 8
-        if held and title in held:
+        if curves:
             start = min((s.start_s for s in spans), default=0.0)
-            parts += held_svg(held[title], start, (_LEFT, top), scale, _CURVE, unit)
+            parts += held_svg(curves, start, (_LEFT, top), scale, _CURVE, unit)
             top += _CURVE + 14
-    kinds = dict.fromkeys(s.kind for spans in timelines.values() for s in spans)
+    parts += _axis(longest, scale, top, "s" if seconds else "units of the costs")
+    top += 38
+    kinds = dict.fromkeys(s.kind for spans in timelines.values() for s in spans if s.duration_s > 0)
     for i, kind in enumerate(kinds):
         parts.append(
             f'<rect x="{_LEFT + 70 * i}" y="{top}" width="12" height="12" fill="{colour(kind)}"/>'
             f'<text x="{_LEFT + 70 * i + 17}" y="{top + 11}">{escape(kind)}</text>'
         )
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{font-size:10px}"
+    name = escape("Timelines: " + "; ".join(timelines), quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + 22}" '
-        f'width="{width}" height="{top + 22}" role="img"><style>{style}</style>'
+        f'width="{width}" height="{top + 22}" role="img" aria-label="{name}"><title>{name}</title>'
+        f"<style>{style}</style>"
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>'
     )
+
+
+def _wide(timelines: Mapping[str, Sequence[Span]], width: int, longest: float) -> int:
+    """The width at which the label of every pass fits its cell; `width` where that is beyond _WIDEST."""
+    passes = [
+        s for spans in timelines.values() for s in spans if s.kind in "FBIW" and s.duration_s > 0
+    ]
+    scale = max((_room(s.name) / s.duration_s for s in passes), default=0.0)
+    wanted = math.ceil(scale * longest * (1 + 1e-9)) + _LEFT + 24
+    return max(width, wanted) if wanted <= _WIDEST else width
+
+
+def _room(name: str) -> float:
+    return _LETTER * len(name) + 3
+
+
+def _axis(longest: float, scale: float, top: float, unit: str) -> list[str]:
+    """A line with ticks at round times, about a hundred pixels apart."""
+    step = 10.0 ** math.floor(math.log10(100 / scale))
+    step *= next(n for n in (1, 2, 5, 10) if n * step * scale >= 60)
+    end = _LEFT + longest * scale
+    parts = [f'<line x1="{_LEFT}" y1="{top}" x2="{end:.1f}" y2="{top}" stroke="#777"/>']
+    for i in range(math.floor(longest / step * (1 + 1e-9)) + 1):
+        x = _LEFT + i * step * scale
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 4}" stroke="#777"/>'
+            f'<text class="in tick" x="{x:.1f}" y="{top + 15}" text-anchor="middle">{i * step:.6g}</text>'
+        )
+    return [*parts, f'<text class="in" x="{_LEFT}" y="{top + 28}">time ({unit})</text>']
+
+
+def _marks(rows: Mapping[int, Sequence[Span]], ranks: int, top: int) -> list[str]:
+    """Beside each rank's name the colour of its curve below."""
+    return [
+        f'<rect class="mark" x="{_LEFT - 14}" y="{top + i * (_ROW + _GAP) + 4}" width="8" '
+        f'height="{_ROW - 8}" fill="{ink(rank, ranks)}"><title>the colour of rank {rank} below</title></rect>'
+        for i, rank in enumerate(rows)
+        if 0 <= rank < ranks
+    ]
 
 
 def colour(kind: str) -> str:
@@ -144,15 +197,29 @@ def colour(kind: str) -> str:
 
 
 def shade(kind: str, microbatch: int, chunk: int) -> str:
-    """The kind's colour, paler with the microbatch (in turns of four) and darker with the rank's chunk."""
+    """The kind's colour, paler with the microbatch (in turns of eight) and darker with the rank's chunk."""
     base = [int(colour(kind)[i : i + 2], 16) for i in (1, 3, 5)]
-    pale, dark = 0.13 * (max(microbatch, 0) % 4), 1 - 0.22 * min(chunk, 3)
+    pale, dark = 0.075 * (max(microbatch, 0) % 8), 1 - 0.22 * min(chunk, 3)
     mixed = [round((c + (255 - c) * pale) * dark) for c in base]
     return "#" + "".join(f"{c:02x}" for c in mixed)
 
 
+def ink_on(fill: str) -> str:
+    """The colour of words on a fill: dark or white, whichever stands out more (WCAG's contrast)."""
+    ground = _luminance(fill)
+    dark = (ground + 0.05) / (_luminance(_DARK) + 0.05)
+    return _DARK if dark >= 1.05 / (ground + 0.05) else _LIGHT
+
+
+def _luminance(fill: str) -> float:
+    """Relative luminance of sRGB, from 0 to 1."""
+    parts = [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 def _svg_rows(
-    rows: Mapping[int, Sequence[Span]], spans: Sequence[Span], top: int, scale: float
+    rows: Mapping[int, Sequence[Span]], spans: Sequence[Span], top: int, scale: float, unit: str
 ) -> list[str]:
     start = min((s.start_s for s in spans), default=0.0)
     parts = []
@@ -165,13 +232,14 @@ def _svg_rows(
         for s in own:
             x, w = _LEFT + (s.start_s - start) * scale, max(s.duration_s * scale, 0.3)
             name = escape(s.name)
-            tip = f"{name} on rank {rank}: {s.start_s:.6g} to {s.end_s:.6g} s"
-            inside = f'<text class="in" x="{x + 2:.2f}" y="{y + 17}">{name}</text>'
+            tip = f"{name} on rank {rank}: {s.start_s:.6g} to {s.end_s:.6g}{unit}"
             fill = shade(s.kind, s.microbatch, chunks.get(s.stage, 0))
+            white = ' style="fill:#fff"' if ink_on(fill) == _LIGHT else ""
+            inside = f'<text class="in" x="{x + 2:.2f}" y="{y + 17}"{white}>{name}</text>'
             parts.append(
                 f'<g class="span" data-rank="{rank}"><title>{tip}</title><rect x="{x:.2f}" y="{y}" '
                 f'width="{w:.2f}" height="{_ROW}" rx="2" fill="{fill}" stroke="white" '
-                f'stroke-width="0.6"/>{inside if w > 6.5 * len(s.name) else ""}</g>'
+                f'stroke-width="0.6"/>{inside if w >= _room(s.name) * (1 - 1e-6) else ""}</g>'
             )
     return parts
 
@@ -181,17 +249,26 @@ def html(
     title: str = "Partita",
     held: Mapping[str, Curves] | None = None,
     unit: str = "",
+    seconds: bool = False,
 ) -> str:
-    """One page that needs nothing else: the SVG, and the words of a span where it is clicked."""
+    """One page that needs nothing else: the SVG, and the words of a span where it is clicked or has the
+    focus; Tab enters a row of spans, arrows walk along it."""
     script = (
-        "document.querySelectorAll('.span').forEach(g=>g.addEventListener('click',()=>{"
-        "document.getElementById('detail').textContent=g.querySelector('title').textContent}))"
+        "const all=[...document.querySelectorAll('.span')];all.forEach((g,i)=>{"
+        "const say=()=>{document.getElementById('detail').textContent=g.querySelector('title').textContent};"
+        "const new_row=!i||all[i-1].dataset.rank!==g.dataset.rank;"
+        "g.setAttribute('tabindex',new_row?'0':'-1');g.addEventListener('click',say);"
+        "g.addEventListener('focus',say);g.addEventListener('keydown',e=>{"
+        "const to=all[i+({ArrowRight:1,ArrowLeft:-1}[e.key]||0)];"
+        "if(to&&to!==g){e.preventDefault();to.focus()}})})"
     )
+    picture = svg(timelines, held=held, unit=unit, seconds=seconds)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         "<style>body{font:14px sans-serif;margin:24px}.span{cursor:pointer}"
-        ".wide{overflow-x:auto}</style></head><body>"
-        f'<h1>{escape(title)}</h1><p id="detail">Click a span.</p>'
-        f'<div class="wide">{svg(timelines, held=held, unit=unit)}</div>'
+        ".span:focus{outline:2px solid #b3261e}h1{overflow-wrap:anywhere}#detail{position:sticky;top:0;"
+        "background:#fff;padding:6px 0;margin:0 0 6px}.wide{overflow-x:auto}</style></head><body>"
+        f'<h1>{escape(title)}</h1><p id="detail" aria-live="polite">'
+        f'Click a span, or walk with Tab and arrows.</p><div class="wide">{picture}</div>'
         f"<script>{script}</script></body></html>\n"
     )

@@ -56,5 +56,21 @@ def test_a_plan_that_is_clicked_is_drawn(browser, tmp_path: Path) -> None:
     assert len(dots) == 6
     browser.execute_script("arguments[0].dispatchEvent(new Event('click'))", dots[0])
     assert browser.find_element("id", "chosen-plan").text == first
+    ticks = browser.execute_script(
+        "return [...document.querySelectorAll('#scatter text')].map(t=>t.textContent)"
+    )
+    assert len(ticks) == 11 and len(set(ticks)) == 11, "no value stands twice on an axis"
+    long = "pp2:1f1b pipeline.split=" + ",".join(["13"] * 60)
+    cell = browser.find_element("css selector", "#table tbody td:nth-child(2)")
+    browser.execute_script("arguments[0].textContent=arguments[1]", cell, long)
+    name = browser.find_element("id", "chosen-plan")
+    browser.execute_script("arguments[0].textContent=arguments[1]", name, long)
+    for width in (420, 1400):
+        resize = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", resize)
+        shown = "return [document.documentElement.scrollWidth, window.innerWidth]"
+        wide, room = browser.execute_script(shown)
+        assert room == width and wide <= room, "nothing runs out of its card"
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert browser.get_log("browser") == []
     assert browser.save_screenshot(str(tmp_path / "plans.png"))

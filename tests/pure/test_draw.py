@@ -99,6 +99,15 @@ def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_pat
     assert code == 1 and err.splitlines()[-1] == f"partita: {path}: {end}"
 
 
+def test_a_file_that_cannot_run_is_not_drawn(capsys, tmp_path):
+    path = tmp_path / "s.csv"
+    path.write_text("0F0,0F1,0B0\n1F0,1F1,1B0,1B1")
+    code, out, err = ask(capsys, f"file:{path}")
+    assert (code, out) == (1, "") and "cannot run" in err
+    path.write_text("0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1")
+    assert ask(capsys, f"file:{path}")[0] == 0
+
+
 @pytest.mark.parametrize("words, code, says", [
     (["1f", "-p", "2", "-m", "2"], 2, "did you mean 1f1b"),
     (["1f1b", "-p", "2"], 2, "how many microbatches"),
@@ -117,6 +126,9 @@ def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_pat
     (["auto", "-p", "2", "-m", "2", "--limit", "0.5"], 1, "no order holds less"),
     (["auto", "-p", "2", "-m", "2", "--limit-bytes", "5"], 2, "activation_bytes"),
     (["auto", "-p", "2"], 2, "how many microbatches"),
+    (["auto", "-p", "2", "-m", "2", "-v", "0"], 2, "virtual-stages is 0"),
+    (["auto", "-p", "2", "-m", "100000"], 1, "its time is for 20,000"),
+    (["auto", "-p", "4", "-m", "8", "-v", "200"], 1, "its time is for 20,000"),
     (["zb_h2", "-p", "4", "-m", "4"], 1, "m >= 2p-1 = 7"),
     (["--wings"], 2, "--wings"),
     ([], 2, "which schedule"),

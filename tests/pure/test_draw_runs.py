@@ -8,6 +8,7 @@ import pytest
 from runs import write_run
 
 from partita.base.errors import UsageError
+from partita.cli.drawing import Drawing
 from partita.cli.main import run
 from partita.record.run import RankRecord, RunFacts, read_forecast
 from partita.record.span import Span
@@ -107,6 +108,12 @@ def test_a_pair_is_cut_and_its_stages_have_costs(tmp_path):
     for a, b in pairs:
         assert (a.duration_s, b.duration_s, b.start_s) == (1.0, 2.0, a.end_s)
     assert len(got.costs.stages) == 4 and all(s.F > 0 and s.I > 0 for s in got.costs.stages)
+
+
+def test_a_step_of_an_asynchronous_run_is_said_to_drain():
+    made = schedule("pipedream", num_ranks=2, num_microbatches=4)
+    assert Drawing(made, clock(made), run="r").name == "r (pipedream, measured: a step that drains)"
+    assert Drawing(made, clock(made)).name == "pipedream"
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path, capsys):

@@ -65,3 +65,36 @@ def test_a_limit_in_bytes_binds_the_cut():
 def test_too_few_layers():
     with pytest.raises(ScheduleError, match="3 layers cannot fill 4 stages"):
         partitioned(Task(4, 8), layers(3, 1.0, 1.0))
+
+
+def made_of(*rows: tuple[float, ...]) -> list[StageCosts]:
+    """Layers of F, I, W and bytes."""
+    return [StageCosts(*row[:3], activation_bytes=row[3] if len(row) > 3 else 1.0) for row in rows]
+
+
+def test_few_cuts_are_all_tried_and_a_proof_is_of_all_of_them():
+    """The best of these lies on a loop, whose cut no balance of a vee finds: 201 was called proven."""
+    parts = made_of((9, 5, 8), (2, 6, 5), (1, 7, 2), (4, 6, 9), (18, 9, 18))
+    found = partitioned(Task(2, 3, Costs((StageCosts(),), 2.0), 3.0, copies=1), parts)
+    assert (found.synthesis.makespan, found.split) == (186.0, (2, 1, 1, 1))
+    assert found.synthesis.proven and found.cut_proven
+
+
+def test_what_is_proven_of_one_cut_is_not_of_all():
+    """Of more cuts than are tried; the bound holds for the best known of another placement's balance too."""
+    parts = layers(40, 1.3, 2.6)
+    task = Task(2, 6, Costs((StageCosts(),), 0.1), 6.0, copies=1, effort=500, proof=0.0)
+    found = partitioned(task, parts)
+    work = 6 * sum(each.F + each.I + each.W for each in parts)
+    assert work / 2 < found.synthesis.lower_bound < found.synthesis.makespan
+    assert not found.synthesis.proven
+
+
+def test_the_cut_is_balanced_under_a_cap_of_bytes():
+    """The dearest rank is cheapest at 2,1, which holds 15 bytes of 12."""
+    parts = made_of((1, 1, 1, 10), (1, 1, 1, 5), (4, 4, 4, 1))
+    found = partitioned(Task(2, 4, limit=12.0, limit_in_bytes=True, copies=1), parts)
+    assert (found.split, found.synthesis.makespan) == ((1, 2), 61.0)
+    many = [*made_of(*[(1, 1, 1, 3)] * 20), *made_of(*[(1, 1, 1, 1)] * 20)]
+    capped = Task(2, 6, limit=41.0, limit_in_bytes=True, copies=1, stages=1, effort=0, proof=0.0)
+    assert partitioned(capped, many).split[0] <= 13

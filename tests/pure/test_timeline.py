@@ -1,7 +1,12 @@
 """Pictures of spans: exact where times share a unit, compact where they do not."""
 
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
 from partita.plots.held import held_svg
-from partita.plots.timeline import COLOURS, OTHER, colour, draw, html, shade, svg, text
+from partita.plots.timeline import COLOURS, OTHER, colour, draw, html, ink_on, shade, svg, text
 from partita.record.span import Span
 from partita.schedule.clock import clock, held_over_time
 from partita.schedule.make import schedule
@@ -39,8 +44,10 @@ def test_names_are_escaped_and_colours_are_by_kind():
 
 
 def test_shades_tell_microbatches_and_chunks_apart():
-    four = [shade("F", k, 0) for k in range(4)]
-    assert len(set(four)) == 4 and four[0] == COLOURS["F"] == shade("F", 4, 0) == shade("F", -1, 0)
+    eight = [shade("F", k, 0) for k in range(8)]
+    assert len(set(eight)) == 8 and eight[0] == COLOURS["F"] == shade("F", 8, 0) == shade(
+        "F", -1, 0
+    )
     assert len({shade("F", 0, chunk) for chunk in range(3)}) == 3
 
 
@@ -54,3 +61,56 @@ def test_what_is_held_is_drawn_below():
     assert picture.count('class="held"') == 3 and "peak 3" in picture
     assert held_svg([[], []], 0.0, (0, 0), 1.0, 10.0) == []
     assert 'class="held"' not in svg({"1f1b": spans})
+
+
+def luminance(fill: str) -> float:
+    """WCAG 2's relative luminance."""
+    parts = [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("kind", "FBIW")
+def test_every_label_stands_out_from_its_cell(kind):
+    """Dark words on the fills of a third and a fourth chunk had a contrast of 1.1 to 1.9."""
+    for chunk in range(4):
+        for microbatch in range(8):
+            fill = shade(kind, microbatch, chunk)
+            light, dark = sorted((luminance(fill), luminance(ink_on(fill))), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4
+
+
+def test_a_picture_grows_until_every_label_fits():
+    s = schedule("v_half", num_ranks=4, num_microbatches=8)
+    root = ET.fromstring(svg({"v_half": clock(s)}))
+    spans = root.findall(".//{*}g[@class='span']")
+    assert len(spans) == 4 * 2 * 8 * 3 and all(g.find("{*}text") is not None for g in spans)
+    widths = [float(g.find("{*}rect").get("width")) for g in spans]
+    assert min(widths) > 3 * 6 and float(root.get("width")) > 1100
+    long = svg({"long": clock(schedule("1f1b", num_ranks=2, num_microbatches=400))})
+    assert 'width="1100"' in long
+
+
+def test_a_picture_has_an_axis_a_name_and_the_colours_of_its_curves():
+    s = schedule("1f1b", num_ranks=3, num_microbatches=4)
+    spans = clock(s)
+    picture = svg({"1f1b": spans}, held={"1f1b": held_over_time(s, spans)})
+    root = ET.fromstring(picture)
+    ticks = [float(t.text or "") for t in root.findall(".//{*}text[@class='in tick']")]
+    assert ticks[0] == 0 and len(ticks) > 5 and max(ticks) <= max(x.end_s for x in spans)
+    marks = [m.get("fill") for m in root.findall(".//{*}rect[@class='mark']")]
+    curves = [c.get("stroke") for c in root.findall(".//{*}polyline[@class='held']")]
+    assert marks == curves and len(set(marks)) == 3
+    assert root.get("aria-label") == root.find("{*}title").text == "Timelines: 1f1b"
+    named = [t.text for t in root.findall("{*}text")]
+    assert "F" in named and "U" not in named, "an update takes no time here and is not drawn"
+    assert "time (units of the costs)" in named
+    assert not re.search(r"to [0-9.]+ s<", picture)
+    measured = svg({"1f1b": spans}, seconds=True)
+    assert "time (s)" in measured and re.search(r"to [0-9.]+ s<", measured)
+
+
+def test_the_peak_stands_left_of_the_curve():
+    words = held_svg([[(0.0, 12.34)]], 0.0, (88, 0), 1.0, 10.0, " GB")[1]
+    assert "peak 12.34 GB" in words and 4 + 6 * len("peak 12.34 GB") < 88
+    assert 'x1="88' in svg({"": [Span(0, "compute", "F", "a", 0.0, 1.0)]})

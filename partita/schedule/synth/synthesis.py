@@ -45,6 +45,16 @@ Goal = Literal["flush", "span"]
 _JUSTIFIED = 4  # seeds of a placement that are improved
 _BLOCK_WALKS, _SHAKEN_WALKS = 2, 3  # short ones find more than a long one
 _FIRST, _LEAST = 10, 40  # one part of the effort, and items placed, of first building blocks
+_USUAL = (
+    800_000  # items placed at most, about 3 s of processor time; half of it may go to first orders
+)
+_ROUND, _ROUNDS = (
+    4,
+    3,
+)  # times that justification places every item in a round of both rules; rounds
+MOST_ITEMS = (
+    20_000  # of one placement of each number of stages: beyond, named ones take seconds to make
+)
 
 
 @dataclass(frozen=True)
@@ -158,15 +168,16 @@ class _Place:
 
 def synthesise(task: Task) -> Synthesis:
     """The best schedule for the task. Deterministic for a seed. Raises ScheduleError where no order of any
-    placement fits the limit."""
+    placement fits the limit, or there would be more than MOST_ITEMS."""
     began = time.perf_counter()
+    _hold_to_time(task)
     places = [place for place in _places(task) if place.pool]
     if not places:
         _raise_too_small(task)
     for place in places:
         place.bound = lower_bound(place.flow)
-    _begin(task, places)
-    _search(task, places)
+    spent = _begin(task, places)
+    _search(task, places, spent)
     _prove(task, places)
     best = min(places, key=lambda place: place.time)
     took = best.time
@@ -175,22 +186,42 @@ def synthesise(task: Task) -> Synthesis:
     return Synthesis(found, best.costs, took, min(bound, took), time.perf_counter() - began)
 
 
-def _begin(task: Task, places: list[_Place]) -> None:
+def _hold_to_time(task: Task) -> None:
+    p, m, most = task.num_ranks, task.num_microbatches, task.stages
+    if most < 1:
+        raise ScheduleError(f"auto: {most} stages a rank; it must be at least 1")
+    items = sum(3 * p * v * m for v in range(1, most + 1) if task.costs_of(v) is not None)
+    if items > MOST_ITEMS:
+        raise ScheduleError(
+            f"auto on {p} ranks with {m} microbatches and up to {most} stages a rank would place {items:,} "
+            f"actions to begin with; its time is for {MOST_ITEMS:,}: fewer microbatches or stages"
+        )
+
+
+def _begin(task: Task, places: list[_Place]) -> int:
     """A first good order on each placement that could still win, those of the lowest bounds first: the best
-    seeds justified; where no named schedule lies, of a few building blocks."""
+    seeds justified; where no named schedule lies, of a few building blocks. Answers items placed: of the
+    usual effort half at most."""
+    spent, most = 0, _USUAL // 2 if task.effort is None else math.inf
     for place in sorted(places, key=lambda place: place.bound - place.offset):
         if not place.is_open(min(other.time for other in places)):
             continue
+        size = sum(place.flow.count)
         effort = _effort(task, place) // _FIRST
-        if not place.is_named and effort:
-            size = sum(place.flow.count)
-            made = from_blocks(place.flow, place.bound, max(effort, _LEAST * size), task.seed)
+        if not place.is_named and effort and spent + max(effort, _LEAST * size) <= most:
+            effort = max(effort, _LEAST * size)
+            made = from_blocks(place.flow, place.bound, effort, task.seed)
+            spent += effort
             if made is not None:
                 place.offer(made)
         seeded = sorted(place.pool, key=lambda entry: entry[0])
         for _, _, orders in seeded[: _JUSTIFIED if place.is_named else 1]:
-            if place.best[0] > place.bound * (1 + EPSILON):
-                place.offer(justified(place.flow, orders, (AS_BEFORE, WEIGHTS_LAST), rounds=3))
+            items = _ROUND * _ROUNDS * size
+            if place.best[0] > place.bound * (1 + EPSILON) and spent + items <= most:
+                rules = (AS_BEFORE, WEIGHTS_LAST)
+                place.offer(justified(place.flow, orders, rules, rounds=_ROUNDS))
+                spent += items
+    return spent
 
 
 def _places(task: Task) -> Iterator[_Place]:
@@ -236,15 +267,16 @@ def _seeds(
             yield from seeds.lines(m, rooms, task.until_weights, costs)
 
 
-def _search(task: Task, places: list[_Place]) -> None:
+def _search(task: Task, places: list[_Place], spent: int) -> None:
     """Half of the effort on building blocks on each placement that could still win, half on shaking the best
-    orders of those that are then nearly as fast as the fastest; walks of each begin anew."""
-    for place, effort in _near(task, places, 1.25):
+    orders of those that are then nearly as fast as the fastest; walks of each begin anew. What is `spent` is
+    of the usual effort."""
+    for place, effort in _near(task, places, 1.25, spent):
         for seed in _seeds_of(task, _BLOCK_WALKS):
             made = from_blocks(place.flow, place.bound, effort // _BLOCK_WALKS, seed)
             if made is not None:
                 place.offer(made)
-    for place, effort in _near(task, places, 1.05):
+    for place, effort in _near(task, places, 1.05, spent):
         start = place.best[2]
         for seed in _seeds_of(task, _SHAKEN_WALKS):
             part = effort // _SHAKEN_WALKS
@@ -255,17 +287,17 @@ def _seeds_of(task: Task, walks: int) -> range:
     return range(task.seed * walks, (task.seed + 1) * walks)
 
 
-def _near(task: Task, places: list[_Place], within: float) -> list[tuple[_Place, int]]:
+def _near(task: Task, places: list[_Place], within: float, spent: int) -> list[tuple[_Place, int]]:
     """The placements that could still win and are `within` so many times the fastest, each with its part of
     half the effort."""
     best = min(place.time for place in places)
     near = [place for place in places if place.is_open(best) and place.time < best * within]
-    return [(place, _effort(task, place) // (2 * len(near))) for place in near]
+    left = _USUAL - spent if task.effort is None else task.effort
+    return [(place, min(_effort(task, place), left) // (2 * len(near))) for place in near]
 
 
 def _effort(task: Task, place: _Place) -> int:
-    size = sum(place.flow.count)
-    usual = max(100 * size, min(800_000, 3_000 * size))
+    usual = min(_USUAL, 3_000 * sum(place.flow.count))
     return usual if task.effort is None else task.effort
 
 
