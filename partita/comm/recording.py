@@ -24,19 +24,19 @@ class Recorder:
     active: bool = True
     transfers: list[Transfer] = field(default_factory=list)
     origin_s: float = field(default_factory=time.perf_counter)
-    waits: list[tuple[float, float]] = field(default_factory=list)
+    waits: list[tuple[str, float, float]] = field(default_factory=list)
     _wait_s: float = 0.0
 
     def waited(self, seconds: float) -> None:
         """Adds time spent waiting for others."""
         self._wait_s += seconds
 
-    def waited_for(self, start_s: float) -> None:
-        """Adds a wait for a handle, from `start_s` until now on the host's clock."""
+    def waited_for(self, axis: str, start_s: float) -> None:
+        """Adds a wait for a handle of an axis, from `start_s` until now on the host's clock."""
         end_s = time.perf_counter()
         self.waited(end_s - start_s)
         if self.active:
-            self.waits.append((start_s, end_s))
+            self.waits.append((axis, start_s, end_s))
 
     def note(self, where: Where, axis: str, op: str, site: str, size: int, start_s: float) -> None:
         """A call that moved `size` bytes, from `start_s` until now on the host's clock."""
@@ -45,8 +45,8 @@ class Recorder:
             found = (self.rank, axis, op, site, where.phase, size, where.step, where.microbatch)
             self.transfers.append(Transfer(*found, begin, end))
 
-    def take_waits(self) -> list[tuple[float, float]]:
-        """Start and end of the waits for handles since the last call of this."""
+    def take_waits(self) -> list[tuple[str, float, float]]:
+        """Axis, start and end of the waits for handles since the last call of this."""
         found, self.waits = self.waits, []
         return found
 
@@ -67,12 +67,13 @@ class _Timed:
 
     inner: Handle
     recorder: Recorder
+    axis: str
 
     def wait(self) -> Tensor:
         """Waits, and says how long."""
         start = time.perf_counter()
         out = self.inner.wait()
-        self.recorder.waited_for(start)
+        self.recorder.waited_for(self.axis, start)
         return out
 
 
@@ -159,7 +160,7 @@ class RecordingComm:
         start = time.perf_counter()
         handle = self.inner.start_all_reduce(x, site=site, op=op, out=out)
         self._record("all_reduce", x, site, start)
-        return _Timed(handle, self.recorder)
+        return _Timed(handle, self.recorder, self.axis)
 
     def start_all_gather(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
@@ -168,7 +169,7 @@ class RecordingComm:
         start = time.perf_counter()
         handle = self.inner.start_all_gather(x, site=site, dim=dim, out=out)
         self._record("all_gather", x, site, start)
-        return _Timed(handle, self.recorder)
+        return _Timed(handle, self.recorder, self.axis)
 
     def start_reduce_scatter(
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
@@ -177,7 +178,7 @@ class RecordingComm:
         start = time.perf_counter()
         handle = self.inner.start_reduce_scatter(x, site=site, dim=dim, out=out)
         self._record("reduce_scatter", x, site, start)
-        return _Timed(handle, self.recorder)
+        return _Timed(handle, self.recorder, self.axis)
 
     def start_all_to_all(
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
@@ -188,7 +189,7 @@ class RecordingComm:
             x, site=site, send_counts=send_counts, receive_counts=receive_counts
         )
         self._record("all_to_all", x, site, start)
-        return _Timed(handle, self.recorder)
+        return _Timed(handle, self.recorder, self.axis)
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Recorded as send, bytes of x."""
@@ -199,4 +200,5 @@ class RecordingComm:
 
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
         """Not recorded; its waiting counts."""
-        return _Timed(self.inner.receive(like, source, key=key, site=site), self.recorder)
+        handle = self.inner.receive(like, source, key=key, site=site)
+        return _Timed(handle, self.recorder, self.axis)

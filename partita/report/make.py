@@ -68,8 +68,31 @@ def _timeline(run: RunSummary) -> Section:
         f'<p class="note">{text} Thin bars lie under what they run in: collectives and waiting. Drag to '
         "zoom, double-click to see all, click a span for its details.</p>"
         + figure(fig, "timeline-figure", "Click a span.")
+        + _exposed(run)
     )
     return Section("Timeline: predicted above measured", body, "timeline")
+
+
+def _exposed(run: RunSummary) -> str:
+    """Communication that nothing computes beside, by axis."""
+    told = (run.forecast.time.get("exposed_comm_s") if run.forecast else None) or {}
+    found = run.exposed_comm_s
+    axes = sorted({*told, *found})
+    if not axes:
+        return ""
+    rows = [
+        (
+            axis or "unknown",
+            *(format_seconds(by[axis]) if axis in by else "" for by in (told, found)),
+        )
+        for axis in axes
+    ]
+    note = (
+        "Exposed communication by axis: predicted of the busiest rank without its bubble; measured of the "
+        "rank that stood longest in collectives and waits, which on pp are waits for other ranks too."
+    )
+    table = html_table(("axis", "predicted", "measured"), rows)
+    return f'<p class="note">{note}</p>{table}'
 
 
 def _memory(run: RunSummary) -> Section:

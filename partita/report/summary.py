@@ -59,6 +59,13 @@ class RunSummary:
         times = times[2:] if len(times) > 3 else times
         return median(times) if times else None
 
+    @cached_property
+    def exposed_comm_s(self) -> dict[str, float]:
+        """Seconds by axis of the recorded step in which the rank that waited longest stood in communication:
+        in collectives and sends until they returned, and waiting for what it had started. While it stands,
+        it computes nothing. On a GPU of the host's thread. Waits of older records, without an axis: ''."""
+        return max((exposed(r) for r in self.ranks), key=lambda e: sum(e.values()), default={})
+
     def last(self, key: str) -> Any:
         """The newest value of a metric."""
         return next((m[key] for m in reversed(self.metrics) if m.get(key) is not None), None)
@@ -78,6 +85,10 @@ class RunSummary:
                 "predicted": self.forecast.step_time_s if self.forecast else None,
                 "measured": self.step_time_s,
             },
+            "exposed_comm_s": {
+                "predicted": dict(self.forecast.time.get("exposed_comm_s", {})) if self.forecast else None,
+                "measured": self.exposed_comm_s if self.ranks else None,
+            },
             "memory": {
                 "limit_bytes": self.job.cluster.memory_limit_bytes,
                 "predicted": [_ledger(r) for r in self.predicted],
@@ -88,6 +99,18 @@ class RunSummary:
                 "different": sum(not p.equal for p in self.traffic),
             },
         }  # fmt: skip
+
+
+def exposed(record: RankRecord) -> dict[str, float]:
+    """Seconds by axis that the rank stood in communication in its recorded step."""
+    axes = {f"{t.op} {t.site}": t.axis for t in record.traffic}
+    found: dict[str, float] = {}
+    for span in record.spans:
+        if span.kind in ("comm", "wait"):
+            told = span.name.removeprefix("wait").strip() if span.kind == "wait" else None
+            axis = axes.get(span.name, span.lane) if told is None else told
+            found[axis] = found.get(axis, 0.0) + span.duration_s
+    return dict(sorted(found.items()))
 
 
 def _ledger(record: RankRecord) -> dict[str, Any]:

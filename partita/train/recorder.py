@@ -224,7 +224,10 @@ def read_spans(stamped: Sequence[Stamped], clock: Clock) -> list[Span]:
 
 
 def comm_spans(
-    transfers: Sequence[Transfer], waits: Sequence[tuple[float, float]], rank: int, origin_s: float
+    transfers: Sequence[Transfer],
+    waits: Sequence[tuple[str, float, float]],
+    rank: int,
+    origin_s: float,
 ) -> list[Span]:
     """Recorded collectives and waits as spans on their lanes; times on the host's clock."""
     found = [
@@ -234,7 +237,9 @@ def comm_spans(
         )
         for t in transfers
     ]  # fmt: skip
-    return found + [Span(rank, "host", "wait", "wait", start, end) for start, end in waits]
+    return found + [
+        Span(rank, "host", "wait", f"wait {axis}".strip(), start, end) for axis, start, end in waits
+    ]
 
 
 def lane_of(transfer: Transfer) -> str:

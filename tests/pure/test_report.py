@@ -47,6 +47,28 @@ def test_trace_has_a_process_for_each_rank_measured_and_predicted(tmp_path: Path
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
+def test_exposed_communication_is_told_by_axis(tmp_path: Path) -> None:
+    """Of the rank that stood in it longest: its collectives, named by the traffic, and its waits by axis."""
+    write_run(tmp_path)
+    path = tmp_path / "records" / "rank-1.json"
+    document = json.loads(path.read_text())
+    line = next(t for t in document["traffic"] if t["axis"] == "tp")
+    for name, kind, seconds in (
+        (f"{line['op']} {line['site']}", "comm", 2.0),
+        ("wait pp", "wait", 3.0),
+        ("wait pp", "wait", 4.0),
+    ):
+        span = {"rank": 1, "lane": "host", "kind": kind, "name": name, "start_s": CLOCK_S}
+        document["spans"].append(span | {"end_s": CLOCK_S + seconds, "step": 2})
+    path.write_text(json.dumps(document))
+    found = read_run(tmp_path)
+    told = found.to_json()["exposed_comm_s"]
+    assert told["measured"]["pp"] == pytest.approx(7.0)
+    assert told["measured"]["tp"] == pytest.approx(2.0, abs=1e-3)
+    assert told["predicted"] == found.forecast.time["exposed_comm_s"] and told["predicted"]
+    assert "Exposed communication by axis" in report_page(found)
+
+
 def test_summary_of_a_run_that_matched(tmp_path: Path) -> None:
     write_run(tmp_path)
     found = read_run(tmp_path).to_json()
