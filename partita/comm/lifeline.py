@@ -313,8 +313,8 @@ class Lifeline:
         if not lost.died and self.where()[1] != STARTING:
             return
         sys.stderr.write(
-            f"partita: {lost.text}; rank {self.rank} leaves in {self._place()}: start the job again "
-            "to resume\n"
+            f"partita: {lost.text}; rank {self.rank} leaves in {self._place()}: started again, "
+            "the job goes on from its newest checkpoint, if one was written\n"
         )
         sys.stderr.flush()
         with suppress(Exception):

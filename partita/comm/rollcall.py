@@ -94,8 +94,8 @@ class RollCall:
             if quiet > limit:
                 sys.stderr.write(
                     f"partita: rank {self.rank} on {socket.gethostname()} has not reached the store of "
-                    f"rank 0's host for {limit:g} s, in {_place(self.where)}: it leaves; start the job "
-                    "again to resume\n"
+                    f"rank 0's host for {limit:g} s, in {_place(self.where)}: it leaves; started "
+                    "again, the job goes on from its newest checkpoint, if one was written\n"
                 )
                 sys.stderr.flush()
                 os._exit(71)

@@ -258,6 +258,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def outlook(folder: Path) -> str:
+    """What the next start of a run will do, for who is told that this one has ended: `folder` is its
+    checkpoints'."""
+    newest = next(iter(list_checkpoints(folder)), None)
+    if newest is None:
+        return "no checkpoint was written yet: started again, the job begins anew"
+    return f"start the job again to go on from step {_step_of(newest)[0]}"
+
+
 def newest_complete(
     folder: Path, *, allow_fallback: bool = False, check: Callable[[Path], object] | None = None
 ) -> Path | None:

@@ -22,6 +22,7 @@ from partita.comm.lifeline import Lifeline
 from partita.comm.processes import STOPS, UNKNOWN, end_ranks, server_is_gone, start_ranks
 from partita.planner.judge import fit_error, judged
 from partita.spec.job import Job
+from partita.train.checkpoint import outlook
 from partita.train.control import Control
 from partita.train.devices import computes_on_gpu
 from partita.train.failure import Failure
@@ -192,7 +193,10 @@ class Launcher:
 
     def _stopped(self, number: int, how: str) -> StoppedError:
         name = signal.Signals(number).name
-        return StoppedError(f"stopped by {name} {how}; start the job again to go on", number)
+        return StoppedError(f"stopped by {name} {how}; {self._outlook()}", number)
+
+    def _outlook(self) -> str:
+        return outlook(self.spec.folder / "checkpoints")
 
     def _first_error(self) -> PartitaError | None:
         """The cause: a rank's own error, else one that died without a word, else one that was waited
@@ -223,8 +227,8 @@ class Launcher:
     def _lost(self, rank: int, how: str) -> PeerError:
         step, activity = self.control.where(rank)
         return PeerError(
-            f"rank {rank} {how} in step {step} ({activity}); the other ranks were stopped: start the "
-            "job again to resume"
+            f"rank {rank} {how} in step {step} ({activity}); the other ranks were stopped; "
+            f"{self._outlook()}"
         )
 
 

@@ -194,6 +194,16 @@ def fill(folder: Path, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
                     _copy(folder / file, piece, entry, want)
 
 
+def own_pieces(folder: Path, manifest: Manifest, rank: int, role: str) -> dict[str, Tensor]:
+    """What the file of `rank` holds in this role, by name, whatever it is a part of."""
+    file = f"rank-{rank}.safetensors"
+    entries = [e for e in manifest.pieces if e.role == role and e.file == file]
+    if not entries:
+        return {}
+    with _open(folder, file, manifest) as source:
+        return {entry.name: _read(folder / file, source, entry) for entry in entries}
+
+
 def file_problems(folder: Path, manifest: Manifest, *, digests: bool) -> Iterator[CheckpointError]:
     """What is wrong with the files of a checkpoint, one error each; digests read every byte."""
     yield from _foreign(folder, manifest)

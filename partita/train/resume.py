@@ -1,7 +1,8 @@
 """A run's state as pieces of logical tensors: saved by primaries, loaded by any plan.
 
 Masters are saved under role 'weight', optimizer states under torch's names. A rank of the dp-0 plane saves
-what it is primary of; every rank loads every box it holds.
+what it is primary of; every rank loads every box it holds. What fp8's scales look back at is each rank's
+own: the same plan goes on from it, another one begins anew, as a run does.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.train.checkpoint import Inspection, Ranks, Saving, inspect, load, verify
 from partita.train.manifest import (
+    AMAX,
     MANIFEST,
     Header,
+    Manifest,
     first_difference,
     foreign_tensors,
     read_manifest,
 )
 from partita.train.optim import restore_state, state_names, state_tensor
-from partita.train.pieces import Piece, Wanted
+from partita.train.pieces import Piece, Wanted, own_pieces
 from partita.train.step import Model, Update
 
 if TYPE_CHECKING:
@@ -112,10 +115,30 @@ def _states(update: Update, job: Job) -> dict[str, dict[str, Tensor]]:
 
 
 def pieces(model: Model, update: Update, job: Job) -> Iterator[Piece]:
-    """What this rank saves: the boxes it is primary of, of masters and optimizer states."""
+    """What this rank saves: the boxes it is primary of, of masters and optimizer states; and what its fp8
+    scales look back at."""
     for weight, box, named in boxes(model, job, update, _states(update, job), primary=True):
         for role, values in named:
             yield Piece(weight, role, box, values)
+    for number, seen in enumerate(model.products.seen()):
+        for of, largest in seen.items():
+            name = _looked_at(model.context.rank, number, of)
+            yield Piece(name, AMAX, tuple((0, n) for n in largest.shape), largest)
+
+
+def _looked_at(rank: int, number: int, of: str) -> str:
+    """The name of what a rank's product of this number saw of an operand."""
+    return f"rank-{rank}.{number}.{of}"
+
+
+def _look_back(model: Model, checkpoint: Path, manifest: Manifest) -> None:
+    """Scales go on from what was seen before a save of the same plan."""
+    rank, found = model.context.rank, model.products.seen()
+    device = model.units[0].master.device
+    for name, largest in own_pieces(checkpoint, manifest, rank, AMAX).items():
+        _, number, of = name.split(".", 2)
+        found[int(number)][of] = largest.to(device)
+    model.products.restore(found)
 
 
 def begin_save(
@@ -203,6 +226,8 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
     state = manifest.header.state
     if model.scaler is not None and "loss_scaler" in state:
         model.scaler.restore(state["loss_scaler"])
+    if manifest.header.plan == str(job.plan):
+        _look_back(model, checkpoint, manifest)
     update.updates, update.made = manifest.step, state.get("made", manifest.step)
     for slot in update.slots:
         restore_state(update.optimizer, slot.master, states[slot.name], update.made)

@@ -38,7 +38,8 @@ from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
 
 ROOT = Path("runs")
-WRITTEN = ("job.toml", "metrics.jsonl", "trace.json", "failure.json", "sample.txt")
+METRICS = "metrics.jsonl"
+WRITTEN = ("job.toml", METRICS, "trace.json", "failure.json", "sample.txt")
 PROMPT, SAMPLE_TOKENS = "def ", 96
 TEMPERATURE = 0.8  # the likeliest words of a small model repeat themselves
 
@@ -97,11 +98,32 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
         notices += [p.message for p in prediction.problems if p.severity == "warning"]
+        notices += _begin(folder, step)
         forget_measured(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
     forget(folder)
     return Start(newest, step, tuple(notices))
+
+
+def _begin(folder: Path, step: int) -> list[str]:
+    """What a start says that is not the folder's first. Metrics of steps that no checkpoint holds are kept
+    beside those to come, as metrics-1.jsonl, metrics-2.jsonl, ...: they may be all that is left of a run."""
+    metrics = folder / METRICS
+    done = max((x["step"] for x in read_metrics(metrics)), default=0) if metrics.exists() else 0
+    run = ROOT / folder.name
+    if step:
+        return [f"{run} goes on from step {step}"]
+    if not done:
+        return []
+    number = 1
+    while (aside := folder / f"metrics-{number}.jsonl").exists():
+        number += 1
+    metrics.rename(aside)
+    return [
+        f"{run} holds no checkpoint, so it starts anew; the metrics of {done} step{'s' * (done > 1)} done "
+        f"before are in {aside.name}"
+    ]
 
 
 def checkpoint_bytes(job: Job, tensors: dict[str, tuple[int, ...]]) -> int:
@@ -135,7 +157,7 @@ def finished(job: Job, folder: Path, start: Start) -> dict[str, Any]:
     """What a finished run answers when it is started again, with the plan it was trained under last. What
     a start that was killed at the end did not come to write is written now."""
     assert start.checkpoint is not None
-    lines = [x for x in read_metrics(folder / "metrics.jsonl") if x["step"] <= start.step]
+    lines = [x for x in read_metrics(folder / METRICS) if x["step"] <= start.step]
     found = answer(job, folder, lines[-1] if lines else {"step": start.step})
     found |= {"plan": read_manifest(start.checkpoint).header.plan, "already_done": True}
     whole = (folder / RECORDS / FACTS).exists()

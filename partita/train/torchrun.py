@@ -22,6 +22,7 @@ from partita.comm.processes import is_one_host, torchrun_rank
 from partita.comm.rollcall import RollCall
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
+from partita.train.checkpoint import outlook
 from partita.train.control import Control
 from partita.train.failure import Failure
 from partita.train.lock import RunLock
@@ -166,7 +167,6 @@ def _run(
         raise error
     if report.stopped_by:
         name, step = signal.Signals(report.stopped_by).name, report.metrics.get("step", told.step)
-        raise errors.StoppedError(
-            f"stopped by {name} after step {step}; start the job again to go on", report.stopped_by
-        )
+        then = outlook(spec.folder / "checkpoints")
+        raise errors.StoppedError(f"stopped by {name} after step {step}; {then}", report.stopped_by)
     return report.metrics if rank == 0 else {}

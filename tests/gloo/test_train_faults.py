@@ -72,7 +72,13 @@ def check_after(
     # that of step 2 is written behind step 3, and is there before that of step 4 begins
     expected = {0: [None], 3: [None, "step-00000002"], 4: ["step-00000002"], 5: ["step-00000005"]}
     assert (newest.name if newest else None) in expected[what.step]
+    done, kept = faults.RUN / "metrics.jsonl", faults.RUN / "metrics-1.jsonl"
+    lost = done.read_text() if newest is None and done.exists() else ""
+    anew = "no checkpoint was written yet: started again, the job begins anew"
+    goes_on = newest and f"start the job again to go on from step {int(newest.name[-8:])}"
+    assert last.endswith(goes_on or anew)
     assert faults.train() == 0
+    assert (kept.read_text() if kept.exists() else "") == lost
     assert faults.metrics() == unhurt
     assert not (faults.RUN / "failure.json").exists()
 

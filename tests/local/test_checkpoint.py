@@ -1,12 +1,30 @@
 """Any plan loads any checkpoint; the newest complete one is found, the last are kept."""
 
+import json
+
 import pytest
 import torch
-from saves import ROLES, SHAPES, cut, files, finished, flip, header, is_step, load, save, value
+import verify_jobs
+from saves import (
+    ROLES,
+    SHAPES,
+    alone,
+    cut,
+    files,
+    finished,
+    flip,
+    header,
+    is_step,
+    load,
+    save,
+    value,
+)
 
 from partita.base.errors import CheckpointError
+from partita.planner.judge import judged
 from partita.train import checkpoint, manifest, pieces
-from partita.train.checkpoint import Wanted
+from partita.train.checkpoint import Wanted, outlook
+from partita.train.start import prepare
 
 
 @pytest.mark.parametrize(("world", "dim"), [(1, 0), (2, 0), (3, 1)])
@@ -120,3 +138,22 @@ def test_a_tensor_that_the_stated_model_lacks_is_named():
     assert name == "blocks.9.norm" and "another model than its manifest states" in text
     name, text = manifest.foreign_tensors(SHAPES, {**SHAPES, "blocks.0.norm": (7,)})
     assert name == "blocks.0.norm" and "[6]" in text and "[7]" in text
+
+
+def test_a_start_says_where_it_goes_on_and_keeps_metrics_of_what_was_lost(tmp_path):
+    """Steps that no checkpoint holds are told before the next start, by it, and kept."""
+    job = verify_jobs.job(tmp_path, "1mb")
+    folder, checkpoints = tmp_path / "tiny", tmp_path / "tiny" / "checkpoints"
+    (folder / "logs").mkdir(parents=True)
+    assert outlook(checkpoints).startswith("no checkpoint was written yet")
+    first = prepare(job, judged(job), folder, False).notices
+    for number, steps in ((1, 3), (2, 1)):
+        lines = "".join(json.dumps({"step": i + 1}) + "\n" for i in range(steps))
+        (folder / "metrics.jsonl").write_text(lines)
+        *others, told = prepare(job, judged(job), folder, False).notices
+        assert tuple(others) == first
+        assert "holds no checkpoint, so it starts anew" in told and f"of {steps} step" in told
+        assert told.endswith(f"metrics-{number}.jsonl") and not (folder / "metrics.jsonl").exists()
+        assert (folder / f"metrics-{number}.jsonl").read_text() == lines
+    saved = alone(checkpoints, 40).parent
+    assert outlook(saved) == "start the job again to go on from step 40"

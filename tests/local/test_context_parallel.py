@@ -140,18 +140,6 @@ def test_shares_make_what_one_device_makes(rule, ring, way):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_bf16_is_merged_wide():
-    """A ring of 4 is as near to fp64 as one device in bf16 is."""
-    split = split_of(4)
-    exact = dense(*inputs()[:3], split)
-    low = [t.bfloat16() for t in inputs()]
-    one = torch.nn.functional.scaled_dot_product_attention(
-        *low[:3], attn_mask=visible(split.tokens, split.tokens).unsqueeze(1), enable_gqa=True
-    )
-    ring = shared(Ring, split, low)[0]
-    assert (ring - exact).abs().max() < 1.5 * (one - exact).abs().max()
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_without_a_kernel_are_the_same(causal):
     q, k, v, g = inputs()

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import verify_jobs
+from saves import save_run
 
+from partita.comm.local import local
 from partita.model.reference_fp8 import E4M3, E5M2, in_eight_bits
 from partita.parallel.precision import fp8
 from partita.parallel.precision.fp8 import (
@@ -20,6 +22,9 @@ from partita.parallel.precision.fp8 import (
     scaled,
 )
 from partita.spec.plan import PrecisionPlan
+from partita.train.build import assemble
+from partita.train.checkpoint import Ranks, inspect
+from partita.train.resume import load_run
 from partita.verify.parity import verify
 
 PLAN = PrecisionPlan("fp8")
@@ -220,3 +225,36 @@ def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
 def test_a_plan_computes_what_one_device_does_in_fp8(plan, tmp_path):
     found = verify(verify_jobs.job(tmp_path, plan, "llama", layers=3))
     assert found.equal, str(found)
+
+
+def trained(world, job, folder, steps, resume):
+    """(checkpoint, this rank's weights, losses) after so many steps, from the first or from a checkpoint."""
+    built, losses = assemble(job, world), []
+    done = load_run(resume, job, built.model, built.update, built.fingerprint) if resume else 0
+    for step in range(done, steps):
+        losses.append(built.model.forward_backward(built.batch(step)))
+        built.update.step()
+    ranks = Ranks(world.rank, world.size, built.agree)
+    path = save_run(folder, steps, job, built.model, built.update, built.fingerprint, ranks)
+    return path, [u.master.clone() for u in built.model.units], losses
+
+
+@pytest.mark.parametrize("more", ["delayed", "static"])
+def test_a_run_that_goes_on_looks_back_at_what_it_saw_before_it_was_saved(more, tmp_path):
+    """Bit by bit under the same plan; under another one scales begin anew."""
+
+    def run(folder, steps, resume=None, plan="tp2 2mb"):
+        line = f"{plan} fp8 precision.fp8_scaling={more}"
+        job = verify_jobs.job(tmp_path, line, layers=1)
+        with local(job.plan.world_size, 20) as ranks:
+            found = ranks.run(trained, job, tmp_path / folder, steps, resume)
+        return found[0][0], [w for _, weights, _ in found for w in weights], found[0][2]
+
+    half, *_ = run("half", 2)
+    _, weights, losses = run("whole", 3)
+    _, again, then = run("again", 3, half)
+    assert then == losses[2:]
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert inspect(half, digests=True).complete
+    _, _, (other,) = run("other", 3, half, "2mb")
+    assert other == pytest.approx(losses[2], rel=1e-2)
