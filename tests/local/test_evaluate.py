@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import image_jobs
 import numpy as np
@@ -28,6 +29,15 @@ def of_text(folder, plan):
     )
 
 
+def of_model(family, model, folder, plan):
+    base = verify_jobs.job(folder, plan, family, **{"layers": 2, "vocab": 256, **model}).to_table()
+    return Job.load({**base, "data": of_text(folder, plan).to_table()["data"]})
+
+
+of_dropout = partial(of_model, "gpt2", {"dropout": 0.3})  # which no evaluation has
+of_experts = partial(of_model, "llama", {**verify_jobs.EXPERTS, "layers": 2})
+
+
 def of_images(folder, plan):
     job = image_jobs.job(folder, plan)
     return replace(job, data=replace(job.data, eval_fraction=0.4))
@@ -35,6 +45,8 @@ def of_images(folder, plan):
 
 @pytest.mark.parametrize("made, plans", [
     (of_text, ("fp64", "tp2+sp pp2/2mb fp64", "dp4 fp64", "dp2 pp2/4mb fp64")),
+    (of_dropout, ("fp64", "dp_shard2.zero3 cp2:ring fp64")),
+    (of_experts, ("fp64", "dp_shard2.zero3 ep2 cp2:ulysses 2mb fp64")),
     (of_images, ("fp64", "cp2:halo 2mb fp64")),
 ])  # fmt: skip
 def test_every_plan_evaluates_to_the_same_loss(made, plans, tmp_path):

@@ -13,6 +13,7 @@ from partita.parallel.dp.replicate import Reducer
 from partita.parallel.dp.zero import Parameters
 from partita.parallel.regions import Region
 from partita.parallel.tp.linear import AddBias
+from partita.parallel.units import Unit
 from partita.train.step import Model, Update
 from partita.verify import runs
 from partita.verify.parity import verify
@@ -267,6 +268,20 @@ def test_18_shards_stale_after_the_update(judged, monkeypatch):
     monkeypatch.setattr(Parameters, "refresh", once)
     at = judged("dp_shard2.zero1")
     assert at.expected == ("all_gather", "dp_shard") and "gather" in at.message
+
+
+def test_18_shards_stale_after_the_update_where_each_block_gathers(judged, monkeypatch):
+    """Stage 3 that hands in what a shard was when it was gathered first."""
+    handed_in, first = Unit.handed_in, {}
+
+    def stale(self, whole):
+        if id(self) not in first:
+            first[id(self)] = self, handed_in(self, whole).clone()
+        return first[id(self)][1]
+
+    monkeypatch.setattr(Unit, "handed_in", stale)
+    at = judged("dp_shard2.zero3")
+    assert at.module == "embedding" and at.expected == ("all_gather", "dp_shard")
 
 
 def test_19_a_tied_weight_reduced_by_one_of_its_holders(judged, monkeypatch):

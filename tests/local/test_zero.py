@@ -16,6 +16,7 @@ from partita.simulate.memory import coming_bytes
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.resume import load_run
+from partita.verify.parity import verify
 
 
 def gathered(world, job):
@@ -43,6 +44,13 @@ def test_at_most_one_and_prefetch_gathered_blocks(prefetch, moves, most, tmp_pat
     job = verify_jobs.job(tmp_path, f"dp_shard2.zero3 2mb data.prefetch={prefetch}", tied=False)
     with local(2, 20) as ranks:
         assert ranks.run(gathered, job) == [(most, 0)] * 2
+
+
+def test_a_tied_table_stays_while_either_of_its_blocks_uses_it(tmp_path):
+    """Asked for ahead by the other block before the first has let go of it."""
+    line = "dp_shard2.zero3 data.prefetch=3 2mb fp64"
+    found = verify(verify_jobs.job(tmp_path, line, layers=2, tied=True), brief=True)
+    assert found.equal and found.traffic_equal, str(found)
 
 
 def test_without_resharding_all_blocks_stay_until_the_last_backward(tmp_path):
