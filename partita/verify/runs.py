@@ -120,6 +120,7 @@ def run_rank(
     keep_choices(model)
     context.recorder.take()
     flows, steps = model.flow is not None, steps_of(job.plan)
+    recorded = 0  # the step of `seen.recorded`
     undone = False  # the first step's update, whose traffic is then no step's that is declared: the last's is
     for step in range(steps):
         batch = replace(rank_batch(built, step), drains=step + 1 == steps)
@@ -139,11 +140,12 @@ def run_rank(
         if flows or step == 0 or undone:
             seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
         if step == (steps - 1 if flows else 0) or undone:
-            seen.recorded, seen.halted = summarise(context.recorder.take()), math.isnan(norm)
+            seen.recorded, recorded = summarise(context.recorder.take()), step
         seen.watch.stop()
         after = boxes(model, lambda unit: unit.master)
         of_experts, wrong = _auxiliary(model.routed), _misrounded(model)
         seen.steps.append(StepSeen(loss, norm, gradients, after, of_experts, wrong))
+    seen.halted = math.isnan(seen.steps[recorded].norm)  # a pending one is known by now
     return seen
 
 

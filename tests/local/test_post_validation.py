@@ -21,7 +21,10 @@ from partita.simulate.predict import request_of, simulate
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.step import StepBatch
-from partita.verify.parity import verify
+from partita.verify import runs
+from partita.verify.batches import open_data
+from partita.verify.bisect import traffic_difference
+from partita.verify.parity import run_ranks, verify
 
 AFTER = "pipeline.post_validation=true"
 STEPS = 4
@@ -229,6 +232,18 @@ def test_the_wait_is_gone_from_the_prediction():
 def test_verify_proves_it(tmp_path):
     found = verify(job(tmp_path, f"pp2:zb_h1/4mb dp_shard2.zero1 fp64 {AFTER}"))
     assert found.equal and found.traffic_equal, str(found)
+
+
+def test_a_norm_that_is_not_known_yet_excuses_no_traffic(tmp_path, monkeypatch):
+    """The first step's guess holds, its norm comes with the next: what it did not send is missed."""
+    made = job(tmp_path, f"pp2:zb_h1/4mb dp_shard2.zero1 fp64 {AFTER}", clip=0.0)
+    data = open_data(made, made)
+    ranks = run_ranks(made, data, "local", lay(request_of(made)))
+    assert not any(r.halted for r in ranks) and traffic_difference(ranks) is None
+    whole = runs.summarise
+    monkeypatch.setattr(runs, "summarise", lambda x: [t for t in whole(x) if t.phase != "step"])
+    found = traffic_difference(run_ranks(made, data, "local", lay(request_of(made))))
+    assert found is not None and found[0].phase == "step" and found[1] < 0
 
 
 def test_what_routers_did_is_of_the_step_that_is_proven(tmp_path):
