@@ -1,4 +1,4 @@
-"""Partita: one plan for a model too big for one device: find it, check it, run it, see it, serve it.
+"""Partita: one plan for a model too big for one device: find it, check it, run it, see it.
 
 Everything that needs torch is imported when it is first used, so that planning for thousands of
 devices starts in a fraction of a second.

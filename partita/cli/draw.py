@@ -11,13 +11,14 @@ import typer
 
 from partita.base.errors import Problem, ScheduleError, UsageError
 from partita.cli.draw_costs import Prices
-from partita.cli.drawing import Drawing, print_drawings, write_pictures
+from partita.cli.drawing import Drawing, print_drawings, write_csv, write_pictures
 from partita.cli.out import in_words, note, write_json
 from partita.schedule import clock as clocks
-from partita.schedule.check import check, checked, over_limit
+from partita.schedule.check import over_limit
 from partita.schedule.clock import Pair
 from partita.schedule.ir import Schedule
-from partita.schedule.make import GENERATORS, NAMES, hold_to_size, schedule
+from partita.schedule.make import GENERATORS, NAMES, generator_of, hold_to_size, schedule
+from partita.schedule.make.files import file_problems, read_proven
 from partita.schedule.steps import repeat
 from partita.schedule.synth.partition import partitioned
 from partita.schedule.synth.synthesis import Task, synthesise
@@ -111,11 +112,12 @@ def draw(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write an SVG.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write one schedule as torch's action CSV.")
+    ] = None,
 ) -> None:
     """Schedules and what runs recorded, as text, SVG or HTML, side by side."""
-    names, bound = list(schedules or ()), Bound(limit, limit_bytes)
-    if layers and names != ["auto"]:
-        raise UsageError("--layers is cut for one schedule, auto", key="layers")
+    names, bound = _names(schedules, layers), Bound(limit, limit_bytes)
     runs = {name: _recorded(name) for name in names if _is_run(name)}
     first = next(iter(runs.values()), None)
     prices = Prices(costs, first and first.costs)
@@ -128,12 +130,19 @@ def draw(
     if not drawings:
         raise UsageError(f"which schedule? There are {', '.join(NAMES)}, and file:<path>.csv")
     write_pictures(drawings, svg, html)
+    write_csv(drawings, csv)
     if json:
         documents = [d.document() for d in drawings]
         write_json(documents[0] if len(documents) == 1 else {"schedules": documents})
     else:
         print_drawings(drawings)
     _refuse(check_file, [p for d in drawings for p in d.problems or () if p.severity == "error"])
+
+
+def _names(schedules: list[str] | None, layers: str) -> list[str]:
+    if layers and schedules != ["auto"]:
+        raise UsageError("--layers is cut for one schedule, auto", key="layers")
+    return schedules or []
 
 
 def _refuse(file: Path | None, wrong: list[Problem]) -> None:
@@ -197,7 +206,11 @@ class Size:
 
 def _make(name: str, size: Size) -> Schedule:
     if name.strip('"').startswith("file:") and not size.stated:
-        return checked(*read_program(name.strip('"').removeprefix("file:")))
+        return read_proven(name.strip('"').removeprefix("file:"))
+    if not name.strip('"').startswith("file:"):
+        if Path(name).parent != Path():  # no schedule's name, but a folder's
+            raise UsageError(f"{name}: no such run; a schedule's file is file:{name}", file=name)
+        generator_of(name)  # an unknown one has no size to ask for
     ranks, microbatches = size.numbers()
     return schedule(
         name, num_ranks=ranks, num_microbatches=microbatches, virtual_stages=size.stages(name)
@@ -245,7 +258,7 @@ def _synthesised(size: Size, how: Timing, bound: Bound) -> Drawing:
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
     """A file's schedule with all that keeps it from running, or from fitting its bound."""
     made, program = read_program(path)
-    problems = check(made, program)
+    problems = file_problems(made, program)
     if not problems:
         limit, sizes, unit = bound.of(made, how.costs)
         problems = over_limit(made, limit, sizes, unit)

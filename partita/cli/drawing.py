@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from partita.base.errors import Problem
+from partita.base.errors import Problem, UsageError
 from partita.base.text import table
-from partita.cli.out import problem_rows, write_file, write_text
+from partita.cli.out import note, problem_rows, write_file, write_text
 from partita.plots import timeline
 from partita.record.span import Span
 from partita.schedule import clock as clocks
@@ -18,7 +18,7 @@ from partita.schedule.clock import Pair
 from partita.schedule.idle import Idle, idle
 from partita.schedule.ir import Schedule
 from partita.schedule.synth.synthesis import Synthesis
-from partita.schedule.text import cells
+from partita.schedule.text import FOREIGN, cells, print_schedule
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,27 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
     if html is not None:
         page = timeline.html(pictures, title="Pipeline schedules", held=held, seconds=seconds)
         write_file(html, page)
+
+
+def write_csv(drawings: list[Drawing], path: Path | None) -> None:
+    """The one schedule as torch's action CSV; what its reader cannot take is told. Raises UsageError where
+    there are several."""
+    if path is None:
+        return
+    if len(drawings) != 1:
+        message = f"--csv writes one schedule, {len(drawings)} are drawn"
+        raise UsageError(message, key="csv")
+    made = drawings[0].schedule
+    write_file(path, print_schedule(made) + "\n")
+    strange = sorted(made.kinds.intersection(FOREIGN))
+    if strange:
+        note(
+            f"torch has no name for {', '.join(strange)}: its reader refuses this file, --check reads it"
+        )
+    if made.is_bidirectional:
+        note(
+            "a CSV has no word for which of a stage's two ranks runs a microbatch: no reader takes it back"
+        )
 
 
 def print_drawings(drawings: list[Drawing]) -> None:

@@ -4,6 +4,7 @@ complete   every stage runs F, and B or (I and W), of every microbatch once; F a
 placed     on the rank that the placement names
 ordered    a rank runs what it needs from itself first, and an update behind the gradients it takes; what a
            file lists of weights, gradients and activations (misplaced.py) stands where it can, once
+overlapped a pair is an F, then a B or an I of another microbatch, and no more
 paired     every SEND has its RECV, with one key, on the ranks that hold the two stages
 alive      no rank waits for ever on the send/receive program, whether the network buffers without limit
            or not at all (a deadlock names who waits for whom)
@@ -41,6 +42,7 @@ def check(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None)
         sends = any(a.kind in COMMUNICATION for actions in lists for a in actions)
         messages = lists if sends else with_communication(schedule)
         problems = [*_ordered(schedule), *_misplaced(schedule, lists)]
+        problems += _overlapped(schedule)
         problems += _paired(schedule, messages)
         problems += [] if problems else _alive(schedule, messages)
     return problems
@@ -170,6 +172,38 @@ def _ordered(schedule: Schedule) -> list[Problem]:
             pictures = [marked(rank, actions, place, "too early") for place in early]
             problems.append(_problem("ordered", message + _shown(pictures)))
     return problems
+
+
+def _overlapped(schedule: Schedule) -> list[Problem]:
+    """Pairs that cannot run overlapped: the executor lets a forward and a backward take turns, and a backward
+    follows every forward of its own microbatch."""
+    problems = []
+    for rank, actions in enumerate(schedule.ranks):
+        for place, first in enumerate(actions):
+            if first not in schedule.paired or (place and actions[place - 1] in schedule.paired):
+                continue
+            cell = list(actions[place : place + 2])
+            while cell[-1] in schedule.paired and place + len(cell) < len(actions):
+                cell.append(actions[place + len(cell)])
+            words = _no_pair(cell)
+            if words:
+                name = "+".join(map(str, cell))
+                picture = marked(rank, actions, place, words)
+                message = f"rank {rank} runs {name} as one pair, but {words}"
+                problems.append(_problem("overlapped", message + _shown([picture])))
+    return problems[:_PICTURES]
+
+
+def _no_pair(cell: Sequence[Action]) -> str:
+    """Why these actions are no pair; empty where they are one."""
+    if len(cell) != 2:
+        return "a pair is two actions"
+    first, second = cell
+    if first.kind != "F" or second.kind not in ("B", "I"):
+        return "a pair is an F first, then a B or an I"
+    if first.microbatch == second.microbatch:
+        return f"{second} needs {first}: a pair is of two microbatches"
+    return ""
 
 
 def _misplaced(schedule: Schedule, ranks: Sequence[Sequence[Action]]) -> list[Problem]:

@@ -1,7 +1,8 @@
 """Schedules as text: torch's action CSV, one line a rank, one cell an action (``2F0``).
 
 Empty cells are idle places of other generators and are skipped. Two actions that overlap share a
-cell: ``0F4+7B1`` (torch writes ``(0F4;7B1)OVERLAP_F_B``, which is read too).
+cell: ``(0F4;7B1)OVERLAP_F_B``; ``0F4+7B1``, shorter, is shown and read too, as is ``2REDUCE`` for torch's
+``2REDUCE_GRAD``. torch has no name for U, OFFLOAD, RELOAD and FREE: its reader refuses them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from partita.base.errors import ScheduleError, UsageError
-from partita.schedule.ir import COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
+from partita.schedule.ir import ACTIVATIONS, COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
 from partita.schedule.staircase import marked
 
 Program = tuple[tuple[Action, ...], ...]
 _ACTION = re.compile(rf"(\d{{1,18}})({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d{{0,18}})")
+FOREIGN = ("U", *ACTIVATIONS)  # kinds that torch has no name for
 _OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
 
 
@@ -37,25 +39,41 @@ def parse_action(text: str) -> Action:
 
 def cells(actions: Iterable[Action], paired: frozenset[Action] = frozenset()) -> list[str]:
     """The actions as cells; an overlapped pair is one cell, joined by '+'."""
-    out: list[str] = []
+    return ["+".join(map(str, cell)) for cell in _cells(actions, paired)]
+
+
+def _cells(actions: Iterable[Action], paired: frozenset[Action]) -> list[list[Action]]:
+    out: list[list[Action]] = []
     joins = False
     for action in actions:
         if joins:
-            out[-1] += f"+{action}"
+            out[-1].append(action)
         else:
-            out.append(str(action))
+            out.append([action])
         joins = action in paired
     return out
 
 
 def print_schedule(schedule: Schedule) -> str:
-    """The CSV of a schedule: one line a rank."""
-    return "\n".join(",".join(cells(actions, schedule.paired)) for actions in schedule.ranks)
+    """The CSV of a schedule: one line a rank, as torch's reader takes it.
+
+    >>> from partita.schedule.make import schedule
+    >>> print(print_schedule(schedule("dualpipev", num_ranks=1, num_microbatches=2)))
+    0F0,1F0,0F1,1B0,(1F1;0B0)OVERLAP_F_B,1B1,0I1,0W1
+    """
+    return "\n".join(
+        ",".join(map(_as_torch, _cells(actions, schedule.paired))) for actions in schedule.ranks
+    )
 
 
 def print_ranks(ranks: Sequence[Sequence[Action]]) -> str:
     """The CSV of plain action lists, e.g. those of `with_communication`."""
-    return "\n".join(",".join(map(str, actions)) for actions in ranks)
+    return "\n".join(",".join(_as_torch([a]) for a in actions) for actions in ranks)
+
+
+def _as_torch(cell: Sequence[Action]) -> str:
+    names = [str(a._replace(kind="REDUCE_GRAD") if a.kind == "REDUCE" else a) for a in cell]
+    return names[0] if len(names) == 1 else f"({';'.join(names)})OVERLAP_F_B"
 
 
 def parse_schedule(text: str, name: str = "file") -> Schedule:
@@ -142,6 +160,11 @@ def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
         found = _OVERLAP.fullmatch(cell)
         parts = list(found.groups()) if found else cell.split("+")
         actions = [parse_action(part) for part in parts] if cell else []
+        strange = next((a for a in actions if len(actions) > 1 and a.kind not in COMPUTE), None)
+        if strange is not None:
+            raise UsageError(
+                f"'{cell}': {strange} overlaps nothing; a pair is an F, then a B or an I"
+            )
         paired.update(actions[:-1])
         out += actions
     return tuple(out)

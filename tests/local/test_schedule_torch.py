@@ -6,8 +6,9 @@ import pytest
 from torch.distributed.pipelining import schedules as torchs
 
 from partita.schedule.check import check
+from partita.schedule.ir import STEP, Action
 from partita.schedule.make import schedule
-from partita.schedule.text import cells, parse_program, parse_schedule
+from partita.schedule.text import cells, parse_program, parse_schedule, print_ranks, print_schedule
 
 
 def actions_of_torch(kind: type, p: int, m: int, v: int) -> list[list]:
@@ -69,3 +70,15 @@ def test_what_torch_adds_to_its_lists_stands_where_it_can(name):
     made, program = parse_program("\n".join(",".join(map(str, row)) for row in lowered))
     assert program and {"UNSHARD", "REDUCE"} <= {a.kind for row in program for a in row}
     assert check(made, program) == []
+
+
+@pytest.mark.parametrize("name", ["dualpipev", "zb_h1", "zb_v"])
+def test_torchs_reader_takes_the_text_that_is_written(name):
+    """All of it: a cell that it does not know it reads in part."""
+    ours = schedule(name, num_ranks=2, num_microbatches=5)
+    for row, actions in zip(print_schedule(ours).splitlines(), ours.ranks, strict=True):
+        read = [torchs._Action.from_str(cell) for cell in row.split(",")]
+        flat = [part for action in read for part in action.sub_actions or (action,)]
+        assert [str(a) for a in flat] == [str(a) for a in actions]
+    (cell,) = print_ranks([[Action(2, "REDUCE", STEP)]]).split(",")
+    assert str(torchs._Action.from_str(cell)) == cell == "2REDUCE_GRAD"

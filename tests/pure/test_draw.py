@@ -1,11 +1,17 @@
 """`partita draw`: its JSON, its pictures, and what a wrong command gets."""
 
 import json
+import signal
+import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
+import partita as pt
+from partita.cli import main
 from partita.cli.main import VERBS, available, run
+from partita.schedule.text import read_schedule
 
 
 def ask(capsys, *words: str) -> tuple[int, str, str]:
@@ -131,6 +137,9 @@ def test_a_file_that_cannot_run_is_not_drawn(capsys, tmp_path):
     (["auto", "-p", "4", "-m", "8", "-v", "200"], 1, "its time is for 20,000"),
     (["zb_h2", "-p", "4", "-m", "4"], 1, "m >= 2p-1 = 7"),
     (["--wings"], 2, "--wings"),
+    (["runs/nope"], 2, "runs/nope: no such run"),
+    (["nope"], 2, "no schedule is called 'nope'"),
+    (["gpipe", "1f1b", "-p", "2", "-m", "2", "--csv", "s.csv"], 2, "--csv writes one schedule, 2 are drawn"),
     ([], 2, "which schedule"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_a_document(capsys, words, code, says):
@@ -144,6 +153,38 @@ def test_mistakes_are_one_line_and_a_document(capsys, words, code, says):
         and set(error) == {"kind", "message", "file", "key"}
     )
     assert error["kind"] == ("usage" if code == 2 else "plan")
+
+
+def test_a_schedule_is_written_as_torchs_csv(capsys, tmp_path):
+    path = tmp_path / "s.csv"
+    code, _, err = ask(capsys, "dualpipev", "-p", "2", "-m", "4", "--csv", str(path))
+    assert code == 0 and "no name" not in err
+    read = read_schedule(path)
+    assert replace(read, name="dualpipev") == pt.schedule(
+        "dualpipev", num_ranks=2, num_microbatches=4
+    )
+    assert (
+        "torch has no name for U"
+        in ask(capsys, "pipedream", "-p", "2", "-m", "4", "--csv", str(path))[2]
+    )
+    assert ask(capsys, "--check", str(path))[0] == 0
+
+
+def test_a_line_that_was_stopped_is_left_in_peace(capsys, monkeypatch):
+    """The alarm that repeats a lost signal ends with the line: what it frees may take its time."""
+    monkeypatch.setattr(main, "AGAIN_S", 0.01)
+    handlers = {number: signal.getsignal(number) for number in (*main.STOPS, signal.SIGALRM)}
+    stop = main.Stop()
+    stop.listen()
+    monkeypatch.setattr(main, "application", lambda words: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert run(["draw"], stop) == 143
+        time.sleep(0.05)
+    finally:
+        stop.done()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "partita: stopped by SIGTERM\n"
 
 
 def test_version_help_and_unknown_verbs(capsys):

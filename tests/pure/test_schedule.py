@@ -200,7 +200,7 @@ def test_a_bidirectional_schedule_and_an_overlapped_pair():
     s = Schedule("both", 2, 2, 2, ((0, 1), (1, 0)), ranks, direction=(0, 1))
     assert check(s) == []
     paired = replace(s, paired=frozenset({Action(1, "F", 1)}))
-    assert "1F1+1B1" in str(paired)
+    assert "(1F1;1B1)OVERLAP_F_B" in str(paired)
     assert makespan(clock(paired)) == makespan(clock(paired, pair="block")) == 6
     with pytest.raises(
         ScheduleError, match="deadlock"
@@ -208,9 +208,10 @@ def test_a_bidirectional_schedule_and_an_overlapped_pair():
         clock(replace(s, paired=frozenset({Action(0, "F", 0), Action(0, "F", 1)})), pair="block")
 
 
-def test_torchs_overlap_is_read():
-    s = parse_schedule("0F0,(0F1;0B0)OVERLAP_F_B,,0B1")
-    assert str(s) == "0F0,0F1+0B0,0B1"
+def test_torchs_overlap_is_read_and_written():
+    text = "0F0,(0F1;0B0)OVERLAP_F_B,0B1"
+    s = parse_schedule(text.replace("_B,", "_B,,"))
+    assert str(s) == text and parse_schedule("0F0,0F1+0B0,0B1") == s
 
 
 def test_steps_follow_without_a_barrier():

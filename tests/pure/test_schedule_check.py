@@ -10,6 +10,7 @@ from partita.base.errors import ScheduleError, UsageError
 from partita.parallel.pp.rules import problems
 from partita.schedule.check import check, checked, over_limit
 from partita.schedule.make import schedule
+from partita.schedule.make.files import file_problems
 from partita.schedule.passes import with_communication
 from partita.schedule.rendezvous import waits
 from partita.schedule.text import parse_program, parse_schedule, print_ranks
@@ -229,3 +230,41 @@ def test_a_plan_names_what_its_file_lacks(tmp_path):
         problem.message.startswith("never done: 0B1\n")
         and "missing from here on" in problem.message
     )
+
+
+@pytest.mark.parametrize("text, name, words", [
+    ("0F0,0F1+0F2,0B0,0B1,0B2", "0F1+0F2", "a pair is an F first, then a B or an I"),
+    ("0F0,0B0+0F1,0B1", "0B0+0F1", "a pair is an F first, then a B or an I"),
+    ("0F0+0B0,0F1,0B1", "0F0+0B0", "0B0 needs 0F0: a pair is of two microbatches"),
+    ("0F0,0F1+0I0+0W0,0B1", "0F1+0I0+0W0", "a pair is two actions"),
+])  # fmt: skip
+def test_a_pair_that_cannot_take_turns_is_drawn(text, name, words):
+    (problem,) = check(parse_schedule(text))
+    first, _, mark = problem.message.splitlines()
+    assert problem.rule == "overlapped" and mark.endswith(f"^-- {words}")
+    assert first == f"rank 0 runs {name} as one pair, but {words}"
+    assert check(parse_schedule("0F0,0F1+0I0,0W0,0B1")) == []
+    with pytest.raises(UsageError, match="0OFFLOAD1 overlaps nothing"):
+        parse_schedule("0F0,0F1+0OFFLOAD1,0B0,0B1")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("0F0,0F1,0F2,0B0,0U0,0B1,0U1,0B2,0U2\n1F0,1B0,1U0,1F1,1B1,1U1,1F2,1B2,1U2",
+     "0 runs 0F2, where pipedream has 0B0"),
+    ("1F0,1B0,1U0,1F1,1B1,1U1\n0F0,0F1,0B0,0U0,0B1,0U1", "0 runs 1F0, where pipedream has 0F0"),
+    ("0F0,0F1,0B0,0U0,0B1\n1F0,1B0,1U0,1F1,1B1,1U1", "0 runs nothing more, where pipedream has 0U1"),
+    ("0F0,0F1,0B0,0F2,0B1,0U1,0F3,0B2,0B3,0U3\n1F0,1B0,1F1,1B1,1U1,1F2,1B2,1F3,1B3,1U3",
+     "0 runs 0F2, where pipedream has 0U0"),
+])  # fmt: skip
+def test_a_file_that_updates_under_way_in_another_order_is_refused(tmp_path, text, words):
+    """It would be trained in pipedream's."""
+    (problem,) = file_problems(parse_schedule(text))
+    assert problem.rule == "asynchronous" and f"rank {words}" in problem.message
+    assert "^-- pipedream has" in problem.message.splitlines()[-1]
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    made = parse_schedule(text)
+    with pytest.raises(ScheduleError, match="where pipedream has"):
+        make(f"file:{path}", made.num_ranks, made.num_microbatches)
+    path.write_text(str(make("pipedream", 3, 4)))
+    assert replace(make(f"file:{path}", 3, 4), name="pipedream") == make("pipedream", 3, 4)

@@ -121,7 +121,7 @@ def test_the_checker_finds_nothing_wrong_with_them(name, each):
 def test_updates_and_text():
     program = with_updates(with_reduce(make("zb_h1", 2, 3).ranks))
     assert program[0][-2:] == (Action(0, "REDUCE", STEP), Action(0, "U", 2))
-    assert print_ranks(program).splitlines()[1].endswith("1W2,1REDUCE,1U2")
+    assert print_ranks(program).splitlines()[1].endswith("1W2,1REDUCE_GRAD,1U2")
     assert parse_action("3REDUCE_GRAD") == Action(3, "REDUCE", STEP)
     with pytest.raises(UsageError, match="is not an action"):
         parse_action("3F")

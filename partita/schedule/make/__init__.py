@@ -15,7 +15,7 @@ from importlib import import_module
 
 from partita.base.errors import ScheduleError, UsageError
 from partita.schedule.ir import Schedule
-from partita.schedule.text import read_program
+from partita.schedule.text import read_schedule
 
 MAX_ACTIONS = 1_000_000  # stage-microbatches: more is a slip of the hand
 
@@ -143,13 +143,13 @@ def _made(
 
 
 def _from_file(path: str, num_ranks: int, num_microbatches: int) -> Schedule:
-    from partita.schedule.check import checked  # only a user's own may be wrong
+    from partita.schedule.make.files import read_proven  # only a user's own may be wrong
 
-    found, program = read_program(path)
+    found = read_schedule(path)
     asked, given = (num_ranks, num_microbatches), (found.num_ranks, found.num_microbatches)
     if asked != given:
         raise ScheduleError(
             f"{path} is a schedule of {given[0]} ranks and {given[1]} microbatches; "
             f"{asked[0]} ranks and {asked[1]} microbatches were asked for"
         )
-    return checked(found, program)
+    return read_proven(path)
