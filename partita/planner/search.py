@@ -26,6 +26,8 @@ USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather", "halo")
 FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
 FEW, FIRST = 3, 12  # meshes that are tried before the others
+ALONG = 16  # devices, of which plans of one rank and along each axis alone are tried
+TRIAL_S = 0.2  # of an axis alone
 RARELY = 50_000_000  # objects made between two looks for cycles
 
 
@@ -78,6 +80,8 @@ class Search:
         best = queue.best
         for node in self._meshes(found):
             queue.push(node)
+        if self.levels.begins and not (first or seen):
+            self._alone(queue, start + budget_s / 4)
         self.levels.cut = queue.cut  # of plans known before
         usual = self._usual(queue.roots, start + budget_s / 2) if self.levels.begins else []
         for node in usual:
@@ -88,17 +92,11 @@ class Search:
             if time.perf_counter() - start > budget_s:
                 found.complete = False
                 break
-            self.levels.cut, self.levels.cut_bytes = queue.cut, queue.cut_bytes
-            node = queue.pop()
-            if node.level < len(HIDDEN) - 1:
-                for child in self.levels.expand(node):
-                    queue.push(child)
-                continue
-            prediction = self._simulate(node)
-            if prediction is None:
+            told = self._next(queue)
+            if told is None:
                 continue
             found.simulated += 1
-            if queue.keep(prediction, measures(prediction)):
+            if queue.keep(told, measures(told)):
                 found.first_s = time.perf_counter() - start
         found.plans = [p for _, p in best]
         found.seconds = time.perf_counter() - start
@@ -132,6 +130,36 @@ class Search:
         self.levels.refused, self.levels.cut = counted, known
         self.floors.begins = False
         return found[:1]
+
+    def _next(self, queue: Queue) -> Prediction | None:
+        """Looks into the next node of a queue; what `simulate` says where it is one plan that can be."""
+        self.levels.cut, self.levels.cut_bytes = queue.cut, queue.cut_bytes
+        node = queue.pop()
+        if node.level == len(HIDDEN) - 1:
+            return self._simulate(node)
+        for child in self.levels.expand(node):
+            queue.push(child)
+        return None
+
+    def _alone(self, queue: Queue, until: float) -> None:
+        """Of one rank and, where devices are few, of all of them along one axis: the best plan, which anybody
+        would try, and which no answer may be worse than, however soon a search ends."""
+        wide = max((n.mesh.world for n in queue.roots), default=0)
+        counted = self.levels.refused
+        for root in sorted(queue.roots, key=lambda n: n.mesh.world):
+            m = root.mesh
+            axis = m.world in (m.pp, m.dp, m.cp, m.tp)
+            if wide > ALONG or m.world not in (1, wide) or not axis:
+                continue
+            trial = Queue(queue.goal, Counter(), seen=[p for _, p in queue.best])
+            self.levels.refused = trial.refused
+            trial.push(root)
+            end = until if m.world == 1 else min(until, time.perf_counter() + TRIAL_S)
+            while trial and time.perf_counter() < end:
+                told = self._next(trial)
+                if told is not None and trial.keep(told, measures(told)):
+                    queue.keep(told, measures(told))
+        self.levels.refused = counted
 
     @property
     def _steps(self) -> tuple[Step, ...]:
