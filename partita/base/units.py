@@ -78,6 +78,24 @@ def format_seconds(seconds: float) -> str:
     return "0 s" if seconds == 0 else f"{seconds / 1e-9:.3g} ns"
 
 
+def seconds_apart(one: float, other: float) -> tuple[str, str]:
+    """Two durations; where three digits show them alike, with one or two more.
+
+    >>> seconds_apart(5.1041, 5.0996)
+    ('5.104 s', '5.100 s')
+    """
+    found = format_seconds(one), format_seconds(other)
+    least = min(one, other)
+    if found[0] != found[1] or not 1e-9 <= least < 99.95:
+        return found
+    size, unit = next((size, unit) for size, unit in _SMALL if least >= size)
+    for digits in (4, 5):
+        told = [f"{x / size:#.{digits}g}".rstrip(".") + f" {unit}" for x in (one, other)]
+        if told[0] != told[1]:
+            return told[0], told[1]
+    return found
+
+
 def sign_of(seconds: float) -> str:
     """A difference: +3 ms, -2 s."""
     return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))

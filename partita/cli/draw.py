@@ -240,6 +240,8 @@ def _synthesised(size: Size, how: Timing, bound: Bound) -> Drawing:
     prices = Prices(how.layers) if how.layers else how.costs
     bound.hold_to_sizes(prices)
     costs, split, alone = prices.given(ranks), (), False
+    if not how.layers:
+        prices.hold_to_stages(len(costs.stages), "auto", ranks, 2 * ranks)
     task = Task(
         ranks, microbatches, costs, bound.limit, limit_in_bytes=bound.size is not None,
         stages=virtual, copies=1 if how.layers else 2,

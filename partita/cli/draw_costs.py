@@ -33,19 +33,21 @@ class Prices:
     def of(self, schedule: Schedule) -> Costs:
         """Of every stage of a schedule. Raises UsageError where a file has another number."""
         given = self.given()
-        if self.text.endswith(".json") and len(given.stages) != schedule.num_stages:
-            raise UsageError(
-                f"{self.text} has costs of {len(given.stages)} stages, {schedule.name} has "
-                f"{schedule.num_stages}",
-                file=self.text,
-                key="stages",
-            )
+        self.hold_to_stages(len(given.stages), schedule.name, schedule.num_stages)
         recorded = self.recorded is not None and not self.text
         if self.text.endswith(".json") or (recorded and len(given.stages) == schedule.num_stages):
             return given
         (share,) = (_shared(given, schedule.num_ranks) if recorded else given).stages
         equal = Costs.equal(schedule, share.F, share.I, share.W, given.send)
         return replace(equal, wire=given.wire)
+
+    def hold_to_stages(self, has: int, name: str, *wanted: int) -> None:
+        """Raises UsageError where a file has costs of another number of stages than a schedule has."""
+        if self.text.endswith(".json") and has not in wanted:
+            text = (
+                f"{self.text} has costs of {has} stages, {name} has {' or '.join(map(str, wanted))}"
+            )
+            raise UsageError(text, file=self.text, key="stages")
 
 
 def _shared(costs: Costs, ranks: int) -> Costs:

@@ -11,7 +11,7 @@ import typer
 
 from partita.base.errors import UsageError
 from partita.cli.jobs import Json, PlanLine, Words, from_words
-from partita.cli.out import hold_place, note, write_file, write_json, write_text
+from partita.cli.out import hold_place, note, waiting, write_file, write_json, write_text
 from partita.planner.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
@@ -82,7 +82,8 @@ def plan(
 
     dtypes = tuple(filter(None, precision.split(",")))
     question = Question(goal, top, *words_of, budget, pareto or "", solve or "", dtypes)
-    answer = ask(job, question)
+    with waiting(f"plan  searching, {budget:g} s at most", quiet=json):
+        answer = ask(job, question)
     if measure and answer.plans:
         answer = _measured(job, answer, measure)
     if answer.plans:

@@ -11,7 +11,7 @@ import typer
 
 from partita.base.text import table
 from partita.cli.jobs import Json
-from partita.cli.out import write_file, write_json, write_text
+from partita.cli.out import hold_place, waiting, write_file, write_json, write_text
 
 Validated = Annotated[Path, typer.Argument(metavar="FILE.csv", help="A table of published runs.")]
 Rows = Annotated[
@@ -26,9 +26,11 @@ def register(app: typer.Typer) -> None:
 
 def validate(file: Validated, rows: Rows = None, json: Json = False) -> None:
     """Errors of predicted step times, memory and bubbles by group, with every fitted constant."""
+    hold_place(rows)
     from partita.simulate.validation import validation
 
-    found = validation(file)
+    with waiting(f"validate  predicting the rows of {file}", quiet=json):
+        found = validation(file)
     if rows is not None:
         write_file(rows, _csv(found.rows))
     if json:

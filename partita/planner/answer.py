@@ -20,7 +20,7 @@ def document(answer: Answer) -> dict[str, Any]:
     told: dict[str, Any] = {
         "plans": [_plan(answer, p) for p in answer.plans],
         "considered": found.considered,
-        "rejected": dict(found.rejected),
+        "rejected": {reason: n for reason, n in found.rejected.items() if n},
         "bounded": found.bounded,
         "simulated": found.simulated,
         "complete": found.complete,

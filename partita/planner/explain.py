@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from partita.base.units import format_bytes, format_seconds, sign_of
+from partita.base.units import format_bytes, format_seconds, seconds_apart, sign_of
 from partita.parallel.room import PRODUCT_ORDER
 from partita.planner.nodes import measures
 from partita.planner.orders import another_order
 from partita.planner.space import divisors
 from partita.simulate.groups import group_of
+from partita.simulate.memory import arena_ledger
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan, has_fixed_stages
@@ -195,8 +196,9 @@ def reason(job: Job, best: Prediction, choice: str, plan: Plan, goal: str = "tim
     more = {k: theirs.get(k, 0.0) - mine.get(k, 0.0) for k in {*mine, *theirs}}
     sign = 1 if seconds >= ours else -1
     most = max(sorted(more), key=lambda k: sign * more[k])
+    after, before = seconds_apart(seconds, ours)
     takes = (
-        f"takes {format_seconds(seconds)} instead of {format_seconds(ours)} "
+        f"takes {after} instead of {before} "
         f"({seconds / ours - 1:+z.1%}), {most} {sign_of(more[most])}"
     )
     needs, here = format_bytes(num_bytes), format_bytes(own_bytes)
@@ -262,6 +264,7 @@ def binds(job: Job, best: Prediction) -> str:
         f"({num_bytes / best.limit_bytes:.0%}); of the step of the critical rank compute "
         f"{found['compute'] / seconds:.1%}, bubble {found['bubble'] / seconds:.1%}"
     )
+    text += _beside(job, best)
     comm = best.time["exposed_comm_s"]
     if not any(comm.values()):
         return f"binds: {text}, no collective is waited for"
@@ -272,3 +275,20 @@ def binds(job: Job, best: Prediction) -> str:
     name = job.cluster.link_for(group_of(best.laid, names, job.cluster)).name if known else ""
     link = f"the {name} link" if known else "its own link"
     return f"binds: {text}, {axis} {comm[axis] / seconds:.1%} on {link}"
+
+
+def _beside(job: Job, best: Prediction) -> str:
+    """What a plan that offloads holds on the host of a node, and of how much."""
+    cluster, laid = job.cluster, best.laid
+    assert laid is not None
+    ranks = min(cluster.devices_per_node, laid.mesh.world_size)
+    places = range(laid.schedule.num_ranks)
+    held = ranks * max(arena_ledger(laid, place, "host").peak_bytes for place in places)
+    if not held:
+        return ""
+    room = cluster.host_memory_bytes
+    if room is None:
+        return (
+            f"; {format_bytes(held)} on the host of a node, whose room the cluster does not state"
+        )
+    return f"; {format_bytes(held)} of {format_bytes(room)} on the host of a node"

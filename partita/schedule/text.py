@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from partita.base.errors import ScheduleError, UsageError
+from partita.base.errors import PartitaError, ScheduleError, UsageError
 from partita.schedule.ir import ACTIVATIONS, COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
 from partita.schedule.staircase import marked
 
@@ -206,4 +206,8 @@ def read_program(path: str | Path) -> tuple[Schedule, Program | None]:
     """A schedule from a CSV file, and its lists with actions of passes where the file has any."""
     from partita.base.config import read_text  # slow to import, and only files need it
 
-    return parse_program(read_text(path), name=str(path))
+    try:
+        return parse_program(read_text(path), name=str(path))
+    except PartitaError as error:
+        error.file = error.file or str(path)
+        raise

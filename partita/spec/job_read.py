@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from partita.spec.lora import adapter_fields
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.train import DataSpec, TrainSpec
+
+PARTS = ("model", "cluster")  # which one word may stand for
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,8 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
         file, folder = str(source), Path(source).parent  # type: ignore[arg-type]
         table = load_toml(file)
     fields = [word for word in overrides if word.startswith("plan.")]
-    parts = {
-        key: _as_table(table[key])
-        for key in ("model", "cluster")
-        if isinstance(table.get(key), str)
-    }
-    table = apply_overrides(
-        {**table, **parts}, [word for word in overrides if not word.startswith("plan.")]
-    )
+    rest = [_as_words(word) for word in overrides if not word.startswith("plan.")]
+    table = apply_overrides(_in_tables(table), rest)
     stated = decode(_File, table, file=file)
     plan = _plan(stated.plan, fields, file)
     model, init, path, adapter = _model(stated.model, file, folder)
@@ -72,6 +69,24 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
         if error.file is not None or error.key is None:
             raise
         raise _usage(file, error.key, error.message) from None
+
+
+def _in_tables(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's table, model and cluster tables too where they are one word each."""
+    words = {k: _as_table(v) for k, v in table.items() if k in PARTS and isinstance(v, str)}
+    return {**table, **words}
+
+
+def _as_words(word: str) -> str:
+    """An override; of a model or a cluster that is one word, as a table in a line."""
+    key, equals, text = word.partition("=")
+    if not equals or key.strip() not in PARTS:
+        return word
+    value = parse_value(text.strip())
+    if not isinstance(value, str):
+        return word
+    ((name, stated),) = _as_table(value).items()
+    return f"{key}={{ {name} = {json.dumps(stated)} }}"
 
 
 def _as_table(name: str) -> dict[str, str]:

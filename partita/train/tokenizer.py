@@ -91,7 +91,7 @@ def open_tokenizer(
     """The tokenizer a job names; `vocab` is the model's, which must hold every id.
 
     `source` is what train:N learns from, `cache` the folder where it is kept. Raises UsageError for
-    a word or path that is none, DataError for a bad file or one bigger than the model's vocabulary.
+    a word or path that is none and one bigger than the model's vocabulary, DataError for a bad file.
     """
     if name == "byte":
         tokenizer = Tokenizer(name)
@@ -106,10 +106,9 @@ def open_tokenizer(
 
 def _check_size(name: str, size: int, vocab: int) -> None:
     if size > vocab:
-        raise DataError(
+        raise UsageError(
             f"{KEY} = {name!r} has {size} ids, the model's vocabulary {vocab}: "
             f"set model.vocab to {size} or more, or take a smaller tokenizer",
-            file=name,
             key=KEY,
         )
 

@@ -161,16 +161,19 @@ def test_a_mask_without_a_target_is_65(folder: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "text"),
+    ("word", "code", "text"),
     [
-        ("train:1024", "has 1024 ids, the model's vocabulary 256"),
-        ("bad.json", "not a tokenizer.json"),
-        ("mute.json", "cannot read the text"),
+        ("train:1024", 2, "has 1024 ids, the model's vocabulary 256"),
+        ("bad.json", 65, "not a tokenizer.json"),
+        ("mute.json", 65, "cannot read the text"),
     ],
 )
-def test_a_bad_tokenizer_is_65(word: str, text: str, folder: Path, capsys) -> None:
-    error = refused(capsys, 65, f"data.tokenizer={word}")
+def test_a_bad_tokenizer_file_is_65_and_one_too_big_for_the_model_2(
+    word: str, code: int, text: str, folder: Path, capsys
+) -> None:
+    error = refused(capsys, code, f"data.tokenizer={word}")
     assert error["key"] == "data.tokenizer" and text in error["message"]
+    assert error["file"] == (None if code == 2 else str(folder / word)), error
 
 
 @pytest.mark.parametrize(

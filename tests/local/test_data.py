@@ -273,7 +273,7 @@ def test_tokenizers_that_cannot_be(tmp_path):
     source = open_text(str(tmp_path / "a.txt"), key="data.source")
     (tmp_path / "bad.json").write_text('{"version": 1')
     for name, kind, message in (
-        ("train:1024", DataError, "has 1024 ids, the model's vocabulary 300"),
+        ("train:1024", UsageError, "has 1024 ids, the model's vocabulary 300"),
         ("train:100", UsageError, "at least 257"),
         ("train:x", UsageError, "N is a number"),
         ("none.json", UsageError, "byte, train:N, a path"),
@@ -281,7 +281,7 @@ def test_tokenizers_that_cannot_be(tmp_path):
     ):
         with pytest.raises(kind, match=message):
             open_tokenizer(name, vocab=300, source=source)
-    with pytest.raises(DataError, match="has 256 ids, the model's vocabulary 255"):
+    with pytest.raises(UsageError, match="has 256 ids, the model's vocabulary 255"):
         open_tokenizer("byte", vocab=255)
 
 

@@ -204,6 +204,13 @@ def test_completion_knows_the_options_of_the_verb(capfd, monkeypatch):
     assert "--num-microbatches" in capfd.readouterr().out
 
 
+def test_a_file_that_is_no_schedule_is_named(capsys, tmp_path):
+    path = tmp_path / "s.csv"
+    path.write_text("0X0\n")
+    code, out, _ = ask(capsys, "--check", str(path), "--json")
+    assert code == 2 and json.loads(out)["error"]["file"] == str(path)
+
+
 def test_auto_says_how_far_from_the_optimum_it_may_be(capsys, tmp_path):
     words = ["auto", "-p", "2", "-m", "2", "--limit", "1.5", "--costs", "1,1.2,0.8,0.1"]
     code, out, _ = ask(capsys, *words, "--json")
@@ -217,7 +224,7 @@ def test_auto_says_how_far_from_the_optimum_it_may_be(capsys, tmp_path):
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"stages": [{"F": 1, "I": 1, "W": 1}] * 3}))
     code, _, err = ask(capsys, "auto", "-p", "2", "-m", "4", "--costs", str(path))
-    assert code == 1 and "needs costs of 2 or 4 stages; 3 were given" in err
+    assert code == 2 and "costs of 3 stages, auto has 2 or 4" in err
 
 
 def test_idle_time_is_told_by_cause(capsys):

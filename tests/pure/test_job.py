@@ -243,3 +243,11 @@ def test_no_torch_and_no_numpy_are_imported() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
     )
     assert done.stdout.strip() == "pp2:1f1b/4mb tp2+sp bf16", done.stderr
+
+
+def test_a_word_on_the_command_line_is_a_preset_or_a_path_as_in_the_file() -> None:
+    job = load("cluster=2xh100", "model=llama3.2-1b", "model.layers=2")
+    assert (job.cluster.devices, job.model.hidden, job.model.layers) == (2, 2048, 2)
+    assert load('model="llama3-8b"').model.hidden == 4096
+    with pytest.raises(UsageError, match=r"no\.toml"):
+        load("cluster=no.toml")

@@ -1,15 +1,19 @@
 """Around the search: why, what binds, what fits at most, a front, auto, nothing fits."""
 
+import io
 import json
 import re
+import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
-from partita.planner.answer import counts, ranked
-from partita.planner.ask import Question, ask, resolved
+from partita.cli.out import waiting
+from partita.planner.answer import counts, document, ranked
+from partita.planner.ask import Answer, Question, ask, resolved
 from partita.planner.explain import beside, binds, causes, changes, why
 from partita.planner.nodes import Found
 from partita.planner.search import Search, measures, searcher
@@ -355,3 +359,36 @@ def test_a_hybrid_is_searched_in_its_own_parts():
     job = job_of(4, 1e9)
     told = ask(job, Question(top=50, fix=("cp4:hybrid2x2 bf16 2mb",), forbid=("recompute",))).plans
     assert told and all("cp4:hybrid2x2" in p.plan for p in told)
+
+
+class Terminal(io.StringIO):
+    """Says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_is_told_on_a_terminal_alone(monkeypatch):
+    shown = []
+    for stream, quiet in ((Terminal(), False), (Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with waiting("plan  searching", quiet):
+            pass
+        shown.append("searching" in stream.getvalue())
+    assert shown == [True, False, False]
+
+
+def test_host_memory_that_a_cluster_does_not_state_is_told():
+    job = job_of(2, 80e9)
+    text = binds(job, simulate(job.with_plan("dp_shard2.zero2 offload:cpu bf16")))
+    assert "on the host of a node, whose room the cluster does not state" in text
+    roomy = replace(job, cluster=replace(job.cluster, host_memory_bytes=64e9))
+    assert "of 64 GB on the host of a node" in binds(
+        roomy, simulate(roomy.with_plan("dp_shard2.zero2 offload:cpu bf16"))
+    )
+    assert "host" not in binds(job, simulate(job.with_plan("dp_shard2.zero2 bf16")))
+
+
+def test_reasons_that_refused_nothing_are_left_out():
+    found = Found(rejected=Counter({"memory": 2, "files where the host has room": 0}))
+    assert document(Answer(found, ()))["rejected"] == {"memory": 2}

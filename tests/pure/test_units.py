@@ -3,7 +3,13 @@ import math
 import pytest
 
 from partita.base.text import did_you_mean, nearest_names, table, tree
-from partita.base.units import format_bytes, format_count, format_rate, format_seconds
+from partita.base.units import (
+    format_bytes,
+    format_count,
+    format_rate,
+    format_seconds,
+    seconds_apart,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +85,11 @@ def test_nearest_names() -> None:
     assert nearest_names("layer", ["hidden", "layers"]) == ["layers"]
     assert did_you_mean("Layrs", ["hidden", "layers"]) == "; did you mean 'layers'?"
     assert did_you_mean("zzz", ["hidden", "layers"]) == "; known: hidden, layers"
+
+
+def test_durations_beside_each_other_are_told_apart() -> None:
+    assert seconds_apart(5.1041, 5.0996) == ("5.104 s", "5.100 s")
+    assert seconds_apart(0.00335191, 0.00335223) == ("3.3519 ms", "3.3522 ms")
+    assert seconds_apart(5.0, 6.0) == ("5 s", "6 s")
+    assert seconds_apart(2.0, 2.0) == ("2 s", "2 s")
+    assert seconds_apart(7201.0, 7202.0) == ("2 h", "2 h")

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from partita.base.errors import UsageError
+from partita.cli import main
 from partita.cli.main import application
 from partita.cost.comm import AlphaBeta, Group
 from partita.cost.machine import machine_of, software_of, table
@@ -414,3 +415,9 @@ def test_a_table_that_is_no_text_is_told_and_excels_mark_is_read(tmp_path, rows)
         read_rows(path)
     path.write_text(text, encoding="utf-8-sig")
     assert [r["id"] for r in read_rows(path)] == [rows[0]["id"]]
+
+
+def test_where_rows_go_is_looked_at_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr("partita.simulate.validation.validation", None)  # nobody may ask it
+    assert main.run(["validate", str(FILE), "--rows", "no/such/rows.csv"]) == 2
+    assert "the folder no/such does not exist" in capsys.readouterr().err
