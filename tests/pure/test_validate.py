@@ -108,11 +108,11 @@ def test_what_power_a_device_has_is_in_its_clock(rows):
 def test_a_host_that_waits_for_a_message_starts_anew(rows):
     found = case(next(r for r in rows if r["group"] == "sc21-t1" and r["pp"] != "1"))
     machine = machine_of(found.cluster, found.software)
-    assert waiting(1.0, machine) == (1.0 + machine.software.restart_s, 0.0)
-    assert waiting(0.0, machine) == (0.0, 0.0)
+    assert waiting((1.0, 0.5), machine) == (1.0 + machine.software.restart_s, (0.0, 0.0))
+    assert waiting((0.0, 0.0), machine) == (0.0, (0.0, 0.0))
     assert machine.software.restart_s > 0
     alone = machine_of(found.cluster, "megatron-2024")
-    assert waiting(1.0, alone) == (0.0, 1.0)
+    assert waiting((1.0, 0.5), alone) == (0.0, (1.0, 0.5))
 
 
 def test_zero_3_of_2021_gathers_thrice_over_one_adapter(rows):
