@@ -20,7 +20,7 @@ from partita.planner.search import ANY, Found, Goal, Search, measures
 from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
 from partita.planner.splits import finished
 from partita.planner.uneven import FEW, Uneven, UnevenSpace
-from partita.simulate.predict import Prediction
+from partita.simulate.predict import Prediction, simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 
@@ -29,6 +29,7 @@ SEARCHED = (*SCHEDULES, *VIRTUAL, "chimera", "v_<num>_<den>")
 SIZES = ("pp", "dp", "cp", "tp")
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
+SLICES = 3  # of the time that is left, one for a search among several
 DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
 FEWEST = Goal("devices")
 Makes = Callable[[Job], Search]
@@ -130,7 +131,14 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
 
     def fits(value: int) -> bool:
         nonlocal shown, proven
-        found = makes(_with(job, field, value)).best(Goal("memory"), budget_s=budget_s, first=True)
+        there = _with(job, field, value)
+        for known in shown.plans[:1]:  # a moment's look, before a search
+            again = simulate(there.with_plan(known.plan))
+            if again.fits:
+                shown = replace(shown, plans=[again])
+                return True
+        left = max(end - time.perf_counter(), 0.0) / SLICES if shown.plans else budget_s
+        found = makes(there).best(Goal("memory"), budget_s=left, first=True)
         if found.plans:
             shown = found
         proven = proven and (bool(found.plans) or found.complete)
@@ -193,11 +201,17 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
             raise UsageError(text, key="pareto")
         goal_of(search.job, name)
     under = [float("inf")] * len(GOALS)
-    front, whole = list[Prediction](), Found()
+    front, whole, end = list[Prediction](), Found(), time.perf_counter() + budget_s
+
+    def best(goal: Goal) -> Found:
+        """In a slice of what is left."""
+        left = max(end - time.perf_counter(), 0.0) / SLICES
+        found = search.best(goal, budget_s=left)
+        return finished(search, goal, 1, found, max(left - found.seconds, 0.0))
+
     for _ in range(most):
         goal = goal_of(search.job, first, under)
-        found = search.best(goal, budget_s=budget_s / most)
-        found = finished(search, goal, 1, found, budget_s / most - found.seconds)
+        found = best(goal)
         if not front:
             whole = found
         whole.complete = whole.complete and found.complete
@@ -210,11 +224,11 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         under[GOALS.index(second)] = measured[GOALS.index(second)]
     else:
         whole.complete, whole.more = False, True
-        goal = goal_of(search.job, second)
-        end = search.best(goal, budget_s=budget_s / most)
-        end = finished(search, goal, 1, end, budget_s / most - end.seconds)
-        front[-1:] = end.plans[:1] or front[-1:]
-        whole.seconds += end.seconds
+    if front and not whole.complete:  # its other end, which it did not come to
+        last = best(goal_of(search.job, second))
+        kept = front[:-1] if whole.more and last.plans else front
+        front = [*kept, *(p for p in last.plans[:1] if all(p.plan != q.plan for q in kept))]
+        whole.seconds += last.seconds
     whole.plans = [p for p in front if not any(_beats(q, p, first, second) for q in front)]
     return whole
 
