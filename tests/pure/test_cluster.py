@@ -157,6 +157,10 @@ def test_nodes_that_differ() -> None:
         ({"devices": 8, "nodes": [{"device": "h100", "devices": 8}]}, "nodes replace devices"),
         ({"nodes": [{"device": "h1000", "devices": 8}]}, "nodes[0].device: no device 'h1000'"),
         ({"devices": 4096, "device": "gh200"}, "state [[links]]"),
+        (
+            {"devices": 8, "device": "4090"},
+            "one that is no row takes the nearest row's name, and memory_bytes",
+        ),
     ],
 )
 def test_errors_teach(table: dict[str, Any], text: str) -> None:
