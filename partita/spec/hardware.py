@@ -137,8 +137,8 @@ def find_hardware(name: str) -> Hardware:
     if key not in rows:
         known = [*ALIASES, *hardware_rows()]
         raise UsageError(
-            f"no device '{name}'{did_you_mean(name, known)}; one that is no row takes the nearest row's name, "
-            "and memory_bytes, peak_flops, memory_bytes_per_s and links of its own beside it",
+            f"no device '{name}'{did_you_mean(name, known)}; one that is no row takes the nearest row's "
+            "name, and memory_bytes, peak_flops, memory_bytes_per_s and links of its own beside it",
             key="device",
         )
     return rows[key]
