@@ -169,13 +169,15 @@ class Model:
         return self.finish_loss(loss, batch.step)
 
     def evaluate(self, batch: StepBatch) -> float:
-        """The token mean of the loss over one microbatch of every rank, forward only, dropout off."""
+        """The token mean of the loss over one microbatch of every rank, forward only, dropout off; scales
+        that look back see nothing of it."""
         assert self.forward_only is not None
         if self.under_way:
             raise UsageError(
                 "the last step is not over (its microbatches, or the proof of its update): evaluate after "
                 "one that drains (data.batch(step), without drains=False)"
             )
+        seen = self.products.seen()
         for block in self.blocks:
             block.training = False
         try:
@@ -184,6 +186,7 @@ class Model:
                 loss = self.forward_only.run(batch.microbatches)
                 return self.finish_loss(loss, batch.step)
         finally:
+            self.products.restore(seen)
             for block in self.blocks:
                 block.training = True
 

@@ -25,6 +25,7 @@ from partita.spec.plan import PrecisionPlan
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks, inspect
 from partita.train.resume import load_run
+from partita.train.step import StepBatch
 from partita.verify.parity import verify
 
 PLAN = PrecisionPlan("fp8")
@@ -258,3 +259,22 @@ def test_a_run_that_goes_on_looks_back_at_what_it_saw_before_it_was_saved(more, 
     assert inspect(half, digests=True).complete
     _, _, (other,) = run("other", 3, half, "2mb")
     assert other == pytest.approx(losses[2], rel=1e-2)
+
+
+def evaluated(world, job):
+    """What scales look back at before and after an evaluation."""
+    built = assemble(job, world)
+    built.model.forward_backward(built.batch(0))
+    before = built.model.products.seen()
+    built.model.evaluate(StepBatch(1, built.batch(1).microbatches[:1]))
+    return before, built.model.products.seen()
+
+
+def test_an_evaluation_leaves_what_scales_look_back_at(tmp_path):
+    job = verify_jobs.job(tmp_path, "2mb fp8 precision.fp8_scaling=delayed", layers=1)
+    with local(1, 20) as ranks:
+        ((before, after),) = ranks.run(evaluated, job)
+    assert any(before)
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[role], new[role]) for role in old)
