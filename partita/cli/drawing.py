@@ -81,7 +81,8 @@ class Drawing:
         """The schedule's, and of a run where it was measured."""
         if not self.run:
             return self.schedule.name
-        drain = ": a step that drains" if self.schedule.is_asynchronous else ""
+        ahead = any(s.microbatch >= self.schedule.num_microbatches for s in self.spans)
+        drain = ": a step that drains" if self.schedule.is_asynchronous and not ahead else ""
         return f"{self.run} ({self.schedule.name}, measured{drain})"
 
     def text(self, width: int | None, longest: float = 0.0) -> str:

@@ -114,6 +114,8 @@ def test_a_step_of_an_asynchronous_run_is_said_to_drain():
     made = schedule("pipedream", num_ranks=2, num_microbatches=4)
     assert Drawing(made, clock(made), run="r").name == "r (pipedream, measured: a step that drains)"
     assert Drawing(made, clock(made)).name == "pipedream"
+    ahead = [*clock(made), Span(0, "compute", "F", "0F4", 20.0, 21.0, 0, 4)]
+    assert Drawing(made, ahead, run="r").name == "r (pipedream, measured)", "it fills the next"
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path, capsys):
