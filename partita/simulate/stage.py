@@ -187,7 +187,7 @@ def _unplayed(block: Block, calls: tuple[Call, ...]) -> tuple[Call, ...] | None:
 
 
 PartTime = tuple[dict[str, float], dict[str, dict[str, float]], Lanes]
-PartTimes = dict[tuple[int, tuple[float, float]], PartTime]
+PartTimes = dict[tuple[object, ...], PartTime]
 
 
 def stage_time(
@@ -200,7 +200,7 @@ def stage_time(
     comm: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: Lanes = {}
     for part in work.parts:
-        key = id(part.work), part.shares
+        key = id(part.work), part.calls, part.unplayed, part.shares  # of the kernels alone
         if key not in known:
             known[key] = _part_time(part, laid, machine)
         seconds, seen, lanes = known[key]

@@ -53,7 +53,7 @@ _ROUND, _ROUNDS = (
     3,
 )  # times that justification places every item in a round of both rules; rounds
 MOST_ITEMS = (
-    20_000  # of one placement of each number of stages: beyond, named ones take seconds to make
+    30_000  # of one placement of each number of stages: beyond, named ones take seconds to make
 )
 
 
