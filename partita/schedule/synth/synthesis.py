@@ -45,16 +45,12 @@ Goal = Literal["flush", "span"]
 _JUSTIFIED = 4  # seeds of a placement that are improved
 _BLOCK_WALKS, _SHAKEN_WALKS = 2, 3  # short ones find more than a long one
 _FIRST, _LEAST = 10, 40  # one part of the effort, and items placed, of first building blocks
-_USUAL = (
-    800_000  # items placed at most, about 3 s of processor time; half of it may go to first orders
-)
-_ROUND, _ROUNDS = (
-    4,
-    3,
-)  # times that justification places every item in a round of both rules; rounds
-MOST_ITEMS = (
-    30_000  # of one placement of each number of stages: beyond, named ones take seconds to make
-)
+# Items placed at most, about 3 s of processor time; half of it may go to first orders
+_USUAL = 800_000
+# Times that justification places every item in a round of both rules; rounds
+_ROUND, _ROUNDS = 4, 3
+# Of one placement of each number of stages: beyond, named ones take seconds to make
+MOST_ITEMS = 30_000
 
 
 @dataclass(frozen=True)
