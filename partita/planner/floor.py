@@ -228,10 +228,10 @@ class Floors:
         self, mesh: MeshChoice, shape: Shape, table: Table, parts: int, paired: bool, cut: float
     ) -> float:
         """Seconds of a step at least with any schedule, from an endless table of a sequence in so many times
-        fewer parts: of the mean rank, and where that is just below `cut`, by where stages lie."""
+        fewer parts: of the mean rank, and where that is just below `cut`, by where balanced stages lie."""
         found = self(mesh, shape, table, parts, paired)
         seconds = float(np.minimum.reduce(found.seconds))
-        if seconds >= cut or seconds < NEAR * cut:
+        if self.space.uneven or seconds >= cut or seconds < NEAR * cut:
             return seconds
         b, schedules = self.bounds, self.schedules(mesh, paired)
         told = self.kinds(mesh, table, found, schedules, parts)

@@ -27,6 +27,11 @@ from partita.spec.job import Job
 FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
 SEARCHED = (*SCHEDULES, *VIRTUAL, "chimera", "v_<num>_<den>")
 SIZES = ("pp", "dp", "cp", "tp")
+NONE_LEGAL = "no plan is legal under these words"
+SAID = {  # fields that a plan's line has under other words
+    "groups": "split", "num_microbatches": "microbatches", "dtype": "precision", "zero": "ZeRO stage",
+    "virtual": "stages a rank", "ulysses": "ranks of ulysses", "method": "way to cut sequences",
+}  # fmt: skip
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 SLICES = 3  # of the time that is left, one for a search among several
@@ -161,7 +166,9 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         middle = middle if low < middle < high else low + unit
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
-        return Solved(field, None, unit, shown, proven, f"no {field} of at least {unit} fits")
+        space, text = makes(job).space, f"no {field} of at least {unit} fits"
+        text += "" if _leaves(space, space.words) else f": {NONE_LEGAL}{_which(space)}"
+        return Solved(field, None, unit, shown, proven, text)
     search = makes(_with(job, field, low))
     fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))
     fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
@@ -262,7 +269,7 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
             f"({needs / limit:.2f} times)"
         )
     elif least.complete:
-        lines.append("nothing fits: no plan is legal under these words" + _which(search.space))
+        lines.append(f"nothing fits: {NONE_LEGAL}{_which(search.space)}")
     else:
         lines.append(f"the plan of least memory was not found in {budget_s:g} s")
     for field in FIELDS:
@@ -286,21 +293,32 @@ def _least_of_splits(search: Search, budget_s: float) -> Found:
 
 
 def _which(space: Space) -> str:
-    """Which of the words leaves no plan by itself, and what there is instead; or which two of them."""
-    found = []
+    """Which of the words leaves no plan by itself, and what there is instead; or which two of them; or the
+    stated size of a microbatch."""
+    found, micro = [], space.job.train.micro_batch_size
+    if micro is not None and not _leaves(space, Words()):
+        return f": micro_batch_size {micro} divides no replica's part of {space.batch:,} sequences"
     for name, value in space.words.fixed:
         if _leaves(space, Words(((name, value),))):
             continue
         there = ", ".join(map(str, _known(space, name)))
-        found.append(f"none has {name} {value}" + (f" (there may be {there})" if there else ""))
+        found.append(
+            f"none has {_said(name)} {value}" + (f" (there may be {there})" if there else "")
+        )
         if name in ("dp", "num_microbatches"):
             found[-1] += f": dp times microbatches divides {space.batch:,} sequences"
-    words = [(f"{n} {v}", Words(((n, v),))) for n, v in space.words.fixed]
-    words += [(f"no {n} {v or ''}".strip(), Words((), ((n, v),))) for n, v in space.words.forbidden]
+    words = [(f"{_said(n)} {v}", Words(((n, v),))) for n, v in space.words.fixed]
+    words += [
+        (f"no {_said(n)} {v or ''}".strip(), Words((), ((n, v),))) for n, v in space.words.forbidden
+    ]
     for (one, a), (other, b) in combinations(() if found else words, 2):
         if not _leaves(space, Words(a.fixed + b.fixed, a.forbidden + b.forbidden)):
             found.append(f"none has {one} and {other}")
     return ": " + "; ".join(found) if found else ""
+
+
+def _said(name: str) -> str:
+    return SAID.get(name, name)
 
 
 def _leaves(space: Space, words: Words) -> bool:

@@ -19,6 +19,13 @@ KNOWN = {
     "quality": (r"[ABC]?", "A, B, C"),
 }  # fmt: skip
 
+PLAIN, GATED = ("gelu", "relu2"), ("swiglu", "geglu")  # feed-forwards of two matrices, of three
+
+
+def is_gpt(row: Mapping[str, str]) -> bool:
+    """Whether GPT-2's family has the row's layers: GELU without a gate, and as many keys as queries."""
+    return row["mlp"] == "gelu" and row.get("kv_heads", "") in ("", row.get("heads", ""))
+
 
 def not_understood(row: Mapping[str, str]) -> list[str]:
     """A sentence for each cell that says none of the words of its column, and where two contradict."""

@@ -1,7 +1,10 @@
 """What a rank holds over a step: the ledger's categories along the schedule's clock, and who holds the peak.
 
 parameters, optimizer and gradients stay, but gradients that ZeRO cuts come as the first B of their stage (W
-where halves XX
+where halves are split) lets go of what it kept; activations live from F to the end of B (W); buffers, at the
+worst moment inside any of the rank's actions, while one runs. The curve's top is the ledger's peak, of each
+category its own figure, by construction and by a test.
+
 A device shows more than its tensors: the context of its runtime and of its communicators, and what the
 allocator cannot give back. `peak_interval` is of tensors alone, `shown_bytes` of all that a device shows.
 """

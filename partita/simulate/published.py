@@ -16,7 +16,7 @@ from partita.base.errors import PartitaError, PlanError
 from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
-from partita.simulate.cells import not_understood
+from partita.simulate.cells import GATED, PLAIN, is_gpt, not_understood
 from partita.simulate.recipes import UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
@@ -214,14 +214,14 @@ def global_batch(row: Row) -> int:
 def model(row: Row, seq: int) -> ModelSpec:
     """The model of a row, in one of the families."""
     mlp, name = row["mlp"], row["model_name"]
-    if mlp not in ("gelu", "relu2", "swiglu"):
+    if mlp not in (*PLAIN, *GATED):
         raise UnpredictableError(f"architecture outside the families: {mlp or 'not stated'}")
     experts: dict[str, Any] = {}
     if row.get("experts", "") not in ("", "0"):
         ffn = number(row, "moe_ffn_hidden")
         counts = {"experts": number(row, "experts"), "top_k": number(row, "topk")}
         experts = {**counts, "expert_ffn_hidden": ffn}
-    family = "gpt2" if mlp == "gelu" else "llama"
+    family = "gpt2" if is_gpt(row) else "llama"
     made = next((v for start, v in LATENT.items() if name.startswith(start)), None)
     if made is not None:
         experts |= {"dense_layers": made[1], "shared_experts": made[2]}
@@ -251,10 +251,10 @@ def _vocab(row: Row) -> int:
 
 
 def _ffn(row: Row, default: int | None) -> int:
-    """The width of the feed-forward. A squared ReLU has no gate: its two matrices of width f are the
-    weights and the FLOPs of a gated three of width 2f/3."""
+    """The width of the feed-forward. Without a gate (a squared ReLU; Falcon's GELU, whose keys are few) two
+    matrices of width f are the weights and the FLOPs of a gated three of width 2f/3."""
     width = number(row, "ffn_hidden", default)
-    return width * 2 // 3 if row["mlp"] == "relu2" else width
+    return width * 2 // 3 if row["mlp"] in PLAIN and not is_gpt(row) else width
 
 
 def _recompute(row: Row) -> str:

@@ -92,9 +92,17 @@ def test_words_that_leave_no_plan_are_named():
     lines = nothing_fits(job, lambda j: searcher(j, fix=("tp3", "2mb")), 1.0)
     assert "none has tp 3 (there may be 1, 2, 4)" in lines[0]
     line = nothing_fits(job, lambda j: searcher(j, fix=("3mb",)), 1.0)[0]
-    assert "3 (there may be 1, 2, 4, 8): dp times microbatches divides 8 sequences" in line
+    assert (
+        "microbatches 3 (there may be 1, 2, 4, 8): dp times microbatches divides 8 sequences"
+        in line
+    )
     line = nothing_fits(job, lambda j: searcher(j, fix=("tp2", "2mb"), forbid=("tp",)), 1.0)[0]
     assert line.endswith("none has tp 2 and no tp"), line
+    odd = replace(job, train=replace(job.train, micro_batch_size=3))
+    line = nothing_fits(odd, lambda j: searcher(j, fix=("tp2",)), 1.0)[0]
+    assert line.endswith("micro_batch_size 3 divides no replica's part of 8 sequences"), line
+    told = solve(job, "layers", lambda j: searcher(j, fix=("16mb",)), 1.0)
+    assert told.value is None and "none has microbatches 16 (there may be" in told.text, told.text
 
 
 def test_why_speaks_of_every_choice_of_a_plan_with_experts():

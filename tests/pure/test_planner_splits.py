@@ -98,6 +98,7 @@ def splits_hold(search: Search, node: Node, rng: random.Random) -> bool:
     own = levels._seconds(node, table, splits, cut, at)
     told = (
         search.floors(mesh, fold, whole, mesh.cp, paired).seconds[size],
+        search.floors.least(mesh, fold, whole, mesh.cp, paired, seconds),
         least.seconds[size],
         every.min() + once,
         own[i] + once,

@@ -71,6 +71,10 @@ def test_what_no_plan_says_is_read_off_the_row(rows):
     assert deep.parameters() == pytest.approx(671e9, rel=5e-3)
     relu = case(next(r for r in rows if r["mlp"] == "relu2")).model
     assert 3 * relu.ffn_hidden == 2 * 73728
+    gpt = next(r for r in rows if r["mlp"] == "gelu" and r["ffn_hidden"] == "49152")
+    falcon, gemma = (case({**gpt, **c}).model for c in ({"kv_heads": "8"}, {"mlp": "geglu"}))
+    assert (case(gpt).model.family, falcon.family, falcon.ffn_hidden) == ("gpt2", "llama", 32768)
+    assert (gemma.family, gemma.ffn_hidden) == ("llama", 49152)
 
 
 def test_a_mesh_that_differs_in_its_slices_alone_is_its_own_configuration(rows):
