@@ -363,7 +363,11 @@ def test_a_sequence_that_does_not_divide_is_filled_up(plan, family, model, folde
 
 @pytest.mark.slow
 def test_odd_sizes(folder):
-    """A ring of 3, kv heads shared over Ulysses x tp, 12 tokens."""
+    """A ring of 3, kv heads shared over Ulysses x tp, 4 of them on 6 ranks, 12 tokens."""
     assert verify(verify_jobs.job(folder, "cp3:ring fp64", seq=12, packed=True, layers=2)).equal
     assert verify(verify_jobs.job(folder, "cp2:ulysses tp2+sp fp64", kv_heads=1, layers=2)).equal
     assert verify(verify_jobs.job(folder, "cp3:all_gather fp64", seq=9, layers=2)).equal
+    more = {"heads": 12, "hidden": 48, "layers": 2}
+    for plan, kv_heads in (("cp6:ulysses fp64", 4), ("cp4:hybrid2x2 tp2 fp64", 6)):
+        found = verify(verify_jobs.job(folder, plan, packed=True, kv_heads=kv_heads, **more))
+        assert found.equal and found.traffic_equal, str(found)

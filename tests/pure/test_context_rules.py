@@ -8,7 +8,7 @@ from executed import DROPS, laid, model, request
 
 from partita.parallel.cp.balance import assign, chunks, order, seen
 from partita.parallel.laid import Request, lay, problems
-from partita.parallel.read import kept_bytes, traffic
+from partita.parallel.read import bytes_of, kept_bytes, traffic
 from partita.simulate.inside import transient_bytes
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
@@ -97,6 +97,26 @@ def test_ulysses_sends_what_lies_on_a_rank(ways) -> None:
         calls = [c for c in traffic(whole.program.blocks[1], whole.sizes) if c.phase == phase]
         assert sum(c.bytes for c in calls) == 2 * (2 * q + 2 * kv)
         assert {c.collective for c in calls} == {"all_to_all"}
+
+
+def test_kv_heads_that_ranks_do_not_divide_are_handed_in_as_often_as_they_must() -> None:
+    """4 on 6 ranks: each three times, two a rank; with tp 2 each rank has 3 of 6, of which 2 make 6."""
+    for line, kv_heads, copies in (("cp6:ulysses", 4, 3), ("cp2:ulysses tp2", 6, 2)):
+        request_of = request(model(heads=12, kv_heads=kv_heads), line)
+        assert [p for p in problems(request_of) if p.severity == "error"] == []
+        whole = lay(request_of)
+        block = whole.program.blocks[1]
+        size, ways = bytes_of(block, whole.sizes), whole.sizes["ulysses"]
+        q, k, v, out = (op for op in block.ops() if op.kind == "exchange")
+        assert [size[x.writes] / size[x.reads[0]] for x in (q, k, v, out)] == [1, copies, copies, 1]
+        calls = [
+            c
+            for c in traffic(block, whole.sizes)
+            if c.collective == "all_to_all" and c.phase == "F"
+        ]
+        assert sum(c.bytes for c in calls) == sum(size[x.writes] for x in (q, k, v, out))
+        heads = [d for d in block.tensors[k.writes].dims if d.name == "kv_heads"]
+        assert heads[0].size == kv_heads * copies and heads[0].size % ways == 0
 
 
 def test_cp_divides_activations() -> None:

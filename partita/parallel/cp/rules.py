@@ -8,7 +8,8 @@
 
 Everything else works on its own tokens; the loss is a partial sum, and so is every weight's gradient: both
 come out of the sum rule. A ring hands on k and v n-1 times in F and in B, and in B the gradients of both, in
-the wide dtype. Ulysses hands in q, k, v and the output; a kv head that several ranks need once for each.
+the wide dtype. Ulysses hands in q, k, v and the output; kv heads that the ranks do not divide are handed in
+as often as it takes for the ranks to divide them.
 Rings want each rank's share in an order of equal work: balance.py.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import lcm
 
 from partita.base.errors import Problem
 from partita.parallel.cp import halo
@@ -55,9 +57,7 @@ def _heads_fit(heads: int, job: Request) -> bool:
 
 
 def _legal(job: Request) -> bool:
-    m, sizes = job.model, job.plan.sizes
-    shares = sizes["ulysses"] * sizes["tp"] % m.kv_heads == 0
-    return _heads_fit(m.heads, job) and (shares or _heads_fit(m.kv_heads, job))
+    return _heads_fit(job.model.heads, job)
 
 
 def _heads(job: Request) -> Iterable[Problem]:
@@ -68,12 +68,6 @@ def _heads(job: Request) -> Iterable[Problem]:
         yield error(
             "cp", "heads", f"{m.heads} query heads {on}: {m.heads} % {ways} = {m.heads % ways}",
             asked=_asked(job.plan), limit=f"ulysses * tp divides {m.heads}", nearest=_nearest(job),
-        )  # fmt: skip
-    elif not _heads_fit(m.kv_heads, job) and ways % m.kv_heads:
-        yield error(
-            "cp", "kv_heads", f"{m.kv_heads} key/value heads {on}: one must divide the other",
-            asked=_asked(job.plan), limit=f"ulysses * tp divides {m.kv_heads} or the other way round",
-            nearest=_nearest(job),
         )  # fmt: skip
 
 
@@ -111,8 +105,8 @@ def lay(job: Request, program: Program) -> Program:
                 lambda b, axis=axis: sum_rule(cut_everywhere(b, ("seq",), axis), axis)
             )
     if sizes["ulysses"] > 1:
-        ways = sizes["ulysses"] * sizes["tp"]
-        program = program.map(lambda b: _ulysses(b, ways))
+        copied = _copied(job)
+        program = program.map(lambda b: _ulysses(b, copied))
     if sizes["cp"] > 1:
         gathers = job.plan.context.method == "all_gather"
         program = program.map(lambda b: _travel(b, sizes["cp"], gathers))
@@ -168,15 +162,26 @@ def _travel(block: Block, ring: int, gathers: bool) -> Block:
     return rewrite(block, change, new)
 
 
-def _turn(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Between the exchanges: seq is whole on the axis, heads are cut by it."""
+def _copied(job: Request) -> int:
+    """Key/value heads of all tp ranks, copies among them, that `ulysses` divides on each."""
+    tp = job.plan.sizes["tp"]
+    return tp * lcm(max(job.model.kv_heads // tp, 1), job.plan.sizes["ulysses"])
+
+
+def _copies(dims: tuple[Dim, ...], copied: int) -> tuple[Dim, ...]:
+    return tuple(replace(d, size=copied) if d.name == "kv_heads" else d for d in dims)
+
+
+def _turn(dims: tuple[Dim, ...], copied: int) -> tuple[Dim, ...]:
+    """Between the exchanges: seq is whole on the axis, heads are cut by it, kv heads are `copied`."""
     apart = tuple(replace(d, cut=tuple(a for a in d.cut if a != "ulysses")) for d in dims)
-    return cut_tensor(Tensor("", apart), HEADS, "ulysses").dims
+    return cut_tensor(Tensor("", _copies(apart, copied)), HEADS, "ulysses").dims
 
 
-def _ulysses(block: Block, ways: int) -> Block:
+def _ulysses(block: Block, copied: int) -> Block:
     """From the first op that must see seq whole to the last, tensors are turned; what crosses goes by
-    all_to_all. Fewer kv heads than ranks: each is handed in once for every rank that needs it."""
+    all_to_all. Kv heads that the ranks do not divide: as many copies of each are handed in as make
+    `copied`."""
     ops, t = block.ops(), block.tensors
     core = [i for i, op in enumerate(ops) if _must_travel(block, op, "ulysses")]
     if not core:
@@ -188,13 +193,10 @@ def _ulysses(block: Block, ways: int) -> Block:
     back = {y: f"{y}~ulysses" for y in sorted(written & left)}
     moved = {**sent, **back}
     inside = {n for op in inner for n in (op.writes, *op.saves, *op.scratch) if n not in moved}
-    new = {n: replace(t[n], dims=_turn(t[n].dims)) for n in inside}
-    new |= {y: replace(t[x], name=y, dims=_turn(t[x].dims)) for x, y in moved.items()}
+    new = {n: replace(t[n], dims=_turn(t[n].dims, copied)) for n in inside}
+    new |= {y: replace(t[x], name=y, dims=_turn(t[x].dims, copied)) for x, y in moved.items()}
     for x in sent:
-        copies = tuple(
-            replace(d, size=max(d.size, ways)) if d.name == "kv_heads" else d for d in t[x].dims
-        )
-        new[f"{x}*"] = replace(t[x], name=f"{x}*", dims=copies)
+        new[f"{x}*"] = replace(t[x], name=f"{x}*", dims=_copies(t[x].dims, copied))
     writer = _writers(block)
 
     def exchange(made: str, x: str, y: str, handed: str) -> Op:
@@ -210,7 +212,7 @@ def _ulysses(block: Block, ways: int) -> Block:
         first = [exchange(writer[x], x, y, f"{x}*") for x, y in sent.items() if op is inner[0]]
         last = [exchange(op.name, y, x, y) for x, y in back.items() if x == op.writes]
         turned = replace(
-            op, reads=tuple(map(name, op.reads)), writes=name(op.writes), space=_turn(op.space),
+            op, reads=tuple(map(name, op.reads)), writes=name(op.writes), space=_turn(op.space, copied),
             saves=tuple(map(name, op.saves)), whole=tuple((name(x), d) for x, d in op.whole),
         )  # fmt: skip
         return (*first, turned, *last)

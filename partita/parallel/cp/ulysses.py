@@ -3,15 +3,17 @@
     x [batch, heads, share, d]  ->  [batch, heads / n, share * n, d]      q, k, v before attention
                                 <-                                        its output behind
 
-Ranks are side by side on the sequence, so that the shares joined in rank order are in laid order. Fewer
-kv heads than ranks: each is handed in once for every rank that needs it, and backward adds what comes
-back. Backward of an exchange is the exchange the other way. The exchanges keep nothing.
+Ranks are side by side on the sequence, so that the shares joined in rank order are in laid order. Kv heads
+that the ranks do not divide: each is handed in as often as it takes (4 on 6 ranks three times: 12, two a
+rank), and backward adds what comes back. Backward of an exchange is the exchange the other way. The exchanges
+keep nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
@@ -61,8 +63,8 @@ def to_sequence(x: Tensor, region: Region) -> Tensor:
 
 
 def copies(heads: int, ranks: int) -> int:
-    """How often a head is handed in."""
-    return max(ranks // heads, 1)
+    """How often a head is handed in: the least number of times after which ranks divide the heads."""
+    return lcm(heads, ranks) // heads
 
 
 class _ToHeads(torch.autograd.Function):
