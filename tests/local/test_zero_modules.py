@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import partita as pt
+from partita.base.errors import UsageError
 from partita.comm.local import local
+from partita.comm.single import SingleComm
 from partita.parallel.dp.modules import ShardedModules
+from partita.parallel.draws import drawing
 
 
 def blocks() -> list[nn.Module]:
@@ -115,3 +119,58 @@ def test_frozen_and_tied_parameters_and_a_clipped_norm(prefetch):
     want = sorted(p.detach().reshape(-1).tolist() for p in model.parameters())
     for a, b in zip(sorted(got), want, strict=True):
         assert a == pytest.approx(b, rel=1e-9, abs=1e-11)
+
+
+def test_ranks_that_begin_unlike_are_refused():
+    def unlike(world, change):
+        model = blocks()
+        if world.rank == 1:
+            change(model)
+        with pytest.raises(UsageError) as found:
+            ShardedModules(model, world.comm("dp_shard", "dp"))
+        return str(found.value)
+
+    def other_bit(model):
+        model[2][0].bias.data[3] += 1e-15
+
+    with local(3, 20) as ranks:
+        bits = ranks.run(unlike, other_bit)
+        fewer = ranks.run(unlike, lambda model: model.pop())
+    assert all("block 2: 0.bias [7] of rank 1 is not rank 0's" in said for said in bits)
+    assert all("rank 0 has 24, rank 1 has 18, rank 2 has 24 parameters" in said for said in fewer)
+
+
+def test_what_blocks_draw_is_of_their_rank_and_call():
+    def drawn(world, seed):
+        model = ShardedModules([nn.Dropout(0.5), nn.Dropout(0.1)], world.comm(), seed=seed)
+        return [model(torch.ones(64)) for _ in range(2)]
+
+    with local(2, 20) as ranks:
+        first, again, other = (ranks.run(drawn, seed) for seed in (0, 0, 1))
+    flat = [x for mine in first for x in mine]
+    same = [x for mine in again for x in mine]
+    assert all(torch.equal(x, y) for x, y in zip(flat, same, strict=True))
+    assert len({str(x.tolist()) for x in [*flat, *other[0], *other[1]]}) == 8
+    with drawing(0, "rank", 0, "call", 0, "block", 0):
+        whole = nn.functional.dropout(torch.ones(64), 0.5)
+    assert torch.equal(
+        flat[0] > 0, (flat[0] > 0) & (whole > 0)
+    )  # the same by torch's own generator
+
+
+def test_a_block_that_returns_no_tensor_and_a_plan_without_shards_are_refused():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    model = ShardedModules([Two()], SingleComm("dp_shard", "compute", (0,)))
+    with pytest.raises(UsageError, match=r"rank 0: block 0 \(Two\) returned a tuple; each block"):
+        model(torch.ones(1))
+
+    def built(context):
+        return ShardedModules(blocks(), context).comm.size
+
+    with pt.local(2, "dp_shard2.zero3") as ranks:
+        assert ranks.run(built) == [2, 2]
+    with pt.local(2) as ranks, pytest.raises(UsageError, match="plan dp_replicate2 cuts no param"):
+        ranks.run(built)

@@ -1,6 +1,6 @@
 """ZeRO stage 3 over any list of nn.Module blocks (Rajbhandari et al. 2020), by calls around each block.
 
-    sharded = ShardedModules(blocks, comm)
+    sharded = ShardedModules(blocks, context)               whose plan has dp_shard<n>
     optimizer = torch.optim.Adam(sharded.parameters())      any optimizer that is element-wise
     sharded(x).sum().backward(); sharded.finish(); sharded.clip_grad_norm(1.0)
     optimizer.step(); optimizer.zero_grad()
@@ -8,6 +8,7 @@
 Parameters of a block lie in flat units, whose memory is there while a block that uses them runs: one for
 each dtype, for what is trained and what is frozen, and for what several blocks share (tied weights). Each
 rank stores one flat shard a unit, and its optimizer sees the trained; gradients are *summed* over the ranks.
+What a block draws (dropout) is drawn from the seed, its rank, the block and the call (draws.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from partita.base.errors import UsageError
+from partita.comm.context import Context
 from partita.comm.protocol import Comm, Handle
+from partita.parallel.alike import hold_alike
+from partita.parallel.draws import drawing
 from partita.parallel.passed import Passed
 
 
@@ -39,10 +44,21 @@ class ShardedModules:
     """Sends, on `comm`: an all_gather of a unit's shard before a block's forward and before its backward, a
     reduce_scatter of its gradient, if it is trained, behind the backward of the first block that uses it.
     `prefetch` blocks are gathered ahead. Each block takes and returns one tensor. All ranks hand in equal
-    parameters."""
+    parameters: their digests are compared (16 bytes a rank, once). `comm` may be the Context, for its ranks
+    of dp_shard. `calls` is the number of calls, which what is drawn depends on. Raises UsageError where ranks
+    begin unlike, or a block returns no tensor."""
 
-    def __init__(self, blocks: Sequence[nn.Module], comm: Comm, prefetch: int = 1) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], comm: Comm | Context, prefetch: int = 1, seed: int = 0
+    ) -> None:
+        if isinstance(comm, Context):
+            comm = _shards_of(comm)
         self.blocks, self.comm, self.prefetch = list(blocks), comm, prefetch
+        self.seed, self.calls = seed, 0
+        named = [
+            (f"block {i}: {n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()
+        ]
+        hold_alike(comm, named, "modules.parameters:compare")
         users: dict[nn.Parameter, list[int]] = {}
         for at, block in enumerate(self.blocks):
             for p in block.parameters():
@@ -84,11 +100,23 @@ class ShardedModules:
             if torch.is_grad_enabled() and x.requires_grad:
                 x = Passed.apply(x, partial(self.backward_done, at))  # type: ignore[assignment]
             self._bring(range(at, min(at + 1 + self.prefetch, len(self.blocks))))
-            x = block(x)
+            x = self._run(at, block, x)
             self._free(at)
             if torch.is_grad_enabled():
                 x = Passed.apply(x, partial(self.backward_begins, at))  # type: ignore[assignment]
+        self.calls += 1
         return x
+
+    def _run(self, at: int, block: nn.Module, x: Tensor) -> Tensor:
+        rank = self.comm.ranks[self.comm.rank]
+        with drawing(self.seed, "rank", rank, "call", self.calls, "block", at, device=x.device):
+            y = block(x)
+        if not isinstance(y, Tensor):
+            raise UsageError(
+                f"rank {rank}: block {at} ({type(block).__name__}) returned a {type(y).__name__}; each block "
+                "takes one tensor and returns one"
+            )
+        return y
 
     def backward_begins(self, at: int) -> None:
         """The block's parameters are there again; those before it on their way."""
@@ -151,3 +179,13 @@ class ShardedModules:
                     unit.under_way.wait()
                     unit.under_way = None
                 unit.flat.untyped_storage().resize_(0)
+
+
+def _shards_of(context: Context) -> Comm:
+    """Its ranks of dp_shard. Raises UsageError where its plan has none, and would train each rank alone."""
+    if context.mesh.sizes["dp_shard"] == 1 and context.world.size > 1:
+        raise UsageError(
+            f"the plan {context.plan} cuts no parameters: hand in a Context of one with dp_shard, e.g. "
+            f"local({context.world.size}, 'dp_shard{context.world.size}.zero3')"
+        )
+    return context.comm("dp_shard")

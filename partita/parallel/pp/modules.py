@@ -2,41 +2,47 @@
 stages, losses on any of them.
 
     wires = [Wire("x", 0, 1), Wire("x", 1, 2), Wire("skip", 0, 2), Wire("labels", 0, 2)]
-    pipe = PipelinedModules({stage: module}, wires, schedule, world)
+    pipe = PipelinedModules({stage: module}, wires, schedule, context)
     loss = pipe.run(microbatches); optimizer.step(); optimizer.zero_grad()
 
 A stage's module is called with the microbatch and its wires by name, and returns a dict of what its own wires
-carry, and its 'loss' where it has one. The step's loss is the sum of all of them.
+carry, and its 'loss' where it has one. The step's loss is the sum of all of them. What a module draws
+(dropout) is drawn from the seed, its stage, the step and the microbatch (draws.py), so no two draw alike, and
+all draw the same again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partita.base.errors import UsageError
+from partita.comm.context import Context, Named, group_ranks
 from partita.comm.protocol import Comm, Where, World
+from partita.parallel.alike import hold_alike
 from partita.parallel.pp.executor import Channel, Executor, StageModule
-from partita.parallel.pp.portals import ROW, Adds, Portal, Wire, wire_problems
+from partita.parallel.pp.portals import ROW, Portal, Wire, wire_problems
 from partita.parallel.pp.rules import lane
+from partita.parallel.pp.stages import Stage, WiredStage, unlike_signatures
 from partita.schedule.ir import Schedule
 from partita.schedule.passes import forward_only
-
-Stage = Callable[..., Mapping[str, Tensor]]
 
 
 class PipelinedModules:
     """The stages of one rank. Communicates over axis pp, a microbatch: a token (88 bytes a wire) between
-    neighbouring stages and what wires carry (portals.py), down and up. A step: the loss (8 bytes);
-    where microbatches go both ways (dualpipe, chimera) the gradients of each stage's two copies, added up.
+    neighbouring stages and what wires carry (portals.py), down and up. A step: the loss (16 bytes);
+    where microbatches go both ways (dualpipe, chimera) the gradients of each stage's two copies, added up,
+    and once, when it is built, digests of their parameters (16 bytes a stage).
 
     Gradients add up in the parameters' `grad`, all of them in B or I: W has nothing left to do for a module
-    whose weights do not wait in a queue (deferred.py). `groups` are the ranks of every pipeline of the world,
-    of all ranks if not given. Raises UsageError with every wrong wire, a stage without its module, or a
-    schedule that updates under way.
+    whose weights do not wait in a queue (deferred.py). `world` may be the Context that everything else takes:
+    its pipelines are then those of the plan's pp. `groups` are the ranks of every pipeline, else all ranks
+    are one. `step` is the number of runs, which what is drawn depends on: a run that is resumed sets it.
+    Raises UsageError with every wrong wire, a stage without its module or one that cannot be called with its
+    wires, copies of a stage that begin unlike, or a schedule that updates under way.
     """
 
     def __init__(
@@ -44,19 +50,31 @@ class PipelinedModules:
         modules: Mapping[int, Stage],
         wires: Sequence[Wire],
         schedule: Schedule,
-        world: World,
+        world: World | Context,
         *,
         groups: Sequence[Sequence[int]] = (),
         device: torch.device | str = "cpu",
+        seed: int = 0,
     ) -> None:
         self.modules, self.wires, self.schedule, self.where = modules, wires, schedule, Where()
+        if isinstance(world, Context):
+            if not groups and schedule.num_ranks == world.mesh.sizes["pp"]:
+                groups = group_ranks(world.mesh, ("pp",), Named())
+            self.where, world = world.where, world.world
         groups = groups or [range(world.size)]
+        self.rank, self.seed, self.step = world.rank, seed, 0
         self._check(groups, world.rank)
         self.device, self._world, self._groups = torch.device(device), world, groups
-        self._ranks = next(tuple(g) for g in groups if world.rank in g)
+        at = next(i for i, g in enumerate(groups) if world.rank in g)
+        self._ranks = tuple(groups[at])
+        self._of_group: tuple[object, ...] = ("pipeline", at)
+        self.place = self._of_group  # what is drawn depends on, beside stage and microbatch
         place = self._ranks.index(world.rank)
         self._sums = self._make("loss")
         self._copies = self._pairs(place)
+        for comm, stage in self._copies:
+            named = [(f"stage {stage}: {n}", p) for n, p in _parameters(modules[stage])]
+            hold_alike(comm, named, f"{stage}.parameters:copies")
         self.portals = {
             wire: Portal(
                 i,
@@ -69,7 +87,16 @@ class PipelinedModules:
             for i, wire in enumerate(wires)
         }
         self._losses: list[Tensor] = []
-        stages: dict[int, StageModule] = {s: _Stage(self, s) for s in schedule.stages_of(place)}
+        self.token = torch.zeros(len(wires), ROW, dtype=torch.float64, device=self.device)
+        self._trained, self._tried = self._executors(place)
+
+    def _executors(self, place: int) -> tuple[Executor, Executor]:
+        """Of the schedule, and of its forwards."""
+        schedule, every = self.schedule, tuple(self.portals.values())
+        stages: dict[int, StageModule] = {
+            s: WiredStage(self, self.modules[s], (s, schedule.num_stages), every)
+            for s in schedule.stages_of(place)
+        }
         channels = {
             (what, stage): Channel(
                 self._make(f"{lane(what, stage, schedule)}.{stage}"), f"{stage + away}:send"
@@ -77,34 +104,45 @@ class PipelinedModules:
             for what, away in (("F", -1), ("B", 1))
             for stage in range(schedule.num_stages)
         }
-        self.token = torch.zeros(len(wires), ROW, dtype=torch.float64, device=self.device)
-        trained, tried = (
-            Executor(
-                stages, how, place, channels, self.where, lambda *_: torch.empty_like(self.token)
-            )
-            for how in (schedule, forward_only(schedule))
-        )
-        self._trained, self._tried = trained, tried
+        like = lambda *_: torch.empty_like(self.token)  # noqa: E731
+        trained = Executor(stages, schedule, place, channels, self.where, like)
+        return trained, Executor(stages, forward_only(schedule), place, channels, self.where, like)
 
     def run(self, microbatches: Sequence[Any]) -> float:
         """Forward and backward of all; the sum of all losses, on every rank."""
         if self.schedule.is_forward_only:
             raise UsageError(f"{self.schedule.name} has no backward: evaluate, or take another one")
-        loss = self._play(self._trained, microbatches)
-        for comm, stage in self._copies:
-            for name, p in _parameters(self.modules[stage]):
-                site = f"{stage}.{name}:copies"
-                p.grad = comm.all_reduce(
-                    torch.zeros_like(p) if p.grad is None else p.grad, site=site
-                )
+        self.place = (*self._of_group, "step", self.step)
+        before: list[Tensor | None] = []
+        for _, _, p in self._copied():  # added up already
+            before.append(p.grad)
+            p.grad = None
+        loss, losses = self._play(self._trained, microbatches)
+        for (comm, site, p), had in zip(self._copied(), before, strict=True):
+            p.grad = comm.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad, site=site)
+            p.grad = p.grad if had is None else had.add_(p.grad)
+        if not losses:
+            raise UsageError(
+                "no stage returned a 'loss', so nothing went backward: one returns it beside its wires"
+            )
+        self.step += 1
         return loss
 
     def evaluate(self, microbatches: Sequence[Any]) -> float:
         """Forward only; the sum of all losses, on every rank."""
+        self.place = (*self._of_group, "evaluation", self.step)
         with torch.no_grad():
-            return self._play(self._tried, microbatches)
+            return self._play(self._tried, microbatches)[0]
 
-    def _play(self, executor: Executor, microbatches: Sequence[Any]) -> float:
+    def _copied(self) -> Iterator[tuple[Comm, str, nn.Parameter]]:
+        """The parameters that another rank holds too, and who adds up their gradients."""
+        for comm, stage in self._copies:
+            for name, p in _parameters(self.modules[stage]):
+                if p.requires_grad:
+                    yield comm, f"{stage}.{name}:copies", p
+
+    def _play(self, executor: Executor, microbatches: Sequence[Any]) -> tuple[float, int]:
+        """The sum of all losses, and how many there are."""
         if len(microbatches) != self.schedule.num_microbatches:
             raise UsageError(
                 f"{len(microbatches)} microbatches for a schedule of {self.schedule.num_microbatches}"
@@ -112,12 +150,18 @@ class PipelinedModules:
         executor.run(microbatches)
         for portal in self.portals.values():
             portal.settle()
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.tensor([0.0, len(self._losses)], dtype=torch.float64)
         for loss in self._losses:
-            total += loss.cpu()
+            total[0] += loss.cpu()
         self._losses.clear()
         self.where.phase = "step"
-        return float(self._sums.all_reduce(total, site="step.loss:reduce_from"))
+        loss, count = self._sums.all_reduce(total, site="step.loss:reduce_from").tolist()
+        return loss, round(count)
+
+    @property
+    def microbatch(self) -> int:
+        """The one under way."""
+        return self.where.microbatch
 
     def add(self, loss: Tensor) -> None:
         """A stage's loss of one microbatch joins the step's."""
@@ -143,6 +187,7 @@ class PipelinedModules:
                 s for s in schedule.stages_of(mine[0] % schedule.num_ranks) if s not in self.modules
             ]
             found += [f"rank {rank} holds stage {s} and has no module for it" for s in missing]
+            found += unlike_signatures(self.modules, self.wires)
         if found:
             raise UsageError("this pipeline cannot be built:" + "".join(f"\n  {f}" for f in found))
 
@@ -164,46 +209,6 @@ class PipelinedModules:
                 comm = self._make(f"copies.{stage}", sorted(places), "pp/copy")
                 found += [(comm, stage)] if place in places else []
         return found
-
-
-class _Stage:
-    """What the executor calls: wires in, the module, wires out."""
-
-    def __init__(self, pipe: PipelinedModules, stage: int) -> None:
-        self.pipe, self.stage, self.module = pipe, stage, pipe.modules[stage]
-        self.last = stage == pipe.schedule.num_stages - 1
-        self.takes = [p for w, p in pipe.portals.items() if w.target == stage]
-        self.gives = [p for w, p in pipe.portals.items() if w.source == stage]
-
-    def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """The token behind all that the stage does; of the last stage a number that backward starts from."""
-        microbatch = self.pipe.where.microbatch
-        token = self.pipe.token.clone().requires_grad_(torch.is_grad_enabled()) if x is None else x
-        given: dict[str, Tensor] = {}
-        for portal in self.takes:
-            token, given[portal.wire.name] = portal.receive(token, microbatch)
-        made = dict(self.module(batch, **given))
-        loss = made.pop("loss", None)
-        wanted = {p.wire.name for p in self.gives}
-        if made.keys() != wanted:
-            raise UsageError(
-                f"stage {self.stage} returned {_names(made)}; its wires carry {_names(wanted)}, and a "
-                "'loss' may stand beside them"
-            )
-        for portal in self.gives:
-            token = portal.send(token, made[portal.wire.name], microbatch)
-        if loss is not None:
-            if loss.numel() != 1:
-                raise UsageError(
-                    f"the loss of stage {self.stage} is {list(loss.shape)}; one number"
-                )
-            self.pipe.add(loss.reshape(()))
-            token = Adds.apply(token, loss)  # type: ignore[assignment]
-        return token.sum() if self.last else token
-
-
-def _names(of: Any) -> str:
-    return ", ".join(sorted(of)) or "nothing"
 
 
 def _parameters(module: Any) -> list[tuple[str, nn.Parameter]]:

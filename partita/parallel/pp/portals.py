@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partita.base.errors import UsageError
 from partita.comm.protocol import Comm, Handle, Key
 from partita.schedule.ir import Schedule
 
@@ -59,14 +59,17 @@ class Portal:
     _here: dict[Key, Tensor] = field(default_factory=dict)  # both ends lie on this rank
     _sent: list[Handle] = field(default_factory=list)
 
+    @staticmethod
+    def refuses(x: Tensor) -> str:
+        """Why a tensor cannot be sent; '' where it can."""
+        if x.is_sparse or x.layout != torch.strided:
+            return "what is sent is dense: .to_dense()"
+        if x.dtype not in DTYPES:
+            return f"types sent are {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+        return f"what is sent has at most {DIMS} dims" if x.dim() > DIMS else ""
+
     def send(self, token: Tensor, x: Tensor, microbatch: int) -> Tensor:
-        """The token behind the send; its backward waits for x's gradient."""
-        if x.dtype not in DTYPES or x.dim() > DIMS:
-            kind, *kinds = (str(d).removeprefix("torch.") for d in (x.dtype, *DTYPES))
-            raise UsageError(
-                f"wire {self.wire}: {kind}{list(x.shape)} cannot be sent; types are {', '.join(kinds)}, "
-                f"of at most {DIMS} dims"
-            )
+        """The token behind the send of x, which is not refused; its backward waits for x's gradient."""
         return _Send.apply(token, x, self, microbatch)  # type: ignore[return-value]
 
     def receive(self, token: Tensor, microbatch: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +175,13 @@ class Adds(torch.autograd.Function):
     def backward(ctx, dtoken: Tensor) -> tuple[Tensor, Tensor]:
         """1 for the loss, whatever comes for the token."""
         return dtoken, torch.ones_like(ctx.like)
+
+
+def what_is(x: Any) -> str:
+    """'float32[4, 8]' of a tensor, else the name of its type, None itself."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    return "None" if x is None else f"a {type(x).__name__}"
 
 
 def wire_problems(wires: Sequence[Wire], stages: int) -> list[str]:
