@@ -1,7 +1,9 @@
 """auto: within its limit, never worse than a named schedule, bounded below, and sometimes proven."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate, product
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from partita.schedule.make import schedule
 from partita.schedule.make.families import loop_placement
 from partita.schedule.synth.bounds import lower_bound
 from partita.schedule.synth.exact import optimum, unit_of
-from partita.schedule.synth.flow import fits, flow_like, orders_of, schedule_of
+from partita.schedule.synth.flow import Flow, fits, flow_like, orders_of, schedule_of, starts_of
 from partita.schedule.synth.seeds import one_at_a_time
 from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 
@@ -42,12 +44,13 @@ def hold(task: Task) -> Synthesis:
     more=st.integers(0, 4),
     limit=st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0, 8.0, math.inf]),
     stage=st.lists(st.tuples(seconds, seconds, seconds), min_size=8, max_size=8),
-    send=st.sampled_from([0.0, 0.1]),
+    send=st.sampled_from([(0.0, 0.0), (0.1, 0.0), (0.9, 0.8), (2.5, 2.5)]),
     how=st.sampled_from(["share", "line", "vee"]),
 )
 def test_never_worse_than_a_named_schedule(p, more, limit, stage, send, how):
+    """Nor where messages share the link out of a rank."""
     count = {"share": 1, "line": p, "vee": 2 * p}[how]
-    costs = Costs(tuple(StageCosts(*c) for c in stage[:count]), send)
+    costs = Costs(tuple(StageCosts(*c) for c in stage[:count]), *send)
     hold(Task(p, p + more, costs, limit, effort=3_000, proof=0.0))
 
 
@@ -81,11 +84,11 @@ def test_a_line_with_room_cannot_beat_its_first_forwards():
 @given(
     name=st.sampled_from(["1f1b", "zb_h1", "zb_v", "v_min", "dualpipe", "interleaved_zb", "gpipe"]),
     stage=st.lists(st.tuples(seconds, seconds, seconds), min_size=8, max_size=8),
-    send=st.sampled_from([0.0, 0.3]),
+    send=st.sampled_from([(0.0, 0.0), (0.3, 0.0), (1.2, 1.1), (3.0, 2.0)]),
 )
 def test_nothing_that_fits_undercuts_the_bound(name, stage, send):
     s = schedule(name, num_ranks=4, num_microbatches=8)
-    costs = Costs(tuple(StageCosts(*c) for c in stage[: s.num_stages]), send)
+    costs = Costs(tuple(StageCosts(*c) for c in stage[: s.num_stages]), *send)
     flow = flow_like(s, costs, [8.0] * 4)
     assert fits(flow, orders_of(flow, s))
     tight = flow_like(s, costs, [max(1.0, 8.0 - 1.0)] * 4)
@@ -112,6 +115,51 @@ def test_constraint_programming_alone_finds_the_optimum():
     large = schedule("zb_v", num_ranks=8, num_microbatches=32)
     flow = flow_like(large, Costs.equal(large), [16.0] * 8)
     assert optimum(flow, orders_of(flow, large), 0.0, 1.0) is None
+
+
+def orders(flow: Flow, rank: int) -> list[list[int]]:
+    """Every order of a rank's items in which a microbatch's F, I and W follow each other on their stage."""
+    streams = sorted(flow.streams_of(rank), key=lambda x: ("FIW".index(flow.names[x][2]), x))
+    found: list[list[int]] = [[]]
+    for _ in range(sum(flow.count[x] for x in streams)):
+        found = [
+            [*done, x]
+            for done in found
+            for x in streams
+            if done.count(x) < flow.count[x]
+            and all(done.count(y) > done.count(x) for y, _ in flow.needs[x] if flow.rank[y] == rank)
+        ]
+    return [each for each in found if peak(flow, each) <= flow.limits[rank]]
+
+
+def peak(flow: Flow, order: list[int]) -> float:
+    """The most that a rank holds."""
+    return max(accumulate(flow.held[x] for x in order))
+
+
+@pytest.mark.parametrize("send, wire", [(0.5, 0.5), (1.5, 1.5), (3.0, 2.5)])
+@pytest.mark.parametrize("limit", [1.0, 2.0, 9.0])
+def test_the_proven_optimum_of_shared_links_is_that_of_all_orders(limit, send, wire):
+    s = one_at_a_time(2, 3, (loop_placement(2, 1),))
+    costs = Costs((StageCosts(1.0, 1.5, 0.5), StageCosts(0.5, 1.0, 1.0)), send, wire)
+    flow = flow_like(s, costs, [limit] * 2)
+    times = [starts_of(flow, list(both)) for both in product(orders(flow, 0), orders(flow, 1))]
+    best = min(found[0] for found in times if found is not None)
+    proof = optimum(flow, orders_of(flow, s), lower_bound(flow), 5.0)
+    assert proof is not None and proof.proven and proof.makespan == best
+    assert lower_bound(flow) <= best
+    made = schedule_of(flow, proof.orders, "proven")
+    assert makespan(clock(made, costs)) == best
+
+
+def test_slow_links_are_what_a_step_is_made_for():
+    """Eight messages of ten take eighty, while gradients come back; what no order undercuts knows it."""
+    costs = Costs((StageCosts(1.0, 1.0, 1.0),) * 2, 10.0, 10.0)
+    task = Task(2, 8, costs, 8.0, stages=1, copies=1, effort=3_000, proof=0.0)
+    found = hold(task)
+    assert found.makespan == found.lower_bound == 1 + 8 * 10 + 2 + 10 + 2
+    tight = hold(replace(task, limit=2.0))
+    assert found.makespan < tight.lower_bound <= tight.makespan
 
 
 def test_units():

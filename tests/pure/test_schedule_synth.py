@@ -1,5 +1,7 @@
 """Streams, list scheduling and justification: nothing that ran or fitted stops doing so."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,10 +37,11 @@ def make(name: str, p: int = 4, m: int = 8):
     return schedule(name, num_ranks=p, num_microbatches=m, virtual_stages=v)
 
 
+@pytest.mark.parametrize("wire", [0.0, 2.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_streams_take_the_time_and_memory_of_the_schedule(name):
+def test_streams_take_the_time_and_memory_of_the_schedule(name, wire):
     s = make(name)
-    costs = Costs.equal(s, 1.0, 1.5, 0.5, send=0.25)
+    costs = replace(Costs.equal(s, 1.0, 1.5, 0.5, send=0.25), wire=wire)
     flow = flow_like(s, costs, [100.0] * 4)
     orders = orders_of(flow, s)
     found = starts_of(flow, orders)
@@ -51,7 +54,7 @@ def test_streams_take_the_time_and_memory_of_the_schedule(name):
     reverse = flow.reversed()
     turned = [order[::-1] for order in orders]
     there = starts_of(reverse, turned)
-    assert there is not None and there[0] == pytest.approx(found[0])
+    assert there is not None and (wire or there[0] == pytest.approx(found[0]))
     assert peaks_of(reverse, turned) == peaks_of(flow, orders)
 
 
@@ -62,11 +65,11 @@ def test_streams_take_the_time_and_memory_of_the_schedule(name):
 @given(
     name=st.sampled_from(NAMES),
     stage=st.lists(st.tuples(seconds, seconds, seconds), min_size=8, max_size=8),
-    send=st.sampled_from([0.0, 0.2]),
+    send=st.sampled_from([(0.0, 0.0), (0.2, 0.0), (1.0, 0.75)]),
 )
 def test_new_orders_run_and_fit(rule, name, stage, send):
     s = make(name)
-    costs = Costs(tuple(StageCosts(*c) for c in stage[: s.num_stages]), send)
+    costs = Costs(tuple(StageCosts(*c) for c in stage[: s.num_stages]), *send)
     limits = peak_activations(s)
     flow = flow_like(s, costs, limits)
     orders = orders_of(flow, s)

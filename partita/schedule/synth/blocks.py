@@ -78,7 +78,11 @@ def _orders(flow: Flow, block: _Block) -> Orders | None:
         for r in range(flow.num_ranks)
     ]
     moments = _moments(flow, block, max(work))
-    low, high = max(work), max(work) * _SLOWEST
+    links = [
+        sum(flow.wire * flow.count[x] for x in flow.streams_of(r) if flow.far[x]) / m
+        for r in range(flow.num_ranks)
+    ]
+    low, high = max(*work, *links), max(*work, *links) * _SLOWEST
     best = _at(flow, moments, low)
     if not fits(flow, best):
         best = _at(flow, moments, high)

@@ -1,11 +1,13 @@
 """How long any order of a flow takes at least.
 
-Three bounds, all of relaxations:
+Four bounds, all of relaxations:
     path      every item behind the item before it of its stream, behind what it needs and, where memory is
-              limited, F_k behind the W_(k-K) that makes room (K: what fits of one stream alone); the
-              longest such path there (heads) and back (tails)
+              limited, F_k behind the W_(k-K) that makes room (K: what fits of one stream alone), and a
+              message behind the one before it of its stream; the longest such path there (heads) and back
+              (tails)
     machine   a rank does one thing at a time: Jackson's preemptive schedule of its items between their
               heads and tails (Carlier 1982)
+    link      the link out of a rank carries one message at a time, between their heads and tails
     memory    a microbatch at a stage takes room from F to W for as long as its path there and back takes;
               room times time is limited
 """
@@ -30,6 +32,24 @@ def lower_bound(flow: Flow) -> float:
             for k in range(flow.count[x])
         ]
         found = max(found, _one_machine(items), _room(flow, rank, heads, tails))
+        if flow.wire:
+            found = max(found, _one_machine(_messages(flow, rank, heads, tails)))
+    return found
+
+
+def _messages(
+    flow: Flow, rank: int, heads: list[list[float]], tails: list[list[float]]
+) -> list[tuple[float, float, float]]:
+    """(when it can leave, seconds on the link, least time behind that) of each message out of the rank."""
+    found = []
+    for x in flow.streams_of(rank):
+        if (far := flow.far[x]) is not None:
+            fed, lag = far
+            rest = lag - flow.wire + flow.seconds[fed]
+            found += [
+                (heads[x][k] + flow.seconds[x], flow.wire, rest + tails[fed][k])
+                for k in range(flow.count[x])
+            ]
     return found
 
 
@@ -48,6 +68,7 @@ def heads_of(flow: Flow) -> list[list[float]]:
         if math.isfinite(room) and total > 0:
             most[taker] = math.floor(room / total + EPSILON)
     heads: list[list[float]] = [[] for _ in flow.names]
+    come = [-math.inf] * len(flow.names)  # the last item of each on its other rank
     order = _topological(flow)
     for k in range(max(flow.count, default=0)):
         for x in order:
@@ -55,11 +76,15 @@ def heads_of(flow: Flow) -> list[list[float]]:
                 continue
             at = heads[x][k - 1] + flow.seconds[x] if k else flow.release[flow.rank[x]]
             for need, lag in flow.needs[x]:
-                at = max(at, heads[need][k] + flow.seconds[need] + lag)
+                far = flow.rank[need] != flow.rank[x]
+                there = come[need] if far else heads[need][k] + flow.seconds[need] + lag
+                at = max(at, there)
             if k >= most[x]:
                 y = giver[x]
                 at = max(at, heads[y][k - int(most[x])] + flow.seconds[y])
             heads[x].append(at)
+            if (far := flow.far[x]) is not None:
+                come[x] = max(at + flow.seconds[x] + far[1], come[x] + flow.wire)
     return heads
 
 

@@ -4,12 +4,15 @@
     start[x, k] + seconds[x] <= start[x, k+1]                  a stream's items in order
     start[n, k] + seconds[n] + lag <= start[x, k]              what x needs
     no two items of a rank at once
+    start[n, k] + seconds[n] <= left[n, k]                     a message leaves when it is made, or later,
+    left[n, k] + lag <= start[x, k]                            no two at once on the link out of a rank
     sum of held over microbatches between start of F and end of W <= limit        on every rank, always
     release of its rank <= start of every item, and its end + tail of its rank <= T
 
-Times are whole numbers of a unit that all costs are multiples of; where there is none below a millionth of
-the longest, nothing is proven. One worker and a budget in CP-SAT's deterministic time: the same answer
-everywhere.
+(A link keeps the order in which messages were made; here it need not: where that would be faster, nothing is
+proven.) Times are whole numbers of a unit that all costs are multiples of; where there is none below a
+millionth of the longest, nothing is proven. One worker and a budget in CP-SAT's deterministic time: the same
+answer everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from partita.schedule.synth.flow import Flow, Orders, starts_of
@@ -61,7 +65,7 @@ def optimum(flow: Flow, orders: Orders, bound: float, budget: float) -> Proof | 
     have no common unit. `budget` is in CP-SAT's deterministic seconds."""
     size = sum(flow.count)
     lags = [lag for needs in flow.needs for _, lag in needs]
-    times = [*flow.seconds, *lags, *flow.release, *flow.tail]
+    times = [*flow.seconds, *lags, *flow.release, *flow.tail, flow.wire]
     unit = unit_of(times)
     room = unit_of([-held for held in flow.held if held < 0])
     if size > MOST_ITEMS or unit is None or room is None:
@@ -90,6 +94,9 @@ class _Model:
             [self.model.new_int_var(0, horizon, f"{x}.{k}") for k in range(n)]
             for x, n in enumerate(flow.count)
         ]
+        self._lefts: dict[int, list[Any]] = {}
+        if flow.wire:
+            self._leave(horizon)
         self._precede()
         self._one_at_a_time()
         self._hold(room, horizon)
@@ -110,8 +117,29 @@ class _Model:
                 if k + 1 < len(row):
                     add(start + took <= row[k + 1])
                 for need, lag in flow.needs[x]:
+                    if need in self._lefts and flow.rank[need] != rank:
+                        add(self._lefts[need][k] + self._whole(lag) <= start)
+                        continue
                     there = self._whole(flow.seconds[need]) + self._whole(lag)
                     add(self.starts[need][k] + there <= start)
+
+    def _leave(self, horizon: int) -> None:
+        """When each message leaves its rank, one at a time."""
+        flow, wire = self.flow, self._whole(self.flow.wire)
+        for rank in range(flow.num_ranks):
+            taken: list[Any] = []
+            for x in flow.streams_of(rank):
+                if flow.far[x] is None:
+                    continue
+                took = self._whole(flow.seconds[x])
+                row = [self.model.new_int_var(0, horizon, "") for _ in self.starts[x]]
+                for start, left in zip(self.starts[x], row, strict=True):
+                    self.model.add(start + took <= left)
+                for left, after in pairwise(row):
+                    self.model.add(left + wire <= after)
+                taken += [self.model.new_fixed_size_interval_var(left, wire, "") for left in row]
+                self._lefts[x] = row
+            self.model.add_no_overlap(taken)
 
     def _one_at_a_time(self) -> None:
         for rank in range(self.flow.num_ranks):

@@ -7,11 +7,12 @@ the direction; B is I with W right behind it, which is never slower. `orders[ran
 numbers, and the k-th occurrence of a number is the stream's k-th item.
 
 Read backwards in time a flow is again a flow: needs point the other way, W takes memory and F gives it
-back. So what improves the start of a schedule improves its end too.
+back, and messages share the link into a rank. So what improves the start of a schedule improves its end too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +28,9 @@ class Flow:
     """The streams: `names[x]` = (stage, direction, kind); `needs[x]` = (stream, seconds on the way)
     whose item of the same number comes first; `held[x]` is taken when an item starts (> 0) or given back
     when it ends (< 0); `limits` caps what a rank holds. A rank begins at `release` or later and its end
-    counts `tail` later: both 0 for the flush time (see `for_span`)."""
+    counts `tail` later: both 0 for the flush time (see `for_span`). Messages out of a rank (into it, where
+    `inward`) leave in the order in which they were made, each `wire` behind the one before at the soonest; 0
+    where that can delay none. `far[x]`: the stream on another rank that x's items go to, and the seconds."""
 
     placements: tuple[Placement, ...]
     direction: tuple[int, ...] | None
@@ -40,14 +43,21 @@ class Flow:
     limits: tuple[float, ...]
     release: tuple[float, ...]
     tail: tuple[float, ...]
+    wire: float = 0.0
+    inward: bool = False
     feeds: tuple[tuple[tuple[int, float], ...], ...] = field(init=False)
+    far: tuple[tuple[int, float] | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         feeds: list[list[tuple[int, float]]] = [[] for _ in self.names]
+        far: list[tuple[int, float] | None] = [None] * len(self.names)
         for x, needs in enumerate(self.needs):
             for need, lag in needs:
                 feeds[need].append((x, lag))
+                if self.rank[need] != self.rank[x]:
+                    far[need] = x, lag
         object.__setattr__(self, "feeds", tuple(map(tuple, feeds)))
+        object.__setattr__(self, "far", tuple(far))
 
     @property
     def num_ranks(self) -> int:
@@ -61,7 +71,27 @@ class Flow:
     def reversed(self) -> Flow:
         """The same read backwards in time."""
         back = tuple(-h for h in self.held)
-        return replace(self, needs=self.feeds, held=back, release=self.tail, tail=self.release)
+        return replace(
+            self,
+            needs=self.feeds,
+            held=back,
+            release=self.tail,
+            tail=self.release,
+            inward=not self.inward,
+        )
+
+    def come(self, x: int, end: float, links: list[float]) -> float:
+        """When a result of x that ends then is on its other rank; `links`: until when each rank's is taken
+        (-inf to begin with), which this moves on."""
+        far = self.far[x]
+        assert far is not None, "it goes to another rank"
+        if self.inward:
+            link = self.rank[far[0]]
+            links[link] = max(end + far[1], links[link] + self.wire)
+            return links[link]
+        left = max(end, links[self.rank[x]])
+        links[self.rank[x]] = left + self.wire
+        return left + far[1]
 
     def for_span(self, heads: Sequence[float]) -> Flow:
         """The same with each rank's end counted from `heads[rank]`, its first possible start: its
@@ -112,6 +142,8 @@ def flow_of(
     kept = held.until_weights if held else 1.0
     sign = {"F": 1.0, "I": kept - 1.0, "W": -kept}
     counts = [num_microbatches] if direction is None else [direction.count(w) for w in (0, 1)]
+    # A rank makes no two results sooner one after the other than the quickest takes
+    quickest = min((costs.stages[s].of(kind) for s, _, kind in at if kind != "W"), default=0.0)
     return Flow(
         placements=tuple(placements),
         direction=direction,
@@ -124,6 +156,7 @@ def flow_of(
         limits=tuple(limits),
         release=(0.0,) * len(limits),
         tail=(0.0,) * len(limits),
+        wire=costs.wire if costs.wire > quickest else 0.0,
     )
 
 
@@ -181,22 +214,28 @@ def schedule_of(flow: Flow, orders: Orders, name: str) -> Schedule:
 
 
 def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | None:
-    """(makespan with tails, start of each item in each rank's order), ranks in order; None in a deadlock."""
+    """(makespan with tails, start of each item in each rank's order), ranks in order; None in a deadlock. Of
+    a flow read backwards messages share no link here: which comes first its orders alone do not say."""
     ends: list[list[float]] = [[] for _ in flow.names]
+    shares = flow.wire > 0 and not flow.inward
+    comes, links = comes_of(flow, ends, shares), [-math.inf] * len(orders)
     starts: list[list[float]] = [[] for _ in orders]
     free = list(flow.release)
     waiting: dict[int, list[int]] = {}
     ready = list(range(len(orders)))
     streams = [
-        (mine, seconds, [(ends[need], lag, need) for need, lag in needs])
-        for mine, seconds, needs in zip(ends, flow.seconds, flow.needs, strict=True)
-    ]
+        (
+            ends[x], flow.seconds[x], comes[x] if comes[x] is not ends[x] else None,
+            [(there, lag, need) for there, lag, need in reads(flow, x, ends, comes)],
+        )
+        for x in range(len(flow.names))
+    ]  # fmt: skip
     while ready:
         r = ready.pop()
         order, now, own = orders[r], free[r], starts[r]
         for i in range(len(own), len(order)):
             x = order[i]
-            mine, seconds, needs = streams[x]
+            mine, seconds, leaves, needs = streams[x]
             k, start = len(mine), now
             for there, lag, need in needs:
                 if len(there) <= k:
@@ -208,6 +247,8 @@ def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | N
                 own.append(start)
                 now = start + seconds
                 mine.append(now)
+                if leaves is not None:
+                    leaves.append(flow.come(x, now, links))
                 if x in waiting:
                     ready += waiting.pop(x)
                 continue
@@ -216,6 +257,25 @@ def starts_of(flow: Flow, orders: Orders) -> tuple[float, list[list[float]]] | N
     if any(len(own) < len(order) for own, order in zip(starts, orders, strict=True)):
         return None
     return max(f + t for f, t in zip(free, flow.tail, strict=True)), starts
+
+
+def comes_of(flow: Flow, ends: list[list[float]], shares: bool) -> list[list[float]]:
+    """Where it is noted when results have come to other ranks: lists of their own where messages share links,
+    else those of when they end, and the way is added to these."""
+    return [
+        [] if shares and far is not None else mine for mine, far in zip(ends, flow.far, strict=True)
+    ]
+
+
+def reads(
+    flow: Flow, x: int, ends: list[list[float]], comes: list[list[float]]
+) -> list[tuple[list[float], float, int]]:
+    """Of each need of x: where it is noted when that is made, or has come; what the way adds; the need."""
+    found = []
+    for need, lag in flow.needs[x]:
+        shared = comes[need] is not ends[need] and flow.rank[need] != flow.rank[x]
+        found.append((comes[need], 0.0, need) if shared else (ends[need], lag, need))
+    return found
 
 
 def peaks_of(flow: Flow, orders: Orders) -> list[float]:

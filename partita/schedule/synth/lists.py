@@ -11,10 +11,11 @@ idle time is pushed out of the start, then out of the end.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from partita.schedule.synth.flow import EPSILON, Flow, Orders, starts_of
+from partita.schedule.synth.flow import EPSILON, Flow, Orders, comes_of, reads, starts_of
 
 LAST = 1e9  # an offset beyond every place in an order
 
@@ -46,7 +47,12 @@ class _Rank:
     """One rank's old order, and which of its items are taken."""
 
     def __init__(
-        self, flow: Flow, rank: int, order: Sequence[int], rule: Rule, ends: list[list[float]]
+        self,
+        flow: Flow,
+        rank: int,
+        order: Sequence[int],
+        rule: Rule,
+        noted: tuple[list[list[float]], list[list[float]]],
     ) -> None:
         self.order, self.held, self.limit = order, flow.held, flow.limits[rank]
         places: dict[int, list[int]] = {x: [] for x in flow.streams_of(rank)}
@@ -54,9 +60,14 @@ class _Rank:
         for i, x in enumerate(order):
             self.occurrence.append(len(places[x]))
             places[x].append(i)
-        # a stream, the places of its items, its offset, and when what it needs ends
+        # a stream, the places of its items, its offset, and when what it needs ends, or has come
         self.streams = [
-            (x, own, rule.offset(flow, x), [(ends[need], lag) for need, lag in flow.needs[x]])
+            (
+                x,
+                own,
+                rule.offset(flow, x),
+                [(there, lag) for there, lag, _ in reads(flow, x, *noted)],
+            )
             for x, own in places.items()
         ]
         self.taken = [0] * len(flow.names)
@@ -118,7 +129,8 @@ class _Rank:
 def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
     """New orders, as the module says. `orders` must run and fit."""
     ends: list[list[float]] = [[] for _ in flow.names]
-    ranks = [_Rank(flow, r, order, rule, ends) for r, order in enumerate(orders)]
+    comes, links = comes_of(flow, ends, flow.wire > 0), [-math.inf] * len(orders)
+    ranks = [_Rank(flow, r, order, rule, (ends, comes)) for r, order in enumerate(orders)]
     scale = max(flow.seconds, default=1.0) or 1.0
     eps = EPSILON * scale
     events = [(release, r) for r, release in enumerate(flow.release)]
@@ -135,11 +147,14 @@ def listed(flow: Flow, orders: Orders, rule: Rule = AS_BEFORE) -> Orders:
         rank.take(best, end)
         ends[best].append(end)
         heapq.heappush(events, (end, r))
-        for fed, lag in flow.feeds[best]:
-            if flow.rank[fed] != r:
-                heapq.heappush(events, (end + lag, flow.rank[fed]))
-                if rule.patience:
-                    heapq.heappush(events, (max(now, end + lag - rule.patience), flow.rank[fed]))
+        if (far := flow.far[best]) is not None:
+            come, to = end + far[1], flow.rank[far[0]]
+            if comes[best] is not ends[best]:
+                come = flow.come(best, end, links)
+                comes[best].append(come)
+            heapq.heappush(events, (come, to))
+            if rule.patience:
+                heapq.heappush(events, (max(now, come - rule.patience), to))
     return [rank.new for rank in ranks]
 
 
