@@ -194,7 +194,7 @@ class Search:
         for mesh in self.space.meshes():
             leaves = self.space.leaves(mesh)
             found.considered += leaves
-            seconds = self.bounds.coarse(mesh)
+            seconds = self.bounds.coarse(mesh) if leaves else INF
             if isinstance(seconds, Problem):
                 self.levels.refuse(seconds, leaves)
             elif leaves:

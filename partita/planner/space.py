@@ -182,8 +182,8 @@ class Space:
 
     def methods(self, mesh: MeshChoice) -> list[tuple[str, int]]:
         """How attention sees a cut sequence: a method, and the ranks of ulysses it states."""
-        if mesh.cp == 1:
-            return [("ring", 1)]
+        if mesh.cp == 1:  # has none that words could fix
+            return [("ring", 1)] if all(f != "method" for f, _ in self.words.fixed) else []
         if self.model.image is not None:  # rows have but one way
             return [("halo", 1)] if self.words.admit("method", "halo") else []
         found = [("ring", 1), ("all_gather", 1), ("ulysses", 1)]

@@ -363,6 +363,9 @@ def test_words_restrict_the_space():
         assert plan.pipeline.schedule == "1f1b" and plan.recompute.mode == "full"
         assert plan.mesh.dp_shard == 1 or plan.data.zero_stage != 3
     assert leaves(fixed)
+    named = small(4, 1e9, fix=("ulysses",))
+    cut = [named.plan(n) for n in leaves(named)]
+    assert cut and all(p.mesh.cp > 1 and p.context.method == "ulysses" for p in cut)
     for wrong in ({"fix": ("tp",)}, {"forbid": ("tp2+sp",)}, {"fix": ("tensor8",)}):
         with pytest.raises(UsageError):
             Words.of(**wrong)
