@@ -84,10 +84,12 @@ def plan(
     question = Question(goal, top, *words_of, budget, pareto or "", solve or "", dtypes)
     with waiting(f"plan  searching, {budget:g} s at most", quiet=json):
         answer = ask(job, question)
+    if solve and answer.plans:
+        job = answer.plans[0].job or job  # of what was found
     if measure and answer.plans:
         answer = _measured(job, answer, measure)
     if answer.plans:
-        _write(job, answer, Files(html, None if solve else save))
+        _write(job, answer, Files(html, save))
     _tell(answer, json)
     if not answer.plans:
         note(f"partita: {next(iter(answer.texts), 'no plan fits')}")

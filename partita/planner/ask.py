@@ -121,7 +121,7 @@ def ask(job: Job, question: Question) -> Answer:
         found = searched(search, goal, question)
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s / 4)
-        if not found.complete:
+        if not found.complete and found.considered:
             texts = [f"no plan was found in {question.budget_s:g} s: not proven", *texts]
         return Answer(found, (), tuple(texts))
     best = found.plans[0]

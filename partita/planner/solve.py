@@ -96,7 +96,7 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
             search, found = _fewer(job, makes, (search, found), end)
             found = finished(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
             world = measures(found.plans[0])[2]
-            text = f"{world} devices: {found.plans[0].plan}"
+            text = f"{world} device{'s'[: world > 1]}: {found.plans[0].plan}"
             return Solved("devices", world, 1, found, found.complete, text)
         devices *= 2
     return Solved(
@@ -167,7 +167,8 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         space, text = makes(job).space, f"no {field} of at least {unit} fits"
-        text += "" if _leaves(space, space.words) else f": {NONE_LEGAL}{_which(space)}"
+        if not _leaves(space, space.words):  # of a larger one some may be
+            proven, text = False, f"of {field} {start:,} {NONE_LEGAL}{_which(space)}"
         return Solved(field, None, unit, shown, proven, text)
     search = makes(_with(job, field, low))
     fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))

@@ -102,7 +102,10 @@ def test_words_that_leave_no_plan_are_named():
     line = nothing_fits(odd, lambda j: searcher(j, fix=("tp2",)), 1.0)[0]
     assert line.endswith("micro_batch_size 3 divides no replica's part of 8 sequences"), line
     told = solve(job, "layers", lambda j: searcher(j, fix=("16mb",)), 1.0)
-    assert told.value is None and "none has microbatches 16 (there may be" in told.text, told.text
+    assert (told.value, told.proven) == (None, False)
+    assert told.text.startswith(
+        "of layers 2 no plan is legal under these words: none has microbatches 16 (there may be 1"
+    )
 
 
 def test_why_speaks_of_every_choice_of_a_plan_with_experts():
@@ -270,6 +273,10 @@ def test_the_verb_answers_in_the_contracts_shape(tmp_path, capsys):
     assert told["complete"] is True and first["why"]
     assert first["step_time_s"] <= second["step_time_s"]
     assert str(Job.load(kept).plan) == first["plan"]
+    more = [*words.split(), "--save", str(kept), "--solve", "seq_len"]
+    assert run([*more, "--budget", "5"]) == 0
+    value, saved = json.loads(capsys.readouterr().out)["solve"]["value"], Job.load(kept)
+    assert saved.train.seq_len == value > 64 and simulate(saved).fits
     assert (
         told["bounded"] + told["simulated"] + sum(told["rejected"].values()) == told["considered"]
     )
