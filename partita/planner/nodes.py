@@ -94,7 +94,7 @@ class Found:
         """The same of a search over one more choice: where it ended by its budget, what was proven before
         stays so but for that."""
         if self.proven and not there.complete:
-            self.unproven += (choice,)
+            self.unproven = tuple(dict.fromkeys((*self.unproven, choice)))
         self.join(there)
 
 
