@@ -15,6 +15,7 @@ from partita.planner.nodes import ANY, KEEP, Goal
 from partita.planner.search import Found, Search, searcher
 from partita.planner.solve import Solved, goal_of, nothing_fits, pareto, solve
 from partita.planner.splits import finished
+from partita.planner.words import Words
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.spec.plan import Plan
@@ -41,12 +42,13 @@ class Question:
 
     def search(self, job: Job) -> Search:
         """A search of the job's plans under the words, in the first precision. Raises UsageError."""
-        known = CHOICES["precision", "dtype"]
+        known, words = CHOICES["precision", "dtype"], Words.of(self.fix, self.forbid)
         for dtype in self.precision:
-            if dtype not in known:
-                raise UsageError(
-                    f"--precision {dtype} is none of {', '.join(known)}", key="precision"
-                )
+            text = f"is none of {', '.join(known)}" if dtype not in known else ""
+            if not text and not words.admit("dtype", dtype):
+                text = "is not what --fix and --forbid leave"
+            if text:
+                raise UsageError(f"--precision {dtype} {text}", key="precision")
         return searcher(job, (*self.fix, *self.precision[:1]), self.forbid)
 
 

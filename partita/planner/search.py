@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from partita.base.errors import Problem
+from partita.base.errors import Problem, UsageError
 from partita.cost.machine import machine_of
 from partita.planner.levels import Levels
 from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, Step, beam, measures
@@ -226,9 +226,20 @@ class Search:
 def searcher(job: Job, fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Search:
     """A search under a user's words; precision and offload are theirs. Raises UsageError."""
     words = Words.of(fix, forbid)
-    stated = {f: str(v) for f, v in words.fixed if f in ("dtype", "offload")}
-    offload = OffloadPlan(stated.get("offload", "none"))
-    return Search(Space(job, words, stated.get("dtype", default_dtype(job)), offload))
+    offload = OffloadPlan(words.only("offload") or "none")
+    words.only("order")  # raises, where there are two
+    return Search(Space(job, words, _dtype(job, words), offload))
+
+
+def _dtype(job: Job, words: Words) -> str:
+    """The precision that is fixed, or the default, or what is not forbidden. Raises UsageError."""
+    if stated := words.only("dtype"):
+        return stated
+    order = (default_dtype(job), "bf16", "fp32", "fp16", "fp8", "fp64")
+    found = next((name for name in order if words.admit("dtype", name)), None)
+    if found is None:
+        raise UsageError("--forbid leaves no precision", key="forbid")
+    return found
 
 
 __all__ = ["ANY", "Found", "Goal", "Node", "Search", "measures", "searcher"]

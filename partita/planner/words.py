@@ -24,6 +24,7 @@ _ALONE = (
     "method",
     "schedule",
 )  # to forbid
+_SAID = {"dtype": "precision", "order": "order of axes"}
 _EACH = ("recompute", "offload")  # written as a name, a colon and a choice
 Stated = list[tuple[str, object]]
 
@@ -63,6 +64,22 @@ class Words:
         if any(f == name and not (on if v is None else v == value) for f, v in self.fixed):
             return False
         return not any(f == name and (on if v is None else v == value) for f, v in self.forbidden)
+
+    def only(self, name: str) -> str | None:
+        """What is fixed of a field of which a plan has one; None where nothing is. Raises UsageError for two,
+        or for one that is forbidden."""
+        stated = [v for f, v in self.fixed if f == name]
+        shown = [",".join(v) if isinstance(v, tuple) else str(v) for v in dict.fromkeys(stated)]
+        if len(shown) > 1:
+            text = (
+                f"{' and '.join(shown)} are both asked for: a plan has one {_SAID.get(name, name)}"
+            )
+            raise UsageError(text, key="fix")
+        if stated and not self.admit(name, stated[0]):
+            raise UsageError(
+                f"{_SAID.get(name, name)} {shown[0]} is fixed and forbidden", key="fix"
+            )
+        return shown[0] if shown else None
 
 
 def _single(words: Iterable[str], key: str) -> Iterator[str]:

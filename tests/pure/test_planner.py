@@ -11,6 +11,7 @@ from drawn_plans import random_leaf, wide
 from partita.base.errors import Problem, UsageError
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, kept_bytes, state_bytes, tensor_bytes
+from partita.planner.ask import Question
 from partita.planner.bound import ENDLESS
 from partita.planner.exact import laid_memory, laid_seconds
 from partita.planner.reading import cost_of
@@ -369,6 +370,28 @@ def test_words_restrict_the_space():
     for wrong in ({"fix": ("tp",)}, {"forbid": ("tp2+sp",)}, {"fix": ("tensor8",)}):
         with pytest.raises(UsageError):
             Words.of(**wrong)
+
+
+def test_words_that_contradict_each_other_are_refused():
+    job, dtypes = small(4, 1e9).job, ("fp64", "fp32", "bf16", "fp16", "fp8")
+    other = "order:pp,tp,cp,dp_shard,dp_replicate"
+    for fix, forbid, text in (
+        (("bf16", "fp8"), (), "bf16 and fp8 are both asked for: a plan has one precision"),
+        (("offload:cpu", "offload:nvme"), (), "a plan has one offload"),
+        ((other, "order:tp,pp,cp,dp_shard,dp_replicate"), (), "one order of axes"),
+        (("offload:cpu",), ("offload",), "offload cpu is fixed and forbidden"),
+        ((), dtypes, "--forbid leaves no precision"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            searcher(job, fix, forbid)
+    assert searcher(job, ("bf16", "bf16")).space.dtype == "bf16"
+    assert searcher(job, (), ("bf16",)).space.dtype == "fp32"
+    for asked in (
+        Question(precision=("bf16", "fp8"), forbid=("bf16",)),
+        Question(fix=("fp8",), precision=("fp32",)),
+    ):
+        with pytest.raises(UsageError, match="is not what --fix and --forbid leave"):
+            asked.search(job)
 
 
 def test_a_budget_of_nothing_is_said():
