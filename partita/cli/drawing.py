@@ -77,12 +77,17 @@ class Drawing:
         return out if self.problems is None else {**out, "problems": problem_rows(self.problems)}
 
     @property
+    def drains(self) -> bool:
+        """Whether it would run on into the next step, and ends instead."""
+        ahead = any(s.microbatch >= self.schedule.num_microbatches for s in self.spans)
+        return self.schedule.is_asynchronous and not (self.run and ahead)
+
+    @property
     def name(self) -> str:
         """The schedule's, and of a run where it was measured."""
         if not self.run:
             return self.schedule.name
-        ahead = any(s.microbatch >= self.schedule.num_microbatches for s in self.spans)
-        drain = ": a step that drains" if self.schedule.is_asynchronous and not ahead else ""
+        drain = ": a step that drains" if self.drains else ""
         return f"{self.run} ({self.schedule.name}, measured{drain})"
 
     def text(self, width: int | None, longest: float = 0.0) -> str:
@@ -113,7 +118,7 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
     if svg is None and html is None:
         return
     pictures: dict[str, list[Span]] = {}
-    held, names = {}, set()
+    held, names, drains = {}, set(), set()
     for i, d in enumerate(drawings):
         if d.runs:
             again = "" if d.name not in names else f" ({i})"
@@ -123,11 +128,15 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
             pictures[title] = d.spans
             if d.held:
                 held[title] = d.held
+            if d.drains:
+                drains.add(title)
     seconds = any(d.run for d in drawings)
     if svg is not None:
-        write_file(svg, timeline.svg(pictures, held=held, seconds=seconds) + "\n")
+        write_file(svg, timeline.svg(pictures, held=held, seconds=seconds, drains=drains) + "\n")
     if html is not None:
-        page = timeline.html(pictures, title="Pipeline schedules", held=held, seconds=seconds)
+        page = timeline.html(
+            pictures, title="Pipeline schedules", held=held, seconds=seconds, drains=drains
+        )
         write_file(html, page)
 
 
@@ -145,6 +154,11 @@ def write_csv(drawings: list[Drawing], path: Path | None) -> None:
     if strange:
         note(
             f"torch has no name for {', '.join(strange)}: its reader refuses this file, --check reads it"
+        )
+    if made.versions in ("vertical", "previous"):
+        note(
+            f"a CSV has no word for the weights that {made.name}'s microbatches use: read back it is another "
+            "schedule"
         )
     if made.is_bidirectional:
         note(

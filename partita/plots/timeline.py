@@ -7,7 +7,7 @@ its output.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 from partita.plots.held import Curves, held_svg, ink
@@ -34,6 +34,10 @@ _ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
 _LETTER, _WIDEST = 6.8, 6000  # of a label; a picture is widened so far for its labels to fit
 _DARK, _LIGHT = "#222222", "#ffffff"  # labels
 _CURVE = 64  # the height of what is held, below a timeline
+_SHADES = (
+    8  # microbatches that a kind's shades tell apart; lines along a cell tell which eight of 64
+)
+_DRAIN = "#f4ead5"
 
 
 def draw(schedule: Schedule, F: float = 1.0, I: float = 1.0, W: float = 1.0) -> str:  # noqa: E741
@@ -112,11 +116,13 @@ def svg(
     held: Mapping[str, Curves] | None = None,
     unit: str = "",
     seconds: bool = False,
+    drains: Collection[str] = (),
 ) -> str:
     """The named timelines one above the other on one time axis, one row a rank. Colours are by kind, paler
-    by microbatch, darker by chunk. `width` is the least: it grows until the labels of passes fit.
-    `held[title]`: what each rank holds over time, in `unit`, drawn below. `seconds`: times are seconds, else
-    units of the costs."""
+    by microbatch, darker by chunk; lines along a cell count eights of microbatches. `width` is the least: it
+    grows until the labels of passes fit. `held[title]`: what each rank holds over time, in `unit`, drawn
+    below. `seconds`: times are seconds, else units of the costs. `drains`: titles of steps that would run on
+    into the next; where they end instead, the ground of each rank behind its last forward is tinted."""
     rows = {title: _rows(spans) for title, spans in timelines.items()}
     longest = max((makespan(s) for s in timelines.values()), default=0.0) or 1.0
     width = _wide(timelines, width, longest)
@@ -126,6 +132,8 @@ def svg(
     for title, spans in timelines.items():
         curves = (held or {}).get(title)
         parts.append(f'<text class="title" x="4" y="{top + 20}">{escape(title)}</text>')
+        if title in drains:
+            parts += _drained(rows[title], spans, top + _TOP, scale)
         parts += _svg_rows(rows[title], spans, top + _TOP, scale, " s" if seconds else "")
         if curves:
             parts += _marks(rows[title], len(curves), top + _TOP)
@@ -142,6 +150,7 @@ def svg(
             f'<rect x="{_LEFT + 70 * i}" y="{top}" width="12" height="12" fill="{colour(kind)}"/>'
             f'<text x="{_LEFT + 70 * i + 17}" y="{top + 11}">{escape(kind)}</text>'
         )
+    parts += _legend(timelines, bool(drains), _LEFT + 70 * len(kinds), top)
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{font-size:10px}"
     name = escape("Timelines: " + "; ".join(timelines), quote=True)
     return (
@@ -150,6 +159,53 @@ def svg(
         f"<style>{style}</style>"
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>'
     )
+
+
+def _legend(timelines: Mapping[str, Sequence[Span]], drains: bool, x: float, y: float) -> list[str]:
+    """What lines along cells mean, where there are any, and the ground of a drain."""
+    parts = []
+    most = max((s.microbatch for spans in timelines.values() for s in spans), default=0)
+    for eight in range(1, min(most // _SHADES, 7) + 1):
+        words = f"microbatch {eight * _SHADES}+"
+        ground = f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour("F")}"/>'
+        parts.append(f"{ground}{''.join(_lines(eight, x, y, 12, 12))}")
+        parts.append(f'<text class="in" x="{x + 17}" y="{y + 11}">{words}</text>')
+        x += 104
+    if drains:
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_DRAIN}" stroke="#b89b5e"/>'
+            f'<text class="in" x="{x + 17}" y="{y + 11}">drains: no forward follows</text>'
+        )
+    return parts
+
+
+def _lines(eight: int, x: float, y: float, width: float, height: float) -> list[str]:
+    """Which eight of 64 microbatches it is: a line below, above and at the right end count 1, 2 and 4."""
+    places = [(x, y + height - 3, width, 1.5), (x, y + 1.5, width, 1.5)]
+    places.append((x + max(width - 2.5, 0), y, min(width, 1.5), height))
+    return [
+        f'<rect class="eight" x="{at:.2f}" y="{up:.2f}" width="{wide:.2f}" height="{high:g}" '
+        f'fill="{_DARK}" opacity="0.75"/>'
+        for bit, (at, up, wide, high) in enumerate(places)
+        if eight >> bit & 1
+    ]
+
+
+def _drained(
+    rows: Mapping[int, Sequence[Span]], spans: Sequence[Span], top: int, scale: float
+) -> list[str]:
+    """The ground of each rank from the end of its last forward to that of the step."""
+    start, end = min(s.start_s for s in spans), max(s.end_s for s in spans)
+    parts = []
+    for i, (rank, own) in enumerate(rows.items()):
+        since = max((s.end_s for s in own if s.kind == "F"), default=end)
+        x, width = _LEFT + (since - start) * scale, (end - since) * scale
+        parts.append(
+            f'<rect class="drain" x="{x:.2f}" y="{top + i * (_ROW + _GAP) - 2}" width="{width:.2f}" '
+            f'height="{_ROW + _GAP}" fill="{_DRAIN}"><title>rank {rank} drains: no forward of a next step '
+            "runs here</title></rect>"
+        )
+    return parts
 
 
 def _wide(timelines: Mapping[str, Sequence[Span]], width: int, longest: float) -> int:
@@ -197,9 +253,10 @@ def colour(kind: str) -> str:
 
 
 def shade(kind: str, microbatch: int, chunk: int) -> str:
-    """The kind's colour, paler with the microbatch (in turns of eight) and darker with the rank's chunk."""
+    """The kind's colour, paler with the microbatch (in turns of eight, which `_lines` count) and darker with
+    the rank's chunk."""
     base = [int(colour(kind)[i : i + 2], 16) for i in (1, 3, 5)]
-    pale, dark = 0.075 * (max(microbatch, 0) % 8), 1 - 0.22 * min(chunk, 3)
+    pale, dark = 0.075 * (max(microbatch, 0) % _SHADES), 1 - 0.22 * min(chunk, 3)
     mixed = [round((c + (255 - c) * pale) * dark) for c in base]
     return "#" + "".join(f"{c:02x}" for c in mixed)
 
@@ -236,10 +293,12 @@ def _svg_rows(
             fill = shade(s.kind, s.microbatch, chunks.get(s.stage, 0))
             white = ' style="fill:#fff"' if ink_on(fill) == _LIGHT else ""
             inside = f'<text class="in" x="{x + 2:.2f}" y="{y + 17}"{white}>{name}</text>'
+            eight = max(s.microbatch, 0) // _SHADES % _SHADES
+            lines = "".join(_lines(eight, x, y, w, _ROW)) if s.kind in "FBIW" else ""
             parts.append(
                 f'<g class="span" data-rank="{rank}"><title>{tip}</title><rect x="{x:.2f}" y="{y}" '
                 f'width="{w:.2f}" height="{_ROW}" rx="2" fill="{fill}" stroke="white" '
-                f'stroke-width="0.6"/>{inside if w >= _room(s.name) * (1 - 1e-6) else ""}</g>'
+                f'stroke-width="0.6"/>{lines}{inside if w >= _room(s.name) * (1 - 1e-6) else ""}</g>'
             )
     return parts
 
@@ -250,6 +309,7 @@ def html(
     held: Mapping[str, Curves] | None = None,
     unit: str = "",
     seconds: bool = False,
+    drains: Collection[str] = (),
 ) -> str:
     """One page that needs nothing else: the SVG, and the words of a span where it is clicked or has the
     focus; Tab enters a row of spans, arrows walk along it."""
@@ -262,7 +322,7 @@ def html(
         "const to=all[i+({ArrowRight:1,ArrowLeft:-1}[e.key]||0)];"
         "if(to&&to!==g){e.preventDefault();to.focus()}})})"
     )
-    picture = svg(timelines, held=held, unit=unit, seconds=seconds)
+    picture = svg(timelines, held=held, unit=unit, seconds=seconds, drains=drains)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         "<style>body{font:14px sans-serif;margin:24px}.span{cursor:pointer}"

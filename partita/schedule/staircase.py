@@ -40,7 +40,7 @@ def _slots(action: Action) -> int:
     return 2 if action.kind == "B" else 1
 
 
-def marked(rank: int, actions: Sequence[Action], place: int, words: str) -> str:
+def marked(rank: int, actions: Sequence[Action | str], place: int, words: str) -> str:
     """The rank's list around one action, with an arrow under it.
 
     >>> print(marked(0, [Action(0, "F", 0), Action(0, "F", 0)], 1, "a second time"))

@@ -18,6 +18,7 @@ from partita.schedule.staircase import marked
 Program = tuple[tuple[Action, ...], ...]
 _ACTION = re.compile(rf"(\d{{1,18}})({'|'.join((*KINDS, 'REDUCE_GRAD'))})(\d{{0,18}})")
 FOREIGN = ("U", *ACTIVATIONS)  # kinds that torch has no name for
+_SHOWN = 24  # characters of a cell in a picture
 _OVERLAP = re.compile(r"\(([^;]+);([^)]+)\)OVERLAP_F_B")
 
 
@@ -95,7 +96,8 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         try:
             program.append(_parse_rank(line, paired))
         except UsageError as error:
-            raise UsageError(f"{name}, line {row + 1}: {error.message}") from None
+            where = f"{name}, line {row + 1}"
+            raise UsageError(f"{where}: {error.message}\n{_strange(row, line)}") from None
     ranks = tuple(tuple(a for a in row if a.kind in COMPUTE) for row in program)
     actions = [a for r in ranks for a in r]
     if not any(a.kind == "F" for a in actions):
@@ -155,19 +157,38 @@ def _updates_early(actions: Sequence[Action]) -> bool:
 
 def _parse_rank(line: str, paired: set[Action]) -> tuple[Action, ...]:
     out: list[Action] = []
-    for cell in line.split(","):
-        cell = cell.strip().strip('"')
-        found = _OVERLAP.fullmatch(cell)
-        parts = list(found.groups()) if found else cell.split("+")
-        actions = [parse_action(part) for part in parts] if cell else []
-        strange = next((a for a in actions if len(actions) > 1 and a.kind not in COMPUTE), None)
-        if strange is not None:
-            raise UsageError(
-                f"'{cell}': {strange} overlaps nothing; a pair is an F, then a B or an I"
-            )
+    for cell in _split(line):
+        actions = _parse_cell(cell)
         paired.update(actions[:-1])
         out += actions
     return tuple(out)
+
+
+def _split(line: str) -> list[str]:
+    cells = (cell.strip().strip('"') for cell in line.split(","))
+    return [cell for cell in cells if cell]
+
+
+def _parse_cell(cell: str) -> list[Action]:
+    """One action, or those that overlap. Raises UsageError."""
+    found = _OVERLAP.fullmatch(cell)
+    actions = [parse_action(part) for part in (found.groups() if found else cell.split("+"))]
+    strange = next((a for a in actions if len(actions) > 1 and a.kind not in COMPUTE), None)
+    if strange is not None:
+        raise UsageError(f"'{cell}': {strange} overlaps nothing; a pair is an F, then a B or an I")
+    return actions
+
+
+def _strange(rank: int, line: str) -> str:
+    """A picture of the first cell of a line that cannot be read."""
+    cells = _split(line)
+    for place, cell in enumerate(cells):
+        try:
+            _parse_cell(cell)
+        except UsageError:
+            shown = [text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..." for text in cells]
+            return marked(rank, shown, place, "cannot be read")
+    raise AssertionError("a line that was refused has such a cell")
 
 
 def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
@@ -179,7 +200,7 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
     if missing:
         raise ScheduleError(
             f"{name}: stages 0 to {max(where)} are named, but none of the ranks runs "
-            f"stage {', '.join(map(str, missing))}"
+            f"stage {', '.join(map(str, missing))}\n{_beyond(missing[0], ranks)}"
         )
     for stage, found in sorted(where.items()):
         if len(found) > 1:
@@ -188,6 +209,22 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
                 f"in a file a stage lies on one rank\n{_stray(stage, found, ranks)}"
             )
     return tuple(min(where[stage]) for stage in sorted(where))
+
+
+def _beyond(missing: int, ranks: Sequence[Sequence[Action]]) -> str:
+    """A picture of the first action of the next stage that there is."""
+    stage, rank, place = min(
+        (a.stage, rank, place)
+        for rank, actions in enumerate(ranks)
+        for place, a in enumerate(actions)
+        if a.stage > missing
+    )
+    return marked(
+        rank,
+        ranks[rank],
+        place,
+        f"{ranks[rank][place]} is of stage {stage}, and no rank has {missing}",
+    )
 
 
 def _stray(stage: int, found: Iterable[int], ranks: Sequence[Sequence[Action]]) -> str:

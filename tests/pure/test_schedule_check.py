@@ -248,6 +248,55 @@ def test_a_pair_that_cannot_take_turns_is_drawn(text, name, words):
         parse_schedule("0F0,0F1+0OFFLOAD1,0B0,0B1")
 
 
+def test_updates_that_end_a_step_are_those_of_every_step(tmp_path):
+    """As pipedream_2bw's, which says nothing of the versions it uses; one a stage, or none."""
+    path = tmp_path / "mine.csv"
+    path.write_text(str(make("pipedream_2bw", 3, 4)))
+    assert make(f"file:{path}", 3, 4).ranks == make("1f1b", 3, 4).ranks
+    for text, words in (
+        ("0F0,0B0,0U0\n1F0,1B0", "rank 1 runs 1B0, and stage 1 has no update"),
+        ("0F0,0F1,0B0,0B1,0U0,0U1", "rank 0 runs 0U1, and stage 0 has 2 updates"),
+    ):
+        (problem,) = file_problems(parse_schedule(text))
+        assert words in problem.message and "^-- stage" in problem.message
+
+
+def broken(name: str, how: int) -> str:
+    """A file with one slip of the hand."""
+    rows = [[str(a) for a in actions] for actions in make(name).ranks]
+    row, place = rows[how % 4], 5 + how % 3
+    if how == 0:
+        del row[place]
+    elif how == 1:
+        row.insert(place, row[place])
+    elif how == 2:
+        rows[3].insert(2, row.pop(place))
+    elif how == 3:
+        row[0] = "9" + row[0]
+    elif how == 4:
+        row[place] = row[place][:-1] + "77"
+    elif how == 5:
+        row.insert(0, row.pop())
+    elif how == 6:
+        row[place] = row[place].replace("F", "X").replace("I", "X").replace("B", "X")
+        row[place] = row[place].replace("W", "X")
+    else:
+        row.insert(place, f"{row[0][0]}REDUCE")
+    return "\n".join(",".join(row) for row in rows)
+
+
+@pytest.mark.parametrize("how", range(8))
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb_h1", "zb_v", "looped_bfs"])
+def test_a_slip_of_the_hand_is_drawn(name, how):
+    """Missing, doubled, on another rank, of no stage, of no microbatch, too early, no action, a sum of half
+    the gradients: refused with rank, action and picture."""
+    try:
+        said = [p.message for p in file_problems(*parse_program(broken(name, how)))]
+    except (ScheduleError, UsageError) as error:
+        said = [str(error)]
+    assert said and all("  rank " in text and "^-- " in text for text in said)
+
+
 @pytest.mark.parametrize("text, words", [
     ("0F0,0F1,0F2,0B0,0U0,0B1,0U1,0B2,0U2\n1F0,1B0,1U0,1F1,1B1,1U1,1F2,1B2,1U2",
      "0 runs 0F2, where pipedream has 0B0"),

@@ -114,3 +114,19 @@ def test_the_peak_stands_left_of_the_curve():
     words = held_svg([[(0.0, 12.34)]], 0.0, (88, 0), 1.0, 10.0, " GB")[1]
     assert "peak 12.34 GB" in words and 4 + 6 * len("peak 12.34 GB") < 88
     assert 'x1="88' in svg({"": [Span(0, "compute", "F", "a", 0.0, 1.0)]})
+
+
+def test_eights_of_microbatches_and_a_drain_are_told_apart():
+    made = schedule("pipedream", num_ranks=2, num_microbatches=26)
+    picture = svg({"a": clock(made)}, drains={"a"})
+    cells = re.findall(r"<title>0F(\d+) on.*?</g>", picture)
+    drawn = {k: re.search(rf"<title>0F{k} on.*?</g>", picture)[0] for k in map(int, cells)}
+    assert [drawn[k].count('class="eight"') for k in (0, 7, 8, 16, 24)] == [0, 0, 1, 1, 2]
+    looks = {
+        re.sub(r'<title>.*?</title>|[xy]="[^"]*"|<text.*?</text>', "", drawn[k]) for k in (2, 10)
+    }
+    assert len(looks) == 2
+    assert "microbatch 24+" in picture and "microbatch 32+" not in picture
+    grounds = re.findall(r'class="drain" x="([\d.]+)".*?<title>(rank \d drains)', picture)
+    assert [words for _, words in grounds] == ["rank 0 drains", "rank 1 drains"]
+    assert "drain" not in svg({"a": clock(made)})

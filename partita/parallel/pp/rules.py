@@ -200,10 +200,6 @@ def _schedule_problems(plan: Plan) -> list[Problem]:
         message = f"{pipe.schedule} has no backward: it evaluates, and cannot train"
         limit = "a schedule with B, or I and W"
         return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
-    if not made.is_asynchronous and "U" in made.kinds:
-        message = f"{pipe.schedule} has updates (U) of its own; a file's step ends with one of all"
-        limit = "F and B, or F, I and W"
-        return [error("pp", "schedule", message, asked=asked, limit=limit, nearest=nearest)]
     return []
 
 
