@@ -113,7 +113,8 @@ class Made(Levels):
         costs, v = self._costs(node), node.leaf.virtual
         unit = max(s.F + s.I + s.W for s in costs.stages) / FINE
         rows = [tuple(round(x / unit) for x in (s.F, s.I, s.W)) for s in costs.stages]
-        texts = write_costs(rows, round(costs.send / unit))  # type: ignore[arg-type]
+        message = round(costs.send / unit), round(costs.wire / unit)
+        texts = write_costs(rows, message)  # type: ignore[arg-type]
         limits = set[int]()
         for name in LIE[v]:
             other = node._replace(leaf=node.leaf._replace(schedule=name))
@@ -137,7 +138,9 @@ class Made(Levels):
         cut = leaf.zero if leaf.dp_shard > 1 else 0
         at = b.links.meetings(node.mesh, node.shape, leaf.dp_shard, cut)
         rows = b.sharded(table, len(stages), at, cut)[:, TIMES].tolist()
-        return Costs(tuple(StageCosts(*row) for row in rows), b.links.send(node.mesh, table.sent))
+        each = tuple(StageCosts(*row) for row in rows)
+        mesh, sent = node.mesh, table.sent
+        return Costs(each, b.links.send(mesh, sent), b.links.wire(mesh, sent))
 
     def _rooms(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
         """[rank]: stage-microbatches that a rank may hold at most, of its lightest stage; and of its mean

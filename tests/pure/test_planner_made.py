@@ -29,10 +29,15 @@ LINE = "pp4:auto/8mb pipeline.costs=78_92_70x5,97_115_88x2,90_90_76,1 pipeline.l
 
 def test_costs_in_a_line_are_read_as_they_are_written():
     stages, send = read_costs(("33_35_32x3", "36_39_36", "2"))
-    assert stages == ((33, 35, 32),) * 3 + ((36, 39, 36),) and send == 2
+    assert stages == ((33, 35, 32),) * 3 + ((36, 39, 36),) and send == (2, 0)
     assert write_costs(stages, send) == ("33_35_32x3", "36_39_36", "2")
-    assert write_costs(stages, 0) == ("33_35_32x3", "36_39_36")
-    assert read_costs(()) == ((), 0)
+    assert write_costs(stages, (0, 0)) == ("33_35_32x3", "36_39_36")
+    assert read_costs(()) == ((), (0, 0))
+    assert read_costs(("33_35_32x3", "50_40"))[1] == (50, 40)
+    assert write_costs(stages, (50, 40)) == ("33_35_32x3", "36_39_36", "50_40")
+    assert write_costs(stages, (50, 30)) == ("33_35_32x3", "36_39_36", "50")  # nobody waits
+    with pytest.raises(ValueError, match="taken for 9 of the 8"):
+        read_costs(("33_35_32", "8_9"))
     plan = Plan.parse(LINE)
     assert str(plan) == LINE and from_toml(to_toml(plan)) == plan
     for wrong in ("2", "1_2", "2,1_2_3", "0_0_0", "1_2_3x0", "1_2_3,x"):

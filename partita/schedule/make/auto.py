@@ -86,10 +86,10 @@ def made_for(
     """The schedule for the costs, the limit, in stage-microbatches, and the copies of a stage at most that a
     plan states (spec/stage_costs.py); the same on every rank. Raises ScheduleError where the costs are of no
     such number of stages, or the limit is of no stages or below what one microbatch holds."""
-    stages, send = read_costs(texts)
+    stages, message = read_costs(texts)
     _hold(num_ranks, max(2, virtual_stages), len(stages), limit)
     hold_to_size(len(stages), num_microbatches)
-    costs = Costs(tuple(StageCosts(*map(float, each)) for each in stages), float(send))
+    costs = Costs(tuple(StageCosts(*map(float, each)) for each in stages), *map(float, message))
     shares = limit / max(len(stages) // num_ranks, 1) if limit else math.inf
     most = max(2, virtual_stages)
     if not stages:
