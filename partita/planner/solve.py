@@ -35,7 +35,7 @@ SAID = {  # fields that a plan's line has under other words
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 SLICES = 3  # of the time that is left, one for a search among several
-DOUBLINGS = 10  # a batch this many times doubled that still fits has no limit: microbatches take it
+DOUBLINGS = 10  # a batch doubled so often that still fits has no limit: microbatches take it
 FEWEST = Goal("devices")
 Makes = Callable[[Job], Search]
 
@@ -150,13 +150,16 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         return bool(found.plans)
 
     low, high = (start, start * 2) if fits(start) else (0, start)
-    for turn in range(DOUBLINGS):
+    for _ in range(DOUBLINGS):
         if not low or time.perf_counter() > end or not fits(high):
             break
         low, high = high, high * 2
-        if field == "global_batch_size" and turn == DOUBLINGS - 1:
+    else:
+        text = f"{field} {low:,} fits too, more was not tried"
+        if field == "global_batch_size":
             text = f"no limit: {low:,} sequences fit too, more microbatches take more"
             return Solved(field, None, unit, shown, proven, text)
+        return Solved(field, low, unit, shown, False, text)
     while high - low > unit:
         if time.perf_counter() > end:
             fits_too = f"{field} {low:,} fits, " if low else ""

@@ -223,6 +223,11 @@ def test_solve_devices_looks_where_offload_needs_fewer():
     ).fits
 
 
+def test_what_is_doubled_ten_times_and_still_fits_has_no_edge_that_is_told():
+    told = solve(job_of(4, 80e9), "layers", lambda j: searcher(j, fix=("2mb",)), 20.0)
+    assert (told.value, told.proven) == (2048, False) and "more was not tried" in told.text
+
+
 def test_solve_layers_finds_the_edge():
     job = job_of(2, 3e6)
     told = solve(job, "layers", makes, 20)
