@@ -212,6 +212,13 @@ def test_a_module_that_cannot_take_its_wires_is_refused():
     assert "stage 0 is None: it cannot be called" in other
 
 
+def test_arguments_of_another_kind_are_told_at_once():
+    with pytest.raises(UsageError) as found:
+        PipelinedModules([module(0)], [("x", 0, 1)], "1f1b", SingleWorld())
+    for words in ("modules are a list", "a wire is a tuple: write Wire", "the schedule is a str"):
+        assert words in str(found.value)
+
+
 def test_a_step_without_a_loss_is_refused():
     def run(world):
         made = schedule("1f1b", num_ranks=1, num_microbatches=2)

@@ -26,7 +26,7 @@ from partita.parallel.alike import hold_alike
 from partita.parallel.pp.executor import Channel, Executor, StageModule
 from partita.parallel.pp.portals import ROW, Portal, Wire, wire_problems
 from partita.parallel.pp.rules import lane
-from partita.parallel.pp.stages import Stage, WiredStage, unlike_signatures
+from partita.parallel.pp.stages import Stage, WiredStage, hold_kinds, unlike_signatures
 from partita.schedule.ir import Schedule
 from partita.schedule.passes import forward_only
 
@@ -56,6 +56,7 @@ class PipelinedModules:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
+        hold_kinds(modules, wires, schedule)
         self.modules, self.wires, self.schedule, self.where = modules, wires, schedule, Where()
         if isinstance(world, Context):
             if not groups and schedule.num_ranks == world.mesh.sizes["pp"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from partita.base.errors import UsageError
 from partita.parallel.draws import drawing
 from partita.parallel.pp.portals import Adds, Portal, Wire, what_is
+from partita.schedule.ir import Schedule
 
 Stage = Callable[..., Mapping[str, Tensor]]
 
@@ -109,6 +110,22 @@ def _told(made: Any) -> str:
 def _wanted(wires: Sequence[Wire]) -> str:
     names = ", ".join(sorted({w.name for w in wires}))
     return f"a dict of {names}" if names else "an empty dict"
+
+
+def hold_kinds(modules: Any, wires: Any, schedule: Any) -> None:
+    """Raises UsageError where one of the three is of another kind than it is asked for as."""
+    strange = next((w for w in wires if not isinstance(w, Wire)), None)
+    wrong = [
+        f"modules are {what_is(modules)}: write {{stage: module}} of this rank's stages"
+        if not isinstance(modules, Mapping)
+        else "",
+        f"a wire is {what_is(strange)}: write Wire('x', 0, 1)" if strange is not None else "",
+        f"the schedule is {what_is(schedule)}: make one, pt.schedule('1f1b', num_ranks=2, num_microbatches=4)"
+        if not isinstance(schedule, Schedule)
+        else "",
+    ]
+    if any(wrong):
+        raise UsageError("this pipeline cannot be built:" + "".join(f"\n  {w}" for w in wrong if w))
 
 
 def unlike_signatures(modules: Mapping[int, Any], wires: Sequence[Wire]) -> list[str]:
