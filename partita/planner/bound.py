@@ -65,8 +65,8 @@ class Bounds:
     def __init__(self, space: Space, machine: Machine) -> None:
         self.space, self.machine = space, machine
         self.links = Links(machine, space.model, bool(space.job.frozen))
-        self._read = Reader(machine)
-        self._tables: dict[object, Table | Problem] = {}
+        self.read = Reader(machine)
+        self.tables: dict[object, Table | Problem] = {}
         self._probes: dict[object, dict[int, Probe | Problem]] = {}
         self._made: dict[tuple[int, str, int, int], Probe | Problem] = {}
         self._holds: dict[object, tuple[int, Holds | None, list[tuple[int, Problem]]]] = {}
@@ -77,7 +77,7 @@ class Bounds:
         self._kinds: dict[object, Kinds] = {}
         self._steps: dict[object, Rehearsal] = {}
         self._sizes: dict[int, np.ndarray] = {}
-        self.cuts, self.rings = Cuts(space), Rings(self._tables)
+        self.cuts, self.rings = Cuts(space), Rings(self.tables)
         self.shards, self.ways = self.cuts.shards, self.cuts.ways
         self._asked: tuple[tuple[object, ...], tuple[np.ndarray, ...]] = ((None,) * 3, ())
         self.request = request_of(space.job)
@@ -87,37 +87,37 @@ class Bounds:
         """Takes what those of another space of the same job, precision and machine know of blocks and
         schedules."""
         self.remember(other)
-        self._tables, self._probes, self._stages = other._tables, other._probes, other._stages
+        self.tables, self._probes, self._stages = other.tables, other._probes, other._stages
         self._inside, self.rings = other._inside, other.rings
 
     def remember(self, other: Bounds) -> None:
         """Takes what those of any other space of the same job have laid and made, to make nothing twice: what
         is asked of it is asked anew."""
-        self._read.remember(other._read)
+        self.read.remember(other.read)
         self._made, self._steps = other._made, other._steps
         self._splits, self._roughs = other._splits, other._roughs
 
     def table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The blocks of a microbatch on a rank, or why they cannot be laid."""
         key = (mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens)
-        if key not in self._tables:
+        if key not in self.tables:
             make = self._mixed if tokens.every > 1 else self.laid_table
             made = make(mesh, shape, tokens)
-            plain = self._tables.get((*key[:-1], tokens._replace(mode="none")))
+            plain = self.tables.get((*key[:-1], tokens._replace(mode="none")))
             if isinstance(plain, Table) and plain.is_like(made):
                 made = plain  # nothing is made again
-            self._tables[key] = made
+            self.tables[key] = made
             if isinstance(made, Table) and tokens.micro == ENDLESS:
                 self.rings.learn(mesh, shape, tokens, made)
-        return self._tables[key]
+        return self.tables[key]
 
     def knows(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> bool:
         """Whether a table is there."""
-        return (mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens) in self._tables
+        return (mesh.tp, mesh.sp, mesh.split, mesh.cp, shape, tokens) in self.tables
 
     def laid_table(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Table | Problem:
         """The table of a laid model."""
-        found = self._read(self.asked(mesh, shape, tokens), tokens.micro == ENDLESS)
+        found = self.read(self.asked(mesh, shape, tokens), tokens.micro == ENDLESS)
         return on_device(found, self.space.offload)
 
     def asked(self, mesh: MeshChoice, shape: Shape, tokens: Tokens) -> Request:

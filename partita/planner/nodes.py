@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
 from partita.simulate.predict import Prediction
@@ -18,8 +18,20 @@ GOALS = ("time", "memory", "devices", "cost")
 HIDDEN = (1.6, 1.5, 1.45, 1.2, 1.1, 1.01, 1.0, 1.0)
 INF = float("inf")
 KEEP = 50  # plans that are remembered
+ALIKE, EQUAL = "%.12e", 1e-12  # digits of a key; by how much those of equal keys differ at most
 
 Key = tuple[float, ...]
+
+
+class Shared(Protocol):
+    """What the searches of several processes know of each other's plans (workers.py)."""
+
+    @property
+    def limit(self) -> Key | None:
+        """The key of the last of the best plans, where so many are known."""
+
+    def publish(self, key: Key, line: str) -> None:
+        """Tells the others of a plan."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,10 @@ def beam(nodes: Iterable[Node], steps: Iterable[Step], until: float) -> list[Nod
 class Queue:
     """Nodes by their bound, and by what is hoped of them (until a plan is seen: the deepest), taken in turns
     from one and the other; and the best plans seen: a node that is not better than the last of the `top` of
-    them is left out. `seen`: plans known before, which others must beat by a `margin`."""
+    them is left out. `seen`: plans known before, which others must beat by a `margin`. `shared`: the plans of
+    other processes count too. Of keys ALIKE in so many digits the rest is of rounding."""
+
+    shared: Shared | None = None
 
     def __init__(
         self,
@@ -163,29 +178,37 @@ class Queue:
         self.best.append((self._key(*measured), plan))
         self.best.sort(key=lambda x: (x[0], len(x[1].plan), x[1].plan))  # of equals the simplest
         del self.best[max(KEEP, self.top) :]
+        if self.shared is not None:
+            self.shared.publish(self._key(*measured), plan.plan)
         return self.best[0][1] is plan
 
     def _key(self, seconds: float, num_bytes: float, world: int) -> Key:
-        return self.goal.key(seconds * self._longer, num_bytes * self._longer, world)
+        found = self.goal.key(seconds * self._longer, num_bytes * self._longer, world)
+        return float(ALIKE % found[0]), float(ALIKE % found[1])
 
-    def _beaten(self, key: Key) -> bool:
-        return len(self.best) >= self.top and key >= self.best[self.top - 1][0]
+    @property
+    def limit(self) -> Key | None:
+        """The key of the last of the `top` best plans, where so many are known."""
+        if self.shared is not None:
+            return self.shared.limit
+        return self.best[self.top - 1][0] if len(self.best) >= self.top else None
+
+    def is_beaten(self, key: Key) -> bool:
+        """Whether it is worse than the best: of equals the simplest is to be found."""
+        limit = self.limit
+        return limit is not None and key > limit
 
     @property
     def cut(self) -> float:
         """Seconds of a step from which on no plan is better, where time is the goal."""
-        if self.goal.name != "time" or len(self.best) < self.top:
-            return INF
-        return (
-            self.best[self.top - 1][0][0] * (1 + 1e-12) / self._longer
-        )  # equal times go by memory
+        limit = self.limit if self.goal.name == "time" else None
+        return INF if limit is None else limit[0] * (1 + EQUAL) / self._longer
 
     @property
     def cut_bytes(self) -> float:
         """Bytes beyond which no plan is better, where memory is the goal."""
-        if self.goal.name != "memory" or len(self.best) < self.top:
-            return INF
-        return self.best[self.top - 1][0][0] / self._longer
+        limit = self.limit if self.goal.name == "memory" else None
+        return INF if limit is None else limit[0] * (1 + EQUAL) / self._longer
 
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""
@@ -194,7 +217,7 @@ class Queue:
             self.refused["not under what is asked"] += node.leaves
             return
         key = self._key(s, num_bytes, world)
-        if self._beaten(key):
+        if self.is_beaten(key):
             return
         n, more = next(self._ties), HIDDEN[node.level]
         heapq.heappush(self._bounds, (key, n, node))
@@ -205,7 +228,15 @@ class Queue:
     @property
     def roots(self) -> list[Node]:
         """The nodes that are left."""
-        return [node for _, n, node in self._bounds if n not in self._done]
+        left = self._bounds
+        return [node for key, n, node in left if n not in self._done and not self.is_beaten(key)]
+
+    def refill(self, nodes: Iterable[Node]) -> None:
+        """Has these nodes instead."""
+        for heap in (self._bounds, self._hopes, self._depths):
+            heap.clear()
+        for node in nodes:
+            self.push(node)
 
     def _clean(self, heap: list[tuple[Key, int, Node]]) -> None:
         while heap and heap[0][1] in self._done:
@@ -214,7 +245,7 @@ class Queue:
     def __bool__(self) -> bool:
         """Whether a node is left that may hold a better plan."""
         self._clean(self._bounds)
-        return bool(self._bounds) and not self._beaten(self._bounds[0][0])
+        return bool(self._bounds) and not self.is_beaten(self._bounds[0][0])
 
     def pop(self) -> Node:
         """The next node to look into."""

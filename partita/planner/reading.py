@@ -158,6 +158,10 @@ class Reader:
                 return
         self._priced.append((self.machine, self._costs, self._found))
 
+    def learn(self, request: Request, late: bool, found: Table | Problem) -> None:
+        """Takes a table that was made elsewhere."""
+        self._found.setdefault((request, late), found)
+
     def __call__(self, request: Request, late: bool) -> Table | Problem:
         """The table of a model, or why it cannot be laid. `late`: as `cost_of` takes it."""
         key = request, late

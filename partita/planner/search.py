@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from partita.base.errors import Problem, UsageError
 from partita.cost.machine import machine_of
 from partita.planner.levels import Levels
 from partita.planner.nodes import ANY, HIDDEN, INF, Found, Goal, Node, Queue, Step, beam, measures
 from partita.planner.space import Space, Words, default_dtype
+from partita.planner.workers import WORTH, Crew, Result, learn, processes
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
 from partita.spec.plan import OffloadPlan, Plan
@@ -46,9 +48,35 @@ def rarely_collected() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+@dataclass(frozen=True)
+class Clock:
+    """When a search began, and when its time is over; all of its processes read one clock."""
+
+    start: float
+    end: float
+
+    @property
+    def now(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.start
+
+    @property
+    def middle(self) -> float:
+        """When half of its time is over."""
+        return (self.start + self.end) / 2
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is."""
+        return time.perf_counter() > self.end
+
+
 class Search:
     """One search of a job's space; tables are shared by all goals. `before`: of another space of the job,
-    whose blocks and schedules are not made again."""
+    whose blocks and schedules are not made again. `processes`: of how many to be, if not as many as may be
+    where it is worth it."""
+
+    processes: int | None = None
 
     def __init__(
         self, space: Space, levels: type[Levels] = Levels, before: Search | None = None
@@ -77,19 +105,34 @@ class Search:
         self.levels.refused = found.rejected
         queue = Queue(goal, self.levels.refused, top, seen, margin)
         self.levels.cut_bytes = INF
-        best = queue.best
         for node in self._meshes(found):
             queue.push(node)
+        clock = Clock(start, start + budget_s)
         if self.levels.begins and not (first or seen):
             self._alone(queue, start + budget_s / 4)
-        self.levels.cut = queue.cut  # of plans known before
-        usual = self._usual(queue.roots, start + budget_s / 2) if self.levels.begins else []
-        for node in usual:
-            prediction = self.predict(self.plan(node))
-            if prediction.fits and queue.keep(prediction, measures(prediction)):
-                found.first_s = time.perf_counter() - start
-        while queue and not (first and best):
-            if time.perf_counter() - start > budget_s:
+        rounds = self._usual(queue.roots) if self.levels.begins else [[]]
+        crew, far = None, FAR * min((n.seconds for n in queue.roots), default=INF)
+        try:
+            for i, some in enumerate(rounds):
+                soon = i == len(rounds) - 1 or (queue.limit is not None and bool(i or seen))
+                if crew is None and soon and not first and (crew := self._crew(queue)):
+                    crew.begin(lambda crew: self._work(crew, queue, clock))
+                far = self._try(some, queue, found, min(far, queue.cut), clock)
+            if crew is None:
+                self._prove(queue, found, clock, first)
+            else:
+                self._prove_together(crew, queue, found, clock)
+        finally:
+            if crew is not None:
+                crew.end()
+        found.plans = [p for _, p in queue.best]
+        found.seconds = clock.now
+        return found
+
+    def _prove(self, queue: Queue, found: Found, clock: Clock, first: bool = False) -> None:
+        """Looks into nodes until none is left that may hold a better plan, or time is over."""
+        while queue and not (first and queue.best):
+            if clock.is_over:
                 found.complete = False
                 break
             told = self._next(queue)
@@ -97,39 +140,78 @@ class Search:
                 continue
             found.simulated += 1
             if queue.keep(told, measures(told)):
-                found.first_s = time.perf_counter() - start
-        found.plans = [p for _, p in best]
-        found.seconds = time.perf_counter() - start
-        return found
+                found.first_s = clock.now
 
-    def _usual(self, roots: list[Node], until: float) -> list[Node]:
-        """The most promising of plans as they are usually made (all devices, tp within a node and with sp,
-        four parts of a sequence at most): they give the search a best plan to begin with."""
+    def _crew(self, queue: Queue) -> Crew | None:
+        """Processes that share what is left with this one, where it is much and they may be."""
+        nodes, workers = queue.roots, self.processes or processes()
+        much = self.processes is not None or sum(n.leaves for n in nodes) >= WORTH
+        return Crew(nodes, workers, queue) if workers > 1 and much else None
+
+    def _work(self, crew: Crew, queue: Queue, clock: Clock) -> Result:
+        """What one of these processes does."""
+        found, tables = Found(), len(self.bounds.tables)
+        self.levels.refused = queue.refused = found.rejected
+        self._take_turns(crew, queue, found, clock)
+        made = dict(list(self.bounds.tables.items())[tables:])
+        plans = [(key, p.plan) for key, p in queue.best[: queue.top]]
+        return Result(plans, found.rejected, found.simulated, found.complete, found.first_s, made)
+
+    def _take_turns(self, crew: Crew, queue: Queue, found: Found, clock: Clock) -> None:
+        """Proves part by part of what nobody has."""
+        while found.complete and (nodes := crew.take()) is not None:
+            queue.refill(nodes)
+            self._prove(queue, found, clock)
+
+    def _prove_together(self, crew: Crew, queue: Queue, found: Found, clock: Clock) -> None:
+        """Takes its own part, then what the others have to say; what one had that died it searches again."""
+        self._take_turns(crew, queue, found, clock)
+        told = crew.results(clock.end)
+        self._take_turns(crew, queue, found, clock)
+        for result in told:
+            for key, line in result.plans:
+                if not queue.is_beaten(key) and queue.keep(
+                    p := self.predict(Plan.parse(line)), measures(p)
+                ):
+                    found.first_s = result.first_s
+            found.rejected.update(result.refused)
+            found.simulated += result.simulated
+            found.complete = found.complete and result.complete
+            learn(self.bounds, result.tables)
+        del queue.best[queue.top :]  # the same whoever saw them
+
+    def _usual(self, roots: list[Node]) -> list[list[Node]]:
+        """Meshes as they are usually made (all devices, tp within a node and with sp, four parts of a
+        sequence at most), the most promising first: those behind must beat what the first lead to."""
         wide = max((n.mesh.world for n in roots), default=0)
         most = self.job.cluster.devices_per_node
-        counted, self.levels.refused = self.levels.refused, Counter()
-        self.floors.begins = True
-        found: list[Node] = []
-        known = self.levels.cut
-        self.levels.cut = min(known, FAR * min((n.seconds for n in roots), default=INF))
         usual = [
             n
             for n in sorted(roots, key=lambda n: n.seconds)
             if (m := n.mesh).world == wide and m.inner <= most and m.cp <= 4
             if m.sp or m.tp == 1 or self.job.model.image is not None
         ]
-        # the others must beat what the first lead to
-        for some in (usual[:FEW], usual[FEW:FIRST], usual[FIRST:]):
-            nodes: list[Node] = []
-            for root in some:
-                if time.perf_counter() < until:
-                    nodes += self.levels.folds(root)
-            found += beam(nodes, self._steps, until)
-            self.levels.cut = min([self.levels.cut, *(n.seconds for n in found)])
-        found.sort(key=lambda n: n.seconds)
-        self.levels.refused, self.levels.cut = counted, known
+        return [usual[:FEW], usual[FEW:FIRST], usual[FIRST:]]
+
+    def _try(
+        self, roots: list[Node], queue: Queue, found: Found, cut: float, clock: Clock
+    ) -> float:
+        """Looks for the most promising of the plans of some meshes, below a `cut`, and keeps it: it gives the
+        search a best plan to begin with. Seconds of that, at least; or the cut."""
+        counted, self.levels.refused = self.levels.refused, Counter()
+        self.floors.begins, self.levels.cut = True, cut
+        until, nodes = clock.middle, list[Node]()
+        for root in roots:
+            if time.perf_counter() < until:
+                nodes += self.levels.folds(root)
+        ends = beam(nodes, self._steps, until)[: queue.top]
+        self.levels.refused = counted
         self.floors.begins = False
-        return found[:1]
+        for node in ends:
+            prediction = self.predict(self.plan(node))
+            if prediction.fits and queue.keep(prediction, measures(prediction)):
+                found.first_s = clock.now
+        return min([cut, *(n.seconds for n in ends)])
 
     def _next(self, queue: Queue) -> Prediction | None:
         """Looks into the next node of a queue; what `simulate` says where it is one plan that can be."""

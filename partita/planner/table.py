@@ -142,6 +142,10 @@ class Table:
     weights: tuple[float, ...]
     at: np.ndarray
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what follows from it."""
+        return Table, (self.kinds, self.weights, self.at)
+
     def is_like(self, other: object) -> bool:
         """Whether that says the same."""
         if not isinstance(other, Table) or self.kinds != other.kinds:
