@@ -17,7 +17,7 @@ import partita as pt
 from partita.planner.nodes import Goal
 from partita.planner.search import Search, searcher
 
-JOB = pt.Job.of("tiny", "8xh100", "", global_batch_size=24, seq_len=64)
+JOB = pt.Job.of("tiny", "4xh100", "", global_batch_size=8, seq_len=64)
 
 def asked(processes, goal="time", budget_s=300.0, forbid=("offload",)):
     search = searcher(JOB, (), forbid)
