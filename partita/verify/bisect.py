@@ -118,7 +118,8 @@ def _numbers(found: Sequence[Difference]) -> Divergence | None:
         return Divergence("head.loss", "forward", d.rank, text)
     if "auxiliary" in bad:
         d = bad["auxiliary"]
-        text = f"an auxiliary loss is off by {d.relative:.1e}"
+        what = "the number of an expert's rows" if d.name == "loads" else "an auxiliary loss"
+        text = f"{what} is off by {d.relative:.1e}"
         return Divergence("step.routing", "forward", d.rank, text)
     if gradient is not None:
         text = f"the gradient of {gradient.name} on rank {gradient.rank} is off by {gradient.relative:.1e}"

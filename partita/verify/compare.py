@@ -118,6 +118,8 @@ def differences(
             tight, u = first > 0, ROUNDING.get(dtype, 0.0)
             scalars = (8 * u, 16 * u) if tight else (bound.loss, bound.norm)
             found += _scalars(mine, want, scalars, seen.rank, i)
+            if not low:  # else a rounding may send a token elsewhere
+                found.append(_loads(mine, want, seen.rank, i))
             if math.isfinite(want.norm) and tight:
                 near = [n[i].gradients for n in neighbours if math.isfinite(n[i].norm)]
                 found += _close_gradients(mine.gradients, want, near, first, seen.rank, i)
@@ -246,6 +248,17 @@ def _scalars(
         Difference("loss", "loss", rank, step, loss, not loss <= bounds[0]),
         Difference("grad_norm", "grad_norm", rank, step, norm, not norm <= bounds[1]),
     ]
+
+
+def _loads(mine: StepSeen, want: StepSeen, rank: int, step: int) -> Difference:
+    """Rows of every layer's experts: numbers, that are equal."""
+    pairs = zip(
+        (n for layer in mine.loads for n in layer),
+        (n for layer in want.loads for n in layer),
+        strict=True,
+    )
+    off = max((relative(a, b) for a, b in pairs), default=0.0)
+    return Difference("auxiliary", "loads", rank, step, off, off > 0)
 
 
 def _rounded(

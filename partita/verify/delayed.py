@@ -27,7 +27,7 @@ from partita.train.data import Dataset
 from partita.train.step import Microbatch
 from partita.verify.batches import whole_batch
 from partita.verify.judge import JudgeUpdate, wide_dtype
-from partita.verify.runs import StepSeen, linear_of, steps_of
+from partita.verify.runs import StepSeen, judged_routing, linear_of, steps_of
 
 Weights = dict[str, Tensor]
 
@@ -78,8 +78,8 @@ def delayed_step(
         norm = update.norm(gradients)
         update.step(gradients, norm, step, (step * m + first) // size)
         history.append(_copy(weights))
-    auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
-    return StepSeen(loss, norm, gradients, _copy(weights), auxiliary)
+    auxiliary, loads = judged_routing(seen, samples)
+    return StepSeen(loss, norm, gradients, _copy(weights), auxiliary, loads=loads)
 
 
 def _copy(weights: Weights) -> Weights:

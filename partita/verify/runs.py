@@ -22,7 +22,7 @@ from partita.comm.protocol import Where, World
 from partita.comm.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, times, weight_shapes
 from partita.model.reference_fp8 import RoundedProduct
-from partita.model.reference_moe import Told
+from partita.model.reference_moe import Auxiliary, Told
 from partita.parallel.ep.counts import Routing
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
@@ -59,6 +59,7 @@ class StepSeen:
     weights: Any
     auxiliary: tuple[float, ...] = ()  # balance loss, z-loss, dropped rows, where experts are
     misrounded: str = ""  # a weight whose working values are not its masters, rounded to nearest
+    loads: tuple[tuple[int, ...], ...] = ()  # rows of each expert, layer by layer
 
 
 @dataclass
@@ -144,7 +145,8 @@ def run_rank(
         seen.watch.stop()
         after = boxes(model, lambda unit: unit.master)
         of_experts, wrong = _auxiliary(model.routed), _misrounded(model)
-        seen.steps.append(StepSeen(loss, norm, gradients, after, of_experts, wrong))
+        loads = model.routed.counts
+        seen.steps.append(StepSeen(loss, norm, gradients, after, of_experts, wrong, loads))
     seen.halted = math.isnan(seen.steps[recorded].norm)  # a pending one is known by now
     return seen
 
@@ -189,7 +191,8 @@ def _proven(seen: StepSeen, model: Model, step: int) -> StepSeen:
     if found is None or found.step != step:
         return seen
     after = boxes(model, lambda unit: unit.master)
-    return StepSeen(found.loss, found.norm, seen.gradients, after, _auxiliary(found.routed))
+    aux, loads = _auxiliary(found.routed), found.routed.counts
+    return StepSeen(found.loss, found.norm, seen.gradients, after, aux, loads=loads)
 
 
 def _finite_or_nan(made: Callable[[], float]) -> float:
@@ -270,14 +273,21 @@ def run_judge(
         loss, gradients = loss_and_gradients(judge, batches, scale, frozen=optimizer.frozen)
         watch.stop()
         norm, samples = optimizer.norm(gradients), job.train.global_batch_size
-        seen = judge.auxiliary
-        auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
+        auxiliary, loads = judged_routing(judge.auxiliary, samples)
         kept = {n: g.clone() for n, g in gradients.items()}
         if scaler is None or scaler.step(norm):
             optimizer.step(gradients, norm, step)
         after = {n: w.clone() for n, w in weights.items()}
-        found.append(StepSeen(loss, norm, kept, after, auxiliary))
+        found.append(StepSeen(loss, norm, kept, after, auxiliary, loads=loads))
     return found, watch
+
+
+def judged_routing(
+    seen: Auxiliary, samples: int
+) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
+    """What the judge's experts say of a step, as `auxiliary` and `loads` of a StepSeen."""
+    auxiliary = (seen.balance / samples, seen.z / samples, float(seen.dropped))
+    return auxiliary, tuple(tuple(counts.tolist()) for counts in seen.counts.values())
 
 
 def run_neighbours(

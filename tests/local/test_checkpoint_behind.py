@@ -14,12 +14,13 @@ from partita.train.manifest import read_manifest
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk that writes no tensors until it is told to; then it fails on the rank that is `hurt`."""
-    state = types.SimpleNamespace(ready=threading.Event(), hurt=None)
+    """A disk that writes no tensors until it is told to, but of the rank that is `fast`; then it fails on the
+    rank that is `hurt`."""
+    state = types.SimpleNamespace(ready=threading.Event(), hurt=None, fast=None)
     write = checkpoint._write
 
     def slow(temporary, rank, step, parts):
-        assert state.ready.wait(10)
+        assert rank == state.fast or state.ready.wait(10)
         if rank == state.hurt:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(temporary, rank, step, parts)
@@ -85,6 +86,30 @@ def test_all_ranks_commit_or_all_raise_and_keep_the_old_one(hurt, tmp_path, disk
         assert "the disk is full" in found[hurt][2].message
         assert checkpoint.newest_complete(tmp_path) == old and is_step(old, 10)
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_rank_that_is_through_trains_on_while_another_writes(tmp_path, disk):
+    """It goes on to no stage in which it would wait for the other, whose next step waits for it."""
+    disk.fast, meeting, step, found = 0, Meeting(2), threading.Barrier(2), {}
+
+    def rank(r):
+        saves, _ = begin(tmp_path, 10, r, 2, meeting.ranks(r, 2))
+        if r == disk.fast:
+            saves._thread.join(10)
+        step.wait(10)
+        over = saves.advance()
+        step.wait(5)  # a collective of the next step
+        disk.ready.set()
+        saves.finish()
+        found[r] = over, saves.in_flight
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert found == {0: (False, False), 1: (False, False)}
+    assert is_step(checkpoint.newest_complete(tmp_path), 10)
 
 
 @pytest.mark.parametrize("in_files", [False, True])

@@ -13,6 +13,7 @@ from partita.parallel.laid import problems
 from partita.parallel.regions import Region
 from partita.simulate.predict import request_of
 from partita.spec.model import ModelSpec
+from partita.train import routing
 from partita.train import step as step_module
 from partita.train.build import assemble
 from partita.train.step import Update
@@ -171,7 +172,26 @@ def test_every_rank_knows_the_step_s_loads_and_losses(folder):
         assert routed.z == pytest.approx(alone[1].z, rel=1e-12)
     routed = alone[1]
     assert routed.rows == 8 * verify_jobs.SEQ * 2 * 2 and routed.dropped == 0
-    assert routed.imbalance >= 1 and sum(routed.load) == pytest.approx(1)
+    first, second = routed.counts
+    assert first != second and max(first) != max(
+        second
+    )  # each number below is of one layer, or of both
+    assert routed.imbalance == max(max(first) / sum(first), max(second) / sum(second)) * 4
+    rows = [a + b for a, b in zip(first, second, strict=True)]
+    assert routed.load == pytest.approx([n / sum(rows) for n in rows], rel=1e-12)
+
+
+def test_rows_counted_in_the_wrong_layer_are_seen(folder, monkeypatch):
+    """They enter no loss, only what metrics say of the loads."""
+    right = routing.logs
+
+    def swapped(model):
+        names, found = zip(*right(model), strict=True)
+        return zip(names[::-1], found, strict=True)
+
+    monkeypatch.setattr(routing, "logs", swapped)
+    found = verify(job(folder, "dp2 ep2 2mb fp64"))
+    assert not found.equal and "an expert's rows" in str(found), str(found)
 
 
 # Faults that others shipped ------------------------------------------------------------------------

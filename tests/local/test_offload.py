@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -82,8 +83,9 @@ PLANS = [
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """So short that every unit is streamed in several."""
+    """So short that every unit, and its gradient, is streamed in several."""
     monkeypatch.setattr(cpu, "CHUNK", 1024)
+    monkeypatch.setattr(nvme, "CHUNK", 1024)
 
 
 @pytest.mark.parametrize("plan, model", PLANS)
@@ -95,6 +97,19 @@ def test_states_elsewhere_equal_one_device_and_move_as_declared(
     found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
     assert found.equal, str(found)
     assert {t.axis for t in found.recorded} >= {"host", *(["disk"] if "nvme" in plan else [])}
+
+
+@pytest.mark.parametrize("targets", ["parameters,optimizer", "activations,gradients"])
+def test_a_slow_disk_is_waited_for(targets, tmp_path, short_chunks, monkeypatch):
+    """What is written behind is there before it is read, and its buffer is not filled meanwhile; what is read
+    ahead is there before it is used."""
+    read, write = nvme.File.read, nvme.File.write
+    late = lambda act: lambda self, *what: (time.sleep(2e-3), act(self, *what))[1]  # noqa: E731
+    monkeypatch.setattr(nvme.File, "read", late(read))
+    monkeypatch.setattr(nvme.File, "write", late(write))
+    line = f"dp_shard2.zero3 2mb fp64 offload:nvme offload.targets={targets}"
+    found = verify(verify_jobs.job(tmp_path, line, layers=4))
+    assert found.equal, str(found)
 
 
 def trained(world, job, folder, steps, resume=None):

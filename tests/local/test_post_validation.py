@@ -184,9 +184,11 @@ def infinite(rank, at, model, step):
         next(u for u in model.units if u.gradient.numel()).gradient[0] = torch.inf
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_inf_anywhere_skips_the_update_of_all(rank, tmp_path):
-    made = job(tmp_path, f"pp2:zb_h2/4mb dp_shard2.zero1 fp16 {AFTER}", clip=0.0)
+@pytest.mark.parametrize(
+    ("rank", "away"), [(0, ""), (1, ""), (1, "offload:cpu offload.targets=optimizer")]
+)
+def test_an_inf_anywhere_skips_the_update_of_all(rank, away, tmp_path):
+    made = job(tmp_path, f"pp2:zb_h2/4mb dp_shard2.zero1 fp16 {away} {AFTER}", clip=0.0)
     found, want = both(made, partial(infinite, rank, 1))
     assert_same(found, want)
     laid = lay(request_of(made))
