@@ -36,7 +36,7 @@ def job(folder, plan, clip=1.0, **model):
 
 
 def train(world, job, spoil=lambda model, step: None):
-    """(losses, norms, weights, loss scale, whether each guess held, transfers of each step)."""
+    """(losses, norms, weights, counts and loss scale, whether each guess held, transfers of each step)."""
     built = assemble(job, world)
     model, update, losses, norms, held, sent = built.model, built.update, [], [], [], []
     for step in range(job.train.steps):
@@ -58,7 +58,7 @@ def train(world, job, spoil=lambda model, step: None):
     losses.append(model.evaluate(StepBatch(0, built.batch(0).microbatches[:1])))
     weights = [u.master.clone() for u in model.units]
     states = [x.clone() for s in update.optimizer.state.values() for x in s.values()]
-    scale = 0.0 if model.scaler is None else model.scaler.scale
+    scale = None if model.scaler is None else model.scaler.state()
     return losses, norms, [*weights, *states], (update.updates, update.lr, scale), held, sent
 
 
