@@ -79,7 +79,7 @@ def test_a_step_of_images_touches_one_device(plan, tmp_path):
 @pytest.mark.parametrize(("family", "model", "plan"), PLANS)
 def test_a_step_touches_one_device(family, model, plan, tmp_path, monkeypatch):
     without_values(monkeypatch)
-    job = verify_jobs.job(tmp_path, plan, family, seq=16, **model)
+    job = verify_jobs.job(tmp_path, plan, family, seq=16, **{"layers": 2, **model})
     with local(job.plan.world_size, 20) as ranks:
         assert all(ranks.run(run, job))
 

@@ -142,7 +142,8 @@ def test_recomputing_keeps_what_is_declared(less, family, model, tmp_path):
     "plan", [*PLANS, *CONTEXT, *(pytest.param(p, marks=pytest.mark.slow) for p in LONG)]
 )
 def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tmp_path):
-    job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **model)
+    layers = 5 if "pp4" in plan else 3  # equal ones are one object; of pp2 the stages are uneven
+    job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **{"layers": layers, **model})
     job = job if "pp" in plan or "mb" in plan else job.with_plan(f"{plan} 2mb {dtype}")
     with local(job.plan.world_size, 20) as ranks:
         found = ranks.run(look, job)
