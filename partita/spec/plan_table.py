@@ -111,7 +111,9 @@ def problems_of(plan: Plan) -> list[tuple[str, str]]:
         )
     if sorted(plan.mesh.order) != sorted(DEFAULT_ORDER):
         text = f"{','.join(plan.mesh.order)} must name each of {','.join(DEFAULT_ORDER)} once"
-        found.append(("mesh.order", f"{text}, innermost first"))
+        stated = [a for a in dict.fromkeys(plan.mesh.order) if a in DEFAULT_ORDER]
+        whole = ",".join([*stated, *(a for a in DEFAULT_ORDER if a not in stated)])
+        found.append(("mesh.order", f"{text}, innermost first; e.g. {whole}"))
     for key, given, known in (
         ("offload.targets", plan.offload.targets, TARGETS),
         ("recompute.modules", plan.recompute.modules, MODULES),

@@ -16,11 +16,12 @@ from hashlib import sha256
 from typing import Any, get_args, get_origin, get_type_hints
 
 from partita.base.errors import UsageError
-from partita.base.text import did_you_mean, nearest_names
+from partita.base.text import did_you_mean
 from partita.spec.plan import DEFAULT_ORDER, Plan, has_fixed_stages
 from partita.spec.plan_table import (
     CHOICES,
     SCHEDULES,
+    TARGETS,
     data_parallel,
     fixed_stages_problem,
     from_toml,
@@ -35,22 +36,8 @@ __all__ = ["from_toml", "parse", "print_plan", "slug", "to_toml"]
 MAX_LINE = 10_000
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _WORD = re.compile(rf'(?:{_QUOTED}|[^\s"])+')
-_EXAMPLES = {
-    "pp": "pp4:1f1b/8mb",
-    "dp": "dp4",
-    "dp_replicate": "dp_replicate4",
-    "dp_shard": "dp_shard4.zero3",
-    "cp": "cp2:ring",
-    "tp": "tp2+sp",
-    "ep": "ep8",
-    "etp": "etp2",
-    "split": "split2",
-    "mb": "8mb",
-    "recompute": "recompute:full",
-    "offload": "offload:cpu",
-    "order": "order:tp,cp,dp_shard,dp_replicate,pp",
-    **{dtype: dtype for dtype in CHOICES["precision", "dtype"]},
-}
+_ASSIGNMENT = re.compile(r"\w+\.\w+=.*", re.DOTALL)
+_DP = re.compile(r"dp(\d+)(?:\.zero(\d+))?")
 _SECTIONS: dict[str, type[Any]] = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
 
 
@@ -67,7 +54,8 @@ class _Given:
         place = (section, name)
         if place in self.words:
             other = self.words[place]
-            twice = "stands twice" if other == word else f"and '{other}' both set {section}.{name}"
+            twice = f"and '{other}' both set {section}.{name}: leave one out"
+            twice = "stands twice" if other == word else twice
             raise _error(self.line, word, twice, quote=True)
         self.values[place], self.words[place] = value, word
 
@@ -122,9 +110,9 @@ def _plain(line: str) -> str:
 
 def _read_word(given: _Given, word: str, later: list[tuple[str, int]]) -> None:
     """States the fields of one word; a plain `dp<n>` waits in `later`."""
-    if re.fullmatch(r"\w+\.\w+=.*", word, re.DOTALL) and not word.startswith('"'):
+    if _ASSIGNMENT.fullmatch(word):
         return _read_assignment(given, word)
-    if match := re.fullmatch(r"dp(\d+)(?:\.zero(\d+))?", word):
+    if match := _DP.fullmatch(word):
         size = _integer(given.line, word, match[1])
         if not match[2]:
             return later.append((word, size))
@@ -137,24 +125,28 @@ def _read_word(given: _Given, word: str, later: list[tuple[str, int]]) -> None:
 
 
 def _unknown(line: str, word: str) -> UsageError:
-    """Says which word was probably meant, and how it is written."""
-    head = re.match(r"[A-Za-z_]*", word).group()  # type: ignore[union-attr]
-    lower = head.lower().rstrip("_")
-    key = (
-        lower
-        if lower in _EXAMPLES
-        else next(iter(nearest_names(lower or word, list(_EXAMPLES))), "")
-    )
-    if not head and word.endswith("b"):
-        key = "mb"
-    if re.fullmatch(r"dp_replicate\d+\.zero\d+", word):
-        return _error(
-            line, word, "dp_replicate has no zero stage; dp_shard has, e.g. dp_shard4.zero1"
-        )
-    if key:
-        return _error(line, word, f"not understood; did you mean '{_EXAMPLES[key]}'?")
-    words = " ".join(dict.fromkeys(_EXAMPLES.values()))
-    return _error(line, word, f"not understood; words are {words} section.field=value")
+    """Says what was probably meant by a word, by which rule, and the line that says it."""
+    from partita.spec.plan_hints import meant, near
+
+    words = [match.group() for match in _WORD.finditer(line)]
+    found = meant(word, words)
+    if found is None:
+        return _error(line, word, f"not understood; {near(word)}")
+    said, tried = found.line.split(), 0
+    while tried <= len(words) and (wrong := next((w for w in said if not _is_word(w)), None)):
+        other = meant(wrong, said)
+        said, tried = (other.line.split() if other else []), tried + 1
+    try:
+        shown = " ".join(said) if parse(" ".join(said)) and said else ""
+    except UsageError:  # what is left is wrong in another way
+        shown = " ".join(found.words)
+    return _error(line, word, found.rule + (f"; e.g. '{shown}'" if shown else ""))
+
+
+def _is_word(word: str) -> bool:
+    """Whether the grammar has the word, be its numbers as they may."""
+    known = (_ASSIGNMENT, _DP, *(pattern for pattern, _ in _READERS))
+    return all(any(p.fullmatch(w) for p in known) for w in spelled(word))
 
 
 def _integer(line: str, word: str, digits: str) -> int:
@@ -166,8 +158,6 @@ def _integer(line: str, word: str, digits: str) -> int:
 def _read_axis(given: _Given, word: str, match: re.Match[str]) -> None:
     """dp_replicate<n>, dp_shard<n>[.zero<k>], tp<n>[+sp], ep<n>, etp<n>, split<n>."""
     axis, digits, zero, sp = match["axis"], match["n"], match["zero"], match["sp"]
-    if (zero and axis != "dp_shard") or (sp and axis != "tp"):
-        raise _unknown(given.line, word)
     given.set(word, "mesh", axis, _integer(given.line, word, digits))
     if zero:
         given.set(word, "data", "zero_stage", _integer(given.line, word, zero))
@@ -193,6 +183,10 @@ def _read_pipeline(given: _Given, word: str, match: re.Match[str]) -> None:
     else:
         schedule, stages = split[1], split[2]
     if not is_schedule(schedule):
+        from partita.spec.plan_hints import meant
+
+        if meant(word, ()):
+            raise _unknown(given.line, word)
         hint = did_you_mean(schedule, SCHEDULES)
         raise _error(
             given.line, word, f"no schedule '{schedule}'{hint} (a file is quoted: \"file:a.csv\")"
@@ -231,6 +225,8 @@ def _read_choice(given: _Given, word: str, match: re.Match[str]) -> None:
     section, value = match["section"], match["value"]
     name = "mode" if section == "recompute" else "to"
     choices = CHOICES[section, name]
+    if value in TARGETS:
+        raise _unknown(given.line, word)
     if value not in choices:
         raise _error(given.line, word, f"{section} is one of {', '.join(choices)}")
     given.set(word, section, name, value)
@@ -258,6 +254,7 @@ _READERS: tuple[tuple[re.Pattern[str], _Reader], ...] = (
     ),
     (
         re.compile(
+            r"(?=dp_shard|[^.]*$)(?=tp|[^+]*$)"  # zero is dp_shard's, sp tp's
             r"(?P<axis>dp_replicate|dp_shard|tp|ep|etp|split)(?P<n>\d+)(?:\.zero(?P<zero>\d+))?(?P<sp>\+sp)?"
         ),
         _read_axis,
@@ -274,6 +271,10 @@ def _read_assignment(given: _Given, word: str) -> None:
     """section.field=value, the value read as the field's type."""
     key, _, text = word.partition("=")
     section, _, name = key.partition(".")
+    if section in ("model", "train", "cluster"):
+        raise _error(
+            given.line, word, f"{section} is a table of the job: it stands beside the plan"
+        )
     if section not in _SECTIONS:
         raise _error(
             given.line, word, f"no section '{section}'{did_you_mean(section, list(_SECTIONS))}"

@@ -202,13 +202,65 @@ def test_stages_a_rank() -> None:
         ("offload.targets=optimiser", "did you mean 'optimizer'"),
         ("order:tp,pp", "must name each of"),
         ("tp2+ps", "did you mean"),
-        ("tp-1", "did you mean 'tp2"),
+        ("tp-1", "is not filled in; e.g. 'tp2+sp'"),
+        ("tp2x2", "did you mean 'tp2+sp'? it is written tp<n>[+sp]"),
+        ("model.hidden=4", "model is a table of the job"),
+        ("auto", "`partita plan` without --plan searches"),
+        ("train.seq_len=3 tp2", "train is a table of the job"),
+        ("spam", "words are pp4:1f1b/8mb"),
         ("x" * 20_000, "at most 10000"),
     ],
 )
 def test_errors_teach(line: str, text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         Plan.parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("sp", "tp2+sp"),
+        ("tp4 +sp", "tp4+sp"),
+        ("tp2sp", "tp2+sp"),
+        ("cp2+sp tp4", "tp4+sp cp2"),
+        ("zero3", "dp_shard2.zero3"),
+        ("dp4 tp2 zero1", "dp_shard4.zero1 tp2"),
+        ("dp4zero1", "dp_shard4.zero1"),
+        ("tp2.zero1", "tp2 dp_shard2.zero1"),
+        ("hsdp2x4", "dp_replicate2 dp_shard4.zero3"),
+        ("pp2x2", "pp2:interleaved_1f1bx2"),
+        ("pp2/8mb vpp2", "pp2:interleaved_1f1bx2/8mb"),
+        ("PP2 TP2", "pp2 tp2"),
+        ("tp 2", "tp2"),
+        ("pp2:4mb", "pp2 4mb"),
+        ("pp2/4mb:1F1B", "pp2:1f1b/4mb"),
+        ("pp2:interleavedx2/4mb", "pp2:interleaved_1f1bx2/4mb"),
+        ("gpipe pp2/4mb", "pp2:gpipe/4mb"),
+        ("pp2,tp2", "pp2 tp2"),
+        ("dp2 * tp2", "dp2 tp2"),
+        ("4mb/pp2", "4mb pp2"),
+        ("mb4", "4mb"),
+        ("--tensor-parallel-size=2", "tp2"),
+        ("fp32/bf16 tp2", "tp2 bf16"),
+        ("mixed", "bf16"),
+        ("full", "recompute:full"),
+        ("offload:optimizer", "offload:cpu offload.targets=optimizer"),
+        ("ring cp4", "cp4:ring"),
+        ("ep8:etp2", "ep8 etp2"),
+        ("seq_len=8 tp2", "tp2"),
+        ("4", "tp4"),
+    ],
+)
+def test_a_near_miss_is_answered_with_a_rule_and_the_line_that_was_meant(
+    line: str, meant: str
+) -> None:
+    with pytest.raises(UsageError) as found:
+        Plan.parse(line)
+    told = re.fullmatch(r"plan '(.*)': '(.*?)': (.+); e\.g\. '(.*)'", found.value.message)
+    assert told
+    assert (told[1], told[4]) == (line, meant)
+    assert told[2] in line
+    Plan.parse(meant)
 
 
 @given(st.text(alphabet='pdtce_shardximb0123456789:./+·"= ,\\', max_size=40))
