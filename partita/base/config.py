@@ -7,18 +7,19 @@ a UsageError with the file and the dotted key.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from partita.base.errors import UsageError
-from partita.base.text import did_you_mean
+from partita.base.text import did_you_mean, nearest_names
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 4_000_000
@@ -108,7 +109,8 @@ def _decode(kind: Any, raw: Any, key: str, problems: list[tuple[str, str]]) -> A
     if isinstance(raw, Mapping) and (inner := _dataclass_in(kind)):
         return _decode_fields(inner, raw, key, problems)
     origin, arguments = get_origin(kind), get_args(kind)
-    many = origin is tuple and arguments[1:] == (...,) and _dataclass_in(arguments[0])
+    many = origin is tuple and arguments[1:] == (...,)
+    many = many and (_dataclass_in(arguments[0]) or get_origin(arguments[0]) is Literal)
     if many and isinstance(raw, list | tuple):
         kind = arguments[0]
         return tuple(_decode(kind, item, f"{key}[{i}]", problems) for i, item in enumerate(raw))
@@ -120,7 +122,8 @@ def _decode(kind: Any, raw: Any, key: str, problems: list[tuple[str, str]]) -> A
     except msgspec.ValidationError as error:
         text = str(error).replace("`", "'").partition(" - at ")
         at = text[2].strip().strip("'").removeprefix("$")
-        problems.append((key + at, f"{text[0][0].lower()}{text[0][1:]}{_of_literal(kind, raw)}"))
+        told = _of_literal(kind, raw) or f"{text[0][0].lower()}{text[0][1:]}{_as_list(kind, raw)}"
+        problems.append((key + at, told))
         return None
 
 
@@ -161,9 +164,19 @@ def _dataclass_in(kind: Any) -> type | None:
 
 
 def _of_literal(kind: Any, raw: Any) -> str:
-    """What would be accepted in place of a name that is not one of a Literal's."""
+    """What is accepted in place of a name that is not one of a Literal's."""
     choices = [a for a in get_args(kind) if isinstance(a, str)]
-    return did_you_mean(raw, choices) if choices and isinstance(raw, str) else ""
+    if not choices or not isinstance(raw, str):
+        return ""
+    near = nearest_names(raw, choices)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"'{raw[:80]}' is none of {', '.join(choices)}{hint}"
+
+
+def _as_list(kind: Any, raw: Any) -> str:
+    """How one value is written where a list is wanted."""
+    single = get_origin(kind) is tuple and isinstance(raw, str | int | float)
+    return f"; a list is written {json.dumps([raw])[:100]}" if single else ""
 
 
 def _absurd(raw: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -99,3 +99,32 @@ def seconds_apart(one: float, other: float) -> tuple[str, str]:
 def sign_of(seconds: float) -> str:
     """A difference: +3 ms, -2 s."""
     return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))
+
+
+def times(value: float, limit: float) -> str:
+    """How many times the limit a value above it is, with the digits that show that it is above.
+
+    >>> times(3.0, 2.0), times(22.603e9, 22.6e9)
+    ('1.50 times', '1.0001 times')
+    """
+    ratio = value / limit
+    shown = (f"{ratio:.{digits}f}" for digits in range(2, 10))
+    return next((text for text in shown if float(text) != 1), f"{ratio:.2f}") + " times"
+
+
+def bytes_apart(one: float, other: float) -> tuple[str, str]:
+    """Two sizes; where three digits show them alike, with as many as tell them apart.
+
+    >>> bytes_apart(22.603e9, 22.6e9)
+    ('22.603 GB', '22.600 GB')
+    """
+    found = format_bytes(one), format_bytes(other)
+    if one == other or found[0] != found[1]:
+        return found
+    value, prefix = _scaled(one, _LARGE)
+    size = one / value
+    for digits in range(2, 10):
+        told = f"{value:.{digits}f} {prefix}B", f"{other / size:.{digits}f} {prefix}B"
+        if told[0] != told[1]:
+            return told
+    return found

@@ -29,7 +29,7 @@ def doctor(
     from partita.tune.doctor import doctor as examine
     from partita.tune.doctor import this_machine
 
-    found = examine(this_machine() if job is None else load(job, overrides, plan))
+    found = examine(this_machine() if job is None else load(job, overrides, plan, json))
     rank = torchrun_rank()
     if rank is None or rank[0] == 0:
         if json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from partita.base.errors import UsageError
-from partita.cli.out import note
+from partita.cli.out import note, waiting
 from partita.spec.calibrated import calibrated
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
@@ -35,19 +35,23 @@ PlanLine = Annotated[
 ]
 
 
-def load(path: str, overrides: list[str] | None, plan: str | None = None) -> Job:
+def load(
+    path: str, overrides: list[str] | None, plan: str | None = None, quiet: bool = False
+) -> Job:
     """The job of a file, `plan` and overrides applied, on this machine as measured; for 'auto' the plan is
     searched. Raises UsageError, PlanError where nothing fits."""
-    return with_auto(_load(path, overrides, plan))
+    return with_auto(_load(path, overrides, plan), quiet)
 
 
-def with_auto(job: Job) -> Job:
-    """The job with the plan that 'auto' stands for, which is told."""
+def with_auto(job: Job, quiet: bool = False) -> Job:
+    """The job with the plan that 'auto' stands for, which is told; that it is searched for, too, unless
+    `quiet`."""
     if not job.auto:
         return job
-    from partita.planner.ask import resolved
+    from partita.planner.ask import AUTO_S, resolved
 
-    found = resolved(job)
+    with waiting(f'plan = "auto"  searching, {AUTO_S:g} s at most', quiet):
+        found = resolved(job)
     note(f'plan = "auto" is {found.plan}')
     return found
 

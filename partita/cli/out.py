@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -77,19 +77,19 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def waiting(what: str, quiet: bool = False) -> Iterator[None]:
+def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Of long work that prints nothing before its end: what it is and for how long, on stderr where that is a
-    terminal, gone when it is done."""
+    terminal, gone when it is done. Gives what tells how far it is, which may be called from it."""
     if quiet or not sys.stderr.isatty():
-        yield
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as line:
-        line.add_task(what, total=None)
-        yield
+        task = line.add_task(what, total=None)
+        yield lambda text: line.update(task, description=f"{what}  {text}")
 
 
 def problem_rows(problems: tuple[Problem, ...] | list[Problem]) -> list[dict[str, Any]]:

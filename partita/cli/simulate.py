@@ -48,7 +48,7 @@ def simulate(
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
     }
-    job = with_auto(from_words(words, plan, batch))
+    job = with_auto(from_words(words, plan, batch), json)
     load = Load.parse(routing, job.model.experts) if routing else None
     prediction = judged(job, load)
     if html is not None:

@@ -37,7 +37,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Trains a job over its ranks."""
-    loaded = load(job, overrides, plan)
+    loaded = load(job, overrides, plan, json)
     from partita.train.launch import train as run
 
     metrics = run(

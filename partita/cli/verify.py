@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from partita.cli.jobs import JobFile, Json, Overrides, PlanLine, load
-from partita.cli.out import note, write_json, write_text
+from partita.cli.out import note, waiting, write_json, write_text
 
 
 def register(app: typer.Typer) -> None:
@@ -26,10 +26,11 @@ def verify(
     json: Json = False,
 ) -> None:
     """Proves a job's plan equal to one device."""
-    loaded = load(job, overrides, plan)
+    loaded = load(job, overrides, plan, json)
     from partita.verify.parity import verify as prove
 
-    found = prove(loaded, backend=backend)
+    with waiting(f"verify  {loaded.plan}", quiet=json) as tell:
+        found = prove(loaded, backend=backend, tell=tell)
     if json:
         write_json(found.to_json())
     else:

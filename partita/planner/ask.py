@@ -93,7 +93,7 @@ def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
     question = Question(top=1, budget_s=budget_s)
     found = searched(searcher(job), ANY, question)
     if not found.plans:
-        lines = nothing_fits(job, searcher, budget_s / 4)
+        lines = nothing_fits(job, searcher, budget_s)
         raise PlanError("\n".join(['plan = "auto" found none', *lines]))
     return job.with_plan(found.plans[0].plan)
 
@@ -122,7 +122,7 @@ def ask(job: Job, question: Question) -> Answer:
     else:
         found = searched(search, goal, question)
     if not found.plans:
-        texts = nothing_fits(job, question.search, question.budget_s / 4)
+        texts = nothing_fits(job, question.search, question.budget_s)
         if not found.complete and found.considered:
             texts = [f"no plan was found in {question.budget_s:g} s: not proven", *texts]
         return Answer(found, (), tuple(texts))

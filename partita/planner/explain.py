@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from partita.base.units import format_bytes, format_seconds, seconds_apart, sign_of
+from partita.base.units import (
+    bytes_apart,
+    format_bytes,
+    format_seconds,
+    seconds_apart,
+    sign_of,
+    times,
+)
 from partita.parallel.room import PRODUCT_ORDER
 from partita.planner.nodes import measures
 from partita.planner.orders import another_order
@@ -187,20 +194,19 @@ def reason(job: Job, best: Prediction, choice: str, plan: Plan, goal: str = "tim
     seconds, num_bytes, _ = measures(other)
     ours, own_bytes, _ = measures(best)
     if num_bytes > other.limit_bytes:
-        text = (
-            f"{lead} does not fit: {format_bytes(num_bytes)} of {format_bytes(other.limit_bytes)} "
-            f"({num_bytes / other.limit_bytes:.2f} times; here {format_bytes(own_bytes)})"
-        )
+        over, room = bytes_apart(num_bytes, other.limit_bytes)
+        ratio = times(num_bytes, other.limit_bytes)
+        text = f"{lead} does not fit: {over} of {room} ({ratio}; here {format_bytes(own_bytes)})"
         return Reason(choice, text, other)
     mine, theirs = causes(best), causes(other)
     more = {k: theirs.get(k, 0.0) - mine.get(k, 0.0) for k in {*mine, *theirs}}
     sign = 1 if seconds >= ours else -1
     most = max(sorted(more), key=lambda k: sign * more[k])
     after, before = seconds_apart(seconds, ours)
-    takes = (
-        f"takes {after} instead of {before} "
-        f"({seconds / ours - 1:+z.1%}), {most} {sign_of(more[most])}"
-    )
+    slower = f"{seconds / ours - 1:+z.1%}"
+    takes = f"takes {after} instead of {before} ({slower}), {most} {sign_of(more[most])}"
+    if after == before and slower == "+0.0%":
+        takes = f"takes {before} as here"
     needs, here = format_bytes(num_bytes), format_bytes(own_bytes)
     if goal == "memory":
         needs = f"needs {needs} instead of {here} ({num_bytes / own_bytes - 1:+z.1%})"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from partita.base.errors import PartitaError, PlanError, Problem
 from partita.base.text import table
-from partita.base.units import format_bytes, format_seconds, sign_of
+from partita.base.units import format_bytes, format_seconds, sign_of, times
 from partita.parallel.laid import problems
 from partita.planner.remedy import Remedy, remedies
 from partita.simulate.imbalance import Load
@@ -71,7 +71,7 @@ def fit_error(job: Job, prediction: Prediction) -> PlanError:
     headline = (
         f"{job.plan} does not fit: rank {worst.rank} needs {format_bytes(worst.peak_bytes)}, "
         f"{format_bytes(over)} more than its limit of {format_bytes(limit)} "
-        f"({worst.peak_bytes / limit:.2f} times)"
+        f"({times(worst.peak_bytes, limit)})"
     )
     text = "\n".join(
         [headline, table(rows), "what would fit:", *(hints or ["nothing close by on this cluster"])]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from partita.base.errors import UsageError
-from partita.base.units import format_bytes
+from partita.base.units import bytes_apart, format_bytes, times
 from partita.planner.elsewhere import WITHOUT, least_memory, widened
 from partita.planner.nodes import GOALS
 from partita.planner.search import ANY, Found, Goal, Search, measures
@@ -34,6 +34,7 @@ SAID = {  # fields that a plan's line has under other words
 }  # fmt: skip
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
+QUARTER = 0.25  # of the seconds, for what would fit where nothing does
 SLICES = 3  # of the time that is left, one for a search among several
 DOUBLINGS = 10  # a batch doubled so often that still fits has no limit: microbatches take it
 FEWEST = Goal("devices")
@@ -76,19 +77,20 @@ def _with(job: Job, field: str, value: int) -> Job:
     return replace(job, model=model, train=replace(job.train, **{field: value}))
 
 
-def solve(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
-    """The smallest number of devices, or the biggest of what else is asked, for which a plan fits."""
+def solve(job: Job, field: str, makes: Makes, budget_s: float, share: float = 1.0) -> Solved:
+    """The smallest number of devices, or the biggest of what else is asked, for which a plan fits, in a share
+    of the budget."""
     if field not in FIELDS:
         raise UsageError(f"--solve {field} is none of {', '.join(FIELDS)}", key="solve")
     if field in TEXT and job.model.image is not None:
         raise UsageError(f"--solve {field}: a model of images has none to choose", key="solve")
-    return (
-        _devices(job, makes, budget_s) if field == "devices" else _most(job, field, makes, budget_s)
-    )
+    if field == "devices":
+        return _devices(job, makes, budget_s, budget_s * share)
+    return _most(job, field, makes, budget_s, budget_s * share)
 
 
-def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
-    devices, end = job.cluster.devices, time.perf_counter() + budget_s
+def _devices(job: Job, makes: Makes, budget_s: float, seconds: float) -> Solved:
+    devices, end = job.cluster.devices, time.perf_counter() + seconds
     while devices <= MOST_DEVICES and time.perf_counter() < end:
         search = makes(_with(job, "devices", devices))
         found = _everywhere(search, end)
@@ -97,11 +99,23 @@ def _devices(job: Job, makes: Makes, budget_s: float) -> Solved:
             found = finished(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
             world = measures(found.plans[0])[2]
             text = f"{world} device{'s'[: world > 1]}: {found.plans[0].plan}"
+            if not found.complete and world > 1:
+                text += f"; {_unknown('fewer', budget_s)}"
             return Solved("devices", world, 1, found, found.complete, text)
         devices *= 2
     return Solved(
-        "devices", None, 1, Found(), False, f"no plan was found on less than {devices:,} devices"
+        "devices",
+        None,
+        1,
+        Found(),
+        False,
+        f"no plan was found on less than {devices:,} devices; {_unknown('more', budget_s)}",
     )
+
+
+def _unknown(what: object, budget_s: float) -> str:
+    """Said of what a search was ended before."""
+    return f"whether {what} would fit is not known: --budget {4 * budget_s:g} may tell"
 
 
 def _everywhere(search: Search, end: float) -> Found:
@@ -129,24 +143,25 @@ def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tu
     return search, found
 
 
-def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
+def _most(job: Job, field: str, makes: Makes, budget_s: float, seconds: float) -> Solved:
     start = job.model.layers if field == "layers" else getattr(job.train, field)
     unit = 1 if field == "layers" else max(start // 8, 1)
-    shown, proven, end = Found(), True, time.perf_counter() + budget_s
+    shown, open_values, end = Found(), set[int](), time.perf_counter() + seconds
 
     def fits(value: int) -> bool:
-        nonlocal shown, proven
+        nonlocal shown
         there = _with(job, field, value)
         for known in shown.plans[:1]:  # a moment's look, before a search
             again = simulate(there.with_plan(known.plan))
             if again.fits:
                 shown = replace(shown, plans=[again])
                 return True
-        left = max(end - time.perf_counter(), 0.0) / SLICES if shown.plans else budget_s
+        left = max(end - time.perf_counter(), 0.0) / SLICES if shown.plans else seconds
         found = makes(there).best(Goal("memory"), budget_s=left, first=True)
         if found.plans:
             shown = found
-        proven = proven and (bool(found.plans) or found.complete)
+        elif not found.complete:
+            open_values.add(value)
         return bool(found.plans)
 
     low, high = (start, start * 2) if fits(start) else (0, start)
@@ -158,31 +173,37 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float) -> Solved:
         text = f"{field} {low:,} fits too, more was not tried"
         if field == "global_batch_size":
             text = f"no limit: {low:,} sequences fit too, more microbatches take more"
-            return Solved(field, None, unit, shown, proven, text)
+            return Solved(field, None, unit, shown, not open_values, text)
         return Solved(field, low, unit, shown, False, text)
     while high - low > unit:
         if time.perf_counter() > end:
             fits_too = f"{field} {low:,} fits, " if low else ""
-            text = f"{fits_too}{field} {high:,} was not decided in {budget_s:g} s"
+            text = f"{fits_too}{_unknown(f'{field} {high:,}', budget_s)}"
             return Solved(field, low or None, unit, shown, False, text)
         middle = (low + high) // 2 // unit * unit
         middle = middle if low < middle < high else low + unit
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         space, text = makes(job).space, f"no {field} of at least {unit} fits"
+        if open_values:
+            text = f"no {field} that fits was found; {_unknown(f'{min(open_values):,}', budget_s)}"
+        known = not open_values
         if not _leaves(space, space.words):  # of a larger one some may be
-            proven, text = False, f"of {field} {start:,} {NONE_LEGAL}{_which(space)}"
-        return Solved(field, None, unit, shown, proven, text)
+            known, text = False, f"of {field} {start:,} {NONE_LEGAL}{_which(space)}"
+        return Solved(field, None, unit, shown, known, text)
     search = makes(_with(job, field, low))
     fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))
     fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
     shown = fastest if fastest.plans else shown
-    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {high:,} does not (steps of {unit})"
+    ends = f"{high:,} does not (steps of {unit})"
+    ends = _unknown(f"{high:,}", budget_s) if high in open_values else ends
+    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {ends}"
     more, left = makes(_with(job, field, high)), max(end - time.perf_counter(), 0.0)
     beyond = widened(more, Goal("memory"), 1, Found(), left, first=True)
     if beyond.plans:
         text += f" without offload: {high:,} fits with {beyond.plans[0].plan}"
-    return Solved(field, low, unit, shown, proven and beyond.complete and not beyond.plans, text)
+    proven = not open_values and beyond.complete and not beyond.plans
+    return Solved(field, low, unit, shown, proven, text)
 
 
 def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:
@@ -258,30 +279,31 @@ def _measured(p: Prediction, goal: str) -> float:
 
 def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     """By how much nothing fits, and what would: devices, a shorter sequence, fewer layers; or which plan fits
-    that a search did not come to."""
+    that a search did not come to; each in a quarter of the budget."""
+    seconds = budget_s * QUARTER
     search, lines = makes(job), list[str]()
-    least = least_memory(search, budget_s)
+    least = least_memory(search, seconds)
     if least.complete and not least.plans:  # more stages than layers have plans with a split alone
-        least = _least_of_splits(search, budget_s)
+        least = _least_of_splits(search, seconds)
     if least.plans:
         needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
-        told = f"{least.plans[0].plan} with {format_bytes(needs)} of {format_bytes(limit)} a rank"
+        told = "{} with {} of {} a rank".format(least.plans[0].plan, *bytes_apart(needs, limit))
         if needs <= limit:
             return [f"{told} fits: the search had not come to it"]
         lines.append(
             f"nothing fits: the least memory found is {told}, {format_bytes(needs - limit)} too much "
-            f"({needs / limit:.2f} times)"
+            f"({times(needs, limit)})"
         )
     elif least.complete:
         lines.append(f"nothing fits: {NONE_LEGAL}{_which(search.space)}")
     else:
-        lines.append(f"the plan of least memory was not found in {budget_s:g} s")
+        lines.append(f"the plan of least memory was not found in {seconds:g} s")
     for field in FIELDS:
         if field == "global_batch_size" or (field == "devices" and not _grows(job.cluster)):
             continue
         if field in TEXT and job.model.image is not None:
             continue
-        solved = solve(job, field, makes, budget_s)
+        solved = solve(job, field, makes, budget_s, QUARTER)
         if solved.value is not None:
             lines.append(f"would fit: {solved.text}")
     return lines

@@ -11,6 +11,7 @@ from partita.base.errors import UsageError
 
 _KEYWORDS = ("python-stdlib", "byte", "idx", "digits")
 _PREFIXES = ("hf:", "train:")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class TrainSpec:
     checkpoint_every: int = 0  # 0: only at the end
     keep_last: int = 2
     comm_timeout_s: float = 60.0
-    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    track: tuple[str, ...] = ()  # of TRACKERS
     frozen: tuple[str, ...] = ()  # patterns of weights' names that are not trained
     trainable: tuple[str, ...] = ()  # patterns: no other weight is trained
 
@@ -97,6 +98,10 @@ class TrainSpec:
             _within(self, name, 0, 10**12)
         _within(self, "keep_last", 1, 10**6)
         _within(self, "comm_timeout_s", 0.1, 1e6)
+        for name in self.track:
+            if name not in TRACKERS:
+                known = f"{', '.join(TRACKERS)}, which pip install 'partita[track]' brings"
+                raise UsageError(f"'{name}' is none of {known}", key="track")
         if self.lr_schedule == "cosine" and self.min_lr > self.lr:
             raise UsageError(f"{self.min_lr} is more than lr {self.lr}", key="min_lr")
 

@@ -7,7 +7,7 @@ weights after the step, and the traffic to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any
@@ -152,13 +152,18 @@ def _series(trial: Trial, name: str, kind: str) -> dict[str, Any]:
 
 
 def verify(
-    job: Job, *, plan: str | Plan | None = None, backend: str = "local", brief: bool = False
+    job: Job,
+    *,
+    plan: str | Plan | None = None,
+    backend: str = "local",
+    brief: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Runs the plan on thread ranks (or processes) and the judge on one device, and compares. Thread ranks
     compute on the job's device, a GPU that they share where it is one; the judge on the CPU.
 
     `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time.
-    Raises PlanError for an illegal plan, DataError for bad data.
+    `tell` is called with what is compared next. Raises PlanError for an illegal plan, DataError for bad data.
     """
     computes_on_gpu(job)
     job = job if plan is None else job.with_plan(plan)
@@ -172,6 +177,7 @@ def verify(
     both = {"fp64": [sgd, adamw]} | {own: [sgd, adamw]}
     for dtype, each in ({"fp64": [sgd], own: [adamw]} if brief and own != "fp64" else both).items():
         for train in each:
+            tell(f"{dtype} {train.optimizer}")
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)
             trials.append(_trial(limited(at, data), data, backend))
             if not trials[-1].equal:
@@ -183,6 +189,7 @@ def verify(
     bad = next((t for t in trials if not t.equal), None)
     divergence = None
     if bad is not None or not same:
+        tell("where the difference begins")
         divergence = _bisect(bad or trials[0], data)
     precision = {
         "fp64": all(t.equal for t in trials if t.job.plan.precision.dtype == "fp64"),

@@ -8,6 +8,7 @@ import pytest
 from partita.cli.main import run
 from partita.planner.explain import reason
 from partita.planner.judge import judged
+from partita.planner.nodes import measures
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
 
@@ -63,7 +64,7 @@ def test_equal_times_are_neither_faster_nor_slower() -> None:
     other = simulate(asked)
     assert other.step_time_s is not None
     slower = replace(other, step_time_s=other.step_time_s * (1 + 1e-6))
-    assert "(+0.0%)" in reason(asked, slower, "itself", asked.plan).text
+    assert "32.0 ms as here" in reason(asked, slower, "itself", asked.plan).text
 
 
 @pytest.mark.parametrize("verb", ["simulate", "plan"])
@@ -111,3 +112,23 @@ def test_a_judged_plan_knows_goals(capsys) -> None:
     words = ["plan", "tiny", "8xh100", "--plan", "tp2 8mb", *ASKED, "--goal"]
     assert run([*words, "speed"]) == 2 and run([*words, "memory"]) == 0
     assert "MB instead of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"), [("", True), ("recompute.modules=norm,core", False), ("dropout", False)]
+)
+def test_selective_recompute_that_makes_nothing_again_is_warned_of(
+    words: str, warned: bool
+) -> None:
+    asked = job(f"8mb recompute:selective {words.replace('dropout', '')}")
+    if words == "dropout":
+        asked = replace(asked, model=replace(asked.model, family="gpt2", kv_heads=0, dropout=0.1))
+    found = simulate(asked)
+    assert any("changes nothing" in p.message for p in found.problems) == warned
+    same = simulate(asked.with_plan(asked.plan.with_("recompute", mode="none")))
+    assert (measures(found)[1] == measures(same)[1]) == warned
+    for p in found.problems:
+        if p.rule == "core":
+            assert (
+                p.nearest and measures(simulate(asked.with_plan(p.nearest)))[1] < measures(same)[1]
+            )

@@ -26,6 +26,7 @@ def test_a_plan_that_fits_more_is_no_new_search(monkeypatch):
     monkeypatch.setattr(Search, "best", best)
     solved = solve(job, "seq_len", lambda j: searcher(j, ("1mb",), ("cp", "offload")), 20)
     assert solved.value and solved.value > 64 and not solved.proven
+    assert "is not known: --budget 80 may tell" in solved.text
     longer = replace(job, train=replace(job.train, seq_len=solved.value))
     assert simulate(longer.with_plan(solved.found.plans[0].plan)).fits
 

@@ -4,11 +4,13 @@ import pytest
 
 from partita.base.text import did_you_mean, nearest_names, table, tree
 from partita.base.units import (
+    bytes_apart,
     format_bytes,
     format_count,
     format_rate,
     format_seconds,
     seconds_apart,
+    times,
 )
 
 
@@ -93,3 +95,10 @@ def test_durations_beside_each_other_are_told_apart() -> None:
     assert seconds_apart(5.0, 6.0) == ("5 s", "6 s")
     assert seconds_apart(2.0, 2.0) == ("2 s", "2 s")
     assert seconds_apart(7201.0, 7202.0) == ("2 h", "2 h")
+
+
+def test_what_is_just_beyond_a_limit_is_seen_to_be() -> None:
+    assert bytes_apart(22.603e9, 22.6e9) == ("22.603 GB", "22.600 GB")
+    assert bytes_apart(80e9, 40e9) == ("80 GB", "40 GB")
+    assert bytes_apart(5, 5) == ("5 B", "5 B")
+    assert (times(22.603e9, 22.6e9), times(3, 2)) == ("1.0001 times", "1.50 times")

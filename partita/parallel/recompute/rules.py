@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from partita.base.errors import Problem
 from partita.parallel.read import replayed
-from partita.parallel.room import Request
+from partita.parallel.room import Request, error
 from partita.spec.plan import RecomputePlan
 from partita.spec.program import Block, Op, Program
 
@@ -28,8 +28,21 @@ REMEMBERED = ("reduce_from", "gather_from", "scatter_to", "halo", "gather_map")
 
 
 def problems(job: Request) -> list[Problem]:
-    """Any layer can be made again."""
-    return []
+    """Any layer can be made again; a warning where nothing is: attention without dropout is one kernel, which
+    keeps no number of a query and a key, and images have no attention."""
+    r, model = job.plan.recompute, job.model
+    if r.mode != "selective" or set(r.modules) - {"core"}:
+        return []
+    if model.dropout and model.image is None:
+        return []
+    text = (
+        "recompute:selective changes nothing: the attention core keeps what would be made again only where "
+        "the model has dropout; recompute.modules=norm,act, or recompute:full, drops more"
+    )
+    less = {"mode": "full"} if model.image is not None else {"modules": ("norm", "act")}
+    near = job.plan.with_("recompute", **less)
+    facts = {"asked": "recompute:selective", "limit": "dropout > 0", "nearest": str(near)}
+    return [error("recompute", "core", text, severity="warning", **facts)]
 
 
 def lay(job: Request, program: Program) -> Program:
