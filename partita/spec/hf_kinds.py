@@ -116,6 +116,12 @@ _LATENT_KEYS = frozenset(_LATENT_WORDS.split())
 _NO_HEAD_DIM = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
 _QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False}
 
+
+def _experts(count: int, each: int, width: int = 0) -> dict[str, int]:
+    """Defaults: experts, those of a token, and their width where they have one of their own."""
+    return {"experts": count, "top_k": each} | ({"expert_ffn_hidden": width} if width else {})
+
+
 KINDS: dict[str, Kind] = {
     "llama": Kind(
         "LlamaForCausalLM", "llama", _LLAMA,
@@ -129,7 +135,7 @@ KINDS: dict[str, Kind] = {
     "mixtral": Kind(
         "MixtralForCausalLM", "llama", _LLAMA | _MIXTRAL,
         _SILU | {"router_jitter_noise": (0.0,), "output_router_logits": (False,)},
-        {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6},
+        {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6} | _experts(8, 2),
     ),
     "qwen2": Kind(
         "Qwen2ForCausalLM", "llama", _LLAMA, _SILU | _NO_WINDOW, _QWEN, {"qkv_bias": True},
@@ -141,12 +147,14 @@ KINDS: dict[str, Kind] = {
     ),
     "qwen2_moe": Kind(
         "Qwen2MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | {"qkv_bias": "qkv_bias"},
-        _SILU | _NO_WINDOW | _NO_LOGITS, _QWEN | {"normalise_top_k": False, "qkv_bias": True},
+        _SILU | _NO_WINDOW | _NO_LOGITS,
+        _QWEN | {"normalise_top_k": False, "qkv_bias": True} | _experts(60, 4, 1408),
         {"shared_gate": True}, _WINDOWS,
     ),
     "qwen3_moe": Kind(
         "Qwen3MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE,
-        _SILU | _NO_WINDOW | _NO_LOGITS | _NO_BIAS, _QWEN | {"normalise_top_k": False},
+        _SILU | _NO_WINDOW | _NO_LOGITS | _NO_BIAS,
+        _QWEN | {"normalise_top_k": False} | _experts(128, 8, 768),
         {"qk_norm": True}, _WINDOWS,
     ),
     "deepseek_v2": Kind(

@@ -7,13 +7,14 @@ change the model. Keys of `_NEUTRAL` do not: they are about generation, storage 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS
+from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, Kind
 from partita.spec.model import ModelSpec
 
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
@@ -38,7 +39,11 @@ _NEUTRAL = frozenset(_NEUTRAL_WORDS.split())
 # of RoPE's table; finetuned says how its factor was chosen
 _ROPE = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", "truncate"}
 _ROPE |= {"finetuned"}
-_ADVICE = {"quantization_config": "its weights are quantized: save them dequantized first"}
+_ADVICE = {
+    "quantization_config": "says that its weights are quantized: save them dequantized first"
+}
+_LATENT = {"kv": "kv_lora_rank", "q": "q_lora_rank", "rope": "qk_rope_head_dim", "v": "v_head_dim"}
+_FIELDS = {theirs: ours for kind in KINDS.values() for ours, theirs in kind.names.items()}
 
 
 def read_hf_config(path: str | Path) -> ModelSpec:
@@ -52,18 +57,16 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     """The model that a config.json describes; errors name `file`."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in KINDS:
-        raise UsageError(
-            f"{file}: model_type: {model_type!r} is not supported; {', '.join(KINDS)} are",
-            file=str(file),
-            key="model_type",
-        )
+        lead = "missing" if model_type is None else f"{model_type!r} is not supported"
+        text = f"{file}: model_type: {lead}; {', '.join(KINDS)} are supported"
+        raise UsageError(text, file=str(file), key="model_type")
     kind = KINDS[model_type]
     other = {kind.aliases[k]: v for k, v in config.items() if k in kind.aliases}
     config = {k: v for k, v in config.items() if k not in kind.aliases} | other
     for key, accepted in kind.only.items():
         if config.get(key) is not None and config[key] not in accepted:
             raise _refuse(file, key, config[key], accepted)
-    _all_known(config, {*kind.names.values(), *kind.only, *kind.neutral}, file)
+    _all_known(config, kind, file)
     table: dict[str, Any] = {
         ours: config[theirs]
         for ours, theirs in kind.names.items()
@@ -73,41 +76,65 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
     table |= _neox(config, file) if kind.family == "gpt_neox" else {}
-    table |= _layers(config, file) | _experts(config, table, file) | _latent(config)
+    table |= _layers(config, file) | _experts(config, table, file) | _latent(config, file)
     try:
         return decode(ModelSpec, table)
     except UsageError as error:
-        theirs = kind.names.get(error.key or "", error.key)
-        text = "\n".join(f"{file}: {line}" for line in error.message.splitlines())
-        raise UsageError(f"{text} (config: {theirs})", file=str(file), key=theirs) from None
+        raise _in_its_words(error, kind, table, file) from None
+
+
+def _in_its_words(
+    error: UsageError, kind: Kind, table: Mapping[str, Any], file: Path
+) -> UsageError:
+    """What is wrong with the fields, told of the keys that they are read from."""
+    scaling = SCALINGS.get(table.get("rope_scaling", {}).get("kind"), {})
+    names = {
+        **kind.names,
+        **{f"latent.{ours}": theirs for ours, theirs in _LATENT.items()},
+        **{f"rope_scaling.{ours}": f"rope_scaling.{theirs}" for ours, theirs in scaling.items()},
+    }
+    keys = error.keys or (error.key or "",)
+    lines = []
+    for ours, line in zip(keys, error.message.splitlines(), strict=False):
+        theirs, text = names.get(ours, ours), line.removeprefix(f"{ours}: ")
+        for own, key in kind.names.items():
+            text = re.sub(rf"(?<![\w.]){own} (?=-?\d)", f"{key} ", text)
+        lines.append(f"{file}: {theirs}: {text}")
+    found = UsageError("\n".join(lines), file=str(file), key=names.get(keys[0], keys[0]))
+    found.keys = tuple(names.get(key, key) for key in keys)
+    return found
+
+
+def _of_type(config: Mapping[str, Any], key: str, kind: type, file: Path) -> Any:
+    """The value of a key; None where there is none. Raises UsageError for one of another type."""
+    value = config.get(key)
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    what = {list: "a list", int: "a whole number"}[kind]
+    raise UsageError(f"{file}: {key}: {what} is wanted, not {value!r}", file=str(file), key=key)
 
 
 def _layers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """All layers attend alike; those without experts come first."""
-    kinds = config.get("layer_types") or []
-    if set(kinds) - {"full_attention"}:
+    kinds = _of_type(config, "layer_types", list, file) or []
+    if any(k != "full_attention" for k in kinds):
         raise _refuse(file, "layer_types", kinds, ("full_attention",))
-    dense = config.get("mlp_only_layers") or []
+    dense = _of_type(config, "mlp_only_layers", list, file) or []
     if dense != list(range(len(dense))):
         raise _refuse(file, "mlp_only_layers", dense, ([], [0], [0, 1], "..."))
     return {"dense_layers": len(dense)} if dense else {}
 
 
-def _latent(config: Mapping[str, Any]) -> dict[str, Any]:
+def _latent(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What keys and values are made of, and DeepSeek-V2's groups, which its other method has not."""
     if not str(config["model_type"]).startswith("deepseek"):
         return {}
-    names = {
-        "kv": "kv_lora_rank",
-        "q": "q_lora_rank",
-        "rope": "qk_rope_head_dim",
-        "v": "v_head_dim",
-    }
     published = {"kv": 512, "rope": 64, "v": 128} | ({} if "q_lora_rank" in config else {"q": 1536})
-    made = published | {n: config[k] for n, k in names.items() if config.get(k) is not None}
+    made = published | {n: config[k] for n, k in _LATENT.items() if config.get(k) is not None}
     found: dict[str, Any] = {"latent": made}
     if isinstance(made["rope"], int):
-        found["head_dim"] = config.get("qk_nope_head_dim", 128) + made["rope"]
+        plain = _of_type(config, "qk_nope_head_dim", int, file)
+        found["head_dim"] = (128 if plain is None else plain) + made["rope"]
     if config.get("topk_method") == "group_limited_greedy":
         found |= {
             "router_groups": config.get("n_group"),
@@ -124,18 +151,20 @@ def _neox(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         raise _refuse(
             file, "hidden_act", act, tuple(a for theirs in GELUS.values() for a in theirs)
         )
-    theta = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
+    theta = rope.get("rope_theta", config.get("rotary_emb_base") or 10_000.0)
     turned = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    return {"gelu": kinds[0], "rope_theta": float(theta), "rotary_pct": turned}
+    return {"gelu": kinds[0], "rope_theta": theta, "rotary_pct": turned}
 
 
 def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What no field names alone: how many experts, by whichever name, and shared ones by their width."""
     found: dict[str, Any] = {}
-    if config.get("num_local_experts") is not None and "experts" not in table:
+    stated = any(config.get(k) is not None for k in ("num_experts", "n_routed_experts"))
+    if config.get("num_local_experts") is not None and not stated:
         found["experts"] = config["num_local_experts"]
-    width, each = config.get("shared_expert_intermediate_size"), table.get("expert_ffn_hidden")
-    if width and each:
+    width = _of_type(config, "shared_expert_intermediate_size", int, file)
+    each = table.get("expert_ffn_hidden")
+    if width and isinstance(each, int) and each > 0:
         if width % each:
             raise _refuse(
                 file, "shared_expert_intermediate_size", width, (f"a multiple of {each}",)
@@ -144,16 +173,26 @@ def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) ->
     return found
 
 
-def _all_known(config: Mapping[str, Any], read: set[str], file: Path) -> None:
+def _all_known(config: Mapping[str, Any], kind: Kind, file: Path) -> None:
     """Raises UsageError for keys that nothing reads and that are on."""
-    known = read | _READ | _NEUTRAL
+    known = {*kind.names.values(), *kind.only, *kind.neutral} | _READ | _NEUTRAL
     strange = sorted(
         k for k, v in config.items() if k not in known and v not in (None, False, 0, "", [], {})
     )
     if strange:
-        plain = "is not known and may change the model; remove the key if it does not"
-        text = "\n".join(f"{file}: {k}: {config[k]!r} {_ADVICE.get(k, plain)}" for k in strange)
-        raise UsageError(text, file=str(file), key=strange[0])
+        lines = [f"{file}: {k}: {config[k]!r} {_strange(config, k, kind)}" for k in strange]
+        error = UsageError("\n".join(lines), file=str(file), key=strange[0])
+        error.keys = tuple(strange)
+        raise error
+
+
+def _strange(config: Mapping[str, Any], key: str, kind: Kind) -> str:
+    """Why a key that nothing reads cannot stand."""
+    theirs = kind.names.get(_FIELDS.get(key, ""))
+    if theirs:
+        return f"is not read: model_type {config['model_type']} has it as {theirs}"
+    plain = "is not known and may change the model; remove the key if it does not"
+    return _ADVICE.get(key, plain)
 
 
 def _refuse(file: Path, key: str, value: Any, accepted: tuple[Any, ...]) -> UsageError:
@@ -174,7 +213,7 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if theta is not None:
         table["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" and kind not in SCALINGS:
+    if not isinstance(kind, str) or (kind != "default" and kind not in SCALINGS):
         raise _refuse(file, "rope_scaling.rope_type", kind, ("default", *SCALINGS))
     if config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse(

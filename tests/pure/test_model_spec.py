@@ -310,7 +310,29 @@ def test_hugging_face_gpt2(tmp_path: Path) -> None:
         ({**LLAMA, "quantization_config": {"bits": 4}}, "save them dequantized first"),
         ({**LLAMA, "logits_scaling": 8.0, "qk_norm": True}, "qk_norm: True is not known"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ({"model_type": "gpt2"}, "n_layer"),
+        ({"model_type": "gpt2"}, "config.json: n_layer: missing, and it has no default\n"),
+        (
+            {**LLAMA, "model_type": "gpt2"},
+            "hidden_size: 64 is not read: model_type gpt2 has it as n_embd",
+        ),
+        (
+            {**LLAMA, "num_attention_heads": 5},
+            "hidden_size 64 is not divisible by num_attention_heads 5",
+        ),
+        (
+            {
+                **LLAMA,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": "9",
+                },
+            },
+            "rope_scaling.original_max_position_embeddings: expected 'int'",
+        ),
+        ({**LLAMA, "mlp_only_layers": 3}, "mlp_only_layers: a list is wanted, not 3"),
+        ({**LLAMA, "rope_scaling": {"type": []}}, "rope_type: [] is not supported"),
+        ({"hidden_size": 4}, "model_type: missing; llama, "),
         ({"model_type": ["llama"]}, "is not supported"),
         ([], "object is wanted"),
     ],
@@ -319,6 +341,17 @@ def test_hugging_face_refusals(tmp_path: Path, config: Any, text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)) as error:
         ModelSpec.load(write(tmp_path, config))
     assert "config.json" in (error.value.file or "")
+
+
+def test_hugging_face_experts_that_a_config_leaves_out(tmp_path: Path) -> None:
+    """As transformers fills them in: such a folder is no dense model."""
+    plain = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
+    found = [
+        ModelSpec.load(write(tmp_path, {**plain, "model_type": kind}))
+        for kind in ("mixtral", "qwen3_moe")
+    ]
+    assert [(m.experts, m.top_k) for m in found] == [(8, 2), (128, 8)]
+    assert [m.expert_ffn_hidden for m in found] == [found[0].ffn_hidden, 768]
 
 
 def test_load_names_the_nearest_preset(tmp_path: Path) -> None:
