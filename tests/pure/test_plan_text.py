@@ -2,7 +2,7 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from partita.base.errors import UsageError
@@ -19,6 +19,8 @@ from partita.spec.plan import (
 )
 from partita.spec.plan_table import CHOICES, SCHEDULES, TARGETS, from_toml, to_toml
 
+# a machine that is busy draws slowly
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 size = st.sampled_from([1, 1, 2, 3, 4, 8, 16])
 schedules = st.sampled_from([*SCHEDULES, "v_1_2", "v_12_34"]) | st.text(min_size=1).map(
     lambda s: f"file:{s}"
@@ -87,7 +89,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(UNHURRIED, max_examples=300)
 @given(plans(), st.randoms(use_true_random=False))
 @example(Plan(), None)
 def test_line_and_table_are_the_plan(plan: Plan, random: object) -> None:
@@ -105,6 +107,7 @@ def test_line_and_table_are_the_plan(plan: Plan, random: object) -> None:
         assert Plan.parse("  ".join(words)) == plan
 
 
+@settings(UNHURRIED)
 @given(plans(), plans())
 def test_equal_lines_are_equal_plans(a: Plan, b: Plan) -> None:
     assert (str(a) == str(b)) == (a == b)
@@ -263,6 +266,7 @@ def test_a_near_miss_is_answered_with_a_rule_and_the_line_that_was_meant(
     Plan.parse(meant)
 
 
+@settings(UNHURRIED)
 @given(st.text(alphabet='pdtce_shardximb0123456789:./+·"= ,\\', max_size=40))
 def test_any_line_is_a_plan_or_a_usage_error(line: str) -> None:
     try:
