@@ -195,9 +195,8 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float, seconds: float) -
     fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))
     fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
     shown = fastest if fastest.plans else shown
-    ends = f"{high:,} does not (steps of {unit})"
-    ends = _unknown(f"{high:,}", budget_s) if high in open_values else ends
-    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {ends}"
+    ends = _unknown(f"{high:,}", budget_s) if high in open_values else f"{high:,} does not"
+    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {ends} (steps of {unit})"
     more, left = makes(_with(job, field, high)), max(end - time.perf_counter(), 0.0)
     beyond = widened(more, Goal("memory"), 1, Found(), left, first=True)
     if beyond.plans:
