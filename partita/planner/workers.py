@@ -18,7 +18,6 @@ on a terminal and has no lock that is wanted here), without torch, on Linux; and
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
 import select
@@ -45,7 +44,6 @@ from partita.spec.plan import Plan
 MOST = 8  # processes
 WORTH = 20_000_000  # plans that are left, from which on a search is shared
 ROWS = 64  # plans of a worker that others know of
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 GRACE_S = 5.0  # behind the budget, for a node that takes long
 
 
@@ -83,6 +81,8 @@ class Board:
     def take(self, me: int, groups: Sequence[object]) -> int | None:
         """A unit that nobody has: of the worker's own groups, else of one that nobody has begun, else of that
         with most left, its last. None where all are taken."""
+        import fcntl  # which only systems have that may fork
+
         fcntl.lockf(self._lock, fcntl.LOCK_EX)  # which ends with the process that has it
         try:
             by = self.taken.tolist()
@@ -180,7 +180,7 @@ class Crew:
 
     def begin(self, work: Callable[[Crew], Result]) -> None:
         """Forks the others, each of which does this `work`."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _stops())
         try:  # what a signal raises is for the parent
             for me in range(1, self.workers):
                 there, back = os.pipe()
@@ -200,9 +200,9 @@ class Crew:
     def _run(self, me: int, pipe: int, work: Callable[[Crew], Result]) -> None:
         """A worker's life: it ends with its parent, and never returns."""
         try:
-            for number in STOPS:
+            for number in _stops():
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _stops())
             self.me = me
             told = pickle.dumps(work(self), pickle.HIGHEST_PROTOCOL)
             with os.fdopen(pipe, "wb") as out:
@@ -251,6 +251,11 @@ class Crew:
             self._end(me)
         self._board.close()
         self._queue.shared = None
+
+
+def _stops() -> tuple[signal.Signals, ...]:
+    """The signals that end a search (cli/main.py); not all are everywhere."""
+    return signal.SIGINT, signal.SIGTERM, signal.SIGALRM
 
 
 def _read(pipe: int, until: float) -> Result | None:
