@@ -173,6 +173,9 @@ def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     except OSError as error:
         stop.quiet()
         failure = _os_error(error)
+    except ModuleNotFoundError as error:
+        stop.quiet()
+        failure = _not_installed(error)
     except Exception as error:
         stop.quiet()
         note(traceback.format_exc())
@@ -206,6 +209,17 @@ def _os_error(error: OSError) -> PartitaError:
         return WriteError(f"cannot write: {error}", file=str(error.filename or "") or None)
     note(traceback.format_exc())
     return PartitaError(f"our own fault: {type(error).__name__}: {error}")
+
+
+def _not_installed(error: ModuleNotFoundError) -> PartitaError:
+    """A library that is not there is no fault of ours; a file of ours that is not, is."""
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "partita"):
+        note(traceback.format_exc())
+        return PartitaError(f"our own fault: {type(error).__name__}: {error}")
+    pip = name.replace("_", "-")
+    brings = "`pip install partita` brings all that it needs"
+    return UsageError(f"{name} is not installed in {sys.prefix}: `pip install {pip}`; {brings}")
 
 
 def _print_failure(error: PartitaError, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Every document that needs no torch has the keys of the contract, whatever its answer is."""
 
 import json
+import sys
 
 import pytest
 
@@ -145,3 +146,15 @@ def test_drawings(capsys) -> None:
     assert code == 0 and set(found) >= DRAWN | {"lower_bound", "gap", "proven", "seconds"}
     code, found = answered(capsys, "draw", "1f1b", "gpipe", *words)
     assert code == 0 and all(set(x) >= DRAWN for x in found["schedules"])
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch, capsys) -> None:
+    """Whatever imports it, without a traceback."""
+    monkeypatch.delitem(
+        sys.modules, "partita.cli.draw", raising=False
+    )  # imported anew, by the verb
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert run(["draw", "1f1b", "-p", "2", "-m", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "typer is not installed" in said and "pip install typer" in said
+    assert "Traceback" not in said
