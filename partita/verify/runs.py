@@ -37,7 +37,7 @@ from partita.spec.plan import Plan
 from partita.train.build import DTYPES, Built, fill_unit, make_context, make_model, new_values
 from partita.train.data import Dataset
 from partita.train.routing import logs
-from partita.train.step import Model
+from partita.train.step import Model, Update
 from partita.train.update import make_update
 from partita.verify.batches import rank_batch, whole_batch
 from partita.verify.judge import JudgeUpdate, noise, wide_dtype
@@ -148,7 +148,18 @@ def run_rank(
         loads = model.routed.counts
         seen.steps.append(StepSeen(loss, norm, gradients, after, of_experts, wrong, loads))
     seen.halted = math.isnan(seen.steps[recorded].norm)  # a pending one is known by now
+    if undone and model.guess is not None and model.guess.found and not model.guess.found.held:
+        _record_once_more(seen, built, model, update)
     return seen
+
+
+def _record_once_more(seen: RankSeen, built: Built, model: Model, update: Update) -> None:
+    """The last step undid an update as well: another is recorded, before which nothing waits."""
+    batch = replace(rank_batch(built, len(seen.steps)), drains=True)
+    _finite_or_nan(lambda: model.forward_backward(batch))
+    seen.halted = math.isnan(_finite_or_nan(update.step))
+    seen.routed |= {(n, m): c for n, log in logs(model) for m, c in log.sent.items()}
+    seen.recorded = summarise(built.context.recorder.take())
 
 
 def _misrounded(model: Model) -> str:
