@@ -18,7 +18,15 @@ from partita.parallel.cp.rules import laid_order
 from partita.parallel.ep.counts import rows
 from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, total
 from partita.parallel.execute_moe import exchange, unfold
-from partita.parallel.execute_move import arrive, cut_to, elements, rows_to
+from partita.parallel.execute_move import (
+    arrive,
+    cut_to,
+    elements,
+    folded,
+    rows_to,
+    scaled,
+    spread,
+)
 from partita.parallel.execute_ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, replayed, tensor_bytes
@@ -252,6 +260,8 @@ class BlockRun:
             if x not in held[r]:
                 raise ExecuteError(f"{site} needs {x}, which is not there")
         parts = {r: held[r][x] for r in self.ranks}
+        if (times := self._copies(op, y, x)) > 1:
+            parts = {r: spread(part, "kv_heads", times) for r, part in parts.items()}
         groups = {r: self.world.group(r, op.axes) for r in self.ranks}
         for event in events:
             for r, group in groups.items():
@@ -274,6 +284,14 @@ class BlockRun:
             self._holds(op, y, parts[r], r)
         return parts
 
+    def _copies(self, op: Op, many: str, one: str) -> int:
+        """How many kv heads of `many` are copies of one, after an exchange."""
+        if op.kind != "exchange" or "kv_heads" not in (place := self.places[self.ranks[0]]).dims(
+            one
+        ):
+            return 1
+        return place.size(many, "kv_heads") // place.size(one, "kv_heads")
+
     def _spans(self, name: str, rank: int) -> tuple[range, ...]:
         return self.world.share(self.tensors[name], rank)
 
@@ -282,6 +300,8 @@ class BlockRun:
     ) -> int:
         """Bytes; of rows as many as were chosen, whatever is zero; of context what `wants` say."""
         t = self.block.tensors[event.of]
+        if event.gradient and (times := self._copies(op, op.writes, op.reads[0])) > 1:
+            wants = [scaled(want, x.dims.index("kv_heads"), times) for want in wants]
         if op.kind in ("ring", "exchange", "halo"):
             mine = self._spans(op.reads[0] if event.gradient else op.writes, rank)
             stays = elements(event, x, [mine]) if op.kind == "halo" else 0
@@ -315,6 +335,8 @@ class BlockRun:
         self, op: Op, event: Event, parts: Sequence[Local], y: str, rank: int, site: str
     ) -> Local:
         spans = self._spans(y, rank)
+        if event.gradient and (times := self._copies(op, op.writes, y)) > 1:
+            return folded(parts, spans, "kv_heads", times, site)
         if op.kind in VIEWS:
             return self._viewed(parts, y, rank)
         if op.kind == "halo":

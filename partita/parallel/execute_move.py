@@ -91,6 +91,36 @@ def scattered(parts: Sequence[Local], spans: tuple[range, ...], site: str) -> Lo
     return Local(parts[0].dims, spans, values)
 
 
+def spread(x: Local, dim: str, times: int) -> Local:
+    """Each index of a dim `times` times, side by side."""
+    at = x.dims.index(dim)
+    spans = scaled(x.spans, at, times)
+    return Local(x.dims, spans, x.values.repeat(times, at))
+
+
+def scaled(spans: tuple[range, ...], at: int, times: int) -> tuple[range, ...]:
+    """Where the copies lie of what lies at `spans`, of one dim `times` each."""
+    s = spans[at]
+    return (*spans[:at], range(s.start * times, s.stop * times), *spans[at + 1 :])
+
+
+def folded(
+    parts: Sequence[Local], spans: tuple[range, ...], dim: str, times: int, site: str
+) -> Local:
+    """Gradients of copies added up at `spans`; of copies that other groups have nothing comes."""
+    at = parts[0].dims.index(dim)
+    here = range(min(x.spans[at].start for x in parts), max(x.spans[at].stop for x in parts))
+    asked = scaled(spans, at, times)
+    want = common(asked, (*asked[:at], here, *asked[at + 1 :]))
+    cut = [cut_to(x, both, site) for x in parts if all(both := common(x.spans, want))]
+    came = scattered(cut, want, site)
+    values = np.zeros([len(s) for s in spans], np.int64)
+    for i, index in enumerate(want[at]):
+        to = index // times - spans[at].start
+        values.swapaxes(0, at)[to] += came.values.swapaxes(0, at)[i]
+    return Local(came.dims, spans, values % P)
+
+
 def rows_to(parts: Sequence[Local], into: Local) -> Local:
     """`into`, zeros, with what of all parts lies there: values of one holder, or gradients added up."""
     for x in parts:

@@ -52,6 +52,7 @@ MODELS = {
     "neox": NEOX,
     "bloom": BLOOM,
     "few words": replace(LLAMA, vocab=3),
+    "shared": replace(LLAMA, hidden=24, heads=12, kv_heads=6, head_dim=2),
 }
 FULL = " recompute:full"
 CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
@@ -61,6 +62,7 @@ LATENT = (
     "pp2/2mb tp2 recompute:selective recompute.modules=core,norm,act",
 )  # fmt: skip
 CASES += [("mla", p) for p in LATENT] + [("mla plain", p) for p in LATENT[:3]]
+CASES += [("shared", p) for p in ("cp4:ulysses", "cp2:ulysses tp2+sp", "cp4:hybrid2x2 tp2+sp")]
 CASES += [
     ("qwen", p)
     for p in ("tp4", "tp4+sp", "cp4:hybrid2x2", "cp2:ulysses tp2+sp", "dp_shard2.zero3 2mb")

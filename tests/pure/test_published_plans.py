@@ -46,7 +46,7 @@ def laid_and_read(name: str) -> None:
     model = ModelSpec.from_preset(name)
     seq_len = 1 if model.image is not None else min(model.max_seq_len, 4096)
     asked = Request(parse(PUBLISHED.get(name, ONE_BOX)), model, seq_len)
-    assert problems(asked) == []
+    assert [p for p in problems(asked) if p.severity == "error"] == []
     laid = lay(asked)
     for rank in {0, laid.mesh.world_size // 2, laid.mesh.world_size - 1}:
         assert all(line.bytes > 0 for line in laid.traffic(rank))

@@ -79,7 +79,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
         ),
         (LLAMA, "cp4:ulysses tp2", ["cp"], "cp2:ulysses tp2"),
         (LLAMA, "cp8:ulysses", ["cp", "cp"], "cp4:ulysses"),
-        (model(heads=6, kv_heads=3, hidden=12), "cp2:ulysses", ["cp"], "1mb"),
+        (model(heads=6, kv_heads=2, hidden=12), "cp4:ulysses", ["cp"], "cp2:ulysses"),
         (LLAMA, "dp_shard2.zero1 pp4 tp3", ["tp", "tp", "pp"], ""),
     ],
 )
