@@ -31,7 +31,8 @@ def test_a_plan_that_is_clicked_is_drawn(browser, tmp_path: Path) -> None:
     assert not any('"url":"http' in x for x in requested if "requestWillBeSent" in x)
 
     steps = [float(x) for x in column(browser, 3)]
-    assert len(steps) == 6 and steps == sorted(steps)
+    told = [float(f"{s:.12e}") for s in steps]  # beyond that plans are equally fast (nodes.py)
+    assert len(steps) == 6 and told == sorted(told)
     for times in (1, 2):
         click(browser, browser.find_element("css selector", '#table th[data-column="3"]'))
         sizes = [float(x) for x in column(browser, 4)]
