@@ -33,7 +33,9 @@ def job_of(step_folder: Path) -> Job:
     path = step_folder.parent.parent / "job.toml"
     if not path.exists():
         raise CheckpointError(
-            f"{path} is missing: a checkpoint is read with its run's job.toml", file=str(path)
+            f"{step_folder} is no checkpoint of a run, runs/NAME/checkpoints/step-N, which is read with its "
+            f"run's job.toml: {path} is missing",
+            file=str(step_folder),
         )
     return Job.load(path)
 
