@@ -65,6 +65,7 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/partita draw gpipe 1f1b -p 4 -m 8 --costs 1,1,1 --svg docs/schedules.svg > /dev/null
 	$(BIN)/python tests/pure/schedule_docs.py
+	$(BIN)/python tests/house/files_docs.py
 	$(BIN)/python tests/local/covering_docs.py
 	$(PYTEST) tests/house/test_docs.py
 
