@@ -18,11 +18,10 @@ from partita.schedule.check import over_limit
 from partita.schedule.clock import Pair
 from partita.schedule.ir import Schedule
 from partita.schedule.make import GENERATORS, NAMES, generator_of, hold_to_size, schedule
-from partita.schedule.make.files import file_problems, read_proven
+from partita.schedule.make.files import file_problems, read_file, read_proven
 from partita.schedule.steps import repeat
 from partita.schedule.synth.partition import partitioned
 from partita.schedule.synth.synthesis import Task, synthesise
-from partita.schedule.text import read_program
 
 if TYPE_CHECKING:
     from partita.report.actions import RecordedStep
@@ -259,7 +258,7 @@ def _synthesised(size: Size, how: Timing, bound: Bound) -> Drawing:
 
 def _proved(path: Path, how: Timing, bound: Bound) -> Drawing:
     """A file's schedule with all that keeps it from running, or from fitting its bound."""
-    made, program = read_program(path)
+    made, program = read_file(path)
     problems = file_problems(made, program)
     if not problems:
         limit, sizes, unit = bound.of(made, how.costs)

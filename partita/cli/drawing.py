@@ -19,6 +19,7 @@ from partita.schedule.idle import Idle, idle
 from partita.schedule.ir import Schedule
 from partita.schedule.synth.synthesis import Synthesis
 from partita.schedule.text import FOREIGN, cells, print_schedule
+from partita.schedule.versions import staleness, versions_held
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Drawing:
     def drains(self) -> bool:
         """Whether it would run on into the next step, and ends instead."""
         ahead = any(s.microbatch >= self.schedule.num_microbatches for s in self.spans)
-        return self.schedule.is_asynchronous and not (self.run and ahead)
+        return self.schedule.runs_ahead and not (self.run and ahead)
 
     @property
     def name(self) -> str:
@@ -108,9 +109,18 @@ class Drawing:
                 how = f"proven of this cut; {how} of all cuts"
             twice = "; every stage on two ranks: the parameters twice" if s.is_bidirectional else ""
             verdict.append(f"  {how}{twice}; made in {made.seconds:.1f} s")
+        if self.runs and s.is_asynchronous and not self.run:
+            verdict.append(_weights(s))
         if self.split:
             verdict.append(f"  layers of each stage: {','.join(map(str, self.split))}")
         return "\n".join([title, picture, *found, *verdict])
+
+
+def _weights(schedule: Schedule) -> str:
+    """What an asynchronous schedule's stages hold of weights, as its list has it."""
+    held, old = (" ".join(map(str, f(schedule))) for f in (versions_held, staleness))
+    end = "runs on into the next step" if schedule.runs_ahead else "ends its step empty"
+    return f"  versions of each stage: {held}; its gradients are {old} updates old at most; {end}"
 
 
 def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None) -> None:

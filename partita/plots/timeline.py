@@ -31,6 +31,7 @@ COLOURS = {
 OTHER = "#bab0ac"
 _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a column
 _ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
+_UPDATE = 3  # pixels of an update that takes no time
 _LETTER, _WIDEST = 6.8, 6000  # of a label; a picture is widened so far for its labels to fit
 _DARK, _LIGHT = "#222222", "#ffffff"  # labels
 _CURVE = 64  # the height of what is held, below a timeline
@@ -144,7 +145,8 @@ def svg(
             top += _CURVE + 14
     parts += _axis(longest, scale, top, "s" if seconds else "units of the costs")
     top += 38
-    kinds = dict.fromkeys(s.kind for spans in timelines.values() for s in spans if s.duration_s > 0)
+    every = (s for spans in timelines.values() for s in spans)
+    kinds = dict.fromkeys(s.kind for s in every if s.duration_s > 0 or s.kind == "U")
     for i, kind in enumerate(kinds):
         parts.append(
             f'<rect x="{_LEFT + 70 * i}" y="{top}" width="12" height="12" fill="{colour(kind)}"/>'
@@ -288,6 +290,8 @@ def _svg_rows(
         parts.append(f'<text x="4" y="{y + 17}">rank {rank}</text>')
         for s in own:
             x, w = _LEFT + (s.start_s - start) * scale, max(s.duration_s * scale, 0.3)
+            if s.kind == "U" and w < _UPDATE:  # it takes no time, and changes the weights
+                x, w = x - _UPDATE, _UPDATE
             name = escape(s.name)
             tip = f"{name} on rank {rank}: {s.start_s:.6g} to {s.end_s:.6g}{unit}"
             fill = shade(s.kind, s.microbatch, chunks.get(s.stage, 0))

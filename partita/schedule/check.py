@@ -160,7 +160,7 @@ def _ordered(schedule: Schedule) -> list[Problem]:
         early: list[int] = []
         for place, action in enumerate(actions):
             wanted = own.intersection(needs(action, schedule.num_stages))
-            if action.kind == "U":
+            if action.kind == "U" and schedule.versions != "stated":  # which take what is there
                 wanted = {
                     r for r in own if r[:2] == (action.stage, "W") and r[2] <= action.microbatch
                 }

@@ -39,7 +39,7 @@ ACTIVATIONS = ("OFFLOAD", "RELOAD", "FREE")
 KINDS = COMPUTE + COMMUNICATION + WEIGHTS + ACTIVATIONS
 STEP = -1  # the microbatch of an action that is of no single one
 
-Versions = Literal["flush", "newest", "vertical", "previous"]
+Versions = Literal["flush", "newest", "vertical", "previous", "stated"]
 
 
 class Action(NamedTuple):
@@ -100,6 +100,7 @@ class Schedule:
         newest    F uses the newest, B the version its own F used (PipeDream's weight stashing)
         vertical  every stage uses the version that stage 0 used (PipeDream's vertical sync)
         previous  batch b uses version max(0, b-1) on every stage (PipeDream-2BW)
+        stated    as newest, of a list that is the whole step: nothing is in flight when it ends (a file)
     """
 
     name: str
@@ -121,6 +122,11 @@ class Schedule:
     def is_asynchronous(self) -> bool:
         """Whether stages update their weights before the step's last backward."""
         return self.versions != "flush"
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a stage begins the next step's microbatches before the step is over."""
+        return self.versions not in ("flush", "stated")
 
     @property
     def is_bidirectional(self) -> bool:

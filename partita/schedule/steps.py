@@ -11,9 +11,10 @@ from partita.schedule.make.pipedream import lengthened
 def repeat(schedule: Schedule, steps: int) -> Schedule:
     """The schedule run `steps` times, its microbatches numbered on: no barrier between.
 
-    A synchronous one follows rank by rank; an asynchronous one does not even drain: it is one longer list.
+    One whose list ends the step follows rank by rank; one that runs ahead does not even drain: it is one
+    longer list.
     """
-    if schedule.is_asynchronous:
+    if schedule.runs_ahead:
         return lengthened(schedule, steps)
     m = schedule.num_microbatches
 

@@ -81,7 +81,8 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
     """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off.
 
     Only compute actions are kept: what passes add is added again when it runs. A file in which a stage
-    is updated before its last backward is asynchronous, with weights stashed as PipeDream does. Raises
+    is updated before its last backward is asynchronous: where U stands says which weights F uses, B uses
+    the same, and the list ends the step. Raises
     UsageError for a cell that is no action, ScheduleError for a stage that lies on two ranks and for a
     rank that computes nothing.
     """
@@ -114,7 +115,7 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         placement=_placement(name, ranks),
         ranks=ranks,
         paired=frozenset(paired),
-        versions="newest" if any(map(_updates_early, ranks)) else "flush",
+        versions="stated" if any(map(_updates_early, ranks)) else "flush",
     )
     added = any(a.kind not in COMPUTE for row in program for a in row)
     return made, tuple(program) if added else None

@@ -7,7 +7,9 @@ Version v of a stage is its weights after v updates; update j (from 0) makes ver
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from partita.schedule.ir import Action, Schedule
 
@@ -41,19 +43,38 @@ def versions_held(schedule: Schedule) -> list[int]:
     """For each stage, the most versions it keeps at once: the newest and those that a microbatch in
     flight, or one still to come, uses."""
     used = versions_used(schedule)
-    held = [1] * schedule.num_stages
-    for actions in schedule.ranks:
-        newest: dict[int, int] = {}
-        waiting = {(a.stage, a.microbatch) for a in actions if a.kind == "F"}
-        for stage, kind, microbatch in actions:
-            needed = {used[c] for c in waiting if c[0] == stage}
-            now = newest.get(stage, 0)
-            held[stage] = max(held[stage], len({now, *(v for v in needed if v <= now)}))
-            if kind in ("B", "W"):
-                waiting.discard((stage, microbatch))
-            elif kind == "U":
-                newest[stage] = now + 1
+    waiting: list[Counter[int]] = [Counter() for _ in range(schedule.num_stages)]
+    for (stage, _), version in used.items():
+        waiting[stage][version] += 1
+    held, newest = [1] * schedule.num_stages, [0] * schedule.num_stages
+    needed = [{0} & set(uses) for uses in waiting]
+    for stage, kind, microbatch in schedule.actions():
+        now = newest[stage]
+        held[stage] = max(held[stage], len(needed[stage] | {now}))
+        if kind in ("B", "I"):  # a W multiplies by none of them
+            version = used[stage, microbatch]
+            waiting[stage][version] -= 1
+            if not waiting[stage][version]:
+                needed[stage].discard(version)
+        elif kind == "U":
+            newest[stage] = now + 1
+            needed[stage] |= {now + 1} if waiting[stage][now + 1] else set()
     return held
+
+
+def held_at(schedule: Schedule, stage: int, tied: bool = False) -> int:
+    """The same of one stage once steps follow each other (Narayanan et al. 2019, 2020): 1 where a step
+    flushes. `tied`: of a table that the first stage holds too: all use its version."""
+    if schedule.versions == "stated":
+        return _held(schedule)[stage]
+    p = schedule.num_ranks
+    newest = p if tied else p - stage
+    return {"flush": 1, "newest": newest, "vertical": p, "previous": 2}[schedule.versions]
+
+
+@lru_cache(maxsize=8)
+def _held(schedule: Schedule) -> list[int]:
+    return versions_held(schedule)
 
 
 def staleness(schedule: Schedule) -> list[int]:

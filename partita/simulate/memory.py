@@ -21,7 +21,6 @@ from typing import NamedTuple
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
 from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes, targets
-from partita.parallel.pp.rules import versions_held
 from partita.parallel.read import (
     BYTES,
     kept_bytes,
@@ -34,6 +33,7 @@ from partita.parallel.read import (
 from partita.record.ledger import Ledger
 from partita.schedule.clock import rank_peak
 from partita.schedule.ir import Schedule
+from partita.schedule.versions import held_at
 from partita.simulate import away
 from partita.simulate.groups import moves
 from partita.simulate.inside import read_later, worst_half, worst_op
@@ -109,7 +109,7 @@ def picture_bytes(laid: Laid, place: int) -> int:
     if image is None or all(s.index for s in laid.stages_of(place)):
         return 0
     samples = laid.request.micro_batch_size * plan.num_microbatches
-    steps = 1 + laid.schedule.is_asynchronous
+    steps = 1 + laid.schedule.runs_ahead
     return steps * samples * image.colors * image.size**2 * BYTES["fp32"]
 
 
@@ -169,10 +169,11 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
     alone = precision.rounding == "stochastic"
     wide = precision.dtype in ("fp32", "fp64") and not alone
     total = 0
-    for block, times in distinct(b for s in laid.stages_of(place) for b in s.blocks):
+    every = [(s.index, *each) for s in laid.stages_of(place) for each in distinct(s.blocks)]
+    for stage, block, times in every:
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
             unit = t.name.removesuffix(".parameter")
-            held = versions_held(schedule, place, unit in laid.program.tied)
+            held = held_at(schedule, stage, unit in laid.program.tied)
             states = block.tensors[f"{unit}.optimizer"]
             shard = replace(t, dims=states.dims[-1:])
             beside = (alone or bool(shard.axes())) and held > 1

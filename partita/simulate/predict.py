@@ -39,7 +39,7 @@ from partita.simulate.stage import (
     with_actions,
     works_of,
 )  # fmt: skip
-from partita.simulate.step import StepTime, step_time
+from partita.simulate.step import StepTime, stage_update_s, step_time
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.program import distinct
@@ -212,9 +212,11 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
         return schedule_of(plan.with_("pipeline", num_microbatches=m))
 
     waits, message = waiting(send_seconds(laid, works.stages, machine), machine)
+    updates = stage_update_s(works, laid, machine)
 
     def at(busy: float) -> tuple[Costs, Played]:
-        costs = Costs(tuple(stage_costs(s, busy, waits * busy) for s in stages), *message)
+        each = zip(stages, updates, strict=True)
+        costs = Costs(tuple(stage_costs(s, busy, waits * busy, u) for s, u in each), *message)
         return costs, play(make, plan.mesh.pp, num_microbatches, costs)
 
     busy, (costs, played) = 1.0, at(1.0)
@@ -286,12 +288,14 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
         for part in (stage.comm_forward_s, stage.comm_backward_s):
             for axis, s in part.items():
                 comm[axis] = comm.get(axis, 0.0) + times * s * t.busy
-    bubble = t.pipeline_s - compute - sum(comm.values())
+    own = (a.stage for a in schedule.ranks[busiest] if a.kind == "U")
+    updates = sum(t.costs.stages[stage].U for stage in own)
+    bubble = t.pipeline_s - compute - updates - sum(comm.values())
     for axis, s in t.step.comm_s.items():
         comm[axis] = comm.get(axis, 0.0) + s
     return {
         "compute_s": compute, "exposed_comm_s": comm, "bubble_s": max(bubble, 0.0),
-        "optimizer_s": t.step.optimizer_s,
+        "optimizer_s": t.step.optimizer_s + updates,
     }  # fmt: skip
 
 
@@ -300,8 +304,9 @@ def _units(cluster: Cluster, world: int) -> int:
     return min(world, cluster.cores_shared) if cluster.cores_shared else world
 
 
-def stage_costs(s: StageTime, busy: float, waits: float) -> StageCosts:
-    """What the clock is told of a stage. `waits`: seconds that an action waits for its messages. Rows of
+def stage_costs(s: StageTime, busy: float, waits: float, update: float = 0.0) -> StageCosts:
+    """What the clock is told of a stage. `waits`: seconds that an action waits for its messages; `update`: of
+    a U, where the schedule has any. Rows of
     experts travel under compute of the microbatch that is paired (pp/pieces.py); a forward has pieces for as
     many legs as it has itself: where layers run again, for half of those that go back."""
     forward = (s.forward_s + sum(s.comm_forward_s.values())) * busy + s.host_forward_s + waits
@@ -310,7 +315,8 @@ def stage_costs(s: StageTime, busy: float, waits: float) -> StageCosts:
     travel = there + min(there, back)
     compute = (s.forward_s + s.backward_s) * busy
     hidden = (1 - SLOW) * min(travel, compute)
-    return StageCosts(forward, s.input_s * busy + rest, s.weight_s * busy, hidden=hidden)
+    back = s.input_s * busy + rest, s.weight_s * busy
+    return StageCosts(forward, *back, U=update * busy, hidden=hidden)
 
 
 def _slow_down(played: Played, laid: Laid, cluster: Cluster) -> float:

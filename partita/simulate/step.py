@@ -26,7 +26,8 @@ BROUGHT_PASSES = 3  # written as it comes, scaled, read
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds that follow the schedule: exposed collectives by axis, and the update."""
+    """Seconds that follow the schedule: exposed collectives by axis (of every update, where stages update
+    under way), and the update, where the schedule has none."""
 
     comm_s: dict[str, float] = field(default_factory=dict)
     optimizer_s: float = 0.0
@@ -48,13 +49,14 @@ def step_time(
         blocks = sum(works.stages[i].blocks for i in mine)
         backward_s = sum(stages[i].backward_s for i in mine) * busy
         between = {c: n for c, n in once.items() if not is_move(c) and c.lane != LATE}
-        found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine)
+        updates = updates_of(laid, place)
+        found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine, updates or 1)
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, machine)
-        moved = sum(update_bytes(works.stages[i].states) for i in mine)
+        moved = 0.0 if updates else sum(update_bytes(works.stages[i].states) for i in mine)
         if not away["optimizer"]:
             moved += BROUGHT_PASSES * away["gradients"]
-        own = update_seconds(moved, machine)
+        own = update_seconds(moved, machine) if moved else 0.0
         update = max(update, own + beyond.pop("optimizer", 0.0))
         found |= beyond
         if sum(found.values()) > sum(comm.values()):
@@ -62,10 +64,24 @@ def step_time(
     return StepTime({axis: s * busy for axis, s in comm.items()}, update * busy)
 
 
+def updates_of(laid: Laid, place: int) -> int:
+    """Updates that each stage of a place has within its list: none where the step ends with them."""
+    made = [a.stage for a in laid.schedule.ranks[place] if a.kind == "U"]
+    return made.count(made[0]) if made else 0
+
+
+def stage_update_s(works: Works, laid: Laid, machine: Machine) -> list[float]:
+    """Seconds of one U of each stage; 0 where the step ends with one update of all."""
+    if "U" not in laid.schedule.kinds:
+        return [0.0] * len(works.stages)
+    return [update_seconds(update_bytes(work.states), machine) for work in works.stages]
+
+
 def _reduction(
-    laid: Laid, once: Mapping[Call, int], room: float, machine: Machine
+    laid: Laid, once: Mapping[Call, int], room: float, machine: Machine, updates: int
 ) -> dict[str, float]:
-    """What of the step's collectives is not hidden under `room` seconds of the last backward."""
+    """What of the step's collectives is not hidden under `room` seconds of the last backward before each of
+    the `updates`."""
     seen: dict[str, float] = defaultdict(float)
     beside: dict[str, float] = defaultdict(float)
     for call, times in once.items():
@@ -74,7 +90,7 @@ def _reduction(
     total = sum(beside.values())
     hidden = min(total, room) if machine.software.overlaps_gradients else 0.0
     for axis, s in beside.items():
-        seen[axis] += s * (total - hidden) / total if total else 0.0
+        seen[axis] += updates * s * (total - hidden) / total if total else 0.0
     return {axis: s for axis, s in seen.items() if s}
 
 

@@ -74,7 +74,8 @@ class Built:
     def batch(self, step: int, drains: bool = True) -> StepBatch:
         """This rank's microbatches of a step (from 0). An asynchronous pipeline that does not drain
         after it is given the next step's too."""
-        stays = self.model.flow is not None and not drains
+        flow = self.model.flow
+        stays = flow is not None and flow.runs_ahead and not drains
         following = self._microbatches(step + 1) if stays else ()
         return StepBatch(step, self._microbatches(step), following, drains)
 

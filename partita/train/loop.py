@@ -213,7 +213,7 @@ class Loop:
         if scaler is not None:
             found |= {"loss_scale": scaler.scale, "skipped_steps": scaler.skipped}
         if flow is not None:
-            found["staleness"] = flow.versions.staleness
+            found["staleness"] = flow.staleness
         return found
 
     def _routing(self, routed: Routed) -> dict[str, Any]:

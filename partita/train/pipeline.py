@@ -108,13 +108,17 @@ def make_flow(
     reducer: Reducer,
     away: bool = False,
 ) -> Flow:
-    """How an asynchronous schedule runs on this rank: its own weights, and on the last stage a table that
-    the first one holds too. `away`: masters lie elsewhere."""
+    """How an asynchronous schedule runs on this rank: its stages' own weights, and on the last stage a table
+    that the first one holds too. `away`: masters lie elsewhere."""
     late = [u for u in units if u.spec.across and executor.place > 0]
-    own = [u for u in units if u not in late and not u.spec.frozen]
     rule = version_rule(laid.schedule)
     alone = laid.request.plan.precision.rounding == "stochastic"
-    flow = Flow(executor, Versions(own, rule, parameters.refresh, away, alone, reducer.renew))
+    own = {}
+    for stage in laid.stages_of(executor.place):
+        here = [u for u in units if u.spec.blocks[0] in stage.names]
+        here = [u for u in here if u not in late and not u.spec.frozen]
+        own[stage.index] = Versions(here, rule, parameters.refresh, away, alone, reducer.renew)
+    flow = Flow(executor, own)
     if late:
         rule = version_rule(laid.schedule, tied=True)
         versions = Versions(late, rule, parameters.refresh, away, alone, reducer.renew)

@@ -280,6 +280,7 @@ class Update:
     away: AwayUpdate | None = None  # of states that lie elsewhere than on the device
     rounded: StochasticUpdate | None = None  # of weights without masters
     places: Places | None = None  # of what lies elsewhere, where an update may be undone
+    _share: float = 1.0  # of the step's rows, each as often as updates, that this update has
 
     def step(self) -> float:
         """One update; returns the global gradient norm before clipping. Under fp16 a norm that is not
@@ -318,13 +319,14 @@ class Update:
         """Whether gradients of this norm are clipped."""
         return clip_coefficient(norm, self.train.clip_grad_norm) < 1
 
-    def advance(self) -> None:
-        """U: this rank's stage applies what its last microbatches left, at the rate of the step."""
+    def advance(self, stage: int) -> None:
+        """U: a stage of this rank applies what its last microbatches left, at the rate of the step."""
         flow = self.model.flow
         assert flow is not None, "U belongs to an asynchronous schedule"
         late = () if flow.late is None else flow.late.versions.units
-        self.model.reducer.finish(late)
-        flow.versions.update(lambda: self.apply_to(flow.versions))
+        versions = flow.own[stage]
+        self.model.reducer.finish(late, [*versions.units, *late])
+        versions.update(lambda: self.apply_to(versions))
         if flow.late is not None:
             flow.late.update()
 
@@ -338,6 +340,7 @@ class Update:
         flow, names = self.model.flow, {unit.name for unit in versions.units}
         assert flow is not None, "a step that flushes has one update of all"
         draw = self.updates * flow.per_step + flow.number(versions) + 1
+        self._share = flow.share(versions)
         self._apply(self.updates + 1, [s for s in self.slots if s.unit in names], draw)
 
     def _apply(self, step: int, slots: Sequence[Slot], draw: int, factor: float = 1.0) -> None:
@@ -368,14 +371,15 @@ class Update:
             if slot.balances:
                 self._balance(slot.master, slot.gradient)
 
-    def _balance(self, master: Tensor, rows: Tensor) -> None:
+    def _balance(self, master: Tensor, had: Tensor) -> None:
         """Moves a balance bias by a fixed rate: up where its expert got fewer rows than an even share,
         down where more (DeepSeek-V3, sec. 2.1.2). Its rows stand where a gradient would."""
         laid = self.model.laid
         spec = laid.request.model
         scale = 1.0 if self.model.scaler is None else self.model.scaler.scale
-        even = scale * laid.samples * laid.request.seq_len * spec.top_k / max(spec.experts, 1)
-        master.add_((even - rows).sign(), alpha=spec.router_bias_rate)
+        rows = laid.samples * laid.request.seq_len * spec.top_k
+        even = scale * self._share * rows / max(spec.experts, 1)
+        master.add_((even - had).sign(), alpha=spec.router_bias_rate)
 
     def gradient_norm(self) -> float:
         """The 2-norm over all parameters, each element counted once."""

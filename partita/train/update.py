@@ -48,7 +48,7 @@ def make_update(model: Model, train: TrainSpec) -> Update:
     if undoes:
         model.guess = Guess(model, update)
     if model.flow is not None:
-        model.executor.update = lambda stage: update.advance()
+        model.executor.update = update.advance
         if model.flow.late is not None:
             model.flow.late.join = update.join
     return update

@@ -137,8 +137,8 @@ class JudgeUpdate:
     def step(
         self, gradients: dict[str, Tensor], norm: float, step: int, update: int | None = None
     ) -> None:
-        """Clips the gradients by their norm, in place, and updates the weights; steps count from 0, as do
-        updates within one, whose number `update` is where a step has several."""
+        """Clips the gradients by their norm, in place, and updates the weights that have one; steps count
+        from 0, as do updates within one, whose number `update` is where a step has several."""
         limit = self.job.train.clip_grad_norm
         if limit:
             for g in (g for n, g in gradients.items() if n not in self.biases):
@@ -148,11 +148,11 @@ class JudgeUpdate:
         for n, w in self.weights.items():
             w.grad = gradients.get(n)
         self.optimizer.step()
-        for n in self.biases:
+        for n in (n for n in self.biases if n in gradients):
             rows = gradients[n]
             self.weights[n] += self.job.model.router_bias_rate * (rows.mean() - rows).sign()
         if self.job.plan.precision.rounding == "stochastic":
-            for n in self.weights.keys() - self.frozen:
+            for n in gradients.keys() - self.frozen:
                 w, number = self.weights[n], (step if update is None else update) + 1
                 half = self.job.plan.precision.dtype == "fp16"
                 w.copy_(rounded(w, self.job.seed, number, n, half))

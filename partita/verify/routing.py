@@ -28,7 +28,7 @@ def choices(model: Model, step: int, batches: Sequence[Microbatch]) -> Choices:
     """Whom this rank's tokens were sent to in the microbatches of a step, and of those behind it that an
     asynchronous pipeline has begun; `at` are a token's positions."""
     m, length = model.laid.request.plan.num_microbatches, model.laid.request.seq_len
-    begun = step * m if model.flow is not None else 0
+    begun = step * m if model.laid.schedule.runs_ahead else 0
     cut_by = ("cp", "ulysses", "tp") if model.context.plan.mesh.sp else ("cp", "ulysses")
     found: Choices = {}
     for name, log in logs(model):

@@ -120,7 +120,7 @@ def run_rank(
         watch_blocks(model, seen.watch)
     keep_choices(model)
     context.recorder.take()
-    flows, steps = model.flow is not None, steps_of(job.plan)
+    flows, steps = laid.schedule.runs_ahead, steps_of(job.plan)
     recorded = 0  # the step of `seen.recorded`
     undone = False  # the first step's update, whose traffic is then no step's that is declared: the last's is
     for step in range(steps):
@@ -216,7 +216,7 @@ def _finite_or_nan(made: Callable[[], float]) -> float:
 
 def _declared(laid: Laid, rank: int) -> list[TrafficLine]:
     """Of one step; where steps flow into each other, of all."""
-    times = steps_of(laid.request.plan) if laid.schedule.is_asynchronous else 1
+    times = steps_of(laid.request.plan) if laid.schedule.runs_ahead else 1
     return [replace(t, count=t.count * times, bytes=t.bytes * times) for t in laid.traffic(rank)]
 
 
@@ -227,7 +227,7 @@ def declare(job: Job, ranks: Sequence[RankSeen]) -> None:
         laid = lay(request_of(job))
         counts = {k: {r.rank: r.routed[k] for r in ranks if k in r.routed} for k in keys}
         m = job.plan.num_microbatches
-        steps = range(steps_of(job.plan) if laid.schedule.is_asynchronous else 1)
+        steps = range(steps_of(job.plan) if laid.schedule.runs_ahead else 1)
         of_step = [
             {(n, i - s * m): c for (n, i), c in counts.items() if i // m == s} for s in steps
         ]

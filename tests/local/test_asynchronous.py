@@ -11,6 +11,7 @@ import verify_jobs
 from partita.base.errors import PlanError, UsageError
 from partita.comm.local import local
 from partita.parallel.laid import lay
+from partita.schedule.versions import staleness
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import request_of
 from partita.train.build import assemble
@@ -59,6 +60,63 @@ def test_delayed_updates_of_what_steps_share(name, tmp_path):
         job(tmp_path, plan if "8" in plan or "bf16" in plan else f"{plan} fp64", family, **model)
     )
     assert found.equal, str(found)
+
+
+LISTS = {
+    "uneven": "0F0,0F1,0B0,0U0,0F2,0B1,0U1,0F3,0B2,0B3,0U3\n1F0,1B0,1U0,1F1,1B1,1F2,1B2,1U2,1F3,1B3,1U3",
+    "halves": "0F0,0F1,0F2,0I0,0W0,0F3,0I1,0U0,0W1,0I2,0W2,0U2,0I3,0W3,0U3\n"
+    "1F0,1I0,1F1,1I1,1W0,1U0,1W1,1F2,1I2,1W2,1F3,1U2,1I3,1W3,1U3",
+    "vee": "0F0,0F1,3F0,3B0,3U0,0F2,3F1,3B1,0B0,0U0,0F3,3F2,3B2,0B1,3F3,3B3,3U3,0B2,0B3,0U3\n"
+    "1F0,2F0,1F1,2F1,2B0,1B0,2U0,1U0,1F2,2F2,2B1,1B1,1F3,2F3,2B2,1B2,2B3,2U3,1B3,1U3",
+}  # fmt: skip
+
+
+def listed(folder, name, words="fp64"):
+    path = folder / f"{name}.csv"
+    path.write_text(LISTS[name])
+    return f'pp2:"file:{path}"/4mb {words}'
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "model"),
+    [
+        ("uneven", "dp_shard2.zero1 ep2 fp64", verify_jobs.EXPERTS),
+        ("halves", "tp2+sp recompute:full fp64", {"layers": 3}),
+        ("halves", "dp2 fp64 offload:cpu offload.targets=activations,gradients,optimizer", {"layers": 3}),
+        ("vee", "dp2 fp64", {"layers": 4}),
+        pytest.param("vee", "bf16 precision.rounding=stochastic", {"layers": 4}, marks=pytest.mark.slow),
+        pytest.param("halves", "fp64", verify_jobs.EXPERTS, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_list_of_ones_own_equals_a_plain_loop(name, words, model, tmp_path):
+    """Updates of one microbatch and of two, weight halves behind the next update, two stages a rank."""
+    found = verify(job(tmp_path, listed(tmp_path, name, words), **model))
+    assert found.equal, str(found)
+    assert found.traffic_equal and found.to_json()["reference"] == "delayed"
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_ones_own_holds_the_versions_it_states(name, tmp_path):
+    made = longer(job(tmp_path, listed(tmp_path, name, "fp32"), layers=4, batch=8), 3)
+    laid = lay(request_of(made))
+    with local(2, 20) as ranks:
+        seen = [max(h) for h in ranks.run(held, made)]
+        old = [max(s) for *_, s in ranks.run(steps, made, lambda model, step: model.flow.staleness)]
+    said = [stage_ledger(laid, p, laid.schedule).at_peak["parameters"] for p in range(2)]
+    assert said == seen if name != "vee" else all(a >= b for a, b in zip(said, seen, strict=True))
+    of = [laid.schedule.stages_of(p) for p in range(2)]
+    assert old == [max(staleness(laid.schedule)[s] for s in mine) for mine in of]
+
+
+def test_a_list_of_ones_own_ends_its_step_empty(tmp_path):
+    """Drained or not; and a table that two stages hold has no update of its own there."""
+    made = longer(job(tmp_path, listed(tmp_path, "uneven"), batch=8), 3)
+    with local(2, 20) as ranks:
+        full = ranks.run(steps, made)[0][0]
+        drained = ranks.run(steps, made, lambda model, step: None, (0, 1, 2))[0][0]
+    assert full == drained
+    with pytest.raises(PlanError, match="the table that both hold takes one update"):
+        verify(job(tmp_path, listed(tmp_path, "uneven"), tied=True))
 
 
 def steps(world, job, look=lambda model, step: None, drained=()):
@@ -177,14 +235,16 @@ def held(world, job):
     model, found = built.model, []
     flow, wide = model.flow, model.laid.request.plan.precision.dtype == "fp32"
 
-    def look(act=lambda microbatch: None, microbatch=0):
-        act(microbatch)
+    def look(act=lambda *at: None, *at):
+        act(*at)
         tensors = [t for v in flow.each for stash in v.stash.values() for t in stash]
         tensors += [u.working for u in model.units] + [u.master for u in model.units if wide]
         found.append(sum(t.numel() * t.element_size() for t in tensors))
 
     model.executor.weights = SimpleNamespace(
-        forward=partial(look, flow.forward), backward=partial(look, flow.backward)
+        forward=partial(look, flow.forward),
+        backward=partial(look, flow.backward),
+        adds=flow.adds,
     )
     for step in range(job.train.steps):
         model.forward_backward(built.batch(step, step + 1 == job.train.steps))

@@ -13,7 +13,9 @@ from partita.schedule.make import schedule
 from partita.schedule.make.files import file_problems
 from partita.schedule.passes import with_communication
 from partita.schedule.rendezvous import waits
+from partita.schedule.steps import repeat
 from partita.schedule.text import parse_program, parse_schedule, print_ranks
+from partita.schedule.versions import staleness, versions_held, versions_used
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 
@@ -297,23 +299,46 @@ def test_a_slip_of_the_hand_is_drawn(name, how):
     assert said and all("  rank " in text and "^-- " in text for text in said)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("0F0,0F1,0F2,0B0,0U0,0B1,0U1,0B2,0U2\n1F0,1B0,1U0,1F1,1B1,1U1,1F2,1B2,1U2",
-     "0 runs 0F2, where pipedream has 0B0"),
-    ("1F0,1B0,1U0,1F1,1B1,1U1\n0F0,0F1,0B0,0U0,0B1,0U1", "0 runs 1F0, where pipedream has 0F0"),
-    ("0F0,0F1,0B0,0U0,0B1\n1F0,1B0,1U0,1F1,1B1,1U1", "0 runs nothing more, where pipedream has 0U1"),
-    ("0F0,0F1,0B0,0F2,0B1,0U1,0F3,0B2,0B3,0U3\n1F0,1B0,1F1,1B1,1U1,1F2,1B2,1F3,1B3,1U3",
-     "0 runs 0F2, where pipedream has 0U0"),
+ONE = "1F0,1B0,1U0,1F1,1B1,1U1"
+
+
+@pytest.mark.parametrize("text, words, mark", [
+    (f"0F0,0F1,0B0,0U0,0B1\n{ONE}", "0 runs 0B1, and no 0U follows", "no 0U follows"),
+    (f"0F0,0F1,0B0,0B1,0U1\n{ONE}", "1 runs 1U1, and stage 1 has 2 updates, stage 0 has 1", "stage 1 has 2"),
+    (f"0F0,0F1,0B0,0B1,0U1,0U0\n{ONE}", "0 runs 0U0, and no gradient to take", "no gradient to take"),
+    (f"0F0,0F1,0F2,0B0,0U0,0B1,0B2,0U1\n{ONE},1F2,1B2,1U2",
+     "0 runs 0U1, and takes gradients up to 0B2", "takes gradients up to 0B2"),
+    (f"0F0,0F1+0B0,0U0,0B1,0U1\n{ONE}", "0 runs 0F1, and stands in a pair", "stands in a pair"),
+    (f"0F0,0F1,0U0,0B0,0B1,0U1\n{ONE}", "0 runs 0U0 before what it needs from itself", "too early"),
 ])  # fmt: skip
-def test_a_file_that_updates_under_way_in_another_order_is_refused(tmp_path, text, words):
-    """It would be trained in pipedream's."""
-    (problem,) = file_problems(parse_schedule(text))
-    assert problem.rule == "asynchronous" and f"rank {words}" in problem.message
-    assert "^-- pipedream has" in problem.message.splitlines()[-1]
-    path = tmp_path / "mine.csv"
+def test_updates_under_way_that_cannot_stand_there_are_drawn(text, words, mark):
+    """Each takes the gradients since the one before, none is lost, stages have equally many."""
+    found = file_problems(parse_schedule(text))
+    (problem,) = [p for p in found if f"rank {words}" in p.message]
+    assert f"^-- {mark}" in problem.message.splitlines()[-1]
+
+
+def test_a_file_says_which_weights_its_microbatches_use(tmp_path):
+    """F uses what the U before it have made, and B the same; a step of it ends empty, and the next begins
+    with the newest. PipeDream's list runs ahead as PipeDream does."""
+    path, text = (
+        tmp_path / "mine.csv",
+        "0F0,0F1,0F2,0B0,0U0,0B2,0B1,0U1\n1F0,1B0,1U0,1F1,1F2,1B2,1B1,1U1",
+    )
     path.write_text(text)
-    made = parse_schedule(text)
-    with pytest.raises(ScheduleError, match="where pipedream has"):
-        make(f"file:{path}", made.num_ranks, made.num_microbatches)
+    made = make(f"file:{path}", 2, 3)
+    assert (made.versions, made.is_asynchronous, made.runs_ahead) == ("stated", True, False)
+    assert versions_used(made) == {(0, 0): 0, (0, 1): 0, (0, 2): 0, (1, 0): 0, (1, 1): 1, (1, 2): 1}
+    assert versions_held(made) == [2, 1] and staleness(made) == [1, 0]
+    assert [str(a) for a in repeat(made, 2).ranks[1]] == [
+        *text.splitlines()[1].split(","), "1F3", "1B3", "1U3", "1F4", "1F5", "1B5", "1B4", "1U4",
+    ]  # fmt: skip
     path.write_text(str(make("pipedream", 3, 4)))
     assert replace(make(f"file:{path}", 3, 4), name="pipedream") == make("pipedream", 3, 4)
+
+
+def test_between_an_input_half_and_its_weight_half_no_version_is_held():
+    """A W multiplies what F kept by a gradient; its own gradient is as old as its F's weights."""
+    made = parse_schedule("0F0,0F1,0I1,0I0,0W0,0U0,0F2,0W1,0I2,0W2,0U2")
+    assert file_problems(made) == []
+    assert versions_held(made) == [1] and staleness(made) == [1]

@@ -126,20 +126,22 @@ class Reducer:
         here = next((v for v in self.visits if block in v), None) if passes else None
         return set(unit.spec.blocks) if here is None else set(unit.spec.blocks) & here
 
-    def finish(self, late: Sequence[Unit] = ()) -> None:
-        """Waits for all sums of the step. Gradients are then the step's, the same on every rank of the
-        axes summed over; but of `late` units not yet summed between places of pp."""
+    def finish(self, late: Sequence[Unit] = (), of: Sequence[Unit] | None = None) -> None:
+        """Waits for all sums of the step, or since the last update of these units. Gradients are then the
+        step's, the same on every rank of the axes summed over; but of `late` units not yet summed between
+        places of pp."""
         self._settle()
+        units = self.units if of is None else [unit for unit in self.units if unit in of]
         if self.away is not None:
-            for unit in self.units:
+            for unit in units:
                 self._sum_away(unit, self.away, unit in late)
             self.away.settle()
         else:
-            self._sum_here(late)
+            self._sum_here(units, late)
         self._last.clear()
 
-    def _sum_here(self, late: Sequence[Unit]) -> None:
-        for unit in self.units:
+    def _sum_here(self, units: Sequence[Unit], late: Sequence[Unit]) -> None:
+        for unit in units:
             if unit.name in self._fresh:  # no backward came to it
                 unit.hold_gradient()
                 unit.gradient.zero_()
@@ -147,7 +149,7 @@ class Reducer:
             if unit.spec.stage and comm is not None:
                 self._reduce(unit, comm, "reduce")
         self._settle()
-        self.add_across([unit for unit in self.units if unit not in late])
+        self.add_across([unit for unit in units if unit not in late])
 
     def add_late(self, units: Sequence[Unit], spent: Sequence[Tensor]) -> None:
         """Sums what was spent of late units between the places of pp that hold them; it is their gradient."""

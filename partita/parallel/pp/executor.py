@@ -66,12 +66,16 @@ class FlowingModule(StageModule, Protocol):
 class StageWeights(Protocol):
     """Which version of the weights is in place, where a schedule updates them under way."""
 
-    def forward(self, microbatch: int) -> None:
-        """Puts the version in place that the microbatch uses."""
+    def forward(self, stage: int, microbatch: int) -> None:
+        """Puts the version in place that the microbatch uses at the stage."""
         ...
 
-    def backward(self, microbatch: int) -> None:
+    def backward(self, stage: int, microbatch: int) -> None:
         """Puts the version in place that its forward used."""
+        ...
+
+    def adds(self, stage: int, microbatch: int) -> None:
+        """Its weight gradients are about to come."""
         ...
 
 
@@ -285,7 +289,7 @@ class Executor:
             x = self._take("F", stage, microbatch)
             x.requires_grad_(torch.is_grad_enabled())
         if self.weights is not None and torch.is_grad_enabled():
-            self.weights.forward(microbatch)
+            self.weights.forward(stage, microbatch)
         module, cuts, batch = self.modules[stage], Cuts(), self._batches[microbatch]
         if self.overlaps and torch.is_grad_enabled():
             y = yield from forward_in_pieces(cast(FlowingModule, module).flow(x, batch), cuts)
@@ -311,7 +315,9 @@ class Executor:
         last = stage == self.schedule.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
         if self.weights is not None:
-            self.weights.backward(microbatch)
+            self.weights.backward(stage, microbatch)
+            if kind == "B":
+                self.weights.adds(stage, microbatch)
         if isinstance(held.y, Tensor) and last and self.seed != 1:
             gradient = torch.full_like(held.y, self.seed)
         yield from backward_in_pieces(held.y, gradient, held.cuts)
@@ -325,6 +331,8 @@ class Executor:
         self.queue.close()
 
     def _weight_half(self, action: Action) -> None:
+        if self.weights is not None:
+            self.weights.adds(action.stage, action.microbatch)
         self.queue.run(action.stage, action.microbatch)
 
     def _update(self, action: Action) -> None:

@@ -75,14 +75,6 @@ def forward_of(schedule: Schedule) -> Schedule:
     )
 
 
-def versions_held(schedule: Schedule, place: int, tied: bool = False) -> int:
-    """Versions of a stage's weights that a rank holds at once, the newest included (Narayanan et al. 2019,
-    2020): 1 where a step flushes. `tied`: of a table that the first stage holds too: all use its version."""
-    p = schedule.num_ranks
-    newest = p if tied else p - place
-    return {"flush": 1, "newest": newest, "vertical": p, "previous": 2}[schedule.versions]
-
-
 def lane(what: str, stage: int, schedule: Schedule) -> str:
     """The lane of messages that `stage` consumes: one a direction and chunk."""
     chunk = stage // schedule.num_ranks
@@ -96,7 +88,7 @@ def problems(job: Request) -> list[Problem]:
     if found:
         return found
     made = schedule_of(plan)
-    found = [*_needs_flush(job)] if made.is_asynchronous else []
+    found = [*_needs_flush(job, made)] if made.is_asynchronous else []
     found += _means_nothing(job, made)
     stages, split = made.num_stages, plan.pipeline.split
     if stages > layers and not split:
@@ -133,20 +125,24 @@ def _too_few_layers(job: Request, stages: int) -> Problem:
     return error("pp", "layers", message, asked=asked, limit=limit, nearest=str(near))
 
 
-def _needs_flush(job: Request) -> Iterator[Problem]:
+def _needs_flush(job: Request, made: Schedule) -> Iterator[Problem]:
     """What a schedule that updates stage by stage cannot go with."""
     plan, name = job.plan, job.plan.pipeline.schedule
     nearest = str(plan.with_("pipeline", schedule="1f1b", vertical_sync=False))
     asked = f"pp{plan.mesh.pp}:{name}/{plan.num_microbatches}mb"
     shards = plan.mesh.dp_shard > 1 and plan.data.zero_stage > 1
+    stated, tied = not made.runs_ahead, job.model.tied and not job.frozen.holds("embedding.table")
     for wrong, rule, message, limit in (
-        (plan.num_microbatches < plan.mesh.pp, "microbatches",
+        (made.runs_ahead and plan.num_microbatches < plan.mesh.pp, "microbatches",
          f"a step of {name} has as many microbatches as stages or more: a stage runs ahead by one step at "
          f"most; {plan.num_microbatches} are fewer than {plan.mesh.pp}", f"m >= {plan.mesh.pp}"),
         (plan.precision.dtype == "fp16", "precision", f"{name} has no global step, which the loss scale of "
          "fp16 is kept by", "fp32, bf16 or fp8"),
         (shards, "zero_stage", f"{name} keeps several versions of whole weights, and a gradient until its "
          "stage's update: only the optimizer is sharded", "zero1, zero0 or dp_replicate"),
+        (stated and tied, "tied", f"{name} updates the first stage and the last where its list says, each by "
+         "itself, and the table that both hold takes one update of both gradients, which pipedream says when",
+         "tied=false, or pipedream"),
     ):  # fmt: skip
         if wrong:
             yield error("pp", rule, message, asked=asked, limit=limit, nearest=nearest)

@@ -13,6 +13,9 @@ ZeRO 1 updates shards, and gathers the newest version at once: what the stage th
 Weights without masters (stochastic rounding) are updated where they are used: the newest version is put in
 place for it.
 
+A file whose U stand before the last backward (`stated`) ends its step empty: F uses what the U before it in
+the list have made, and counting starts anew in every step.
+
 A tied table lies on the first stage and the last one, and takes the sum of both gradients of the same
 microbatches. The first stage's comes p - 1 stages of backward later, so both use the version that stage 0
 has (`vertical`), and the last stage updates its copy later (`Late`), at the latest when the step ends.
@@ -41,6 +44,7 @@ def version_rule(schedule: Schedule, tied: bool = False) -> Callable[[int, int],
     name = "vertical" if tied and schedule.versions == "newest" else schedule.versions
     return {
         "newest": lambda k, newest: newest,
+        "stated": lambda k, newest: newest,
         "vertical": lambda k, newest: max(0, k - ahead),
         "previous": lambda k, newest: max(0, k // batch - 1),
     }[name]
@@ -68,8 +72,10 @@ class Versions:
     renew: Callable[[Sequence[Unit]], None] = lambda units: None
     newest: int = 0
     staleness: int = 0
+    added: int = 0  # microbatches whose gradients are there since the last update
     stash: dict[int, list[Tensor]] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
+    _taken_at: dict[int, int] = field(default_factory=dict)  # of gradients that are still to come
     _loaded: int = 0
     _seen: int = -1
     _spent: bool = False
@@ -90,13 +96,17 @@ class Versions:
         self._load(self._used[microbatch])
 
     def backward(self, microbatch: int) -> None:
-        """Puts the version its forward used in place; the first after an update starts from zero."""
+        """Puts the version its forward used in place."""
+        self._taken_at[microbatch] = version = self._used.pop(microbatch)
+        self._load(version)
+
+    def adds(self, microbatch: int) -> None:
+        """Its gradient comes: the first after an update starts from zero."""
         if self._spent:
             self.renew(self.units)
-            self._spent = False
-        version = self._used.pop(microbatch)
-        self.staleness = max(self.staleness, self.newest - version)
-        self._load(version)
+            self._spent, self.added = False, 0
+        self.added += 1
+        self.staleness = max(self.staleness, self.newest - self._taken_at.pop(microbatch))
 
     def spend(self, taken: Callable[[Unit], Tensor]) -> list[Tensor]:
         """Gradients since the last update, `taken`: the next backward starts from zero."""
@@ -176,28 +186,39 @@ class Late:
 
 @dataclass
 class Flow:
-    """Runs an asynchronous schedule step by step, on a stage whose weights have `versions`, and on the last
-    one those of a tied table (`late`).
+    """Runs an asynchronous schedule step by step, on stages whose weights have versions (`own`, by stage),
+    and on the last one those of a tied table (`late`).
 
     A stage's list repeats every step, a step's microbatches later, from the second step on; while the
     pipeline fills, in the first, a stage has more forwards. The last step before a drain leaves out
-    what belongs to the next one.
+    what belongs to the next one. Where the schedule does not run ahead every step drains.
     """
 
     executor: Executor
-    versions: Versions
+    own: Mapping[int, Versions]
     late: Late | None = None
     steps: int = 0  # since the pipeline was last empty
 
     def __post_init__(self) -> None:
-        schedule = self.executor.schedule
-        self.per_step = sum(a.kind == "U" for a in schedule.ranks[self.executor.place])
-        whole = with_communication(lengthened(schedule, 3))[self.executor.place]
-        m = schedule.num_microbatches
-        ends = [i + 1 for i, a in enumerate(whole) if a.kind == "U" and (a.microbatch + 1) % m == 0]
-        self._first, self._next = whole[: ends[0]], whole[ends[0] : ends[1]]
+        schedule, place = self.executor.schedule, self.executor.place
+        updated = [a.stage for a in schedule.ranks[place] if a.kind == "U"]
+        self.per_step = updated.count(updated[0])  # of each stage as many
+        self.runs_ahead = schedule.runs_ahead
+        self._first = self._next = tuple(self.executor.actions)
+        if self.runs_ahead:
+            self._first, self._next = _steps_of(schedule, place)
         self.executor.weights = self
         self.executor.seed = float(self.per_step)
+
+    @property
+    def versions(self) -> Versions:
+        """Of the weights of its first stage."""
+        return next(iter(self.own.values()))
+
+    @property
+    def staleness(self) -> int:
+        """The largest of its stages' so far."""
+        return max(versions.staleness for versions in self.own.values())
 
     @property
     def first(self) -> int:
@@ -208,23 +229,36 @@ class Flow:
         """Which update of the step under way is the next of a stage's weights, from 0."""
         return versions.newest - self.steps * self.per_step
 
+    def share(self, versions: Versions) -> float:
+        """Microbatches in an update that is about to be, each as often as updates a step, over the step's."""
+        return versions.added * self.per_step / self.executor.schedule.num_microbatches
+
     @property
     def each(self) -> list[Versions]:
-        """Of the stage's own weights, and of a tied table's copy."""
-        return [self.versions] if self.late is None else [self.versions, self.late.versions]
+        """Of its stages' own weights, and of a tied table's copy."""
+        return [*self.own.values()] + ([] if self.late is None else [self.late.versions])
 
-    def forward(self, microbatch: int) -> None:
+    def forward(self, stage: int, microbatch: int) -> None:
         """Puts the versions in place that the microbatch uses."""
-        for versions in self.each:
+        for versions in self._at(stage):
             versions.forward(microbatch)
 
-    def backward(self, microbatch: int) -> None:
+    def backward(self, stage: int, microbatch: int) -> None:
         """Puts the versions in place that its forward used."""
-        for versions in self.each:
+        for versions in self._at(stage):
             versions.backward(microbatch)
 
+    def adds(self, stage: int, microbatch: int) -> None:
+        """Its gradients are about to come."""
+        for versions in self._at(stage):
+            versions.adds(microbatch)
+
+    def _at(self, stage: int) -> list[Versions]:
+        return [self.own[stage]] + ([] if self.late is None else [self.late.versions])
+
     def run(self, batches: Sequence[Any], following: Sequence[Any]) -> Tensor:
-        """One step; without `following` the pipeline is empty afterwards."""
+        """One step; without `following` the pipeline is empty afterwards, and always where it does not run
+        ahead."""
         m, first = len(batches), self.first
         numbered: Mapping[int, Any] = dict(enumerate([*batches, *following], first))
         end = first + m if not following else first + 2 * m
@@ -244,3 +278,10 @@ class Flow:
         if self.steps == 0:
             return list(self._first)
         return [a._replace(microbatch=a.microbatch + shift) for a in self._next]
+
+
+def _steps_of(schedule: Schedule, place: int) -> tuple[tuple[Action, ...], tuple[Action, ...]]:
+    """Of a place's list the first step, and the second, which comes again."""
+    whole, m = with_communication(lengthened(schedule, 3))[place], schedule.num_microbatches
+    ends = [i + 1 for i, a in enumerate(whole) if a.kind == "U" and (a.microbatch + 1) % m == 0]
+    return tuple(whole[: ends[0]]), tuple(whole[ends[0] : ends[1]])
