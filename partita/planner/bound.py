@@ -33,18 +33,9 @@ from partita.planner.links import Links, Meeting
 from partita.planner.reading import STATES, Reader, on_device
 from partita.planner.rings import Rings
 from partita.planner.rough import HIDES, Rough
+from partita.planner.shared import Sharing
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens
-from partita.planner.table import (
-    KEPT,
-    READ,
-    TIMES,
-    TRAVEL,
-    UNITS,
-    Probe,
-    Shards,
-    Table,
-    spread,
-)
+from partita.planner.table import KEPT, READ, TIMES, TRAVEL, UNITS, Probe, Shards, Table, spread
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.simulate.moves import STATE_PASSES, host_memory_rate
@@ -78,6 +69,7 @@ class Bounds:
         self._steps: dict[object, Rehearsal] = {}
         self._sizes: dict[int, np.ndarray] = {}
         self.cuts, self.rings = Cuts(space), Rings(self.tables)
+        self.turns = Sharing(space, machine)
         self.shards, self.ways = self.cuts.shards, self.cuts.ways
         self._asked: tuple[tuple[object, ...], tuple[np.ndarray, ...]] = ((None,) * 3, ())
         self.request = request_of(space.job)
@@ -160,7 +152,8 @@ class Bounds:
         """The schedule's bound with stages of these costs, for so many microbatches, of which so many bytes
         are sent from rank to rank."""
         rough = self.lies(mesh, leaf)
-        return float(rough(stages, np.ones(1), m, self.links.send(mesh, sent))[0])
+        seconds = float(rough(stages, np.ones(1), m, self.links.send(mesh, sent))[0])
+        return self.turns.least(mesh, seconds, stages, m, rough.paired)
 
     def kinds(self, mesh: MeshChoice, table: Table, schedules: Sequence[tuple[str, int]]) -> Kinds:
         """Where the stages of some schedules lie, and the layers' splits."""
@@ -193,9 +186,10 @@ class Bounds:
         lies = self.lies(mesh, leaf)
         stages = self.stages(table, lies.num_stages)
         found = lies.bounds(stages, np.ones(1), m, self.links.send(mesh, table.sent))
-        first, whole, split = (float(x[0]) for x in found)
+        path = self.turns(mesh).path
+        first, whole, split = (path * float(x[0]) for x in found)
         second = split if lies.split else whole
-        times = m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
+        times = path * m * lies.fewest(self.split(table, lies.num_stages)) / mesh.pp
         times *= len(table.at) - 2
 
         def seconds(meetings: Sequence[Meeting], zero: int) -> float:
@@ -218,7 +212,8 @@ class Bounds:
         rows = zip(stages[:, TIMES].tolist(), (HIDES * stages[:, TRAVEL]).tolist(), strict=True)
         each = tuple(StageCosts(*times, hidden=hidden) for times, hidden in rows)
         costs = Costs(each, self.links.send(mesh, sent), self.links.wire(mesh, sent))
-        return self.step(mesh, leaf, m, len(stages)).least(costs)
+        seconds = self.step(mesh, leaf, m, len(stages)).least(costs)
+        return self.turns.least(mesh, seconds, stages, m, self.lies(mesh, leaf).paired)
 
     def probe(self, mesh: MeshChoice, schedule: str, virtual: int, m: int) -> Probe | Problem:
         """The schedule on a short step."""
@@ -301,7 +296,8 @@ class Bounds:
         """Seconds of a step at least, from an endless table of a sequence in so many times fewer parts."""
         seconds, travel = table.even
         whole = seconds - (HIDES * travel if paired and mesh.pp > 1 else 0.0)
-        return whole / ENDLESS * SLACK * self.space.batch / (mesh.dp * mesh.pp * parts)
+        ranks, work = mesh.dp * mesh.pp * parts, self.turns(mesh).work
+        return work * whole / ENDLESS * SLACK * self.space.batch / ranks
 
     def reduced(
         self, stages: np.ndarray, held: np.ndarray, meetings: Sequence[Meeting], zero: int

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from partita.cost.machine import Machine
 from partita.parallel.laid import Laid
+from partita.planner.shared import OWN, Turns
 from partita.planner.table import Probe
 from partita.schedule.clock import Costs
 from partita.simulate.memory import stage_ledger
@@ -22,12 +23,17 @@ def laid_memory(laid: Laid, probe: Probe, cluster: Cluster) -> float:
     return float(max(stage_ledger(laid, p, probe.schedule, cluster).peak_bytes for p in places))
 
 
-def laid_seconds(laid: Laid, machine: Machine, step: Rehearsal) -> float:
-    """Step time at least, from the laid plan's own stages and messages."""
+def laid_seconds(
+    laid: Laid, machine: Machine, step: Rehearsal, m: int = 1, turns: Turns = OWN
+) -> float:
+    """Step time at least, from the laid plan's own stages and messages; `turns` of ranks that share units, in
+    `m` microbatches."""
     works, known = works_of(laid), PartTimes()
     times = [stage_time(w, laid, machine, known) for w in works.stages]
     blocks = machine.software.sends_block
     message = (0.0, 0.0) if blocks else send_seconds(laid, works.stages, machine)
-    once = step_time(laid, works, times, machine)
+    once = step_time(laid, works, times, machine, turns.once)
     stages = tuple(stage_costs(t, 1.0, 0.0) for t in times)
-    return step.least(Costs(stages, *message)) + once.seconds
+    mean = m * sum(s.F + s.I + s.W - s.hidden for s in stages) / laid.sizes["pp"]
+    seconds = max(turns.path * step.least(Costs(stages, *message)), turns.work * mean)
+    return seconds + once.seconds

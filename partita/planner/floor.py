@@ -23,10 +23,8 @@ from partita.planner.rough import HIDES, PAIRED, Halves, Rough, halves
 from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.planner.table import KEPT, READ, TRAVEL, Shards, Table
 
-ROOM, SPARSE_ROOM = (
-    2.0,
-    16.0,
-)  # a sample's backward takes at most so many times what it does endlessly
+# a sample's backward takes at most so many times what it does endlessly
+ROOM, SPARSE_ROOM = 2.0, 16.0
 NEAR = 0.9  # of the best seen: a bound below that is seldom raised to it by where stages lie
 
 
@@ -220,6 +218,8 @@ class Floors:
         )
         send = b.links.send(mesh, table.sent * scale * sizes)
         bounds = kinds(table, SLACK * scale, sizes, samples, send)
+        if (path := b.turns(mesh).path) != 1.0:
+            bounds = tuple(path * x for x in bounds)
         times = kinds.fewest * samples / sizes
         seconds = least.behind([x[:, None] for x in bounds], times[:, None])
         return Told(kinds.place, bounds, times, np.array(seconds))
@@ -311,7 +311,8 @@ class Floors:
             units = [table.units @ shards.whole(zero) for zero, shards in ways]
             seconds = [self._cheapest(mesh, shape, table, zero) for zero, _ in ways]
             even = table.total[None] / mesh.pp
-            update = [self.bounds.updated(even, zero, shards) for zero, shards in ways]
+            turns = self.bounds.turns(mesh).once
+            update = [turns * self.bounds.updated(even, zero, shards) for zero, shards in ways]
             layers, shape_of = len(table.layers), (len(ways), len(table.layers), 2)
             found = (
                 np.array([s for s, _ in seconds]).reshape(shape_of).transpose(2, 1, 0)[..., None]
@@ -367,6 +368,8 @@ class Floors:
         layers = both[table.at[0]] + both[table.at[-1]]
         layers = layers + np.einsum("l,lws->ws", table.counts, there + here)
         share = (len(table.at) - 2) / mesh.pp
+        path, work, _ = self.bounds.turns(mesh)
+        times, share = times * work, share * path
         longer_f = share * np.minimum.reduce(there - mine.forward[:, None], 0)
         longer_b = share * np.minimum.reduce(here - mine.whole[:, None], 0)
         return times * layers + once, longer_f, longer_b, once

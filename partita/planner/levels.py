@@ -303,6 +303,7 @@ class Levels:
         b, m = self.bounds, node.mesh
         named, count = (node.leaf.schedule, node.leaf.virtual), self._microbatches(node)
         quick, held = b.quick(table, m, named, count), b.lies(m, named).held
+        turns = b.turns(m).once
         for state in self.space.states(m, node.shape):
             cut = state[1] if state[0] > 1 else 0
             shards = b.shards(m, node.shape, state[0])
@@ -310,7 +311,7 @@ class Levels:
             least = quick(at, cut)
             if least >= self.cut:
                 continue
-            once = b.update(stages, held, cut, shards) + b.reduced(stages, held, at, cut)
+            once = turns * b.update(stages, held, cut, shards) + b.reduced(stages, held, at, cut)
             if least + once < self.cut:
                 yield Way(state, cut, shards, at, least, once)
 
@@ -379,8 +380,9 @@ class Levels:
             return
         if num_bytes > self.cut_bytes:
             return
-        step = self.bounds.step(node.mesh, named, self._microbatches(node), len(stages))
-        seconds = laid_seconds(laid, self.machine, step)
+        m = self._microbatches(node)
+        step = self.bounds.step(node.mesh, named, m, len(stages))
+        seconds = laid_seconds(laid, self.machine, step, m, self.bounds.turns(node.mesh))
         yield node._replace(
             level=7,
             seconds=max(seconds, node.seconds),

@@ -74,7 +74,7 @@ class Made(Levels):
 
     def played(self, node: Node) -> Iterator[Node]:
         """What no order within the memory undercuts."""
-        costs, m = self._costs(node), self._microbatches(node)
+        costs, m, (_, stages, _) = self._costs(node), self._microbatches(node), self._parts(node)
         lies = self.bounds.lies(node.mesh, (node.leaf.schedule, node.leaf.virtual))
         most, _ = self._rooms(node)
         if most.min() < node.leaf.virtual:
@@ -83,7 +83,7 @@ class Made(Levels):
         rank = {s: r for r, mine in enumerate(lies.held.tolist()) for s in mine}
         placement = tuple(rank[s] for s in range(lies.num_stages))
         flow = flow_of((placement,), m, costs, most.tolist())
-        seconds = lower_bound(flow) + node.once
+        seconds = self.bounds.turns.least(node.mesh, lower_bound(flow), stages, m) + node.once
         yield node._replace(level=6, seconds=max(seconds, node.seconds))
 
     def laid(self, node: Node) -> Iterator[Node]:

@@ -110,17 +110,14 @@ class Search:
         clock = Clock(start, start + budget_s)
         if self.levels.begins and not (first or seen):
             self._alone(queue, start + budget_s / 4)
-        rounds = self._usual(queue.roots) if self.levels.begins else [[]]
-        crew, far = None, FAR * min((n.seconds for n in queue.roots), default=INF)
+        usual = self._usual(queue.roots) if self.levels.begins else []
+        crew = None if first else self._crew(queue, usual)
         try:
-            for i, some in enumerate(rounds):
-                soon = i == len(rounds) - 1 or (queue.limit is not None and bool(i or seen))
-                if crew is None and soon and not first and (crew := self._crew(queue)):
-                    crew.begin(lambda crew: self._work(crew, queue, clock))
-                far = self._try(some, queue, found, min(far, queue.cut), clock)
             if crew is None:
+                self._try_all(usual, queue, found, clock)
                 self._prove(queue, found, clock, first)
             else:
+                crew.begin(lambda crew: self._work(crew, queue, clock))
                 self._prove_together(crew, queue, found, clock)
         finally:
             if crew is not None:
@@ -142,16 +139,17 @@ class Search:
             if queue.keep(told, measures(told)):
                 found.first_s = clock.now
 
-    def _crew(self, queue: Queue) -> Crew | None:
+    def _crew(self, queue: Queue, usual: Sequence[Node]) -> Crew | None:
         """Processes that share what is left with this one, where it is much and they may be."""
         nodes, workers = queue.roots, self.processes or processes()
         much = self.processes is not None or sum(n.leaves for n in nodes) >= WORTH
-        return Crew(nodes, workers, queue) if workers > 1 and much else None
+        return Crew(nodes, usual, workers, queue) if workers > 1 and much else None
 
     def _work(self, crew: Crew, queue: Queue, clock: Clock) -> Result:
         """What one of these processes does."""
         found, tables = Found(), len(self.bounds.tables)
         self.levels.refused = queue.refused = found.rejected
+        self._try_all(crew.usual(), queue, found, clock)
         self._take_turns(crew, queue, found, clock)
         made = dict(list(self.bounds.tables.items())[tables:])
         plans = [(key, p.plan) for key, p in queue.best[: queue.top]]
@@ -165,6 +163,7 @@ class Search:
 
     def _prove_together(self, crew: Crew, queue: Queue, found: Found, clock: Clock) -> None:
         """Takes its own part, then what the others have to say; what one had that died it searches again."""
+        self._try_all(crew.usual(), queue, found, clock)
         self._take_turns(crew, queue, found, clock)
         told = crew.results(clock.end)
         self._take_turns(crew, queue, found, clock)
@@ -180,21 +179,26 @@ class Search:
             learn(self.bounds, result.tables)
         del queue.best[queue.top :]  # the same whoever saw them
 
-    def _usual(self, roots: list[Node]) -> list[list[Node]]:
+    def _usual(self, roots: list[Node]) -> list[Node]:
         """Meshes as they are usually made (all devices, tp within a node and with sp, four parts of a
-        sequence at most), the most promising first: those behind must beat what the first lead to."""
+        sequence at most), the most promising first."""
         wide = max((n.mesh.world for n in roots), default=0)
         most = self.job.cluster.devices_per_node
-        usual = [
+        return [
             n
             for n in sorted(roots, key=lambda n: n.seconds)
             if (m := n.mesh).world == wide and m.inner <= most and m.cp <= 4
             if m.sp or m.tp == 1 or self.job.model.image is not None
         ]
-        return [usual[:FEW], usual[FEW:FIRST], usual[FIRST:]]
+
+    def _try_all(self, usual: Sequence[Node], queue: Queue, found: Found, clock: Clock) -> None:
+        """Beams through some meshes: those behind must beat what the first lead to."""
+        cut = FAR * min((n.seconds for n in queue.roots), default=INF)
+        for some in (usual[:FEW], usual[FEW:FIRST], usual[FIRST:]):
+            cut = self._try(some, queue, found, min(cut, queue.cut), clock)
 
     def _try(
-        self, roots: list[Node], queue: Queue, found: Found, cut: float, clock: Clock
+        self, roots: Sequence[Node], queue: Queue, found: Found, cut: float, clock: Clock
     ) -> float:
         """Looks for the most promising of the plans of some meshes, below a `cut`, and keeps it: it gives the
         search a best plan to begin with. Seconds of that, at least; or the cut."""

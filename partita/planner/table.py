@@ -4,8 +4,7 @@ schedule says of itself on a short step.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from partita.cost.empirical import SLOW
-from partita.schedule.ir import Action, Schedule
+from partita.schedule.ir import Schedule
 
 Three = tuple[float, ...]  # parameters, gradients, optimizer
 
@@ -332,69 +331,47 @@ class Probe:
         return np.maximum.reduce(held, 0), self.later @ kept
 
 
-WEIGHTS = (
-    0,
-    1,
-    16,
-)  # of a chunk that waits for its weight half: what recomputes keeps little before
+# of a chunk that waits for its weight half: what recomputes keeps little before
+WEIGHTS = 0, 1, 16
+# by the letter of an action: chunks that are held, those that wait, whether a backward ends
+HELD, WAITING, ENDS = np.zeros((3, 128), int)
+HELD[[ord(kind) for kind in "FBW"]] = 1, -1, -1
+WAITING[[ord(kind) for kind in "IW"]] = 1, -1
+ENDS[[ord(kind) for kind in "BW"]] = 1
 
 
 def probe_of(schedule: Schedule) -> Probe:
     """Reads a schedule."""
     held, share, later = [], [], []
-    split, stages = "W" in schedule.kinds, range(schedule.num_stages)
-    weights = WEIGHTS[: 1 + 2 * split]
-    moments: list[list[tuple[Counter[int], Counter[int]]]] = [[] for _ in weights]
-    for actions in schedule.ranks:
-        count = Counter(a.stage for a in actions if a.kind == "F")
-        held.append(sorted(count, reverse=True))
-        share.append(min(count.values()) / schedule.num_microbatches)
-        fullest, behind = _fullest(actions, weights, count)
-        for moment, end in zip(moments, fullest, strict=True):
-            moment.append(_at(actions[:end]))
-        most, _ = _at(actions[:behind])
-        later.append([most[s] for s in stages])
-    chunks, wait = (
-        np.array([[[found[i][s] for s in stages] for found in moment] for moment in moments])
-        for i in (0, 1)
-    )
+    split, stages = "W" in schedule.kinds, schedule.num_stages
+    weights = np.array(WEIGHTS[: 1 + 2 * split])
+    chunks, wait = np.zeros((2, len(weights), len(schedule.ranks), stages), int)
+    for rank, actions in enumerate(schedule.ranks):
+        numbers, kinds, _ = zip(*actions, strict=True)
+        at, letters = np.array(numbers), np.frombuffer("".join(kinds).encode(), np.uint8)
+        runs = np.bincount(at[letters == ord("F")], minlength=stages)
+        own = runs.nonzero()[0][::-1]
+        held.append(own.tolist())
+        share.append(int(runs[own].min()) / schedule.num_microbatches)
+        changes = HELD[letters], WAITING[letters]
+        now, waits = (np.cumsum(x) for x in changes)
+        for i, weight in enumerate(weights):
+            end = _first_most(now + weight * waits)
+            chunks[i, rank], wait[i, rank] = (_sums(at, x, end, stages) for x in changes)
+        ended, last = at[ENDS[letters] > 0], len(at)
+        if len(firsts := np.unique(ended, return_index=True)[1]) == len(own):
+            last = int((ENDS[letters] > 0).nonzero()[0][firsts.max()])
+        end = _first_most(np.where(np.arange(len(at)) < last, 0, now))
+        later.append(_sums(at, changes[0], end, stages))
     return Probe(schedule, np.array(held), tuple(share), chunks, wait, np.array(later), split)
 
 
-def _fullest(
-    actions: Sequence[Action], weights: Sequence[int], stages: Iterable[int]
-) -> tuple[list[int], int]:
-    """Behind how many of its actions a rank holds most, for each weight of a chunk that waits for its weight
-    half; and behind how many it does behind a first backward of all these `stages`, where none waits."""
-    now = wait = later = behind = 0
-    most, ends, waits = [0] * len(weights), [0] * len(weights), set(stages)
-    for end, (stage, kind, _) in enumerate(actions, 1):
-        if kind == "F":
-            now += 1
-        elif kind == "I":
-            wait += 1
-        elif kind in "BW":
-            now -= 1
-            wait -= kind == "W"
-            waits.discard(stage)
-        for i, weight in enumerate(weights):
-            if now + weight * wait > most[i]:
-                most[i], ends[i] = now + weight * wait, end
-        if now > later and not waits:
-            later, behind = now, end
-    return ends, behind
+def _first_most(held: np.ndarray) -> int:
+    """Behind how many of its actions a rank first holds most; none where it never holds anything."""
+    at = int(held.argmax())
+    return at + 1 if held[at] > 0 else 0
 
 
-def _at(actions: Sequence[Action]) -> tuple[Counter[int], Counter[int]]:
-    """The chunks of each stage that a rank holds behind these actions, and of them those that wait for their
-    weight half."""
-    now, wait = Counter[int](), Counter[int]()
-    for stage, kind, _ in actions:
-        if kind == "F":
-            now[stage] += 1
-        elif kind == "I":
-            wait[stage] += 1
-        elif kind in "BW":
-            now[stage] -= 1
-            wait[stage] -= kind == "W"
-    return now, wait
+def _sums(at: np.ndarray, changes: np.ndarray, end: int, stages: int) -> np.ndarray:
+    """[stage]: the sum of what its first actions change."""
+    return np.bincount(at[:end], changes[:end], stages).astype(int)

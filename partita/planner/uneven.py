@@ -319,7 +319,12 @@ class Uneven(Levels):
         b, named = self.bounds, (node.leaf.schedule, node.leaf.virtual)
         sums, send = self._summed(table, splits), b.links.send(node.mesh, table.sent)
         longer = self._longer(table, sums, cut, at)
-        return least_seconds(b.lies(node.mesh, named), sums, longer, self._microbatches(node), send)
+        lies, m = b.lies(node.mesh, named), self._microbatches(node)
+        path, work, _ = b.turns(node.mesh)
+        found = path * least_seconds(lies, sums, longer, m, send)
+        if work > path:  # all splits have the same work
+            found = np.maximum(found, b.turns.least(node.mesh, 0.0, sums.stages[0], m, lies.paired))
+        return found
 
     def _summed(self, table: Table, splits: tuple[Split, ...]) -> _Sums:
         """Of the splits of a table; those of the last that were asked for are kept."""

@@ -39,7 +39,6 @@ from partita.planner.bound import ENDLESS, Bounds
 from partita.planner.nodes import INF, Key, Node, Queue
 from partita.planner.space import MeshChoice
 from partita.planner.table import Table
-from partita.spec.plan import Plan
 
 MOST = 8  # processes
 WORTH = 20_000_000  # plans that are left, from which on a search is shared
@@ -157,7 +156,9 @@ def learn(bounds: Bounds, tables: Mapping[Any, Table | Problem]) -> None:
 class Crew:
     """The workers of a search over some nodes; its queue knows what all have seen."""
 
-    def __init__(self, nodes: Sequence[Node], workers: int, queue: Queue) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], usual: Sequence[Node], workers: int, queue: Queue
+    ) -> None:
         units: dict[tuple[object, ...], list[Node]] = {}
         for node in sorted(nodes, key=lambda n: (n.mesh.cp, n.seconds)):
             m = node.mesh
@@ -165,12 +166,11 @@ class Crew:
         groups = Counter[object]()
         for key, some in units.items():
             groups[key[:3]] += len(some)
-        best = [Plan.parse(p.plan).mesh for _, p in queue.best[:1]]
-        first = [(m.tp, m.sp, m.split) for m in best]  # where what cuts the others may be
-        order = sorted(units, key=lambda k: (k[:3] not in first, -groups[k[:3]], k))
+        order = sorted(units, key=lambda k: (-groups[k[:3]], k))
         self.units = [units[key] for key in order]
         self.groups = [key[:3] for key in order]
         self.workers, self.me = workers, 0
+        self._usual = _dealt(usual, workers)
         self._board, self._parent = Board(workers, len(order), queue.top), os.getpid()
         self._children: dict[int, tuple[int, int]] = {}  # by the worker: process, pipe
         for key, plan in queue.best:
@@ -222,6 +222,10 @@ class Crew:
         """Tells the others of a plan."""
         self._board.publish(self.me, key, line)
 
+    def usual(self) -> list[Node]:
+        """Its own of the usual meshes."""
+        return self._usual[self.me]
+
     def take(self) -> list[Node] | None:
         """The nodes of a unit that nobody has; None where none is left."""
         at = self._board.take(self.me, self.groups)
@@ -251,6 +255,19 @@ class Crew:
             self._end(me)
         self._board.close()
         self._queue.shared = None
+
+
+def _dealt(usual: Sequence[Node], workers: int) -> list[list[Node]]:
+    """The usual meshes by worker: of each (tp, sp, split) one has all, if there are as many."""
+    for fine in (False, True):
+        keys = [(m.tp, m.sp, m.split, m.cp * fine) for m in (n.mesh for n in usual)]
+        at = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        if len(at) >= workers:
+            break
+    return [
+        [n for n, key in zip(usual, keys, strict=True) if at[key] % workers == me]
+        for me in range(workers)
+    ]
 
 
 def _stops() -> tuple[signal.Signals, ...]:

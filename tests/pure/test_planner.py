@@ -123,7 +123,7 @@ def bounds_hold(search: Search, node: Node) -> Counter[str]:
     least = search.floors(mesh, shape, endless, paired=paired)
     step = b.step(mesh, named, m, num_stages)
     laid = lay(request_of(job))
-    laid_s = laid_seconds(laid, search.machine, step)
+    laid_s = laid_seconds(laid, search.machine, step, m, b.turns(mesh))
     laid_bytes = laid_memory(laid, probe, search.machine.cluster)
     meetings = b.links.meetings(mesh, shape, leaf.dp_shard, cut)
     schedules = [x for x in search.space.schedules(mesh) if (x[0] in PAIRED) == paired]
@@ -135,7 +135,8 @@ def bounds_hold(search: Search, node: Node) -> Counter[str]:
     lies = b.lies(mesh, named)
     slower = b.sharded(table, num_stages, meetings, cut)
     held = probe.held
-    once = b.update(stages, held, *way) + b.reduced(stages, held, meetings, cut)
+    turns = b.turns(mesh)
+    once = turns.once * b.update(stages, held, *way) + b.reduced(stages, held, meetings, cut)
     for low in (
         b.coarse(mesh),
         b.coarse(mesh, shape, paired),
