@@ -141,12 +141,11 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
             if d.drains:
                 drains.add(title)
     seconds = any(d.run for d in drawings)
+    how: dict[str, Any] = {"held": held, "seconds": seconds, "drains": drains}
     if svg is not None:
-        write_file(svg, timeline.svg(pictures, held=held, seconds=seconds, drains=drains) + "\n")
+        write_file(svg, timeline.svg(pictures, **how) + "\n")
     if html is not None:
-        page = timeline.html(
-            pictures, title="Pipeline schedules", held=held, seconds=seconds, drains=drains
-        )
+        page = timeline.html(pictures, title="Pipeline schedules", **how)
         write_file(html, page)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from colorsys import hls_to_rgb
+from itertools import groupby
 
 Curves = Sequence[Sequence[tuple[float, float]]]  # a rank's (time, held from then on)
 _HUES = 300  # from the first rank's to the last's, in degrees of the colour wheel
@@ -17,19 +18,20 @@ def held_svg(
     height: float,
     unit: str = "",
 ) -> list[str]:
-    """SVG elements: one polyline a rank in a box of `height` pixels, `scale` pixels a second."""
+    """SVG elements: one polyline a rank in a box of `height` pixels, `scale` pixels a second; without a
+    `unit` in shares, what a rank keeps of one microbatch."""
     left, top = corner
     most = max((held for curve in curves for _, held in curve), default=0.0)
     if not most:
         return []
     parts = [
-        f'<text class="in" x="4" y="{top + 10}">held</text>',
+        f'<text class="in" x="4" y="{top + 10}">held{"" if unit else " (shares)"}</text>',
         f'<text class="in" x="4" y="{top + 22}">peak {most:.4g}{unit}</text>',
         f'<line x1="{left}" y1="{top + height}" x2="{left + 8}" y2="{top + height}" stroke="#999"/>',
     ]
     for rank, curve in enumerate(curves):
         points, level = [], 0.0
-        for time, held in curve:
+        for time, held in _seen(curve):
             x = left + (time - start_s) * scale
             points += [(x, level), (x, held)]
             level = held
@@ -39,6 +41,17 @@ def held_svg(
             f'stroke-width="1.2"><title>rank {rank}: held</title></polyline>'
         )
     return parts
+
+
+def _seen(curve: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """The curve without what lasts no time: one action that frees as the next one takes; a peak is kept."""
+    level = 0.0
+    for time, changes in groupby(curve, key=lambda point: point[0]):
+        values = [held for _, held in changes]
+        if max(values) > max(level, values[-1]):
+            yield time, max(values)
+        level = values[-1]
+        yield time, level
 
 
 def ink(rank: int, ranks: int) -> str:

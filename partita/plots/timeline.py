@@ -29,6 +29,9 @@ COLOURS = {
     "eval": "#bab0ac",
 }
 OTHER = "#bab0ac"
+_WORDS = {
+    "F": "F forward", "B": "B backward", "I": "I input half", "W": "W weight half", "U": "U update",
+}  # fmt: skip
 _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a column
 _ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
 _UPDATE = 3  # pixels of an update that takes no time
@@ -147,12 +150,14 @@ def svg(
     top += 38
     every = (s for spans in timelines.values() for s in spans)
     kinds = dict.fromkeys(s.kind for s in every if s.duration_s > 0 or s.kind == "U")
-    for i, kind in enumerate(kinds):
+    x = float(_LEFT)
+    for words, kind in ((_WORDS.get(kind, kind), kind) for kind in kinds):
         parts.append(
-            f'<rect x="{_LEFT + 70 * i}" y="{top}" width="12" height="12" fill="{colour(kind)}"/>'
-            f'<text x="{_LEFT + 70 * i + 17}" y="{top + 11}">{escape(kind)}</text>'
+            f'<rect x="{x:g}" y="{top}" width="12" height="12" fill="{colour(kind)}"/>'
+            f'<text x="{x + 17:g}" y="{top + 11}">{escape(words)}</text>'
         )
-    parts += _legend(timelines, bool(drains), _LEFT + 70 * len(kinds), top)
+        x += 34 + _LETTER * len(words)
+    parts += _legend(timelines, bool(drains), x, top)
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{font-size:10px}"
     name = escape("Timelines: " + "; ".join(timelines), quote=True)
     return (

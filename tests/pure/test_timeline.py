@@ -103,11 +103,26 @@ def test_a_picture_has_an_axis_a_name_and_the_colours_of_its_curves():
     assert marks == curves and len(set(marks)) == 3
     assert root.get("aria-label") == root.find("{*}title").text == "Timelines: 1f1b"
     named = [t.text for t in root.findall("{*}text")]
-    assert "F" in named and "U" not in named, "an update takes no time here and is not drawn"
+    assert "F forward" in named and "U update" not in named and "held (shares)" in named
     assert "time (units of the costs)" in named
     assert not re.search(r"to [0-9.]+ s<", picture)
     measured = svg({"1f1b": spans}, seconds=True)
     assert "time (s)" in measured and re.search(r"to [0-9.]+ s<", measured)
+
+
+def test_an_update_that_takes_no_time_is_a_mark():
+    s = schedule("pipedream", num_ranks=2, num_microbatches=3)
+    root = ET.fromstring(svg({"pipedream": clock(s)}))
+    marks = [g for g in root.findall(".//{*}g") if g.find("{*}title").text.startswith("0U")]
+    assert [g.find("{*}rect").get("width") for g in marks] == ["3.00"] * 3
+    assert "U update" in [t.text for t in root.findall("{*}text")]
+
+
+def test_what_is_freed_as_the_next_is_taken_shows_no_dip():
+    curve = [(0.0, 1.0), (1.0, 2.0), (2.0, 1.0), (2.0, 2.0), (3.0, 3.0), (3.0, 2.0), (4.0, 0.0)]
+    (line,) = [x for x in held_svg([curve], 0.0, (0, 0), 1.0, 3.0) if "polyline" in x]
+    levels = [float(p.split(",")[1]) for p in re.findall(r"[0-9.]+,[0-9.]+", line)]
+    assert levels == [3, 2, 2, 1, 1, 1, 1, 0, 0, 1, 1, 3], "a peak of no duration is one"
 
 
 def test_the_peak_stands_left_of_the_curve():
