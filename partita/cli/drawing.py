@@ -48,6 +48,11 @@ class Drawing:
         """Whether it could be clocked."""
         return not any(p.severity == "error" for p in self.problems or ())
 
+    @property
+    def wrong(self) -> list[str]:
+        """What keeps it from running, each with its rule."""
+        return [f"{p.rule}: {p.message}" for p in self.problems or ()]
+
     def document(self) -> dict[str, Any]:
         """What `--json` answers (contract: draw). Every number is null where it cannot run."""
         s, spans, runs = self.schedule, self.spans, self.runs
@@ -96,7 +101,7 @@ class Drawing:
         s = self.schedule
         title = f"{self.name}   {s.num_ranks} ranks, {s.num_microbatches} microbatches"
         picture = timeline.text(self.spans, width, longest) if self.runs else str(s)
-        found = [f"  {p.rule}: {p.message}" for p in self.problems or ()]
+        found = [f"  {line}" for line in self.wrong]
         verdict = [] if self.problems is None or found else ["  it can run"]
         if self.synthesis is not None:
             made = self.synthesis
@@ -124,7 +129,7 @@ def _weights(schedule: Schedule) -> str:
 
 
 def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None) -> None:
-    """SVG and page of what runs, on one time axis."""
+    """SVG and page of what runs, on one time axis, and of what is wrong with the rest."""
     if svg is None and html is None:
         return
     pictures: dict[str, list[Span]] = {}
@@ -141,7 +146,8 @@ def write_pictures(drawings: list[Drawing], svg: Path | None, html: Path | None)
             if d.drains:
                 drains.add(title)
     seconds = any(d.run for d in drawings)
-    how: dict[str, Any] = {"held": held, "seconds": seconds, "drains": drains}
+    wrong = {f"{d.name} cannot run": "\n".join(d.wrong) for d in drawings if not d.runs}
+    how: dict[str, Any] = {"held": held, "seconds": seconds, "drains": drains, "refused": wrong}
     if svg is not None:
         write_file(svg, timeline.svg(pictures, **how) + "\n")
     if html is not None:

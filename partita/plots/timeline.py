@@ -36,6 +36,7 @@ _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a colu
 _ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
 _UPDATE = 3  # pixels of an update that takes no time
 _LETTER, _WIDEST = 6.8, 6000  # of a label; a picture is widened so far for its labels to fit
+_LINE = 16  # pixels of a line of words
 _DARK, _LIGHT = "#222222", "#ffffff"  # labels
 _CURVE = 64  # the height of what is held, below a timeline
 _SHADES = (
@@ -121,15 +122,17 @@ def svg(
     unit: str = "",
     seconds: bool = False,
     drains: Collection[str] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> str:
     """The named timelines one above the other on one time axis, one row a rank. Colours are by kind, paler
     by microbatch, darker by chunk; lines along a cell count eights of microbatches. `width` is the least: it
     grows until the labels of passes fit. `held[title]`: what each rank holds over time, in `unit`, drawn
     below. `seconds`: times are seconds, else units of the costs. `drains`: titles of steps that would run on
-    into the next; where they end instead, the ground of each rank behind its last forward is tinted."""
+    into the next; where they end instead, the ground of each rank behind its last forward is tinted.
+    `refused`: words below the titles of what cannot run."""
     rows = {title: _rows(spans) for title, spans in timelines.items()}
     longest = max((makespan(s) for s in timelines.values()), default=0.0) or 1.0
-    width = _wide(timelines, width, longest)
+    width = max(_wide(timelines, width, longest), _widest(refused or {}))
     scale = (width - _LEFT - 24) / longest
     parts: list[str] = []
     top = 0
@@ -146,8 +149,11 @@ def svg(
             start = min((s.start_s for s in spans), default=0.0)
             parts += held_svg(curves, start, (_LEFT, top), scale, _CURVE, unit)
             top += _CURVE + 14
-    parts += _axis(longest, scale, top, "s" if seconds else "units of the costs")
-    top += 38
+    for title, words in (refused or {}).items():
+        parts += _told(title, words.splitlines(), top)
+        top += _TOP + _LINE * len(words.splitlines()) + 8
+    parts += _axis(longest, scale, top, "s" if seconds else "units of the costs") if rows else []
+    top += 38 if rows else 0
     every = (s for spans in timelines.values() for s in spans)
     kinds = dict.fromkeys(s.kind for s in every if s.duration_s > 0 or s.kind == "U")
     x = float(_LEFT)
@@ -158,14 +164,32 @@ def svg(
         )
         x += 34 + _LETTER * len(words)
     parts += _legend(timelines, bool(drains), x, top)
-    style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{font-size:10px}"
-    name = escape("Timelines: " + "; ".join(timelines), quote=True)
+    style = (
+        "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{font-size:10px}"
+        ".refused{font:12px monospace;white-space:pre;fill:#b3261e}"
+    )
+    name = escape("Timelines: " + "; ".join((*timelines, *(refused or {}))), quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + 22}" '
         f'width="{width}" height="{top + 22}" role="img" aria-label="{name}"><title>{name}</title>'
         f"<style>{style}</style>"
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>'
     )
+
+
+def _told(title: str, lines: Sequence[str], top: int) -> list[str]:
+    """What is wrong with a schedule that cannot run, as the checker draws it."""
+    heads = [f'<text class="title" x="4" y="{top + 20}">{escape(title)}</text>']
+    return heads + [
+        f'<text class="refused" x="16" y="{top + _TOP + _LINE * (i + 0.8):g}">{escape(line)}</text>'
+        for i, line in enumerate(lines)
+    ]
+
+
+def _widest(refused: Mapping[str, str]) -> int:
+    """The width of the longest line of words."""
+    longest = max((len(s) for words in refused.values() for s in words.splitlines()), default=0)
+    return round(_LETTER * 1.1 * longest) + 40 if longest else 0
 
 
 def _legend(timelines: Mapping[str, Sequence[Span]], drains: bool, x: float, y: float) -> list[str]:
@@ -319,6 +343,7 @@ def html(
     unit: str = "",
     seconds: bool = False,
     drains: Collection[str] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> str:
     """One page that needs nothing else: the SVG, and the words of a span where it is clicked or has the
     focus; Tab enters a row of spans, arrows walk along it."""
@@ -331,7 +356,7 @@ def html(
         "const to=all[i+({ArrowRight:1,ArrowLeft:-1}[e.key]||0)];"
         "if(to&&to!==g){e.preventDefault();to.focus()}})})"
     )
-    picture = svg(timelines, held=held, unit=unit, seconds=seconds, drains=drains)
+    picture = svg(timelines, 1100, held, unit, seconds, drains, refused)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         "<style>body{font:14px sans-serif;margin:24px}.span{cursor:pointer}"

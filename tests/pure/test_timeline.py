@@ -145,3 +145,11 @@ def test_eights_of_microbatches_and_a_drain_are_told_apart():
     grounds = re.findall(r'class="drain" x="([\d.]+)".*?<title>(rank \d drains)', picture)
     assert [words for _, words in grounds] == ["rank 0 drains", "rank 1 drains"]
     assert "drain" not in svg({"a": clock(made)})
+
+
+def test_what_cannot_run_is_told_in_the_picture():
+    words = "alive: deadlock\n  rank 0 | 0F0 <-- 0B0 waits for 1B0"
+    root = ET.fromstring(svg({}, refused={"mine.csv cannot run": words}))
+    lines = [t.text for t in root.findall("{*}text")]
+    assert lines == ["mine.csv cannot run", *words.splitlines()], "no axis of nothing"
+    assert "white-space:pre" in root.find("{*}style").text
