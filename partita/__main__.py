@@ -1,6 +1,6 @@
 """`python -m partita`."""
 
-from partita.cli.main import main
+from partita.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -45,6 +45,7 @@ def read_text(path: str | Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         what = "it is not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
+        what = error.strerror or what if isinstance(error, OSError) else what
         raise UsageError(f"{path}: cannot be read: {what}", file=str(path)) from None
     if "\0" in text:
         raise UsageError(f"{path}: cannot be read: it is binary, not text", file=str(path))

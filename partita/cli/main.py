@@ -6,7 +6,6 @@ of a second and never meets torch. A verb is a file beside this one with `regist
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -16,13 +15,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import partita
-from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError, WriteError
+from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError
+from partita.base.refused import refused
 from partita.base.text import printable
 from partita.cli.out import failure_document, in_words, note, write_json, write_text
 from partita.comm.lifeline import Lifeline
@@ -205,8 +206,9 @@ def _what_to_type(error: Any, arguments: Sequence[str]) -> str:
 
 
 def _os_error(error: OSError) -> PartitaError:
-    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-        return WriteError(f"cannot write: {error}", file=str(error.filename or "") or None)
+    told = refused(error)
+    if told is not None:
+        return told
     note(traceback.format_exc())
     return PartitaError(f"our own fault: {type(error).__name__}: {error}")
 
@@ -225,12 +227,14 @@ def _not_installed(error: ModuleNotFoundError) -> PartitaError:
 def _print_failure(error: PartitaError, as_json: bool) -> None:
     place = torchrun_rank()
     if as_json and (place is None or place[0] == 0):  # of torchrun's ranks the first one answers
-        write_json(failure_document(error))
+        with suppress(OSError):  # what failed may be this very stream: a full disk
+            write_json(failure_document(error))
     lines = printable(str(error)).splitlines() or [type(error).__name__]
     if len(lines) > 1:
         note("\n".join(lines))
     cause = ": ".join([lines[0].rstrip(":"), *_first_problem(error, lines[1:2])])
-    where = f"{error.file}: " if error.file and error.file not in cause else ""
+    file = printable(error.file or "")
+    where = f"{file}: " if file and file not in cause else ""
     note(f"partita: {where}{cause}{_and_more(error)}")
 
 
@@ -253,10 +257,27 @@ def _first_problem(error: PartitaError, below: list[str]) -> list[str]:
     return [first.room, first.message.splitlines()[0] + hint]
 
 
+def _open_streams() -> None:
+    """A program may be started without them (`>&-`), and what it opens next would take their places, its
+    ranks' too. Where a locale has but ASCII, what cannot be written is escaped: no result is lost by it."""
+    for place in range(3):
+        try:
+            os.fstat(place)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(place, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
-    """The console script."""
+    """The line that the program was called with (`entry.py`)."""
     stop = Stop()
     stop.listen()
+    _open_streams()
     code = run(sys.argv[1:], stop)
     stop.done()
     if code and torchrun_rank() is not None:

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,10 @@ def write_text(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Progress and warnings, on stderr."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
-    sys.stderr.flush()
+    """Progress and warnings, on stderr; where that is on a full disk, nowhere."""
+    with suppress(OSError):
+        sys.stderr.write(text.rstrip("\n") + "\n")
+        sys.stderr.flush()
 
 
 def in_words(lines: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ class MetricsFile:
 
 def log_to(path: Path) -> None:
     """Sends this process's log to the rank's file."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]

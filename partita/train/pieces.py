@@ -249,11 +249,13 @@ def _open(folder: Path, file: str, manifest: Manifest) -> Iterator[Any]:
     if path.is_symlink() or not path.is_file():
         raise _bad(path, f"listed in {MANIFEST} but missing, or not a plain file")
     held = next(f for f in manifest.files if f.file == file)
-    head = _head(path)
     try:
+        head = _head(path)
         source = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise _bad(path, f"is not a whole safetensors file: {error}") from error
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error.strerror or error}") from error
     with source:
         metadata = source.metadata() or {}
         for field, expected in (("save_id", manifest.save_id), ("step", str(manifest.step))):

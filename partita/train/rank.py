@@ -5,7 +5,6 @@ Preloaded by the fork server, so that a rank starts without importing anything.
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import signal
@@ -18,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from partita.base.errors import PartitaError, WriteError
+from partita.base.errors import PartitaError
+from partita.base.refused import refused
 from partita.comm import shm
 from partita.comm.processes import STOPS, this_host, torchrun_store
 from partita.comm.protocol import Where, World
@@ -33,7 +33,6 @@ from partita.train.loop import Loop
 from partita.train.metrics import log_to
 from partita.train.preflight import preflight
 
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 SEGMENT = "segment"
 SCRATCH, CONTROL = "partita-", "control"
 
@@ -120,11 +119,11 @@ def run_rank(rank: int, channel: Channel, spec: RunSpec) -> None:
 
 
 def _named(rank: int, error: Exception) -> PartitaError:
-    """A disk that refuses is the user's to mend; anything else our own fault: the log has the trace,
+    """A system that refuses is the user's to mend; anything else our own fault: the log has the trace,
     the user a line."""
-    if isinstance(error, OSError) and error.errno in REFUSED:
-        file = str(error.filename or "")
-        return WriteError(f"rank {rank} cannot write {file}: {error.strerror}", file=file or None)
+    told = refused(error) if isinstance(error, OSError) else None
+    if told is not None:
+        return type(told)(f"rank {rank}: {told.message}", file=told.file)
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(where.filename).name}:{where.lineno}, rank {rank}"
     return PartitaError(f"{type(error).__name__}: {error} ({place})")

@@ -6,7 +6,9 @@ whether the disk has room for what will be saved. Nothing of an older run is tou
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,7 +40,7 @@ from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
 
 ROOT = Path("runs")
-METRICS = "metrics.jsonl"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 WRITTEN = ("job.toml", METRICS, "trace.json", "failure.json", "sample.txt")
 PROMPT, SAMPLE_TOKENS = "def ", 96
 TEMPERATURE = 0.8  # the likeliest words of a small model repeat themselves
@@ -63,17 +65,38 @@ def run_folder(job: Job, fresh: bool) -> Path:
         number += 1
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("partita")
-        probe.unlink()
-        for path in (*map(folder.joinpath, WRITTEN), *(folder / "logs").iterdir()):
-            if path.exists() and not path.is_file():
-                raise WriteError(f"cannot write {path}: it is no plain file", file=str(path))
+        shut = list(_shut(folder))
     except OSError as error:
-        raise WriteError(
-            f"cannot write the run folder {folder}: {error.strerror}", file=str(folder)
-        ) from error
+        told = f"cannot write the run folder {folder}: {error.strerror}"
+        raise WriteError(told, file=str(folder)) from error
+    if shut:
+        told = "; ".join(f"{path}: {why}" for path, why in shut)
+        raise WriteError(f"cannot write {told}", file=str(shut[0][0]))
     return folder.absolute()
+
+
+def _shut(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What of a run folder the run could not write, and why; seen before the steps are done that it would
+    lose. Raises OSError where nothing can be written in the folder itself."""
+    _probe(folder)
+    for part in (folder / "logs", folder / CHECKPOINTS, folder / RECORDS):
+        try:
+            if part.exists():
+                _probe(part)
+        except OSError as error:
+            yield part, error.strerror or str(error)
+    logs = (folder / "logs").iterdir() if os.access(folder / "logs", os.R_OK | os.X_OK) else ()
+    for path in (*map(folder.joinpath, WRITTEN), *logs):
+        if path.exists() and not path.is_file():
+            yield path, "it is no plain file"
+        elif path.exists() and not os.access(path, os.R_OK | os.W_OK):
+            yield path, "no permission to read and write it"
+
+
+def _probe(folder: Path) -> None:
+    probe = folder / ".probe"
+    probe.write_text("partita")
+    probe.unlink()
 
 
 def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool) -> Start:
@@ -83,7 +106,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     DataError, WriteError (no room for the checkpoints to come).
     """
     data = open_job_data(job)
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     newest = newest_complete(checkpoints, allow_fallback=allow_fallback, check=verify_run)
     notices: list[str] = []
     step = 0
@@ -169,11 +192,11 @@ def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]
     data = open_job_data(job)
     entropy = data.unigram_entropy()
     found = {**metrics, "unigram_entropy": entropy}
-    newest = newest_complete(folder / "checkpoints", allow_fallback=True)
+    newest = newest_complete(folder / CHECKPOINTS, allow_fallback=True)
     if data.tokenizer is not None and newest is not None:
         written = continue_text(newest, PROMPT, SAMPLE_TOKENS, TEMPERATURE)
         found["sample"] = PROMPT + written.text
-        (folder / "sample.txt").write_text(found["sample"] + "\n")
+        (folder / "sample.txt").write_text(found["sample"] + "\n", encoding="utf-8")
     text = found.get("sample", "").removeprefix(PROMPT)
     write_trace(folder)
     write_record(folder / RECORDS / FACTS, RunFacts(machine(), entropy, PROMPT, text))

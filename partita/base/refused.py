@@ -1,0 +1,50 @@
+"""What the system refuses, in words: permissions, disks, limits are the user's to mend, not our fault."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from partita.base.errors import PartitaError, UsageError, WriteError
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+
+def refused(error: OSError) -> PartitaError | None:
+    """The error that tells the user what he can mend, None where it may be our own fault."""
+    file = str(error.filename or "") or None
+    if error.errno in TOO_MANY:
+        return UsageError(f"{error.strerror}{_limit()}: raise it (`ulimit -n 4096`)", file=file)
+    if error.errno in DISK:
+        return WriteError(f"cannot write{f' {file}' if file else ''}: {error.strerror}", file=file)
+    if file is None:
+        return None
+    if error.errno in FORBIDDEN:
+        return _forbidden(Path(file))
+    if error.errno in NO_PLACE:
+        return UsageError(f"{file}: {error.strerror}", file=file)
+    return None
+
+
+def _limit() -> str:
+    try:
+        import resource
+    except ImportError:  # a system that has none
+        return ""
+    return f", this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (`ulimit -n`)"
+
+
+def _forbidden(path: Path) -> PartitaError:
+    """From the root down: the first folder that shuts the path off, else the path itself."""
+    for folder in reversed(path.absolute().parents):
+        if folder.is_dir() and not os.access(folder, os.X_OK):
+            return UsageError(
+                f"{path} is out of reach: no permission to enter {folder}", file=str(path)
+            )
+    if path.exists() and not os.access(path, os.R_OK):
+        return UsageError(f"{path} cannot be read: no permission", file=str(path))
+    return WriteError(f"{path} cannot be written: no permission", file=str(path))

@@ -1,0 +1,146 @@
+"""What surrounds a program, broken: its streams, its locale, its permissions, a stop before it has begun."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partita.base import refused as refusal
+from partita.base.config import to_toml
+from partita.base.errors import CheckpointError, UsageError, WriteError
+from partita.base.refused import refused
+from partita.spec.job import Job
+from partita.train import pieces
+from partita.train.start import run_folder
+
+DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
+WRONG = [sys.executable, "-m", "partita", "simulate", "nowhere.toml"]
+JOB = {
+    "name": "small",
+    "model": {
+        "family": "llama", "layers": 1, "hidden": 16, "heads": 2, "ffn_hidden": 32, "vocab": 256,
+        "max_seq_len": 32,
+    },
+    "data": {"source": "text.txt", "eval_fraction": 0},
+    "train": {"steps": 1, "global_batch_size": 1, "seq_len": 16},
+}  # fmt: skip
+STRUCK = """
+import os, signal, sys
+
+class Strikes:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.{name})
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind itself has none
+sys.meta_path.insert(0, Strikes())
+from partita.cli.entry import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "told"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")]
+)
+def test_a_stop_while_the_program_loads_is_a_line(name, code, told):
+    words = [sys.executable, "-c", STRUCK.replace("{name}", name), "draw", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.returncode == code
+    assert done.stderr == f"partita: stopped by {told}\n"
+    error = {"kind": "stopped", "message": f"stopped by {told}", "file": None, "key": None}
+    assert json.loads(done.stdout) == {"format": 1, "error": error}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("words", "streams", "code", "told"),
+    [
+        (DRAW, ">&-", 0, ""),
+        ([*DRAW, "--json"], ">/dev/full", 73, "partita: cannot write: No space left on device\n"),
+        (WRONG, "2>&-", 2, ""),
+        ([*WRONG, "--json"], "2>/dev/full", 2, ""),
+        ([*WRONG, "--json"], ">/dev/full 2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(words, streams, code, told):
+    shell = ["sh", "-c", f'"$@" {streams}', "sh", *words]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+def test_a_run_without_streams_and_in_a_locale_of_ascii(tmp_path):
+    """Its log and sample are UTF-8 everywhere, and no file of its takes the place of stderr."""
+    (tmp_path / "job.toml").write_text(to_toml(JOB))
+    (tmp_path / "text.txt").write_text("ümläut " * 40, encoding="utf-8")
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    train = f'"{sys.executable}" -m partita train job.toml <&- 2>&-'
+    done = subprocess.run(
+        ["sh", "-c", train], cwd=tmp_path, env=os.environ | bare, stdout=subprocess.PIPE, timeout=80
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "runs/small/sample.txt").read_text(encoding="utf-8").startswith("def ")
+
+
+def test_all_that_cannot_be_written_is_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/small")
+    (folder / "logs/rank-0.log").mkdir(parents=True)
+    (folder / "checkpoints").write_text("a file where a folder is wanted")
+    job = _job(tmp_path)
+    with pytest.raises(WriteError) as caught:
+        run_folder(job, fresh=False)
+    assert str(caught.value) == (
+        "cannot write runs/small/checkpoints: Not a directory; "
+        "runs/small/logs/rank-0.log: it is no plain file"
+    )
+
+
+def _job(folder: Path) -> Job:
+    (folder / "job.toml").write_text(to_toml(JOB))
+    (folder / "text.txt").write_text("text " * 40)
+    return Job.load(folder / "job.toml")
+
+
+def test_what_the_system_refuses_is_told_with_what_mends_it(tmp_path, monkeypatch):
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    file = shut / "file"
+    file.write_text("")
+    forbidden = PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    def but(*kinds: int):
+        return lambda path, mode: not (mode in kinds and Path(path) in (shut, file))
+
+    told = {}
+    for kind in (os.X_OK, os.R_OK, os.W_OK):
+        monkeypatch.setattr(refusal.os, "access", but(kind))
+        told[kind] = refused(forbidden)
+    assert isinstance(told[os.X_OK], UsageError) and isinstance(told[os.R_OK], UsageError)
+    assert str(told[os.X_OK]) == f"{file} is out of reach: no permission to enter {shut}"
+    assert str(told[os.R_OK]) == f"{file} cannot be read: no permission"
+    assert isinstance(told[os.W_OK], WriteError)
+    assert str(told[os.W_OK]) == f"{file} cannot be written: no permission"
+    many = refused(OSError(errno.EMFILE, "Too many open files"))
+    assert isinstance(many, UsageError) and "ulimit -n" in str(many)
+    assert isinstance(refused(OSError(errno.EIO, "Input/output error", "x")), WriteError)
+    assert refused(OSError(errno.ENOENT, "No such file", "x")) is None
+
+
+def test_a_piece_that_cannot_be_read_is_a_bad_checkpoint(tmp_path, monkeypatch):
+    def forbid(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "rank-0.safetensors").write_bytes(b"")
+    monkeypatch.setattr(pieces, "_head", forbid)
+    manifest = type("Manifest", (), {"files": [type("File", (), {"file": "rank-0.safetensors"})]})
+    with (
+        pytest.raises(CheckpointError, match=r"rank-0.safetensors: cannot be read: Permission"),
+        pieces._open(tmp_path, "rank-0.safetensors", manifest),  # pyright: ignore
+    ):
+        pass
