@@ -239,8 +239,10 @@ def _write_error(path: Path, error: OSError) -> WriteError:
     free = ""
     with suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free} bytes free)"
+    folder = path.parent if "step-" in path.name else path
+    kept = "the last good one is kept" if list_checkpoints(folder) else "there is none before it"
     return WriteError(
-        f"cannot write the checkpoint {path}: {what}{free}; the last good one is kept",
+        f"cannot write the checkpoint {path}: {what}{free}; {kept}",
         file=str(error.filename or path),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
+from partita.base.units import format_bytes
 from partita.comm.lifeline import Lifeline
 from partita.comm.processes import STOPS, UNKNOWN, end_ranks, server_is_gone, start_ranks
 from partita.planner.judge import fit_error, judged
@@ -244,4 +246,16 @@ def _signal_name(number: int) -> str:
         name = f"{signal.Signals(number).name} ({number})"
     except ValueError:
         return f"signal {number}"
+    if number == signal.SIGBUS:
+        return f"{name}{_shared_memory()},"
     return f"{name}, by hand or for want of memory," if number == signal.SIGKILL else name
+
+
+def _shared_memory() -> str:
+    """What a write to a mapped file that has no room ends in: containers have little by default."""
+    try:
+        held = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return ""
+    room = f"/dev/shm has {format_bytes(held.total)} in all, {format_bytes(held.free)} free"
+    return f", for want of shared memory ({room}; docker: --shm-size)"

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from partita.base import refused as refusal
 from partita.base.config import to_toml
 from partita.base.errors import CheckpointError, UsageError, WriteError
 from partita.base.refused import refused
+from partita.model.families import export
+from partita.model.reference import weight_shapes
 from partita.spec.job import Job
-from partita.train import pieces
+from partita.train import checkpoint, launch, pieces
 from partita.train.start import run_folder
 
 DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
@@ -144,3 +149,26 @@ def test_a_piece_that_cannot_be_read_is_a_bad_checkpoint(tmp_path, monkeypatch):
         pieces._open(tmp_path, "rank-0.safetensors", manifest),  # pyright: ignore
     ):
         pass
+
+
+def test_a_full_shared_memory_and_a_full_disk_are_told_as_such(tmp_path, monkeypatch):
+    if Path("/dev/shm").is_dir():
+        end = launch._end(-signal.SIGBUS)
+        assert end.startswith(
+            f"was killed by SIGBUS ({int(signal.SIGBUS)}), for want of shared memory"
+        )
+        assert "docker: --shm-size" in end
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert "there is none before it" in str(checkpoint._write_error(tmp_path / ".step-2.tmp", full))
+    (tmp_path / "step-00000001").mkdir()
+    assert "good one is kept" in str(checkpoint._write_error(tmp_path / ".step-2.tmp", full))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", refuse)
+    spec = _job(tmp_path).model
+    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(spec).items()}
+    with pytest.raises(WriteError, match="export cannot be written: I/O error: No space"):
+        export.export(tmp_path / "out", spec, weights.__getitem__)
+    assert not list(tmp_path.glob("*out*"))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from partita.base.errors import CheckpointError, UsageError
+from partita.base.errors import CheckpointError, UsageError, WriteError
 from partita.model.families.names import Source, names
 from partita.spec.lora import ADAPTER_CONFIG, A, B, peft_config
 from partita.spec.model import ModelSpec
@@ -50,7 +50,7 @@ def write_adapter(
     folder: Path, spec: ModelSpec, get: Callable[[str], Tensor], base: str = ""
 ) -> dict[str, Tensor]:
     """Writes the two files into a new or empty folder; `get` are logical tensors by name, `base` names the
-    model they belong to. Returns what was written. Raises UsageError."""
+    model they belong to. Returns what was written. Raises UsageError, WriteError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something already: name a new folder", file=str(folder))
     config = peft_config(spec, base)
@@ -60,7 +60,12 @@ def write_adapter(
         tensors[f"{module}.lora_A.weight"] = a.reshape(spec.lora_rank, -1).contiguous().clone()
         tensors[f"{module}.lora_B.weight"] = b.reshape(-1, spec.lora_rank).contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise WriteError(
+            f"{folder}: the adapter cannot be written: {error}", file=str(folder)
+        ) from error
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return tensors

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,8 +67,10 @@ def export(
         for file in along:
             shutil.copyfile(file, beside / file.name)
         beside.replace(folder)
-    except OSError as error:
-        text = f"{folder}: the export cannot be written: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        text = (
+            f"{folder}: the export cannot be written: {getattr(error, 'strerror', None) or error}"
+        )
         raise WriteError(text, file=str(folder)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
