@@ -23,7 +23,10 @@ s (1 + 4 / sqrt(elements)): a gradient times 1.02 is seen in bf16. Over both fam
 have a floor of 0.003 s of the norm.
 At some weights the walk is too short: a norm of heads divides by the size of a few numbers, and a token in
 which those almost cancel weighs most and is rounded worst. A gradient beyond the walk is held to the judge
-itself at neighbouring weights (run_neighbours), SPREAD times the root mean square of how far it lies there.
+itself at neighbouring weights (runs.neighbours), SPREAD times the root mean square of how far it lies there.
+So is whatever is beyond the table: losses and norms, gradients where the table alone holds, and weights under
+delayed updates, where AdamW turned a rounding into a whole step of an update before, or a ReLU went the other
+way for the one picture that a bias's gradient is of.
 
 Weights at low precision are held to what the judge's optimizer makes of the plan's own gradients: exact up to
 fp32, where the judge's gradients would leave AdamW a whole step of freedom; and what is computed with, to
@@ -105,7 +108,8 @@ def differences(
     neighbours: Sequence[list[StepSeen]] = (),
 ) -> list[Difference]:
     """The worst of each kind; the first bad one, by step, where there is one. `delayed`: a step has several
-    updates, and the judge made its own. `neighbours`: the judge's runs at neighbouring weights."""
+    updates, and the judge made its own. `neighbours`: the judge's runs at neighbouring weights, in which
+    delayed updates go their own way as well."""
     dtype = job.plan.precision.dtype
     bound, low = BOUNDS[dtype], dtype != "fp64"
     bound = DELAYED.get(dtype, bound) if delayed else bound
@@ -116,18 +120,19 @@ def differences(
     for seen in ranks:
         for i, (mine, want) in enumerate(zip(seen.steps, judge, strict=True)):
             tight, u = first > 0, ROUNDING.get(dtype, 0.0)
+            near = [n[i] for n in neighbours if math.isfinite(n[i].norm)]
             scalars = (8 * u, 16 * u) if tight else (bound.loss, bound.norm)
-            found += _scalars(mine, want, scalars, seen.rank, i)
+            found += _scalars(mine, want, scalars, near, seen.rank, i)
             if not low:  # else a rounding may send a token elsewhere
                 found.append(_loads(mine, want, seen.rank, i))
+            others = [n.gradients for n in near]
             if math.isfinite(want.norm) and tight:
-                near = [n[i].gradients for n in neighbours if math.isfinite(n[i].norm)]
-                found += _close_gradients(mine.gradients, want, near, first, seen.rank, i)
+                found += _close_gradients(mine.gradients, want, others, first, seen.rank, i)
                 if dtype == "bf16":
                     found += _coarse_gradients(mine.gradients, want, seen.rank, i)
             elif math.isfinite(want.norm):
                 limits = (bound.tensor, bound.floor * want.norm)
-                found += _tensors("gradients", mine.gradients, want.gradients, limits, seen.rank, i)
+                found += _tensors("gradients", mine, want, limits, others, seen.rank, i)
             if mine.misrounded:
                 found.append(Difference("weights", mine.misrounded, seen.rank, i, u, bad=True))
             floor = bound.floor * want.norm if math.isfinite(want.norm) else 0.0
@@ -139,7 +144,8 @@ def differences(
             if job.plan.precision.rounding == "stochastic" and low and not delayed:
                 found += _rounded(mine.weights, want.weights, limits, seen.rank, i)
             else:
-                found += _tensors("weights", mine.weights, want.weights, limits, seen.rank, i)
+                others = [n.weights for n in near if delayed]
+                found += _tensors("weights", mine, want, limits, others, seen.rank, i)
     worst: dict[str, Difference] = {}
     for d in found:
         best = worst.get(d.kind)
@@ -157,6 +163,11 @@ def walk_of(job: Job, delayed: bool) -> float:
     """s of a job's gradients; 0 where the table alone holds."""
     precision = job.plan.precision
     return 0.0 if _turns(job) or delayed else walk(precision.dtype, job.model.layers)
+
+
+def rounding(dtype: str) -> float:
+    """Of what is computed with: what is handed to fp8 has been rounded to bf16."""
+    return ROUNDING.get(dtype, ROUNDING["bf16"])
 
 
 def walk(dtype: str, layers: int) -> float:
@@ -196,7 +207,7 @@ def _close_gradients(
         limits = torch.tensor(bounds, dtype=torch.float64)
         if near:
             apart = torch.stack([_apart(_part(n[name], boxes), judge) for n in near])
-            limits = limits.maximum(SPREAD * apart.square().mean(0).sqrt())
+            limits = limits.maximum(_spread(apart))
         most, bad = float(off[0]), not bool((off <= limits).all())
         found.append(
             Difference("gradients", name, rank, step, most / largest if largest else most, bad)
@@ -237,17 +248,36 @@ def _share_of_bf16(x: Tensor) -> float:
     return float((x.bfloat16().to(x.dtype) == x).double().mean())
 
 
+def _spread(apart: Tensor) -> Tensor:
+    """How far a plan may lie where the judge's neighbours lie so far `apart` [neighbour, ...]."""
+    return SPREAD * apart.square().mean(0).sqrt()
+
+
 def _scalars(
-    mine: StepSeen, want: StepSeen, bounds: tuple[float, float], rank: int, step: int
+    mine: StepSeen,
+    want: StepSeen,
+    bounds: tuple[float, float],
+    near: Sequence[StepSeen],
+    rank: int,
+    step: int,
 ) -> list[Difference]:
-    loss, norm = relative(mine.loss, want.loss), relative(mine.norm, want.norm)
+    off = _scalars_apart(mine, want)
+    limits = torch.tensor((*bounds, bounds[0]), dtype=torch.float64)
+    if near:
+        limits = limits.maximum(_spread(torch.stack([_scalars_apart(n, want) for n in near])))
+    bad = (~(off <= limits)).tolist()
+    names = ("loss", "grad_norm", "auxiliary")
+    return [
+        Difference(n, n, rank, step, d, b) for n, d, b in zip(names, off.tolist(), bad, strict=True)
+    ]
+
+
+def _scalars_apart(mine: StepSeen, want: StepSeen) -> Tensor:
+    """Relative differences of loss, norm, and the worst of what experts add."""
     pairs = zip(mine.auxiliary, want.auxiliary, strict=True)
     aux = max((relative(a, b) for a, b in pairs), default=0.0)
-    return [
-        Difference("auxiliary", "auxiliary", rank, step, aux, not aux <= bounds[0]),
-        Difference("loss", "loss", rank, step, loss, not loss <= bounds[0]),
-        Difference("grad_norm", "grad_norm", rank, step, norm, not norm <= bounds[1]),
-    ]
+    loss, norm = relative(mine.loss, want.loss), relative(mine.norm, want.norm)
+    return torch.tensor((loss, norm, aux), dtype=torch.float64)
 
 
 def _loads(mine: StepSeen, want: StepSeen, rank: int, step: int) -> Difference:
@@ -289,20 +319,26 @@ def _rounded(
 
 def _tensors(
     kind: str,
-    mine: dict,
-    want: dict[str, Tensor],
+    seen: StepSeen,
+    judged: StepSeen,
     limits: tuple[float, float],
+    near: Sequence[dict[str, Tensor]],
     rank: int,
     step: int,
 ) -> list[Difference]:
-    """Every box against the judge's; a limit is relative to the tensor's largest element, or absolute."""
+    """A rank's part of each of the `kind`'s tensors against the judge's; a limit is relative to the tensor's
+    largest element, or absolute, or how far the judge's own lie apart in that part."""
     found = []
     tolerance, floor = limits
-    for name, boxes in mine.items():
+    want: dict[str, Tensor] = getattr(judged, kind)
+    for name, boxes in getattr(seen, kind).items():
         largest = float(want[name].abs().max())
-        for box, values in boxes:
-            part = want[name][tuple(slice(a, b) for a, b in box)]
-            off = float((values - part).abs().max())
-            bad = not off <= max(tolerance * largest, floor)
-            found.append(Difference(kind, name, rank, step, off / largest if largest else off, bad))
+        judge = _part(want[name], boxes)
+        mine = torch.cat([v.reshape(-1) for _, v in boxes]).to(judge.dtype)
+        off, limit = float((mine - judge).abs().max()), max(tolerance * largest, floor)
+        if near:
+            apart = [(_part(n[name], boxes) - judge).abs().max() for n in near]
+            limit = max(limit, float(_spread(torch.stack(apart))))
+        bad = not off <= limit
+        found.append(Difference(kind, name, rank, step, off / largest if largest else off, bad))
     return found

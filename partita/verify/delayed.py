@@ -14,7 +14,7 @@ A step's token counts alike in all of its updates: each starts backward from (up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,8 +40,13 @@ def is_delayed(job: Job) -> bool:
     return lay(request_of(job)).schedule.is_asynchronous
 
 
-def run_delayed(job: Job, data: Dataset, told: Told | None = None) -> list[StepSeen]:
-    """A plan's steps without a drain between. `told`: whom the plan's routers chose."""
+def run_delayed(
+    job: Job,
+    data: Dataset,
+    told: Told | None = None,
+    moved: Callable[[Weights], Weights] = lambda weights: weights,
+) -> list[StepSeen]:
+    """A plan's steps without a drain between. `told` and `moved` as run_judge takes them."""
     laid, update = lay(request_of(job)), JudgeUpdate.of(job, wide_dtype(job))
     if not laid.schedule.runs_ahead:
         return [
@@ -50,7 +55,9 @@ def run_delayed(job: Job, data: Dataset, told: Told | None = None) -> list[StepS
         ]
     history, m = [_copy(update.weights)], job.plan.num_microbatches
     return [
-        delayed_step(laid, update, history, whole_batch(data, job, step), step, step * m, told)
+        delayed_step(
+            laid, update, history, whole_batch(data, job, step), step, step * m, told, moved
+        )
         for step in range(steps_of(job.plan))
     ]
 
@@ -58,6 +65,7 @@ def run_delayed(job: Job, data: Dataset, told: Told | None = None) -> list[StepS
 def delayed_step(
     laid: Laid, update: JudgeUpdate, history: list[Weights], batches: Sequence[Microbatch],
     step: int, begun: int = 0, told: Told | None = None,
+    moved: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> StepSeen:  # fmt: skip
     """One step, `begun` microbatches after the pipeline was last empty. `history`: the weights at that time
     and after each update since; this step's are added."""
@@ -71,7 +79,7 @@ def delayed_step(
         for i in range(first, first + size):
             judge = Reference(
                 job.model,
-                _weights_of(laid, history, begun + i),
+                moved(_weights_of(laid, history, begun + i)),
                 dtype,
                 job.seed,
                 linear=linear_of(job),

@@ -25,7 +25,7 @@ from partita.train.data import Dataset
 from partita.train.devices import computes_on_gpu, shared_device
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference
-from partita.verify.compare import ROUNDING, Difference, differences, near, walk_of
+from partita.verify.compare import Difference, differences, near, rounding
 from partita.verify.delayed import is_delayed, run_delayed
 from partita.verify.judge import noise, optimizers, wide_dtype
 from partita.verify.processes import run_processes
@@ -33,10 +33,11 @@ from partita.verify.routing import told
 from partita.verify.runs import (
     RankSeen,
     StepSeen,
+    Weights,
     declare,
     limited,
+    neighbours,
     run_judge,
-    run_neighbours,
     run_rank,
     weights_after,
     with_own_updates,
@@ -209,19 +210,32 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
     ranks = run_ranks(job, data, backend, laid)
     starts = [] if delayed or dtype == "fp64" else weights_after(job, ranks)
     chosen = _told(job, ranks)
-    judge = (
-        run_delayed(job, data, chosen)
-        if delayed
-        else run_judge(job, data, -1, starts, told=chosen)[0]
-    )
+    judge = _judged(job, data, delayed, starts, chosen)
     _one_device_is_finite(judge, dtype)
     if starts:
         judge = with_own_updates(job, judge, ranks)
     trial = Trial(job, judge, ranks, differences(judge, ranks, job, delayed), delayed)
-    if walk_of(job, delayed) and trial.worst("gradients").bad:
-        neighbours = run_neighbours(job, data, starts, ROUNDING[dtype], chosen)
-        trial.found = differences(judge, ranks, job, neighbours=neighbours)
+    if dtype != "fp64" and not trial.equal:
+        others = [
+            _judged(job, data, delayed, starts, chosen, moved)
+            for moved in neighbours(job, rounding(dtype))
+        ]
+        trial.found = differences(judge, ranks, job, delayed, others)
     return trial
+
+
+def _judged(
+    job: Job,
+    data: Dataset,
+    delayed: bool,
+    starts: Sequence[Weights],
+    told: Told | None,
+    moved: Callable[[Weights], Weights] = lambda weights: weights,
+) -> list[StepSeen]:
+    """The judge's steps; the arguments as run_judge takes them."""
+    if delayed:
+        return run_delayed(job, data, told, moved)
+    return run_judge(job, data, starts=starts, moved=moved, told=told)[0]
 
 
 def _told(job: Job, ranks: Sequence[RankSeen]) -> Told | None:

@@ -301,11 +301,10 @@ def judged_routing(
     return auxiliary, tuple(tuple(counts.tolist()) for counts in seen.counts.values())
 
 
-def run_neighbours(
-    job: Job, data: Dataset, starts: Sequence[Weights], u: float, told: Told | None = None
-) -> list[list[StepSeen]]:
-    """The judge's steps where each weight is moved at random by at most its rounding, 2 u of it: all that is
-    computed of it is rounded anew, so that gradients lie as far apart as two right runs may."""
+def neighbours(job: Job, u: float) -> list[Callable[[Weights], Weights]]:
+    """What each of NEIGHBOURS runs of the judge computes with of the weights it has: each moved at random by
+    at most its rounding, 2 u of it. All that is computed of it is rounded anew, so that gradients lie as far
+    apart as two right runs may."""
 
     def moved(weights: Weights, draw: int) -> Weights:
         found = {}
@@ -314,10 +313,7 @@ def run_neighbours(
             found[n] = w * (1 + 2 * u * (2 * dice - 1)).view(w.shape).to(w.dtype)
         return found
 
-    return [
-        run_judge(job, data, starts=starts, moved=partial(moved, draw=draw), told=told)[0]
-        for draw in range(NEIGHBOURS)
-    ]
+    return [partial(moved, draw=draw) for draw in range(NEIGHBOURS)]
 
 
 def linear_of(job: Job) -> Callable[[Tensor, Tensor], Tensor]:
