@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partita.model.core import Core, Flash, Merge
 from partita.model.dropout import Dropout
-from partita.model.rope import Rotate, SplitRotate
+from partita.model.rope import Rotate, SplitRotate, apart
 from partita.parallel.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
@@ -75,7 +75,7 @@ class Attention:
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
         if self.qk_norms is not None:  # copies: the norms keep q and k, and a view would keep v too
-            q, k, v = (t.contiguous() for t in (q, k, v))
+            q, k, v = (apart(t) for t in (q, k, v))
             q, k = self.qk_norms[0](q), self.qk_norms[1](k)
         if tables:
             q, k = Rotate.apply(q, *tables), Rotate.apply(k, *tables)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from partita.model.core import Core
-from partita.model.rope import Rotate, halves
+from partita.model.rope import Rotate, apart, halves
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.regions import Region
 from partita.parallel.sp.norm import Norm
@@ -59,7 +59,7 @@ class LatentAttention:
         k_pe = Rotate.apply(halves(k_pe).unsqueeze(2), cos, sin)
         q = torch.cat([q, q_pe], -1)  # type: ignore[list-item]
         k = torch.cat([k, k_pe.expand(-1, -1, self.heads, -1)], -1)  # type: ignore[attr-defined]
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v.contiguous()))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, apart(v)))
         a = self.core(q, k, v, batch, step, training)
         return x + self.wo(a.transpose(1, 2).reshape(b, s, -1))
 
@@ -80,7 +80,7 @@ class LatentAttention:
 
 def _behind(norm: Norm, latent: Tensor, linear: Column, again: bool) -> Tensor:
     """linear(norm(latent)); the latent is copied, since a view would keep its neighbours."""
-    latent = latent.contiguous()
+    latent = apart(latent)
     n = norm(latent)
     with made_again(n, lambda: norm(latent), again):
         return linear(n)

@@ -105,7 +105,7 @@ class SplitRotate(torch.autograd.Function):
         turned, every = queries + others, queries + 2 * others
         both, v = qkv.view(*outer, every, width // every).split_with_sizes([turned, others], -2)
         q, k = _rotate(both, cos, sin, 1).transpose(1, 2).split_with_sizes(heads, 1)
-        return q, k, v.contiguous().transpose(1, 2)  # a view would keep the unrotated q and k alive
+        return q, k, apart(v).transpose(1, 2)  # a view would keep the unrotated q and k alive
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,6 +113,12 @@ class SplitRotate(torch.autograd.Function):
         out = torch.cat([x.transpose(1, 2) for x in (dq, dk, dv)], -2)
         _rotate(out.narrow(2, 0, dq.shape[1] + dk.shape[1]), *ctx.tables, -1, in_place=True)
         return out.flatten(-2), None, None, None
+
+
+def apart(part: Tensor) -> Tensor:
+    """A copy of a part of a product, whose view would keep all of it: also of one token, whose parts are
+    contiguous as they lie."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int, in_place: bool = False) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,16 +111,26 @@ class Given:
                     found += torch._foreach_norm(parts_of([part[a:b]])) if a < b else []
         return found
 
-    def update(self, slots: Sequence[Slot], apply: Callable[[Sequence[Slot]], None]) -> None:
-        """Applies what is on the device at once; else of one unit after another a copy that is brought there,
-        and freed: what lies elsewhere stays as it is. Moves each unit's part of the gradient, site
-        '<unit>:reload' (from a file ':read' too)."""
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all units."""
+        return frozenset(unit.name for unit in self.units)
+
+    def update(
+        self,
+        units: Collection[str],
+        slots: Sequence[Slot],
+        apply: Callable[[Sequence[Slot]], None],
+    ) -> None:
+        """Applies what is on the device at once, `slots` of the `units` named; else of one unit after another
+        a copy that is brought there, and freed: what lies elsewhere stays as it is. Moves each unit's part of
+        the gradient, be it padding alone, site '<unit>:reload' (from a file ':read' too)."""
         if self.away is None:
             apply(slots)
             return
-        units = {unit.name: unit for unit in self.units}
-        for name, own in groupby(slots, key=lambda slot: slot.unit):
-            here = self.away.fetch(units[name], units[name].gradient)
+        for unit in (u for u in self.units if u.name in units):
+            here = self.away.fetch(unit, unit.gradient)
+            own = [s for s in slots if s.unit == unit.name]
             apply([replace(slot, gradient=here[slot.part]) for slot in own])
             del here  # before the next comes
 

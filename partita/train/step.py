@@ -10,7 +10,7 @@ update  clip by the global norm, AdamW or SGD on masters, working weights rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -311,7 +311,7 @@ class Update:
             return norm
         factor *= clip_coefficient(norm, self.train.clip_grad_norm)
         self.updates, self.made = self.updates + 1, self.made + 1
-        self._apply(self.updates, self.slots, self.updates, factor)
+        self._apply(self.updates, self.given.names, self.updates, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
         return norm
 
@@ -341,15 +341,16 @@ class Update:
         assert flow is not None, "a step that flushes has one update of all"
         draw = self.updates * flow.per_step + flow.number(versions) + 1
         self._share = flow.share(versions)
-        self._apply(self.updates + 1, [s for s in self.slots if s.unit in names], draw)
+        self._apply(self.updates + 1, names, draw)
 
-    def _apply(self, step: int, slots: Sequence[Slot], draw: int, factor: float = 1.0) -> None:
-        """At the rate of step `step`; what is rounded at random is so by number `draw`."""
+    def _apply(self, step: int, units: Collection[str], draw: int, factor: float = 1.0) -> None:
+        """Of the units named, at the rate of step `step`; rounding at random is by number `draw`."""
         self.lr = learning_rate(self.train, step)
         if self.away is not None:
-            self.away.run(draw, self.lr, factor, self._balance, {slot.unit for slot in slots})
+            self.away.run(draw, self.lr, factor, self._balance, units)
             return
-        self.given.update(slots, lambda own: self._apply_here(own, draw, factor))
+        slots = [slot for slot in self.slots if slot.unit in units]
+        self.given.update(units, slots, lambda own: self._apply_here(own, draw, factor))
         if self.rounded is not None:
             self.rounded.shards.change()
 

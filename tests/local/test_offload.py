@@ -17,6 +17,7 @@ from partita.comm.local import local
 from partita.comm.single import SingleWorld
 from partita.parallel.laid import lay
 from partita.parallel.offload import cpu, nvme
+from partita.parallel.offload.rules import CHUNK
 from partita.parallel.offload.shards import HostShards
 from partita.parallel.offload.shelves import HostShelf
 from partita.parallel.read import state_bytes
@@ -97,6 +98,37 @@ def test_states_elsewhere_equal_one_device_and_move_as_declared(
     found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
     assert found.equal, str(found)
     assert {t.axis for t in found.recorded} >= {"host", *(["disk"] if "nvme" in plan else [])}
+
+
+@pytest.mark.parametrize(
+    "plan, model",
+    [
+        ("tp2+sp", verify_jobs.MLA),  # latents
+        ("cp2:all_gather", {}),  # v, beside q and k that are rotated
+        ("cp2:all_gather", verify_jobs.QWEN),  # q, k and v, two of which are normalised
+    ],
+)
+def test_parts_of_one_token_leave_without_their_neighbours(plan, model, tmp_path):
+    """Of more tokens a part of a product is no contiguous tensor; of one it is, and a view of all of it."""
+    line = f"{plan} 2mb fp64 offload:cpu {KEPT}"
+    found = verify(verify_jobs.job(tmp_path, line, batch=2, seq=2, layers=2, **model))
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize(
+    "plan", [f"nvme {GIVEN}", "nvme offload.targets=optimizer", f"cpu {GIVEN}"]
+)
+def test_a_shard_of_padding_alone_moves_as_others_do(plan, tmp_path):
+    """head.norm's five elements on four ranks: two, two, one, none."""
+    size = {"hidden": 5, "heads": 1, "kv_heads": 1, "head_dim": 4, "layers": 1, "tied": True}
+    line = f"dp_shard4.zero3 2mb fp64 offload:{plan}"
+    found = verify(verify_jobs.job(tmp_path, line, **size))
+    assert found.equal, str(found)
+
+
+def test_chunks_are_whole_blocks():
+    """Else no part of a file would be read or written past the page cache."""
+    assert all(CHUNK * width % nvme.BLOCK == 0 for width in (2, 4, 8))
 
 
 @pytest.mark.parametrize("targets", ["parameters,optimizer", "activations,gradients"])
