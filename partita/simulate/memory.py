@@ -164,7 +164,7 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
 def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
     """Working weights of an asynchronous schedule at a place of pp: every version that is held in the compute
     dtype, and masters apart from them. Where ranks update shards, or there are no masters, the newest version
-    is held whole beside the one in use."""
+    is held whole beside the one in use. What is frozen has one version, and no master."""
     sizes, precision = laid.sizes, laid.request.plan.precision
     alone = precision.rounding == "stochastic"
     wide = precision.dtype in ("fp32", "fp64") and not alone
@@ -174,7 +174,10 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
             unit = t.name.removesuffix(".parameter")
             held = held_at(schedule, stage, unit in laid.program.tied)
-            states = block.tensors[f"{unit}.optimizer"]
+            states = block.tensors.get(f"{unit}.optimizer")
+            if states is None:
+                total += times * tensor_bytes(t, sizes)
+                continue
             shard = replace(t, dims=states.dims[-1:])
             beside = (alone or bool(shard.axes())) and held > 1
             total += times * (held + beside) * tensor_bytes(t, sizes)

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from partita.base.errors import UsageError
 from partita.comm.local import local
 from partita.comm.single import SingleWorld
-from partita.parallel.read import flops, state_bytes
+from partita.parallel.read import flops, state_bytes, tensor_bytes
+from partita.simulate.predict import simulate
 from partita.train.build import assemble
 from partita.train.checkpoint import Ranks
 from partita.train.resume import load_run
@@ -53,6 +54,25 @@ def test_a_plan_equals_one_device(plan, family, rule, tmp_path):
 def test_an_asynchronous_pipeline_keeps_versions_of_what_is_trained(tmp_path):
     found = verify(job(tmp_path, "pp2:pipedream_2bw/4mb fp64", clip_grad_norm=0.0))
     assert found.equal, str(found)
+
+
+def test_versions_of_what_is_trained_are_predicted(tmp_path):
+    """Two of a weight that is trained, in bf16 apart from its masters; one of a frozen one."""
+    predicted = simulate(job(tmp_path, "pp2:pipedream_2bw/4mb bf16", clip_grad_norm=0.0))
+    assert predicted.laid is not None
+    for place, ledger in enumerate(predicted.ledgers):
+        units = [
+            t
+            for stage in predicted.laid.stages_of(place)
+            for block in stage.blocks
+            for t in block.tensors.values()
+            if t.role == "parameter"
+        ]
+        frozen = [t.name.startswith("frozen") for t in units]
+        held = [tensor_bytes(t, predicted.laid.sizes) for t in units]
+        assert 0 < sum(frozen) < len(frozen)
+        want = sum(n * (1 if f else 2) for n, f in zip(held, frozen, strict=True))
+        assert ledger.at_peak["parameters"] == want
 
 
 @pytest.mark.parametrize(
