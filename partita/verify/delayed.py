@@ -50,7 +50,7 @@ def run_delayed(
     laid, update = lay(request_of(job)), JudgeUpdate.of(job, wide_dtype(job))
     if not laid.schedule.runs_ahead:
         return [
-            stated_step(laid, update, whole_batch(data, job, step), step, told)
+            stated_step(laid, update, whole_batch(data, job, step), step, told, moved)
             for step in range(steps_of(job.plan))
         ]
     history, m = [_copy(update.weights)], job.plan.num_microbatches
@@ -99,7 +99,8 @@ def delayed_step(
 
 
 def stated_step(
-    laid: Laid, update: JudgeUpdate, batches: Sequence[Microbatch], step: int, told: Told | None = None
+    laid: Laid, update: JudgeUpdate, batches: Sequence[Microbatch], step: int, told: Told | None = None,
+    moved: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> StepSeen:  # fmt: skip
     """One step of a list that ends it: of every microbatch and every update what comes next is made as
     soon as all that it needs is there."""
@@ -117,7 +118,7 @@ def stated_step(
                 for s, v, done in zip(laid.stages, at, history, strict=True):
                     weights |= {n: done[v][n] for n in _names(laid, s.index)}
                 judge = Reference(
-                    job.model, weights, dtype, job.seed, linear=linear_of(job), told=told
+                    job.model, moved(weights), dtype, job.seed, linear=linear_of(job), told=told
                 )
                 judge.step = step
                 part, made[k] = loss_and_gradients(
