@@ -27,7 +27,7 @@ from partita.spec.plan import OffloadPlan, Plan
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather", "halo")
 FAR = 2.0  # times the least bound of all: plans beyond that are not looked for to begin with
-FEW, FIRST = 3, 12  # meshes that are tried before the others
+FEW, FIRST = 3, 100  # meshes, and of the others parts, that are tried before the rest
 ALONG = 16  # devices, of which plans of one rank and along each axis alone are tried
 TRIAL_S = 0.2  # of an axis alone
 RARELY = 50_000_000  # objects made between two looks for cycles
@@ -192,25 +192,30 @@ class Search:
         ]
 
     def _try_all(self, usual: Sequence[Node], queue: Queue, found: Found, clock: Clock) -> None:
-        """Beams through some meshes: those behind must beat what the first lead to."""
+        """Looks for the most promising of the plans of some meshes, and keeps them: they give the search a
+        best plan to begin with. First of few meshes; then of what follows from the others, in order of its
+        bound that knows of memory. Those behind must beat what the first lead to."""
+        counted, self.levels.refused, self.floors.begins = self.levels.refused, Counter(), True
         cut = FAR * min((n.seconds for n in queue.roots), default=INF)
-        for some in (usual[:FEW], usual[FEW:FIRST], usual[FIRST:]):
-            cut = self._try(some, queue, found, min(cut, queue.cut), clock)
+        for roots in (usual[:FEW], usual[FEW:]):
+            self.levels.cut = cut = min(cut, queue.cut)
+            nodes = list[Node]()
+            for root in roots:
+                if time.perf_counter() < clock.middle:
+                    nodes += self.levels.folds(root)
+            nodes.sort(key=lambda n: n.seconds)
+            for some in (nodes[:FIRST], nodes[FIRST:]):
+                cut = self._try(some, queue, found, min(cut, queue.cut), clock)
+        self.levels.refused, self.floors.begins = counted, False
 
     def _try(
-        self, roots: Sequence[Node], queue: Queue, found: Found, cut: float, clock: Clock
+        self, nodes: Sequence[Node], queue: Queue, found: Found, cut: float, clock: Clock
     ) -> float:
-        """Looks for the most promising of the plans of some meshes, below a `cut`, and keeps it: it gives the
-        search a best plan to begin with. Seconds of that, at least; or the cut."""
-        counted, self.levels.refused = self.levels.refused, Counter()
-        self.floors.begins, self.levels.cut = True, cut
-        until, nodes = clock.middle, list[Node]()
-        for root in roots:
-            if time.perf_counter() < until:
-                nodes += self.levels.folds(root)
-        ends = beam(nodes, self._steps, until)[: queue.top]
-        self.levels.refused = counted
-        self.floors.begins = False
+        """A beam through some nodes below a `cut`. Seconds of the best that it leads to, at least; or the
+        cut."""
+        self.levels.cut = cut
+        some = (n for n in nodes if n.seconds < cut)
+        ends = beam(some, self._steps, clock.middle)[: queue.top]
         for node in ends:
             prediction = self.predict(self.plan(node))
             if prediction.fits and queue.keep(prediction, measures(prediction)):
