@@ -33,6 +33,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 PlanLine = Annotated[
     str | None, typer.Option("--plan", help='A plan, e.g. "pp2:1f1b/8mb tp2+sp bf16".')
 ]
+GlobalBatchSize = Annotated[int | None, typer.Option(help="Sequences a step.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")]
+MicroBatchSize = Annotated[int | None, typer.Option(help="Sequences a microbatch and replica.")]
 
 
 def load(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from partita.base.errors import UsageError
-from partita.cli.jobs import Json, PlanLine, Words, from_words
+from partita.cli.jobs import (
+    GlobalBatchSize,
+    Json,
+    MicroBatchSize,
+    PlanLine,
+    SeqLen,
+    Words,
+    from_words,
+)
 from partita.cli.out import hold_place, note, waiting, write_file, write_json, write_text
 from partita.planner.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
@@ -38,11 +46,9 @@ def register(app: typer.Typer) -> None:
 def plan(
     words: Words,
     line: PlanLine = None,
-    global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a microbatch and replica.")
-    ] = None,
+    global_batch_size: GlobalBatchSize = None,
+    seq_len: SeqLen = None,
+    micro_batch_size: MicroBatchSize = None,
     top: Annotated[int, typer.Option(min=1, help="Plans in the answer.")] = 5,
     goal: Annotated[str, typer.Option(help="time, memory, devices, cost.")] = "time",
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,

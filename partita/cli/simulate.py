@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from partita.cli.jobs import Json, PlanLine, Words, from_words, with_auto
+from partita.cli.jobs import (
+    GlobalBatchSize,
+    Json,
+    MicroBatchSize,
+    PlanLine,
+    SeqLen,
+    Words,
+    from_words,
+    with_auto,
+)
 from partita.cli.out import note, write_file, write_json, write_text
 
 if TYPE_CHECKING:
@@ -24,11 +33,9 @@ def register(app: typer.Typer) -> None:
 def simulate(
     words: Words,
     plan: PlanLine = None,
-    global_batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a sequence; 1 of images.")] = None,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a microbatch and replica.")
-    ] = None,
+    global_batch_size: GlobalBatchSize = None,
+    seq_len: SeqLen = None,
+    micro_batch_size: MicroBatchSize = None,
     routing: Annotated[
         str | None,
         typer.Option(help="What experts get: balanced, zipf:EXPONENT or counts:FILE (JSON list)."),

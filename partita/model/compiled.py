@@ -24,8 +24,8 @@ from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from partita.model.attention import Attention
-from partita.model.beside import Beside, Joined
 from partita.model.mlp import MLP, SwiGLU
+from partita.model.parallel_residual import Beside, Joined
 from partita.model.transformer import LayerBlock
 from partita.parallel.chain import Kept
 from partita.parallel.lora import Now

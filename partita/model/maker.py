@@ -10,11 +10,11 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
-from partita.model.beside import Joined
 from partita.model.core import Core, Explicit, Flash, SharedExplicit
 from partita.model.dropout import Dropout, RowDropout
 from partita.model.latent import LatentAttention
 from partita.model.moe import MoE, Shared
+from partita.model.parallel_residual import Joined
 from partita.parallel.cp.alibi import slopes
 from partita.parallel.cp.ring import SharedKeys
 from partita.parallel.cp.tile import wide

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
-from partita.model.beside import Beside
 from partita.model.embedding import EmbeddingBlock
 from partita.model.images import image_block
 from partita.model.maker import Maker
 from partita.model.mlp import MLP
 from partita.model.moe import MoE
+from partita.model.parallel_residual import Beside
 from partita.model.rope import tables
 from partita.parallel.chain import Segment
 from partita.parallel.ep.log import RouterLog

@@ -188,14 +188,6 @@ class Cluster:
             rank, before = rank - group.count * group.devices, before + group.count
         return before
 
-    def node_group_of(self, rank: int) -> NodeGroup | None:
-        """The kind of node on which a rank lies, where nodes differ."""
-        for group in self.nodes:
-            if rank < group.count * group.devices:
-                return group
-            rank -= group.count * group.devices
-        return None
-
     def link_for(self, ranks: Sequence[int]) -> Link:
         """The innermost tier one of whose groups holds all these ranks. A rank alone meets itself at
         the speed of its memory."""

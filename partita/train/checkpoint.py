@@ -10,7 +10,7 @@ A save, on every rank:
 
 Until 4 nothing of the save can be found, after it all of it can: a process killed anywhere leaves the
 old or the new checkpoint. Between the stages all ranks are asked "did it work for all?" (`Ranks.agree`).
-A run takes 2 to 5 behind its training (behind.py).
+A run takes 2 to 5 behind its training (background_save.py).
 
 Digests are verified on every load; pickles are never opened.
 """
@@ -84,8 +84,8 @@ ALONE = Ranks()
 
 class Saving:
     """One save into `folder`/step-<step> on one rank: made (step 1 above), then `write` with the pieces it
-    is primary of, then `commit`, each once all ranks are through with the one before (behind.py). The
-    pieces of all ranks tile every role of every tensor of `header`; the newest `keep_last` are kept.
+    is primary of, then `commit`, each once all ranks are through with the one before (background_save.py).
+    The pieces of all ranks tile every role of every tensor of `header`; the newest `keep_last` are kept.
 
     `temporary` is None where a good checkpoint of this step stands already: it is `final`, and nothing
     is left to do. A bad one is left where it is, and the new one lies beside it as step-<step>-2.

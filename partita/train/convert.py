@@ -18,9 +18,10 @@ from partita.base.errors import UsageError
 from partita.parallel.laid import lay
 from partita.parallel.room import Request
 from partita.spec.job import Job
+from partita.spec.layout import Box
 from partita.spec.plan import Plan
 from partita.train.checkpoint import save_alone
-from partita.train.manifest import Box, Header, Manifest, read_manifest
+from partita.train.manifest import Header, Manifest, read_manifest
 from partita.train.pieces import TORCH_DTYPES, Piece, Wanted, fill
 from partita.train.resume import stated_model, verify_run
 from partita.train.sample import job_of

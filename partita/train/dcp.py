@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from partita.base.errors import CheckpointError, WriteError
 from partita.spec.job import Job
+from partita.spec.layout import Box
 from partita.spec.plan import Plan
 from partita.train.convert import require_new, write_as
-from partita.train.manifest import Box, Header, read_manifest
+from partita.train.manifest import Header, read_manifest
 from partita.train.pieces import TORCH_DTYPES, Piece, Wanted, fill
 from partita.train.resume import verify_run
 from partita.train.sample import job_of

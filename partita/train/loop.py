@@ -20,7 +20,7 @@ from partita.base.errors import CheckpointError, NonFiniteError, WriteError
 from partita.base.units import format_count, format_seconds
 from partita.parallel.ep.log import Routed
 from partita.spec.job import Job
-from partita.train.behind import Behind
+from partita.train.background_save import Behind
 from partita.train.build import Built
 from partita.train.checkpoint import Ranks
 from partita.train.control import Control

@@ -26,12 +26,11 @@ import msgspec
 import xxhash
 
 from partita.base.errors import CheckpointError
+from partita.spec.layout import Box
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 AMAX = "amax"  # a role beside those of weights: what a rank's fp8 scales look back at, each rank's its own
-
-Box = tuple[tuple[int, int], ...]
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

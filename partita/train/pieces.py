@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from partita.base.errors import CheckpointError
+from partita.spec.layout import Box, intersect
 from partita.train.manifest import (
     MANIFEST,
-    Box,
     Entry,
     File,
     Listing,
@@ -176,7 +176,7 @@ def fill(folder: Path, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
         _check_wanted(folder, manifest, want)
         found = 0
         for entry in by_tensor[want.name, want.role]:
-            if common := _intersection(entry.box, want.box):
+            if common := intersect(entry.box, want.box):
                 found += box_size(common)
                 use[entry.file].setdefault(entry.key, (entry, []))[1].append(want)
         if found != box_size(want.box):
@@ -324,17 +324,12 @@ def _check_wanted(folder: Path, manifest: Manifest, want: Wanted) -> None:
         )
 
 
-def _intersection(a: Box, b: Box) -> Box | None:
-    both = tuple((max(x, u), min(y, v)) for (x, y), (u, v) in zip(a, b, strict=True))
-    return None if any(x >= y for x, y in both) else both
-
-
 def _copy(path: Path, piece: Tensor, entry: Entry, want: Wanted) -> None:
     have, need = entry.dtype, DTYPES[want.tensor.dtype]
     convertible = WORKING if want.role == "weight" else CONVERTIBLE
     if have != need and not {have, need} <= convertible:
         raise _bad(path, f"{entry.key} is {have}, the run keeps {need}", entry.name)
-    common = _intersection(entry.box, want.box)
+    common = intersect(entry.box, want.box)
     if common is None:
         return
     target = want.tensor.detach().view([b - a for a, b in want.box])

@@ -30,7 +30,7 @@ from partita.parallel.pp.versions import Flow, Versions
 from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
-from partita.train.away import AwayUpdate, Given
+from partita.train.offloaded_update import AwayUpdate, Given
 from partita.train.optim import clip_coefficient, learning_rate, norm_of, set_learning_rate
 from partita.train.places import Places
 from partita.train.routing import begin_routing, sum_routing
@@ -69,7 +69,7 @@ class Microbatch:
 class StepBatch:
     """What a rank computes on in one step (counted from 0): its part of every microbatch. `following`
     are the next step's, for an asynchronous pipeline that stays full; without them it drains. Without
-    `drains` an update that was made before it was known to be right is left so (guess.py)."""
+    `drains` an update that was made before it was known to be right is left so (post_validation.py)."""
 
     step: int
     microbatches: Sequence[Microbatch]
@@ -92,7 +92,7 @@ class Found:
 
 
 class Unproven(Protocol):
-    """Updates that are made before the step's norm is known, and how a step then runs (guess.py)."""
+    """Updates made before the step's norm is known, and how a step then runs (post_validation.py)."""
 
     found: Found | None  # the last step that is known
 

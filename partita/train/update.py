@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from partita.spec.job import TrainSpec
-from partita.train.away import Given, host_threads, make_away
-from partita.train.guess import Guess
+from partita.train.offloaded_update import Given, host_threads, make_away
 from partita.train.optim import make_optimizer
 from partita.train.places import Places
+from partita.train.post_validation import Guess
 from partita.train.slots import BALANCE_BIAS, slots_of
 from partita.train.step import Model, Update
 from partita.train.stochastic import Rounding, StochasticUpdate, shards_of

@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from partita.train import behind, checkpoint
+from partita.train import background_save, checkpoint
 from partita.train.checkpoint import Piece, Ranks, Wanted
 from partita.train.resume import begin_save, pieces
 
@@ -89,7 +89,7 @@ def save(folder, step, *, world=2, dim=0, dtype=torch.float32, keep_last=2, hurt
 def finished(folder, step, parts, head=None, ranks=checkpoint.ALONE, keep_last=2):
     """A save that is waited for; where it lies."""
     saving = checkpoint.Saving(folder, step, head or header(), ranks, keep_last)
-    saves = behind.Behind()
+    saves = background_save.Behind()
     saves.start(saving, parts)
     saves.finish()
     return saving.final
@@ -157,7 +157,7 @@ def flip(path, at, bit=1):
 def save_run(folder, step, job, model, update, data, ranks):
     """A run's checkpoint, written before it returns; each rank calls it."""
     saving = begin_save(folder, step, job, model, update, data, ranks)
-    writer = behind.Behind()
+    writer = background_save.Behind()
     writer.start(saving, pieces(model, update, job))
     if writer.in_flight:
         writer.finish()

@@ -8,7 +8,7 @@ import pytest
 from saves import Meeting, alone, cut, header, is_step, save
 
 from partita.base.errors import WriteError
-from partita.train import behind, checkpoint, pieces
+from partita.train import background_save, checkpoint, pieces
 from partita.train.manifest import read_manifest
 
 
@@ -31,7 +31,7 @@ def disk(monkeypatch):
 
 def begin(folder, step, rank=0, world=1, ranks=checkpoint.ALONE, **more):
     """A save that has just begun, and the pieces it was given."""
-    saves, parts = behind.Behind(), list(cut(rank, world, step, 0))
+    saves, parts = background_save.Behind(), list(cut(rank, world, step, 0))
     saves.start(checkpoint.Saving(folder, step, header(), ranks, 2), parts, **more)
     return saves, parts
 
@@ -116,7 +116,7 @@ def test_a_rank_that_is_through_trains_on_while_another_writes(tmp_path, disk):
 def test_without_the_memory_for_a_copy_it_is_written_at_once(in_files, tmp_path, monkeypatch):
     """Nor are states copied into memory that lie in files, however much is free."""
     free = types.SimpleNamespace(available=10**12 if in_files else 100)
-    monkeypatch.setattr(behind.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(background_save.psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(pieces.Piece, "copied", lambda self: pytest.fail("copied"))
     saves, _ = begin(tmp_path, 10, in_files=in_files)
     assert not saves.in_flight and is_step(tmp_path / "step-00000010", 10)

@@ -14,7 +14,7 @@ from partita.model import images
 from partita.parallel.lora import LowRank
 from partita.parallel.offload import cpu
 from partita.parallel.pp.versions import Versions
-from partita.train import guess, pipeline
+from partita.train import pipeline, post_validation
 from partita.train.step import Update
 from partita.verify.parity import verify
 
@@ -74,7 +74,7 @@ def test_a_drain_loses_the_last_microbatch(m, tmp_path, monkeypatch):
 
 def restored_but(what):
     """`Saved.restore` after which something is as the update left it."""
-    restore = guess.Saved.restore
+    restore = post_validation.Saved.restore
 
     def spoilt(self):
         if what == "master":
@@ -96,14 +96,14 @@ def restored_but(what):
 
 @pytest.mark.parametrize("what", ["master", "moments", "count"])
 def test_an_update_not_undone_whole(what, tmp_path, monkeypatch):
-    monkeypatch.setattr(guess.Saved, "restore", restored_but(what))
+    monkeypatch.setattr(post_validation.Saved, "restore", restored_but(what))
     made = verify_jobs.job(tmp_path, f"pp2:zb_h1/4mb fp64 {AFTER}", layers=2)
     assert judged(made).phase == "optimizer"
 
 
 def test_forwards_that_are_not_run_again(tmp_path, monkeypatch):
-    confirm = guess.Guess._confirm
-    monkeypatch.setattr(guess.Guess, "_confirm", lambda self: confirm(self) or True)
+    confirm = post_validation.Guess._confirm
+    monkeypatch.setattr(post_validation.Guess, "_confirm", lambda self: confirm(self) or True)
     made = verify_jobs.job(tmp_path, f"pp2:zb_h1/4mb fp64 {AFTER}", layers=2)
     assert judged(made).phase == "forward"
 

@@ -112,9 +112,7 @@ def test_nodes_that_differ() -> None:
     assert cluster.memory_bytes == 80_000_000_000
     assert cluster.link_for([16, 19]).bytes_per_s == 300e9
     assert cluster.link_for([19, 20]).name == "inter-node"
-    group = cluster.node_group_of(15)
-    assert group is not None
-    assert group.device == "H100-80GB-SXM"
+    assert cluster.nodes[0].device == "H100-80GB-SXM"
     assert Cluster.from_toml(cluster.to_toml()) == cluster
 
 

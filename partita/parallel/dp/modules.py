@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from partita.base.errors import UsageError
 from partita.comm.context import Context
 from partita.comm.protocol import Comm, Handle
-from partita.parallel.alike import hold_alike
+from partita.parallel.backward_call import Passed
 from partita.parallel.draws import drawing
-from partita.parallel.passed import Passed
+from partita.parallel.equal_start import hold_alike
 
 
 @dataclass(eq=False)

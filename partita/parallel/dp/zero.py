@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle, Where
+from partita.parallel.backward_call import Passed
 from partita.parallel.dp.replicate import Reducer, UnitComms
-from partita.parallel.passed import Passed
 from partita.parallel.units import Shards, Unit
 
 

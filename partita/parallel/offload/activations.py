@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from partita.parallel.backward_call import Passed
 from partita.parallel.offload.cpu import Moves
 from partita.parallel.offload.shelves import Shelf
-from partita.parallel.passed import Passed
 from partita.parallel.units import Unit
 
 Live = tuple[Tensor, ...]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from partita.base.errors import UsageError
 from partita.comm.context import Context, Named, group_ranks
 from partita.comm.protocol import Comm, Where, World
-from partita.parallel.alike import hold_alike
+from partita.parallel.equal_start import hold_alike
 from partita.parallel.pp.executor import Channel, Executor, StageModule
 from partita.parallel.pp.portals import ROW, Portal, Wire, wire_problems
 from partita.parallel.pp.rules import lane
