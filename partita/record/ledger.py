@@ -13,6 +13,8 @@ class Ledger:
     """Bytes held by one rank in one arena (device, host or disk), predicted or measured.
 
     `at_peak` holds the categories at the moment their sum was largest; `peak_bytes` is that sum.
+    `most` holds each category's own largest, whatever the others were then: where two moments are all but as
+    high, a rounding decides which is the peak, and what is there of each category, not what is ever kept.
     optimizer = moments and fp32 masters; buffers = gathered parameters, communication buffers and
     the loss's scratch; untagged = measured storages that nobody claimed (zero when predicted).
     """
@@ -20,6 +22,7 @@ class Ledger:
     rank: int
     arena: str = "device"
     at_peak: Mapping[str, int] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)  # predicted: but for buffers
 
     @property
     def peak_bytes(self) -> int:

@@ -64,8 +64,10 @@ def stage_ledger(
     categories["gradients"] = standing_gradients(laid, place) + come
     categories["buffers"] = worst.size + gone + sum(lent.values()) + brought
     categories["buffers"] += waiting_bytes(laid, place)
+    most = {c: n for c, n in categories.items() if c != "buffers"}
+    most["activations"] += gone
     rank = laid.mesh.rank_of({"pp": place})
-    return Ledger(rank, "device", dict(categories))
+    return Ledger(rank, "device", dict(categories), most)
 
 
 def kept_at_once(laid: Laid, place: int, schedule: Schedule) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class Allocations(TorchDispatchMode):
 
     Of a rank that is not `alone` in its process nothing is untagged: what it neither made nor claims may be
     another thread's. Enter it as a context (through `watch`) while something runs. `at_peak` are the bytes by
-    category when their sum was largest; `on_peak` is called then.
+    category when their sum was largest; `on_peak` is called then. `most` are each category's own largest.
     """
 
     watches_storages = True  # and nothing else: products keep their kernels (parallel/product.py)
@@ -70,6 +70,7 @@ class Allocations(TorchDispatchMode):
         self.where, self.device, self.alone = where, device, alone
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
         self.host: Counter[str] = Counter()  # the same of the host's arena, even where both are RAM
         self.host_at_peak: Counter[str] = Counter()
         self.total = self.peak = 0
@@ -121,7 +122,7 @@ class Allocations(TorchDispatchMode):
         """A stage's forward has ended: what it made and is still there waits for its backward."""
         for key in self._born:
             if key in self._live:
-                self._move(key, "activations")
+                self._keep(key)
         self._born.clear()
 
     def backward_over(self) -> None:
@@ -131,7 +132,8 @@ class Allocations(TorchDispatchMode):
     def ledger(self, rank: int, arena: str = "device") -> Ledger:
         """The peak of the newest `watch` in the device's arena, or in the host's."""
         found = self.at_peak if arena == "device" else self.host_at_peak
-        return Ledger(rank, arena, {c: n for c, n in found.items() if n})
+        most = {c: n for c, n in self.most.items() if n} if arena == "device" else {}
+        return Ledger(rank, arena, {c: n for c, n in found.items() if n}, most)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -185,6 +187,7 @@ class Allocations(TorchDispatchMode):
                 self.host_at_peak = Counter(self.host)
             return
         self.total += size
+        self.most[category] = max(self.most[category], arena[category])
         if self.total > self.peak:
             self._read_again()
         if self.total > self.peak:
@@ -206,6 +209,10 @@ class Allocations(TorchDispatchMode):
         if entry is not None:
             self._count(entry[2], entry[1], -entry[0])
 
+    def _keep(self, key: int) -> None:
+        self._move(key, "activations")
+        self.most["activations"] = max(self.most["activations"], self.held["activations"])
+
     def _move(self, key: int, category: str) -> None:
         size, before, arena, gone = self._live[key]
         if before != category:
@@ -219,7 +226,7 @@ class Allocations(TorchDispatchMode):
             self._enter(t, "buffers")
             key = t.untyped_storage()._cdata
             if key in self._live and self._live[key][1] == "buffers":
-                self._move(key, "activations")
+                self._keep(key)
         return t
 
     def _is_mapped(self, address: int) -> bool:
@@ -231,6 +238,6 @@ class Allocations(TorchDispatchMode):
         self.peak = self.total
         self.at_peak = Counter(self.held)
         if fresh:
-            self.host_at_peak = Counter(self.host)
+            self.host_at_peak, self.most = Counter(self.host), Counter(self.held)
         if self.on_peak is not None and not fresh:
             self.on_peak()

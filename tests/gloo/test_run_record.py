@@ -40,6 +40,9 @@ def test_a_run_measures_what_was_declared(
         ledger = record.ledger
         assert ledger.at_peak.get("untagged", 0) < 0.03 * ledger.peak_bytes
         assert ledger.peak_bytes == pytest.approx(predicted.ledger.peak_bytes, rel=0.10)
+        for category, want in predicted.ledger.most.items():
+            near = 0.10 if category == "activations" else 0.03
+            assert ledger.most.get(category, 0) == pytest.approx(want, rel=near), category
         assert record.declared.at_peak["gradients"] == ledger.at_peak["gradients"]
         kinds = [s.kind for s in record.spans if s.lane == "compute" and s.kind in "FB"]
         assert sorted(kinds) == ["B"] * 4 + ["F"] * 4
