@@ -21,13 +21,13 @@ from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Action, Schedule, needs
 from partita.spec.mesh import Mesh
 
-_KINDS = ("F", "B", "I", "W")
+_KINDS = ("F", "B", "I", "W", "U")  # U where stages update within their list
 
 
 @dataclass(frozen=True)
 class RecordedStep:
     """The schedule of the run's plan, when its actions ran in step `step` (by rank and start, seconds since
-    the first), and the median seconds of each stage's halves; of a whole backward each is half."""
+    the first), and the median seconds of each stage's halves and U; of a whole backward each is half."""
 
     schedule: Schedule
     spans: list[Span]
@@ -92,5 +92,5 @@ def _costs(schedule: Schedule, spans: Sequence[Span]) -> Costs:
     for stage in range(schedule.num_stages):
         half = middle.get((stage, "B"), 0.0) / 2
         forward, i, w = (middle.get((stage, kind), half) for kind in "FIW")
-        stages.append(StageCosts(forward, i, w))
+        stages.append(StageCosts(forward, i, w, middle.get((stage, "U"), 0.0)))
     return Costs(tuple(stages))

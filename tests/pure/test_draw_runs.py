@@ -110,6 +110,20 @@ def test_a_pair_is_cut_and_its_stages_have_costs(tmp_path):
     assert len(got.costs.stages) == 4 and all(s.F > 0 and s.I > 0 for s in got.costs.stages)
 
 
+def test_updates_under_way_are_drawn_at_what_they_took(tmp_path):
+    """And schedules beside a run are clocked at it."""
+    path = tmp_path / "mine.csv"
+    path.write_text("0F0,0F1,0B0,0U0,0B1,0U1\n1F0,1F1,1B0,1U0,1B1,1U1")
+    made = schedule(f"file:{path}", num_ranks=2, num_microbatches=2)
+    spans = clock(made, Costs((StageCosts(U=0.25), StageCosts(U=0.5))))
+    records = [
+        RankRecord(r, spans=tuple(s for s in spans if s.rank == r), step=3) for r in range(2)
+    ]
+    got = recorded_step(summary(f'pp2:"file:{path}"/2mb', records, tmp_path))
+    assert [s.name for s in got.spans if s.kind == "U"] == ["0U0", "0U1", "1U0", "1U1"]
+    assert [s.U for s in got.costs.stages] == [0.25, 0.5]
+
+
 def test_a_step_of_an_asynchronous_run_is_said_to_drain():
     made = schedule("pipedream", num_ranks=2, num_microbatches=4)
     assert Drawing(made, clock(made), run="r").name == "r (pipedream, measured: a step that drains)"
