@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -42,6 +43,7 @@ from partita.train.tokenizer import write_whole
 ROOT = Path("runs")
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 WRITTEN = ("job.toml", METRICS, "trace.json", "failure.json", "sample.txt")
+UPDATES = ("lr", "lr_schedule", "warmup_steps", "min_lr", "weight_decay", "clip_grad_norm")
 PROMPT, SAMPLE_TOKENS = "def ", 96
 TEMPERATURE = 0.8  # the likeliest words of a small model repeat themselves
 
@@ -121,7 +123,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
         notices += [p.message for p in prediction.problems if p.severity == "warning"]
-        notices += _begin(folder, step)
+        notices += _begin(folder, step, _changed(job, folder / "job.toml"))
         forget_measured(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())
         write_record(folder / RECORDS / "prediction.json", forecast(prediction))
@@ -129,14 +131,28 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     return Start(newest, step, tuple(notices))
 
 
-def _begin(folder: Path, step: int) -> list[str]:
+def _changed(job: Job, before: Path) -> str:
+    """What of the updates to come is not as the start before had it: allowed, yet never without a word."""
+    try:
+        then = tomllib.loads(before.read_text(encoding="utf-8"))["train"]
+    except (OSError, ValueError, KeyError):  # none, or none of ours
+        return ""
+    now = tomllib.loads(job.to_toml())["train"]
+    keys = [k for k in UPDATES if then.get(k) != now.get(k)]
+    if now["lr_schedule"] == "cosine" and then.get("steps") != now["steps"]:
+        keys.append("steps")
+    told = (f"train.{k} = {now.get(k)} (it was {then.get(k)})" for k in keys)
+    return f" with {', '.join(told)}" if keys else ""
+
+
+def _begin(folder: Path, step: int, changed: str) -> list[str]:
     """What a start says that is not the folder's first. Metrics of steps that no checkpoint holds are kept
     beside those to come, as metrics-1.jsonl, metrics-2.jsonl, ...: they may be all that is left of a run."""
     metrics = folder / METRICS
     done = max((x["step"] for x in read_metrics(metrics)), default=0) if metrics.exists() else 0
     run = ROOT / folder.name
     if step:
-        return [f"{run} goes on from step {step}"]
+        return [f"{run} goes on from step {step}{changed}"]
     if not done:
         return []
     number = 1

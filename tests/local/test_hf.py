@@ -263,6 +263,18 @@ def missing(t):
     del t["model.layers.1.mlp.up_proj.weight"]
 
 
+def headless(t):
+    del t["lm_head.weight"]
+
+
+def several(t):
+    """All are told at once."""
+    t["model.embed_tokens.weight"] = t["model.embed_tokens.weight"].to(torch.int64)
+    missing(t)
+    misshaped(t)
+    t["model.layers.3.mlp.up_proj.weight"] = torch.zeros(2)
+
+
 def extra(t):
     t["model.layers.3.mlp.up_proj.weight"] = t["model.layers.1.mlp.up_proj.weight"].clone()
 
@@ -278,6 +290,11 @@ def integers(t):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (several, r"embed_tokens.weight is I64; [^\n]+ \(and 3 more\)(\n  .+){3}$"),
+        (
+            headless,
+            r"lm_head.weight \(head.table\) is missing from .+: state model.tied = true where",
+        ),
         (missing, r"model.layers.1.mlp.up_proj.weight \(blocks.1.mlp.gate_up\) is missing"),
         (extra, r"model.safetensors: model.layers.3.mlp.up_proj.weight is no tensor of the model"),
         (misshaped, r"model.safetensors: model.norm.weight is \[31\]; the model has \[32\]"),
@@ -292,6 +309,13 @@ def test_tensors_that_are_not_the_models_are_refused(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         read_all(folder)
     assert caught.value.file and caught.value.key
+
+
+def test_shards_without_their_index_are_named(tmp_path):
+    folder = hf_models.save_model(tmp_path / "model", "gpt2", max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-\S+, .+ named in an index: copy"):
+        read_all(folder)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ from partita.model.families import export
 from partita.model.reference import weight_shapes
 from partita.spec.job import Job
 from partita.train import checkpoint, launch, pieces
-from partita.train.start import run_folder
+from partita.train.start import _changed, run_folder
 
 DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
 WRONG = [sys.executable, "-m", "partita", "simulate", "nowhere.toml"]
-JOB = {
+JOB: dict[str, Any] = {
     "name": "small",
     "model": {
         "family": "llama", "layers": 1, "hidden": 16, "heads": 2, "ffn_hidden": 32, "vocab": 256,
@@ -110,6 +111,18 @@ def _job(folder: Path) -> Job:
     (folder / "job.toml").write_text(to_toml(JOB))
     (folder / "text.txt").write_text("text " * 40)
     return Job.load(folder / "job.toml")
+
+
+def test_a_start_that_updates_otherwise_says_so(tmp_path):
+    before = tmp_path / "before.toml"
+    before.write_text(_job(tmp_path).to_toml())
+    (tmp_path / "job.toml").write_text(to_toml({**JOB, "train": {**JOB["train"], "lr": 0.01}}))
+    again = Job.load(tmp_path / "job.toml")
+    assert _changed(again, before) == " with train.lr = 0.01 (it was 0.0003)"
+    longer = Job.load(tmp_path / "job.toml", "train.steps=9", "train.lr=3e-4")
+    assert _changed(longer, before) == "" == _changed(again, tmp_path / "nowhere.toml")
+    cosine = Job.load(tmp_path / "job.toml", "train.steps=9", 'train.lr_schedule="cosine"')
+    assert _changed(cosine, before).endswith("(it was constant), train.steps = 9 (it was 1)")
 
 
 def test_what_the_system_refuses_is_told_with_what_mends_it(tmp_path, monkeypatch):

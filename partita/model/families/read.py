@@ -26,6 +26,7 @@ from partita.spec.model import ModelSpec
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
 DTYPES = ("F64", "F32", "F16", "BF16")
+TOLD = 10  # tensors that are wrong, by name
 COMPARED_ROWS = 4096  # of two tables that should be one
 
 
@@ -138,6 +139,11 @@ def _paths(folder: Path) -> Iterator[tuple[Path, list[str]]]:
                 f"; {', '.join(pickled[:3])} would have to be unpickled, which can run any code: save "
                 "it again with transformers, save_pretrained(folder), which writes safetensors"
             )
+        elif shards := sorted(p.name for p in folder.glob("*.safetensors")):
+            why += (
+                f"; {', '.join(shards[:3])} would have to be named in an index: copy {INDEX} too, or save "
+                "the model again with transformers, save_pretrained(folder)"
+            )
         raise CheckpointError(why, file=str(folder))
 
 
@@ -178,24 +184,41 @@ def _full_name(name: str, spec: ModelSpec) -> str:
 def _check(
     folder: Path, spec: ModelSpec, files: dict[str, _File], sources: Sequence[Source]
 ) -> None:
+    """Raises CheckpointError of all tensors that are not as the model has them."""
     wanted = {s.file_name: s for s in sources}
+    wrong = list(_wrong(folder, spec, files, wanted))
+    if wrong:
+        path, name, text = wrong[0]
+        more = [f"  {p}: {t}" for p, _, t in wrong[1:TOLD]]
+        more += [f"  and {len(wrong) - TOLD} more"] * (len(wrong) > TOLD)
+        count = f" (and {len(wrong) - 1} more)" if more else ""
+        raise _bad(path, name, "\n".join([text + count, *more]))
+    output = WORDS[spec.family].output
+    if spec.tied and output in files:
+        _check_tied(output, files[output], files[sources[0].file_name], sources[0].file_name)
+
+
+def _wrong(
+    folder: Path, spec: ModelSpec, files: dict[str, _File], wanted: dict[str, Source]
+) -> Iterator[tuple[Path, str, str]]:
+    """Where, which tensor, what is wrong with it."""
+    output = WORDS[spec.family].output
     for name, source in wanted.items():
         if name not in files:
-            raise _bad(folder, name, f"{name} ({source.name}) is missing from the folder")
+            hint = ": state model.tied = true where it is the token table" if name == output else ""
+            yield folder, name, f"{name} ({source.name}) is missing from the folder{hint}"
+            continue
         path, stored = files[name].path, files[name].slice(name)
         shape = tuple(stored.get_shape())
         if shape != source.file_shape:
             text = f"{name} is {list(shape)}; the model has {list(source.file_shape)}"
-            raise _bad(path, name, f"{text} ({source.name})")
+            yield path, name, f"{text} ({source.name})"
         if stored.get_dtype() not in DTYPES:
-            text = f"{name} is {stored.get_dtype()}; accepted: {', '.join(DTYPES)}"
-            raise _bad(path, name, text)
+            yield path, name, f"{name} is {stored.get_dtype()}; accepted: {', '.join(DTYPES)}"
     for name, file in files.items():
-        if name == WORDS[spec.family].output and spec.tied:
-            _check_tied(name, file, files[sources[0].file_name], sources[0].file_name)
-        elif name not in wanted and not NO_WEIGHTS.search(name):
+        if name not in wanted and name != output and not NO_WEIGHTS.search(name):
             text = f"{file.stored[name]} is no tensor of the model (family {spec.family}, "
-            raise _bad(file.path, name, f"{text}{spec.layers} layers, tied = {spec.tied})")
+            yield file.path, name, f"{text}{spec.layers} layers, tied = {spec.tied})"
 
 
 def _check_tied(name: str, file: _File, table_file: _File, table: str) -> None:
