@@ -131,7 +131,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int, in_place: bool = Fals
     halves = x.view(*x.shape[:-1], 2, half)
     across = halves * sin
     out = halves.mul_(cos) if in_place else halves * cos
-    (c, d), (a, b) = out.unbind(-2), across.unbind(-2)
+    a, b, c, d = (t.select(-2, i) for t in (across, out) for i in (0, 1))  # unbind takes as four
     if x.element_size() == 2 and half < VECTOR:
         out.add_(torch.stack([b.neg(), a], -2), alpha=way)
     else:

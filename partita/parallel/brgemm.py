@@ -110,56 +110,111 @@ def turned(x: Tensor) -> Tensor:
 def add(out: Tensor, dy: Tensor, x: Tensor) -> None:
     """out [rows, columns] += dy.T x, of dy [tokens, rows] and x [tokens, columns]."""
     (tokens, rows), columns = dy.shape, x.shape[1]
-    dy, x = in_rows(dy), in_rows(x)
+    (dy, lda), (x, ldb) = _apart(dy), _apart(x)
     if tokens > BLOCK:
         _add_grouped(out.unsqueeze(0), dy, x, (tokens,))
         return
     assert out.dtype == dy.dtype == x.dtype == torch.float32 and x.shape[0] == tokens
     assert out.shape == (rows, columns) and out.is_contiguous(), (out.shape, out.stride())
-    (multiply, turn), read, left = _kernels(), _read(), dy.new_empty(rows, tokens)
+    (multiply, turn), read = _kernels(), _read()
+    n, k, m, ldb, steps = _added(rows, columns, tokens, ldb)
+    left = dy.new_empty(rows * tokens)
     a, b, c = left.data_ptr(), x.data_ptr(), out.data_ptr()
-    n, k, ldb = SIZE(columns), SIZE(tokens), SIZE(x.stride(0))
-    turn(k, rows, dy.data_ptr(), dy.stride(0), a, k)
-    for some in _blocks_of(rows, columns):
-        read(c, c, WIDTH * some * columns)
+    turn(k, m, dy.data_ptr(), lda, a, k)
+    for some, of_left, of_out in steps:
+        read(c, c, of_out)
         multiply(some, n, k, k, ldb, n, YES, a, b, c, NO)
-        a, c = a + WIDTH * some * tokens, c + WIDTH * some * columns
+        a, c = a + of_left, c + of_out
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., columns] by weight [rows, columns], however it lies: x W.T."""
-    rows, columns = weight.shape
-    out = x.new_empty(*x.shape[:-1], rows)
-    x = x.view(-1, columns) if x.is_contiguous() else in_rows(x.reshape(-1, columns))
-    tokens = x.shape[0]
+    (rows, columns), shape = weight.shape, x.shape
+    out = x.new_empty((*shape[:-1], rows))
+    x, lda = (x, columns) if x.is_contiguous() else _apart(x.reshape(-1, columns))
     assert x.dtype == weight.dtype == torch.float32
-    if weight.stride(1) == 1 and tokens * (rows + columns) <= rows * columns:
-        _times_few(out, x, weight)
+    tokens, (step, beside) = x.numel() // columns, weight.stride()
+    if beside == 1 and tokens * (rows + columns) <= rows * columns:
+        _times_few(out, x, lda, weight, (tokens, rows, columns, step))
         return out
-    right, (multiply, _) = in_rows(turned(weight)), _kernels()
-    a, b, c, lda = x.data_ptr(), right.data_ptr(), out.data_ptr(), x.stride(0)
-    n, k, a_row, b_row = SIZE(rows), SIZE(columns), SIZE(lda), SIZE(right.stride(0))
-    _read()(b, b, WIDTH * rows * columns)
-    for some in blocks(tokens):
-        multiply(some, n, k, a_row, b_row, n, NO, a, b, c, NO)
-        a, c = a + WIDTH * some * lda, c + WIDTH * some * rows
+    _times_many(out, x, lda, in_rows(weight.t() if step == 1 else turned(weight)))
     return out
 
 
-def _times_few(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """out [..., rows] = (W x.T).T: no more is turned than W has elements."""
-    (tokens, columns), rows, (multiply, turn) = x.shape, weight.shape[0], _kernels()
-    steps, lda, read = _blocks_of(rows, tokens), weight.stride(0), _read()
-    held = x.new_empty((columns + steps[0]) * tokens)
-    a, b, to = weight.data_ptr(), held.data_ptr(), out.data_ptr()
-    n, k, a_row, whole = SIZE(tokens), SIZE(columns), SIZE(lda), SIZE(rows)
-    turn(n, k, x.data_ptr(), x.stride(0), b, n)
-    c = b + WIDTH * columns * tokens
-    for some in steps:
-        read(a, a, WIDTH * (some * lda - lda + columns))
+def back(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy [..., rows] by weight [rows, columns] as it lies: dy W."""
+    (rows, columns), shape = weight.shape, dy.shape
+    out = dy.new_empty((*shape[:-1], columns))
+    assert dy.dtype == weight.dtype == torch.float32
+    dy, lda = (dy, rows) if dy.is_contiguous() else _apart(dy.reshape(-1, rows))
+    _times_many(out, dy, lda, in_rows(weight))
+    return out
+
+
+def _apart(x: Tensor) -> tuple[Tensor, int]:
+    """x [rows, columns], of rows that lie side by side, and the elements from row to row."""
+    step, beside = x.stride()
+    if beside == 1 and step >= x.shape[1]:
+        return x, step
+    x = x.contiguous()
+    return x, x.stride(0)
+
+
+def _times_many(out: Tensor, x: Tensor, lda: int, right: Tensor) -> None:
+    """out [..., columns] = x [..., summed] by right [summed, columns]. Rows of x are `lda` elements apart."""
+    summed, columns = right.shape
+    n, k, a_row, b_row, steps = _many(out.numel() // columns, columns, summed, lda, right.stride(0))
+    multiply, a, b, c = _kernels()[0], x.data_ptr(), right.data_ptr(), out.data_ptr()
+    _read()(b, b, WIDTH * summed * columns)
+    for some, of_x, of_out in steps:
+        multiply(some, n, k, a_row, b_row, n, NO, a, b, c, NO)
+        a, c = a + of_x, c + of_out
+
+
+def _times_few(
+    out: Tensor, x: Tensor, lda: int, weight: Tensor, sizes: tuple[int, int, int, int]
+) -> None:
+    """out [..., rows] = (W x.T).T: no more is turned than W has elements. Rows of x are `lda` apart."""
+    (multiply, turn), read = _kernels(), _read()
+    held, place, n, k, a_row, m, steps = _few(*sizes)
+    memory = x.new_empty(held)
+    a, b, to = weight.data_ptr(), memory.data_ptr(), out.data_ptr()
+    turn(n, k, x.data_ptr(), lda, b, n)
+    c = b + place
+    for some, much, of_weight, of_out in steps:
+        read(a, a, much)
         multiply(some, n, k, a_row, n, n, NO, a, b, c, NO)
-        turn(some, n, c, n, to, whole)
-        a, to = a + WIDTH * some * lda, to + WIDTH * some
+        turn(some, n, c, n, to, m)
+        a, to = a + of_weight, to + of_out
+
+
+# What calls of one size are given, made once: numbers and, for each block of rows, how many they are and how
+# many bytes further the next one lies.
+
+
+@lru_cache(4096)
+def _added(rows: int, columns: int, tokens: int, ldb: int) -> tuple[Any, ...]:
+    """Of `add`."""
+    steps = [(SIZE(n), WIDTH * n * tokens, WIDTH * n * columns) for n in _blocks_of(rows, columns)]
+    return SIZE(columns), SIZE(tokens), SIZE(rows), SIZE(ldb), steps
+
+
+@lru_cache(4096)
+def _many(tokens: int, rows: int, columns: int, lda: int, ldb: int) -> tuple[Any, ...]:
+    """Of `_times_many`."""
+    steps = [(SIZE(n), WIDTH * n * lda, WIDTH * n * rows) for n in blocks(tokens)]
+    return SIZE(rows), SIZE(columns), SIZE(lda), SIZE(ldb), steps
+
+
+@lru_cache(4096)
+def _few(tokens: int, rows: int, columns: int, step: int) -> tuple[Any, ...]:
+    """Of `_times_few`, before them the elements that are held and the byte at which what is made begins."""
+    parts = _blocks_of(rows, tokens)
+    steps = [
+        (SIZE(n), WIDTH * (n * step - step + columns), WIDTH * n * step, WIDTH * n) for n in parts
+    ]
+    held, place = (columns + parts[0]) * tokens, WIDTH * columns * tokens
+    return held, place, SIZE(tokens), SIZE(columns), SIZE(step), SIZE(rows), steps
 
 
 @lru_cache(4096)

@@ -10,10 +10,14 @@ before it made. A node costs Python twice a microbatch, which counts where layer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+
+Below: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 Link = tuple[Any, ...]  # a Function, and what it is given behind tensors
 Segment = Sequence[Link]
@@ -42,6 +46,12 @@ class Kept:
 
 
 Done = tuple[Any, Kept, int, int]  # a Function, its ctx, how many tensors it reads and saves
+
+
+def _below() -> Any:
+    """Where operators do not ask autograd, which records nothing inside a Function. Who watches them sees
+    them in parts, as autograd hands them on."""
+    return nullcontext() if _len_torch_dispatch_stack() else Below()
 
 
 def _forward(x: Tensor, links: Segment, done: list[Done], saved: list[Tensor | None]) -> Any:
@@ -121,9 +131,10 @@ class Residual(torch.autograd.Function):
     def forward(ctx, x: Tensor, *segments: Segment) -> Tensor:
         """Adds behind the last link of each."""
         ctx.segments, saved = [], []
-        for links in segments:
-            ctx.segments.append([])
-            x = x + _forward(x, links, ctx.segments[-1], saved)
+        with _below():
+            for links in segments:
+                ctx.segments.append([])
+                x = x + _forward(x, links, ctx.segments[-1], saved)
         ctx.save_for_backward(*saved)
         return x
 
@@ -132,7 +143,8 @@ class Residual(torch.autograd.Function):
         """Both ways."""
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # from here on `saved` alone holds them
-        for done in reversed(ctx.segments):
-            (dx,) = _backward((dy,), done, saved)
-            dy = dy + dx
+        with _below():
+            for done in reversed(ctx.segments):
+                (dx,) = _backward((dy,), done, saved)
+                dy = dy + dx
         return dy, *(None for _ in ctx.segments)

@@ -65,6 +65,9 @@ class Plain:
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """dy W."""
+        rows, columns = weight.shape
+        if is_little(dy.dtype, dy.device, (dy.numel() // rows, columns, rows)):
+            return brgemm.back(dy, weight)
         return times(dy, weight.t())
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -126,7 +129,10 @@ def _is_wide(
 def is_little(dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]) -> bool:
     """Whether oneDNN's small-matrix kernel makes a product of (tokens, rows, columns), on this thread
     alone: a rank has no others."""
-    if sizes[1] * sizes[2] > brgemm.FITS or not _is_wide(dtype, device, sizes, LITTLE, THIN):
+    tokens, rows, columns = sizes
+    if dtype != torch.float32 or not LITTLE <= tokens * rows * columns <= tokens * brgemm.FITS:
+        return False
+    if rows < THIN or columns < THIN or device.type != "cpu" or not has_wider_kernels():
         return False
     return brgemm.kernels() is not None and not _is_watched()
 

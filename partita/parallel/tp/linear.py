@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -48,7 +49,13 @@ class Column:
     @property
     def trains(self) -> bool:
         """Whether some matrix has a gradient: only then x is kept."""
-        return any(m.trains for m in (*self.matrices, *self.low))
+        return self.matrices[0].trains or any(m.trains for m in (*self.matrices, *self.low))
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is one matrix and nothing else."""
+        alone = len(self.matrices) == 1 and not (self.low or self.biases)
+        return alone and self.region.kind == "identity"
 
     @property
     def link(self) -> Link:
@@ -111,6 +118,9 @@ class _Column(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: Column) -> Tensor:
         """Region, then matmul."""
         ctx.save_for_backward(x if layer.trains else None)
+        if layer.is_plain:
+            ctx.layer = layer
+            return layer.matrices[0].multiply(x)
         ctx.layer = layer = layer.begin()
         return layer.multiply(layer.region.forward(x))
 
@@ -119,6 +129,8 @@ class _Column(torch.autograd.Function):
         """The conjugate; sp gathers x again, for dW: under dX, or in a W of its own."""
         (x,) = ctx.saved_tensors
         layer: Column = ctx.layer
+        if layer.is_plain:
+            return _plain_back(layer.matrices[0], dy, x), None
         queue = layer.matrices[0].queue
         early = x is not None and layer.region.kind == "gather_from" and not queue.defers
         whole = layer.region.start_forward(x) if early else None
@@ -198,14 +210,23 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: Row = ctx.layer
         dy = layer.region.backward(dy)
+        if layer.low is None:
+            return _plain_back(layer.matrix, dy, x), None, None
         dx = layer.matrix.back(dy)
-        dh = () if layer.low is None else layer.low.back(dy, dx)
+        dh = layer.low.back(dy, dx)
         if x is not None:
             dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
             layer.matrix.accumulate(dy, x)
-            if layer.low is not None:
-                layer.matrix.queue.add(layer.low.accumulate, dy, x, dh)
+            layer.matrix.queue.add(layer.low.accumulate, dy, x, dh)
         return dx, None, None
+
+
+def _plain_back(matrix: Matrix, dy: Tensor, x: Tensor | None) -> Tensor:
+    """dx of dy [..., rows]; a matrix that multiplied x [..., columns] gets its gradient, where x was kept."""
+    dx = matrix.back(dy)
+    if x is not None:
+        matrix.accumulate(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return dx
 
 
 class AddBias(torch.autograd.Function):
