@@ -39,6 +39,7 @@ from partita.train.recorder import machine
 from partita.train.resume import Stated, check_resumes, header, verify_run
 from partita.train.sample import continue_text
 from partita.train.tokenizer import write_whole
+from partita.train.track import absent
 
 ROOT = Path("runs")
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -123,6 +124,7 @@ def prepare(job: Job, prediction: Prediction, folder: Path, allow_fallback: bool
     if step < job.train.steps:
         _check_room(job, mine.tensors, checkpoints, step)
         notices += [p.message for p in prediction.problems if p.severity == "warning"]
+        notices += absent(job.train.track)
         notices += _begin(folder, step, _changed(job, folder / "job.toml"))
         forget_measured(folder)
         write_whole(folder / "job.toml", job.to_toml().encode())

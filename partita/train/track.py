@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -122,6 +123,28 @@ class MLflow:
     def close(self, ok: bool) -> None:
         """Finished, or failed."""
         self._mlflow.end_run("FINISHED" if ok else "FAILED")
+
+
+LIBRARIES = {
+    "tensorboard": ("tensorboardX", "tensorboard"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
+
+def absent(names: Sequence[str]) -> list[str]:
+    """What a start says of trackers whose library is not there: training goes on without them."""
+    missing = [
+        name
+        for name in names
+        if not any(x in sys.modules or find_spec(x) is not None for x in LIBRARIES[name])
+    ]
+    if not missing:
+        return []
+    return [
+        f"train.track: {', '.join(missing)} not installed, nothing is sent there: "
+        "pip install 'partita[track]'"
+    ]
 
 
 TRACKERS: dict[str, Callable[[Run], Tracker]] = {

@@ -160,3 +160,10 @@ def test_only_the_rank_that_speaks_tracks_and_names_are_known(tmp_path, library)
     assert "wandb" not in sys.modules
     with pytest.raises(UsageError, match=r"train\.track"):
         job("comet")
+
+
+def test_a_library_that_is_not_there_is_told_at_the_start(monkeypatch):
+    monkeypatch.setattr(track, "LIBRARIES", {"wandb": ("no_such_library",), "mlflow": ("json",)})
+    (told,) = track.absent(("wandb", "mlflow"))
+    assert told.startswith("train.track: wandb not installed") and "partita[track]" in told
+    assert track.absent(("mlflow",)) == [] == track.absent(())
