@@ -12,6 +12,7 @@ RAMP = 96
 WEIGHT_WELL = 0.87
 UNALIGNED = 0.52
 DIAGONAL = 128
+OLD_UNITS = 0.63
 SLOW = 0.2
 BASE, HOP = 3.0, 0.3
 FILL = 0.4
@@ -36,6 +37,10 @@ SAYS = {
         READ, "of a matmul's rate, where rows begin between multiples of 4 bytes (vtrain-single, tp 1)",
     ),
     "DIAGONAL": (OTHERS, "keys of a tile of fused attention, which on the diagonal is computed whole"),
+    "OLD_UNITS": (
+        OTHERS, "of fused attention's rate after Ampere, by kernels of Ampere's instructions: mma.sync"
+        " reaches so much of Hopper's peak (Luo et al. 2024, 2402.13499)",
+    ),
     "SLOW": (
         OTHERS, "of a hidden collective's time is lost by the compute beside it: NCCL's 24 channels, each on"
         " a compute unit, of 108 to 148",

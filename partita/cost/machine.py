@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.base.errors import UsageError
-from partita.cost.empirical import HOST_S, RESTART
+from partita.cost.empirical import HOST_S, OLD_UNITS, RESTART
 from partita.cost.pieces import ATTENTION, CROWDED, Seconds, between, curve, nearest
 from partita.spec.cluster import Cluster
 from partita.spec.corrected import slowed
@@ -36,6 +36,7 @@ UNITS = {
     "V100": 80, "A100": 108, "H100": 132, "B200": 148, "B300": 148,
     "MI250X": 208, "MI300X": 304, "TPU": 0, "CPU": 0, "GPU": 108,
 }  # fmt: skip
+AFTER_AMPERE = ("H100", "B200", "B300")  # whose matmuls have instructions of their own
 # rows of hardware.csv that share constants, by the beginning of their name; the first that fits counts
 CLASSES = (
     ("H100", "H100"), ("H200", "H100"), ("H800", "H100"),
@@ -71,6 +72,7 @@ class Software:
 
     name: str = "current"
     flash: bool = True
+    flash_of_ampere: bool = False  # made of Ampere's instructions, on a later device too
     host_s: float = HOST_S
     # every kernel from dispatch to combine but matmuls, and the exchanges, take so many times as long
     experts: float = 1.0
@@ -107,7 +109,10 @@ class Software:
     keeps_whole: bool = False
     loss_bytes: int = 0  # a logit, that an eager loss holds at once; 0: its own tensors alone
     shards_gradients: bool = False  # FSDP that gathers once a step keeps shards of gradients alone
-    added_bytes: int = 0  # moved to add an element of a weight's new gradient; 0: its matmul adds
+    # moved to add an element of a weight's new gradient, or to lay it for its reduction, and a gathered
+    # weight for its matmuls; 0: the matmul adds
+    added_bytes: int = 0
+    eager: tuple[str, ...] = ()  # pieces of layers that are a kernel for each of PyTorch's ops
     cast_bytes: int = 4  # moved as an element becomes one of 8 bits
     starts_each_expert: bool = False  # what experts multiply is a kernel for each of them
     fuses_experts: bool = False  # that kernel activates, and narrows what the next one reads
@@ -237,7 +242,8 @@ class Machine:
     def attention_rate(self) -> float:
         """FLOP/s of fused attention in 16 bits; it never runs in fewer."""
         peak = sustained(self.cluster.device) * self.cluster.peak("bf16")
-        return peak * self.constants.attention
+        is_old = self.software.flash_of_ampere and self.class_ in AFTER_AMPERE
+        return peak * self.constants.attention * (OLD_UNITS if is_old else 1)
 
 
 def device_class(device: str) -> str:

@@ -12,8 +12,8 @@ KNOWN = {
     "recompute": (r"(none|minimal|(full|selective)(\(.*\))?)?", "none, minimal, full, selective(MODULES)"),
     "seqpar": (r"(yes|no)?", "yes, no"),
     "zero_or_fsdp": (
-        r"(none|(zero[123]?|fsdp2?(64)?)(\(.*\))?)?",
-        "none, zero1, zero2, zero3, fsdp, fsdp2, fsdp(HOW)",
+        r"(none|(zero[123]?|[fh]sdp2?(64)?)(\(.*\))?)?",
+        "none, zero1, zero2, zero3, fsdp, fsdp2, fsdp(HOW), hsdp",
     ),
     "flops_conv": (r"(hw|model|model_full|model_causal)?", "hw, model, model_full, model_causal"),
     "quality": (r"[ABC]?", "A, B, C"),
@@ -25,6 +25,11 @@ PLAIN, GATED = ("gelu", "relu2"), ("swiglu", "geglu")  # feed-forwards of two ma
 def is_gpt(row: Mapping[str, str]) -> bool:
     """Whether GPT-2's family has the row's layers: GELU without a gate, and as many keys as queries."""
     return row["mlp"] == "gelu" and row.get("kv_heads", "") in ("", row.get("heads", ""))
+
+
+def is_eager(row: Mapping[str, str]) -> bool:
+    """Whether a row's notes say that each op of a layer is a kernel: no compiler, no kernels of its own."""
+    return re.search(r"\beager\b", row.get("notes", "")) is not None
 
 
 def not_understood(row: Mapping[str, str]) -> list[str]:

@@ -16,8 +16,8 @@ from partita.base.errors import PartitaError, PlanError
 from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
-from partita.simulate.cells import GATED, PLAIN, is_gpt, not_understood
-from partita.simulate.recipes import UNSTATED, Recipe, recipe_of
+from partita.simulate.cells import GATED, PLAIN, is_eager, is_gpt, not_understood
+from partita.simulate.recipes import EAGER, UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
 from partita.spec.hardware import find_hardware
@@ -47,7 +47,7 @@ ERAS = (
     ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "nemo-2024"),
     ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), (WHOLE, "bridge-2026"),
     ("bridge-", "bridge-2026-02"), ("deepseek", "deepseek-2024"),
-    ("maxtext", "xla"), ("palm", "xla"),
+    ("maxtext", "xla"), ("palm", "xla"), ("mpt", "mosaic-2023"), (r".* [fh]sdp\S*$", "fsdp"),
 )  # fmt: skip
 # eras of Megatron-LM and of what is built on it
 MEGATRON = ("megatron", "nemo", "bridge", "deepspeed")
@@ -94,14 +94,13 @@ class Case:
     micro_batch_size: int
     global_batch_size: int
     matmul_dtype: str  # '' where it is the plan's
-    frozen: (
-        bool  # all weights but small adapters (LoRA): no weight gradients, no states to speak of
-    )
+    frozen: bool  # all weights but small adapters (LoRA): no weight gradients
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
     again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
     cast_bytes: int = 0  # as the row's scales are made; 0 where it does not say
     stated: Recipe = UNSTATED  # what configurations say and no column does
+    eager: bool = False  # each op is a kernel: no compiler, no program's own kernels
     biased: bool = False  # experts have biases, which their program adds apart
 
     def request(self, plan: Plan) -> Request:
@@ -120,6 +119,7 @@ class Case:
             cast_bytes=self.cast_bytes or era.cast_bytes,
             sends_rows_once=era.sends_rows_once and not stated.each,
             starts_experts=era.starts_experts and not stated.eager,
+            eager=EAGER[stated.own_norms :] if self.eager else (),
         )
         return replace(found, software=era)
 
@@ -200,6 +200,7 @@ def case(row: Row) -> Case:
         _again(row) if row["recompute"] else stated.again,
         _cast_bytes(row),
         stated,
+        is_eager(row),
         row["model_name"].startswith(BIASED) and software_of(software(row)).starts_each_expert,
     )
 
@@ -332,13 +333,12 @@ def _redistributed(row: Row, layers: int, stages: int) -> tuple[int, ...]:
 
 def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
     text = row["zero_or_fsdp"]
-    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 1, "fsdp": 3}
+    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 1, "fsdp": 3, "hsdp": 3}
     stage = next((s for start, s in stages.items() if text.startswith(start)), 0)
     if not stage:
         return plan.with_("mesh", dp_replicate=dp)
-    slices = (
-        number(row, "n_gpus") // number(row, "gpus_per_node") if REPLICAS in row["notes"] else 1
-    )
+    apart = REPLICAS in row["notes"] or text.startswith("hsdp")
+    slices = number(row, "n_gpus") // number(row, "gpus_per_node") if apart else 1
     mesh = {"dp_replicate": slices, "dp_shard": dp // slices}
     return plan.with_("mesh", **mesh).with_("data", zero_stage=stage)
 

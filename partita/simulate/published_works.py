@@ -23,13 +23,18 @@ from partita.spec.program import Block
 AGAIN: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "moe": ("router", "dispatch", "experts", "combine", "shared"),
+    "op": (
+        "attention.wk", "attention.wo", "attention.rope_q", "attention.rope_k", "attention.residual",
+        "mlp.act",
+    ),
     "moe_act": ("experts.act",),
     "swiglu": ("experts.act", "shared.act", "mlp.act"),
     "mla_up_proj": (
         "attention.wq", "attention.wk", "attention.wv", "attention.rope_q", "attention.rope_k",
     ),
 }  # fmt: skip
-NORMS = ("rmsnorm", "layernorm")
+STAYS = ("attention.rope_q",)  # what it reads is kept, not what it writes
+NORMS = ("rmsnorm", "layernorm", "op")
 # bytes an element: 4 written; 2 and 4 read, 4 written; 4 and 4; 4 read, 2 written. Back: 2 and 4; 4 and 2 to
 # the rows, 2 and 2 to lie side by side; 4, 4 and 4 to the biases, as much to the gates
 BIASED = (28, 40)
@@ -49,7 +54,10 @@ def lay_case(found: Case, plan: Plan) -> Laid:
             for op in block.ops()
             if op.segment in wanted or op.name in wanted or (norms and op.kind == "norm")
         }
-        return replace(block, kept=block.kept - made)
+        read = {
+            r for op in block.ops() for r in op.reads if op.name in STAYS and "op" in found.again
+        }
+        return replace(block, kept=(block.kept - made) | read)
 
     return _changed(laid, less)
 
@@ -59,7 +67,24 @@ def case_works(found: Case, laid: Laid) -> Works:
     works = works_of(laid, found.matmul_dtype)
     if found.biased:
         works = biased(works)
+    if "op" in found.again:
+        works = halved(works, found)
     return spread(works) if found.spread else works
+
+
+def halved(works: Works, found: Case) -> Works:
+    """Of the gate and what it gates the one is run again, by torchtitan's rule of every second matmul
+    (parallelize_llama.py)."""
+    pair = 2 * found.model.ffn_hidden // found.plan.mesh.tp
+
+    def one(part: Part) -> Part:
+        w = part.work
+        pairs = [k for k in w.forward if k.kind == "matmul" and k.n == pair]
+        half = tuple(replace(k, n=k.n // 2, bytes=k.bytes / 2) for k in pairs[:1])
+        return replace(part, work=replace(w, again=(*w.again, *half), known={}))
+
+    each = (replace(w, parts=tuple(map(one, w.parts))) for w in works.stages)
+    return Works(tuple(each), works.once)
 
 
 def biased(works: Works) -> Works:

@@ -20,7 +20,8 @@ class Recipe:
     exchanges run beside the other microbatch's compute (overlap_moe_expert_parallel_comm). each: a plain
     all-to-all, where a token goes once to each of its experts (moe_token_dispatcher_type). micro: the
     microbatch size, where a row has that of another plan on its line (the page prints accumulations). eager:
-    the host starts every kernel (cuda_graph_impl "none")."""
+    the host starts every kernel (cuda_graph_impl "none"). own_norms: an eager program's norm is a kernel
+    (norm_type fused_rmsnorm of torchtitan's configurations until the summer of 2024)."""
 
     again: tuple[str, ...] = ()
     leaves: int = 0
@@ -28,9 +29,15 @@ class Recipe:
     each: bool = False
     micro: int = 0
     eager: bool = False
+    own_norms: bool = False
 
 
 UNSTATED = Recipe()
+EAGER = (
+    "norm",
+    "rotate",
+    "gate",
+)  # pieces of eager PyTorch; the norm first, which may be the program's own
 LIGHT = ("layernorm", "moe_act")
 # what a row's COLUMNS, joined by spaces, begin with -> what is stated of it; all that fit count
 RECIPES = (
@@ -42,6 +49,7 @@ RECIPES = (
     (r"bridge-25.09 LLAMA3_70B GB200 mxfp8", Recipe(micro=1)),
     (r"bridge-skill Moonlight", Recipe(eager=True)),
     (r"bridge-\S+ LLAMA3.1_405B G?B300 bf16 fsdp", Recipe(leaves=40)),
+    (r"titan-2024a100 ", Recipe(own_norms=True)),
     (r"bridge-\S+ GPT OSS 120B (H100|GB200|B200) bf16", Recipe(again=LIGHT)),
     (r"bridge-\S+ GPT OSS 120B \S+ bf16", Recipe(each=True)),
     (r"bridge-\S+ Qwen3_235B_a22B (H100|B200)", Recipe(each=True)),

@@ -25,6 +25,11 @@ UNFUSED_LOSS = {
     "F": (8, 8, 8, 8),
     "I": (8, 6),
 }  # bytes a logit: widened, less the wide maximum, exponentials, over their sum; scaled, narrowed
+# of eager PyTorch: kernels, and bytes an element, of a norm in 32 bits (widened, squared, averaged, scaled,
+# narrowed, times its weights), a rotation (complex numbers in 32 bits), and a gate; forward, backward
+OP_BY_OP = {
+    "norm": ((6, 36), (9, 76)), "rotate": ((3, 20), (3, 20)), "gate": ((2, 10), (3, 18)),
+}  # fmt: skip
 FRESH_BYTES = 2  # of a gradient that a 16-bit matmul writes
 GATES = (
     "gate",
@@ -82,6 +87,12 @@ def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel
         elements = kernel.m * kernel.n * kernel.count
         alone = replace(kernel, bytes=kernel.bytes - (STATE_BYTES - FRESH_BYTES) * elements)
         return alone, Kernel("memory", float(era.added_bytes * elements), dtype=kernel.dtype)
+    if (
+        era.eager
+        and kernel.pieces
+        and all(n.removesuffix(BACK) in era.eager for n, _ in kernel.pieces)
+    ):
+        return [k for name, size in kernel.pieces for k in _op_by_op(kernel, name, size)]
     if kernel.kind == "cast":
         return (replace(kernel, bytes=float(era.cast_bytes * kernel.m)),)
     if kernel.kind == "loss" and not era.fuses_loss:
@@ -91,6 +102,12 @@ def unfused_kernels(kernel: Kernel, part: str, era: Software) -> Sequence[Kernel
         return (kernel,)
     passes, scores = UNFUSED["B" if part == "I" else "F"], kernel.bytes / (3 if part == "I" else 2)
     return [replace(kernel, kind="memory", bytes=n * scores) for n in passes]
+
+
+def _op_by_op(kernel: Kernel, piece: str, size: float) -> list[Kernel]:
+    """The kernels that eager PyTorch starts for a piece of so many elements."""
+    times, moved = OP_BY_OP[piece.removesuffix(BACK)][piece.endswith(BACK)]
+    return [replace(kernel, bytes=moved * size / times, pieces=())] * times
 
 
 @dataclass(frozen=True, slots=True)

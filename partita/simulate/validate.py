@@ -19,6 +19,7 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.parallel.laid import Laid
+from partita.simulate.cells import is_eager
 from partita.simulate.predict import timed, waiting
 from partita.simulate.published import (
     STEP_METRICS,
@@ -165,7 +166,8 @@ def convention_of(row: Row) -> Convention:
 def _configuration(row: Row) -> tuple[str, ...]:
     """What ran, as the row's columns and notes tell it."""
     adapters = "LoRA" if "LoRA" in row.get("notes", "") else ""
-    return (*(row.get(c, "") for c in CONFIGURATION), method(row), adapters)
+    kernels = "eager" if is_eager(row) else ""
+    return (*(row.get(c, "") for c in CONFIGURATION), method(row), adapters, kernels)
 
 
 def _usable(rows: Iterable[Row]) -> tuple[list[tuple[Row, Case]], list[Skip]]:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from partita.cost.empirical import HOST_S
+from partita.cost.empirical import HOST_S, OLD_UNITS
 from partita.cost.kernels import Kernel, kernel_seconds
 from partita.cost.machine import machine_of, software_of
+from partita.cost.pieces import BACK
 from partita.parallel.laid import lay
 from partita.simulate.published import case
 from partita.simulate.published_works import case_works, lay_case
+from partita.simulate.recipes import EAGER
 from partita.simulate.stage import Work, stage_time
 from partita.simulate.started import host_seconds, kernel_times, started_kernels, unfused_kernels
-from partita.simulate.validate import predict, read_rows
+from partita.simulate.validate import predict, read_rows, score
 from partita.simulate.work import block_work
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
@@ -61,6 +63,62 @@ def test_a_gradient_that_its_matmul_does_not_add_is_a_kernel_more():
         alone, added = unfused_kernels(weight, "W", software_of(era))
         assert alone.bytes == 1000 - (8 - 2) * 40  # it writes 16 bits, and reads nothing
         assert (added.kind, added.bytes) == ("memory", moved * 40)
+
+
+def test_gradients_are_laid_for_the_reduction_that_fsdp_makes():
+    """FSDP2: 6 bytes a gradient's element, and 4 each way as a gathered weight is laid whole."""
+    weight = Kernel("matmul", 1000.0, m=5, n=4, k=7, adds=True)
+    _, laid = unfused_kernels(weight, "W", software_of("torchtitan"))
+    assert laid.bytes == (6 + 2 * 4) * 5 * 4
+    _, laid = unfused_kernels(weight, "W", software_of("mosaic-2023"))
+    assert laid.bytes == (4 + 6 + 8) * 5 * 4
+
+
+def test_eager_programs_start_each_op_of_a_norm_a_rotation_and_a_gate():
+    norm, rotation = (
+        Kernel("memory", 400.0, pieces=((name, 100.0),)) for name in ("norm", "rotate")
+    )
+    compiled, eager = software_of("torchtitan"), replace(software_of("torchtitan"), eager=EAGER)
+    assert unfused_kernels(norm, "F", compiled) == (norm,)
+    assert [k.bytes for k in unfused_kernels(norm, "F", eager)] == [600.0] * 6
+    back = replace(norm, pieces=(("norm" + BACK, 100.0),))
+    assert sum(k.bytes for k in unfused_kernels(back, "I", eager)) == pytest.approx(7600)
+    assert sum(k.bytes for k in unfused_kernels(rotation, "F", eager)) == pytest.approx(2000)
+    own = replace(eager, eager=EAGER[1:])
+    assert unfused_kernels(norm, "F", own) == (norm,)
+
+
+def test_a_rows_notes_say_that_nothing_compiles_it(rows):
+    """Three rows of torchtitan on A100, whose norm was a kernel of its own; with a compiler it is sooner."""
+    row = next(r for r in rows if r["group"] == "titan-2024a100")
+    found = case(row)
+    assert found.machine().software.eager == EAGER[1:]
+    compiled = {**row, "notes": "FSDP2; compile"}
+    assert case(compiled).machine().software.eager == ()
+    assert predict(case(compiled)) < predict(found)
+    told, skipped = score([row, {**compiled, "id": "another"}])
+    assert len(told) == 2 and not skipped
+
+
+def test_every_second_matmul_of_a_layer_is_run_again(rows):
+    """selective(op): keys, what attention hands on, and half of the gate's pair (torchtitan's rule)."""
+    found = case(next(r for r in rows if r["recompute"] == "selective(op)"))
+    works = case_works(found, lay_case(found, found.plan))
+    layer = max(works.stages[0].parts, key=lambda p: p.times)
+    again = [k for k in layer.work.again if k.kind == "matmul"]
+    model = found.model
+    assert sorted(k.n for k in again) == sorted((1024, model.hidden, model.ffn_hidden))
+    assert not any(k.kind == "attention" for k in layer.work.again)
+
+
+def test_attention_of_amperes_instructions_is_slow_on_hopper(rows):
+    ampere, hopper = (
+        case(next(r for r in rows if r["group"] == g)).cluster for g in ("titan-2024a100", "llama3")
+    )
+    for cluster, share in ((ampere, 1), (hopper, OLD_UNITS)):
+        old, new = (machine_of(cluster, era) for era in ("mosaic-2023", "fsdp"))
+        assert old.attention_rate == pytest.approx(share * new.attention_rate)
+        assert old.rate("bf16") == new.rate("bf16")
 
 
 def test_what_matmuls_of_8_bits_read_is_cast(rows):

@@ -425,3 +425,17 @@ def test_where_rows_go_is_looked_at_before_the_work(monkeypatch, capsys):
     monkeypatch.setattr("partita.simulate.validation.validation", None)  # nobody may ask it
     assert main.run(["validate", str(FILE), "--rows", "no/such/rows.csv"]) == 2
     assert "the folder no/such does not exist" in capsys.readouterr().err
+
+
+def test_rows_of_other_sources_hold_their_bounds():
+    """In no fit: some of MPT's on A100 and H100, shards in a node with replicas across nodes, a v5e."""
+    fresh = read_rows(FILE.parent / "fresh.csv")
+    some = [r for i, r in enumerate(fresh) if r["group"].startswith("mpt-") and i % 6 == 0]
+    scored, skipped = score(
+        [*some, *(r for r in fresh if r["group"] in ("fms-fsdp", "titan-h200"))]
+    )
+    assert not skipped
+    for line in summary(scored, {}):
+        assert line["mape"] <= (0.12 if line["group"].endswith("fp8") else 0.08), line
+    shared = next(s.case.plan for s in scored if s.row["zero_or_fsdp"] == "hsdp")
+    assert (shared.mesh.dp_shard, shared.data.zero_stage) == (8, 3)
