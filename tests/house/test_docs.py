@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import files_docs
 import pytest
 from layers import PACKAGE, ROOT, files
 
@@ -88,3 +89,9 @@ def test_the_map_lists_every_file():
         if not any(fnmatch.fnmatch(name, word) for word in words[unit]):
             missing.append(str(file.relative_to(PACKAGE)))
     assert not missing
+
+
+def test_the_page_of_files_is_the_packages():
+    assert files_docs.PAGE.read_text() == files_docs.page(), (
+        "python tests/house/files_docs.py writes it"
+    )
