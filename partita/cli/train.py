@@ -32,7 +32,7 @@ def train(
         ),
     ] = False,
     no_preflight: Annotated[
-        bool, typer.Option("--no-preflight", help="Do not compare the ranks' versions at start.")
+        bool, typer.Option("--no-preflight", help="Do not look at the ranks as they begin.")
     ] = False,
     json: Json = False,
 ) -> None:

@@ -27,6 +27,7 @@ from partita.spec.job import Job
 from partita.train.checkpoint import outlook
 from partita.train.control import Control
 from partita.train.devices import computes_on_gpu
+from partita.train.examine import needs_of
 from partita.train.failure import Failure
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, run_rank
@@ -74,7 +75,8 @@ def train(
             stops.check()
             if start.step >= job.train.steps:
                 return finished(job, folder, start)
-            spec = RunSpec(job, folder, start.checkpoint, notices, looks=preflight)
+            looks = needs_of(job, prediction) if preflight else None
+            spec = RunSpec(job, folder, start.checkpoint, notices, looks=looks)
             metrics = Launcher(spec, stops).run()
             return with_text(job, folder, answer(job, folder, metrics))
 

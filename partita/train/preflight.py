@@ -94,12 +94,20 @@ def mismatches(found: Sequence[Facts]) -> dict[int, str]:
     }
 
 
-def preflight(world: World, folder: Path) -> None:
-    """Raises UsageError on all ranks where one runs another version than rank 0. A collective of the
-    whole world, before its other groups are made."""
+@dataclass(frozen=True)
+class Met:
+    """Ranks that have met: the whole world's Comm, and what each has told."""
+
+    comm: Comm
+    about: Sequence[Facts]
+
+
+def preflight(world: World, folder: Path) -> Met | None:
+    """Raises UsageError on all ranks where one runs another version than rank 0; None where a rank is alone.
+    A collective of the whole world, before its other groups are made."""
     comm = world.make(range(world.size), axis="world", lane=SITE)
     if comm is None or comm.size == 1:
-        return
+        return None
     found = exchange(comm, folder)
     different = mismatches(found)
     if different:
@@ -109,3 +117,4 @@ def preflight(world: World, folder: Path) -> None:
             f"({len(different)} of {len(found)} ranks differ): install the same everywhere; "
             "`partita doctor` says more, --no-preflight runs all the same"
         )
+    return Met(comm, found)

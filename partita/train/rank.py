@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.control import Control
 from partita.train.devices import computes_on_gpu, device_of
+from partita.train.examine import Needs, at_start
 from partita.train.heap import keep_freed_memory
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
@@ -56,7 +58,7 @@ class RunSpec:
     notices: Sequence[str] = ()
     scratch: Path = field(default_factory=new_scratch)
     roll: RollCall | None = None
-    looks: bool = True  # at the ranks' versions, before anything is built
+    looks: Needs | None = field(default_factory=Needs)  # as ranks begin; None: nobody looks
     takes_ctrl_c: bool = False  # a launcher takes it for its ranks; torchrun's take it themselves
 
     @property
@@ -146,9 +148,12 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     if rank == 0 and control.shared:
         spec.clean_after_joining()
     try:
-        if spec.looks:
-            preflight(world, spec.folder)
+        met = None if spec.looks is None else preflight(world, spec.folder)
         built = assemble(job, world, where, device=device)
+        if spec.looks is not None and met is not None:
+            between_hosts = spec.roll is not None and not computes_on_gpu(job)
+            for text in at_start(built, met, spec.looks, between_hosts):
+                _warn(rank, text)
         loop = Loop(job, built, spec.folder, control, spec.checkpoint)
         outcome = loop.run()
         where.activity = "finished"
@@ -160,6 +165,14 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
         raise
     world.close()
     return Report(rank, outcome.metrics, outcome.stopped_by, outcome.already_done)
+
+
+def _warn(rank: int, text: str) -> None:
+    """All ranks know it; the first tells the user."""
+    logging.warning("%s", text)
+    if rank == 0:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:

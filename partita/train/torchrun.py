@@ -24,6 +24,7 @@ from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.train.checkpoint import outlook
 from partita.train.control import Control
+from partita.train.examine import Needs, needs_of
 from partita.train.failure import Failure
 from partita.train.lock import RunLock
 from partita.train.rank import Report, RunSpec, new_scratch, run_rank
@@ -78,10 +79,11 @@ def train_as_rank(
 
     rank, world, _ = torchrun_rank() or (0, 1, 0)
     hold_world(job, world)
+    looks = needs_of(job, prediction) if preflight else None
     roll = rendezvous(job.train.comm_timeout_s, line)
     if rank > 0:
         told = _hear(roll)
-        return {} if told.step >= job.train.steps else _run(rank, job, told, roll, preflight)
+        return {} if told.step >= job.train.steps else _run(rank, job, told, roll, looks)
     try:
         folder = run_folder(job, fresh)
         line.last = partial(_note, line, folder)
@@ -107,7 +109,7 @@ def train_as_rank(
         roll.store.set(KEY, json.dumps(vars(told)))
         if start.step >= job.train.steps:
             return finished(job, folder, start)
-        metrics = _run(rank, job, told, roll, preflight, notices)
+        metrics = _run(rank, job, told, roll, looks, notices)
         return with_text(job, folder, answer(job, folder, metrics))
 
 
@@ -136,8 +138,9 @@ def _hear(roll: RollCall) -> _Told:
 
 
 def _run(
-    rank: int, job: Job, told: _Told, roll: RollCall, looks: bool, notices: tuple[str, ...] = ()
-) -> dict[str, Any]:
+    rank: int, job: Job, told: _Told, roll: RollCall, looks: Needs | None,
+    notices: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
     checkpoint = Path(told.checkpoint) if told.checkpoint else None
     shared, line = told.scratch is not None, roll.line
     spec = RunSpec(

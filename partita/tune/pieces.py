@@ -49,8 +49,8 @@ from partita.spec.job import Job
 from partita.train.build import make_context, make_model, microbatch
 from partita.train.data import Batch
 from partita.train.step import Model
+from partita.train.timing import median_seconds
 from partita.train.update import make_update
-from partita.tune.timing import median_seconds
 from partita.tune.turns import BYTES, LAYERS, Piece, both_ways
 
 # samples, positions, hidden, vocabulary: a microbatch of small and middling blocks

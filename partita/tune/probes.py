@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from partita.comm.protocol import Comm, Key, Where, World
+from partita.comm.protocol import Comm, Where, World
 from partita.cost.pieces import CROWDED
-from partita.parallel.product import PLAIN
+from partita.train.calls import COLLECTIVES, Calls
 from partita.train.heap import keep_freed_memory
+from partita.train.timing import matmul_flops, median_seconds
 from partita.tune.crowd import Layers
 from partita.tune.pieces import SHAPES, Made, measure_pieces
-from partita.tune.timing import median_seconds
 from partita.tune.turns import touch
 
 # rows, inner, columns: a microbatch's tokens against the weights of small and middling blocks
@@ -40,7 +40,6 @@ OPTIMIZER_ELEMENTS = 2_000_000
 COMM_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 22)
 COMM_CALLS = 9
 COMM_AWAY = 4_000_000  # bytes touched between two: a layer's
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 ADAMW_BYTES = 28  # an element: parameter, both moments read and written, gradient read, in fp32
 
 
@@ -120,12 +119,6 @@ def _phases(found: Found, setup: Setup) -> Iterator[tuple[str, Callable[[], None
         yield f"pieces of layers {dtype}", lambda d=dtype: _pieces(found, setup, d)
     for backend in setup.backends:
         yield f"collectives over {backend}", lambda b=backend: _collectives(found, setup, b)
-
-
-def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of x[rows, inner] @ w[columns, inner].T, as a linear layer computes it."""
-    x, w = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
-    return 2 * rows * inner * columns / median_seconds(lambda: PLAIN.forward(x, w), seconds)
 
 
 def _busy(found: Found, setup: Setup, busy: int) -> None:
@@ -257,43 +250,3 @@ def _timed(comm: Comm, op: str, size: int, clock: Callable[[], float]) -> float:
         run(i)
         times.append(clock() - start)
     return median(times[1:]) / (2 if op == "send" else 1)
-
-
-@dataclass(frozen=True)
-class Calls:
-    """One call of each collective, as layers make them; `send` goes there and back."""
-
-    comm: Comm
-    x: torch.Tensor
-    site: str
-
-    def all_reduce(self, i: int) -> None:
-        """Of the whole."""
-        self.comm.all_reduce(self.x, site=f"{self.site}:all_reduce")
-
-    def all_gather(self, i: int) -> None:
-        """Of a shard."""
-        self.comm.all_gather(self.x, site=f"{self.site}:all_gather")
-
-    def reduce_scatter(self, i: int) -> None:
-        """Of the whole."""
-        self.comm.reduce_scatter(self.x, site=f"{self.site}:reduce_scatter")
-
-    def all_to_all(self, i: int) -> None:
-        """Equal rows."""
-        self.comm.all_to_all(self.x, site=f"{self.site}:all_to_all")
-
-    def broadcast(self, i: int) -> None:
-        """Of rank 0's."""
-        self.comm.broadcast(self.x, site=f"{self.site}:broadcast")
-
-    def send(self, i: int) -> None:
-        """There and back."""
-        site, there, back = f"{self.site}:send", Key("F", 1, i), Key("B", 0, i)
-        if self.comm.rank == 0:
-            sent = self.comm.send(self.x, 1, key=there, site=site)
-            self.comm.receive(self.x, 1, key=back, site=site).wait()
-            sent.wait()
-        elif self.comm.rank == 1:
-            self.comm.receive(self.x, 0, key=there, site=site).wait()
-            self.comm.send(self.x, 0, key=back, site=site).wait()

@@ -15,7 +15,9 @@ from partita.comm.local import local
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
 from partita.spec.job import DataSpec, Job
-from partita.train import preflight
+from partita.train import examine, preflight
+from partita.train.build import assemble
+from partita.train.diagnosis import Check, Diagnosis
 from partita.train.present import data_files
 from partita.tune import doctor
 
@@ -26,21 +28,21 @@ JOB = Job.load(
         "train": {"global_batch_size": 2, "seq_len": 32},
     }
 )  # fmt: skip
-NEEDS = doctor.Needs(1, 1)
+NEEDS = examine.Needs(1, 1)
 NAMES = {"versions", "clock", "disk", "memory", "data", "compute", "link"}
 
 
 @pytest.fixture
 def examined(monkeypatch):
     """examined(world, ...): the one diagnosis of four thread ranks; `world(w)` wraps each one's."""
-    monkeypatch.setattr(doctor, "LINK_BYTES", 1 << 16)
-    monkeypatch.setattr(doctor, "GROUP_BYTES", 1 << 16)
+    monkeypatch.setattr(examine, "LINK_BYTES", 1 << 16)
+    monkeypatch.setattr(examine, "GROUP_BYTES", 1 << 16)
 
     def run(world=lambda w: w, work=lambda rank: 1e9, needs=NEEDS, job=JOB):
         laid = lay(request_of(job))
 
         def rank(w):
-            return doctor.examine(job, laid, world(w), Path.cwd(), needs, lambda: work(w.rank))
+            return examine.examine(job, laid, world(w), Path.cwd(), needs, lambda: work(w.rank))
 
         with local(4, 30) as ranks:
             found = ranks.run(rank)
@@ -96,13 +98,46 @@ def test_a_slow_link_and_a_slow_rank_are_named(examined):
 
 def test_a_group_below_the_cluster_file_and_what_lacks_are_told(examined):
     fast = replace(JOB.cluster, links=(replace(JOB.cluster.links[0], bytes_per_s=1e12),))
-    needs = doctor.Needs(10**15, 10**15)
+    needs = examine.Needs(10**15, 10**15)
     found = examined(evenly, needs=needs, job=replace(JOB, cluster=fast))
     names = {name for name, _ in bad(found)}
     groups = {n for n in names if " over " in n}
-    assert names - groups == {"disk", "memory"} and "all_gather over tp" in groups
+    assert names - groups == {"disk", "memory", "link"} and "all_gather over tp" in groups
     assert any("a checkpoint takes 1 PB" in c.message for c in found.checks)
     assert any("the cluster file says 1 TB/s (ram)" in c.message for c in found.checks)
+
+
+def test_ranks_of_one_node_that_run_on_two_hosts_are_told(examined, monkeypatch):
+    facts = preflight.facts
+    monkeypatch.setattr(
+        preflight, "facts", lambda rank, folder: replace(facts(rank, folder), host=f"h{rank // 2}")
+    )
+    found = examined(evenly)
+    assert bad(found) == [("link", 0), ("link", 1), ("link", 2), ("link", 3)], str(found)
+    told = [c.message for c in found.checks if not c.ok]
+    assert "1 -> 2" in told[1] and told[1].endswith("of one node: they run on h0 and h1")
+
+
+def test_ranks_that_begin_to_train_are_looked_at(monkeypatch, tmp_path):
+    """What is not well, alike on all ranks; between hosts their links too."""
+    another(monkeypatch, 1)
+    monkeypatch.setattr(examine, "LINK_BYTES", 1 << 16)
+    monkeypatch.setattr(examine, "GROUP_BYTES", 1 << 16)
+    monkeypatch.setattr(examine, "matmul_rate", lambda: 1e9)
+    monkeypatch.chdir(tmp_path)
+
+    def begin(w, between_hosts):
+        world = ClockedWorld(w, {"preflight": Link(5e-3, 1e9 if w.rank != 2 else 5e5)})
+        met = preflight.preflight(world, tmp_path)
+        built = assemble(JOB, world)
+        return examine.at_start(built, met, examine.Needs(10**15), between_hosts)
+
+    for between_hosts, names in ((False, []), (True, ["link, rank 2", "link, rank 2"])):
+        with local(4, 30) as ranks:
+            told, *others = ranks.run(lambda w, b=between_hosts: begin(w, b))
+        assert all(x == told for x in others)
+        want = ["clock, rank 1", *(f"disk, rank {r}" for r in range(4)), *names]
+        assert [x.split(":")[0] for x in told] == want, told
 
 
 def another(monkeypatch, rank, **versions):
@@ -132,7 +167,7 @@ def test_data_that_one_rank_lacks_or_has_shorter_is_told(examined, monkeypatch, 
     part.write_text("of one")
     held = {"rank-1": tmp_path / "none.txt", "rank-3": part}
     monkeypatch.setattr(
-        doctor, "data_files", lambda job: [held.get(threading.current_thread().name, whole)]
+        examine, "data_files", lambda job: [held.get(threading.current_thread().name, whole)]
     )
     found = examined(evenly)
     assert bad(found) == [("data", 1), ("data", 3)], str(found)
@@ -196,12 +231,10 @@ def test_train_begins_with_ranks_that_are_alike(monkeypatch, tmp_path):
 
 def test_a_row_for_all_alike_says_which_it_shows():
     """The clock that is farthest off, on either side; of versions, all the same, the first."""
-    checks = [doctor.Check("versions", r, True, "abc", f"host {r}") for r in range(2)]
-    checks += [
-        doctor.Check("clock", r, True, off, f"{off} s") for r, off in enumerate((0.0, -0.2, 0.1))
-    ]
-    checks += [doctor.Check("disk", r, True, n, f"{n} B") for r, n in enumerate((9, 5))]
-    said = str(doctor.Diagnosis(tuple(checks))).splitlines()[1:]
+    checks = [Check("versions", r, True, "abc", f"host {r}") for r in range(2)]
+    checks += [Check("clock", r, True, off, f"{off} s") for r, off in enumerate((0.0, -0.2, 0.1))]
+    checks += [Check("disk", r, True, n, f"{n} B") for r, n in enumerate((9, 5))]
+    said = str(Diagnosis(tuple(checks))).splitlines()[1:]
     for line, told in zip(said, ("2 of 2, the first: host 0", "3 of 3, the farthest: -0.2 s",
                                  "2 of 2, the least: 5 B", "all is well"), strict=True):  # fmt: skip
         assert line.endswith(told)

@@ -1,10 +1,15 @@
-"""How long a call takes: the median forgets moments in which other programs ran."""
+"""How long a call takes, and what a product so comes to: the median forgets moments in which other programs
+ran."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+
+import torch
+
+from partita.parallel.product import PLAIN
 
 
 def median_seconds(call: Callable[[], object], at_least_s: float, repetitions: int = 3) -> float:
@@ -17,3 +22,9 @@ def median_seconds(call: Callable[[], object], at_least_s: float, repetitions: i
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of x[rows, inner] @ w[columns, inner].T, as a linear layer computes it."""
+    x, w = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+    return 2 * rows * inner * columns / median_seconds(lambda: PLAIN.forward(x, w), seconds)
