@@ -23,7 +23,7 @@ SAVE = """
     sys.path.insert(0, sys.argv[1])
     import saves as t
 
-    t.behind.threading.Thread = t.Inline  # strace counts calls by thread
+    t.background_save.threading.Thread = t.Inline  # strace counts calls by thread
     root, call, at = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     t.alone(root / "0", 10, keep_last=1)
 
