@@ -1,9 +1,11 @@
-"""What the system refuses, in words: permissions, disks, limits are the user's to mend, not our fault."""
+"""What the system refuses or lacks, in words: permissions, disks, limits, libraries are the user's to mend,
+not our fault."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 from partita.base.errors import PartitaError, UsageError, WriteError
@@ -28,6 +30,16 @@ def refused(error: OSError) -> PartitaError | None:
     if error.errno in NO_PLACE:
         return UsageError(f"{file}: {error.strerror}", file=file)
     return None
+
+
+def not_installed(error: ModuleNotFoundError) -> PartitaError | None:
+    """The error that tells which library to install; None for a file of ours, which is our own fault."""
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "partita"):
+        return None
+    pip = name.replace("_", "-")
+    brings = "`pip install partita` brings all that it needs"
+    return UsageError(f"{name} is not installed in {sys.prefix}: `pip install {pip}`; {brings}")
 
 
 def _limit() -> str:

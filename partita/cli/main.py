@@ -23,7 +23,7 @@ import typer
 
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError
-from partita.base.refused import refused
+from partita.base.refused import not_installed, refused
 from partita.base.text import printable
 from partita.cli.out import failure_document, in_words, note, write_json, write_text
 from partita.comm.lifeline import Lifeline
@@ -214,14 +214,11 @@ def _os_error(error: OSError) -> PartitaError:
 
 
 def _not_installed(error: ModuleNotFoundError) -> PartitaError:
-    """A library that is not there is no fault of ours; a file of ours that is not, is."""
-    name = (error.name or "").partition(".")[0]
-    if name in ("", "partita"):
-        note(traceback.format_exc())
-        return PartitaError(f"our own fault: {type(error).__name__}: {error}")
-    pip = name.replace("_", "-")
-    brings = "`pip install partita` brings all that it needs"
-    return UsageError(f"{name} is not installed in {sys.prefix}: `pip install {pip}`; {brings}")
+    told = not_installed(error)
+    if told is not None:
+        return told
+    note(traceback.format_exc())
+    return PartitaError(f"our own fault: {type(error).__name__}: {error}")
 
 
 def _print_failure(error: PartitaError, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from partita.base.errors import PartitaError
-from partita.base.refused import refused
+from partita.base.refused import not_installed, refused
 from partita.comm import shm
 from partita.comm.processes import STOPS, this_host, torchrun_store
 from partita.comm.protocol import Where, World
@@ -121,9 +121,10 @@ def run_rank(rank: int, channel: Channel, spec: RunSpec) -> None:
 
 
 def _named(rank: int, error: Exception) -> PartitaError:
-    """A system that refuses is the user's to mend; anything else our own fault: the log has the trace,
-    the user a line."""
+    """A system that refuses and a library that lacks are the user's to mend; anything else our own fault:
+    the log has the trace, the user a line."""
     told = refused(error) if isinstance(error, OSError) else None
+    told = not_installed(error) if isinstance(error, ModuleNotFoundError) else told
     if told is not None:
         return type(told)(f"rank {rank}: {told.message}", file=told.file)
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -23,6 +23,7 @@ from partita.model.families import export
 from partita.model.reference import weight_shapes
 from partita.spec.job import Job
 from partita.train import checkpoint, launch, pieces
+from partita.train.rank import _named
 from partita.train.start import _changed, run_folder
 
 DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
@@ -148,6 +149,16 @@ def test_what_the_system_refuses_is_told_with_what_mends_it(tmp_path, monkeypatc
     assert isinstance(many, UsageError) and "ulimit -n" in str(many)
     assert isinstance(refused(OSError(errno.EIO, "Input/output error", "x")), WriteError)
     assert refused(OSError(errno.ENOENT, "No such file", "x")) is None
+
+
+@pytest.mark.parametrize("name", ["a_b.c", "partita.x"])
+def test_a_library_that_a_rank_lacks_is_told_as_the_users_to_mend(name):
+    with pytest.raises(ModuleNotFoundError) as caught:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+    told = _named(1, caught.value)
+    assert (told.exit_code == 70) == (name == "partita.x")
+    lacks = "rank 1: a_b is not installed" in told.message and "pip install a-b" in told.message
+    assert lacks == (name != "partita.x")
 
 
 def test_a_piece_that_cannot_be_read_is_a_bad_checkpoint(tmp_path, monkeypatch):

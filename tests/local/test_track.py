@@ -132,7 +132,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_fault_of_a_tracker_reaches_the_run(fault, tmp_path, library, monkeypatch, caplog):
-    monkeypatch.setattr(track, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(track, "PATIENCE_S", 1.0 if fault == "by hanging" else 10.0)
     monkeypatch.setattr(track, "WAITING", 5)
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
