@@ -75,6 +75,7 @@ TURNED = 0.2  # of a tensor's largest element: what one ReLU, or another largest
 ENOUGH, FEW = 16, 0.5  # elements, and the share of them that bf16 holds: fp32's sums are told apart
 NEAR_IN_FP8 = 0.1  # of a router's score, at most 1, where s is not known; 6e-4 was seen
 SPREAD = 4.0  # times the judge's own at neighbouring weights; 3.1 is the most of 50 trials beyond the walk
+NOTHING = 2.0**-50  # of the loss: what roundings leave in fp64 of gradients that are zero
 UPDATE = 2e-6  # of a tensor's largest element: fp32, a handful of operations
 NEIGHBOUR = 2.0**-7  # of a bf16 number: its neighbours lie as close, or closer
 OTHERS = 1e-3  # of a tensor's elements: fp32 sees 2^-16 of the way between two neighbours
@@ -93,10 +94,12 @@ class Difference:
     bad: bool = False
 
 
-def relative(a: float, b: float) -> float:
-    """|a - b| / |b|; 0 where neither is finite, inf where one is not."""
+def relative(a: float, b: float, least: float = 0.0) -> float:
+    """|a - b| / |b|; 0 where neither is finite or they are `least` apart, inf where one is not."""
     if not math.isfinite(a) or not math.isfinite(b):
         return 0.0 if math.isfinite(a) == math.isfinite(b) else math.inf
+    if abs(a - b) <= least:
+        return 0.0
     return abs(a - b) / abs(b) if b else abs(a)
 
 
@@ -123,6 +126,7 @@ def differences(
             near = [n[i] for n in neighbours if math.isfinite(n[i].norm)]
             scalars = (8 * u, 16 * u) if tight else (bound.loss, bound.norm)
             found += _scalars(mine, want, scalars, near, seen.rank, i)
+            nothing = 0.0 if low else NOTHING * abs(want.loss)
             if not low:  # else a rounding may send a token elsewhere
                 found.append(_loads(mine, want, seen.rank, i))
             others = [n.gradients for n in near]
@@ -131,7 +135,7 @@ def differences(
                 if dtype == "bf16":
                     found += _coarse_gradients(mine.gradients, want, seen.rank, i)
             elif math.isfinite(want.norm):
-                limits = (bound.tensor, bound.floor * want.norm)
+                limits = (bound.tensor, max(bound.floor * want.norm, nothing))
                 found += _tensors("gradients", mine, want, limits, others, seen.rank, i)
             if mine.misrounded:
                 found.append(Difference("weights", mine.misrounded, seen.rank, i, u, bad=True))
@@ -276,7 +280,8 @@ def _scalars_apart(mine: StepSeen, want: StepSeen) -> Tensor:
     """Relative differences of loss, norm, and the worst of what experts add."""
     pairs = zip(mine.auxiliary, want.auxiliary, strict=True)
     aux = max((relative(a, b) for a, b in pairs), default=0.0)
-    loss, norm = relative(mine.loss, want.loss), relative(mine.norm, want.norm)
+    loss = relative(mine.loss, want.loss)
+    norm = relative(mine.norm, want.norm, NOTHING * abs(want.loss))
     return torch.tensor((loss, norm, aux), dtype=torch.float64)
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import verify_jobs
@@ -110,6 +111,13 @@ def test_less_kept_changes_no_number(less, family, model, folder):
 def test_a_sliding_window(family, dropout, folder):
     job = verify_jobs.job(folder, "tp2+sp fp64", family, sliding_window=3, dropout=dropout)
     assert verify(job).equal
+
+
+def test_gradients_that_are_zero_are_not_told_apart_by_their_rounding(folder):
+    """A token that sees itself alone: scores move nothing."""
+    job = verify_jobs.job(folder, "tp2+sp fp64", sliding_window=1)
+    found = verify(replace(job, train=replace(job.train, trainable=("*.attention.w[qk]",))))
+    assert found.equal, str(found)
 
 
 def test_tied_llama_and_untied_gpt2(folder):
