@@ -22,7 +22,7 @@ from partita.comm.processes import end_ranks, start_ranks
 from partita.comm.protocol import World
 from partita.spec.job import Job
 from partita.train.build import assemble
-from partita.train.heap import keep_freed_memory
+from partita.train.launch.heap import keep_freed_memory
 
 STEP, CALL, OVER = "step", "call", "over"
 Step = Callable[[], object]

@@ -19,7 +19,7 @@ _WHERE = {
     "schedule": "partita.schedule.make",
     "simulate": "partita.simulate.predict",
     "verify": "partita.verify.parity",
-    "train": "partita.train.launch",
+    "train": "partita.train.launch.launcher",
     "build": "partita.train.build",
     "local": "partita.comm.ranks",
 }

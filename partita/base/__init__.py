@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Errors that teach, units, text and tables, strict TOML."""

@@ -45,14 +45,14 @@ def _step_folder(folder: Path) -> Path:
     if not folder.exists():
         raise UsageError(f"{folder} does not exist", file=str(folder))
     inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    from partita.train.checkpoint import list_checkpoints
+    from partita.train.checkpoints.checkpoint import list_checkpoints
 
     found = list_checkpoints(inner)
     return found[0] if found else folder
 
 
 def _answer(folder: Path, digests: bool, json: bool) -> None:
-    from partita.train.resume import inspect_run
+    from partita.train.checkpoints.resume import inspect_run
 
     found = inspect_run(folder, digests)
     if json:
@@ -75,7 +75,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Writes a folder that transformers loads, LoRA merged into its base; or that peft loads."""
-    from partita.train.export import export_adapter, export_checkpoint
+    from partita.train.checkpoints.export import export_adapter, export_checkpoint
 
     folder = _step_folder(source)
     found: dict[str, Any] = (export_adapter if adapter else export_checkpoint)(folder, target)
@@ -101,7 +101,7 @@ def convert(
 ) -> None:
     """Writes the checkpoint as the ranks of another plan would have (--plan "pp2 tp2"), or to or from
     torch's distributed checkpoint: --to dcp, or a DIR that is one."""
-    from partita.train.dcp import export_dcp, import_dcp, is_dcp
+    from partita.train.checkpoints.dcp import export_dcp, import_dcp, is_dcp
 
     wanted = Plan.parse(plan) if plan is not None else None
     if is_dcp(source):
@@ -118,7 +118,7 @@ def convert(
             'convert needs the plan to write for, --plan "pp2 tp2", or --to dcp', key="--plan"
         )
     else:
-        from partita.train.convert import convert_checkpoint
+        from partita.train.checkpoints.convert import convert_checkpoint
 
         folder = convert_checkpoint(_step_folder(source), target, wanted)
     note(f"converted {source} to {folder}")

@@ -26,7 +26,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continues a text with a trained model."""
-    from partita.train.sample import continue_text
+    from partita.train.checkpoints.sample import continue_text
 
     found = continue_text(_step_folder(checkpoint), prompt, max_new_tokens)
     if json:

@@ -51,7 +51,7 @@ def with_auto(job: Job, quiet: bool = False) -> Job:
     `quiet`."""
     if not job.auto:
         return job
-    from partita.planner.ask import AUTO_S, resolved
+    from partita.planner.answers.ask import AUTO_S, resolved
 
     with waiting(f'plan = "auto"  searching, {AUTO_S:g} s at most', quiet):
         found = resolved(job)

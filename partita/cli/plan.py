@@ -20,12 +20,12 @@ from partita.cli.jobs import (
     from_words,
 )
 from partita.cli.out import hold_place, note, waiting, write_file, write_json, write_text
-from partita.planner.judge import fit_error, judged, would_be_legal
+from partita.planner.answers.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 
 if TYPE_CHECKING:
-    from partita.planner.ask import Answer
+    from partita.planner.answers.ask import Answer
 
 OF_SEARCH = ("solve", "pareto", "fix", "forbid", "precision")
 
@@ -84,7 +84,10 @@ def plan(
         _judge(from_words(words, line, batch), goal, Files(html, save), measure, json)
         return
     job = from_words(words, None, batch)
-    from partita.planner.ask import Question, ask  # a user's own plan is judged without the search
+    from partita.planner.answers.ask import (  # a user's own plan is judged without the search
+        Question,
+        ask,
+    )
 
     dtypes = tuple(filter(None, precision.split(",")))
     question = Question(goal, top, *words_of, budget, pareto or "", solve or "", dtypes)
@@ -134,7 +137,7 @@ def _measured(job: Job, answer: Answer, count: int) -> Answer:
 
 
 def _page(job: Job, answer: Answer) -> str:
-    from partita.planner.answer import counts
+    from partita.planner.answers.answer import counts
     from partita.plots.plans import plans_page
 
     model, cluster, best = job.model.name, job.cluster.name, answer.plans[0]
@@ -144,7 +147,7 @@ def _page(job: Job, answer: Answer) -> str:
 
 
 def _tell(answer: Answer, json: bool) -> None:
-    from partita.planner.answer import counts, document, ranked
+    from partita.planner.answers.answer import counts, document, ranked
 
     if json:
         write_json(document(answer))
@@ -158,7 +161,7 @@ def _judge(job: Job, goal: str, files: Files, measure: int, json: bool) -> None:
     """One plan of the user's; what fits may be measured, shown and saved."""
     start = time.perf_counter()
     if goal != "time":
-        from partita.planner.solve import goal_of
+        from partita.planner.answers.solve import goal_of
 
         goal_of(job, goal)
     found = judged(job)
@@ -166,8 +169,8 @@ def _judge(job: Job, goal: str, files: Files, measure: int, json: bool) -> None:
     why = _why(job, found, illegal, goal)
     ran: dict[str, Any] = {}
     if found.fits and (measure or files != Files()):
-        from partita.planner.ask import Answer
-        from partita.planner.search import Found
+        from partita.planner.answers.ask import Answer
+        from partita.planner.search.search import Found
 
         answer = Answer(Found(plans=[found]), (found,), tuple(why))
         answer = _measured(job, answer, 1) if measure else answer
@@ -194,7 +197,7 @@ def _why(job: Job, found: Prediction, illegal: bool, goal: str) -> list[str]:
         return would_be_legal(found)
     if not found.fits:
         return str(fit_error(job, found)).splitlines()
-    from partita.planner.explain import beside
+    from partita.planner.answers.explain import beside
 
     return beside(job, found, goal)
 

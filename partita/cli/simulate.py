@@ -47,7 +47,7 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Predicted time, memory and traffic of a job."""
-    from partita.planner.judge import judged, would_be_legal
+    from partita.planner.answers.judge import judged, would_be_legal
     from partita.simulate.imbalance import Load
 
     batch = {

@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Trains a job over its ranks."""
     loaded = load(job, overrides, plan, json)
-    from partita.train.launch import train as run
+    from partita.train.launch.launcher import train as run
 
     metrics = run(
         loaded, force=force, fresh=fresh, allow_fallback=allow_fallback, preflight=not no_preflight,

@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Collectives and messages of ranks: threads, shared memory, gloo, nccl; what finds a dead rank."""

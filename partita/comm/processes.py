@@ -25,7 +25,7 @@ from partita.base.errors import CommError
 
 _PR_SET_PDEATHSIG = 1
 # torch.optim loads torch._dynamo when it is first used: a second and 26 MB, shared by all ranks this way
-PRELOAD = ("torch", "torch._dynamo", "partita.train.rank")
+PRELOAD = ("torch", "torch._dynamo", "partita.train.launch.rank")
 STOPS = (signal.SIGTERM, signal.SIGINT)
 MAIN = "__main__"
 

@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""The layers, and the reference on one device that judges them."""

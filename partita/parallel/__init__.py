@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""The axes, a folder each: rules.py (no torch) judges and lays a plan; the other files run it."""

@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""The search for the best plan: its space here, then bounds/, search/ over them, answers/ about plans."""

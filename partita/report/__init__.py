@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""One page a run: what was predicted beside what happened."""

@@ -1,4 +1,7 @@
-"""Import from the modules of this folder; calling the package calls partita.simulate.predict.simulate."""
+"""A step before it runs: time, memory, traffic.
+
+Calling the package calls partita.simulate.predict.simulate.
+"""
 
 from partita.base.callable import answers_calls
 

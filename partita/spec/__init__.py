@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""What a user states: model, cluster, plan, job; and what follows from it: mesh, layout, Program."""

@@ -31,8 +31,8 @@ __all__ = ["DataSpec", "Job", "TrainSpec"]
 class Job:
     """What every verb reads. `plan` is resolved: its num_microbatches is set. `model_path` is the
     folder of the weights when `init` is pretrained, `adapter_path` that of LoRA's; `file` where the job was
-    read. `auto`: the plan is still to be searched for (`partita.planner.ask.resolved`), `plan` is empty
-    until then."""
+    read. `auto`: the plan is still to be searched for (`partita.planner.answers.ask.resolved`), `plan` is
+    empty until then."""
 
     model: ModelSpec
     cluster: Cluster

@@ -27,7 +27,7 @@ def _auto(job: Job) -> Iterator[Problem]:
         yield Problem(
             "plan",
             "auto",
-            "plan = 'auto' stands for no plan until partita.planner.ask.resolved(job) has searched",
+            "plan = 'auto' stands for no plan until partita.planner.answers.ask.resolved(job) has searched",
             asked="auto",
             limit="a plan",
         )

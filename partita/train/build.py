@@ -42,11 +42,11 @@ from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.layout import Box, product_coordinate
 from partita.spec.lora import is_adapter
-from partita.train.data import Dataset, open_dataset
+from partita.train.data.dataset import Dataset, open_dataset
+from partita.train.data.streams import Batch
 from partita.train.devices import computes_on_gpu, device_of
 from partita.train.pipeline import data_parallel, make_evaluator, make_executor, make_flow
 from partita.train.step import Microbatch, Model, StepBatch, Update
-from partita.train.streams import Batch
 from partita.train.sums import step_comms
 from partita.train.update import make_update
 

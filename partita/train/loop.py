@@ -20,14 +20,14 @@ from partita.base.errors import CheckpointError, NonFiniteError, WriteError
 from partita.base.units import format_count, format_seconds
 from partita.parallel.ep.log import Routed
 from partita.spec.job import Job
-from partita.train.background_save import Behind
 from partita.train.build import Built
-from partita.train.checkpoint import Ranks
+from partita.train.checkpoints.background_save import Behind
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.resume import begin_save, load_run, pieces
 from partita.train.control import Control
 from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
-from partita.train.resume import begin_save, load_run, pieces
 from partita.train.step import StepBatch
 from partita.train.track import tracking
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from partita.base.units import format_seconds
 from partita.record.run import read_metrics
-from partita.train.tokenizer import write_whole
+from partita.train.data.tokenizer import write_whole
 
 
 class MetricsFile:

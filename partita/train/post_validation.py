@@ -28,7 +28,7 @@ from torch import Tensor
 
 from partita.comm.protocol import Done, Handle, Key
 from partita.parallel.ep.log import Routed
-from partita.train.optim import norm_of, state_names
+from partita.train.optimizer.optim import norm_of, state_names
 from partita.train.routing import start_routing
 from partita.train.step import Found, Model, StepBatch, Update
 from partita.train.sums import NO_TARGETS, mean_loss

@@ -30,12 +30,12 @@ from partita.parallel.pp.versions import Flow, Versions
 from partita.parallel.precision.fp8 import Products
 from partita.parallel.precision.scaler import LossScaler
 from partita.spec.job import TrainSpec
-from partita.train.offloaded_update import AwayUpdate, Given
-from partita.train.optim import clip_coefficient, learning_rate, norm_of, set_learning_rate
-from partita.train.places import Places
+from partita.train.optimizer import optim
+from partita.train.optimizer.offloaded_update import AwayUpdate, Given
+from partita.train.optimizer.places import Places
+from partita.train.optimizer.slots import Slot
+from partita.train.optimizer.stochastic import StochasticUpdate
 from partita.train.routing import begin_routing, sum_routing
-from partita.train.slots import Slot
-from partita.train.stochastic import StochasticUpdate
 from partita.train.sums import NO_TARGETS, StepComms, mean_loss
 
 
@@ -309,7 +309,7 @@ class Update:
         if self.model.flow is not None:
             self.updates, self.made = self.updates + 1, self.made + self.model.flow.per_step
             return norm
-        factor *= clip_coefficient(norm, self.train.clip_grad_norm)
+        factor *= optim.clip_coefficient(norm, self.train.clip_grad_norm)
         self.updates, self.made = self.updates + 1, self.made + 1
         self._apply(self.updates, self.given.names, self.updates, factor)
         self.model.parameters.refresh(rounded=self.away is not None)
@@ -317,7 +317,7 @@ class Update:
 
     def clips(self, norm: float) -> bool:
         """Whether gradients of this norm are clipped."""
-        return clip_coefficient(norm, self.train.clip_grad_norm) < 1
+        return optim.clip_coefficient(norm, self.train.clip_grad_norm) < 1
 
     def advance(self, stage: int) -> None:
         """U: a stage of this rank applies what its last microbatches left, at the rate of the step."""
@@ -345,7 +345,7 @@ class Update:
 
     def _apply(self, step: int, units: Collection[str], draw: int, factor: float = 1.0) -> None:
         """Of the units named, at the rate of step `step`; rounding at random is by number `draw`."""
-        self.lr = learning_rate(self.train, step)
+        self.lr = optim.learning_rate(self.train, step)
         if self.away is not None:
             self.away.run(draw, self.lr, factor, self._balance, units)
             return
@@ -363,7 +363,7 @@ class Update:
             own = [s.gradient for s in slots if not s.balances]
             if own:  # a stage whose weights are all frozen has none
                 torch._foreach_mul_(own, factor)
-        set_learning_rate(self.optimizer, self.lr)
+        optim.set_learning_rate(self.optimizer, self.lr)
         for slot in slots:
             slot.master.grad = slot.gradient
         self.optimizer.step()
@@ -387,7 +387,7 @@ class Update:
         squares = self.squares()
         if self.model.comms.norm is not None:
             squares = self.model.comms.norm.all_reduce(squares, site="step.norm:reduce_from")
-        return norm_of(squares)
+        return optim.norm_of(squares)
 
     def squares(self) -> Tensor:
         """The sum of squares of what this rank counts, fp64 [1]."""

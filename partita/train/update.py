@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from partita.spec.job import TrainSpec
-from partita.train.offloaded_update import Given, host_threads, make_away
-from partita.train.optim import make_optimizer
-from partita.train.places import Places
+from partita.train.optimizer.offloaded_update import Given, host_threads, make_away
+from partita.train.optimizer.optim import make_optimizer
+from partita.train.optimizer.places import Places
+from partita.train.optimizer.slots import BALANCE_BIAS, slots_of
+from partita.train.optimizer.stochastic import Rounding, StochasticUpdate, shards_of
 from partita.train.post_validation import Guess
-from partita.train.slots import BALANCE_BIAS, slots_of
 from partita.train.step import Model, Update
-from partita.train.stochastic import Rounding, StochasticUpdate, shards_of
 
 
 def make_update(model: Model, train: TrainSpec) -> Update:

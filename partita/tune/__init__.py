@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""Measures this machine, and the real ranks before they train."""

@@ -18,10 +18,10 @@ from partita.simulate.predict import request_of, simulate
 from partita.spec.calibrated import PRESET, calibrated
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
-from partita.train.diagnosis import Diagnosis
-from partita.train.examine import Needs, examine, needs_of
-from partita.train.rank import RunSpec, join, new_scratch
-from partita.train.torchrun import hold_world
+from partita.train.launch.diagnosis import Diagnosis
+from partita.train.launch.examine import Needs, examine, needs_of
+from partita.train.launch.rank import RunSpec, join, new_scratch
+from partita.train.launch.torchrun import hold_world
 
 TIMEOUT_S = 20.0
 KEY = "partita/doctor"

@@ -27,9 +27,9 @@ from partita.spec.calibrated import FOLDER
 from partita.spec.corrected import PlanRun, learn
 from partita.spec.job import Job
 from partita.spec.plan import Plan
-from partita.train.launch import Launcher, Stops
-from partita.train.rank import RunSpec
-from partita.train.start import prepare
+from partita.train.launch.launcher import Launcher, Stops
+from partita.train.launch.rank import RunSpec
+from partita.train.launch.start import prepare
 from partita.tune.others import cores_taken
 
 STEPS, WARM = 8, 3

@@ -47,9 +47,9 @@ from partita.simulate.predict import request_of
 from partita.simulate.step import update_bytes
 from partita.spec.job import Job
 from partita.train.build import make_context, make_model, microbatch
-from partita.train.data import Batch
+from partita.train.data.dataset import Batch
+from partita.train.launch.timing import median_seconds
 from partita.train.step import Model
-from partita.train.timing import median_seconds
 from partita.train.update import make_update
 from partita.tune.turns import BYTES, LAYERS, Piece, both_ways
 

@@ -19,9 +19,9 @@ import torch
 
 from partita.comm.protocol import Comm, Where, World
 from partita.cost.pieces import CROWDED
-from partita.train.calls import COLLECTIVES, Calls
-from partita.train.heap import keep_freed_memory
-from partita.train.timing import matmul_flops, median_seconds
+from partita.train.launch.calls import COLLECTIVES, Calls
+from partita.train.launch.heap import keep_freed_memory
+from partita.train.launch.timing import matmul_flops, median_seconds
 from partita.tune.crowd import Layers
 from partita.tune.pieces import SHAPES, Made, measure_pieces
 from partita.tune.turns import touch

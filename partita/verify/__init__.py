@@ -1,4 +1,7 @@
-"""Import from the modules of this folder; calling the package calls partita.verify.parity.verify."""
+"""A plan held to one device.
+
+Calling the package calls partita.verify.parity.verify.
+"""
 
 from partita.base.callable import answers_calls
 

@@ -16,9 +16,9 @@ import torch
 from partita.comm.seeds import uniform
 from partita.spec.job import Job
 from partita.train.build import Built, microbatch, open_job_data
-from partita.train.data import Dataset
+from partita.train.data.dataset import Dataset
+from partita.train.data.streams import Batch
 from partita.train.step import Microbatch, StepBatch
-from partita.train.streams import Batch
 
 
 def open_data(job: Job, original: Job) -> Dataset:

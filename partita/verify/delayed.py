@@ -26,7 +26,7 @@ from partita.schedule.versions import versions_used
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.train.build import DTYPES
-from partita.train.data import Dataset
+from partita.train.data.dataset import Dataset
 from partita.train.step import Microbatch
 from partita.verify.batches import whole_batch
 from partita.verify.judge import JudgeUpdate, wide_dtype

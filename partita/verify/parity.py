@@ -21,7 +21,7 @@ from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
 from partita.spec.plan import Plan
-from partita.train.data import Dataset
+from partita.train.data.dataset import Dataset
 from partita.train.devices import computes_on_gpu, shared_device
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.bisect import Divergence, first_divergence, traffic_difference

@@ -14,7 +14,7 @@ from partita.base.errors import PartitaError, PeerError, UsageError
 from partita.comm.processes import start_ranks
 from partita.comm.protocol import World
 from partita.spec.job import Job
-from partita.train.data import Dataset
+from partita.train.data.dataset import Dataset
 from partita.train.devices import use_gpu
 from partita.verify.runs import RankSeen, run_rank
 

@@ -35,7 +35,7 @@ from partita.spec.job import Job
 from partita.spec.layout import Box
 from partita.spec.plan import Plan
 from partita.train.build import DTYPES, Built, fill_unit, make_context, make_model, new_values
-from partita.train.data import Dataset
+from partita.train.data.dataset import Dataset
 from partita.train.routing import logs
 from partita.train.step import Model, Update
 from partita.train.update import make_update

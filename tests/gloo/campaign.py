@@ -36,7 +36,7 @@ LAST = 4
 PLACES = {
     "loading torch": "import:torch",
     "joining": "call:partita.comm.torch:TorchWorld.__init__",
-    "building": "call:partita.train.rank:assemble",
+    "building": "call:partita.train.launch.rank:assemble",
     "loading a checkpoint": "call:partita.train.loop:Loop._restore",
     "data of the first step": "1:data",
     "first forward": "1:forward",
@@ -49,8 +49,8 @@ PLACES = {
     "last meeting": f"{LAST}:finished",
 }
 FIRST = {  # what rank 0 does alone
-    "preparing": "call:partita.train.start:run_folder",
-    "sampling": "call:partita.train.start:with_text",
+    "preparing": "call:partita.train.launch.start:run_folder",
+    "sampling": "call:partita.train.launch.start:with_text",
 }
 KILL, STOP, TERM = (int(x) for x in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM))
 Strike = Callable[[Hosts], None]

@@ -13,7 +13,7 @@ import psutil
 from partita.base.config import to_toml
 from partita.cli.main import run as command
 from partita.comm.processes import is_alive
-from partita.train import checkpoint
+from partita.train.checkpoints import checkpoint
 
 TIMEOUT_S = 60  # far beyond what anything takes: what is seen sooner is not seen by it
 SHORT_S = 4  # where it must pass

@@ -12,7 +12,7 @@ from typing import Any
 
 from partita.comm.processes import start_ranks
 from partita.train.control import NotedWhere
-from partita.train.rank import run_rank
+from partita.train.launch.rank import run_rank
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Strike:
 
 
 def struck(strike: Strike):
-    """Stands for partita.train.launch.start_ranks."""
+    """Stands for partita.train.launch.launcher.start_ranks."""
 
     def start(num_ranks: int, _: Any, args: tuple[Any, ...]):
         return start_ranks(num_ranks, enter, (strike, *args))

@@ -13,7 +13,7 @@ import torch
 from partita.comm import torch as world
 from partita.comm import torch_comm
 from partita.comm.processes import start_ranks
-from partita.train import rank as ranks
+from partita.train.launch import rank as ranks
 
 PLAN = "pp2:interleaved_1f1bx2/4mb cp2:ring"  # two ranks send each other both ways, ahead of their computing
 LAYERS = {"layers": 4}
@@ -52,7 +52,8 @@ def test_a_run_takes_the_way_of_gpus(tmp_path, scratch, monkeypatch):
     faults.write_job(model=LAYERS, train={"global_batch_size": 4, "steps": 2})
     assert faults.train("plan=4mb", "name=alone") == 0
     monkeypatch.setattr(
-        "partita.train.launch.start_ranks", lambda n, _, args: start_ranks(n, on_gpus, args)
+        "partita.train.launch.launcher.start_ranks",
+        lambda n, _, args: start_ranks(n, on_gpus, args),
     )
     assert faults.train(f"plan={PLAN}") == 0
     alone = faults.metrics(Path("runs/alone"))

@@ -15,7 +15,7 @@ import faults
 import pytest
 from netns import Hosts, missing
 
-from partita.train import checkpoint
+from partita.train.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,9 +10,9 @@ from partita.base.errors import UsageError
 from partita.cli.main import run
 from partita.cli.plan import _measured
 from partita.cost.machine import machine_of
-from partita.planner.answer import document
-from partita.planner.ask import Answer
-from partita.planner.search import Found
+from partita.planner.answers.answer import document
+from partita.planner.answers.ask import Answer
+from partita.planner.search.search import Found
 from partita.simulate.predict import simulate
 from partita.spec.calibrated import calibrated
 from partita.spec.job import Job

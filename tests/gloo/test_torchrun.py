@@ -15,7 +15,7 @@ import faults
 import psutil
 import pytest
 
-from partita.train import checkpoint
+from partita.train.checkpoints import checkpoint
 
 pytestmark = pytest.mark.timeout(180)
 AGENT = [sys.executable, "-m", "torch.distributed.run"]

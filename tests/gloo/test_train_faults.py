@@ -15,10 +15,10 @@ from strikes import Strike, struck
 from partita.base.errors import CommError, PeerError
 from partita.comm.processes import start_ranks
 from partita.spec.job import Job
-from partita.train import checkpoint
+from partita.train.checkpoints import checkpoint
 from partita.train.control import Control
-from partita.train.launch import GRACE_S, Launcher, Stops
-from partita.train.rank import Report, RunSpec, new_scratch
+from partita.train.launch.launcher import GRACE_S, Launcher, Stops
+from partita.train.launch.rank import Report, RunSpec, new_scratch
 
 LOG = faults.RUN / "logs" / "rank-0.log"
 pytestmark = pytest.mark.timeout(90)
@@ -47,7 +47,7 @@ def strike(monkeypatch: pytest.MonkeyPatch, what: Strike, *words: str, code: int
     """Trains under the strike, to this exit code; the seconds it took."""
     start = time.monotonic()
     with monkeypatch.context() as patched:
-        patched.setattr("partita.train.launch.start_ranks", struck(what))
+        patched.setattr("partita.train.launch.launcher.start_ranks", struck(what))
         assert faults.train(*words) == code
     return time.monotonic() - start
 

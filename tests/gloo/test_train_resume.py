@@ -21,8 +21,8 @@ import xxhash
 from strikes import Strike, struck
 
 from partita.cli.main import run as command
-from partita.train import checkpoint
-from partita.train.manifest import MANIFEST, Manifest, encode
+from partita.train.checkpoints import checkpoint
+from partita.train.checkpoints.manifest import MANIFEST, Manifest, encode
 
 CHECKPOINTS = faults.RUN / "checkpoints"
 METRICS = {
@@ -385,7 +385,7 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(disk, monkeypatch, 
     place = disk("size=4m")
     faults.write_job()
     monkeypatch.setattr(
-        "partita.train.launch.start_ranks", struck(Strike("fill", "checkpoint", step=4))
+        "partita.train.launch.launcher.start_ranks", struck(Strike("fill", "checkpoint", step=4))
     )
     assert faults.train() == 73
     last = capfd.readouterr().err.strip().splitlines()[-1]
@@ -406,7 +406,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(rank, tmp_path, monkeypatch, ca
     faults.write_job()
     with monkeypatch.context() as patched:
         what = Strike("full", "checkpoint", step=4, rank=rank)
-        patched.setattr("partita.train.launch.start_ranks", struck(what))
+        patched.setattr("partita.train.launch.launcher.start_ranks", struck(what))
         assert faults.train() == 73
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert "the disk is full" in last and "the last good one is kept" in last, last

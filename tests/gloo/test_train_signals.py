@@ -16,8 +16,9 @@ import faults
 import psutil
 import pytest
 
-from partita.train import checkpoint, launch
-from partita.train.lock import LOCK
+from partita.train.checkpoints import checkpoint
+from partita.train.launch import launcher as launch
+from partita.train.launch.lock import LOCK
 
 pytestmark = pytest.mark.timeout(90)
 LONG = "train.steps=100000"

@@ -15,6 +15,10 @@ LEVELS = {
     "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 9, "verify": 10, "tune": 10,
     "report": 10, "cli": 11,
 }  # fmt: skip
+ROOMS = {  # of a unit, in their order; files beside a unit's rooms stand at .2
+    "planner/bounds": 0.3, "planner/search": 0.4, "planner/answers": 0.5,
+    "train/data": 0.1, "train/optimizer": 0.1, "train/launch": 0.3,
+}  # fmt: skip
 PURE = ("rules.py", "balance.py", "halo.py", "counts.py", "__init__.py")  # of a room
 JOINS_ROOMS = ("laid", "execute")  # beginnings of names, pure
 
@@ -25,7 +29,7 @@ def files() -> list[Path]:
 
 
 def place(file: Path) -> tuple[float, str]:
-    """(level, unit) of a file. Units of one level must not import each other.
+    """(level, unit) of a file. Units of one level must not import each other, whatever their rooms'.
 
     parallel lies on both sides of the torch line: the contract (3.0), each room's rules (3.1), what
     joins or executes them (3.2); then regions and units (7.0) and each room's torch code (7.1).
@@ -34,7 +38,11 @@ def place(file: Path) -> tuple[float, str]:
     if len(parts) == 1:
         return (0.0, "root") if parts[0] == "__init__.py" else (12.0, "root")
     if parts[0] != "parallel":
-        return float(LEVELS[parts[0]]), parts[0]
+        room = ROOMS.get("/".join(parts[:2]))
+        if room:
+            return LEVELS[parts[0]] + room, f"{parts[0]}.{parts[1]}"
+        divided = any(name.startswith(f"{parts[0]}/") for name in ROOMS)
+        return LEVELS[parts[0]] + (0.2 if divided else 0.0), parts[0]
     if len(parts) == 2:
         contract = parts[1] in ("__init__.py", "room.py", "read.py")
         joins = parts[1].startswith(JOINS_ROOMS)

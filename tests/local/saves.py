@@ -5,9 +5,9 @@ import threading
 
 import torch
 
-from partita.train import background_save, checkpoint
-from partita.train.checkpoint import Piece, Ranks, Wanted
-from partita.train.resume import begin_save, pieces
+from partita.train.checkpoints import background_save, checkpoint
+from partita.train.checkpoints.checkpoint import Piece, Ranks, Wanted
+from partita.train.checkpoints.resume import begin_save, pieces
 
 SHAPES = {"blocks.0.wq": (8, 6), "blocks.0.norm": (6,), "embedding.table": (11, 6)}
 ROLES = ("weight", "exp_avg")

@@ -21,10 +21,10 @@ from saves import (
 )
 
 from partita.base.errors import CheckpointError
-from partita.planner.judge import judged
-from partita.train import checkpoint, manifest, pieces
-from partita.train.checkpoint import Wanted, outlook
-from partita.train.start import prepare
+from partita.planner.answers.judge import judged
+from partita.train.checkpoints import checkpoint, manifest, pieces
+from partita.train.checkpoints.checkpoint import Wanted, outlook
+from partita.train.launch.start import prepare
 
 
 @pytest.mark.parametrize(("world", "dim"), [(1, 0), (2, 0), (3, 1)])

@@ -8,8 +8,8 @@ import pytest
 from saves import Meeting, alone, cut, header, is_step, save
 
 from partita.base.errors import WriteError
-from partita.train import background_save, checkpoint, pieces
-from partita.train.manifest import read_manifest
+from partita.train.checkpoints import background_save, checkpoint, pieces
+from partita.train.checkpoints.manifest import read_manifest
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from saves import alone, files, is_step, save
 
 from partita.base.errors import BusyError, WriteError
 from partita.record.run import read_metrics
-from partita.train import checkpoint
-from partita.train.lock import OWNER, Owner, RunLock
+from partita.train.checkpoints import checkpoint
+from partita.train.launch.lock import OWNER, Owner, RunLock
 from partita.train.metrics import MetricsFile
 
 
@@ -115,7 +115,7 @@ def test_a_save_killed_at_any_call_leaves_the_old_or_the_new(tmp_path):
 
 
 def test_a_run_folder_has_one_owner(tmp_path):
-    hold = "import sys, time; from pathlib import Path; from partita.train.lock import RunLock; "
+    hold = "import sys, time; from pathlib import Path; from partita.train.launch.lock import RunLock; "
     hold += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True

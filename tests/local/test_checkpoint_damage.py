@@ -10,8 +10,8 @@ import torch
 from saves import SHAPES, cut, flip, load, save
 
 from partita.base.errors import CheckpointError
-from partita.train import checkpoint, manifest
-from partita.train.pieces import Piece, write_pieces
+from partita.train.checkpoints import checkpoint, manifest
+from partita.train.checkpoints.pieces import Piece, write_pieces
 
 
 def edit(path, change):

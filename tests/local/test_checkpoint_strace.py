@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from saves import is_step
 
-from partita.train import checkpoint
+from partita.train.checkpoints import checkpoint
 
 CALLS = "write,fsync,rename"
 AT = 300  # strace kills a process at this call of its own

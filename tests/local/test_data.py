@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from partita.base.errors import DataError, UsageError
-from partita.train import data, sources
-from partita.train.sources import open_text
-from partita.train.tokenizer import open_tokenizer
+from partita.train.data import dataset as data
+from partita.train.data import sources
+from partita.train.data.sources import open_text
+from partita.train.data.tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def test_masks_documents_and_ignored_ids(tmp_path):
 
 @pytest.mark.parametrize("bad", [-1, 256, 70000, -101])
 def test_an_id_out_of_range_is_named_with_its_offset(tmp_path, bad, monkeypatch):
-    monkeypatch.setattr("partita.train.streams.CHUNK", 7)
+    monkeypatch.setattr("partita.train.data.streams.CHUNK", 7)
     row = np.arange(50)
     row[23] = bad
     with pytest.raises(DataError, match=rf"t\.npy: token 23 is {bad}, outside \[0, 256\)"):

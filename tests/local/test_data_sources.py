@@ -12,8 +12,8 @@ from pyarrow import ipc, parquet
 from test_data import opened
 
 from partita.base.errors import DataError, UsageError
-from partita.train import megatron
-from partita.train.chat import chat_beside
+from partita.train.data import megatron
+from partita.train.data.chat import chat_beside
 
 ROWS = [
     {"text": "plain words", "prompt": None, "completion": None},

@@ -15,10 +15,10 @@ from partita.comm.local import local
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
 from partita.spec.job import DataSpec, Job
-from partita.train import examine, preflight
 from partita.train.build import assemble
-from partita.train.diagnosis import Check, Diagnosis
-from partita.train.present import data_files
+from partita.train.data.present import data_files
+from partita.train.launch import examine, preflight
+from partita.train.launch.diagnosis import Check, Diagnosis
 from partita.tune import doctor
 
 JOB = Job.load(

@@ -11,8 +11,8 @@ import verify_jobs
 
 from partita.comm.local import local
 from partita.spec.job import Job
-from partita.train import megatron
 from partita.train.build import assemble
+from partita.train.data import megatron
 
 
 def evaluated(world, job):

@@ -23,8 +23,8 @@ from partita.parallel.precision.fp8 import (
 )
 from partita.spec.plan import PrecisionPlan
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks, inspect
-from partita.train.resume import load_run
+from partita.train.checkpoints.checkpoint import Ranks, inspect
+from partita.train.checkpoints.resume import load_run
 from partita.train.step import StepBatch
 from partita.verify.parity import verify
 

@@ -18,8 +18,8 @@ from partita.comm.single import SingleWorld
 from partita.parallel.read import flops, state_bytes, tensor_bytes
 from partita.simulate.predict import simulate
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.resume import load_run
 from partita.verify.parity import verify
 
 ATTENTION = {"frozen": ("blocks.*.attention.w[qk]*", "*.mlp.[df]*", "embedding.*")}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from partita.train.offloaded_update import PART, Given, parts_of
+from partita.train.optimizer.offloaded_update import PART, Given, parts_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""The C heap of a rank (partita/train/heap.py)."""
+"""The C heap of a rank (partita/train/launch/heap.py)."""
 
 import json
 import subprocess
@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from partita.train.heap import HUGE, asks_for_huge_pages
+from partita.train.launch.heap import HUGE, asks_for_huge_pages
 
 # Takes 64 MB, fills them, gives them back and takes them again; prints where it was
 TAKES = """
 import ctypes, json
-from partita.train.heap import keep_freed_memory
+from partita.train.launch.heap import keep_freed_memory
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096

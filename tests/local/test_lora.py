@@ -20,7 +20,7 @@ from partita.model.reference import Reference, weight_shapes
 from partita.parallel.lora import Drop
 from partita.spec.lora import adapter_fields
 from partita.train.build import assemble
-from partita.train.export import export_adapter, export_checkpoint
+from partita.train.checkpoints.export import export_adapter, export_checkpoint
 from partita.verify.parity import verify
 from partita.verify.runs import boxes
 

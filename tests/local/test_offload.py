@@ -24,10 +24,10 @@ from partita.parallel.read import state_bytes
 from partita.simulate.memory import arena_ledger
 from partita.simulate.predict import request_of, simulate
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.offloaded_update import host_threads
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.resume import load_run
+from partita.train.optimizer.offloaded_update import host_threads
 from partita.train.recorder import StepRecorder
-from partita.train.resume import load_run
 from partita.verify.parity import verify
 
 SLOW = pytest.mark.slow

@@ -8,7 +8,7 @@ import verify_jobs
 
 from partita.base.errors import UsageError
 from partita.model.reference import weight_shapes
-from partita.train import optim, slots
+from partita.train.optimizer import optim, slots
 from partita.verify.judge import vectors
 
 

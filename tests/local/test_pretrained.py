@@ -18,8 +18,8 @@ from partita.model.reference import Reference, weight_shapes
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.export import export_checkpoint
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.export import export_checkpoint
 from partita.verify.runs import boxes
 
 

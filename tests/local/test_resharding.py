@@ -16,10 +16,10 @@ from partita.model.reference import Reference, loss_and_gradients
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
 from partita.train.build import assemble, fingerprint
-from partita.train.checkpoint import Ranks, save_alone
-from partita.train.optim import state_names
-from partita.train.pieces import Piece
-from partita.train.resume import Stated, header, load_run
+from partita.train.checkpoints.checkpoint import Ranks, save_alone
+from partita.train.checkpoints.pieces import Piece
+from partita.train.checkpoints.resume import Stated, header, load_run
+from partita.train.optimizer.optim import state_names
 from partita.verify.batches import open_data, rank_batch, whole_batch
 from partita.verify.delayed import delayed_step
 from partita.verify.judge import JudgeUpdate

@@ -12,8 +12,8 @@ from partita.comm.local import local
 from partita.comm.single import SingleWorld
 from partita.parallel.precision.scaler import GROWTH_INTERVAL, LossScaler
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.resume import load_run
 
 
 def test_it_halves_at_an_overflow_and_doubles_after_good_steps():

@@ -18,8 +18,7 @@ from partita.parallel.ep.router import choose
 from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.regions import Region
 from partita.parallel.units import Unit
-from partita.train import slots
-from partita.train import step as step_module
+from partita.train.optimizer import optim, slots
 from partita.train.step import Model, Update
 from partita.verify import runs
 from partita.verify.parity import verify
@@ -114,9 +113,9 @@ def test_the_rate_of_the_update_before_or_averages_swapped_are_the_optimizers_fa
     judged, monkeypatch
 ):
     """Faults in the very lines that make the optimizer: the judge has its own."""
-    rate, adamw = step_module.learning_rate, torch.optim.AdamW
+    rate, adamw = optim.learning_rate, torch.optim.AdamW
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "learning_rate", lambda train, update: rate(train, update - 1))
+        patch.setattr(optim, "learning_rate", lambda train, update: rate(train, update - 1))
         at = judged("dp2 fp64")
         assert at.phase == "optimizer" and "update 1" in at.message
 

@@ -15,7 +15,7 @@ from partita.parallel.tp.loss import CrossEntropy
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec
 from partita.train.build import assemble, microbatch
-from partita.train.data import open_dataset
+from partita.train.data.dataset import open_dataset
 from partita.verify.parity import verify
 from partita.verify.shrink import shrink
 

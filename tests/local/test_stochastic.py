@@ -112,7 +112,7 @@ def test_other_bits_are_seen(tmp_path, monkeypatch):
     def wrong(values, seed, step, name, shape, box, half):
         return real(values, seed + box[0][0], step, name, shape, box, half)
 
-    monkeypatch.setattr("partita.train.stochastic.rounded_box", wrong)
+    monkeypatch.setattr("partita.train.optimizer.stochastic.rounded_box", wrong)
     found = verify(verify_jobs.job(tmp_path, f"tp2 bf16 {RANDOM}"))
     assert not found.equal and found.divergence.phase == "optimizer"
 

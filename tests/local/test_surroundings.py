@@ -22,9 +22,10 @@ from partita.base.refused import refused
 from partita.model.families import export
 from partita.model.reference import weight_shapes
 from partita.spec.job import Job
-from partita.train import checkpoint, launch, pieces
-from partita.train.rank import _named
-from partita.train.start import _changed, run_folder
+from partita.train.checkpoints import checkpoint, pieces
+from partita.train.launch import launcher as launch
+from partita.train.launch.rank import _named
+from partita.train.launch.start import _changed, run_folder
 
 DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
 WRONG = [sys.executable, "-m", "partita", "simulate", "nowhere.toml"]

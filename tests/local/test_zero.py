@@ -14,8 +14,8 @@ from partita.parallel.dp import zero
 from partita.parallel.read import state_bytes
 from partita.simulate.memory import coming_bytes
 from partita.train.build import assemble
-from partita.train.checkpoint import Ranks
-from partita.train.resume import load_run
+from partita.train.checkpoints.checkpoint import Ranks
+from partita.train.checkpoints.resume import load_run
 from partita.verify.parity import verify
 
 

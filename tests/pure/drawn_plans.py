@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from partita.planner.search import Node, Search, searcher
+from partita.planner.search.search import Node, Search, searcher
 from partita.planner.space import Leaf, MeshChoice
 from partita.spec.job import Job
 

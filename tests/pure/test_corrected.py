@@ -2,7 +2,7 @@
 
 import pytest
 
-from partita.planner.search import searcher
+from partita.planner.search.search import searcher
 from partita.simulate.predict import simulate
 from partita.spec.calibrated import calibrated
 from partita.spec.cluster import Cluster

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from partita.cli.main import run
-from partita.planner.explain import reason
-from partita.planner.judge import judged
-from partita.planner.nodes import measures
+from partita.planner.answers.explain import reason
+from partita.planner.answers.judge import judged
+from partita.planner.search.nodes import measures
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
 

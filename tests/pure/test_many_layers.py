@@ -14,7 +14,7 @@ from partita.parallel.laid_cut import cut
 from partita.parallel.sp import rules as sp
 from partita.parallel.split import rules as split
 from partita.parallel.tp import rules as tp
-from partita.planner.remedy import remedies
+from partita.planner.answers.remedy import remedies
 from partita.simulate.memory import arena_ledger, stage_ledger
 from partita.simulate.predict import request_of, simulate, timed, weigh
 from partita.spec.families import program as family_program

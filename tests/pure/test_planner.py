@@ -11,12 +11,13 @@ from drawn_plans import random_leaf, wide
 from partita.base.errors import Problem, UsageError
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, kept_bytes, state_bytes, tensor_bytes
-from partita.planner.ask import Question
-from partita.planner.bound import ENDLESS
-from partita.planner.exact import laid_memory, laid_seconds
-from partita.planner.reading import cost_of
-from partita.planner.rough import PAIRED, Rough
-from partita.planner.search import (
+from partita.planner.answers.ask import Question
+from partita.planner.bounds.bound import ENDLESS
+from partita.planner.bounds.exact import laid_memory, laid_seconds
+from partita.planner.bounds.reading import cost_of
+from partita.planner.bounds.rough import PAIRED, Rough
+from partita.planner.bounds.table import Table, probe_of
+from partita.planner.search.search import (
     ANY,
     RARELY,
     Goal,
@@ -27,7 +28,6 @@ from partita.planner.search import (
     searcher,
 )
 from partita.planner.space import VIRTUAL, Leaf, MeshChoice, Shape, Tokens, Words
-from partita.planner.table import Table, probe_of
 from partita.schedule.make import schedule
 from partita.simulate.inside import transient_bytes
 from partita.simulate.memory import read_later_bytes

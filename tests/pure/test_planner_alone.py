@@ -7,8 +7,8 @@ import pytest
 from drawn_plans import wide
 from test_planner import equals_brute_force, hold_many
 
-from partita.planner.nodes import ANY, Queue, measures
-from partita.planner.search import Search, searcher
+from partita.planner.search.nodes import ANY, Queue, measures
+from partita.planner.search.search import Search, searcher
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.plan import Plan

@@ -12,12 +12,12 @@ import pytest
 from partita.base.errors import PlanError, UsageError
 from partita.cli.main import run
 from partita.cli.out import waiting
-from partita.planner.answer import counts, document, ranked
-from partita.planner.ask import Answer, Question, ask, resolved
-from partita.planner.explain import beside, binds, causes, changes, why
-from partita.planner.nodes import Found
-from partita.planner.search import Search, measures, searcher
-from partita.planner.solve import nothing_fits, pareto, solve, with_devices
+from partita.planner.answers.answer import counts, document, ranked
+from partita.planner.answers.ask import Answer, Question, ask, resolved
+from partita.planner.answers.explain import beside, binds, causes, changes, why
+from partita.planner.answers.solve import nothing_fits, pareto, solve, with_devices
+from partita.planner.search.nodes import Found
+from partita.planner.search.search import Search, measures, searcher
 from partita.planner.words import Words
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
@@ -173,7 +173,9 @@ def test_what_the_model_refuses_under_every_plan_is_told_before_the_search(
 
 def test_what_a_search_did_not_come_to_is_not_said_to_fit_nowhere(monkeypatch):
     job, found = job_of(2, 80e9), Found(complete=False)
-    monkeypatch.setattr("partita.planner.solve.least_memory", lambda search, budget_s: found)
+    monkeypatch.setattr(
+        "partita.planner.answers.solve.least_memory", lambda search, budget_s: found
+    )
     lines = nothing_fits(job, makes, 0.0)
     assert lines == ["the plan of least memory was not found in 0 s"]
     found = replace(found, plans=[simulate(job.with_plan("tp2 2mb"))])

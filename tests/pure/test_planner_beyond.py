@@ -10,16 +10,16 @@ from drawn_plans import wide
 from test_planner import bounds_hold, hold_many, leaves, small
 
 from partita.base.errors import UsageError
-from partita.planner.ask import Question, ask
-from partita.planner.beyond import faster_dtype, turned
-from partita.planner.explain import changes, why
-from partita.planner.nearby import allowed, nearby
-from partita.planner.nodes import Found, Node
+from partita.planner.answers.ask import Question, ask
+from partita.planner.answers.explain import changes, why
+from partita.planner.answers.nearby import allowed, nearby
+from partita.planner.answers.solve import goal_of, pareto, solve
 from partita.planner.orders import other_orders
-from partita.planner.search import ANY, Search, measures, searcher
-from partita.planner.solve import goal_of, pareto, solve
+from partita.planner.search.beyond import faster_dtype, turned
+from partita.planner.search.nodes import Found, Node
+from partita.planner.search.search import ANY, Search, measures, searcher
+from partita.planner.search.splits import splits
 from partita.planner.space import Leaf, MeshChoice, Space, Tokens, Words
-from partita.planner.splits import splits
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.plan import DEFAULT_ORDER, Plan

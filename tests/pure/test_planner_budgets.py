@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from partita.planner.nodes import ANY, Found, Goal
-from partita.planner.search import Search, searcher
-from partita.planner.solve import pareto, solve
+from partita.planner.answers.solve import pareto, solve
+from partita.planner.search.nodes import ANY, Found, Goal
+from partita.planner.search.search import Search, searcher
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job

@@ -6,10 +6,10 @@ import pytest
 from drawn_plans import wide
 from test_planner import bounds_hold, hold_many, leaves, small
 
-from partita.planner.answer import counts
-from partita.planner.elsewhere import NO_BETTER, TARGETS, widened
-from partita.planner.explain import binds, why
-from partita.planner.search import ANY, Goal, Node, Search, measures, searcher
+from partita.planner.answers.answer import counts
+from partita.planner.answers.explain import binds, why
+from partita.planner.search.elsewhere import NO_BETTER, TARGETS, widened
+from partita.planner.search.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens, Words
 from partita.simulate.moves import STATE_PASSES, host_memory_rate
 from partita.simulate.predict import simulate

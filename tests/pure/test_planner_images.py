@@ -9,9 +9,9 @@ from drawn_plans import random_leaf
 from test_planner import equals_brute_force, hold_many
 from test_planner_splits import splits_hold, uneven
 
-from partita.planner.explain import why
-from partita.planner.nodes import Goal
-from partita.planner.search import ANY, Search, searcher
+from partita.planner.answers.explain import why
+from partita.planner.search.nodes import Goal
+from partita.planner.search.search import ANY, Search, searcher
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.model import ModelSpec

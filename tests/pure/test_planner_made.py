@@ -11,14 +11,14 @@ import partita as pt
 from partita.base.errors import Problem, UsageError
 from partita.base.units import format_seconds
 from partita.parallel.pp.rules import schedule_of
-from partita.planner.anew import anew
-from partita.planner.explain import changes, why
-from partita.planner.made import LIE, MARGIN, MOST, Made, MadeSpace, made
-from partita.planner.nodes import Node
-from partita.planner.search import ANY, Goal, Search, measures, searcher
+from partita.planner.answers.anew import anew
+from partita.planner.answers.explain import changes, why
+from partita.planner.bounds.table import Table
+from partita.planner.search.made import LIE, MARGIN, MOST, Made, MadeSpace, made
+from partita.planner.search.nodes import Node
+from partita.planner.search.search import ANY, Goal, Search, measures, searcher
+from partita.planner.search.splits import finished
 from partita.planner.space import Leaf, Shape, Tokens
-from partita.planner.splits import finished
-from partita.planner.table import Table
 from partita.simulate.predict import simulate
 from partita.spec.plan import Plan
 from partita.spec.plan_table import from_toml, to_toml
@@ -229,7 +229,7 @@ def test_auto_is_searched_where_it_is_fixed():
 
 def test_more_devices_have_schedules_made_for_the_best_meshes(monkeypatch):
     job = pt.Job.of("llama3-8b", "32xh100", "", global_batch_size=32, seq_len=4096)
-    monkeypatch.setattr("partita.planner.made.SHORT_S", 60.0)
+    monkeypatch.setattr("partita.planner.search.made.SHORT_S", 60.0)
     search = searcher(job, ("pp4",), ("cp",))
     found = made(search, ANY, 1, search.best(ANY), 60.0)
     assert found.made and found.complete
@@ -261,8 +261,8 @@ def test_a_made_plan_that_cannot_be_is_refused_for_what_is_wrong(monkeypatch):
     node = Node(5, 0.0, 0.0, 1, mesh, Shape(), Tokens(micro=1), Leaf("auto", 1, mesh.dp, 1))
     assert list(search.levels.laid(node)) and not search.levels.refused
     wrong = Problem("dp", "cut", "it cannot be cut so")
-    monkeypatch.setattr("partita.planner.made.weigh", lambda job: None)
-    monkeypatch.setattr("partita.planner.made.wrongs", lambda job: [wrong])
+    monkeypatch.setattr("partita.planner.search.made.weigh", lambda job: None)
+    monkeypatch.setattr("partita.planner.search.made.wrongs", lambda job: [wrong])
     assert not list(search.levels.laid(node)) and search.levels.refused == {"dp cut": 1}
 
 
@@ -281,7 +281,7 @@ def test_a_changed_plan_that_cannot_be_has_no_schedule_made():
 def test_only_for_changes_that_are_wanted_is_a_schedule_made(monkeypatch):
     mine, seen = Plan.parse(LINE), []
     monkeypatch.setattr(
-        "partita.planner.anew.anew", lambda job, plan, before: seen.append(plan) or plan
+        "partita.planner.answers.anew.anew", lambda job, plan, before: seen.append(plan) or plan
     )
     job = pt.Job.of("tiny", "4xh100", LINE, global_batch_size=8, seq_len=64)
     every = [plan for _, plan in changes(job, mine)]

@@ -2,11 +2,12 @@
 
 import pytest
 
-from partita.planner.bound import ENDLESS
-from partita.planner.rough import HIDES
-from partita.planner.search import searcher
+from partita.planner.bounds.bound import ENDLESS
+from partita.planner.bounds.columns import TIMES, TRAVEL
+from partita.planner.bounds.rough import HIDES
+from partita.planner.bounds.table import Table
+from partita.planner.search.search import searcher
 from partita.planner.space import MeshChoice, Shape, Tokens
-from partita.planner.table import TIMES, TRAVEL, Table
 from partita.spec.job import Job
 
 ABOVE = 1e-4  # of it: another way hides a little more; bounds leave out twenty times that

@@ -12,16 +12,15 @@ from test_planner_beyond import nodes_of
 
 from partita.base.errors import Problem
 from partita.base.units import format_seconds
-from partita.planner.answer import counts
-from partita.planner.ask import Question, ask
-from partita.planner.gap import least_seconds
-from partita.planner.nodes import Node, Queue
-from partita.planner.rough import PAIRED
-from partita.planner.search import ANY, Goal, Search, measures, searcher
-from partita.planner.space import Shape
-from partita.planner.splits import finished, not_searched
-from partita.planner.table import Table
-from partita.planner.uneven import (
+from partita.planner.answers.answer import counts
+from partita.planner.answers.ask import Question, ask
+from partita.planner.bounds.rough import PAIRED
+from partita.planner.bounds.table import Table
+from partita.planner.search.gap import least_seconds
+from partita.planner.search.nodes import Node, Queue
+from partita.planner.search.search import ANY, Goal, Search, measures, searcher
+from partita.planner.search.splits import finished, not_searched
+from partita.planner.search.uneven import (
     ALL,
     Uneven,
     UnevenSpace,
@@ -32,6 +31,7 @@ from partita.planner.uneven import (
     other_splits,
     stages_of,
 )
+from partita.planner.space import Shape
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.spec.plan import Plan

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import partita as pt
-from partita.planner.bound import ENDLESS, SLACK
-from partita.planner.rough import HIDES, halves
-from partita.planner.search import searcher
+from partita.planner.bounds.bound import ENDLESS, SLACK
+from partita.planner.bounds.columns import TIMES
+from partita.planner.bounds.rough import HIDES, halves
+from partita.planner.bounds.table import Table
+from partita.planner.search.search import searcher
 from partita.planner.space import Tokens
-from partita.planner.table import TIMES, Table
 
 QUESTIONS = (
     ("deepseek-v3", "2048xh100", 15360, 4096, 0.05),

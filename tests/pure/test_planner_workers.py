@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from partita.planner import workers
+from partita.planner.search import workers
 
 ROOT = Path(__file__).parents[2]
 BEGINS = """
 import json, os, signal, sys
 import partita as pt
-from partita.planner.nodes import Goal
-from partita.planner.search import Search, searcher
+from partita.planner.search.nodes import Goal
+from partita.planner.search.search import Search, searcher
 
 JOB = pt.Job.of("tiny", "4xh100", "", global_batch_size=8, seq_len=64)
 

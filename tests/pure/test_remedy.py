@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from partita.base.units import format_seconds
-from partita.planner.judge import fit_error
-from partita.planner.remedy import changes, remedies
+from partita.planner.answers.judge import fit_error
+from partita.planner.answers.remedy import changes, remedies
 from partita.simulate.predict import simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from partita.base.errors import ScheduleError
-from partita.planner.holds import short_step
-from partita.planner.table import Probe, probe_of
+from partita.planner.bounds.holds import short_step
+from partita.planner.bounds.table import Probe, probe_of
 from partita.schedule.make import schedule
 
 

@@ -10,7 +10,7 @@ import pytest
 from drawn_plans import random_leaf, wide
 
 from partita.cost.machine import machine_of
-from partita.planner.search import searcher
+from partita.planner.search.search import searcher
 from partita.simulate.answer import to_json
 from partita.simulate.predict import Prediction, simulate
 from partita.simulate.stage import works_of

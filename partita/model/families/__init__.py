@@ -1,1 +1,1 @@
-"""Import from the modules of this folder; this file is empty on purpose."""
+"""The names and configurations of the Hugging Face layouts, read and written."""

@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Context parallelism: ring, Ulysses, hybrid, all-gather, halo.
+
+Nothing is imported here: rules.py goes without torch.
+"""

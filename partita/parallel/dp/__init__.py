@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Data parallelism: replicas and ZeRO shards.
+
+Nothing is imported here: rules.py goes without torch.
+"""

@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Expert parallelism: router, dispatch by all-to-all, experts, combine.
+
+Nothing is imported here: rules.py goes without torch.
+"""

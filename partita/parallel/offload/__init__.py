@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Offload of states, activations and shards to the host and to files.
+
+Nothing is imported here: rules.py goes without torch.
+"""

@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Pipeline parallelism: the executor of a schedule, its deferred weight gradients, weight versions.
+
+Nothing is imported here: rules.py goes without torch.
+"""

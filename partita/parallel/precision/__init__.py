@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Precision: the dtype of each role, loss scaling, fp8.
+
+Nothing is imported here: rules.py goes without torch.
+"""

@@ -10,7 +10,7 @@
 bf16 AdamW is 2 + 4 + 4 + 8 = 18 bytes a parameter: gradients are accumulated and reduced in fp32. Where
 ZeRO 3 cuts the working weights they are made from the masters as they are gathered: 16. With
 `precision.rounding=stochastic` (not of fp32) it is 14: weights are their own masters, an update is made in
-fp32 and rounded up or down at random (train/stochastic.py); under fp64 they are so too, in fp64.
+fp32 and rounded up or down at random (train/optimizer/stochastic.py); under fp64 they are so too, in fp64.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Recomputation of activations, by module and layer.
+
+Nothing is imported here: rules.py goes without torch.
+"""

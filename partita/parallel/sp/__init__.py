@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Sequence parallelism: tokens cut between the regions of tp.
+
+Nothing is imported here: rules.py goes without torch.
+"""

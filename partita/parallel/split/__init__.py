@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Channels of a convolutional model on ranks that meet at chosen layers.
+
+Nothing is imported here: rules.py goes without torch.
+"""

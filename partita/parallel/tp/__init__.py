@@ -1,1 +1,4 @@
-"""Empty on purpose: rules.py here must import without torch."""
+"""Tensor parallelism: heads, ffn columns and the vocabulary cut.
+
+Nothing is imported here: rules.py goes without torch.
+"""

@@ -1,0 +1,1 @@
+"""Checkpoints: saved by pieces, resumed under any plan, converted, exported, sampled from."""

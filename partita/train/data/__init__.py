@@ -1,0 +1,1 @@
+"""What ranks train on: sources read lazily, tokenized once, cut into sequences; images."""

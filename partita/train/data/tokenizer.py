@@ -1,0 +1,195 @@
+"""Tokenizers: bytes, a tokenizer.json, or one trained on the source, all through one small class.
+
+byte            ids are bytes; a record ends with a newline
+train:N         byte-level BPE of N ids, trained on the training part, cached by digest
+a path          a tokenizer.json of the tokenizers library, with the chat template beside it
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import xxhash
+
+from partita.base.errors import DataError, UsageError
+from partita.train.data.chat import Chat, chat_beside
+from partita.train.data.sources import TextSource
+
+END = "<|endoftext|>"
+ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")
+BYTES = 256
+SMALLEST = BYTES + 1  # every byte, and the end of a record
+TRAINED_ON = 1 << 24  # characters: what a vocabulary is learned from, at most
+KEY = "data.tokenizer"
+
+
+class Tokenizer:
+    """Text to ids and back. `digest` tells tokenizers apart; `end` is what closes a record.
+
+    Without a library tokenizer inside, ids are bytes. `chat` writes messages as text.
+    """
+
+    def __init__(
+        self, name: str, inner: tokenizers.Tokenizer | None = None, chat: Chat | None = None
+    ) -> None:
+        self.name, self.chat = name, chat or Chat()
+        self._inner = inner
+        self.end: tuple[int, ...] = (10,)
+        self.size = BYTES
+        self.digest = "byte"
+        if inner is not None:
+            ids = (inner.token_to_id(word) for word in ENDS)
+            self.end = tuple(islice((i for i in ids if i is not None), 1))
+            self.size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+            self.digest = xxhash.xxh3_128_hexdigest(inner.to_str().encode())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; nothing is added before or after."""
+        return self.arrays([text])[0].tolist()
+
+    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, as arrays. Raises DataError where the tokenizer has none for some text."""
+        if self._inner is None:
+            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        try:
+            found = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            text = f"{KEY} = {self.name!r} cannot read the text: {error}"
+            raise DataError(text, file=self.name, key=KEY) from error
+        return [np.asarray(e.ids, np.uint32) for e in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are no character, and ids beyond the vocabulary, read �."""
+        if self._inner is None:
+            return b"".join(bytes([i]) if 0 <= i < BYTES else "�".encode() for i in ids).decode(
+                errors="replace"
+            )
+        return self._inner.decode([i for i in ids if i < self.size], skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json; UsageError for bytes, which need none."""
+        if self._inner is None:
+            raise UsageError("the byte tokenizer has no tokenizer.json", key=KEY)
+        self._inner.save(str(path))
+
+    def fingerprint(self) -> dict[str, object]:
+        """What a resumed run must share."""
+        found: dict[str, object] = {"name": self.name, "size": self.size, "digest": self.digest}
+        return found | ({} if self.chat == Chat() else {"chat": self.chat.digest})
+
+
+def open_tokenizer(
+    name: str, *, vocab: int, source: TextSource | None = None, cache: Path | None = None
+) -> Tokenizer:
+    """The tokenizer a job names; `vocab` is the model's, which must hold every id.
+
+    `source` is what train:N learns from, `cache` the folder where it is kept. Raises UsageError for
+    a word or path that is none and one bigger than the model's vocabulary, DataError for a bad file.
+    """
+    if name == "byte":
+        tokenizer = Tokenizer(name)
+    elif name.startswith("train:"):
+        tokenizer = Tokenizer(name, _trained(name, vocab, source, cache))
+    else:
+        path = _file(name)
+        tokenizer = Tokenizer(name, _from_file(path), chat_beside(path))
+    _check_size(name, tokenizer.size, vocab)
+    return tokenizer
+
+
+def _check_size(name: str, size: int, vocab: int) -> None:
+    if size > vocab:
+        raise UsageError(
+            f"{KEY} = {name!r} has {size} ids, the model's vocabulary {vocab}: "
+            f"set model.vocab to {size} or more, or take a smaller tokenizer",
+            key=KEY,
+        )
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{KEY} = {name!r}: no such file; accepted: byte, train:N, a path to a tokenizer.json",
+            file=name,
+            key=KEY,
+        )
+    return path
+
+
+def _from_file(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"{path}: not a tokenizer.json: {error}", file=str(path), key=KEY
+        ) from error
+
+
+def _trained(
+    name: str, vocab: int, source: TextSource | None, cache: Path | None
+) -> tokenizers.Tokenizer:
+    size = name.removeprefix("train:")
+    if not size.isascii() or not size.isdigit() or int(size) < SMALLEST:
+        raise UsageError(
+            f"{KEY} = {name!r}: N is a number of at least {SMALLEST} (every byte, and the end of a "
+            "record)",
+            key=KEY,
+        )
+    if source is None:
+        raise UsageError(f"{KEY} = {name!r} needs a text source to learn from", key=KEY)
+    _check_size(name, int(size), vocab)
+    if cache is None:
+        return _train(int(size), source)
+    what = f"{source.digest} {source.eval_fraction} {size} {tokenizers.__version__} {TRAINED_ON}"
+    path = cache / "tokenizers" / f"{xxhash.xxh3_128_hexdigest(what.encode())}.json"
+    with suppress(Exception):  # absent, or damaged: the library raises bare Exception
+        return tokenizers.Tokenizer.from_file(str(path))
+    made = _train(int(size), source)
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        write_whole(path, made.to_str().encode())
+    return made
+
+
+def _train(size: int, source: TextSource) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_lessons(source), trainer)
+    return tokenizer
+
+
+def _lessons(source: TextSource) -> Iterator[str]:
+    left = TRAINED_ON
+    for passage in source.passages("train"):
+        for text in (passage.prompt, passage.text):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
