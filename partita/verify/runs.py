@@ -169,12 +169,25 @@ def _misrounded(model: Model) -> str:
         return ""
     if model.laid.request.plan.precision.rounding == "stochastic":
         return ""
-    for unit in (u for u in model.units if u.spec.stage < 3):
-        wrong = unit.shard.cpu() != unit.master.to(unit.working.dtype).cpu()
+    for unit in model.units:
+        held = _computed_with(model, unit)
+        if held is None:
+            continue
+        wrong = held.cpu() != unit.master.to(held.dtype).cpu()
         if wrong.any():
             at = int(wrong.nonzero()[0]) + unit.part.start
             return [name for name, first, _ in unit.places if first <= at][-1]
     return ""
+
+
+def _computed_with(model: Model, unit: Unit) -> Tensor | None:
+    """A rank's part of a unit's working values, as it is stored or, at stage 3, made for its gather; None where
+    it is brought from elsewhere."""
+    if unit.casts:
+        values = unit.values
+        return unit.handed_in(torch.empty(values.size, dtype=values.dtype, device=values.device))
+    away = unit.spec.stage == 3 and model.parameters.away is not None
+    return None if away else unit.shard
 
 
 def _perturbed(job: Job, laid: Laid, context: Context) -> Callable[[Unit], None]:

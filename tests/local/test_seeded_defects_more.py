@@ -202,14 +202,27 @@ def test_masters_rounded_to_bf16_are_seen_though_gradients_are_only_close(judged
     assert judged("2mb bf16").phase == "optimizer"
 
 
-def test_working_weights_cut_off_instead_of_rounded(judged, monkeypatch):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_working_weights_cut_off_instead_of_rounded(folder, monkeypatch, stage):
+    """At stage 3 they are made for each gather."""
+
+    def cut(master):
+        return (master.detach().view(torch.int32) & -65536).view(torch.float32)
+
     def cut_off(self):
-        if self.working.dtype == torch.bfloat16:
-            bits = self.master.detach().view(torch.int32) & -65536
-            self.shard.copy_(bits.view(torch.float32))
+        if self.working.dtype == torch.bfloat16 and not self.casts:
+            self.shard.copy_(cut(self.master))
+
+    hand_in = Unit.handed_in
+
+    def cut_there(self, whole):
+        return whole[self.part].copy_(cut(self.master)) if self.casts else hand_in(self, whole)
 
     monkeypatch.setattr(Unit, "round_working", cut_off)
-    assert judged("dp_shard2.zero1 bf16").phase == "optimizer"
+    monkeypatch.setattr(Unit, "handed_in", cut_there)
+    found = verify(verify_jobs.job(folder, f"dp_shard2.zero{stage} bf16", layers=2))
+    wrong = found.trials[-1].worst("weights")
+    assert wrong.bad and wrong.relative == 2.0**-9 and found.divergence is not None
 
 
 def test_a_gradient_times_1_02_in_bf16_alone(judged, monkeypatch):
