@@ -181,7 +181,7 @@ def _misrounded(model: Model) -> str:
 
 
 def _computed_with(model: Model, unit: Unit) -> Tensor | None:
-    """A rank's part of a unit's working values, as it is stored or, at stage 3, made for its gather; None where
+    """A rank's part of a unit's working values, as it is stored or, at stage 3, made for a gather; None where
     it is brought from elsewhere."""
     if unit.casts:
         values = unit.values

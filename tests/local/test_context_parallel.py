@@ -10,6 +10,7 @@ from comm_contract import best_of
 
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.local import local
+from partita.parallel.cp import balance
 from partita.parallel.cp import ring as ring_module
 from partita.parallel.cp import tile as tile_module
 from partita.parallel.cp.balance import order
@@ -55,10 +56,30 @@ RULES = {
 @pytest.mark.parametrize("ring", [2, 4])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_tiles_are_what_is_seen(rule, ring):
-    """Laid side by side they are the mask of one device, and no pair is in two; nothing is computed
-    between chunks that do not see each other."""
-    split = split_of(ring, **rule)
-    chunk, share = split.order.chunk, split.share
+    tile_what_is_seen(split_of(ring, **rule))
+
+
+@pytest.mark.parametrize("ring", [2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_of_any_window_are_what_is_seen(causal, ring):
+    """A window that ends where a chunk does, or one token before or behind."""
+    for window in range(1, SEQ + 2):
+        tile_what_is_seen(split_of(ring, window=window, causal=causal))
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_tiles_of_many_chunks_a_rank_are_what_is_seen(window, monkeypatch):
+    """As packed documents of many tokens have them: eight chunks a rank, those of each sample its own."""
+    monkeypatch.setattr(balance, "SMALLEST", 1)
+    split = split_of(2, documents=PACKED, window=window)
+    assert split.order.chunk == 2 and len(set(split.order.rows)) > 1
+    tile_what_is_seen(split, sparing=not window)
+
+
+def tile_what_is_seen(split, sparing=True):
+    """Tiles laid side by side are the mask of one device, and no pair is in two. `sparing`: nothing is made
+    between chunks that do not see each other (of a window's last chunk only another document may be near)."""
+    ring, chunk, share = split.ring, split.order.chunk, split.share
     for mine in range(ring):
         want = split.mask(mine)[:, 0].expand(3, -1, -1)
         got = torch.zeros(3, share, SEQ, dtype=torch.int)
@@ -77,6 +98,8 @@ def test_tiles_are_what_is_seen(rule, ring):
                 assert (tile.kind == PART) == (seen is not None)
         assert torch.equal(got, want.int())
         assert area.max() == 1
+        if not sparing:
+            continue
         grid = want.unflatten(1, (-1, chunk)).unflatten(3, (-1, chunk)).amax((2, 4))
         blank = ~grid.repeat_interleave(chunk, 1).repeat_interleave(chunk, 2)
         own = torch.zeros(SEQ, dtype=torch.bool)
