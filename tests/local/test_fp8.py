@@ -155,6 +155,9 @@ def test_delayed_and_static_scaling_look_back():
         delayed.forward(one, weight)
     assert delayed.forward(more, weight)[0, 0] == 8 * 448 / 128  # the scale is still that of 1
     assert delayed.forward(more, weight)[0, 0] == 98304  # now it is known; rounded to even
+    for _ in range(HISTORY - 1):
+        delayed.forward(one, weight)
+    assert delayed.forward(more, weight)[0, 0] == 98304  # as long as it is among the last
     for _ in range(HISTORY):
         delayed.forward(one, weight)
     assert delayed.forward(more, weight)[0, 0] == 8 * 448 / 128  # and forgotten
