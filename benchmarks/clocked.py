@@ -29,9 +29,9 @@ import torch.distributed as dist
 
 from benchmarks.peers import SCHEDULES
 from partita.base.text import table
+from partita.comm.distributed.torch import TorchWorld
 from partita.comm.processes import start_ranks
 from partita.comm.protocol import Where
-from partita.comm.torch import TorchWorld
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import lane

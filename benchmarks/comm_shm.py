@@ -110,7 +110,7 @@ def seconds(call: Call, repeats: int) -> float:
 def rank_of(rank: int, writer: Connection, folder: str, pairs: int) -> None:
     """One process: every row, in the same order on both."""
     torch.set_num_threads(1)
-    from partita.comm.shm import ShmWorld
+    from partita.comm.shm.shm import ShmWorld
 
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)

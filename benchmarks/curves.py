@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.step import StepBatch

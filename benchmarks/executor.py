@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from partita.comm.distributed.torch_comm import TorchComm, tag_of
 from partita.comm.processes import start_ranks
 from partita.comm.protocol import Key, Where
 from partita.comm.single import SingleWorld
-from partita.comm.torch_comm import TorchComm, tag_of
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.modules import PipelinedModules
 from partita.parallel.pp.portals import Wire
@@ -117,11 +117,11 @@ def rank_of(rank: int, writer, folder: str, backend: str) -> None:
     """One of two processes."""
     torch.set_num_threads(1)
     if backend == "shm":
-        from partita.comm.shm import ShmWorld
+        from partita.comm.shm.shm import ShmWorld
 
         world = ShmWorld(rank, 2, Path(folder) / "world")
     else:
-        from partita.comm.torch import TorchWorld
+        from partita.comm.distributed.torch import TorchWorld
 
         world = TorchWorld(rank, 2, Path(folder) / "world")
     made = schedule("interleaved_1f1b", num_ranks=2, num_microbatches=64, virtual_stages=8)

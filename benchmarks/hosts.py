@@ -25,9 +25,9 @@ from torch.distributed import TCPStore
 from benchmarks.run import interval
 from partita.base.text import table
 from partita.base.units import format_bytes
-from partita.comm.hierarchical import join_hosts
-from partita.comm.rollcall import RollCall
-from partita.comm.torch import TorchWorld
+from partita.comm.distributed.hierarchical import join_hosts
+from partita.comm.distributed.torch import TorchWorld
+from partita.comm.liveness.rollcall import RollCall
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "gloo"))
 from netns import Hosts, missing

@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.curves import walk
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.spec.job import Job
 
 LAST = 50  # steps whose mean is compared

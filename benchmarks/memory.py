@@ -25,7 +25,7 @@ from benchmarks.run import SIZES, job_of
 from benchmarks.sides import ours
 from partita.base.text import table
 from partita.comm.processes import start_ranks
-from partita.comm.shm import ShmWorld
+from partita.comm.shm.shm import ShmWorld
 from tests.local.measured_memory import in_use
 
 STEPS, EVERY_S = 3, 0.0005

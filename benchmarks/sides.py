@@ -140,7 +140,7 @@ def rank_of(
 
 
 def _world(rank: int, ranks: int, path: Path) -> World:
-    from partita.comm.shm import ShmWorld
+    from partita.comm.shm.shm import ShmWorld
     from partita.comm.single import SingleWorld
 
     return SingleWorld() if ranks == 1 else ShmWorld(rank, ranks, path)

@@ -26,7 +26,7 @@ from partita.base.errors import PartitaError, PlanError, StoppedError, UsageErro
 from partita.base.refused import not_installed, refused
 from partita.base.text import printable
 from partita.cli.out import failure_document, in_words, note, write_json, write_text
-from partita.comm.lifeline import Lifeline
+from partita.comm.liveness.lifeline import Lifeline
 from partita.comm.processes import STOPS, torchrun_rank
 
 VERBS = {

@@ -16,12 +16,12 @@ import threading
 
 from partita.base.errors import UsageError
 from partita.comm.context import Context
-from partita.comm.lifeline import Lifeline
-from partita.comm.local import LocalRanks, RankThread
-from partita.comm.meeting import DEADLINE_S
+from partita.comm.liveness.lifeline import Lifeline
 from partita.comm.processes import torchrun_rank, torchrun_store
 from partita.comm.protocol import Where, World
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import LocalRanks, RankThread
+from partita.comm.threads.meeting import DEADLINE_S
 from partita.spec.mesh import DENSE, Mesh
 from partita.spec.plan import Plan
 
@@ -77,8 +77,8 @@ def _world(timeout_s: float, gpus: bool) -> tuple[World, Where]:
     where = Where()
     if torchrun_rank() is None:
         return SingleWorld(), where
-    from partita.comm.stores import rendezvous
-    from partita.comm.torch import TorchWorld
+    from partita.comm.distributed.stores import rendezvous
+    from partita.comm.distributed.torch import TorchWorld
 
     line = Lifeline.hold()
     roll = rendezvous(timeout_s, line)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.comm.seeds import dropout_box, dropout_rows
+from partita.comm.random.seeds import dropout_box, dropout_rows
 from partita.parallel.cp.balance import Order
 from partita.spec.layout import Box
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.comm.seeds import uniform
+from partita.comm.random.seeds import uniform
 from partita.model.reference import Reference
 
 Choice = Callable[[Tensor, int], int]  # logits [vocab] and the token's number -> its id

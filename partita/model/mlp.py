@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.model.dropout import Dropout
 from partita.parallel.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again

@@ -10,7 +10,7 @@ Word i of a stream is word i % 4 of Philox 4x32-10 (Salmon et al., SC 2011) of t
                       ones carry; else down. To fp16 by as many bits as it has fewer: 13, and of numbers
                       below 2^-14 by what they are above a multiple of 2^-24, in units of 2^-37
 
-Whole tensors, one after the other: the plan draws boxes of them (comm/seeds.py).
+Whole tensors, one after the other: the plan draws boxes of them (comm/random/seeds.py).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.base.errors import UsageError
-from partita.comm.local import RankThread
-from partita.comm.seeds import MASK, key_of
+from partita.comm.random.seeds import MASK, key_of
+from partita.comm.threads.local import RankThread
 
 
 @contextmanager

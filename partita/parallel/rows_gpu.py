@@ -4,8 +4,8 @@ over memory for each of their steps, and over halves of rows at a third of its r
 
 Each step is rounded where the operators round it, so that results are theirs but for the order of sums. Each
 kernel is tried where it runs before it is first used (`prove`). Imported where Triton is
-(comm/triton_kernels.py); annotations here are Triton's, not strings. A dtype is no value of a tuple in a
-kernel: it has a line of its own.
+(comm/random/triton_kernels.py); annotations here are Triton's, not strings. A dtype is no value of a
+tuple in a kernel: it has a line of its own.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false

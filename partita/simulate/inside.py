@@ -37,7 +37,9 @@ from partita.spec.program import (
     Sizes,
 )
 
-DRAWN_BYTES = 44  # of an element of a mask while it is drawn: int64 words of Philox (comm/seeds.py)
+DRAWN_BYTES = (
+    44  # of an element of a mask while it is drawn: int64 words of Philox (comm/random/seeds.py)
+)
 
 PRODUCTS = ("linear", "lookup", "conv")  # of whose weights the gradients are made in a weight half
 

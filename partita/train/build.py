@@ -23,10 +23,10 @@ from torch.nn.functional import pad
 
 from partita.base.errors import UsageError
 from partita.comm.context import Context, Named
-from partita.comm.local import LocalWorld
 from partita.comm.protocol import Where, World
+from partita.comm.random.seeds import initial_value
 from partita.comm.ranks import here, require_ranks
-from partita.comm.seeds import initial_value
+from partita.comm.threads.local import LocalWorld
 from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
 from partita.parallel.cp.split import Split

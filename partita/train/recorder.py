@@ -27,7 +27,7 @@ import torch
 
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes
-from partita.comm.local import LocalWorld
+from partita.comm.threads.local import LocalWorld
 from partita.parallel.read import state_bytes
 from partita.record.ledger import Ledger
 from partita.record.run import FOLDER, RankRecord, write_record

@@ -128,7 +128,7 @@ def calibrate(
 
 
 def _setup(base: Cluster) -> Setup:
-    from partita.comm import shm
+    from partita.comm.shm import shm
 
     ranks = min(max(base.devices, 2), 4)
     counts = tuple(n for n in (1, 2, 4) if n <= ranks)

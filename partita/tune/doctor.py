@@ -113,7 +113,7 @@ def _look(rank: int, spec: RunSpec, needs: Needs) -> Diagnosis:
 
 def _as_rank(job: Job, needs: Needs, rank: int) -> Diagnosis:
     """One of torchrun's ranks; those of one host meet as they do when they train."""
-    from partita.comm.stores import rendezvous
+    from partita.comm.distributed.stores import rendezvous
 
     roll = rendezvous(job.train.comm_timeout_s)
     if not is_one_host():

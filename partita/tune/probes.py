@@ -186,10 +186,10 @@ def make_world(backend: str, rank: int, num_ranks: int, scratch: Path) -> World:
     """The world of a backend that trains between CPU ranks of one host: 'shm' or 'gloo'."""
     path, where = scratch / f"rendezvous-{backend}", Where(activity="calibration")
     if backend == "shm":
-        from partita.comm.shm import ShmWorld
+        from partita.comm.shm.shm import ShmWorld
 
         return ShmWorld(rank, num_ranks, path, timeout_s=20.0, where=where)
-    from partita.comm.torch import TorchWorld
+    from partita.comm.distributed.torch import TorchWorld
 
     return TorchWorld(rank, num_ranks, path, timeout_s=20.0, where=where)
 

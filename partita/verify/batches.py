@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from partita.comm.seeds import uniform
+from partita.comm.random.seeds import uniform
 from partita.spec.job import Job
 from partita.train.build import Built, microbatch, open_job_data
 from partita.train.data.dataset import Dataset

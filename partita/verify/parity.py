@@ -14,7 +14,7 @@ from typing import Any
 
 from partita.base.errors import NonFiniteError
 from partita.base.text import table
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.reference_moe import Told
 from partita.parallel.laid import Laid, lay
 from partita.record.transfer import TrafficLine

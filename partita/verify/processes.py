@@ -73,9 +73,9 @@ def _join(rank: int, job: Job, backend: str, path: Path) -> World:
 
         return SingleWorld()
     if backend == "shm":
-        from partita.comm.shm import ShmWorld
+        from partita.comm.shm.shm import ShmWorld
 
         return ShmWorld(rank, size, path, timeout_s=timeout_s)
-    from partita.comm.torch import TorchWorld
+    from partita.comm.distributed.torch import TorchWorld
 
     return TorchWorld(rank, size, path, timeout_s=timeout_s, gpus=backend == "nccl")

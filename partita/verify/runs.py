@@ -19,7 +19,7 @@ from torch import Tensor
 from partita.base.errors import NonFiniteError
 from partita.comm.context import Context
 from partita.comm.protocol import Where, World
-from partita.comm.seeds import uniform
+from partita.comm.random.seeds import uniform
 from partita.model.reference import Reference, loss_and_gradients, times, weight_shapes
 from partita.model.reference_fp8 import RoundedProduct
 from partita.model.reference_moe import Auxiliary, Told

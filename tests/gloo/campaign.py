@@ -35,7 +35,7 @@ STEP = 3  # that is struck; it ends with an evaluation and a checkpoint
 LAST = 4
 PLACES = {
     "loading torch": "import:torch",
-    "joining": "call:partita.comm.torch:TorchWorld.__init__",
+    "joining": "call:partita.comm.distributed.torch:TorchWorld.__init__",
     "building": "call:partita.train.launch.rank:assemble",
     "loading a checkpoint": "call:partita.train.loop:Loop._restore",
     "data of the first step": "1:data",

@@ -121,7 +121,7 @@ def _arm(strike: Strike) -> None:
 
     NotedWhere.__setattr__ = moved  # type: ignore[method-assign]
     if strike.call:
-        from partita.comm.shm_comm import ShmComm
+        from partita.comm.shm.shm_comm import ShmComm
 
         enters = ShmComm.enter
         left = [strike.call]

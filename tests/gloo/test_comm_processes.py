@@ -9,7 +9,7 @@ import comm_contract as contract
 import pytest
 import worlds
 
-from partita.comm.shm import sweep
+from partita.comm.shm.shm import sweep
 from partita.schedule.make import schedule
 
 KINDS = ["shm", "gloo"]

@@ -10,8 +10,8 @@ import faults
 import pytest
 import torch
 
-from partita.comm import torch as world
-from partita.comm import torch_comm
+from partita.comm.distributed import torch as world
+from partita.comm.distributed import torch_comm
 from partita.comm.processes import start_ranks
 from partita.train.launch import rank as ranks
 

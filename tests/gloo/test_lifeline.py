@@ -21,11 +21,11 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from partita.comm.wire import StoreWire
+from partita.comm.liveness.wire import StoreWire
 
 TORCH = """
 import gc, os, pathlib, signal, time
-from partita.comm.lifeline import Lifeline
+from partita.comm.liveness.lifeline import Lifeline
 
 (line,) = [x for x in gc.get_objects() if type(x) is Lifeline]
 line._linked.wait()  # rank 0 knows it: no death is a silence from now on

@@ -17,11 +17,11 @@ import pytest
 import torch.distributed as dist
 
 from partita.base.errors import UsageError
-from partita.comm.lifeline import Lifeline
-from partita.comm.link import LONGEST, WORD, is_loopback, listening
+from partita.comm.distributed.stores import rendezvous
+from partita.comm.liveness.lifeline import Lifeline
+from partita.comm.liveness.link import LONGEST, WORD, is_loopback, listening
 from partita.comm.processes import is_one_host
 from partita.comm.ranks import _leave
-from partita.comm.stores import rendezvous
 
 KEY, WAIT_S = "partita/lifeline/0", 60  # for a busy machine
 pytestmark = pytest.mark.timeout(150)

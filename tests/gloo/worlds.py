@@ -28,12 +28,12 @@ def enter(rank: int, writer: Connection, kind: str, size: int, path: str, body, 
 def join(rank: int, kind: str, size: int, path: Path, timeout_s: float):
     """A World of a kind: shm, gloo; hosts: gloo whose ranks share a store and nothing else; hierarchy: as
     those, two ranks a host."""
-    from partita.comm.hierarchical import join_hosts
+    from partita.comm.distributed.hierarchical import join_hosts
+    from partita.comm.distributed.stores import file_store
+    from partita.comm.distributed.torch import TorchWorld
+    from partita.comm.liveness.rollcall import RollCall
     from partita.comm.processes import on_loopback
-    from partita.comm.rollcall import RollCall
-    from partita.comm.shm import ShmWorld
-    from partita.comm.stores import file_store
-    from partita.comm.torch import TorchWorld
+    from partita.comm.shm.shm import ShmWorld
 
     if kind not in ("hosts", "hierarchy"):
         return (ShmWorld if kind == "shm" else TorchWorld)(rank, size, path, timeout_s=timeout_s)

@@ -10,7 +10,7 @@ import torch
 import verify_jobs
 from gpu_jobs import DEVICE
 
-from partita.comm.seeds import normal_box
+from partita.comm.random.seeds import normal_box
 from partita.comm.single import SingleWorld
 from partita.parallel.ep import experts
 from partita.parallel.ep.loads import Loads

@@ -11,8 +11,8 @@ import pytest
 import torch
 from gpu_jobs import DEVICE, TABLE
 
-from partita.comm import seeds
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random import seeds
+from partita.comm.random.triton_kernels import Kernels
 from partita.parallel.precision import fp8
 from partita.spec.plan import PrecisionPlan
 

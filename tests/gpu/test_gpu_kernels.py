@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu_jobs import DEVICE, TABLE
 
-from partita.comm.seeds import dropout_box, normal_box
+from partita.comm.random.seeds import dropout_box, normal_box
 from partita.parallel.cp import fused
 from partita.parallel.cp.alibi import biased, slopes
 from partita.parallel.cp.tile import attend, attend_back, plain, plain_back

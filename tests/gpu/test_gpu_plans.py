@@ -12,7 +12,7 @@ import torch
 import verify_jobs
 from gpu_jobs import DEVICE
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.reference import Reference, loss_and_gradients
 from partita.verify.batches import open_data, whole_batch
 from partita.verify.judge import start_weights

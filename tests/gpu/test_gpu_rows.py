@@ -10,7 +10,7 @@ import torch
 from gpu_jobs import DEVICE
 from torch import Tensor
 
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.model import mlp
 from partita.model.mlp import SwiGLU
 from partita.parallel.sp import norm

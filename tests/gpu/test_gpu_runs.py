@@ -178,7 +178,7 @@ def test_a_world_of_nccl(tmp_path):
     """One rank's: groups are made, and what goes by the GPU and by the host keeps apart."""
     if DEVICE.type == "cpu":
         pytest.skip("nccl is of GPUs")
-    from partita.comm.torch import TorchWorld
+    from partita.comm.distributed.torch import TorchWorld
 
     shared_device(gpu_jobs.job(tmp_path, "2mb"))
     world = TorchWorld(0, 1, tmp_path / "world", gpus=True, timeout_s=30)

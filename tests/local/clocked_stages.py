@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from partita.comm.local import LocalWorld
 from partita.comm.protocol import Where
+from partita.comm.threads.local import LocalWorld
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.pp.executor import Channel, Executor
 from partita.parallel.pp.rules import lane

@@ -9,7 +9,7 @@ import pytest
 import verify_jobs
 
 from partita.base.errors import PlanError, UsageError
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.laid import lay
 from partita.schedule.versions import staleness
 from partita.simulate.memory import stage_ledger

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from clocked_stages import clocked_run
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.record.span import Span
 from partita.schedule.clock import Costs, clock, makespan
 from partita.schedule.ir import Schedule

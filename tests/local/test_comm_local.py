@@ -7,10 +7,10 @@ import torch
 
 import partita as pt
 from partita.base.errors import CommError, PlanError, UsageError
-from partita.comm.local import local
-from partita.comm.meeting import Meeting
 from partita.comm.patience import Patience
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
+from partita.comm.threads.meeting import Meeting
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -9,7 +9,7 @@ import verify_jobs
 from comm_contract import best_of
 
 from partita.comm.clocked import ClockedWorld, Link
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.cp import balance
 from partita.parallel.cp import ring as ring_module
 from partita.parallel.cp import tile as tile_module

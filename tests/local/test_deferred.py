@@ -7,7 +7,7 @@ import pytest
 import torch
 import verify_jobs
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.deferred import WeightQueue
 from partita.schedule.ir import Action
 from partita.train.build import assemble

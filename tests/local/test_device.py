@@ -13,8 +13,8 @@ import verify_jobs
 
 from partita.base.errors import UsageError
 from partita.comm.blocking import Blocking
-from partita.comm.local import local
 from partita.comm.single import SingleComm
+from partita.comm.threads.local import local
 from partita.train.build import assemble
 from partita.train.devices import device_of
 from partita.verify.parity import verify

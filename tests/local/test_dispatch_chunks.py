@@ -9,7 +9,7 @@ import verify_jobs
 from comm_contract import best_of
 
 from partita.comm.clocked import ClockedWorld, Link
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.moe import MoE
 from partita.parallel.ep.dispatch import Exchange
 from partita.parallel.pp.pieces import run

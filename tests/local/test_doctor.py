@@ -11,7 +11,7 @@ from took import least_seconds
 
 from partita.base.errors import PlanError, UsageError
 from partita.comm.clocked import ClockedWorld, Link
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of
 from partita.spec.job import DataSpec, Job

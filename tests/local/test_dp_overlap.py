@@ -7,7 +7,7 @@ import verify_jobs
 from comm_contract import best_of
 
 from partita.comm.clocked import ClockedWorld, Link
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.train.build import assemble
 
 BLOCKS = 4

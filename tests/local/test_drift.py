@@ -8,7 +8,7 @@ import torch
 import verify_jobs
 from torch.utils.flop_counter import FlopCounterMode
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.core import Explicit
 from partita.parallel.cp.halo import with_rows
 from partita.parallel.cp.ulysses import Turned

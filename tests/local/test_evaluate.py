@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import verify_jobs
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.data import megatron

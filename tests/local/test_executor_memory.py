@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from clocked_stages import clocked_executor
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.schedule.make import schedule
 
 AT_ONCE = SimpleNamespace(F=0.0, I=0.0, W=0.0)

@@ -9,7 +9,7 @@ import torch
 import verify_jobs
 from saves import save_run
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.reference_fp8 import E4M3, E5M2, in_eight_bits
 from partita.parallel.precision import fp8
 from partita.parallel.precision.fp8 import (

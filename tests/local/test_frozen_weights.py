@@ -13,8 +13,8 @@ from saves import save_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.base.errors import UsageError
-from partita.comm.local import local
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.parallel.read import flops, state_bytes, tensor_bytes
 from partita.simulate.predict import simulate
 from partita.train.build import assemble

@@ -7,7 +7,7 @@ import torch
 import verify_jobs
 from torch.utils.flop_counter import FlopCounterMode
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.laid import lay
 from partita.parallel.read import op_flops

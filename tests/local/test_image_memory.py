@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from partita.comm.local import LocalWorld, local
+from partita.comm.threads.local import LocalWorld, local
 from partita.record.ledger import Ledger
 from partita.simulate.predict import simulate
 from partita.spec.job import Job

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.families.adapters import merged
 from partita.model.reference_images import adapted
 from partita.parallel.cp.halo import Window

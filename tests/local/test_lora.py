@@ -13,8 +13,8 @@ import torch
 import verify_jobs
 
 from partita.base.errors import UsageError
-from partita.comm.local import local
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.model.dropout import RowDropout
 from partita.model.reference import Reference, weight_shapes
 from partita.parallel.lora import Drop

@@ -6,8 +6,8 @@ import pytest
 import torch
 import verify_jobs
 
-from partita.comm.local import local
 from partita.comm.recording import RecordingComm
+from partita.comm.threads.local import local
 from partita.parallel.ep import dispatch, router
 from partita.parallel.laid import problems
 from partita.parallel.regions import Region

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from partita.comm.seeds import normal_box
+from partita.comm.random.seeds import normal_box
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.model.reference_moe import Told, choice, moe
 from partita.parallel.ep.router import choose

@@ -13,8 +13,8 @@ import verify_jobs
 from saves import save_run
 
 from partita.base.errors import WriteError
-from partita.comm.local import local
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.parallel.laid import lay
 from partita.parallel.offload import cpu, nvme
 from partita.parallel.offload.rules import CHUNK

@@ -10,8 +10,8 @@ from comm_contract import best_of
 from test_dispatch_chunks import HIDDEN, TOKENS, Asleep, Experts
 
 from partita.comm.clocked import ClockedWorld, Link
-from partita.comm.local import local
 from partita.comm.protocol import Where
+from partita.comm.threads.local import local
 from partita.model.moe import MoE
 from partita.model.transformer import LayerBlock
 from partita.parallel.ep.dispatch import Exchange

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import partita as pt
 from partita.base.errors import UsageError
-from partita.comm.local import local
 from partita.comm.protocol import Where
 from partita.comm.recording import Recorder, RecordingComm
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.parallel.draws import drawing
 from partita.parallel.pp.modules import PipelinedModules
 from partita.parallel.pp.portals import ROW, Wire

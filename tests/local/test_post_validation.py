@@ -10,7 +10,7 @@ import torch
 import verify_jobs
 
 from partita.base.errors import NonFiniteError
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.laid import lay, problems
 from partita.parallel.offload import cpu
 from partita.parallel.precision.rules import is_before

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig
 
 from partita.base.errors import CheckpointError
-from partita.comm.local import local
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.model.families.read import Reader, read_slices
 from partita.model.reference import Reference, weight_shapes
 from partita.spec.job import Job

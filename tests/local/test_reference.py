@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from partita.comm.seeds import initial_value, normal_box
+from partita.comm.random.seeds import initial_value, normal_box
 from partita.model.generate import generate
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.model.rope import Rotate, rotate

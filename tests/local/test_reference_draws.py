@@ -4,7 +4,7 @@ import pytest
 import torch
 import verify_jobs
 
-from partita.comm import seeds
+from partita.comm.random import seeds
 from partita.model import dropout
 from partita.model import reference_draws as own
 from partita.train import build

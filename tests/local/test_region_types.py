@@ -21,7 +21,7 @@ from torch.distributed._local_tensor import LocalTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.parallel.cp import ulysses
 from partita.parallel.regions import Region
 

@@ -11,7 +11,7 @@ import verify_jobs
 from safetensors import safe_open
 from saves import save_run
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.reference import Reference, loss_and_gradients
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from partita.comm import triton_kernels
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random import triton_kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.model import mlp
 from partita.model.mlp import SwiGLU
 from partita.parallel.sp import norm

@@ -8,8 +8,8 @@ import torch
 import verify_jobs
 from saves import save_run
 
-from partita.comm.local import local
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import local
 from partita.parallel.precision.scaler import GROWTH_INTERVAL, LossScaler
 from partita.train.build import assemble
 from partita.train.checkpoints.checkpoint import Ranks

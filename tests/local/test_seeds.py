@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from partita.comm import seeds
+from partita.comm.random import seeds
 
 
 def words(*values):

@@ -8,7 +8,7 @@ import torch
 from test_drift import look, recorded_in_order
 from torch import nn
 
-from partita.comm.local import local
+from partita.comm.threads.local import local
 from partita.model.reference import Reference, loss_and_gradients, weight_shapes
 from partita.parallel.regions import Region
 from partita.parallel.tp.loss import CrossEntropy

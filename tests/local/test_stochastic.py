@@ -9,8 +9,8 @@ import test_frozen_weights
 import torch
 import verify_jobs
 
-from partita.comm.local import local
-from partita.comm.seeds import rounded_box
+from partita.comm.random.seeds import rounded_box
+from partita.comm.threads.local import local
 from partita.parallel.laid import problems
 from partita.parallel.offload import cpu
 from partita.simulate.predict import request_of

@@ -9,7 +9,7 @@ import torch
 import verify_jobs
 from saves import save_run
 
-from partita.comm.local import LocalComm, local
+from partita.comm.threads.local import LocalComm, local
 from partita.parallel.dp import zero
 from partita.parallel.read import state_bytes
 from partita.simulate.memory import coming_bytes

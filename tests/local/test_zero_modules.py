@@ -8,8 +8,8 @@ from torch import nn
 
 import partita as pt
 from partita.base.errors import UsageError
-from partita.comm.local import local
 from partita.comm.single import SingleComm
+from partita.comm.threads.local import local
 from partita.parallel.dp.modules import ShardedModules
 from partita.parallel.draws import drawing
 

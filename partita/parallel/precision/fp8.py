@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.parallel.product import PLAIN, Product
 from partita.spec.plan import PrecisionPlan
 

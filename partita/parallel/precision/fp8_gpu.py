@@ -6,7 +6,7 @@
     in_blocks x rounded with one scale in 128 elements, or 128 x 128, wide again: no kernel multiplies these
 
 The same 8 bits as torch's operators make: scales are powers of two, the cast rounds to even. Imported where
-Triton is (comm/triton_kernels.py).
+Triton is (comm/random/triton_kernels.py).
 """
 
 import torch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.parallel.chain import Link
 from partita.parallel.units import Weight
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from partita.base.errors import PartitaError, PeerError, PlanError, StoppedError
 from partita.base.units import format_bytes
-from partita.comm.lifeline import Lifeline
+from partita.comm.liveness.lifeline import Lifeline
 from partita.comm.processes import STOPS, UNKNOWN, end_ranks, server_is_gone, start_ranks
 from partita.planner.answers.judge import fit_error, judged
 from partita.spec.job import Job

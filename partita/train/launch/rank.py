@@ -20,10 +20,10 @@ import torch
 
 from partita.base.errors import PartitaError
 from partita.base.refused import not_installed, refused
-from partita.comm import shm
+from partita.comm.liveness.rollcall import RollCall
 from partita.comm.processes import STOPS, this_host, torchrun_store
 from partita.comm.protocol import Where, World
-from partita.comm.rollcall import RollCall
+from partita.comm.shm import shm
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
 from partita.train.build import assemble
@@ -184,8 +184,8 @@ def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
         return SingleWorld()
     device_of(spec.job, rank)  # on GPUs groups are connected as they are made
     if spec.roll is not None:
-        from partita.comm.hierarchical import join_hosts
-        from partita.comm.torch import TorchWorld
+        from partita.comm.distributed.hierarchical import join_hosts
+        from partita.comm.distributed.torch import TorchWorld
 
         between = TorchWorld.from_torchrun(
             torchrun_store(), spec.roll, timeout_s=timeout_s, where=where, gpus=gpus
@@ -194,7 +194,7 @@ def join(rank: int, world_size: int, spec: RunSpec, where: Where) -> World:
     if shm.available() and not gpus:
         path = spec.scratch / SEGMENT
         return shm.ShmWorld(rank, world_size, path, timeout_s=timeout_s, where=where)
-    from partita.comm.torch import TorchWorld
+    from partita.comm.distributed.torch import TorchWorld
 
     path = spec.scratch / "rendezvous"
     return TorchWorld(rank, world_size, path, timeout_s=timeout_s, where=where, gpus=gpus)

@@ -17,9 +17,9 @@ from typing import Any
 
 from partita.base import errors
 from partita.base.errors import PartitaError, UsageError
-from partita.comm.lifeline import Lifeline, Lost
+from partita.comm.liveness.lifeline import Lifeline, Lost
+from partita.comm.liveness.rollcall import RollCall
 from partita.comm.processes import is_one_host, torchrun_rank
-from partita.comm.rollcall import RollCall
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.train.checkpoints.checkpoint import outlook
@@ -75,7 +75,7 @@ def train_as_rank(
 
     Raises what `train` raises; an error of rank 0's start is raised on every rank.
     """
-    from partita.comm.stores import rendezvous
+    from partita.comm.distributed.stores import rendezvous
 
     rank, world, _ = torchrun_rank() or (0, 1, 0)
     hold_world(job, world)

@@ -4,7 +4,7 @@
 
 To the nearest, an update of less than half of a weight's last bit (2^-9 of it) is always lost; at random it
 is made with the probability that keeps the mean (Gupta et al. 2015, arXiv 1502.02551; Zamirai et al. 2020,
-2010.06192). Which way is a function of seed, number of the update, weight and element (comm/seeds.py), so
+2010.06192). Which way is a function of seed, number of the update, weight and element (random/seeds.py), so
 that replicas stay equal and no plan changes it; an asynchronous schedule counts all updates of its steps.
 12 bytes of master and moments a parameter become 8. Where moments lie elsewhere, so does the update: weights
 come there, and go rounded. Where weights alone lie elsewhere they come for it. Under fp64, for proofs, all is
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.context import Context
-from partita.comm.seeds import rounded_box
+from partita.comm.random.seeds import rounded_box
 from partita.parallel.dp.zero import Parameters
 from partita.parallel.laid import Laid
 from partita.parallel.units import Shards, Unit

@@ -24,7 +24,7 @@ from typing import Any
 from torch.distributed import DistStoreError
 
 from partita.base.errors import CommError
-from partita.comm.lifeline import Lifeline
+from partita.comm.liveness.lifeline import Lifeline
 from partita.comm.protocol import Where
 from partita.comm.table import Status
 

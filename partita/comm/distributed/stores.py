@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from partita.base.errors import CommError, UsageError
-from partita.comm.lifeline import Lifeline
+from partita.comm.liveness.lifeline import Lifeline
+from partita.comm.liveness.rollcall import RollCall
 from partita.comm.processes import torchrun_store
-from partita.comm.rollcall import RollCall
 
 CALLS = itertools.count()  # of `rendezvous`: a program may train twice
 

@@ -26,10 +26,17 @@ from torch import Tensor
 
 from partita.base.errors import CommError, PartitaError
 from partita.comm.blocking import Blocking
-from partita.comm.meeting import DEADLINE_S, Meeting, Slot, SlotKey, expected_rows, reduce_in_order
 from partita.comm.patience import Patience
 from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.single import SingleComm
+from partita.comm.threads.meeting import (
+    DEADLINE_S,
+    Meeting,
+    Slot,
+    SlotKey,
+    expected_rows,
+    reduce_in_order,
+)
 
 LOOK_S = 0.5  # between two looks at a wait
 

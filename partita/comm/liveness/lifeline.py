@@ -35,10 +35,10 @@ from typing import Any
 
 from partita.base.errors import CommError
 from partita.base.text import printable
-from partita.comm.link import WORD, Link, is_loopback, listening
+from partita.comm.liveness.link import WORD, Link, is_loopback, listening
+from partita.comm.liveness.wire import StoreWire
 from partita.comm.processes import is_one_host, leave_without, torchrun_agent, torchrun_rank
 from partita.comm.processes import torchrun_store as environment
-from partita.comm.wire import StoreWire
 
 GRACE_S = 3.5  # from a loss to the end of a rank that is still there
 LOOK_S = 0.2  # between two looks at where this rank is, and two tries to reach the store

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
-from partita.comm.futex import SPINS, SPINS_OWN_CORE, Words, available
 from partita.comm.protocol import Comm, Where
-from partita.comm.shm_comm import ShmComm, region_bytes
+from partita.comm.shm.futex import SPINS, SPINS_OWN_CORE, Words, available
+from partita.comm.shm.shm_comm import ShmComm, region_bytes
 from partita.comm.single import SingleComm
 
 __all__ = ["ShmComm", "ShmWorld", "available", "is_abandoned"]

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
-from partita.comm.futex import Words
-from partita.comm.mailbox import Host, Mailbox, ring_bytes
 from partita.comm.patience import Patience
 from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
+from partita.comm.shm.futex import Words
+from partita.comm.shm.mailbox import Host, Mailbox, ring_bytes
 from partita.spec.hardware import SHARED_CHUNK_BYTES
 
 SLOT = SHARED_CHUNK_BYTES  # both buffers of two ranks stay in the caches

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
-from partita.comm.calls import CallPages, page_bytes
+from partita.comm.distributed.calls import CallPages, page_bytes
+from partita.comm.distributed.torch import TorchWorld
+from partita.comm.distributed.torch_comm import TorchComm
+from partita.comm.distributed.turns import InTurn, Unseen
 from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, World, message_of
-from partita.comm.shm import ShmWorld, available
-from partita.comm.shm_comm import LOW, ShmComm
-from partita.comm.torch import TorchWorld
-from partita.comm.torch_comm import TorchComm
-from partita.comm.turns import InTurn, Unseen
+from partita.comm.shm.shm import ShmWorld, available
+from partita.comm.shm.shm_comm import LOW, ShmComm
 
 
 def join_hosts(between: TorchWorld, host: str, timeout_s: float) -> World:

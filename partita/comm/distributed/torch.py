@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 
 from partita.comm.board import Board
-from partita.comm.calls import CallBook
+from partita.comm.distributed.calls import CallBook
+from partita.comm.distributed.stores import file_store
+from partita.comm.distributed.torch_comm import TorchComm, first_line, lost
+from partita.comm.liveness.rollcall import RollCall
 from partita.comm.processes import on_loopback
 from partita.comm.protocol import Comm, Where
-from partita.comm.rollcall import RollCall
 from partita.comm.single import SingleComm
-from partita.comm.stores import file_store
 from partita.comm.table import Status
-from partita.comm.torch_comm import TorchComm, first_line, lost
 
 BOTH, GPU = "cpu:gloo,cuda:nccl", "cuda"  # each tensor goes by where it lies
 NEAR = ("pp_down", "pp_up", "cp")  # lanes on which each rank sends to the next, or the one before

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
-from partita.comm.futex import Words
 from partita.comm.protocol import Done, Handle, Key, Message, Where, message_of
+from partita.comm.shm.futex import Words
 
 CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
 _HEAD = struct.Struct("<IIQQ")

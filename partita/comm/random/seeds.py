@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from partita.comm.triton_kernels import Kernels
+from partita.comm.random.triton_kernels import Kernels
 from partita.spec.program import DRAWN_AT_ONCE
 
 Box = Sequence[tuple[int, int]]
@@ -37,7 +37,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123 philox.h, PHILOX_M4x32_0 and
 WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, PHILOX_W32_0 and _1
 CHUNK = DRAWN_AT_ONCE
 HIGH = 1 if sys.byteorder == "little" else 0  # of a 64-bit number's two halves in memory
-KERNELS = Kernels("partita.comm.seeds_gpu")
+KERNELS = Kernels("partita.comm.random.seeds_gpu")
 HALF = 65504.0  # fp16's largest number
 RUN = 8  # shorter contiguous runs are drawn element by element
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.board import Board
-from partita.comm.calls import RING, CallPages
+from partita.comm.distributed.calls import RING, CallPages
 from partita.comm.protocol import Handle, Key, Message, ReduceOp, Where, message_of
 from partita.comm.table import Status, describe
 

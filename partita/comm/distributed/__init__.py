@@ -1,0 +1,1 @@
+"""Ranks by torch.distributed: gloo and nccl, and groups that span hosts by hierarchy."""
