@@ -68,6 +68,7 @@ def _from_words(text: str) -> Costs:
         )
     _hold_sane(numbers, f"--costs {text}")
     _hold_some(numbers[:3], f"--costs {text}")
+    _hold_part(*numbers[3:], where=f"--costs {text}")
     return Costs((StageCosts(*numbers[:3]),), *numbers[3:])
 
 
@@ -81,6 +82,7 @@ def _from_file(path: str) -> Costs:
     _hold_sane([costs.send], f"{path}: send")
     _hold_sane([costs.wire], f"{path}: wire")
     _hold_some([s.of(kind) for s in costs.stages for kind in "FIW"], path)
+    _hold_part(costs.send, costs.wire, where=path)
     return costs
 
 
@@ -93,5 +95,13 @@ def _hold_some(numbers: list[float], where: str) -> None:
     if not any(numbers):
         raise UsageError(
             f"{where}: F, I and W all cost 0, so no action takes time; write e.g. 1,1,1",
+            key="costs",
+        )
+
+
+def _hold_part(send: float = 0.0, wire: float = 0.0, *, where: str) -> None:
+    if wire > send:
+        raise UsageError(
+            f"{where}: a link is taken for {wire:g} of the {send:g} that a message takes; write at most {send:g}",
             key="costs",
         )

@@ -206,6 +206,26 @@ def test_a_weight_half_that_needs_less_leaves_room_for_more():
     assert times[1].lower_bound <= times[0].lower_bound
 
 
+@pytest.mark.parametrize("limit", [2.0, math.inf])
+def test_one_microbatch_goes_one_way(limit):
+    """There is no half of it to go the other, with room to spare or without a limit."""
+    found = hold(Task(2, 1, limit=limit))
+    assert found.proven and not found.schedule.is_bidirectional
+
+
+@pytest.mark.parametrize("name, stages", [("dualpipev", 8), ("dualpipe", 4)])
+@pytest.mark.parametrize("goal, time", [("flush", makespan), ("span", span)])
+def test_pairs_that_hide_something_are_held_against_what_was_found(name, stages, goal, time):
+    """A backward that is shorter beside a forward is only so in a schedule with pairs; the bound knows it."""
+    costs = Costs((StageCosts(1.0, 1.0, 1.0, hidden=0.6),) * stages)
+    pairs = schedule(name, num_ranks=4, num_microbatches=16)
+    found = synthesise(Task(4, 16, costs, effort=0, proof=0.0, goal=goal))
+    assert found.makespan == pytest.approx(time(clock(found.schedule, costs)))
+    assert found.lower_bound <= found.makespan <= time(clock(pairs, costs))
+    tight = synthesise(Task(4, 16, costs, 4.0, effort=0, proof=0.0, goal=goal))
+    assert over_limit(tight.schedule, 4.0) == [] and not tight.schedule.paired
+
+
 def test_what_cannot_be_is_refused_with_the_number():
     with pytest.raises(
         ScheduleError, match=r"one microbatch holds 1 activations a rank, the limit is 0\.9"

@@ -5,12 +5,12 @@
     start[n, k] + seconds[n] + lag <= start[x, k]              what x needs
     no two items of a rank at once
     start[n, k] + seconds[n] <= left[n, k]                     a message leaves when it is made, or later,
-    left[n, k] + lag <= start[x, k]                            no two at once on the link out of a rank
+    left[n, k] + lag <= start[x, k]                            no two at once on the link out of a rank, which
+                                                               keeps the order in which they were made
     sum of held over microbatches between start of F and end of W <= limit        on every rank, always
     release of its rank <= start of every item, and its end + tail of its rank <= T
 
-(A link keeps the order in which messages were made; here it need not: where that would be faster, nothing is
-proven.) Times are whole numbers of a unit that all costs are multiples of; where there is none below a
+Times are whole numbers of a unit that all costs are multiples of; where there is none below a
 millionth of the longest, nothing is proven. One worker and a budget in CP-SAT's deterministic time: the same
 answer everywhere.
 """
@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 from partita.schedule.synth.flow import Flow, Orders, starts_of
@@ -140,6 +140,20 @@ class _Model:
                 taken += [self.model.new_fixed_size_interval_var(left, wire, "") for left in row]
                 self._lefts[x] = row
             self.model.add_no_overlap(taken)
+            self._in_order([x for x in flow.streams_of(rank) if x in self._lefts], wire)
+
+    def _in_order(self, streams: list[int], wire: int) -> None:
+        """Of any two messages out of a rank that made first leaves first."""
+        add, starts, lefts = self.model.add, self.starts, self._lefts
+        for x, y in combinations(streams, 2):
+            pairs = product(range(len(starts[x])), range(len(starts[y])))
+            for i, k in pairs:
+                first = self.model.new_bool_var("")
+                for a, b, when in (((x, i), (y, k), first), ((y, k), (x, i), ~first)):
+                    (at, n), (to, o) = a, b
+                    took = self._whole(self.flow.seconds[at])
+                    add(starts[at][n] + took <= starts[to][o]).only_enforce_if(when)
+                    add(lefts[at][n] + wire <= lefts[to][o]).only_enforce_if(when)
 
     def _one_at_a_time(self) -> None:
         for rank in range(self.flow.num_ranks):

@@ -20,6 +20,7 @@ from partita.base.errors import ScheduleError
 from partita.schedule.clock import StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make.families import loop_placement, wave_placement
+from partita.schedule.synth.beside import at_shortest
 from partita.schedule.synth.flow import EPSILON, Held, fits, flow_like, orders_of, starts_of
 from partita.schedule.synth.synthesis import Synthesis, Task, synthesise
 
@@ -132,6 +133,7 @@ def _over_cuts(task: Task, layers: Sequence[StageCosts]) -> float:
     """Seconds that no schedule of any cut undercuts on any placement: all ranks share the work; of one way,
     the k-th rank to begin waits until k layers have gone forward and k messages on."""
     p, m, send = task.num_ranks, task.num_microbatches, task.costs.send
+    layers = at_shortest(layers)
     works = [each.F + each.I + each.W for each in layers]
     heads = [sum(each.F for each in layers[:k]) + k * send for k in range(p)]
     if task.copies > 1:
@@ -159,6 +161,7 @@ def _stages(layers: Sequence[StageCosts], split: Sequence[int]) -> tuple[StageCo
                 sum(s.W for s in part),
                 sum(s.U for s in part),
                 sum(s.activation_bytes for s in part),
+                sum(s.hidden for s in part),
             )
         )
     return tuple(out)
