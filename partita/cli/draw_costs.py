@@ -102,6 +102,6 @@ def _hold_some(numbers: list[float], where: str) -> None:
 def _hold_part(send: float = 0.0, wire: float = 0.0, *, where: str) -> None:
     if wire > send:
         raise UsageError(
-            f"{where}: a link is taken for {wire:g} of the {send:g} that a message takes; write at most {send:g}",
+            f"{where}: a link is taken for {wire:g} of the {send:g} that a message takes; at most all of it",
             key="costs",
         )

@@ -123,6 +123,7 @@ def test_a_file_that_cannot_run_is_not_drawn(capsys, tmp_path):
     (["1f1b", "-p", "2", "-m", "2", "--costs", "none.json"], 2, "no such file"),
     (["1f1b", "-p", "2", "-m", "2", "--costs", "1,2"], 2, "F,I,W"),
     (["1f1b", "-p", "2", "-m", "2", "--costs", "0,0,0"], 2, "F, I and W all cost 0"),
+    (["1f1b", "-p", "2", "-m", "2", "--costs", "1,1,1,0.1,5"], 2, "a link is taken for 5 of the 0.1"),
     (["1f1b", "-p", "2", "-m", "2", "--svg", "no/such/a.svg"], 2, "does not exist"),
     (["gpipe", "-p", "4", "-m", "8", "--limit", "5"], 1, "within it: 1f1b"),
     (["1f1b", "-p", "4", "-m", "8", "-v", "2"], 1, "one stage a rank"),

@@ -152,6 +152,15 @@ def test_the_proven_optimum_of_shared_links_is_that_of_all_orders(limit, send, w
     assert makespan(clock(made, costs)) == best
 
 
+def test_a_link_that_kept_no_order_would_be_faster_than_any():
+    """Messages that overtook each other would end the step at 238; in the order made, 239 is proven."""
+    rows = (1, 2, 2), (3, 2, 9), (1, 2, 1), (1, 2, 2), (2, 2, 3), (2, 1, 0), (3, 6, 2), (12, 16, 12)
+    costs = Costs(tuple(StageCosts(*map(float, row)) for row in rows), 7.0, 7.0)
+    task = Task(4, 3, costs, 2.0, copies=1, exchanged=False, effort=5_000, proof=1.0)
+    found = hold(task)
+    assert found.proven and found.makespan == 239.0
+
+
 def test_slow_links_are_what_a_step_is_made_for():
     """Eight messages of ten take eighty, while gradients come back; what no order undercuts knows it."""
     costs = Costs((StageCosts(1.0, 1.0, 1.0),) * 2, 10.0, 10.0)
