@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import msgspec
 
 from partita.base.errors import UsageError
-from partita.base.text import did_you_mean, nearest_names
+from partita.base.text import did_you_mean, nearest_name
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 4_000_000
@@ -169,8 +169,8 @@ def _of_literal(kind: Any, raw: Any) -> str:
     choices = [a for a in get_args(kind) if isinstance(a, str)]
     if not choices or not isinstance(raw, str):
         return ""
-    near = nearest_names(raw, choices)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    near = nearest_name(raw, choices)
+    hint = f"; did you mean '{near}'?" if near else ""
     return f"'{raw[:80]}' is none of {', '.join(choices)}{hint}"
 
 

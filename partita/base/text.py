@@ -1,13 +1,9 @@
-"""Text that one would paste into a paper: aligned tables and trees."""
+"""Text that one would paste into a paper: aligned tables, and names that are near."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-Tree = Mapping[str, Any]
-
+from collections.abc import Sequence
 
 NUMBER = re.compile(r"[+-]?\.?\d[\d.,]*(e[+-]?\d+)?[%x]?( .*)?")
 
@@ -51,44 +47,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def tree(root: str, branches: Tree) -> str:
-    """A tree of nested mappings; a leaf's value follows its name.
-
-    >>> print(tree("model", {"embedding": {}, "blocks": {"attention": 4, "mlp": 2}}))
-    model
-    ├── embedding
-    └── blocks
-        ├── attention  4
-        └── mlp  2
-    """
-    return "\n".join([root, *_branches(branches)])
-
-
-def _branches(branches: Tree) -> list[str]:
-    lines: list[str] = []
-    for i, (name, below) in enumerate(branches.items()):
-        last = i == len(branches) - 1
-        nested = isinstance(below, Mapping)
-        leaf = "" if nested or below is None else f"  {below}"
-        lines.append(f"{'└── ' if last else '├── '}{name}{leaf}")
-        if nested:
-            lines += [("    " if last else "│   ") + line for line in _branches(below)]
-    return lines
-
-
-def nearest_names(name: str, known: Sequence[str], limit: int = 1) -> list[str]:
-    """The known names that are most like `name`, best first; none where nothing is like it."""
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """The known name that is most like `name`; empty where nothing is like it."""
     from difflib import get_close_matches
 
     by_fold = {k.casefold(): k for k in known}
-    found = get_close_matches(str(name)[:80].casefold(), by_fold, n=limit, cutoff=0.5)
-    return [by_fold[f] for f in found]
+    found = get_close_matches(str(name)[:80].casefold(), by_fold, n=1, cutoff=0.5)
+    return by_fold[found[0]] if found else ""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """\"; did you mean 'layers'?\" where a known name is near, else \"; known: a, b, c\"."""
-    near = nearest_names(name, known)
-    if near:
-        return f"; did you mean '{near[0]}'?"
+    if near := nearest_name(name, known):
+        return f"; did you mean '{near}'?"
     shown = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     return f"; known: {shown}" if known else ""

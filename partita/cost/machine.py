@@ -59,10 +59,6 @@ class Constants:
     outer: float  # of the outer links' rates
     launch_s: float  # between two kernels on the device
 
-    def with_(self, **changes: float) -> Constants:
-        """Some of them changed."""
-        return replace(self, **changes)
-
 
 @dataclass(frozen=True, slots=True)
 class Software:

@@ -106,7 +106,7 @@ def moe(judge: Judge, name: str, h: Tensor) -> Tensor:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
     gates = gates * spec.router_scale
     picked = one_hot(chosen, spec.experts).sum(-2)  # [batch, seq, experts]
-    _losses(spec, name, logits, scores, picked, bias, aux)
+    _losses(spec, name, logits, scores, picked, aux)
     sent = picked
     if spec.capacity_factor is not None:
         limit = ceil(spec.capacity_factor * h.shape[1] * spec.top_k / spec.experts)
@@ -165,9 +165,8 @@ def choice(spec: ModelSpec, ranked: Tensor) -> Tensor:
 
 
 def _losses(
-    spec: ModelSpec, name: str, logits: Tensor, scores: Tensor, picked: Tensor,
-    bias: Tensor | None, aux: Auxiliary,
-) -> None:  # fmt: skip
+    spec: ModelSpec, name: str, logits: Tensor, scores: Tensor, picked: Tensor, aux: Auxiliary
+) -> None:
     seq = scores.shape[1]
     aux.counts[name] = picked.sum((0, 1))
     if spec.balance_loss:

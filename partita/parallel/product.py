@@ -106,7 +106,6 @@ def is_wide(
     device: torch.device,
     sizes: tuple[int, int, int],
     least: int,
-    narrow: int = NARROW,
     is_added: bool = False,
 ) -> bool:
     """Whether oneDNN makes a product of (tokens, rows, columns): of `least` multiplications or more. One
@@ -115,14 +114,8 @@ def is_wide(
         if is_added:
             return False
         least = max(least, LEAST_HALVED)
-    return _is_wide(dtype, device, sizes, least, narrow)
-
-
-def _is_wide(
-    dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int], least: int, narrow: int
-) -> bool:
     tokens, rows, columns = sizes
-    large = tokens * rows * columns >= least and min(rows, columns) >= narrow
+    large = tokens * rows * columns >= least and min(rows, columns) >= NARROW
     return large and dtype == torch.float32 and device.type == "cpu" and has_wider_kernels()
 
 

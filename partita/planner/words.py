@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from partita.base.errors import UsageError
-from partita.base.text import nearest_names
+from partita.base.text import nearest_name
 from partita.spec.plan import DEFAULT_ORDER, Plan
 from partita.spec.plan_table import CHOICES, SCHEDULES, is_schedule
 
@@ -173,9 +173,9 @@ def _meant(word: str) -> str:
             return f"; did you mean '{field}:{told}'?"
     if told != word.lower() and _alone(told):
         return f"; did you mean '{told}'?"
-    near = nearest_names(word, _known())
+    near = nearest_name(word, _known())
     example = "e.g. tp8, cp, zero1, zb_h1, recompute:full"
-    return f"; did you mean '{near[0]}'?" if near else f"; {example}"
+    return f"; did you mean '{near}'?" if near else f"; {example}"
 
 
 def _example(word: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from partita.base.errors import Problem, ScheduleError
+from partita.base.errors import Problem
 from partita.schedule.clock import Costs, StageCosts, schedule_starts
 from partita.schedule.ir import COMMUNICATION, COMPUTE, Action, Schedule, makes, needs
 from partita.schedule.misplaced import misplaced
@@ -48,16 +48,8 @@ def check(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None)
     return problems
 
 
-def checked(schedule: Schedule, program: Sequence[Sequence[Action]] | None = None) -> Schedule:
-    """The schedule itself, when it can run. Raises ScheduleError with every problem."""
-    problems = check(schedule, program)
-    if problems:
-        raise ScheduleError(f"{schedule.name} cannot run", problems)
-    return schedule
-
-
-def _problem(rule: str, message: str, asked: str = "") -> Problem:
-    return Problem("schedule", rule, message, asked=asked)
+def _problem(rule: str, message: str) -> Problem:
+    return Problem("schedule", rule, message)
 
 
 def _shown(pictures: Sequence[str]) -> str:

@@ -272,7 +272,8 @@ def peak_activations(schedule: Schedule) -> list[int]:
     A chunk is held from F until B, or until W where halves are split: a weight half still needs the
     stage's input. Forward alone holds none.
     """
-    return [int(peak) for peak in _peaks(schedule, [1.0] * schedule.num_stages)]
+    one, none = [1.0] * schedule.num_stages, [0.0] * schedule.num_stages
+    return [int(held) for held, _ in peaks_with_gradients(schedule, one, none)]
 
 
 def held_over_time(
@@ -305,15 +306,6 @@ def held_over_time(
 def peak_share(schedule: Schedule) -> list[float]:
     """The same in units of a rank's whole share: v chunks are one."""
     return [peak / schedule.virtual_stages for peak in peak_activations(schedule)]
-
-
-def peak_activation_bytes(schedule: Schedule, costs: Costs) -> list[float]:
-    """For each rank, the most bytes its chunks hold at once."""
-    return _peaks(schedule, [s.activation_bytes for s in costs.stages])
-
-
-def _peaks(schedule: Schedule, size: Sequence[float]) -> list[float]:
-    return [held for held, _ in peaks_with_gradients(schedule, size, [0.0] * schedule.num_stages)]
 
 
 def peaks_with_gradients(

@@ -54,15 +54,13 @@ def crowd(laid: Laid, works: Works) -> Crowd:
     return Crowd(beside, laid.mesh.world_size // laid.sizes["pp"] // beside)
 
 
-def drawn_steps(
-    schedule: Schedule, costs: Costs, jitter: Jitter, among: Crowd, seed: int = SEED
-) -> np.ndarray:
+def drawn_steps(schedule: Schedule, costs: Costs, jitter: Jitter, among: Crowd) -> np.ndarray:
     """Seconds of the schedule in each drawn step: the slowest replica's."""
     import numpy as np
 
     order = turns(schedule)
     draws = max(min(LANES // (len(order) * among.replicas), DRAWS[1]), DRAWS[0])
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(SEED)
     shape = (draws, among.replicas)
     pace = [_pace(jitter, among.beside, random, shape) for _ in schedule.ranks]
 

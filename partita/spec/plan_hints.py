@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from partita.base.text import nearest_names
+from partita.base.text import nearest_name
 from partita.spec.plan_table import ALIASES, CHOICES, SCHEDULES, TARGETS, is_schedule
 
 EXAMPLES = {
@@ -91,7 +91,7 @@ def near(word: str) -> str:
     head = re.match(r"[A-Za-z_]*", word).group()  # type: ignore[union-attr]
     lower = head.lower().rstrip("_")
     found = lower if lower in EXAMPLES else ""
-    found = found or next(iter(nearest_names(lower or word, list(EXAMPLES))), "")
+    found = found or nearest_name(lower or word, list(EXAMPLES))
     if not found:
         return WORDS
     written = GRAMMAR.get(found, f"{found}<n>" if EXAMPLES[found] != found else found)

@@ -32,8 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partita.comm.protocol import Where
 from partita.record.ledger import Ledger
 
-CLAIMED = ("parameters", "gradients", "optimizer")
-
 
 def mapped_files() -> list[tuple[int, int]]:
     """First and end address of every mapped file of this process, sorted; empty where the system does

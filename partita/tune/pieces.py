@@ -68,13 +68,11 @@ Made = dict[str, dict[str, float]]  # piece -> size -> seconds
 Both = Callable[[Sequence[Piece], Sequence[Tensor], float], tuple[float, float]]
 
 
-def measure_pieces(
-    dtype: str, seconds_each: float, shapes: Sequence[Shape] = SHAPES, on: On | None = None
-) -> Made:
-    """Every piece of every shape in a dtype, `on` the CPU unless told otherwise."""
+def measure_pieces(dtype: str, seconds_each: float, shapes: Sequence[Shape]) -> Made:
+    """Every piece of every shape in a dtype, on the CPU."""
     made: Made = {}
     for shape in shapes:
-        measure_shape(dtype, shape, seconds_each, made, on or On())
+        measure_shape(dtype, shape, seconds_each, made, On())
     measure_action(made, seconds_each)
     with_any_keys(made, shapes[0][1])
     return made

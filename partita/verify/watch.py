@@ -25,7 +25,6 @@ class Watch:
     outputs: Seen = field(default_factory=dict)
     gradients: Seen = field(default_factory=dict)
     ids: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _by_batch: dict[int, Microbatch] = field(default_factory=dict)
     _order: list[Microbatch] = field(default_factory=list)
     active: bool = False
 

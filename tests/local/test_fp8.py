@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import verify_jobs
+from multiplied import Multiplied
 from saves import save_run
 
 from partita.comm.threads.local import local
@@ -15,7 +16,6 @@ from partita.parallel.precision import fp8
 from partita.parallel.precision.fp8 import (
     HISTORY,
     Eight,
-    Multiplied,
     block_maximum,
     maximum,
     rounded,

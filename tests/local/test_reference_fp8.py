@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import verify_jobs
+from multiplied import Multiplied
 
 from partita.model import reference_fp8 as own
 from partita.parallel.precision import fp8
@@ -37,7 +38,7 @@ def test_products_are_the_plans(granularity):
     found = []
     for times in (
         own.RoundedProduct(plan),
-        lambda x, w: fp8.Multiplied.apply(x, w, fp8.Eight(plan)),
+        lambda x, w: Multiplied.apply(x, w, fp8.Eight(plan)),
     ):
         leaves = [t.clone().requires_grad_() for t in (x * x, w)]
         y = times(*leaves)

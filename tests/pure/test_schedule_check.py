@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from partita.base.errors import ScheduleError, UsageError
 from partita.parallel.pp.rules import problems
-from partita.schedule.check import check, checked, over_limit
+from partita.schedule.check import check, over_limit
 from partita.schedule.make import schedule
 from partita.schedule.make.files import file_problems
 from partita.schedule.passes import with_communication
@@ -104,8 +104,6 @@ def test_a_deadlock_is_drawn_as_a_staircase():
         "  rank 0 | 0F0 0F1 <-- 0B0 waits for 1B0",
         "  rank 1 |     1F0 <-- 1F2 waits for 0F2",
     ]
-    with pytest.raises(ScheduleError, match="mine cannot run"):
-        checked(s)
 
 
 def test_an_order_that_differs_on_the_two_ends_blocks_a_network_without_buffers():

@@ -20,8 +20,7 @@ from partita.schedule.synth.flow import (
 )
 from partita.schedule.synth.lists import (
     AS_BEFORE,
-    BACKWARD_FIRST,
-    INPUTS_FIRST,
+    LAST,
     WEIGHTS_LAST,
     Rule,
     justified,
@@ -59,7 +58,8 @@ def test_streams_take_the_time_and_memory_of_the_schedule(name, wire):
 
 
 @pytest.mark.parametrize(
-    "rule", [AS_BEFORE, WEIGHTS_LAST, INPUTS_FIRST, BACKWARD_FIRST, Rule(patience=0.5)]
+    "rule",
+    [AS_BEFORE, WEIGHTS_LAST, Rule(F=LAST / 2, W=LAST), Rule(F=LAST), Rule(patience=0.5)],
 )
 @settings(max_examples=12, deadline=None)
 @given(

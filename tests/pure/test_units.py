@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from partita.base.text import did_you_mean, nearest_names, table, tree
+from partita.base.text import did_you_mean, nearest_name, table
 from partita.base.units import (
     bytes_apart,
     format_bytes,
@@ -72,19 +72,8 @@ def test_table_aligns_numbers_right() -> None:
     assert table([["a"], ["b", None, "c"]]) == "a\nb    c"
 
 
-def test_tree() -> None:
-    text = tree("model", {"embedding": {}, "blocks": {"attention": 4, "mlp": 2}})
-    assert text.splitlines() == [
-        "model",
-        "├── embedding",
-        "└── blocks",
-        "    ├── attention  4",
-        "    └── mlp  2",
-    ]
-
-
-def test_nearest_names() -> None:
-    assert nearest_names("layer", ["hidden", "layers"]) == ["layers"]
+def test_the_nearest_name() -> None:
+    assert nearest_name("layer", ["hidden", "layers"]) == "layers"
     assert did_you_mean("Layrs", ["hidden", "layers"]) == "; did you mean 'layers'?"
     assert did_you_mean("zzz", ["hidden", "layers"]) == "; known: hidden, layers"
 

@@ -81,7 +81,7 @@ class Ring:
 
     def gradients(self, regions: Sequence[Region], like: Sequence[Tensor]) -> Gradients:
         """They follow their shares."""
-        return _Following(self, regions, like)
+        return _Following(self, regions)
 
 
 def _hand_on(
@@ -106,7 +106,7 @@ def _waited(going: list[Handle]) -> None:
 class _Following:
     """Gradients that go round: a rank's part is added to what comes, and the sum handed on."""
 
-    def __init__(self, ring: Ring, regions: Sequence[Region], like: Sequence[Tensor]) -> None:
+    def __init__(self, ring: Ring, regions: Sequence[Region]) -> None:
         self._ring, self._regions = ring, regions
         self._home: list[Tensor] = []
         self._going: list[Handle] = []

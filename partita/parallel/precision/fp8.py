@@ -319,23 +319,3 @@ def by_kernel(a: Scaled, b: Scaled) -> Tensor:
     )
     found = torch._scaled_mm(left, right, scale_a=by_row, scale_b=by_column, out_dtype=out)
     return found.view(*rows, found.shape[-1])
-
-
-class Multiplied(torch.autograd.Function):
-    """x W.T by a Product, for a weight that autograd follows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
-        """[..., columns] -> [..., rows]."""
-        ctx.save_for_backward(x, weight)
-        ctx.product = product
-        return product.forward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Both gradients."""
-        x, weight = ctx.saved_tensors
-        dx = ctx.product.input_gradient(dy, weight)
-        rows, columns = weight.shape
-        dw = ctx.product.weight_gradient(dy.reshape(-1, rows), x.reshape(-1, columns))
-        return dx, dw, None

@@ -114,8 +114,8 @@ def _together(job: Job, plan: Plan, names: tuple[str, ...]) -> Plan | None:
     return plan
 
 
-def remedies(job: Job, most: int = 3) -> list[Remedy]:
-    """The fewest changes that make the job fit its cluster, fastest first."""
+def remedies(job: Job) -> list[Remedy]:
+    """The fewest changes that make the job fit its cluster, the three fastest first."""
     saves: dict[str, int] = {}
     for count in (1, 2, 3):
         found = []
@@ -129,7 +129,7 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
             if held is not None and held.fits:
                 found.append(Remedy(chosen, simulate(job.with_plan(plan))))
         if found:
-            return sorted(found, key=lambda r: r.prediction.step_time_s or 0.0)[:most]
+            return sorted(found, key=lambda r: r.prediction.step_time_s or 0.0)[:3]
     return []
 
 

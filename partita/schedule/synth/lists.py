@@ -39,8 +39,6 @@ class Rule:
 
 AS_BEFORE = Rule()
 WEIGHTS_LAST = Rule(W=LAST)
-INPUTS_FIRST = Rule(F=LAST / 2, W=LAST)
-BACKWARD_FIRST = Rule(F=LAST)
 
 
 class _Rank:

@@ -77,7 +77,7 @@ Named = tuple[str, Tensor]  # role, the part of it that a box names
 
 
 def boxes(
-    model: Model, job: Job, update: Update, states: dict[str, dict[str, Tensor]], primary: bool
+    model: Model, update: Update, states: dict[str, dict[str, Tensor]], primary: bool
 ) -> Iterator[tuple[str, Box, list[Named]]]:
     """(weight, box, its values by role) of what this rank holds, or of what it is primary of. Frozen weights
     have one role.
@@ -117,7 +117,7 @@ def _states(update: Update, job: Job) -> dict[str, dict[str, Tensor]]:
 def pieces(model: Model, update: Update, job: Job) -> Iterator[Piece]:
     """What this rank saves: the boxes it is primary of, of masters and optimizer states; and what its fp8
     scales look back at."""
-    for weight, box, named in boxes(model, job, update, _states(update, job), primary=True):
+    for weight, box, named in boxes(model, update, _states(update, job), primary=True):
         for role, values in named:
             yield Piece(weight, role, box, values)
     for number, seen in enumerate(model.products.seen()):
@@ -219,7 +219,7 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
     states = _states(update, job)
     wanted = [
         Wanted(weight, role, model.laid.layouts[weight].shape, box, values)
-        for weight, box, named in boxes(model, job, update, states, primary=False)
+        for weight, box, named in boxes(model, update, states, primary=False)
         for role, values in named
     ]
     load(checkpoint, wanted)
