@@ -11,7 +11,7 @@ from comm_contract import best_of
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.threads.local import local
 from partita.model.moe import MoE
-from partita.parallel.ep.dispatch import Exchange
+from partita.parallel.ep.dispatch import Combine, Exchange
 from partita.parallel.pp.pieces import run
 from partita.parallel.regions import IDENTITY, Region
 from partita.verify.parity import verify
@@ -31,6 +31,27 @@ def test_chunks_change_no_number(plan, tmp_path):
     calls, once = ([t for t in f.recorded if t.op == "all_to_all"] for f in (found, whole))
     assert [t.count for t in calls] == [3 * t.count for t in once]
     assert [t.bytes for t in calls] == [t.bytes for t in once]
+
+
+def test_rows_that_are_weighed_some_at_a_time_are_all_weighed():
+    """More than a turn's: each row's gradient is its token's by its gate, a gate's their product."""
+    dice = torch.Generator().manual_seed(0)
+    tokens, hidden, top_k = 300, 1024, 2
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+
+    chosen = torch.stack([torch.randperm(4, generator=dice)[:top_k] for _ in range(tokens)])
+    (rows,) = Exchange(4, top_k, *[IDENTITY] * 6).plan(chosen[None])
+    made, gates = drawn(tokens * top_k, hidden), drawn(tokens, top_k).requires_grad_()
+    rows.start_to_tokens(made)
+    dy, order = drawn(tokens, hidden), rows.order
+    Combine.apply(torch.empty(0, requires_grad=True), gates, rows).backward(dy)
+    each = dy[order // top_k]
+    torch.testing.assert_close(rows.at_experts(), each * gates.detach().flatten()[order, None])
+    slopes = torch.empty(tokens * top_k, dtype=torch.float64)
+    slopes[order] = (each * made).sum(-1)
+    torch.testing.assert_close(gates.grad, slopes.view(tokens, top_k))
 
 
 @dataclass(frozen=True)

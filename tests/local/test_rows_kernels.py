@@ -44,6 +44,20 @@ def test_what_kernels_make_is_taken_both_ways(monkeypatch: pytest.MonkeyPatch) -
     assert len(sums) == 1
 
 
+@pytest.mark.parametrize("width", [5, 255, 256, 300])
+def test_a_gate_s_gradient_is_its_slope_whatever_its_width(width: int) -> None:
+    """Narrow halves are packed first, wide ones are taken where they lie."""
+    x, dy = torch.randn(2, 3, 2 * width, dtype=torch.float64), torch.randn(2, 3, width).double()
+    own, plain = (x.clone().requires_grad_() for _ in range(2))
+    made = SwiGLU.apply(own)
+    gate, up = plain.chunk(2, -1)
+    want = gate * gate.sigmoid() * up
+    made.backward(dy)
+    want.backward(dy)
+    torch.testing.assert_close(made, want)
+    torch.testing.assert_close(own.grad, plain.grad)
+
+
 def test_a_cpu_has_none() -> None:
     x = torch.ones(2, 8)
     assert mlp.KERNELS(x, "gate", x) is None

@@ -12,7 +12,8 @@ from runs import CLOCK_S, write_run
 from partita.base.errors import UsageError
 from partita.cli.main import run as command
 from partita.record.compare import join_blocks, pair_traffic
-from partita.record.run import read_forecast, read_ranks
+from partita.record.run import RankRecord, aligned, read_forecast, read_ranks
+from partita.record.span import Span
 from partita.record.transfer import TrafficLine
 from partita.report.make import report_page
 from partita.report.summary import read_run
@@ -45,6 +46,52 @@ def test_trace_has_a_process_for_each_rank_measured_and_predicted(tmp_path: Path
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert names == {f"rank {r} {w}" for r in range(4) for w in ("predicted", "measured")}
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_a_trace_holds_every_span_where_it_belongs(tmp_path: Path) -> None:
+    """On the process of its rank, the thread of its lane, at its time, with its step."""
+    write_run(tmp_path)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    process, thread = (
+        {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["name"] == f"{n}_name"}
+        for n in ("process", "thread")
+    )
+    found = sorted(
+        (
+            process[e["pid"], None], thread[e["pid"], e["tid"]], e["name"], round(e["ts"]), round(e["dur"]),
+            e["args"]["step"],
+        )
+        for e in events if e["ph"] == "X"
+    )  # fmt: skip
+    records = {"predicted": read_forecast(tmp_path).ranks, "measured": read_ranks(tmp_path)}
+    assert found == sorted(
+        (
+            f"rank {r.rank} {what}", s.lane, s.name, round(s.start_s * 1e6), round(s.duration_s * 1e6),
+            s.step,
+        )
+        for what, ranks in records.items() for r in ranks for s in (*r.spans, *r.aside)
+    )  # fmt: skip
+
+
+def test_each_host_begins_where_its_first_span_does() -> None:
+    """Spans of a record are in no order; ranks of one host share its clock."""
+
+    def record(rank: int, host: str, *starts: float) -> RankRecord:
+        spans = tuple(Span(rank, "compute", "F", "0F0", s, s + 0.5) for s in starts)
+        return RankRecord(rank, host=host, spans=spans, aside=spans[:1])
+
+    found = aligned([record(0, "a", 7.0, 5.0), record(1, "a", 6.0), record(2, "b", 90.0)])
+    assert [[s.start_s for s in r.spans] for r in found] == [[2.0, 0.0], [1.0], [0.0]]
+    assert [r.aside[0].start_s for r in found] == [2.0, 1.0, 0.0]
+
+
+def test_the_step_s_time_is_the_median_without_the_first_two(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    lines = [{"step": i + 1, "step_time_s": t} for i, t in enumerate((9.0, 8.0, 3.0, 1.0, 2.0))]
+    for some, want in ((lines, 2.0), (lines[:3], 8.0)):
+        text = "".join(json.dumps(x) + "\n" for x in some)
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert read_run(tmp_path).step_time_s == want
 
 
 def test_exposed_communication_is_told_by_axis(tmp_path: Path) -> None:
