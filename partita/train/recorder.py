@@ -39,6 +39,7 @@ from partita.train.build import Built
 from partita.train.clock import Clock, clock_of
 
 MEMORY_FIRST, MEMORY_EVERY = 2, 50
+OF_UNITS = ("gather", "scatter", "reduce", "tied", "copies")  # kinds of regions of flat units
 Stamped = tuple[Span, Any, Any]  # a span, and the stamps of its clock that say when
 
 
@@ -243,12 +244,15 @@ def comm_spans(
 
 
 def lane_of(transfer: Transfer) -> str:
-    """The lane a transfer lies on in a trace."""
-    if transfer.op == "send":
+    """The lane a transfer lies on in a trace: messages of stages, states of units, rows to experts; what is
+    left, by its axis."""
+    axes, kind = transfer.axis.split("."), transfer.site.rpartition(":")[2]
+    if transfer.op == "send" and transfer.axis == "pp":
         return "pp_down" if transfer.phase == "F" else "pp_up"
-    axes = transfer.axis.split(".")
-    if transfer.axis == "tied" or any(a.startswith("dp") for a in axes):
+    if kind in OF_UNITS or any(a.startswith("dp") for a in axes):
         return "dp"
+    if axes[0] in ("ep", "etp"):
+        return "ep"
     return "tp" if any(a.startswith("tp") for a in axes) else "compute"
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from partita.comm.single import SingleWorld
+from partita.record.transfer import Transfer
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.clock import DeviceClock, HostClock, clock_of
-from partita.train.recorder import StepRecorder
+from partita.train.recorder import StepRecorder, lane_of
 from tests.local.test_allocation import TABLE
 
 
@@ -100,3 +101,21 @@ def test_spans_of_a_recorded_step_are_the_devices(tmp_path) -> None:
     assert by_kind["F"].start_s == pytest.approx(100.5)
     assert by_kind["U"].duration_s == pytest.approx(0.125)
     assert all(s.step == 1 for s in spans)
+
+
+LANES = [
+    ("pp_down", "pp", "send", "blocks.1:send", "F"), ("pp_up", "pp", "send", "blocks.1:send", "B"),
+    ("compute", "cp", "send", "blocks.1.attention.rope_k:ring", "F"),
+    ("dp", "efsdp", "reduce_scatter", "blocks.1.unit[efsdp]:scatter", "step"),
+    ("dp", "tp", "all_reduce", "blocks.1.unit[tp]:reduce", "step"),
+    ("dp", "tied", "all_reduce", "embedding.table:tied", "step"),
+    ("dp", "dp_replicate.dp_shard", "all_reduce", "step.count:reduce_from", "step"),
+    ("ep", "ep", "all_to_all", "blocks.1.dispatch.send:all_to_all", "F"),
+    ("ep", "etp", "all_gather", "blocks.1.dispatch.receive:gather_rows", "F"),
+    ("tp", "tp", "all_gather", "blocks.1.attention.norm:gather_from", "F"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lane", "axis", "op", "site", "phase"), LANES)
+def test_a_transfer_lies_on_the_lane_of_what_it_moves(lane, axis, op, site, phase) -> None:
+    assert lane_of(Transfer(0, axis, op, site, phase, 8)) == lane
