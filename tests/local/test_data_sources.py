@@ -302,6 +302,8 @@ def test_bad_templates_are_one_line_with_their_file(with_template, tmp_path):
         ("{{ raise_exception('roles must alternate') }}", "line 1: .* refuses it: roles must"),
         ("{{ messages[0].content.upper() + 1 }}", "line 1: the chat template refuses it"),
         ("{{ messages.__class__.__mro__ }}", "refuses it"),
+        ("{{ 1 / 0 }}", "line 1: the chat template refuses it: division by zero"),
+        ("always the same", "data.source = .* has no target that is counted"),
         ("{{ messages | length }}", "message 1: the template does not continue its own prompt"),
     ):
         with pytest.raises(DataError, match=message) as caught:
@@ -313,3 +315,74 @@ def test_bad_templates_are_one_line_with_their_file(with_template, tmp_path):
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: not JSON"):
         opened(path, vocab=300, tokenizer=str(folder))
+
+
+def test_batches_that_a_tokenizers_file_asks_for_do_not_touch_its_text(with_template, tmp_path):
+    """Truncation cuts a text to one batch, padding fills it with what is no text."""
+    (tmp_path / "a.txt").write_text("some text of many lines\n" * 40)
+    path = with_template(CHATML) / "tokenizer.json"
+    plain = opened(tmp_path / "a.txt", vocab=300, tokenizer=str(path)).train.ids
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner.enable_truncation(16)
+    inner.enable_padding(length=64, pad_id=0)
+    inner.save(str(path))
+    held = opened(tmp_path / "a.txt", vocab=300, tokenizer=str(path)).train
+    assert np.array_equal(held.ids, plain) and held.mask is None
+
+
+def test_a_record_ends_as_the_tokenizers_config_says_where_its_words_are_unknown(
+    with_template, tmp_path
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "one more"}\n{"text": "two more"}\n')
+    folder = with_template(None, eos_token={"content": "<|end|>"})
+    held = opened(tmp_path / "a.jsonl", vocab=300, tokenizer=str(folder))
+    assert held.tokenizer.decode(held.train.ids) == "one more<|end|>two more<|end|>"
+    other = opened(tmp_path / "a.jsonl", vocab=300, tokenizer=str(with_template(None)))
+    assert other.tokenizer.decode(other.train.ids) == "one moretwo more"
+    assert held.tokenizer.fingerprint() != other.tokenizer.fingerprint()
+
+
+def test_files_as_editors_and_other_programs_leave_them(tmp_path):
+    record = b'{"text": "abc def ghi"}\n' * 3
+    plain = (tmp_path / "a.jsonl", record), (tmp_path / "a.txt", b"some text\n" * 4)
+    for path, raw in plain:
+        path.write_bytes(raw)
+        wanted = opened(path).train.ids
+        path.write_bytes(b"\xef\xbb\xbf" + raw)
+        assert np.array_equal(opened(path).train.ids, wanted)
+        held = opened(path, eval_fraction=0.4)
+        cut = path.suffix == ".txt"  # each part of a text has an end
+        assert len(held.train.ids) + len(held.held_out.ids) == len(wanted) + cut
+    for name in ("a.JSONL", "a.ndjson", "a.json"):
+        (tmp_path / name).write_bytes(record)
+        assert bytes(opened(tmp_path / name).train.ids.tolist()) == b"abc def ghi\n" * 3
+    long = b'{"text": "' + b"x" * 5_000_000 + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(long)
+    assert len(opened(tmp_path / "a.jsonl").train.ids) == 5_000_001
+    (tmp_path / "a.link").symlink_to(tmp_path / "gone")
+    for name, raw, message in (
+        ("b.txt", "ab".encode("utf-16"), "byte 0: it begins as UTF-16; convert it"),
+        ("b.jsonl.gz", b"\x1f\x8b\x08\x00", "begins as gzip; unpack it"),
+        ("b.json", b'[{"text": "a"}]', "line 1: .* with no list around them"),
+        ("c.json", b"plain words", r"line 1: .* plain text is named \.txt"),
+        ("b.jsonl", b'{"content": "a"}', "line 1 holds none of .*; it has content"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=message) as caught:
+            opened(tmp_path / name)
+        assert caught.value.key == "data.source"
+    with pytest.raises(UsageError, match=r"a\.link is a link that leads to no file"):
+        opened(tmp_path / "a.link")
+
+
+def test_what_is_wrong_with_the_other_source_is_told_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 4)
+    (tmp_path / "b.txt").write_text("short")
+    (tmp_path / "b.jsonl").write_text("{}")
+    for name, kind in (
+        ("b.txt", DataError), ("b.jsonl", DataError), ("m.idx", UsageError), ("m.npy", UsageError),
+    ):  # fmt: skip
+        source = f"{'tokens:' * name.endswith('npy')}{tmp_path / name}"
+        with pytest.raises(kind) as caught:
+            opened(tmp_path / "a.txt", eval_source=source)
+        assert caught.value.key == "data.eval_source"

@@ -51,11 +51,13 @@ def plain(messages: Messages, asks: bool) -> str:
 @dataclass(frozen=True)
 class Chat:
     """How messages become text. `digest` tells templates apart; `ends_records`: a chat is closed by the
-    tokenizer's end of text, where no template says how it ends."""
+    tokenizer's end of text, where no template says how it ends. `end`: what closes a record, as
+    tokenizer_config.json names it."""
 
     render: Render = field(default=plain, compare=False)
     digest: str = "plain"
     ends_records: bool = True
+    end: str = field(default="", compare=False)
 
     def turns(self, messages: Messages) -> list[Turn]:
         """One for each answer, in order. Raises ChatError: a message without role and text, no answer,
@@ -103,16 +105,17 @@ def chat_beside(tokenizer: Path) -> Chat:
         template = named.get("default")
     if own.is_file():
         template, file = own.read_text(encoding="utf-8"), own
-    if template is None:
-        return Chat()
-    if not isinstance(template, str):
-        raise DataError(f"{file}: chat_template is no text", file=str(file), key="data.tokenizer")
     words = {
         k: v["content"] if isinstance(v, dict) else v
         for k, v in stated.items()
         if k.endswith("_token") and isinstance(v.get("content") if isinstance(v, dict) else v, str)
     }
-    return Chat(_compiled(template, words, file), _digest(template, words), ends_records=False)
+    end = words.get("eos_token", "")
+    if template is None:
+        return Chat(end=end)
+    if not isinstance(template, str):
+        raise DataError(f"{file}: chat_template is no text", file=str(file), key="data.tokenizer")
+    return Chat(_compiled(template, words, file), _digest(template, words), False, end)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -158,10 +161,12 @@ def _compiled(template: str, words: Mapping[str, str], file: Path) -> Render:
             key="data.tokenizer",
         ) from error
 
+    given = {"tools": None, "documents": None, **words}  # defined, as transformers has it
+
     def render(messages: Messages, asks: bool) -> str:
         try:
-            return made.render(messages=messages, add_generation_prompt=asks, **words)
-        except (TemplateError, TypeError) as error:
+            return made.render(**given, messages=messages, add_generation_prompt=asks)
+        except Exception as error:  # a template may do anything that its sandbox lets it
             raise ChatError(f"the chat template refuses it: {error}") from error
 
     return render

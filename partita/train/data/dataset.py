@@ -12,7 +12,7 @@ Text is tokenized once and cached; every rank maps the same file to memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -116,20 +116,16 @@ def open_dataset(
     """
     if image is not None or is_images(data.source):
         return _open_images(data, train, vocab, seed, image)
-    opened = _opened(data, vocab, cache)
-    stream, held_out, tokenizer = opened.train, opened.held_out, opened.tokenizer
+    with _told_of("data.source"):
+        opened = _opened(data, vocab, cache)
+        stream, held_out, tokenizer = opened.train, opened.held_out, opened.tokenizer
+        _check(stream, vocab, train.seq_len, "data.source", data.source)
+        if held_out is not None:
+            held_out.check_ids(vocab, data.source)
     if data.eval_source:
-        held_out = _eval_stream(data.eval_source, tokenizer, cache)
-    for part, where in ((stream, data.source), (held_out, data.eval_source or data.source)):
-        if part is not None:
-            part.check_ids(vocab, where.removeprefix(TOKENS))
-    if stream.num_sequences(train.seq_len) == 0:
-        raise DataError(
-            f"data.source = {data.source!r} has {len(stream.ids)} tokens to train on; one sequence "
-            f"needs train.seq_len + 1 = {train.seq_len + 1}",
-            file=data.source.removeprefix(TOKENS),
-            key="data.source",
-        )
+        with _told_of("data.eval_source"):
+            held_out = _eval_stream(data.eval_source, tokenizer, cache)
+            _check(held_out, vocab, train.seq_len, "data.eval_source", data.eval_source)
     identity: dict[str, object] = {
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
@@ -145,6 +141,29 @@ def open_dataset(
         shuffled=opened.shuffled,
         identity=identity | opened.identity,
     )
+
+
+@contextmanager
+def _told_of(key: str) -> Iterator[None]:
+    """Bad content that no other key names is that of `key`."""
+    try:
+        yield
+    except DataError as error:
+        error.key = key if error.key in (None, "data.source") else error.key
+        raise
+
+
+def _check(stream: Stream, vocab: int, length: int, key: str, source: str) -> None:
+    """DataError where ids are out of range, no sequence is filled, or no target is counted."""
+    file = source.removeprefix(TOKENS)
+    stream.check_ids(vocab, file)
+    text, use = "", " to train on" if key == "data.source" else ""
+    if stream.num_sequences(length) == 0:
+        text = f"{len(stream.ids)} tokens{use}; one sequence needs train.seq_len + 1 = {length + 1}"
+    elif stream.mask is not None and not stream.mask.any():
+        text = "no target that is counted: completions or answers of all its records are empty"
+    if text:
+        raise DataError(f"{key} = {source!r} has {text}", file=file, key=key)
 
 
 def _open_images(
@@ -210,18 +229,19 @@ def _opened(data: DataSpec, vocab: int, cache: Path | None) -> _Opened:
 
 
 def _eval_stream(source: str, tokenizer: Tokenizer | None, cache: Path | None) -> Stream:
+    key = "data.eval_source"
     if source.startswith(TOKENS):
-        return open_tokens(source, None, None)
+        return open_tokens(source, None, None, key)
     prefix = prefix_of(source)
     if prefix is not None:
-        return open_megatron(prefix, None, None)
+        return open_megatron(prefix, None, None, key)
     if tokenizer is None:
         raise UsageError(
             f"data.eval_source = {source!r} is text and data.source is tokens: no tokenizer reads "
             f"it; give {TOKENS}FILE.npy or a Megatron prefix",
-            key="data.eval_source",
+            key=key,
         )
-    return tokenize(open_text(source, key="data.eval_source"), tokenizer, "train", cache)
+    return tokenize(open_text(source, key=key), tokenizer, "train", cache)
 
 
 def permuted(place: int, size: int, key: str) -> int:

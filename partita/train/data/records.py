@@ -50,9 +50,21 @@ def passages_of(line: bytes, path: Path, where: str, chat: Chat) -> Iterator[Pas
         elif record.messages is not None:
             yield from _chat(chat, record.messages)
         else:
-            raise DataError(f"{path}: {where} holds none of {WANTED}", file=str(path))
+            held = ", ".join(msgspec.json.decode(line, type=dict[str, Any])) or "nothing"
+            text = f"{path}: {where} holds none of {WANTED}; it has {held[:200]}"
+            raise DataError(text, file=str(path))
     except (msgspec.DecodeError, ChatError) as error:
-        raise DataError(f"{path}: {where}: {error}", file=str(path)) from error
+        raise DataError(f"{path}: {where}: {error}{_advice(path, line)}", file=str(path)) from error
+
+
+def _advice(path: Path, line: bytes) -> str:
+    """Of a file that is JSON, but not one record a line."""
+    start = line.strip()
+    if start.startswith(b"[") or start == b"{":
+        return "; one record a line is wanted, with no list around them"
+    if path.suffix.lower() == ".json" and not start.startswith(b"{"):
+        return "; a .json holds one record a line, plain text is named .txt"
+    return ""
 
 
 def _chat(chat: Chat, messages: list[dict[str, Any]]) -> Iterator[Passage]:

@@ -1,8 +1,8 @@
 """Text sources: where the words come from, read lazily, the same on every machine and run.
 
     python-stdlib           the .py files of the standard library, in sorted order, tests left out
-    a path or glob          .txt and the like, in sorted order; or records (records.py): .jsonl, one a
-                            line; .parquet and .arrow, one a row
+    a path or glob          .txt and the like, in sorted order; or records (records.py): .jsonl (.ndjson,
+                            .json), one a line; .parquet and .arrow, one a row
     hf:NAME[:SPLIT]         what a local cache of `datasets` holds (tables.py)
 
 A source is scanned once (size, digest, is it text?) and then gives its passages again and again. The
@@ -28,14 +28,29 @@ from partita.train.data.tables import HF, SUFFIXES, cached_dataset, lines
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 BLOCK = 1 << 20  # bytes read at once
-LONGEST_LINE = 1 << 22  # a longer one is cut; a .jsonl record may not be longer
+LONGEST_LINE = 1 << 22  # a longer one is cut
+LONGEST_RECORD = 1 << 26  # of a .jsonl
 ACCEPTED = (
     "python-stdlib, a path or glob of text, .jsonl or .parquet files, a Megatron .bin/.idx prefix, "
     "tokens:FILE.npy, hf:NAME"
 )
 OTHER_FORMATS = {".bin", ".idx", ".npy"}
 
-RECORDS = {".jsonl", *SUFFIXES}
+JSON_LINES = {".jsonl", ".ndjson", ".json"}
+RECORDS = {*JSON_LINES, *SUFFIXES}
+MARK = b"\xef\xbb\xbf"  # how some editors begin UTF-8: no text
+SIGNATURES = {  # how files begin that are mistaken for text, and what to do
+    b"\xff\xfe": "UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8",
+    b"\x1f\x8b": "gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "zstd; unpack it",
+    b"BZh": "bzip2; unpack it",
+    b"\xfd7zXZ": "xz; unpack it",
+    b"PK\x03\x04": "zip; unpack it",
+    b"PAR1": "parquet; name it .parquet",
+    b"ARROW1": "arrow; name it .arrow",
+    b"%PDF": "PDF; take its text out",
+}
 
 Part = Literal["train", "eval"]
 
@@ -66,7 +81,7 @@ class TextSource:
         before = 0
         for path, size in zip(self.files, self.sizes, strict=True):
             if before < border if part == "train" else before + size > border:
-                if path.suffix in RECORDS:
+                if _suffix(path) in RECORDS:
                     yield from _records(path, part, border - before, chat or Chat())
                 else:
                     yield from _text_passages(path, part, border - before)
@@ -109,19 +124,18 @@ def _found(source: str, key: str) -> list[Path]:
             key=key,
         )
     files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (patterns may be absolute)
-    files = [p for p in files if not p.is_dir()]
+    files = [p for p in files if not p.is_dir()] or [path] * path.is_symlink()
     if not files:
         raise UsageError(
             f"{key} = {source!r}: no such file; accepted: {ACCEPTED}", file=source, key=key
         )
     for p in files:
         if not p.is_file():
-            raise UsageError(
-                f"{key} = {source!r}: {p} is no plain file: it could not be read again and again",
-                file=str(p),
-                key=key,
-            )
-        if p.suffix in OTHER_FORMATS:
+            lost = p.is_symlink() and not p.exists()
+            what = "no plain file: it could not be read again and again"
+            what = "a link that leads to no file" if lost else what
+            raise UsageError(f"{key} = {source!r}: {p} is {what}", file=str(p), key=key)
+        if _suffix(p) in OTHER_FORMATS:
             raise UsageError(
                 f"{key} = {source!r}: {p.suffix} is not read as text; accepted: {ACCEPTED}",
                 file=str(p),
@@ -130,34 +144,41 @@ def _found(source: str, key: str) -> list[Path]:
     return files
 
 
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def _scan(path: Path, digest: xxhash.xxh3_128) -> int:
     """The file's size; its bytes enter the digest. DataError where it is not text."""
     size = 0
     for offset, line in _blocks(path):
-        if path.suffix not in SUFFIXES:
+        if _suffix(path) not in SUFFIXES:
             _text(path, offset, line)
         digest.update(line)
-        size += len(line)
+        size = offset + len(line)
     digest.update(size.to_bytes(8, "little"))
     return size
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, whole lines) of about BLOCK bytes, of a table one row; a line of text longer than
-    LONGEST_LINE is cut."""
+    """(offset, whole lines) of about BLOCK bytes, without the mark at the file's beginning, of a table one
+    row; a line of text longer than LONGEST_LINE is cut, such a record refused."""
     offset, kept = 0, b""
-    if path.suffix in SUFFIXES:
+    if _suffix(path) in SUFFIXES:
         for line in lines(path):
             yield offset, line
             offset += len(line)
         return
     try:
         with path.open("rb") as file:
+            if file.read(len(MARK)) == MARK:
+                offset = len(MARK)
+            file.seek(offset)
             while block := file.read(BLOCK):
                 kept += block
                 end = kept.rfind(b"\n") + 1
                 if end == 0 and len(kept) >= LONGEST_LINE:
-                    end = _character_border(kept, len(kept))
+                    end = _cut(path, offset, kept)
                 if end:
                     yield offset, kept[:end]
                     offset, kept = offset + end, kept[end:]
@@ -165,6 +186,16 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}", file=str(path)) from error
     if kept:
         yield offset, kept
+
+
+def _cut(path: Path, offset: int, kept: bytes) -> int:
+    """Where a long line of text ends for us; that of a record is waited for, up to its own limit."""
+    if _suffix(path) not in JSON_LINES:
+        return _character_border(kept, len(kept))
+    if len(kept) >= LONGEST_RECORD:
+        text = f"{path}: byte {offset}: a line is longer than {LONGEST_RECORD} bytes: one record a line"
+        raise DataError(text, file=str(path))
+    return 0
 
 
 def _character_border(data: bytes, at: int) -> int:
@@ -177,6 +208,9 @@ def _character_border(data: bytes, at: int) -> int:
 
 def _text(path: Path, offset: int, data: bytes) -> str:
     at = data.find(0)
+    known = [what for mark, what in SIGNATURES.items() if offset == 0 and data.startswith(mark)]
+    if known and (at >= 0 or not _is_utf8(data)):
+        raise DataError(f"{path}: byte 0: it begins as {known[0]}", file=str(path))
     if at >= 0:
         raise DataError(
             f"{path}: byte {offset + at} is NUL: a binary file, not text", file=str(path)
@@ -189,6 +223,14 @@ def _text(path: Path, offset: int, data: bytes) -> str:
             "a binary file or another encoding; convert it to UTF-8",
             file=str(path),
         ) from error
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _text_passages(path: Path, part: Part, border: int) -> Iterator[Passage]:
@@ -204,7 +246,7 @@ def _text_passages(path: Path, part: Part, border: int) -> Iterator[Passage]:
 
 def _records(path: Path, part: Part, border: int, chat: Chat) -> Iterator[Passage]:
     """The passages of the records that begin before (train) or after (eval) byte `border`."""
-    number, word = 0, "row" if path.suffix in SUFFIXES else "line"
+    number, word = 0, "row" if _suffix(path) in SUFFIXES else "line"
     for offset, block in _blocks(path):
         for line in block.splitlines(keepends=True):
             number += 1

@@ -144,20 +144,24 @@ def _cut(array: Any, at: int) -> tuple[Any, Any]:
     return (None, None) if array is None else (array[:at], array[at:])
 
 
-def open_tokens(source: str, mask: str | None, documents: str | None) -> Stream:
+def open_tokens(
+    source: str, mask: str | None, documents: str | None, key: str = "data.source"
+) -> Stream:
     """The stream of 'tokens:FILE.npy', with the files of its mask and documents, mapped to memory.
 
     Raises UsageError for a missing file, DataError for one that is not a 1-D integer .npy or whose
     length differs from the tokens'.
     """
-    ids = _array(source.removeprefix(TOKENS), "data.source")
+    ids = _array(source.removeprefix(TOKENS), key)
     return Stream(ids, _mask(ids, mask), _beside(ids, documents, "data.documents"))
 
 
-def open_megatron(prefix: Path, mask: str | None, documents: str | None) -> Stream:
+def open_megatron(
+    prefix: Path, mask: str | None, documents: str | None, key: str = "data.source"
+) -> Stream:
     """The stream of Megatron's PREFIX.bin, with a mask as above; documents are a file of that kind, or
     'idx': those of PREFIX.idx."""
-    held = megatron.read(prefix)
+    held = megatron.read(prefix, key)
     if documents == IDX:
         spans: np.ndarray | Spans | None = Spans(held.starts, len(held.ids))
     else:

@@ -64,7 +64,7 @@ def _pyarrow(path: Path) -> ModuleType:
 
 def _batches(arrow: ModuleType, path: Path, file: Any) -> Iterator[Any]:
     """Record batches of the columns that are known."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file)

@@ -11,7 +11,6 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ END = "<|endoftext|>"
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")
 BYTES = 256
 SMALLEST = BYTES + 1  # every byte, and the end of a record
+OLDER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # what folders held before
 TRAINED_ON = 1 << 24  # characters: what a vocabulary is learned from, at most
 KEY = "data.tokenizer"
 
@@ -45,10 +45,13 @@ class Tokenizer:
         self.size = BYTES
         self.digest = "byte"
         if inner is not None:
-            ids = (inner.token_to_id(word) for word in ENDS)
-            self.end = tuple(islice((i for i in ids if i is not None), 1))
+            inner.no_truncation()  # what a file says of batches is not of its text
+            inner.no_padding()
+            words = [w for w in (*ENDS, self.chat.end) if inner.token_to_id(w) is not None][:1]
+            self.end = tuple(inner.token_to_id(word) for word in words)
             self.size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
-            self.digest = xxhash.xxh3_128_hexdigest(inner.to_str().encode())
+            stated = "".join(word for word in words if word not in ENDS)  # not by the file itself
+            self.digest = xxhash.xxh3_128_hexdigest((inner.to_str() + stated).encode())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; nothing is added before or after."""
@@ -117,6 +120,10 @@ def _file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
+        if not path.is_file() and any((path.parent / n).is_file() for n in OLDER):
+            again = "AutoTokenizer.from_pretrained(F).save_pretrained(F)"
+            text = f"{KEY} = {name!r}: it has no tokenizer.json; transformers writes one: {again}"
+            raise UsageError(text, file=name, key=KEY)
     if not path.is_file():
         raise UsageError(
             f"{KEY} = {name!r}: no such file; accepted: byte, train:N, a path to a tokenizer.json",
