@@ -14,6 +14,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
+PROC = Path("/proc/self/stat")
 
 
 def refused(error: OSError) -> PartitaError | None:
@@ -40,6 +41,14 @@ def not_installed(error: ModuleNotFoundError) -> PartitaError | None:
     pip = name.replace("_", "-")
     brings = "`pip install partita` brings all that it needs"
     return UsageError(f"{name} is not installed in {sys.prefix}: `pip install {pip}`; {brings}")
+
+
+def require_proc(stat: Path = PROC) -> None:
+    """Raises UsageError where Linux shows no processes: torch and psutil read processors, memory and
+    processes there, and fail in words of their own."""
+    if sys.platform == "linux" and not stat.exists():
+        text = f"no {stat} on this host: processors, memory and processes are read there"
+        raise UsageError(f"{text}; mount it (`mount -t proc proc /proc`)", file=str(stat))
 
 
 def _limit() -> str:

@@ -23,7 +23,7 @@ import typer
 
 import partita
 from partita.base.errors import PartitaError, PlanError, StoppedError, UsageError
-from partita.base.refused import not_installed, refused
+from partita.base.refused import not_installed, refused, require_proc
 from partita.base.text import printable
 from partita.cli.out import failure_document, in_words, note, write_json, write_text
 from partita.comm.liveness.lifeline import Lifeline
@@ -42,6 +42,7 @@ VERBS = {
     "doctor": "Preflight on the real ranks.",
     "validate": "Holds the simulator against published measurements.",
 }
+STARTING = {"train", "verify", "calibrate", "generate", "doctor"}  # verbs that start torch
 AGAIN_S = 0.2
 COMPLETION = "_PARTITA_COMPLETE"  # set by the shell while it completes a line
 
@@ -148,6 +149,8 @@ def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     line: Lifeline | None = None
     try:
         line = Lifeline.hold()
+        if words and words[0] in STARTING and "--help" not in words:
+            require_proc()
         command = typer.main.get_command(application(words))
         code = command.main(
             args=list(arguments), prog_name="partita", standalone_mode=False, obj=line

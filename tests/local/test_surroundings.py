@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from partita.base import refused as refusal
 from partita.base.config import to_toml
 from partita.base.errors import CheckpointError, UsageError, WriteError
-from partita.base.refused import refused
+from partita.base.refused import refused, require_proc
 from partita.model.families import export
 from partita.model.reference import weight_shapes
 from partita.spec.job import Job
@@ -150,6 +150,10 @@ def test_what_the_system_refuses_is_told_with_what_mends_it(tmp_path, monkeypatc
     assert isinstance(many, UsageError) and "ulimit -n" in str(many)
     assert isinstance(refused(OSError(errno.EIO, "Input/output error", "x")), WriteError)
     assert refused(OSError(errno.ENOENT, "No such file", "x")) is None
+    require_proc(file)
+    if sys.platform == "linux":
+        with pytest.raises(UsageError, match="mount -t proc"):
+            require_proc(tmp_path / "proc" / "stat")
 
 
 @pytest.mark.parametrize("name", ["a_b.c", "partita.x"])

@@ -202,11 +202,25 @@ def check_resumes(checkpoint: Path, job: Header) -> None:
     """Raises UsageError (exit 2) naming the first field in which a checkpoint and a job differ."""
     difference = first_difference(read_manifest(checkpoint), job)
     if difference is not None:
+        key = _key(difference.field)
+        what = f"the digest of {key}" if difference.field == "data.digest" else key
         raise UsageError(
-            f"{checkpoint} was written with {difference.field} = {_short(difference.checkpoint)}, the job "
+            f"{checkpoint} was written with {what} = {_short(difference.checkpoint)}, the job "
             f"has {_short(difference.job)}: change it back, or start anew with --fresh",
-            key=difference.field,
+            key=key,
         )
+
+
+def _key(field: str) -> str:
+    """The job's key that a field of a checkpoint's header comes from."""
+    section, _, name = field.partition(".")
+    if section == "tokenizer":
+        return "data.tokenizer"
+    if section == "optimizer":
+        return "train.optimizer" if name == "name" else f"train.{name}"
+    own = {"digest": "data.source", "seed": "seed"}
+    own |= {n: f"train.{n}" for n in ("seq_len", "global_batch_size")}
+    return own.get(name, field) if section == "data" else field
 
 
 def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dict[str, Any]) -> int:
