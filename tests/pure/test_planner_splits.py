@@ -298,3 +298,26 @@ def test_what_a_proof_is_not_over_is_told():
     assert "other orders of axes of all" in not_searched(searcher(moe), every=True)[0]
     found = ask(few, Question(top=1, fix=("tp4", "1mb", "bf16"), forbid=("cp", "sp"))).found
     assert found.complete and f"(not searched: {auto}; {offload})" in counts(found)
+
+
+def test_the_most_that_fits_is_over_splits_too():
+    """Of two stages the deepest model has a split of its own; a layer more has no plan at all."""
+    model = {
+        "preset": "tiny",
+        "layers": 3,
+        "hidden": 128,
+        "heads": 2,
+        "kv_heads": 2,
+        "vocab": 20000,
+    }
+    job = Job.of(model, "2xh100", "", global_batch_size=3, seq_len=64)
+    job = replace(job, cluster=replace(job.cluster, memory_bytes=10**8))
+    words = ("bf16",), ("offload", "recompute", "tp", "cp", "auto")
+    told = ask(job, Question(fix=words[0], forbid=words[1], solve="layers")).solved
+    assert told is not None and told.value is not None and told.proven, told
+    for layers, fits in ((told.value, True), (told.value + 1, False)):
+        deeper = replace(job, model=replace(job.model, layers=layers))
+        found = ask(deeper, Question("memory", 1, *words)).found
+        assert bool(found.plans) == fits and found.complete
+    balanced = ask(job, Question(fix=words[0], forbid=(*words[1], "split"), solve="layers")).solved
+    assert balanced is not None and balanced.value is not None and balanced.value < told.value

@@ -10,28 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from typing import NamedTuple
 
 from partita.base.errors import UsageError
 from partita.base.units import bytes_apart, format_bytes, times
-from partita.planner.search.elsewhere import WITHOUT, least_memory, widened
-from partita.planner.search.nodes import GOALS
+from partita.planner.answers.no_plan import NONE_LEGAL, leaves, which
+from partita.planner.search.elsewhere import WITHOUT, least_memory, ways_of, widened
+from partita.planner.search.made import made
+from partita.planner.search.nodes import GOALS, INF
 from partita.planner.search.search import ANY, Found, Goal, Search, measures
-from partita.planner.search.splits import finished
-from partita.planner.search.uneven import FEW, Uneven, UnevenSpace
-from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
+from partita.planner.search.splits import any_fits, finished
+from partita.planner.search.uneven import FEW, Uneven, UnevenSpace, spread_out
+from partita.planner.space import Space
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 
 FIELDS = ("devices", "seq_len", "global_batch_size", "layers")
-SEARCHED = (*SCHEDULES, *VIRTUAL, "chimera", "v_<num>_<den>")
-SIZES = ("pp", "dp", "cp", "tp")
-NONE_LEGAL = "no plan is legal under these words"
-SAID = {  # fields that a plan's line has under other words
-    "groups": "split", "num_microbatches": "microbatches", "dtype": "precision", "zero": "ZeRO stage",
-    "virtual": "stages a rank", "ulysses": "ranks of ulysses", "method": "way to cut sequences",
-}  # fmt: skip
 TEXT = ("seq_len", "layers")  # what a model of images does not choose
 MOST_DEVICES = 1 << 20
 QUARTER = 0.25  # of the seconds, for what would fit where nothing does
@@ -119,9 +114,25 @@ def _unknown(what: object, budget_s: float) -> str:
 
 
 def _everywhere(search: Search, end: float) -> Found:
-    """The plan on the fewest devices, with all on them or what may lie elsewhere."""
-    found = search.best(FEWEST, budget_s=max(end - time.perf_counter(), 0.0))
-    return widened(search, FEWEST, 1, found, max(end - time.perf_counter(), 0.0))
+    """The plan on the fewest devices, with all on them or what may lie elsewhere; of few also with layers
+    split in any way, or with a schedule made for it, where that needs fewer."""
+
+    def left() -> float:
+        return max(end - time.perf_counter(), 0.0)
+
+    found = search.best(FEWEST, budget_s=left())
+    found = widened(search, FEWEST, 1, found, left())
+    if search.job.cluster.devices > FEW or not found.complete:
+        return found
+    world = measures(found.plans[0])[2] if found.plans else INF
+    fewer = Goal("devices", (INF, INF, world, INF))
+    for more in (spread_out, made):
+        known = found.plans
+        found = more(search, fewer, 1, found, left())
+        if found.plans and found.plans != known:
+            break
+        found.plans = known
+    return found
 
 
 def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tuple[Search, Found]:
@@ -131,7 +142,7 @@ def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tu
     world, tried = measures(found.plans[0])[2], search.space.worlds()
     node = job.cluster.devices_per_node
     for devices in (*range(1, min(node, world)), *range(node, world, node)):
-        if devices in tried:
+        if devices in tried and not devices <= FEW < job.cluster.devices:
             continue
         if time.perf_counter() > end:
             return search, replace(found, complete=False)
@@ -143,7 +154,10 @@ def _fewer(job: Job, makes: Makes, most: tuple[Search, Found], end: float) -> tu
     return search, found
 
 
-def _most(job: Job, field: str, makes: Makes, budget_s: float, seconds: float) -> Solved:
+def _most(
+    job: Job, field: str, makes: Makes, budget_s: float, seconds: float, away: bool = False
+) -> Solved:
+    """`away`: offload is among the choices, which nothing fits without."""
     start = job.model.layers if field == "layers" else getattr(job.train, field)
     unit = 1 if field == "layers" else max(start // 8, 1)
     shown, open_values, end = Found(), set[int](), time.perf_counter() + seconds
@@ -157,7 +171,9 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float, seconds: float) -
                 shown = replace(shown, plans=[again])
                 return True
         left = max(end - time.perf_counter(), 0.0) / SLICES if shown.plans else seconds
-        found = makes(there).best(Goal("memory"), budget_s=left, first=True)
+        found = any_fits(search := makes(there), left)
+        if away and not found.plans:
+            found = widened(search, Goal("memory"), 1, found, left, first=True)
         if found.plans:
             shown = found
         elif not found.complete:
@@ -183,26 +199,64 @@ def _most(job: Job, field: str, makes: Makes, budget_s: float, seconds: float) -
         middle = (low + high) // 2 // unit * unit
         middle = middle if low < middle < high else low + unit
         low, high = (middle, high) if fits(middle) else (low, middle)
-    if not low:
-        space, text = makes(job).space, f"no {field} of at least {unit} fits"
-        if open_values:
-            text = f"no {field} that fits was found; {_unknown(f'{min(open_values):,}', budget_s)}"
-        known = not open_values
-        if not _leaves(space, space.words):  # of a larger one some may be
-            known, text = False, f"of {field} {start:,} {NONE_LEGAL}{_which(space)}"
-        return Solved(field, None, unit, shown, known, text)
-    search = makes(_with(job, field, low))
-    fastest = search.best(budget_s=max(end - time.perf_counter(), 0.0))
-    fastest = finished(search, ANY, 1, fastest, max(end - time.perf_counter(), 0.0))
+    left = max(end - time.perf_counter(), 0.0)
+    if low:
+        reached = _Reached(field, low, high, unit, frozenset(open_values), away)
+        return _edge(job, makes, reached, shown, (budget_s, left))
+    space, text = makes(job).space, f"no {field} of at least {unit} fits"
+    if not away and not open_values and left and space.words.admit("offload", "cpu"):
+        return _most(job, field, makes, budget_s, left, away=True)
+    if open_values:
+        text = f"no {field} that fits was found; {_unknown(f'{min(open_values):,}', budget_s)}"
+    known = not open_values
+    if not leaves(space, space.words):  # of a larger one some may be
+        known, text = False, f"of {field} {start:,} {NONE_LEGAL}{which(space)}"
+    return Solved(field, None, unit, shown, known, text)
+
+
+class _Reached(NamedTuple):
+    """The biggest value that fits, and the next, which does not or is among those not known (`unknown`);
+    `away`: offload was among the choices."""
+
+    field: str
+    low: int
+    high: int
+    unit: int
+    unknown: frozenset[int]
+    away: bool
+
+
+def _edge(
+    job: Job, makes: Makes, at: _Reached, shown: Found, budgets: tuple[float, float]
+) -> Solved:
+    """The fastest plan of the biggest value that fits, found in what is left (the second of the budgets), and
+    whether the next would fit with offload."""
+    budget_s, left = budgets
+    end, few = time.perf_counter() + left, job.cluster.devices <= FEW
+
+    def rest() -> float:
+        return max(end - time.perf_counter(), 0.0)
+
+    search = makes(_with(job, at.field, at.low))
+    fastest = search.best(budget_s=left)
+    if at.away:
+        fastest = widened(search, ANY, 1, fastest, rest())
+    fastest = finished(search, ANY, 1, fastest, rest(), every=few)
     shown = fastest if fastest.plans else shown
-    ends = _unknown(f"{high:,}", budget_s) if high in open_values else f"{high:,} does not"
-    text = f"{field} {low:,} fits ({shown.plans[0].plan}), {ends} (steps of {unit})"
-    more, left = makes(_with(job, field, high)), max(end - time.perf_counter(), 0.0)
-    beyond = widened(more, Goal("memory"), 1, Found(), left, first=True)
-    if beyond.plans:
-        text += f" without offload: {high:,} fits with {beyond.plans[0].plan}"
-    proven = not open_values and beyond.complete and not beyond.plans
-    return Solved(field, low, unit, shown, proven, text)
+    ends = f"{at.high:,} does not"
+    if at.high in at.unknown:
+        ends = _unknown(f"{at.high:,}", budget_s)
+    elif not few and search.space.words.admit("pp", 2):
+        ends += " with layers split evenly and a named schedule"
+    text = f"{at.field} {at.low:,} fits ({shown.plans[0].plan}), {ends} (steps of {at.unit})"
+    proven = not at.unknown
+    if not at.away:
+        more = makes(_with(job, at.field, at.high))
+        beyond = widened(more, Goal("memory"), 1, Found(), rest(), first=True)
+        if beyond.plans:
+            text += f" without offload: {at.high:,} fits with {beyond.plans[0].plan}"
+        proven = proven and beyond.complete and not beyond.plans
+    return Solved(at.field, at.low, at.unit, shown, proven, text)
 
 
 def goal_of(job: Job, name: str, under: Sequence[float] = ()) -> Goal:
@@ -282,8 +336,8 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     seconds = budget_s * QUARTER
     search, lines = makes(job), list[str]()
     least = least_memory(search, seconds)
-    if least.complete and not least.plans:  # more stages than layers have plans with a split alone
-        least = _least_of_splits(search, seconds)
+    if least.complete:
+        least = _least_of_splits(search, least, seconds)
     if least.plans:
         needs, limit = measures(least.plans[0])[1], job.cluster.memory_limit_bytes
         told = "{} with {} of {} a rank".format(least.plans[0].plan, *bytes_apart(needs, limit))
@@ -294,7 +348,7 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
             f"({times(needs, limit)})"
         )
     elif least.complete:
-        lines.append(f"nothing fits: {NONE_LEGAL}{_which(search.space)}")
+        lines.append(f"nothing fits: {NONE_LEGAL}{which(search.space)}")
     else:
         lines.append(f"the plan of least memory was not found in {seconds:g} s")
     for field in FIELDS:
@@ -308,64 +362,19 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
     return lines
 
 
-def _least_of_splits(search: Search, budget_s: float) -> Found:
-    """The plan of least memory with layers split in another way, on few devices, whatever their limit."""
-    if search.job.cluster.devices > FEW or not search.space.words.admit("split", "uneven"):
-        return Found()
-    more = Search(UnevenSpace(search.space), Uneven)
-    more.bounds.limit_bytes = WITHOUT
-    return more.best(Goal("memory"), budget_s=budget_s)
-
-
-def _which(space: Space) -> str:
-    """Which of the words leaves no plan by itself, and what there is instead; or which two of them; or the
-    stated size of a microbatch."""
-    found, micro = [], space.job.train.micro_batch_size
-    if micro is not None and not _leaves(space, Words()):
-        return f": micro_batch_size {micro} divides no replica's part of {space.batch:,} sequences"
-    for name, value in space.words.fixed:
-        if _leaves(space, Words(((name, value),))):
-            continue
-        there = ", ".join(map(str, _known(space, name)))
-        found.append(
-            f"none has {_said(name)} {value}" + (f" (there may be {there})" if there else "")
-        )
-        if name in ("dp", "num_microbatches"):
-            found[-1] += f": dp times microbatches divides {space.batch:,} sequences"
-    words = [(f"{_said(n)} {v}", Words(((n, v),))) for n, v in space.words.fixed]
-    words += [
-        (f"no {_said(n)} {v or ''}".strip(), Words((), ((n, v),))) for n, v in space.words.forbidden
-    ]
-    for (one, a), (other, b) in combinations(() if found else words, 2):
-        if not _leaves(space, Words(a.fixed + b.fixed, a.forbidden + b.forbidden)):
-            found.append(f"none has {one} and {other}")
-    return ": " + "; ".join(found) if found else ""
-
-
-def _said(name: str) -> str:
-    return SAID.get(name, name)
-
-
-def _leaves(space: Space, words: Words) -> bool:
-    """Whether plans are left under other words."""
-    return any(there.leaves(mesh) for there in _spaces(space, words) for mesh in there.meshes())
-
-
-def _spaces(space: Space, words: Words) -> list[Space]:
-    """Those of the balanced split, and on few devices of the others."""
-    there = Space(space.job, words, space.dtype)
-    wanted = space.job.cluster.devices <= FEW and words.admit("split", "uneven")
-    return [there, UnevenSpace(there)] if wanted else [there]
-
-
-def _known(space: Space, name: str) -> Sequence[object]:
-    """What a field may hold at all."""
-    if name == "schedule":
-        return SEARCHED
-    meshes = _spaces(space, Words())[-1].meshes
-    if name == "num_microbatches":
-        return sorted({n for dp in {m.dp for m in meshes()} for n in divisors(space.batch // dp)})
-    return sorted({getattr(m, name) for m in meshes()}) if name in SIZES else ()
+def _least_of_splits(search: Search, least: Found, budget_s: float) -> Found:
+    """The same with layers split in another way, on few devices, with all on them or as the plan of least
+    memory has it."""
+    space, end = search.space, time.perf_counter() + budget_s
+    if search.job.cluster.devices > FEW or not space.words.admit("split", "uneven"):
+        return least
+    for offload in ways_of(space, least):
+        base = Space(space.job, space.words, space.dtype, offload)
+        more = Search(UnevenSpace(base), Uneven, search)
+        more.bounds.limit_bytes = WITHOUT
+        left = max(end - time.perf_counter(), 0.0)
+        least.join(more.best(Goal("memory"), budget_s=left, seen=least.plans))
+    return least
 
 
 def _grows(cluster: Cluster) -> bool:

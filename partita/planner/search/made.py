@@ -161,10 +161,16 @@ class Made(Levels):
 
 
 def made(
-    search: Search, goal: Goal, top: int, found: Found, budget_s: float, every: bool = True
+    search: Search,
+    goal: Goal,
+    top: int,
+    found: Found,
+    budget_s: float,
+    every: bool = True,
+    first: bool = False,
 ) -> Found:
     """What was found, and with schedules of their own, as one answer: `every` plan of few devices, else those
-    of the best meshes."""
+    of the best meshes; `first`: any plan that fits."""
     space, start = search.space, time.perf_counter()
     if not space.words.admit("schedule", "auto") or space.model.image is not None:
         return found
@@ -173,7 +179,7 @@ def made(
         for offload in ways_of(space, found):
             more = _search(search, space.words, offload)
             left = max(budget_s - (time.perf_counter() - start), 0.0)
-            there = more.best(goal, top, left, seen=found.plans, margin=MARGIN)
+            there = more.best(goal, top, left, first, found.plans, MARGIN)
             found.join_other("schedules made for a plan", there)
             if not there.complete:
                 break

@@ -204,11 +204,24 @@ class Queue:
         limit = self.limit if self.goal.name == "time" else None
         return INF if limit is None else limit[0] * (1 + EQUAL) / self._longer
 
+    def cut_of(self, world: int) -> float:
+        """Seconds of a step from which on no plan of so many ranks is better, or what is asked for."""
+        goal, limit = self.goal, self.limit
+        most = goal.under[0]
+        if goal.price:
+            most = min(most, goal.under[3] / (world * goal.price) * (1 + EQUAL))
+        if limit is None or goal.name == "memory" or (goal.name == "devices" and world < limit[0]):
+            return most
+        seconds = limit[0] if goal.name == "time" else limit[1]
+        if goal.name == "cost":
+            seconds = limit[0] / (world * goal.price)
+        return min(most, seconds * (1 + EQUAL) / self._longer)
+
     @property
     def cut_bytes(self) -> float:
-        """Bytes beyond which no plan is better, where memory is the goal."""
-        limit = self.limit if self.goal.name == "memory" else None
-        return INF if limit is None else limit[0] * (1 + EQUAL) / self._longer
+        """Bytes beyond which no plan is better, where memory is the goal, or is what is asked for."""
+        most, limit = self.goal.under[1], self.limit if self.goal.name == "memory" else None
+        return most if limit is None else min(most, limit[0] * (1 + EQUAL) / self._longer)
 
     def push(self, node: Node) -> None:
         """Adds a node that may still hold what is asked."""

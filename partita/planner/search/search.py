@@ -235,8 +235,8 @@ class Search:
 
     def _next(self, queue: Queue) -> Prediction | None:
         """Looks into the next node of a queue; what `simulate` says where it is one plan that can be."""
-        self.levels.cut, self.levels.cut_bytes = queue.cut, queue.cut_bytes
         node = queue.pop()
+        self.levels.cut, self.levels.cut_bytes = queue.cut_of(node.mesh.world), queue.cut_bytes
         if node.level == len(HIDDEN) - 1:
             return self._simulate(node)
         for child in self.levels.expand(node):

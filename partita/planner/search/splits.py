@@ -62,6 +62,22 @@ def finished(
     return found
 
 
+def any_fits(search: Search, budget_s: float) -> Found:
+    """Any plan that fits, those of little memory first: of the search's own space; on few devices then with
+    layers split in another way, or with a schedule made for it, which may hold less."""
+    goal, end = Goal("memory"), time.perf_counter() + budget_s
+
+    def left() -> float:
+        return max(end - time.perf_counter(), 0.0)
+
+    found = search.best(goal, budget_s=budget_s, first=True)
+    if search.job.cluster.devices > MANY:
+        return found
+    if not found.plans:
+        found = spread_out(search, goal, 1, found, left(), first=True)
+    return found if found.plans else made(search, goal, 1, found, left(), first=True)
+
+
 def not_searched(search: Search, every: bool) -> tuple[str, ...]:
     """The choices that no proof is over: those looked at for the best plans alone, and pairs of choices."""
     space, cluster, admit = search.space, search.job.cluster, search.space.words.admit

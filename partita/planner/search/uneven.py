@@ -173,13 +173,16 @@ class UnevenSpace(Space):
         return super()._all_schedules(mesh) if mesh.pp > 1 else []
 
 
-def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: float) -> Found:
+def spread_out(
+    search: Search, goal: Goal, top: int, found: Found, budget_s: float, first: bool = False
+) -> Found:
     """What was found, and with layers split in every other way on few devices, axes in any order, as one
-    answer."""
+    answer; `first`: any plan that fits, in the search's order of axes."""
     space, cluster, start = search.space, search.job.cluster, time.perf_counter()
     if cluster.devices > FEW or not space.words.admit("split", "uneven"):
         return found
     wanted = not space.stated and space.words.admit("order", "another") and len(cluster.links) > 1
+    wanted = wanted and not first  # an order holds what another does
     for offload in ways_of(space, found):
         base = Space(space.job, space.words, space.dtype, offload)
         for turned in (False, True) if wanted else (False,):
@@ -187,7 +190,7 @@ def spread_out(search: Search, goal: Goal, top: int, found: Found, budget_s: flo
             more = Search(UnevenSpace(base, turned), Uneven, search)
             if offload == space.offload and not turned and not space.turned:
                 more.bounds.share(search.bounds)
-            there = more.best(goal, top, max(left, 0.0), seen=found.plans)
+            there = more.best(goal, top, max(left, 0.0), first, found.plans)
             found.join_other("other splits of layers", there)
             if not there.complete:
                 return found
