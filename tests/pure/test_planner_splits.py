@@ -321,3 +321,18 @@ def test_the_most_that_fits_is_over_splits_too():
         assert bool(found.plans) == fits and found.complete
     balanced = ask(job, Question(fix=words[0], forbid=(*words[1], "split"), solve="layers")).solved
     assert balanced is not None and balanced.value is not None and balanced.value < told.value
+
+
+def test_a_front_is_over_splits_too():
+    """One of its plans is neither of a balanced split nor a best plan split in another way."""
+    job = Job.of("tiny", "3xh100", "", global_batch_size=6, seq_len=64)
+    front = ask(
+        job,
+        Question(
+            fix=("1mb", "bf16"), forbid=("offload", "recompute", "cp", "tp"), pareto="time,memory"
+        ),
+    ).plans
+    split = next(p for p in front if p.plan == "pp3:1f1b/1mb bf16 pipeline.split=1,1,0")
+    for p in front:
+        if p is not split:
+            assert any(a < b for a, b in zip(measures(split)[:2], measures(p)[:2], strict=True))

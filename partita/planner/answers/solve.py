@@ -287,12 +287,13 @@ def pareto(search: Search, first: str, second: str, budget_s: float, most: int =
         goal_of(search.job, name)
     under = [float("inf")] * len(GOALS)
     front, whole, end = list[Prediction](), Found(), time.perf_counter() + budget_s
+    few = search.job.cluster.devices <= FEW
 
     def best(goal: Goal) -> Found:
         """In a slice of what is left."""
         left = max(end - time.perf_counter(), 0.0) / SLICES
         found = search.best(goal, budget_s=left)
-        return finished(search, goal, 1, found, max(left - found.seconds, 0.0))
+        return finished(search, goal, 1, found, max(left - found.seconds, 0.0), every=few)
 
     for _ in range(most):
         goal = goal_of(search.job, first, under)

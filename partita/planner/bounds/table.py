@@ -148,10 +148,18 @@ class Table:
 
     @staticmethod
     def of(blocks: Sequence[Cost], flops: Sequence[float]) -> Table:
-        """From each block's."""
-        found = {pair: i for i, pair in enumerate(dict.fromkeys(zip(blocks, flops, strict=True)))}
-        at = np.array([found[pair] for pair in zip(blocks, flops, strict=True)])
-        return Table(tuple(b for b, _ in found), tuple(f for _, f in found), at)
+        """From each block's; of the same object its numbers are compared once."""
+        found, known, at = (
+            dict[tuple[Cost, float], int](),
+            dict[tuple[int, float], int](),
+            list[int](),
+        )
+        for pair in zip(blocks, flops, strict=True):
+            key = id(pair[0]), pair[1]
+            if key not in known:
+                known[key] = found.setdefault(pair, len(found))
+            at.append(known[key])
+        return Table(tuple(b for b, _ in found), tuple(f for _, f in found), np.array(at))
 
     def mixed(self, other: Table, every: int) -> Table:
         """One of every so many layers, from the first one on, and what is no layer, of the other."""
