@@ -344,8 +344,9 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
         told = "{} with {} of {} a rank".format(least.plans[0].plan, *bytes_apart(needs, limit))
         if needs <= limit:
             return [f"{told} fits: the search had not come to it"]
+        ended = "" if least.complete else f" in {seconds:g} s"
         lines.append(
-            f"nothing fits: the least memory found is {told}, {format_bytes(needs - limit)} too much "
+            f"nothing fits: the least memory found{ended} is {told}, {format_bytes(needs - limit)} too much "
             f"({times(needs, limit)})"
         )
     elif least.complete:

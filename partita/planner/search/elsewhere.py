@@ -73,15 +73,13 @@ def widened(
 
 
 def least_memory(search: Search, budget_s: float) -> Found:
-    """The plan that needs least of a device, whatever its limit, with all on it or what may lie elsewhere
-    there: with files a device holds no less."""
-    end, goal = time.perf_counter() + budget_s, Goal("memory")
-    search.bounds.limit_bytes = WITHOUT
-    found = search.best(goal, budget_s=budget_s)
-    ways = list(offloads(search, Found()))
-    for offload in (way for way in ways if way.to == ways[0].to):
-        space = Space(search.job, search.space.words, search.space.dtype, offload)
-        more = Search(space, before=search)
+    """The plan that needs least of a device, whatever its limit, with what may lie elsewhere there, or all on
+    it: with files a device holds no less."""
+    end, goal, space = time.perf_counter() + budget_s, Goal("memory"), search.space
+    ways, found = list(offloads(search, Found())), Found()
+    away = [way for way in ways if way.to == ways[0].to]  # most hold less than all on the device
+    for offload in (*away, space.offload):
+        more = Search(Space(search.job, space.words, space.dtype, offload), before=search)
         more.bounds.limit_bytes = WITHOUT
         left = max(end - time.perf_counter(), 0.0)
         found.join(more.best(goal, budget_s=left, seen=found.plans))
