@@ -121,10 +121,11 @@ def _outlook(p: Prediction) -> dict[str, Any]:
 
 def _saved_bytes(p: Prediction, place: int) -> int:
     """Masters and moments, wherever they lie; working weights are read off the masters, where there are
-    such."""
+    such: under an asynchronous schedule always."""
     assert p.job is not None and p.laid is not None
     arenas = [p.ledgers[place], *(arena_ledger(p.laid, place, a) for a in ("host", "disk"))]
-    whole = p.job.plan.precision.dtype in ("fp32", "fp64")
+    wide = p.job.plan.precision.dtype in ("fp32", "fp64")
+    whole = wide and not p.laid.schedule.is_asynchronous
     saved = ("optimizer", "parameters") if whole else ("optimizer",)
     return sum(x.at_peak.get(c, 0) for x in arenas for c in saved)
 

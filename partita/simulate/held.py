@@ -126,7 +126,8 @@ def holders(laid: Laid, place: int, ledger: Ledger, cluster: Cluster) -> dict[st
     masters, words, precision = 0, request.state_words, request.plan.precision
     before = [t for s in stages for b in s.blocks for n, t in b.tensors.items() if is_before(n)]
     saved = sum(tensor_bytes(t, laid.sizes) for t in before if t.arena == "device")
-    if precision.dtype not in ("fp32", "fp64") and precision.rounding == "nearest":
+    apart = laid.schedule.is_asynchronous or precision.dtype not in ("fp32", "fp64")
+    if apart and precision.rounding == "nearest":
         masters = (at["optimizer"] - saved) // (words + 1)
     worst = max((worst_moment(laid, s.blocks, laid.schedule) for s in stages), key=lambda x: x.size)
     lent = max((lent_parts(laid, s.blocks, cluster) for s in stages), key=lambda x: sum(x.values()))

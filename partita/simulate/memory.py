@@ -50,7 +50,8 @@ def stage_ledger(
     for block, times in distinct(b for s in stages for b in s.blocks):
         categories.update({c: times * n for c, n in state_bytes(block, sizes).items()})
     if schedule.is_asynchronous:
-        categories["parameters"] = version_bytes(laid, place, schedule)
+        categories["parameters"], apart = version_bytes(laid, place, schedule)
+        categories["optimizer"] += apart
     activations, come = kept_at_once(laid, place, schedule)
     lent = max((lent_parts(laid, s.blocks, cluster) for s in stages), key=lambda x: sum(x.values()))
     brought = brought_bytes(laid, place)
@@ -163,14 +164,15 @@ def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:
     return Ledger(laid.mesh.rank_of({"pp": place}), arena, dict(found))
 
 
-def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
+def version_bytes(laid: Laid, place: int, schedule: Schedule) -> tuple[int, int]:
     """Working weights of an asynchronous schedule at a place of pp: every version that is held in the compute
-    dtype, and masters apart from them. Where ranks update shards, or there are no masters, the newest version
-    is held whole beside the one in use. What is frozen has one version, and no master."""
+    dtype; and masters apart from them that the laid program has in one with these. Where ranks update shards,
+    or there are no masters, the newest version is held whole beside the one in use. What is frozen has one
+    version, and no master."""
     sizes, precision = laid.sizes, laid.request.plan.precision
     alone = precision.rounding == "stochastic"
     wide = precision.dtype in ("fp32", "fp64") and not alone
-    total = 0
+    versions = masters = 0
     every = [(s.index, *each) for s in laid.stages_of(place) for each in distinct(s.blocks)]
     for stage, block, times in every:
         for t in (t for t in block.tensors.values() if t.role == "parameter"):
@@ -178,13 +180,14 @@ def version_bytes(laid: Laid, place: int, schedule: Schedule) -> int:
             held = held_at(schedule, stage, unit in laid.program.tied)
             states = block.tensors.get(f"{unit}.optimizer")
             if states is None:
-                total += times * tensor_bytes(t, sizes)
+                versions += times * tensor_bytes(t, sizes)
                 continue
             shard = replace(t, dims=states.dims[-1:])
             beside = (alone or bool(shard.axes())) and held > 1
-            total += times * (held + beside) * tensor_bytes(t, sizes)
-            total += times * tensor_bytes(shard, sizes) if wide and states.arena == "device" else 0
-    return total
+            versions += times * (held + beside) * tensor_bytes(t, sizes)
+            if wide and states.arena == "device":
+                masters += times * tensor_bytes(shard, sizes)
+    return versions, masters
 
 
 def lent_parts(

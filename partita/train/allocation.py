@@ -92,6 +92,10 @@ class Allocations(TorchDispatchMode):
             if (key := t.untyped_storage()._cdata) in self._live:
                 self._move(key, category)
 
+    def claimed(self) -> None:
+        """All is claimed that is to be: what each category holds now counts."""
+        self.most |= self.held
+
     def adopt(self) -> None:
         """Enters every tensor that Python can reach and nobody has claimed, as untagged.
 

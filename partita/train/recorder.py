@@ -28,6 +28,7 @@ import torch
 from partita.base.errors import WriteError
 from partita.base.units import format_bytes
 from partita.comm.threads.local import LocalWorld
+from partita.parallel.pp.versions import Versions
 from partita.parallel.read import state_bytes
 from partita.record.ledger import Ledger
 from partita.record.run import FOLDER, RankRecord, write_record
@@ -160,9 +161,19 @@ class StepRecorder:
             seen.claim("parameters", [unit.working])
         if self.built.model.guess is not None:
             seen.claim("optimizer", self.built.model.guess.copies())
+        for versions in self._versions:
+            for stashed in versions.stash.values():
+                seen.claim("parameters", stashed)
         seen.resizes([unit.gradient for unit in self.built.model.units if unit.spec.cuts_gradient])
         for states in update.optimizer.state.values():
             seen.claim("optimizer", [s for s in states.values() if isinstance(s, torch.Tensor)])
+        seen.claimed()
+
+    @property
+    def _versions(self) -> list[Versions]:
+        """Of the weights under an asynchronous schedule."""
+        flow = self.built.model.flow
+        return [] if flow is None else flow.each
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -171,10 +182,14 @@ class StepRecorder:
         before, executor.span = executor.span, self.action
         if kept is not None:
             kept.watcher = self.allocations.kept
+        for versions in self._versions:
+            versions.changed = self._claim
         try:
             yield
         finally:
             executor.span = before
+            for versions in self._versions:
+                versions.changed = lambda: None
             if kept is not None:
                 kept.watcher = None
 

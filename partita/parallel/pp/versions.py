@@ -62,7 +62,8 @@ class Versions:
     gradient and those it was applied to: the largest since it was last set to 0. `refresh` brings the newest
     version into the working weights, where ranks hold shards of the masters. `away`: masters lie elsewhere,
     and an update has brought the newest version when it is over. `alone`: there are no masters, and an
-    update is of the working weights. `renew`: gradients start anew."""
+    update is of the working weights. `renew`: gradients start anew. `changed` is called when a version has
+    been stashed, and when an update is over (a recorder)."""
 
     units: Sequence[Unit]
     rule: Callable[[int, int], int]
@@ -70,6 +71,7 @@ class Versions:
     away: bool = False
     alone: bool = False
     renew: Callable[[Sequence[Unit]], None] = lambda units: None
+    changed: Callable[[], None] = lambda: None
     newest: int = 0
     staleness: int = 0
     added: int = 0  # microbatches whose gradients are there since the last update
@@ -117,7 +119,11 @@ class Versions:
         """Runs `apply`, which changes the masters; what is still needed of before is stashed."""
         if self.alone:
             self._load(self.newest)
-        self._keep_newest()
+        first = self.rule(self._seen + 1, self.newest + 1)
+        needed = {*self._used.values(), *range(first, self.newest + 1)}
+        self.stash = {v: held for v, held in self.stash.items() if v in needed}
+        if self.newest in needed:
+            self._keep_newest()
         apply()
         self.newest += 1
         self._spent = True
@@ -125,9 +131,7 @@ class Versions:
             self.refresh(rounded=self.away, units=self.units)
         if self.in_place:
             self._loaded = self.newest
-        first = self.rule(self._seen + 1, self.newest)
-        needed = {*self._used.values(), *range(first, self.newest)}
-        self.stash = {v: held for v, held in self.stash.items() if v in needed}
+        self.changed()
 
     def restart(self) -> None:
         """The pipeline is empty: the newest version is in place, and is version 0."""
@@ -145,6 +149,7 @@ class Versions:
                 (u.working if self.in_place else u.master).detach().to(u.working.dtype, copy=True)
                 for u in self.units
             ]
+            self.changed()
 
     def _load(self, version: int) -> None:
         if version == self._loaded:
