@@ -70,21 +70,30 @@ def _round_keys(key: tuple[int, int]) -> Any:
     return (words & MASK).astype(np.uint32)
 
 
-def _philox_here(counter: Sequence[Any], key: tuple[int, int]) -> Any:
-    """`philox` of NumPy arrays: [..., 4], int64. Both products of a round are one call, and their halves
-    views of it, which takes a half to a third of the time."""
+def _philox_here(counter: Sequence[Any], key: tuple[int, int]) -> Tensor:
+    """`philox` of NumPy arrays: int64 [..., 4]. Both products of a round are one call, and their halves
+    views of it, which takes a half to a third of the time. All memory is torch's, 20 bytes a word, so that
+    it is seen where memory is measured: words, which stay, and 12 for two rounds' products and one's words."""
     shape = np.broadcast(*counter).shape
-    even, odd = np.empty((2, *shape), np.uint32), np.empty((2, *shape), np.uint32)
+    size, both = prod(shape), (2, *shape)
+    space = torch.empty(6 * size, dtype=torch.int64).numpy()
+    products = space[: 4 * size].view(np.uint64).reshape(2, *both)
+    even, odd = space[4 * size :].view(np.uint32).reshape(2, *both)
     even[0], odd[0], even[1], odd[1] = counter
     across = (2, *[1] * len(shape))
     by = np.array(MULTIPLIERS, np.uint64).reshape(across)
-    for k in _round_keys(key):
-        halves = np.multiply(even, by).view(np.uint32).reshape(*even.shape, 2)[::-1]
-        even, odd = halves[..., HIGH] ^ odd, halves[..., 1 - HIGH]
+    turns = [(p, p.view(np.uint32).reshape(*both, 2)[::-1]) for p in products]
+    turns = [(p, halves[..., HIGH], halves[..., 1 - HIGH]) for p, halves in turns]
+    for i, k in enumerate(_round_keys(key)):
+        product, high, low = turns[i % 2]
+        np.multiply(even, by, product)
+        np.bitwise_xor(high, odd, even)
+        odd = low
         even ^= k.reshape(across)
-    words = np.empty((*shape, 4), np.int64)
+    found = torch.empty((*shape, 4), dtype=torch.int64)
+    words = found.numpy()
     words[..., 0::2], words[..., 1::2] = np.moveaxis(even, 0, -1), np.moveaxis(odd, 0, -1)
-    return words
+    return found
 
 
 def key_of(seed: int, kind: str, name: str) -> tuple[int, int]:
@@ -230,6 +239,7 @@ def dropout_box(
     for first, words in _box_words(key, shape, box, device, samples=samples, step=step):
         part = words.reshape(out.shape[0], -1)
         out[:, first : first + part.shape[1]] = part >= _threshold(p)
+        del words, part  # before the next are drawn
     return out.view(len(out), *size)
 
 
@@ -270,7 +280,7 @@ def _blocks(
         zero + (step & MASK),
     )
     if block.device.type == "cpu":
-        return torch.from_numpy(_philox_here([x.numpy() for x in counter], key))
+        return _philox_here([x.numpy() for x in counter], key)
     return torch.stack(torch.broadcast_tensors(*philox(counter, key)), -1)
 
 
@@ -306,8 +316,7 @@ def _box_words(
             run = min(columns, width - c)
             first = starts.slice(r, r + rows).unsqueeze(-1) + c
             offset = int(first[0, 0]) & 3 if len(first) == 1 else None  # read on the host
-            words = _run_words(key, first.to(device), run, samples, step, offset)
-            yield r * width + c, words
+            yield r * width + c, _run_words(key, first.to(device), run, samples, step, offset)
 
 
 def _run_words(
@@ -322,15 +331,14 @@ def _run_words(
 
     `offset` is first % 4 where there is one row: its words are then a slice, not a gather.
     """
-    along = torch.arange(run, device=first.device)
     if run < RUN:
-        return _words(key, first + along, samples, step)
+        return _words(key, first + torch.arange(run, device=first.device), samples, step)
     count = (run + 3) // 4 + 1
     block = (first >> 2) + torch.arange(count, device=first.device)
     words = _blocks(key, block, samples, step).flatten(-2)
     if offset is not None:
         return words[..., offset : offset + run]
-    place = (first & 3) + along
+    place = (first & 3) + torch.arange(run, device=first.device)
     return words.gather(-1, place.expand(*words.shape[:-1], run))
 
 
