@@ -288,6 +288,7 @@ class _Walk:
         """What lives inside an op alone, forward and backward."""
         for i, op in enumerate(self.ops):
             yield i, i, sum(self.each[t] for t in op.scratch)
-            if op.kind == "mask":
-                elements = self.block.tensors[op.writes].local(self.sizes)
-                yield i, i, DRAWN_BYTES * min(elements, DRAWN_AT_ONCE)
+            for t in (*op.scratch, op.writes):
+                if self.block.tensors[t].role == "mask":
+                    elements = self.block.tensors[t].local(self.sizes)
+                    yield i, i, DRAWN_BYTES * min(elements, DRAWN_AT_ONCE)

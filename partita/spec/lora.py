@@ -44,6 +44,7 @@ PREFIX = {
 }  # segment -> of its targets
 DEFAULT, DENSE = ("wq", "wv"), ("linear",)
 A, B = "_lora_a", "_lora_b"
+STAYS = "_lora_stays"  # a mask: of what A reads
 BACKWARD = (3.0, 2.0)  # of A: h again, dA, its part of dx; of B: dB, dh
 
 
@@ -144,6 +145,10 @@ def _adapt(block: Block, spec: ModelSizes) -> Block:
             for t, factor in zip((a, b), BACKWARD, strict=True)
         )
         op = replace(op, weights=(w.name, a.name, b.name), extra=extra)
+        if spec.lora_dropout:
+            drawn = f"{w.name}{STAYS}"
+            new[drawn] = Tensor(drawn, block.tensors[op.reads[0]].dims, "mask")
+            op = replace(op, scratch=(*op.scratch, drawn))
         if marked and folded:
             op = replace(op, reads=(*op.reads, "marks"), saves=(*op.saves, "marks"))
         return (op,)

@@ -32,7 +32,9 @@ Weights at low precision are held to what the judge's optimizer makes of the pla
 fp32, where the judge's gradients would leave AdamW a whole step of freedom; and what is computed with, to
 its masters rounded to nearest, on the rank itself. Under delayed updates, where the
 judge goes its own way from the first update on, the table holds for all. A step that overflowed in fp16 must
-have done so on both sides; its gradients are not looked at.
+have done so on both sides; its gradients are not looked at. A product near fp16's largest number, or a rank's
+part of it, may lie on either side: where all ranks say one thing and the judge the other, they are held to
+the judge at half or twice the loss scale, if that says as they do.
 """
 
 from __future__ import annotations
@@ -109,10 +111,13 @@ def differences(
     job: Job,
     delayed: bool = False,
     neighbours: Sequence[list[StepSeen]] = (),
+    scaled: Sequence[list[StepSeen]] = (),
 ) -> list[Difference]:
     """The worst of each kind; the first bad one, by step, where there is one. `delayed`: a step has several
     updates, and the judge made its own. `neighbours`: the judge's runs at neighbouring weights, in which
-    delayed updates go their own way as well."""
+    delayed updates go their own way as well. `scaled`: its runs at other loss scales."""
+    ranks = list(ranks)
+    judge = _overflowing_alike(judge, ranks, scaled)
     dtype = job.plan.precision.dtype
     bound, low = BOUNDS[dtype], dtype != "fp64"
     bound = DELAYED.get(dtype, bound) if delayed else bound
@@ -156,6 +161,20 @@ def differences(
         if best is None or (d.bad, -d.step, d.relative) > (best.bad, -best.step, best.relative):
             worst[d.kind] = d
     return list(worst.values())
+
+
+def _overflowing_alike(
+    judge: list[StepSeen], ranks: Sequence[RankSeen], scaled: Sequence[list[StepSeen]]
+) -> list[StepSeen]:
+    """The judge's steps, each as another loss scale has it where that overflows as all ranks do."""
+    found = []
+    for i, want in enumerate(judge):
+        finite = {math.isfinite(seen.steps[i].norm) for seen in ranks}
+        others = (s[i] for s in scaled if {math.isfinite(s[i].norm)} == finite)
+        if {math.isfinite(want.norm)} != finite and (other := next(others, None)) is not None:
+            want = replace(other, weights=want.weights)
+        found.append(want)
+    return found
 
 
 def _turns(job: Job) -> bool:

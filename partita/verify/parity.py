@@ -17,6 +17,7 @@ from partita.base.text import table
 from partita.comm.threads.local import local
 from partita.model.reference_moe import Told
 from partita.parallel.laid import Laid, lay
+from partita.parallel.precision.scaler import START
 from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
 from partita.spec.job import Job
@@ -220,8 +221,17 @@ def _trial(job: Job, data: Dataset, backend: str) -> Trial:
             _judged(job, data, delayed, starts, chosen, moved)
             for moved in neighbours(job, rounding(dtype))
         ]
-        trial.found = differences(judge, ranks, job, delayed, others)
+        scaled = _scaled(job, data, starts, chosen) if dtype == "fp16" else ()
+        trial.found = differences(judge, ranks, job, delayed, others, scaled)
     return trial
+
+
+def _scaled(
+    job: Job, data: Dataset, starts: Sequence[Weights], told: Told | None
+) -> list[list[StepSeen]]:
+    """The judge at half and at twice the loss scale."""
+    scales = (START / 2, START * 2)
+    return [run_judge(job, data, starts=starts, told=told, scale=s)[0] for s in scales]
 
 
 def _judged(

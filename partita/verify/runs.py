@@ -27,7 +27,7 @@ from partita.parallel.ep.counts import Routing
 from partita.parallel.ep.log import Routed
 from partita.parallel.laid import Laid, lay
 from partita.parallel.pp.rules import in_force, schedule_of
-from partita.parallel.precision.scaler import LossScaler
+from partita.parallel.precision.scaler import START, LossScaler
 from partita.parallel.units import Unit
 from partita.record.transfer import TrafficLine, joined, summarise
 from partita.simulate.predict import request_of
@@ -272,14 +272,15 @@ def boxes(
 def run_judge(
     job: Job, data: Dataset, watched: int = -1, starts: Sequence[Weights] = (),
     moved: Callable[[Weights], Weights] = lambda weights: weights, told: Told | None = None,
+    scale: float = START,
 ) -> tuple[list[StepSeen], Watch]:  # fmt: skip
     """The same steps on one device. `starts[i]`: the weights that step i + 1 starts from, in place of those
     it has made itself. `moved` makes what it computes with of the weights it has. `told`: whom the plan's
-    routers chose."""
+    routers chose. `scale`: fp16's loss scale, to begin with."""
     dtype = DTYPES[job.plan.precision.dtype]
     optimizer = JudgeUpdate.of(job, wide_dtype(job))
     weights = optimizer.weights
-    scaler = LossScaler() if dtype == torch.float16 else None
+    scaler = LossScaler(scale) if dtype == torch.float16 else None
     watch = Watch()
     found = []
     for step in range(steps_of(job.plan)):

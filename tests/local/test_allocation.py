@@ -211,6 +211,24 @@ def test_what_falls_off_with_distance_is_predicted(more: str, packed: bool, tmp_
     assert predicted > 8 * 96 * 96 * 4 and measured == pytest.approx(predicted, rel=0.08)
 
 
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("gpt2", {"dropout": 0.1, "hidden": 64}),
+        ("llama", {"lora_rank": 3, "lora_dropout": 0.3, "lora_targets": ("down",), "ffn_hidden": 400}),
+    ],
+)  # fmt: skip
+def test_what_draws_a_mask_is_predicted(family: str, model: dict, tmp_path: Path) -> None:
+    """It is most of what lives inside an op here."""
+    job = verify_jobs.job(tmp_path, "2mb bf16", family, 4, False, 96, layers=3, **model)
+    gc.collect()
+    record = train(assemble(job, SingleWorld()), tmp_path / "run").record
+    ledger, predicted = record.ledger, simulate(job).ledgers[0]
+    assert ledger.at_peak["buffers"] > 1e6
+    measured = ledger.peak_bytes - ledger.at_peak.get("untagged", 0)
+    assert measured == pytest.approx(predicted.peak_bytes, rel=0.05)
+
+
 def test_the_timed_step_has_every_action_and_is_written(plain: StepRecorder) -> None:
     (record,) = read_ranks(plain.folder)
     assert record.step == 3

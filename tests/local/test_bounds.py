@@ -93,3 +93,23 @@ def test_what_an_update_leaves_of_a_weight_is_fp32s_last_bits(job):
     mine = w.clone()
     mine[1, 1] = 0.25 * (1 + 2.0**-6)  # two of its last bits away
     assert not held(job, g, mine, (g, w))
+
+
+def test_an_overflow_at_the_edge_may_be_on_one_side_but_not_of_one_rank(tmp_path):
+    """Held to the judge at another loss scale, which overflows as the plan does; its numbers still count."""
+    job, (g, w) = verify_jobs.job(tmp_path, "tp2 fp16", layers=2), torch.ones(2, 8, 8)
+
+    def wrong(norms, judge, *scaled, off=1.0):
+        def steps(norm, gradients, weights):
+            return [StepSeen(1.0, norm, {"w": gradients}, {"w": weights})]
+
+        ranks = [RankSeen(i, steps(n, [(BOX, g * off)], [(BOX, w)])) for i, n in enumerate(norms)]
+        others = [steps(n, g, w) for n in scaled]
+        found = differences(steps(judge, g, w), ranks, job, scaled=others)
+        return {d.kind for d in found if d.bad}
+
+    inf = float("inf")
+    assert wrong([inf, inf], 1.0) == wrong([1.0, 1.0], inf) == {"grad_norm"}
+    assert not wrong([inf, inf], 1.0, 1.0, inf) and not wrong([1.0, 1.0], inf, 1.0, inf)
+    assert wrong([inf, 1.0], 1.0, 1.0, inf) == {"grad_norm"}
+    assert wrong([1.0, 1.0], inf, 1.0, inf, off=1.1) == {"gradients"}

@@ -73,7 +73,7 @@ def _round_keys(key: tuple[int, int]) -> Any:
 def _philox_here(counter: Sequence[Any], key: tuple[int, int]) -> Tensor:
     """`philox` of NumPy arrays: int64 [..., 4]. Both products of a round are one call, and their halves
     views of it, which takes a half to a third of the time. All memory is torch's, 20 bytes a word, so that
-    it is seen where memory is measured: words, which stay, and 12 for two rounds' products and one's words."""
+    it is seen where memory is measured: words, which stay, and 12 for two rounds' products and a counter."""
     shape = np.broadcast(*counter).shape
     size, both = prod(shape), (2, *shape)
     space = torch.empty(6 * size, dtype=torch.int64).numpy()
