@@ -37,7 +37,7 @@ from partita.spec.program import (
     Sizes,
 )
 
-DRAWN_BYTES = 24  # of an element of a mask while it is drawn: 20 of Philox (comm/random), its counters
+DRAWN_BYTES = 24  # of an element of a mask that is drawn: 20 of Philox (comm/random), its counters
 
 PRODUCTS = ("linear", "lookup", "conv")  # of whose weights the gradients are made in a weight half
 

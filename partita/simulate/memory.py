@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from partita.parallel.dp.rules import zero_stage
 from partita.parallel.laid import Laid
-from partita.parallel.offload.rules import KEPT_BUFFERS, arena_of, staging_bytes, targets
+from partita.parallel.offload.rules import CHUNK, KEPT_BUFFERS, arena_of, staging_bytes, targets
 from partita.parallel.read import (
     BYTES,
     kept_bytes,
@@ -36,9 +36,9 @@ from partita.schedule.ir import Schedule
 from partita.schedule.versions import held_at
 from partita.simulate import away
 from partita.simulate.groups import moves
-from partita.simulate.inside import read_later, worst_half, worst_op
+from partita.simulate.inside import DRAWN_BYTES, read_later, worst_half, worst_op
 from partita.spec.cluster import Cluster
-from partita.spec.program import Block, Sizes, distinct
+from partita.spec.program import DRAWN_AT_ONCE, Block, Sizes, distinct
 
 
 def stage_ledger(
@@ -65,6 +65,8 @@ def stage_ledger(
     categories["gradients"] = standing_gradients(laid, place) + come
     categories["buffers"] = worst.size + gone + sum(lent.values()) + brought
     categories["buffers"] += waiting_bytes(laid, place)
+    there = sum(categories[c] for c in ("activations", "buffers"))
+    categories["buffers"] += max(update_bytes(laid, place) + picture_bytes(laid, place) - there, 0)
     most = {c: n for c, n in categories.items() if c != "buffers"}
     most["activations"] += gone
     rank = laid.mesh.rank_of({"pp": place})
@@ -138,6 +140,23 @@ def coming_bytes(block: Block, sizes: Sizes) -> int:
     """Gradients of a block that are not there before the step's first backward: those that ZeRO cuts."""
     own = (t for t in block.tensors.values() if t.role == "gradient" and t.arena == "device")
     return sum(tensor_bytes(t, sizes) for t in own if t.axes())
+
+
+def update_bytes(laid: Laid, place: int) -> int:
+    """What an update of weights without masters holds, when nothing of a microbatch is there: elements of a
+    unit in fp32, some at a time, and of a weight once more while they are rounded."""
+    plan = laid.request.plan
+    if plan.precision.rounding != "stochastic":
+        return 0
+    words, most = laid.request.state_words, 0
+    for block, _ in distinct(b for s in laid.stages_of(place) for b in s.blocks):
+        largest = max((w.local(laid.sizes) for w in block.weights()), default=0)
+        for t in (t for n, t in block.tensors.items() if n.endswith(".optimizer")):
+            unit = min(t.local(laid.sizes) // max(words, 1), CHUNK) if t.arena == "device" else 0
+            box = min(unit, largest)
+            drawn = DRAWN_BYTES * min(box, DRAWN_AT_ONCE)
+            most = max(most, BYTES["fp32"] * (unit + box) + drawn)
+    return most
 
 
 def arena_ledger(laid: Laid, place: int, arena: str) -> Ledger:

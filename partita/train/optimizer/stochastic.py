@@ -25,6 +25,7 @@ from partita.comm.context import Context
 from partita.comm.random.seeds import rounded_box
 from partita.parallel.dp.zero import Parameters
 from partita.parallel.laid import Laid
+from partita.parallel.offload.rules import CHUNK
 from partita.parallel.units import Shards, Unit
 from partita.spec.layout import range_boxes
 from partita.train.optimizer.optim import PartOptimizer, state_names
@@ -127,25 +128,35 @@ class StochasticUpdate:
         self, slots: Sequence[Slot], draw: int, lr: float, factor: float,
         balance: Callable[[Tensor, Tensor], None],
     ) -> None:  # fmt: skip
-        """An update of some slots, a unit's together: gradients times `factor`, weights rounded by number
-        `draw`. `balance(master, gradient)` moves a router's bias. Behind the last `shards.change` is due."""
+        """An update of some slots, a unit's together, some elements at a time: gradients times `factor`,
+        weights rounded by number `draw`. `balance(master, gradient)` moves a router's bias. Behind the last
+        `shards.change` is due."""
         unit, shards = "", self.shards
         brought: Tensor | None = None
         for slot in slots:
             if slot.unit != unit:
                 unit, brought = slot.unit, shards.bring(slot.unit)
             here = slot.master if brought is None else brought[slot.part]
-            wide = here.to(slot.gradient.dtype)
             if slot.balances:
+                wide = here.to(slot.gradient.dtype)
                 balance(wide, slot.gradient)
-            else:
-                if factor != 1:
-                    slot.gradient.mul_(factor)
-                state = self.optimizer.state[slot.master]
-                moments = {n: state[n] for n in state_names(self.train)}
-                done = int(state.get("step", 0))
-                self._parts.step((wide, slot.gradient, moments), slot.decays, done, lr)
-                if "step" in state:
-                    state["step"] += 1
-            for part, near in self.rounding(slot, wide, draw):
-                shards.goes_to(slot)[part] = near
+                self._round(slot, wide, draw, 0)
+                continue
+            if factor != 1:
+                slot.gradient.mul_(factor)
+            state = self.optimizer.state[slot.master]
+            done = int(state.get("step", 0))
+            for first in range(0, here.numel(), CHUNK):
+                at = slice(first, first + CHUNK)
+                wide = here[at].to(slot.gradient.dtype)
+                moments = {n: state[n][at] for n in state_names(self.train)}
+                self._parts.step((wide, slot.gradient[at], moments), slot.decays, done, lr)
+                self._round(slot, wide, draw, first)
+            if "step" in state:
+                state["step"] += 1
+
+    def _round(self, slot: Slot, wide: Tensor, draw: int, first: int) -> None:
+        """A slot's updated weights from element `first` on, to where they belong."""
+        there = self.shards.goes_to(slot)[first:]
+        for part, near in self.rounding(slot, wide, draw, first):
+            there[part] = near
