@@ -115,6 +115,8 @@ def _decode(kind: Any, raw: Any, key: str, problems: list[tuple[str, str]]) -> A
     if many and isinstance(raw, list | tuple):
         kind = arguments[0]
         return tuple(_decode(kind, item, f"{key}[{i}]", problems) for i, item in enumerate(raw))
+    if isinstance(raw, Mapping) and (of := _value_in(kind)):
+        return {k: _decode(of, v, _dotted(key, str(k)), problems) for k, v in raw.items()}
     problems += [(where, text) for where, text in _absurd(raw, key)]
     if key.endswith("_bytes") and isinstance(raw, float) and raw.is_integer():
         raw = int(raw)  # 80e9 is how people write bytes
@@ -162,6 +164,13 @@ def _dataclass_in(kind: Any) -> type | None:
     if get_origin(kind) in (Union, UnionType):
         return next((a for a in get_args(kind) if isinstance(a, type) and is_dataclass(a)), None)
     return None
+
+
+def _value_in(kind: Any) -> Any:
+    """What a mapping by name holds, where a type is, or may be, one: V of dict[str, V], or | None."""
+    found = (a for a in (kind, *get_args(kind)) if get_origin(a) is dict)
+    name, of = next((get_args(a) for a in found), (None, None))
+    return of if name is str and of is not Any else None
 
 
 def _of_literal(kind: Any, raw: Any) -> str:

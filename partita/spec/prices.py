@@ -28,7 +28,7 @@ class Prices:
         stated = {key: getattr(self, key) for key in ("device_hour", "watts", "kwh")}
         raise_all([(key, f"{value} is below 0") for key, value in stated.items() if value < 0])
         if not self.money_per_s and not self.watts:
-            raise_all([("prices", "neither device_hour nor watts is above 0")])
+            raise_all([("device_hour", "neither device_hour nor watts is above 0")])
 
     @property
     def money_per_s(self) -> float:

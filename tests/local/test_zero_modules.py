@@ -174,3 +174,43 @@ def test_a_block_that_returns_no_tensor_and_a_plan_without_shards_are_refused():
         assert ranks.run(built) == [2, 2]
     with pt.local(2) as ranks, pytest.raises(UsageError, match="plan dp_replicate2 cuts no param"):
         ranks.run(built)
+
+
+def test_between_uses_a_parameter_reads_nan_and_whole_brings_it_to_be_saved():
+    """What is freed must not be read: that ends a process, not a call."""
+
+    def save(world):
+        held = blocks()
+        model = ShardedModules(held, world.comm("dp_shard", "dp"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        model(batch(0).chunk(2)[world.rank]).square().sum().backward()
+        model.finish()
+        optimizer.step()
+        between = torch.cat([p.detach().reshape(-1) for b in held for p in b.parameters()])
+        with model.whole():
+            saved = [{k: v.clone() for k, v in b.state_dict().items()} for b in held]
+        return bool(between.isnan().all()), saved
+
+    with local(2, 20) as ranks:
+        found = ranks.run(save)
+    alone = nn.Sequential(*blocks())
+    alone(batch(0)).square().sum().backward()
+    torch.optim.SGD(alone.parameters(), lr=0.05).step()
+    for hidden, saved in found:
+        assert hidden
+        for block, state in zip(alone, saved, strict=True):
+            for name, value in block.state_dict().items():
+                assert torch.allclose(state[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_that_writes_into_its_input_is_named_and_all_may_have_no_parameters():
+    def run(world, kinds):
+        model = ShardedModules([kind() for kind in kinds], world.comm("dp_shard", "dp"))
+        model(torch.ones(2, 5, requires_grad=True)).sum().backward()
+        model.finish()
+        return float(model.clip_grad_norm(1.0))
+
+    with local(2, 20) as ranks:
+        assert ranks.run(run, [nn.Tanh, nn.Tanh]) == [0.0, 0.0]
+        with pytest.raises(UsageError, match=r"block 1 \(ReLU\) changes its input in place; give"):
+            ranks.run(run, [nn.Tanh, lambda: nn.ReLU(inplace=True)])

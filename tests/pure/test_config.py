@@ -189,3 +189,16 @@ def test_sizes_and_links_that_cannot_be_are_told_at_once():
         Cluster.from_toml(table, file="c.toml", prefix="cluster")
     keys = [line.split(": ")[1] for line in str(told.value).split("\n")]
     assert keys == [f"cluster.links[{i}].{k}" for i in (0, 1) for k in link]
+    table = {
+        "devices": 4,
+        "device": "h100",
+        "peak_flops": {"bf16": "fast", "fp8": 1e15, "fp32": []},
+    }
+    with pytest.raises(UsageError) as told:
+        Cluster.from_toml(table, file="c.toml", prefix="cluster")
+    assert told.value.keys == ("cluster.peak_flops.bf16", "cluster.peak_flops.fp32")
+    with pytest.raises(UsageError) as told:
+        Cluster.from_toml(
+            {"devices": 4, "device": "h100", "prices": {"watts": 0}}, prefix="cluster"
+        )
+    assert told.value.key == "cluster.prices.device_hour"

@@ -8,12 +8,15 @@
 Parameters of a block lie in flat units, whose memory is there while a block that uses them runs: one for
 each dtype, for what is trained and what is frozen, and for what several blocks share (tied weights). Each
 rank stores one flat shard a unit, and its optimizer sees the trained; gradients are *summed* over the ranks.
-What a block draws (dropout) is drawn from the seed, its rank, the block and the call (draws.py).
+Between uses a parameter reads NaN in its shape; inside `with sharded.whole()` all are there, to be saved.
+Buffers (BatchNorm's statistics) are each rank's own, of its own samples. What a block draws (dropout) is
+drawn from the seed, its rank, the block and the call (draws.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,6 +88,7 @@ class ShardedModules:
             start += p.numel()
         mine = flat[self.comm.rank * each : (self.comm.rank + 1) * each].clone()
         flat.untyped_storage().resize_(0)
+        _hide(parameters)
         shard = nn.Parameter(mine, requires_grad=parameters[0].requires_grad)
         return _Unit(parameters, first, flat, shard)
 
@@ -110,7 +114,15 @@ class ShardedModules:
     def _run(self, at: int, block: nn.Module, x: Tensor) -> Tensor:
         rank = self.comm.ranks[self.comm.rank]
         with drawing(self.seed, "rank", rank, "call", self.calls, "block", at, device=x.device):
-            y = block(x)
+            try:
+                y = block(x)
+            except RuntimeError as error:
+                if "is being modified inplace" not in str(error):
+                    raise
+                text = (
+                    f"rank {rank}: block {at} ({type(block).__name__}) changes its input in place"
+                )
+                raise UsageError(f"{text}; give it inplace=False, or make a copy first") from error
         if not isinstance(y, Tensor):
             raise UsageError(
                 f"rank {rank}: block {at} ({type(block).__name__}) returned a {type(y).__name__}; each block "
@@ -139,11 +151,23 @@ class ShardedModules:
         scaled as torch's clip_grad_norm_ does. Sends one all_reduce of one number."""
         grads = [s.grad for s in self.parameters() if s.grad is not None]
         mine = sum((g.double().square().sum() for g in grads), torch.zeros((), dtype=torch.float64))
-        place = self.units[0].flat.device
+        place = next((u.flat.device for u in self.units), mine.device)
         norm = self.comm.all_reduce(mine.to(place), site="modules.norm:reduce_from").sqrt()
         for g in grads:
             g.mul_((most / (norm + 1e-6)).clamp(max=1.0).to(g.dtype))
         return norm
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All parameters are there, as the shards have them: to be looked at, and saved by `state_dict`.
+        Sends one all_gather a unit, so every rank enters it; what is changed inside is lost."""
+        for at in range(len(self.blocks)):
+            self._bring(range(at, at + 1))
+        try:
+            yield
+        finally:
+            for at in range(len(self.blocks)):
+                self._free(at)
 
     def _reduce(self, units: Iterable[_Unit]) -> None:
         for unit in dict.fromkeys(units):
@@ -163,6 +187,7 @@ class ShardedModules:
                 if not unit.held:
                     flat, shard = unit.flat, unit.shard.detach()
                     flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+                    _show(unit.parameters, flat)
                     site = f"modules.{unit.first}:gather"
                     unit.under_way = self.comm.start_all_gather(shard, site=site, out=flat)
                 unit.held.add(at)
@@ -179,6 +204,21 @@ class ShardedModules:
                     unit.under_way.wait()
                     unit.under_way = None
                 unit.flat.untyped_storage().resize_(0)
+                _hide(unit.parameters)
+
+
+def _show(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+    """Each parameter is its place in the flat unit."""
+    start = 0
+    for p in parameters:
+        p.data = flat[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+
+
+def _hide(parameters: Sequence[nn.Parameter]) -> None:
+    """Whose memory is gone: one NaN that has its shape. Reading what is freed would end the process."""
+    for p in parameters:
+        p.data = p.data.new_full((), torch.nan).expand(p.shape)
 
 
 def _shards_of(context: Context) -> Comm:
