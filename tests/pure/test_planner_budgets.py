@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from partita.planner.answers.ask import Question, ask
 from partita.planner.answers.solve import nothing_fits, pareto, solve
 from partita.planner.search.nodes import ANY, INF, Found, Goal, Queue
 from partita.planner.search.search import Search, measures, searcher
@@ -81,3 +82,16 @@ def test_where_nothing_fits_what_would_is_looked_for_with_offload_too():
     wanted = ("seq_len 56 fits (8mb bf16 offload:cpu)", "layers 1 fits (4mb bf16 offload:cpu)")
     assert lines[0].startswith("nothing fits")
     assert [line.partition(", ")[0] for line in lines[1:]] == [f"would fit: {w}" for w in wanted]
+
+
+def test_where_nothing_fits_in_the_precision_of_the_rates_the_other_is_named():
+    job = Job.of("tiny", {"preset": "laptop", "devices": 1}, "", global_batch_size=8, seq_len=64)
+    job = replace(job, cluster=replace(job.cluster, memory_bytes=1_100_000))
+    words = ("recompute",)
+    told = ask(job, Question(forbid=words))
+    assert not told.plans
+    (line,) = (x for x in told.texts if x.startswith("would fit: bf16, with "))
+    assert simulate(job.with_plan(line.removeprefix("would fit: bf16, with "))).fits
+    assert ask(job, Question(fix=("bf16",), forbid=words)).plans
+    stated = ask(job, Question(fix=("fp32",), forbid=words)).texts
+    assert stated and not any("bf16" in x for x in stated)

@@ -353,6 +353,7 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
         lines.append(f"nothing fits: {NONE_LEGAL}{which(search.space)}")
     else:
         lines.append(f"the plan of least memory was not found in {seconds:g} s")
+    lines += _in_another_precision(search, seconds) if least.plans else []
     for field in FIELDS:
         if field == "global_batch_size" or (field == "devices" and not _grows(job.cluster)):
             continue
@@ -362,6 +363,21 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
         if solved.value is not None:
             lines.append(f"would fit: {solved.text}")
     return lines
+
+
+def _in_another_precision(search: Search, budget_s: float) -> list[str]:
+    """The plan that fits in the other of the two that are chosen without a word, if any does: a copy beside
+    masters is more than none, and activations of 16 bits are less."""
+    space, end = search.space, time.perf_counter() + budget_s
+    other = "fp32" if space.dtype == "bf16" else "bf16"
+    if not space.words.admit("dtype", other):
+        return []
+    more = Search(Space(space.job, space.words, other, space.offload), before=search)
+    found = any_fits(more, budget_s)
+    if not found.plans:
+        left = max(end - time.perf_counter(), 0.0)
+        found = widened(more, Goal("memory"), 1, found, left, first=True)
+    return [f"would fit: {other}, with {p.plan}" for p in found.plans]
 
 
 def _least_of_splits(search: Search, least: Found, budget_s: float) -> Found:
