@@ -189,9 +189,10 @@ class Levels:
             held = fits = None
             holds, wrong = self.bounds.holds(mesh, leaf)
             if holds is not None:
-                if lies.kind not in known:
-                    known[lies.kind] = self.floors.kind(mesh, node.shape, table, leaf, parts)
-                held = self.floors.held(mesh, leaf, known[lies.kind], least)
+                if (lies.kind, lies.split) not in known:
+                    made = self.floors.kind(mesh, node.shape, table, leaf, parts)
+                    known[lies.kind, lies.split] = made
+                held = self.floors.held(mesh, leaf, known[lies.kind, lies.split], least)
             if held is not None:
                 fits = held <= self.bounds.limit_bytes
                 if not np.logical_and.reduce(fits, None):
