@@ -154,6 +154,7 @@ def test_a_line_that_one_side_lacks_is_different() -> None:
         "blocks.*.mlp.down:reduce_from", 4, 2,
     )  # fmt: skip
     assert not joined.equal
+    assert not any(p.equal for p in join_blocks(pairs[::-1]))
 
 
 def test_rows_to_experts_are_compared_by_calls() -> None:
