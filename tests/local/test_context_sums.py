@@ -1,10 +1,13 @@
 """What a rank adds up of tiles, forward and backward, is added up wide and rounded once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_context_parallel import SEQ, inputs, shared, split_of
 
 from partita.parallel.cp import ring as ring_module
+from partita.parallel.cp import ulysses
 from partita.parallel.cp.travel import Gather, Ring
 
 
@@ -51,3 +54,11 @@ def test_bf16_is_added_up_wide_and_rounded_once(way, monkeypatch):
     assert int(tiles.min()) >= ring  # enough to be lost one after the other
     for got, sum_ in zip(shared(way, split, low), sums, strict=True):
         assert bool(((got.double() - sum_).abs() <= 1.01 * 2.0**-8 * sum_).all())
+
+
+def test_copies_of_a_key_s_gradient_are_added_up_wide(monkeypatch):
+    """Of a key that Ulysses hands in eight times."""
+    monkeypatch.setattr(ulysses, "to_sequence", lambda g, region: g)
+    g = torch.rand(1, 8, 64, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got, _ = ulysses._ToHeads.backward(SimpleNamespace(region=None, heads=1), g)
+    assert torch.equal(got, g.double().sum(1, keepdim=True).bfloat16())

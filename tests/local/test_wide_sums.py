@@ -1,10 +1,12 @@
-"""Under bf16 the gradients of weights that add up tokens are fp32 sums: biases, norms, tables."""
+"""Under bf16 the gradients of weights that add up tokens are fp32 sums: biases, norms, tables; and a router's logits."""
 
 import image_jobs
 import pytest
+import torch
 import verify_jobs
 
 from partita.comm.single import SingleWorld
+from partita.parallel.ep.router import Router
 from partita.train.build import assemble
 from partita.verify.runs import boxes
 
@@ -24,3 +26,15 @@ def test_sums_over_tokens_are_wide(family, tmp_path):
         if name.endswith(("bias", "norm", ".table", ".position")) and name != "head.table":
             narrow = (g.bfloat16().float() == g).double().mean()
             assert narrow < 1, name
+
+
+def test_a_router_s_logits_are_wide(tmp_path, monkeypatch):
+    """Rounded to bf16 they choose other experts for tokens that are near to two: verify allows it."""
+    seen, scores = [], Router.scores
+    monkeypatch.setattr(
+        Router, "scores", lambda self, logits: seen.append(logits) or scores(self, logits)
+    )
+    made = verify_jobs.job(tmp_path, "1mb bf16", **verify_jobs.EXPERTS)
+    built = assemble(made, SingleWorld())
+    built.model.forward_backward(built.batch(0))
+    assert seen and not any(torch.equal(x.bfloat16().float(), x) for x in seen)
