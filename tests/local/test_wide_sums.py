@@ -1,4 +1,4 @@
-"""Under bf16 the gradients of weights that add up tokens are fp32 sums: biases, norms, tables; and a router's logits."""
+"""Under bf16 gradients of weights that add up tokens are fp32 sums: biases, norms, tables. So are a router's logits."""
 
 import image_jobs
 import pytest
