@@ -1,4 +1,4 @@
-"""Under bf16 gradients of weights that add up tokens are fp32 sums: biases, norms, tables. So are a router's logits."""
+"""Under bf16 sums over tokens are fp32, of biases, norms and tables, and so are the logits of a router."""
 
 import image_jobs
 import pytest
