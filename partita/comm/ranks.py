@@ -34,6 +34,8 @@ def local(size: int, plan: Plan | str = "", timeout_s: float = DEADLINE_S) -> Lo
     ...     ranks.run(lambda context, x: context.rank * x, 10)
     [0, 10]
     """
+    if size < 1:
+        raise UsageError(f"local({size}): a number of ranks is at least 1")
     laid = Plan.parse(plan) if isinstance(plan, str) else plan
     if not plan:
         laid = laid.with_("mesh", dp_replicate=size)

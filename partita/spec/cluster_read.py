@@ -136,7 +136,12 @@ def _with_base(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             base = {"name": name, "devices": devices, "device": row.name}
     elif "path" in table:
         path = folder / table["path"]
-        base = _with_base(load_toml(path), path.parent)
+        try:
+            stated = load_toml(path)
+        except UsageError as error:
+            error.key = "cluster.path"
+            raise
+        base = _with_base(stated, path.parent)
     if isinstance(rest.get("peak_flops"), Mapping) and isinstance(base.get("peak_flops"), Mapping):
         rest["peak_flops"] = {**base["peak_flops"], **rest["peak_flops"]}
     if "nodes" in rest:

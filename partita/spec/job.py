@@ -105,13 +105,13 @@ class Job:
         return Job(
             model=ModelSpec.load(model),
             cluster=Cluster.load(cluster),
-            plan=Plan.parse(plan) if isinstance(plan, str) else plan,
+            plan=_plan_of(plan),
             train=decode(TrainSpec, {**stated, **train}),
         )
 
     def with_plan(self, plan: Plan | str) -> Job:
         """The same job under another plan."""
-        return replace(self, plan=Plan.parse(plan) if isinstance(plan, str) else plan, auto=False)
+        return replace(self, plan=_plan_of(plan), auto=False)
 
     def problems(self) -> list[Problem]:
         """What the job's arithmetic alone shows; the rooms find the rest."""
@@ -146,3 +146,14 @@ class Job:
     def to_toml(self) -> str:
         """The text of the job file as resolved; Job.load reads it back as an equal job."""
         return to_toml(self.to_table())
+
+
+def _plan_of(stated: Plan | str) -> Plan:
+    """A plan, or that of a line. Raises UsageError under the key `plan`."""
+    if isinstance(stated, Plan):
+        return stated
+    try:
+        return Plan.parse(stated)
+    except UsageError as error:
+        error.key = "plan"
+        raise

@@ -130,10 +130,15 @@ def _changed(plan: Plan, word: str) -> Plan:
     place = plan_table.ALIASES.get(key.strip())
     section, _, name = ".".join(place).partition(".") if place else key.strip().partition(".")
     if not equals or not name:
-        raise UsageError(f"'{word[:100]}': write plan.section.field=value", key=word[:100])
+        stated = f"plan.{key.strip()}"[:100]
+        raise UsageError(f"'{word[:100]}': write plan.section.field=value", key=stated)
     value = parse_value(text.strip())
     if not isinstance(value, list):  # lists as TOML writes them, else as the line writes them
-        section, name, value = plan_text.read_field(f"{section}.{name}={text.strip()}")
+        try:
+            section, name, value = plan_text.read_field(f"{section}.{name}={text.strip()}")
+        except UsageError as error:
+            error.key = f"plan.{section}.{name}"
+            raise
     table = plan_table.to_toml(plan)
     table.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
     return plan_table.from_toml(table)

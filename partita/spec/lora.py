@@ -20,13 +20,13 @@ experts come from other ranks: there each row's `mark`, sample * seq + position,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from partita.base.config import load_json
 from partita.base.errors import UsageError
 from partita.spec.model_sizes import ModelSizes
 from partita.spec.program import Block, Dim, Op, Program, Tensor, rewrite
@@ -220,9 +220,10 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
     for what is not plain LoRA."""
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no readable adapter: {error}", file=str(path)) from error
+        config = load_json(path)
+    except UsageError as error:
+        error.key = "model.adapter"
+        raise
     if config.get("peft_type") != "LORA":
         raise _unlike(path, "peft_type", config.get("peft_type"), "LORA")
     for key, only in NEUTRAL.items():

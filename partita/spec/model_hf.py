@@ -88,7 +88,9 @@ def _in_its_words(
 ) -> UsageError:
     """What is wrong with the fields, told of the keys that they are read from."""
     scaling = SCALINGS.get(table.get("rope_scaling", {}).get("kind"), {})
+    groups = {"router_groups": "n_group", "router_top_groups": "topk_group"}
     names = {
+        **(groups if "latent" in table else {}),
         **kind.names,
         **{f"latent.{ours}": theirs for ours, theirs in _LATENT.items()},
         **{f"rope_scaling.{ours}": f"rope_scaling.{theirs}" for ours, theirs in scaling.items()},

@@ -174,6 +174,8 @@ def test_a_block_that_returns_no_tensor_and_a_plan_without_shards_are_refused():
         assert ranks.run(built) == [2, 2]
     with pt.local(2) as ranks, pytest.raises(UsageError, match="plan dp_replicate2 cuts no param"):
         ranks.run(built)
+    with pytest.raises(UsageError, match="at least 1"):
+        pt.local(0)
 
 
 def test_between_uses_a_parameter_reads_nan_and_whole_brings_it_to_be_saved():

@@ -186,7 +186,7 @@ def test_from_parts() -> None:
     [
         ("plan=ttp2", "plan", "did you mean 'tp2+sp'"),
         ("plan=[1]", "plan", "expected"),
-        ("plan.mesh.tpp=2", "mesh.tpp=2", "did you mean 'tp'"),
+        ("plan.mesh.tpp=2", "plan.mesh.tpp", "did you mean 'tp'"),
         ("plan.tp", "plan.tp", "section.field=value"),
         ("trai.x=1", "trai", "did you mean 'train'"),
         ("train.lr=nan", "train.lr", "not a finite number"),
@@ -211,7 +211,9 @@ def test_from_parts() -> None:
         ("train.track=wandb", "train.track", 'a list is written ["wandb"]'),
         ("device=gpu", "device", "'gpu' is none of auto, cpu, cuda; did you mean 'cpu'"),
         ("cluster.preset=labtop", "cluster.preset", "did you mean 'laptop'"),
-        ("cluster.path=no.toml", None, "no such file"),
+        ("cluster.path=no.toml", "cluster.path", "no such file"),
+        ("model.adapter=nowhere", "model.adapter", "no such file"),
+        ("plan.mesh=2", "plan.mesh", "write plan.section.field=value"),
         ("model.path=no", None, "no such file"),
     ],
 )

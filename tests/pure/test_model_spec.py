@@ -8,6 +8,7 @@ import pytest
 
 from partita.base.errors import UsageError
 from partita.spec.model import PRESETS, ModelSpec, RopeScaling
+from partita.spec.model_hf import model_of
 
 TINY: dict[str, Any] = {
     "family": "llama",
@@ -438,3 +439,14 @@ def test_all_that_is_wrong_is_told_at_once(change: dict[str, Any], keys: list[st
         ModelSpec.from_toml({**TINY, **change}, file="job.toml")
     told = [line.split(": ")[1] for line in error.value.message.splitlines()]
     assert told == [f"model.{key}" for key in keys] == list(error.value.keys)
+
+
+def test_groups_of_experts_that_are_missing_are_named_as_their_config_has_them() -> None:
+    config = {
+        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "vocab_size": 64,
+        "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    with pytest.raises(UsageError) as told:
+        model_of(config, Path("config.json"))
+    assert told.value.keys == ("n_group", "topk_group")
