@@ -33,6 +33,7 @@ _WORDS = {
     "F": "F forward", "B": "B backward", "I": "I input half", "W": "W weight half", "U": "U update",
 }  # fmt: skip
 _MAX_COLUMNS = 400  # cells of an exact picture; beyond it, one character a column
+_MOST = 0.9  # of a picture's actions, for the names of which there is room
 _ROW, _GAP, _LEFT, _TOP = 26, 4, 88, 34  # pixels of the SVG
 _UPDATE = 3  # pixels of an update that takes no time
 _LETTER, _WIDEST = 6.8, 6000  # of a label; a picture is widened so far for its labels to fit
@@ -54,8 +55,8 @@ def text(spans: Sequence[Span], width: int | None = None, longest: float = 0.0) 
     """One row a rank, one cell a unit of time; an action longer than a unit is drawn on with '-'.
 
     The unit is the largest that every start and end is a multiple of. Where there is none, the picture is
-    wider than `width` characters, or it stands beside one of `longest` seconds, each column is one
-    character: the kind of what runs.
+    wider than `width` characters, or it stands beside one of `longest` seconds, each column is the kind of
+    what runs; where nearly all actions have room for names, or for kind and microbatch, these.
     """
     if not spans:
         return "(nothing runs)"
@@ -104,15 +105,36 @@ def _unit(spans: Sequence[Span]) -> float:
 def _compact(spans: Sequence[Span], label: int, width: int, longest: float) -> str:
     start, columns = min(s.start_s for s in spans), max(width - label - 8, 20)
     per_column = max(makespan(spans), longest) / columns or 1.0
-    rows = []
+
+    def places(s: Span) -> tuple[int, int]:
+        at = int((s.start_s - start) / per_column)
+        return at, min(max(int((s.end_s - start) / per_column), at + 1), columns)
+
+    rows, names = [], _names(spans, [end - at for at, end in map(places, spans)])
     for rank, own in _rows(spans).items():
         line = [" "] * columns
         for s in own:
-            at = int((s.start_s - start) / per_column)
-            end = max(int((s.end_s - start) / per_column), at + 1)
-            line[at : min(end, columns)] = s.kind[0] * (min(end, columns) - at)
+            at, end = places(s)
+            name = names.get(s, "")
+            fits = name and len(name) < end - at
+            line[at:end] = name.ljust(end - at, "-") if fits else s.kind[0] * (end - at)
         rows.append(f"rank {rank:>{label}} | {''.join(line).rstrip()}")
     return "\n".join(rows)
+
+
+def _names(spans: Sequence[Span], columns: Sequence[int]) -> dict[Span, str]:
+    """What spans of so many columns are called: their names if nearly all leave a column, so that neighbours
+    stand apart; else kind and microbatch if these do, where each rank has one stage; else nothing. One column
+    is a kind in any case."""
+    one = len({(s.rank, s.stage) for s in spans}) == len({s.rank for s in spans})
+    if any(s.microbatch < 0 for s in spans):
+        return {}
+    for short in (False, True)[: 1 + one]:
+        names = {s: f"{s.kind[0]}{s.microbatch}" if short else s.name for s in spans}
+        room = [len(names[s]) < c for s, c in zip(spans, columns, strict=True) if c > 1]
+        if sum(room) > _MOST * len(room):
+            return names
+    return {}
 
 
 def svg(

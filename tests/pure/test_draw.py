@@ -236,3 +236,19 @@ def test_idle_time_is_told_by_cause(capsys):
         causes = row["warm_up"] + row["drain"] + row["communication"] + sum(row["waiting"].values())
         assert row["work"] + causes == pytest.approx(document["makespan"])
     assert "warm-up" in ask(capsys, "1f1b", "-p", "2", "-m", "4")[1]
+
+
+def test_what_has_columns_enough_is_named_where_times_have_no_unit(capsys):
+    """Names are drawn on with '-', so that neighbours stand apart; kinds alone where most have no room."""
+
+    def rows(*words: str) -> list[str]:
+        code, out, _ = ask(capsys, *words)
+        assert code == 0
+        return [line.split(" | ")[1] for line in out.splitlines() if " | " in line]
+
+    first, second = rows("zb_h1", "-p", "2", "-m", "3", "--costs", "1,1.13,0.91")
+    assert first.startswith("0F0---") and "1I2---" in second
+    first, second = rows("zb_h1", "-p", "3", "-m", "9", "--costs", "1,1.1,0.9")[:2]
+    assert first.startswith("F0-F1-") and "0F" not in first
+    first, second = rows("zb_v", "-p", "2", "-m", "12", "--costs", "1,1.13,0.91")
+    assert first.startswith("FFF") and "0" not in first
