@@ -78,7 +78,7 @@ class Task:
     goal: Goal = "flush"
     seed: int = 0
     effort: int | None = None
-    proof: float = 3.0
+    proof: float = 5.0
 
     def costs_of(self, stages: int) -> Costs | None:
         """The costs with this many stages a rank; None where they are of another number."""
