@@ -27,7 +27,6 @@ from partita.comm.protocol import Where, World
 from partita.comm.random.seeds import initial_value
 from partita.comm.ranks import here, require_ranks
 from partita.comm.threads.local import LocalWorld
-from partita.cost.compute import Rates
 from partita.model.transformer import build_blocks
 from partita.parallel.cp.split import Split
 from partita.parallel.deferred import WeightQueue
@@ -162,7 +161,7 @@ class Built:
         """Model FLOP/s (model_causal) over the peak of the compute units that do the work."""
         c, world = self.job.cluster, self.job.plan.world_size
         units = min(world, c.cores_shared) if c.cores_shared else world
-        peak = Rates(c.peak_flops, 1.0).of(self.job.plan.precision.dtype) * units
+        peak = c.peak(self.job.plan.precision.dtype) * units
         flops = self.job.model.train_flops_per_token(self.job.train.seq_len, "model_causal")
         return tokens_per_s * flops / peak
 

@@ -9,6 +9,7 @@ import torch
 
 from partita.comm.single import SingleWorld
 from partita.record.transfer import Transfer
+from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.clock import DeviceClock, HostClock, clock_of
@@ -119,3 +120,13 @@ LANES = [
 @pytest.mark.parametrize(("lane", "axis", "op", "site", "phase"), LANES)
 def test_a_transfer_lies_on_the_lane_of_what_it_moves(lane, axis, op, site, phase) -> None:
     assert lane_of(Transfer(0, axis, op, site, phase, 8)) == lane
+
+
+@pytest.mark.parametrize("plan", ["1mb fp32", "1mb fp64", "1mb fp8"])
+def test_a_run_and_its_prediction_divide_by_one_peak(plan: str) -> None:
+    """Of H800s no fp32 is published, nor fp64."""
+    job = Job.load({**TABLE, "plan": plan, "cluster": {"preset": "8xh800"}})
+    told = simulate(job)
+    assert told.step_time_s is not None and told.mfu is not None
+    run = assemble(job, SingleWorld()).mfu(told.tokens_per_step / told.step_time_s)
+    assert run == pytest.approx(told.mfu)
