@@ -162,13 +162,13 @@ def _fsdp(match: _Match, others: list[str]) -> Meant:
 def _stages(match: _Match, others: list[str]) -> Meant:
     """pp2x2, pp2v2."""
     rule = "stages a rank stand behind a schedule that has several, pp<n>:<schedule>x<v>"
-    return _made(rule, f"pp{match['n']}:interleaved_1f1bx{match['v']}", others)
+    return _made(rule, f"pp{_some(match['n'])}:interleaved_1f1bx{_some(match['v'])}", others)
 
 
 def _stages_alone(match: _Match, others: list[str]) -> Meant:
     """x2, vpp2."""
     rule = "stages a rank stand behind a schedule that has several, pp<n>:<schedule>x<v>"
-    made = f":interleaved_1f1bx{match['v']}"
+    made = f":interleaved_1f1bx{_some(match['v'])}"
     found = _joined(others, r"pp(\d+)(/\d+mb)?", rule, lambda m: f"pp{m[1]}{made}{m[2] or ''}")
     return found or _made(rule, f"pp2{made}", others)
 
@@ -183,11 +183,16 @@ def _pipeline(match: _Match, others: list[str]) -> Meant | None:
         elif part and named and (name := _schedule_named(part)):
             schedule = f":{name}"
         elif part and named and named[2] and (name := _schedule_named(named[1])):
-            schedule, stages = f":{name}", f"x{named[2]}"
+            schedule, stages = f":{name}", f"x{_some(named[2])}"
         elif part:
             return None
     rule = "a pipeline is written pp<n>:<schedule>/<m>mb"
-    return _made(rule, f"pp{match['n']}{schedule}{stages}{microbatches}", others)
+    return _made(rule, f"pp{_some(match['n'])}{schedule}{stages}{microbatches}", others)
+
+
+def _some(number: str) -> int:
+    """The number, or two for none."""
+    return int(number) or 2
 
 
 def _schedule_named(word: str) -> str:
@@ -200,7 +205,7 @@ def _schedule_named(word: str) -> str:
 def _schedule(match: _Match, others: list[str]) -> Meant | None:
     if not (name := _schedule_named(match["name"])) or name in ("auto", "forward"):
         return None
-    made = f":{name}" + (f"x{match['v']}" if match["v"] else "")
+    made = f":{name}" + (f"x{_some(match['v'])}" if match["v"] else "")
     rule = "a schedule stands behind the stages, pp<n>:<schedule>"
     found = _joined(others, r"pp(\d+)(/\d+mb)?", rule, lambda m: f"pp{m[1]}{made}{m[2] or ''}")
     return found or _made(rule, f"pp2{made}", others)

@@ -10,9 +10,11 @@ import pytest
 from partita.cost.empirical import READ, told
 from partita.cost.kernels import Kernel, is_aligned, kernel_seconds
 from partita.cost.machine import FILE as CONSTANTS
-from partita.cost.machine import Constants, constants_of, facts, software_of
+from partita.cost.machine import Constants, constants_of, facts, machine_of, software_of
+from partita.simulate.groups import place
 from partita.simulate.published import case
 from partita.simulate.validate import read_rows
+from partita.spec.cluster import Cluster
 from partita.spec.hardware import share_of_links
 from validation.page import CAUSES, is_inferred
 
@@ -103,3 +105,9 @@ def test_a_cube_mesh_gives_a_group_its_own_lanes():
     assert lanes == pytest.approx({2: 1, 3: 2, 4: 4, 5: 2, 6: 3, 7: 4, 8: 6})
     assert share_of_links("V100-32GB", (0, 1)) == 1.0
     assert 0 < share_of_links("V100-16GB", (0, 5)) < 1 / 6  # no lane: the host's bus
+    machine = machine_of(Cluster.from_preset("16xv100-16gb"))
+    whole, pair, both = (
+        place(tuple(r), machine).inner.bytes_per_s for r in (range(8), (0, 1), (0, 4, 8, 9))
+    )
+    assert pair == pytest.approx(whole / 6)
+    assert both == pair  # of two nodes the one with less

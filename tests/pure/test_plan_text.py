@@ -251,6 +251,17 @@ def test_errors_teach(line: str, text: str) -> None:
         ("ring cp4", "cp4:ring"),
         ("ep8:etp2", "ep8 etp2"),
         ("seq_len=8 tp2", "tp2"),
+        ("tp2 ddp4", "tp2 dp_replicate4"),
+        ("bf16 fsdp8", "bf16 dp_shard8.zero3"),
+        ("pp2 virtual_pipeline_model_parallel_size=2", "pp2:interleaved_1f1bx2"),
+        ("pp2 --num-microbatches=8", "pp2 8mb"),
+        ("pp0:interleavedx0/4mb", "pp2:interleaved_1f1bx2/4mb"),
+        ("pp2x0", "pp2:interleaved_1f1bx2"),
+        ("tp2 experts", "tp2 ep8"),
+        ("tp2 order=pp,tp", "tp2 order:tp,cp,dp_shard,dp_replicate,pp"),
+        ("single", "1mb"),
+        ("cp2.ring", "cp2:ring"),
+        ("fp32 fp32/bf16", "bf16"),
         ("4", "tp4"),
     ],
 )
@@ -295,6 +306,12 @@ def test_tables_take_other_names() -> None:
         ({"tp": "2"}, "p.mesh.tp: expected 'int', got 'str'"),
         ({"tp": 0}, "p.mesh.tp: 0 is not within"),
         ({"pipeline": {"schedule": "zb_v", "virtual_stages": 3}}, "2 stages a rank"),
+        ({"context": {"method": "rong"}}, "'rong' is none of"),
+        (
+            {"recompute": {"modules": ["nose"]}},
+            "p.recompute.modules: no 'nose'; did you mean 'norm'",
+        ),
+        ({"cp": 4, "context": {"method": "hybrid", "ulysses": 3}}, "3 does not divide cp 4"),
     ]:
         with pytest.raises(UsageError, match=re.escape(text)) as error:
             from_toml(bad, file="j.toml", prefix="p")

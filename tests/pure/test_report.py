@@ -40,6 +40,24 @@ def test_forecast_has_every_rank_to_the_end_of_the_step(tmp_path: Path) -> None:
         assert max(s.end_s for s in rank.spans) == pytest.approx(forecast.step_time_s)
 
 
+def test_a_run_that_ended_before_its_first_step_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "job.toml"]:
+        path.unlink()
+    page = report_page(read_run(tmp_path))
+    for text in ("recorded no step", "recorded no traffic", "No step is done", "No sample was"):
+        assert text in page
+
+
+@pytest.mark.parametrize(("text", "says"), [("[]", "an object is wanted"), ("{", "truncated")])
+def test_a_record_that_is_none_is_named(tmp_path: Path, text: str, says: str) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "records" / "rank-1.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"rank-1.json: not a record: .*{says}"):
+        read_run(tmp_path)
+
+
 def test_trace_has_a_process_for_each_rank_measured_and_predicted(tmp_path: Path) -> None:
     write_run(tmp_path)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
