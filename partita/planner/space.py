@@ -23,6 +23,7 @@ from partita.parallel.tp.rules import channels
 from partita.planner.orders import other_orders
 from partita.planner.words import Words
 from partita.spec.job import Job
+from partita.spec.mesh import divisors
 from partita.spec.plan import DEFAULT_ORDER, OffloadPlan, Plan, has_fixed_stages
 
 SCHEDULES = (
@@ -35,13 +36,6 @@ HERE = OffloadPlan()  # all on the device
 Order = tuple[str, ...]
 State = tuple[int, int, Order]
 EVERY = (2, 3, 4)  # full recomputation of only each k-th block
-
-
-@lru_cache(maxsize=4096)
-def divisors(n: int) -> tuple[int, ...]:
-    """All divisors, smallest first."""
-    low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return tuple(sorted({*low, *(n // d for d in low)}))
 
 
 class MeshChoice(NamedTuple):

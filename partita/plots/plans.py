@@ -16,7 +16,7 @@ from partita.plots.page import STYLE
 from partita.plots.plans_script import SCRIPT, SHEET
 from partita.plots.timeline import COLOURS as KINDS
 from partita.simulate.forecast import first_ranks, forecast
-from partita.simulate.predict import Prediction
+from partita.simulate.predict import Prediction, measures
 
 COLUMNS = ("", "plan", "step", "memory", "MFU", "bubble", "devices")
 DIGITS = 6  # of the times that the page holds
@@ -53,7 +53,7 @@ def _table(plans: Sequence[Prediction]) -> str:
     head = "".join(f'<th data-column="{i}">{escape(c)}</th>' for i, c in enumerate(COLUMNS))
     rows = []
     for i, p in enumerate(plans):
-        seconds, peak, world = _measures(p)
+        seconds, peak, world = measures(p)
         cells = (
             (i + 1, str(i + 1)), (p.plan, p.plan), (seconds, format_seconds(seconds)),
             (peak, format_bytes(peak)), (p.mfu, f"{p.mfu:.1%}"),
@@ -67,14 +67,9 @@ def _table(plans: Sequence[Prediction]) -> str:
     )
 
 
-def _measures(p: Prediction) -> tuple[float, int, int]:
-    assert p.laid is not None and p.step_time_s is not None
-    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size
-
-
 def _plan(p: Prediction, why: Sequence[str]) -> dict[str, Any]:
     """What the page draws of one plan: a rank of each place of pp."""
-    seconds, peak, _ = _measures(p)
+    seconds, peak, _ = measures(p)
     ranks = forecast(p, first_ranks(p)).ranks
     return {
         "line": p.plan,

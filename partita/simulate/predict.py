@@ -246,7 +246,7 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     held = _weighed(laid, cluster)
     tokens = job.train.global_batch_size * job.train.seq_len
     peak = cluster.peak(job.plan.precision.dtype)
-    devices = min(job.plan.world_size, _units(cluster, job.plan.world_size))
+    devices = cluster.units(job.plan.world_size)
     model_flops = tokens * job.model.train_flops_per_token(job.train.seq_len, "model_causal")
     again = _replay_flops(laid) * m * job.plan.world_size
     limit = int(cluster.memory_limit_bytes)
@@ -299,9 +299,10 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _units(cluster: Cluster, world: int) -> int:
-    """Compute units that do the work: devices, or the cores that CPU ranks share."""
-    return min(world, cluster.cores_shared) if cluster.cores_shared else world
+def measures(p: Prediction) -> tuple[float, int, int]:
+    """Step time, bytes of the fullest rank, ranks."""
+    assert p.laid is not None and p.step_time_s is not None
+    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size
 
 
 def stage_costs(s: StageTime, busy: float, waits: float, update: float = 0.0) -> StageCosts:

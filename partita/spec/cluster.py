@@ -212,6 +212,10 @@ class Cluster:
         wider = {"fp64": "fp32", "fp32": "tf32"}.get(dtype, "")
         return self.peak_flops.get(wider, min(self.peak_flops.values())) / 2
 
+    def units(self, ranks: int) -> int:
+        """Compute units that do the work of so many ranks: devices, or the cores that CPU ranks share."""
+        return min(ranks, self.cores_shared or ranks)
+
     @staticmethod
     def preset_names() -> list[str]:
         """Names that from_preset knows besides '<n>x<device>'."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
-from math import isqrt
 
 from partita.base.errors import Problem
 from partita.spec.families import program
 from partita.spec.job import Job
+from partita.spec.mesh import divisors
 from partita.spec.plan import ASYNCHRONOUS, AXES, Plan
 
 
@@ -150,14 +150,9 @@ def _line(plan: Plan | None) -> str | None:
     return None if plan is None else str(plan)
 
 
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
-    return small + [number // d for d in small]
-
-
 def _largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
-    return max(d for d in _divisors(number) if d <= max(limit, 1))
+    return max(d for d in divisors(number) if d <= max(limit, 1))
 
 
 def nearest_plan(job: Job) -> Plan | None:
@@ -180,7 +175,7 @@ def nearest_plan(job: Job) -> Plan | None:
         ways = mesh.dp_replicate * mesh.dp_shard
         if samples % ways:
             kept = getattr(mesh, other)
-            fits = [d for d in _divisors(getattr(mesh, axis)) if samples % (d * kept) == 0]
+            fits = [d for d in divisors(getattr(mesh, axis)) if samples % (d * kept) == 0]
             mesh = replace(mesh, **{axis: max(fits, default=1)})
     ways = mesh.dp_replicate * mesh.dp_shard
     if job.train.micro_batch_size is not None:

@@ -12,13 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from math import prod
+from functools import cached_property, lru_cache
+from math import isqrt, prod
 
 DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp", "split")
 EXPERT = ("pp", "dp_replicate", "efsdp", "ep", "etp")
 FOLD = ("dp_shard", "cp", "ulysses", "tp")
 _UNFOLD = ("etp", "ep", "efsdp")
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """All divisors, smallest first."""
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
 
 
 @dataclass(frozen=True)

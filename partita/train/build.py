@@ -159,9 +159,8 @@ class Built:
 
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP/s (model_causal) over the peak of the compute units that do the work."""
-        c, world = self.job.cluster, self.job.plan.world_size
-        units = min(world, c.cores_shared) if c.cores_shared else world
-        peak = c.peak(self.job.plan.precision.dtype) * units
+        c, plan = self.job.cluster, self.job.plan
+        peak = c.peak(plan.precision.dtype) * c.units(plan.world_size)
         flops = self.job.model.train_flops_per_token(self.job.train.seq_len, "model_causal")
         return tokens_per_s * flops / peak
 

@@ -21,11 +21,11 @@ from partita.base.units import (
 from partita.parallel.room import PRODUCT_ORDER
 from partita.planner.orders import another_order
 from partita.planner.search.nodes import measures
-from partita.planner.space import divisors
 from partita.simulate.groups import group_of
 from partita.simulate.memory import arena_ledger
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
+from partita.spec.mesh import divisors
 from partita.spec.plan import Plan, has_fixed_stages
 
 OUT = "; it was not among the choices"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from partita.planner.search.uneven import FEW, UnevenSpace
-from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words, divisors
+from partita.planner.space import SCHEDULES, VIRTUAL, Space, Words
+from partita.spec.mesh import divisors
 
 NONE_LEGAL = "no plan is legal under these words"
 SEARCHED = (*SCHEDULES, *VIRTUAL, "chimera", "v_<num>_<den>")

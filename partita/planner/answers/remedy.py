@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from partita.planner.space import divisors
 from partita.simulate.predict import Prediction, simulate, weigh
 from partita.spec.job import Job
+from partita.spec.mesh import divisors
 from partita.spec.plan import Plan, has_fixed_stages
 
 HELPFUL = 6  # changes that save most, of which three are tried together

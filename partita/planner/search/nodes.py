@@ -11,7 +11,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
-from partita.simulate.predict import Prediction
+from partita.simulate.predict import Prediction, measures
 
 GOALS = ("time", "memory", "devices", "cost")
 # [empirical] step over bound by level, for the order only
@@ -269,9 +269,3 @@ class Queue:
         _, n, node = heapq.heappop(heap)
         self._done.add(n)
         return node
-
-
-def measures(p: Prediction) -> tuple[float, int, int]:
-    """Step time, bytes of the fullest rank, ranks."""
-    assert p.laid is not None and p.step_time_s is not None
-    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size

@@ -20,8 +20,9 @@ from partita.planner.search.made import made
 from partita.planner.search.nodes import ANY, Found, Goal, Queue, measures
 from partita.planner.search.search import Search
 from partita.planner.search.uneven import count_splits, every_split, spread_out
-from partita.planner.space import MeshChoice, Shape, Tokens, divisors
+from partita.planner.space import MeshChoice, Shape, Tokens
 from partita.simulate.predict import Prediction
+from partita.spec.mesh import divisors
 from partita.spec.plan import Plan
 
 Split = tuple[int, ...]
