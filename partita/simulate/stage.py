@@ -64,6 +64,13 @@ class StageTime:
         """Both halves."""
         return self.input_s + self.weight_s
 
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of a microbatch, with all that is seen."""
+        comm = sum(self.comm_forward_s.values()) + sum(self.comm_backward_s.values())
+        host = self.host_forward_s + self.host_backward_s
+        return self.forward_s + self.backward_s + comm + host
+
 
 @dataclass(frozen=True)
 class Part:
