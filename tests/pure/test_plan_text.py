@@ -89,7 +89,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-@settings(UNHURRIED, max_examples=300)
+@settings(UNHURRIED, max_examples=150)
 @given(plans(), st.randoms(use_true_random=False))
 @example(Plan(), None)
 def test_line_and_table_are_the_plan(plan: Plan, random: object) -> None:

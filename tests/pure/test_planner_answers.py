@@ -127,7 +127,7 @@ def test_why_speaks_of_every_choice_of_a_plan_with_experts():
 
 def test_images_that_fit_nowhere_are_told_how_much_they_need():
     job = Job.of("alexnet", "laptop", "", global_batch_size=8, seq_len=1)
-    fix, forbid = ("1mb", "recompute:full", "pp2"), ("tp", "split", "cp")
+    fix, forbid = ("1mb", "recompute:full", "pp2:1f1b"), ("tp", "split", "cp")
     lines = nothing_fits(job, lambda j: searcher(j, fix=fix, forbid=forbid), 120.0)
     assert len(lines) == 1 and "of 29 MB a rank" in lines[0], lines
     with pytest.raises(UsageError, match="images"):
@@ -136,7 +136,7 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
 
 def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(capsys):
     words = "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --forbid cp"
-    words += " --budget 40 --json"
+    words += " --fix pp2:1f1b --budget 40 --json"
     assert run(words.split()) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["plans"] == []
