@@ -14,6 +14,7 @@ from partita.comm.threads.local import local
 from partita.parallel.laid import problems
 from partita.parallel.offload import cpu
 from partita.simulate.predict import request_of
+from partita.train.optimizer import stochastic
 from partita.verify.parity import verify
 
 SLOW = pytest.mark.slow
@@ -99,6 +100,7 @@ def test_a_box_has_the_bits_of_the_whole():
 def test_a_plan_equals_one_device(plan, model, tmp_path, monkeypatch):
     """In float64, where each weight must go to the same neighbour; and with bf16's own roundings."""
     monkeypatch.setattr(cpu, "CHUNK", 1024)
+    monkeypatch.setattr(stochastic, "CHUNK", 1000)
     job = verify_jobs.job(tmp_path, plan, **model)
     clips = 0.0 if "pipedream" in plan else job.train.clip_grad_norm
     found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
