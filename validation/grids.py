@@ -21,7 +21,8 @@ from statistics import fmean
 
 import numpy as np
 
-from partita.simulate.published import Row, case
+from partita.simulate.cells import Row
+from partita.simulate.published import case
 from partita.simulate.published_works import fits, fullest
 from partita.simulate.validate import Scored, read_rows, score
 from partita.spec.hardware import shown_bytes

@@ -53,13 +53,21 @@ def _text(document: dict[str, Any]) -> str:
     for g in document["groups"]:
         shown = ["" if g[c] is None else f"{g[c]:.1%}" for c in columns]
         lines.append([g["group"], g["metric"], str(g["n"]), *shown])
-    skipped = [[f"{n}", reason] for reason, n in document["skipped"].items()]
+    skipped = [
+        [f"{n}", reason, _few(document["not_predicted"].get(reason, []))]
+        for reason, n in document["skipped"].items()
+    ]
     parts = [table(lines), "not predicted\n" + table(skipped) if skipped else ""]
     for kind, members in document["calibration"].items():
         if isinstance(members, dict):
             rows = [[name, _values(v)] for name, v in members.items()]
             parts.append(f"{kind}\n" + table(rows))
     return "\n\n".join(p for p in parts if p)
+
+
+def _few(ids: list[str]) -> str:
+    """The first of some rows."""
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
 
 
 def _values(v: Any) -> str:

@@ -93,6 +93,7 @@ class Software:
     reduces_whole: bool = False  # ZeRO-1 adds whole gradients everywhere, and keeps a part
     overlaps_exchanges: bool = False  # experts' rows travel beside another microbatch's compute
     overlaps_rings: bool = True  # cp's messages beside attention
+    repeats_keys: bool = False  # what goes to cp's other ranks are keys of all heads, alike or not
     gradient_bytes: int = 4  # an element of a gradient, that waits and that is reduced
     keeps_fp8: bool = False  # under fp8 linears keep their inputs in 8 bits (TransformerEngine)
     keeps_gates_fp8: bool = False  # and what gates read too
@@ -112,6 +113,9 @@ class Software:
     cast_bytes: int = 4  # moved as an element becomes one of 8 bits
     starts_each_expert: bool = False  # what experts multiply is a kernel for each of them
     fuses_experts: bool = False  # that kernel activates, and narrows what the next one reads
+    small_kernels: bool = (
+        False  # it starts those too that Megatron-Core's experts have beside the priced
+    )
     starts_experts: bool = False  # the host does, whatever else of a layer a graph holds
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
     sorts_rows: bool = False  # and elsewhere rows are put by expert where they arrive

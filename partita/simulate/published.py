@@ -12,11 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from partita.base.errors import PartitaError, PlanError
+from partita.base.errors import PlanError
 from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
-from partita.simulate.cells import GATED, PLAIN, is_eager, is_gpt, not_understood
+from partita.simulate.cells import (
+    GATED,
+    PLAIN,
+    Row,
+    UnpredictableError,
+    is_eager,
+    is_gpt,
+    method,
+    named,
+    not_understood,
+    number,
+    value_of,
+)
+from partita.simulate.published_plan import plan_of, recompute_of
 from partita.simulate.recipes import EAGER, UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
@@ -25,10 +38,8 @@ from partita.spec.job import ADAPTERS
 from partita.spec.model import Convention, Latent, ModelSpec
 from partita.spec.plan import Plan
 
-Row = Mapping[str, str]
 STEP_METRICS = ("step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
 GPT2_VOCAB = 50257
-RAN_AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again to one that is
 LORA_RANK = 32  # Megatron-Bridge's default; adapters are below 1 % of the work
 DROPOUT = 0.1  # of GPT models before fused attention
 
@@ -44,24 +55,20 @@ ERAS = (
     ("sc21-t2.* zero3", "deepspeed-2021"), ("sc21", "megatron-2021"), ("megatron-v1", "megatron-2019"),
     ("megatron-", "megatron-2021"), ("zb-", "megatron-2023"), ("vocabpar", "megatron-flash"),
     ("llama3", "meta-2024"),
-    ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"), ("nemo-", "nemo-2024"),
+    ("titan", "torchtitan"), ("pytorch-fsdp", "fsdp-2022"),
+    ("nemo-(24\\.0[1-7]|longseq )", "nemo-2024"), ("nemo-", "nemo-2024-09"),
+    ("mcore-flagperf", "megatron-core"), ("internevo", "internevo"),
     ("mcore", "megatron-2024"), ("bridge-25", "bridge-2025"), (WHOLE, "bridge-2026"),
     ("bridge-", "bridge-2026-02"), ("deepseek", "deepseek-2024"),
     ("maxtext", "xla"), ("palm", "xla"), ("mpt", "mosaic-2023"), (r".* [fh]sdp\S*$", "fsdp"),
 )  # fmt: skip
 # eras of Megatron-LM and of what is built on it
 MEGATRON = ("megatron", "nemo", "bridge", "deepspeed")
-SCHEDULES = {
-    "": "1f1b", "none": "1f1b", "1f1b": "1f1b", "1f1b-interleaved": "interleaved_1f1b",
-    "1f1b-interleaved(tunable n)": "interleaved_1f1b", "zb-1p": "zb_h1", "zb-h1": "zb_h1",
-    "zb-2p": "zb_h2", "zb-h2": "zb_h2", "dualpipe": "dualpipe",
-}  # fmt: skip
 DEVICES = {
     "V100-32GB(DGX-2)": "V100-32GB", "V100-32GB(DGX-2H)": "V100-32GB", "V100": "V100-32GB",
     "H100": "H100-80GB-SXM", "B200": "B200-SXM", "B300": "B300-SXM", "TPUv3?": "TPUv3",
 }  # fmt: skip
 # what public configurations say and the table has no column for
-FINEST = ("zb-", "llama3")  # interleaved as finely as can be: one layer a chunk
 PADDED = 128  # to so many times tp: Megatron-LM's make_vocab_size_divisible_by
 UNPADDED = ("vtrain-single",)  # vTrain's src/model/gpt_modeling.py: vocab_size // world_size
 VOCABS = (("zb-", 32000),)  # SentencePiece; with it their sizes are the 14.6 and 28.3 B printed
@@ -73,13 +80,12 @@ HEAD_DIMS = {
 # leading layers without experts, shared experts; all have 512 numbers of keys and values, 64 rotated
 LATENT = {"DeepSeek": (1536, 3, 1), "Kimi": (1536, 1, 1), "Moonlight": (0, 1, 2)}
 BIASED = "GPT OSS"
-NETWORKS = {"vtrain": 12.5e9, "maxtext-a3": 12.5e9}  # bytes/s a device between nodes, as notes say
-REPLICAS = "DP over DCN"  # MaxText: each slice holds the whole model, cut over its own devices
+NETWORKS = {
+    "vtrain": 12.5e9,
+    "maxtext-a3": 12.5e9,
+    "internevo": 6.25e9,
+}  # bytes/s a device between nodes, as notes say
 RACK = 64  # devices of an NVLink rack that runs use
-
-
-class UnpredictableError(PartitaError):
-    """Why a row cannot be predicted."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class Case:
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
     again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
+    spared: tuple[str, ...] = ()  # ops of layers that run again but for these
     cast_bytes: int = 0  # as the row's scales are made; 0 where it does not say
     stated: Recipe = UNSTATED  # what configurations say and no column does
     eager: bool = False  # each op is a kernel: no compiler, no program's own kernels
@@ -115,10 +122,11 @@ class Case:
         era = replace(
             era,
             overlaps_exchanges=stated.beside,
-            host_s=HOST_S if stated.eager else era.host_s,
+            host_s=0.0 if stated.captured else HOST_S if stated.eager else era.host_s,
             cast_bytes=self.cast_bytes or era.cast_bytes,
             sends_rows_once=era.sends_rows_once and not stated.each,
             starts_experts=era.starts_experts and not stated.eager,
+            small_kernels=(era.small_kernels or stated.eager) and not stated.captured,
             eager=EAGER[stated.own_norms :] if self.eager else (),
         )
         return replace(found, software=era)
@@ -127,33 +135,6 @@ class Case:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.global_batch_size * self.seq_len
-
-
-def number(row: Row, column: str, default: int | None = None) -> int:
-    """A whole number above zero of a row. Raises UnpredictableError where there is none, nor a default."""
-    text = row.get(column, "").strip()
-    if not text:
-        if default is None:
-            raise UnpredictableError(f"missing column: {column}")
-        return default
-    try:
-        found = float(text)
-    except ValueError:
-        raise UnpredictableError(f"not a number: {column} = {text}") from None
-    if not 1 <= found < float("inf") or found % 1:
-        raise UnpredictableError(f"not a whole number above zero: {column} = {text}")
-    return int(found)
-
-
-def value_of(row: Row) -> float:
-    """What was measured. Raises UnpredictableError where it is no number above zero."""
-    try:
-        value = float(row["value"])
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise UnpredictableError(f"not a number above zero: value = {row['value']}")
-    return value
 
 
 def software(row: Row) -> str:
@@ -166,12 +147,6 @@ def refusal(error: PlanError) -> str:
     """Which rules of which rooms a plan breaks."""
     rules = dict.fromkeys(f"{p.room}: {p.rule}" for p in error.problems if p.severity == "error")
     return f"refused, {', '.join(rules)}"
-
-
-def method(row: Row) -> str:
-    """The variant that a row's notes name ('method redis ...'); '' where they name none."""
-    found = re.match(r"method ([\w-]+)", row.get("notes", ""))
-    return found[1] if found else ""
 
 
 def case(row: Row) -> Case:
@@ -196,8 +171,9 @@ def case(row: Row) -> Case:
         _matmuls(row),
         "LoRA" in row["notes"],
         method(row) in SPREAD,
-        _recompute(row),
-        _again(row) if row["recompute"] else stated.again,
+        recompute_of(row),
+        _named(row, "selective") if row["recompute"] else stated.again,
+        _named(row, "full"),
         _cast_bytes(row),
         stated,
         is_eager(row),
@@ -258,89 +234,9 @@ def _ffn(row: Row, default: int | None) -> int:
     return width * 2 // 3 if row["mlp"] in PLAIN and not is_gpt(row) else width
 
 
-def _recompute(row: Row) -> str:
-    """A row that says nothing but HFU beside MFU runs its forward again where the two are so far apart."""
-    text = row["recompute"]
-    hardware = re.search(r"HFU (\d+\.?\d*)%", row["notes"])
-    if not text and hardware and row["metric"] == "mfu":
-        return "full" if float(hardware[1]) > RAN_AGAIN * float(row["value"]) else "none"
-    if text.startswith("full"):
-        return "none" if "layer" in text else "full"
-    return "selective" if text.startswith("selective") else "none"
-
-
-def _again(row: Row) -> tuple[str, ...]:
-    """The modules in 'selective(a,b)'; of 'a or b' the first."""
-    found = re.match(r"selective\((.*)\)", row["recompute"])
-    return tuple(w.split(" or ")[0].strip() for w in found[1].split(",")) if found else ()
-
-
-def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
-    """The plan of a row and its microbatch size."""
-    tp, pp, cp = (number(row, a, 1) for a in ("tp", "pp", "cp"))
-    devices = number(row, "n_gpus")
-    dp = number(row, "dp", max(devices // (tp * pp * cp), 1))
-    micro = number(row, "microbatch_size", 1)
-    if tp * pp * cp * dp != devices:
-        ranks = f"{tp}*{pp}*{cp}*{dp} ranks"
-        raise UnpredictableError(f"a contradiction: {ranks} are not {devices} devices")
-    if batch % (micro * dp):
-        raise UnpredictableError(f"a contradiction: {batch} is no multiple of {micro} * {dp}")
-    vpp = number(row, "vpp", 1)
-    name = SCHEDULES.get(row["schedule"].lower())
-    if name is None:
-        raise UnpredictableError(f"a schedule that is not described: {row['schedule']}")
-    if name == "interleaved_1f1b" and row["group"].startswith(FINEST):
-        vpp = -(-number(row, "layers") // pp)
-    if pp == 1 or (name == "interleaved_1f1b" and vpp == 1):
-        name, vpp = "1f1b", 1
-    ep, sp = number(row, "ep", 1), row["seqpar"] == "yes" and tp > 1
-    plan = Plan().with_("mesh", pp=pp, tp=tp, cp=cp, ep=ep, sp=sp)
-    plan = plan.with_(
-        "pipeline", schedule=name, virtual_stages=vpp, num_microbatches=batch // (micro * dp)
-    )
-    plan = _sharded(_even(plan, row), row, dp)
-    return plan.with_("recompute", mode=_recompute(row)).with_(
-        "precision", dtype=_dtype(row)
-    ), micro
-
-
-def _even(plan: Plan, row: Row) -> Plan:
-    """As many layers on every stage, where they divide; one fewer on the first and the last, where then
-    they divide; else the balanced split stands."""
-    layers, stages = number(row, "layers"), plan.mesh.pp * plan.pipeline.virtual_stages
-    if stages == 1:
-        return plan
-    if method(row) == "redis":
-        return plan.with_("pipeline", split=_redistributed(row, layers, stages))
-    if layers % stages == 0:
-        return plan.with_("pipeline", split=(layers // stages,) * stages)
-    if (layers + 2) % stages == 0:
-        each = (layers + 2) // stages
-        return plan.with_("pipeline", split=(each - 1, *(each,) * (stages - 2), each - 1))
-    return plan
-
-
-def _redistributed(row: Row, layers: int, stages: int) -> tuple[int, ...]:
-    """Layers so that the dearest stage has the least FLOPs, the head counted, which may have its stage alone;
-    ties go to the fullest last stage, and long stages come last (Yeung et al. 2024, 2411.05288)."""
-    seq, hidden, vocab = (number(row, c) for c in ("seq_len", "hidden", "vocab"))
-    head = vocab / (12 * hidden * (1 + seq / (6 * hidden)))  # in layers (Narayanan et al. 2021)
-    last = min(range(layers), key=lambda k: (max(-(-(layers - k) // (stages - 1)), k + head), -k))
-    each, more = divmod(layers - last, stages - 1)
-    return (*(each + (i >= stages - 1 - more) for i in range(stages - 1)), last)
-
-
-def _sharded(plan: Plan, row: Row, dp: int) -> Plan:
-    text = row["zero_or_fsdp"]
-    stages = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp(zero2-like)": 1, "fsdp": 3, "hsdp": 3}
-    stage = next((s for start, s in stages.items() if text.startswith(start)), 0)
-    if not stage:
-        return plan.with_("mesh", dp_replicate=dp)
-    apart = REPLICAS in row["notes"] or text.startswith("hsdp")
-    slices = number(row, "n_gpus") // number(row, "gpus_per_node") if apart else 1
-    mesh = {"dp_replicate": slices, "dp_shard": dp // slices}
-    return plan.with_("mesh", **mesh).with_("data", zero_stage=stage)
+def _named(row: Row, mode: str) -> tuple[str, ...]:
+    """The modules or ops that a row's recomputation names, where it is of that mode."""
+    return tuple(word for of, word in named(row["recompute"]) if of == mode)
 
 
 def _matmuls(row: Row) -> str:
@@ -355,11 +251,6 @@ def _cast_bytes(row: Row) -> int:
     if text.startswith("fp8-cs"):
         return 6 if row["gpu_type"].startswith("H") else 5
     return 5 if text.startswith("nvfp4") else 0
-
-
-def _dtype(row: Row) -> str:
-    text = row["precision"]
-    return "fp8" if text.startswith(("fp8", "mxfp8", "nvfp4")) else "bf16"
 
 
 def cluster(row: Row) -> Cluster:

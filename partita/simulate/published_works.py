@@ -43,6 +43,8 @@ BIASED = (28, 40)
 def lay_case(found: Case, plan: Plan) -> Laid:
     """The laid plan of a case; the modules that its row names run again. Raises PlanError."""
     laid = lay(found.request(plan))
+    if found.spared:
+        return _changed(laid, lambda block: _but(block, found.spared))
     if not found.again:
         return laid
     wanted = {x for w in found.again for x in AGAIN.get(w, ())}
@@ -62,6 +64,18 @@ def lay_case(found: Case, plan: Plan) -> Laid:
     return _changed(laid, less)
 
 
+def _but(block: Block, spared: tuple[str, ...]) -> Block:
+    """A layer that keeps its input, and of some ops what they write and what only they save."""
+    if block.name in ("embedding", "head"):
+        return block
+    written = {op.writes for op in block.ops()}
+    kept = {block.input}
+    for op in block.ops():
+        if op.name in spared:
+            kept |= {op.writes, *(t for t in op.saves if t not in written)}
+    return block.keeping(frozenset(kept))
+
+
 def case_works(found: Case, laid: Laid) -> Works:
     """The work of a case that was laid."""
     works = works_of(laid, found.matmul_dtype)
@@ -69,7 +83,20 @@ def case_works(found: Case, laid: Laid) -> Works:
         works = biased(works)
     if "op" in found.again:
         works = halved(works, found)
+    if found.machine().software.repeats_keys:
+        works = repeated(works, found.model.heads // found.model.kv_heads)
     return spread(works) if found.spread else works
+
+
+def repeated(works: Works, times: int) -> Works:
+    """Keys and values of all heads, alike where heads share them, go to the other ranks of the sequence."""
+
+    def one(part: Part) -> Part:
+        calls = (replace(c, bytes=c.bytes * times) if c.axes == ("cp",) else c for c in part.calls)
+        return replace(part, calls=tuple(calls))
+
+    each = (replace(w, parts=tuple(map(one, w.parts))) for w in works.stages)
+    return Works(tuple(each), works.once)
 
 
 def halved(works: Works, found: Case) -> Works:

@@ -1,7 +1,8 @@
 """What a published table has no column for and its authors' configurations state.
 
 Those of NVIDIA-NeMo/Megatron-Bridge: scripts/performance/configs at v0.2.0 (container 25.11), v0.3.1
-(26.02.01), v0.4.2 (26.04) and v0.5.0 (26.06). A row's own column comes first.
+(26.02.01), v0.4.2 (26.04) and v0.5.0 (26.06); of NVIDIA/dgxc-benchmarking: launch.sh at 25.05.04; of
+NVIDIA/NeMo: scripts/performance/llm at 25.04. A row's own column comes first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Recipe:
     exchanges run beside the other microbatch's compute (overlap_moe_expert_parallel_comm). each: a plain
     all-to-all, where a token goes once to each of its experts (moe_token_dispatcher_type). micro: the
     microbatch size, where a row has that of another plan on its line (the page prints accumulations). eager:
-    the host starts every kernel (cuda_graph_impl "none"). own_norms: an eager program's norm is a kernel
+    the host starts every kernel (cuda_graph_impl "none"). captured: none, where other rows of the era do
+    (enable_cuda_graph). own_norms: an eager program's norm is a kernel
     (norm_type fused_rmsnorm of torchtitan's configurations until the summer of 2024)."""
 
     again: tuple[str, ...] = ()
@@ -29,6 +31,7 @@ class Recipe:
     each: bool = False
     micro: int = 0
     eager: bool = False
+    captured: bool = False
     own_norms: bool = False
 
 
@@ -48,6 +51,8 @@ RECIPES = (
     (r"bridge-\S+ LLAMA3_70B B200 fp8\S* fsdp", Recipe(leaves=5)),
     (r"bridge-25.09 LLAMA3_70B GB200 mxfp8", Recipe(micro=1)),
     (r"bridge-skill Moonlight", Recipe(eager=True)),
+    (r"nemo-grok-25.05 \S+ GB200", Recipe(captured=True)),
+    (r"nemo-dsv3-25.05 \S+ GB200", Recipe(each=True)),
     (r"bridge-\S+ LLAMA3.1_405B G?B300 bf16 fsdp", Recipe(leaves=40)),
     (r"titan-2024a100 ", Recipe(own_norms=True)),
     (r"bridge-\S+ GPT OSS 120B (H100|GB200|B200) bf16", Recipe(again=LIGHT)),

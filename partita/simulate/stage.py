@@ -27,10 +27,12 @@ from partita.simulate.links import Lane, one_ahead, path_seconds, seen_seconds
 from partita.simulate.moves import is_move, move_seconds
 from partita.simulate.started import (
     call_times,
+    host_of,
     host_seconds,
     is_exchange,
     kernel_times,
     ran_kernels,
+    small_kernels,
 )
 from partita.simulate.work import BlockWork, block_work
 from partita.spec.program import Block, distinct
@@ -76,7 +78,8 @@ class StageTime:
 class Part:
     """Equal blocks of a stage: how many (a share of one, where stages share it), the kernels of one, its
     calls in a microbatch, and the forward calls that its recomputation leaves out (None where it keeps
-    more than its input). `shares` of the microbatches: those that leave between F and B; all but a first."""
+    more than its input). `shares` of the microbatches: those that leave between F and B; all but a first.
+    `small`: kernels that are not priced (started.small_kernels)."""
 
     times: float
     work: BlockWork
@@ -84,6 +87,7 @@ class Part:
     unplayed: tuple[Call, ...] | None = None
     has_experts: bool = False
     shares: tuple[float, float] = (1.0, 1.0)
+    small: tuple[int, int] = (0, 0)
 
     def times_of(self, call: Call) -> float:
         """How often a microbatch makes one of the calls, on average."""
@@ -152,15 +156,14 @@ def stage_work(laid: Laid, stage: int, known: Known | None = None, matmul_dtype:
     away: Counter[str] = Counter()
     parts = []
     m, places = laid.request.plan.num_microbatches, len(laid.stages[stage].places)
-    gone = sum(at == stage for at, _ in laid.leaving)
-    shares = gone / m, max(1 - places / m, 0.0)
+    shares = sum(at == stage for at, _ in laid.leaving) / m, max(1 - places / m, 0.0)
     for block, times in distinct(blocks):
         if id(block) not in known:
             known[id(block)] = _read(block, laid, matmul_dtype)
         work, calls = known[id(block)]
         running = tuple(c for c in calls if c.phase != "step" and c.axes != ("pp",))
-        sparse = "sent" in block.tensors
-        parts.append(Part(times, work, running, _unplayed(block, running), sparse, shares))
+        told = _unplayed(block, running), "sent" in block.tensors, shares, small_kernels(block)
+        parts.append(Part(times, work, running, *told))
         for category, size in state_bytes(block, laid.sizes).items():
             states[category] += times * size
         for arena in ARENAS:
@@ -229,7 +232,7 @@ def _part_time(part: Part, laid: Laid, machine: Machine) -> PartTime:
     ran = {n: ran_kernels(w, ks, n, machine) for n, ks in kernels.items()}
     each = {n: x.each for n, x in ran.items()}
     found = {n: x.seconds for n, x in ran.items()}
-    host = {"F": ran["F"].host_s, "B": ran["I"].host_s + ran["again"].host_s + ran["W"].host_s}
+    host = host_of(ran, part.small, era)
     seen: dict[str, Seconds] = {"F": defaultdict(float), "B": defaultdict(float)}
     lanes: Lanes = {"F": {}, "B": {}}
     chunks: Counter[str] = Counter()

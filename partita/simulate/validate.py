@@ -19,19 +19,9 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.parallel.laid import Laid
-from partita.simulate.cells import is_eager
+from partita.simulate.cells import Row, UnpredictableError, is_eager, method, value_of
 from partita.simulate.predict import timed, waiting
-from partita.simulate.published import (
-    STEP_METRICS,
-    Case,
-    Row,
-    UnpredictableError,
-    case,
-    measured_seconds,
-    method,
-    refusal,
-    value_of,
-)
+from partita.simulate.published import STEP_METRICS, Case, case, measured_seconds, refusal
 from partita.simulate.published_works import case_works, lay_case
 from partita.simulate.stage import PartTimes, Works, send_seconds, stage_time
 from partita.simulate.step import step_time
@@ -41,7 +31,7 @@ from partita.spec.plan import Plan
 COLUMNS = ("id", "group", "metric", "value", "gpu_type", "n_gpus", "seq_len", "global_batch")
 CONFIGURATION = (
     "model_name", "layers", "hidden", "heads", "vocab", "seq_len", "gpu_type", "n_gpus",
-    "gpus_per_node", "tp", "pp", "vpp", "cp", "ep", "dp", "zero_or_fsdp", "schedule",
+    "gpus_per_node", "tp", "pp", "vpp", "cp", "ep", "etp", "dp", "zero_or_fsdp", "schedule",
     "microbatch_size", "global_batch", "precision", "recompute", "seqpar", "group", "kv_heads",
     "ffn_hidden", "mlp", "experts", "topk", "moe_ffn_hidden",
 )  # fmt: skip
@@ -85,6 +75,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     missing = [c for c in COLUMNS if rows and c not in rows[0]]
     if missing or not rows:
         text = f"{path} has no column {', '.join(missing)}" if missing else f"{path} has no rows"
+        if rows and any(mark in str(next(iter(rows[0]))) for mark in ";\t|"):
+            text += "; what stands between columns is a comma"
         raise UsageError(text, key="FILE", file=str(path))
     blank = dict.fromkeys(OPTIONAL, "")
     return [{**blank, **{k: v or "" for k, v in row.items() if k}} for row in rows]

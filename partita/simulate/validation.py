@@ -11,7 +11,7 @@ from typing import Any
 
 from partita.cost import empirical, machine
 from partita.cost.machine import constants_of, device_class, facts, software_of, table
-from partita.simulate.published import Row
+from partita.simulate.cells import Row
 from partita.simulate.published_memory import BUBBLE, other_lines, other_rows
 from partita.simulate.validate import SAME, Scored, Skip, mape, read_rows, reasons, score, summary
 
@@ -25,6 +25,7 @@ class Validation:
     groups: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     skipped: dict[str, int]
+    not_predicted: dict[str, list[str]]  # by reason the ids; not of those that another row tells
     calibration: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -32,6 +33,7 @@ class Validation:
         return {
             "groups": self.groups,
             "skipped": self.skipped,
+            "not_predicted": self.not_predicted,
             "calibration": self.calibration,
         }
 
@@ -50,7 +52,11 @@ def validation(path: Path) -> Validation:
         for s in scored
     ] + [{k: row[k] for k in ("id", "predicted", "measured", "error")} for row in others]
     skipped_rows = [*skipped, *(Skip(row, reason) for row, reason in without)]
-    return Validation(lines, out, reasons(skipped_rows), _calibration(scored, skipped))
+    ids: dict[str, list[str]] = {}
+    for skip in skipped_rows:
+        if skip.reason != SAME:
+            ids.setdefault(skip.reason, []).append(skip.row["id"])
+    return Validation(lines, out, reasons(skipped_rows), ids, _calibration(scored, skipped))
 
 
 @cache

@@ -15,7 +15,13 @@ from partita.simulate.published import case
 from partita.simulate.published_works import case_works, lay_case
 from partita.simulate.recipes import EAGER
 from partita.simulate.stage import Work, stage_time
-from partita.simulate.started import host_seconds, kernel_times, started_kernels, unfused_kernels
+from partita.simulate.started import (
+    host_seconds,
+    kernel_times,
+    small_kernels,
+    started_kernels,
+    unfused_kernels,
+)
 from partita.simulate.validate import predict, read_rows, score
 from partita.simulate.work import block_work
 
@@ -116,7 +122,7 @@ def test_attention_of_amperes_instructions_is_slow_on_hopper(rows):
         case(next(r for r in rows if r["group"] == g)).cluster for g in ("titan-2024a100", "llama3")
     )
     for cluster, share in ((ampere, 1), (hopper, OLD_UNITS)):
-        old, new = (machine_of(cluster, era) for era in ("mosaic-2023", "fsdp"))
+        old, new = (machine_of(cluster, era) for era in ("mosaic-2023", "current"))
         assert old.attention_rate == pytest.approx(share * new.attention_rate)
         assert old.rate("bf16") == new.rate("bf16")
 
@@ -225,3 +231,20 @@ def test_experts_with_biases_hand_back_more_slowly(rows):
     elements = found.seq_len * found.micro_batch_size * found.model.top_k * found.model.hidden
     assert moved == pytest.approx(68 * elements * found.model.layers)
     assert found.biased and predict(found) > predict(replace(found, biased=False))
+
+
+def test_kernels_of_megatron_core_that_nothing_captures_take_the_host(rows):
+    """Counted for experts and latent attention alone; a recipe's graph takes them and every other start."""
+    moonlight = next(r for r in rows if r["model_name"].startswith("Moonlight"))
+    found = case(moonlight)
+    era = found.machine().software
+    assert era.small_kernels and era.host_s == HOST_S
+    laid = lay(found.request(found.plan))
+    _, dense, sparse, *_ = laid.stages[0].blocks  # the first layer has no experts
+    assert small_kernels(dense) == (25, 25)  # latent, without experts
+    assert small_kernels(sparse) == (97, 62)
+    slow = predict(found)
+    row = {**moonlight, "group": "nemo-grok-25.05", "model_name": "Grok", "gpu_type": "GB200"}
+    captured = case(row).machine().software
+    assert (captured.small_kernels, captured.host_s) == (False, 0.0)
+    assert slow > 27 * (97 + 62) * HOST_S  # of its layers, all but one have experts

@@ -14,11 +14,12 @@ from partita.cli.main import application
 from partita.cost.comm import AlphaBeta, Group
 from partita.cost.machine import machine_of, software_of, table
 from partita.parallel.laid import lay
+from partita.simulate.cells import UnpredictableError
 from partita.simulate.groups import over_one_adapter
 from partita.simulate.links import one_ahead
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import waiting
-from partita.simulate.published import UnpredictableError, case, measured_seconds, software
+from partita.simulate.published import case, measured_seconds, software
 from partita.simulate.published_memory import other_lines, other_rows
 from partita.simulate.published_works import case_works, fits, fullest, in_8_bits, lay_case
 from partita.simulate.recipes import Recipe
