@@ -8,8 +8,10 @@ from drawn_plans import random_leaf, wide
 
 from partita.planner.search.levels import Levels
 from partita.planner.search.nodes import Node
-from partita.planner.search.search import Search, measures
+from partita.planner.search.search import Search, measures, searcher
+from partita.planner.space import Leaf, MeshChoice, Shape, Tokens
 from partita.simulate.predict import simulate
+from partita.spec.job import Job
 
 SLACK = 1 + 1e-9
 
@@ -60,3 +62,15 @@ def lost(search: Search, seed: int, count: int) -> list[str]:
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
 def test_no_step_loses_a_plan_at_its_own_time_and_memory(model):
     assert lost(wide(model, "16xh100", 16, 4), 3, 25) == []
+
+
+def test_reductions_hide_under_what_the_starts_of_kernels_take():
+    """A microbatch of few tokens, whose gradients cp adds up under backwards that are all launches."""
+    sizes = {"layers": 7, "hidden": 384, "heads": 6, "kv_heads": 3, "ffn_hidden": 384, "vocab": 256}
+    model = {"family": "llama", **sizes, "max_seq_len": 64}
+    job = Job.of(model, "2xh100", "", global_batch_size=1, seq_len=64)
+    search = searcher(job, ("bf16",))
+    mesh, tokens = MeshChoice(1, 1, 2, 1, False), Tokens("full", 1, 1)
+    plan = Node(7, 0.0, 0.0, 1, mesh, Shape("ring"), tokens, Leaf())
+    seconds, num_bytes, _ = measures(simulate(job.with_plan(search.plan(plan))))
+    assert is_found(search.levels, plan, seconds, num_bytes)

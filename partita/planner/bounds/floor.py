@@ -178,10 +178,8 @@ class Floors:
         b = self.bounds
         lies = b.lies(mesh, leaf)
         ways, stages = self._ways(mesh, shape, table), b.stages(table, lies.num_stages)
-        ranks, samples = (
-            np.add.reduce(stages[lies.held], 1),
-            b.sizes(mesh)[:, None] / (ENDLESS * parts),
-        )
+        ranks = np.add.reduce(stages[lies.held], 1)
+        samples = b.sizes(mesh)[:, None] / (ENDLESS * parts)
         standing, coming = ((x @ ranks.T)[:, None] for x in (ways.standing, ways.coming))
         kept, read = stages[:, KEPT], stages[:, READ]
         chunks = kept[lies.held], np.maximum(read - kept, 0.0)[lies.held]
@@ -211,11 +209,8 @@ class Floors:
         """What time schedules take, by where their stages lie, from an endless table of a sequence in so many
         times fewer parts."""
         b, scale = self.bounds, 1 / (ENDLESS * parts)
-        kinds, sizes, samples = (
-            b.kinds(mesh, table, schedules),
-            b.sizes(mesh),
-            self.space.batch // mesh.dp,
-        )
+        kinds, sizes = b.kinds(mesh, table, schedules), b.sizes(mesh)
+        samples = self.space.batch // mesh.dp
         send = b.links.send(mesh, table.sent * scale * sizes)
         bounds = kinds(table, SLACK * scale, sizes, samples, send)
         if (path := b.turns(mesh).path) != 1.0:
@@ -314,9 +309,7 @@ class Floors:
             turns = self.bounds.turns(mesh).once
             update = [turns * self.bounds.updated(even, zero, shards) for zero, shards in ways]
             layers, shape_of = len(table.layers), (len(ways), len(table.layers), 2)
-            found = (
-                np.array([s for s, _ in seconds]).reshape(shape_of).transpose(2, 1, 0)[..., None]
-            )
+            found = np.array([s for s, _ in seconds]).reshape(shape_of).T[..., None]
             self._known[key] = _Ways(
                 standing,
                 coming,
@@ -361,7 +354,12 @@ class Floors:
         here = self._backward(table, mine, scale, ways.backward, paired)
         most = SPARSE_ROOM if self.space.model.experts else ROOM
         longest = np.maximum.reduce(rows[at, 1] + rows[at, 2])
-        hidden = most * samples * (table.total[1:3].sum() / mesh.pp + longest)
+        back = samples * (
+            table.total[1:3].sum() / mesh.pp + longest
+        )  # or what kernels' starts take
+        ends = alone.whole[table.at[0]] + alone.whole[table.at[-1]]
+        started = (table.counts @ mine.whole + ends) / mesh.pp + np.maximum.reduce(mine.whole)
+        hidden = most * np.maximum(back, started)
         overlaps = self.bounds.machine.software.overlaps_gradients
         once = np.maximum(ways.once - (hidden if overlaps else 0.0 * hidden), 0.0) + ways.update
         times = self.space.batch // mesh.dp / self.bounds.sizes(mesh) / mesh.pp
