@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from executed import DROPS, laid, model, request
@@ -10,6 +12,7 @@ from partita.parallel.cp.balance import assign, chunks, order, seen
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import bytes_of, kept_bytes, traffic
 from partita.simulate.inside import transient_bytes
+from partita.spec.families.moe import capacity
 from partita.spec.model import ModelSpec
 from partita.spec.plan_text import parse
 
@@ -161,3 +164,14 @@ def test_a_ring_holds_two_shares_where_a_gather_holds_all() -> None:
     share = 512 // 8 * 64 * 4
     assert found["all_gather"] - found["ring"] == (8 - 2) * 4 * share
     assert 2 * 4 * share < found["ring"] < (2 * 4 + 1) * share
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_states_are_cut_over_context_parallel_ranks_too(stage) -> None:
+    found = lay(Request(parse(f"dp_shard2.zero{stage} cp2:ring bf16"), LLAMA8, 8192))
+    assert {unit.shard for unit in found.units(0)} == {("dp_shard", "cp")}
+
+
+def test_a_share_of_an_expert_s_capacity_is_a_whole_row() -> None:
+    model = replace(LLAMA8, experts=4, top_k=2, expert_ffn_hidden=64, capacity_factor=0.8)
+    assert [capacity(model, seq) for seq in (1, 5, 13)] == [1, 2, 6]
