@@ -11,8 +11,8 @@ from time import perf_counter
 
 import torch
 
+from partita.parallel.kernels.product import PLAIN
 from partita.parallel.laid import Laid, lay
-from partita.parallel.product import PLAIN
 from partita.parallel.read import backward_factor, op_flops
 from partita.simulate.predict import request_of
 from partita.spec.job import Job

@@ -27,7 +27,7 @@ import tomli_w
 
 from partita.cost.empirical import HOST_S, RESTART
 from partita.cost.machine import FILE, Constants, device_class, facts
-from partita.simulate.validate import Scored, read_rows, score, work_seconds
+from partita.simulate.published.validate import Scored, read_rows, score, work_seconds
 
 HERE = Path(__file__).parent
 GUESSES = HERE / "guesses.toml"

@@ -21,10 +21,10 @@ from statistics import fmean
 
 import numpy as np
 
-from partita.simulate.cells import Row
-from partita.simulate.published import case
-from partita.simulate.published_works import fits, fullest
-from partita.simulate.validate import Scored, read_rows, score
+from partita.simulate.published.cells import Row
+from partita.simulate.published.rows import case
+from partita.simulate.published.validate import Scored, read_rows, score
+from partita.simulate.published.works import fits, fullest
 from partita.spec.hardware import shown_bytes
 
 HERE = Path(__file__).parent

@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from partita.cost import empirical
-from partita.simulate.published import STEP_METRICS
-from partita.simulate.validate import read_rows, score
-from partita.simulate.validation import Validation, left_out_constants, merged, validation
+from partita.simulate.published.rows import STEP_METRICS
+from partita.simulate.published.validate import read_rows, score
+from partita.simulate.published.validation import Validation, left_out_constants, merged, validation
 from validation.collectives import collective_lines
 from validation.scaling import scaling_lines
 

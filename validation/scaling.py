@@ -9,7 +9,7 @@ from math import log, log2
 from pathlib import Path
 from statistics import fmean, median
 
-from partita.simulate.validate import CONFIGURATION, read_rows
+from partita.simulate.published.validate import CONFIGURATION, read_rows
 
 GROWING = ("n_gpus", "global_batch", "dp", "zero_or_fsdp")
 LEAST = 3  # rows that are a series

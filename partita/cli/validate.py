@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def validate(file: Validated, rows: Rows = None, json: Json = False) -> None:
     """Errors of predicted step times, memory and bubbles by group, with every fitted constant."""
     hold_place(rows)
-    from partita.simulate.validation import validation
+    from partita.simulate.published.validation import validation
 
     with waiting(f"validate  predicting the rows of {file}", quiet=json):
         found = validation(file)

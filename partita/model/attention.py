@@ -14,7 +14,7 @@ from torch import Tensor
 from partita.model.core import Core, Flash, Merge
 from partita.model.dropout import Dropout
 from partita.model.rope import Rotate, SplitRotate, apart
-from partita.parallel.chain import Residual, Segment
+from partita.parallel.kernels.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row

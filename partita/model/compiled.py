@@ -27,7 +27,7 @@ from partita.model.attention import Attention
 from partita.model.mlp import MLP, SwiGLU
 from partita.model.parallel_residual import Beside, Joined
 from partita.model.transformer import LayerBlock
-from partita.parallel.chain import Kept
+from partita.parallel.kernels.chain import Kept
 from partita.parallel.lora import Now
 from partita.parallel.regions import Move
 from partita.parallel.sp.norm import Norm, _LayerNorm, _RMSNorm

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from partita.model.dropout import Dropout
-from partita.parallel.chain import Link
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
 from partita.parallel.cp.tile import attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
+from partita.parallel.kernels.chain import Link
 from partita.parallel.recompute.replay import Again
 
 

@@ -11,13 +11,13 @@ from torch.nn.functional import gelu, silu
 
 from partita.comm.random.triton_kernels import Kernels
 from partita.model.dropout import Dropout
-from partita.parallel.chain import Residual, Segment
+from partita.parallel.kernels.chain import Residual, Segment
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
 from partita.spec.program import NARROW
 
-KERNELS = Kernels("partita.parallel.rows_gpu")
+KERNELS = Kernels("partita.parallel.kernels.rows_gpu")
 
 
 @dataclass(frozen=True)

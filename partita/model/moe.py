@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from partita.model.mlp import SwiGLU
-from partita.parallel.chain import Link, Residual, Segment, Steps
 from partita.parallel.ep.dispatch import Arrive, Combine, Dispatch, Exchange, Leave, Rows
 from partita.parallel.ep.experts import Grouped, Multiply
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Gate, Route, Router
+from partita.parallel.kernels.chain import Link, Residual, Segment, Steps
 from partita.parallel.pp.pieces import Flow, Live, run
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm

@@ -23,8 +23,8 @@ from partita.model.mlp import MLP
 from partita.model.moe import MoE
 from partita.model.parallel_residual import Beside
 from partita.model.rope import tables
-from partita.parallel.chain import Segment
 from partita.parallel.ep.log import RouterLog
+from partita.parallel.kernels.chain import Segment
 from partita.parallel.laid import Laid
 from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
 from partita.parallel.read import replayed

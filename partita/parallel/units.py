@@ -28,11 +28,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from partita.parallel import brgemm16, paired
 from partita.parallel.deferred import WeightQueue
-from partita.parallel.laid import Laid, local_shape
-from partita.parallel.laid import Unit as LaidUnit
-from partita.parallel.product import (
+from partita.parallel.kernels import brgemm16, paired
+from partita.parallel.kernels.product import (
     PLAIN,
     Product,
     add_narrow,
@@ -43,6 +41,8 @@ from partita.parallel.product import (
     is_paired,
     is_small,
 )
+from partita.parallel.laid import Laid, local_shape
+from partita.parallel.laid import Unit as LaidUnit
 from partita.spec.layout import product_coordinate
 
 Zeros = Callable[

@@ -10,7 +10,7 @@ A walk over its ops, forward and backward, of what is there at each:
                 weights and the gradients of what these make
 
 A little matrix in fp32 is turned for forward, or what it multiplies and some of what it makes, where that is
-less (parallel/brgemm.py; elsewhere half a MiB less is held). A layer
+less (parallel/kernels/brgemm.py; elsewhere half a MiB less is held). A layer
 with matmuls among what it makes again does so as a whole, before its backward, which holds its output
 too; else each piece is made where backward comes to the ops that want it. What comes round a ring is seen
 share by share, two at a time. A value that carries no gradient has none.

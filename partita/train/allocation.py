@@ -61,7 +61,9 @@ class Allocations(TorchDispatchMode):
     category when their sum was largest; `on_peak` is called then. `most` are each category's own largest.
     """
 
-    watches_storages = True  # and nothing else: products keep their kernels (parallel/product.py)
+    watches_storages = (
+        True  # and nothing else: products keep their kernels (parallel/kernels/product.py)
+    )
 
     def __init__(self, where: Where, device: str = "cpu", alone: bool = True) -> None:
         super().__init__()

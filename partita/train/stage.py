@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from partita.model.transformer import LayerBlock
-from partita.parallel.chain import Residual, Segment
 from partita.parallel.dp.zero import DataParallel
+from partita.parallel.kernels.chain import Residual, Segment
 from partita.parallel.offload.activations import StageKept
 from partita.parallel.pp.pieces import Flow, run
 

@@ -74,7 +74,7 @@ def refused(capfd, code: int, *words: str) -> dict[str, str]:
 
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, monkeypatch) -> None:
     """Its first steps are measured, the same steps of the other are not: both by the kernels of
-    parallel/brgemm.py, where this CPU has them."""
+    parallel/kernels/brgemm.py, where this CPU has them."""
     monkeypatch.chdir(tmp_path)
     faults.write_job(model={"hidden": 64, "max_seq_len": 256}, train={"seq_len": 256})
     assert faults.train("train.steps=4") == 0

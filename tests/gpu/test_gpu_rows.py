@@ -67,7 +67,7 @@ def test_norms_are_the_operators(rows, width, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["gate", "gate_back", "norm", "norm_back"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_kernel_proves_itself_and_a_wrong_one_does_not(name, dtype, monkeypatch) -> None:
-    rows_gpu = pytest.importorskip("partita.parallel.rows_gpu", exc_type=ImportError)
+    rows_gpu = pytest.importorskip("partita.parallel.kernels.rows_gpu", exc_type=ImportError)
     like = drawn(2, 96, dtype=dtype)
     rows_gpu.prove(name, like)
     own = getattr(rows_gpu, name)

@@ -17,10 +17,11 @@ LEVELS = {
 }  # fmt: skip
 ROOMS = {  # of a unit, in their order; files beside a unit's rooms stand at .2
     "planner/bounds": 0.3, "planner/search": 0.4, "planner/answers": 0.5,
+    "simulate/published": 0.3,
     "train/data": 0.1, "train/optimizer": 0.1, "train/launch": 0.3,
 }  # fmt: skip
 PURE = ("rules.py", "balance.py", "halo.py", "counts.py", "__init__.py")  # of a room
-JOINS_ROOMS = ("laid", "execute")  # beginnings of names, pure
+JOINS_ROOMS = ("laid", "exact")  # beginnings of names, pure
 
 
 def files() -> list[Path]:
@@ -43,7 +44,7 @@ def place(file: Path) -> tuple[float, str]:
             return LEVELS[parts[0]] + room, f"{parts[0]}.{parts[1]}"
         divided = any(name.startswith(f"{parts[0]}/") for name in ROOMS)
         return LEVELS[parts[0]] + (0.2 if divided else 0.0), parts[0]
-    if len(parts) == 2:
+    if len(parts) == 2 or parts[1] in ("exact", "kernels"):
         contract = parts[1] in ("__init__.py", "room.py", "read.py")
         joins = parts[1].startswith(JOINS_ROOMS)
         return (3.0 if contract else 3.2 if joins else 7.0), "parallel"

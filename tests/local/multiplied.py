@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partita.parallel.product import Product
+from partita.parallel.kernels.product import Product
 
 
 class Multiplied(torch.autograd.Function):

@@ -15,7 +15,7 @@ import verify_jobs
 
 from partita.comm.protocol import Where
 from partita.comm.single import SingleWorld
-from partita.parallel import product
+from partita.parallel.kernels import product
 from partita.record.run import read_ranks
 from partita.simulate.predict import simulate
 from partita.spec.job import Job

@@ -9,7 +9,7 @@ import torch
 import verify_jobs
 
 from partita.comm.single import SingleWorld
-from partita.parallel.chain import Residual
+from partita.parallel.kernels.chain import Residual
 from partita.train.build import assemble
 
 

@@ -8,7 +8,7 @@ import verify_jobs
 from partita.comm.single import SingleWorld
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.ep import dispatch, experts, loads
-from partita.parallel.product import PLAIN
+from partita.parallel.kernels.product import PLAIN
 from partita.train.build import assemble
 from partita.verify.parity import verify
 

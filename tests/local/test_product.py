@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from partita.comm.protocol import Where
-from partita.parallel import brgemm, brgemm16, paired, product
-from partita.parallel.product import (
+from partita.parallel.kernels import brgemm, brgemm16, paired, product
+from partita.parallel.kernels.product import (
     PLAIN,
     add_narrow,
     add_steady,

@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 
 from partita.parallel.ep.counts import Routing
-from partita.parallel.execute import Outcome, execute
-from partita.parallel.execute_algebra import ExecuteError
+from partita.parallel.exact.algebra import ExecuteError
+from partita.parallel.exact.execute import Outcome, execute
 from partita.parallel.laid import Laid, Request, lay
 from partita.record.transfer import TrafficLine
 from partita.spec.model import Latent, ModelSpec

@@ -7,7 +7,7 @@ from executed import model, request, unequal
 
 import partita as pt
 from partita.base.errors import UsageError
-from partita.parallel.execute import execute
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import lay
 from partita.parallel.pp.rules import schedule_of
 from partita.schedule.check import check

@@ -12,8 +12,8 @@ from partita.cost.kernels import Kernel, is_aligned, kernel_seconds
 from partita.cost.machine import FILE as CONSTANTS
 from partita.cost.machine import Constants, constants_of, facts, machine_of, software_of
 from partita.simulate.groups import place
-from partita.simulate.published import case
-from partita.simulate.validate import read_rows
+from partita.simulate.published.rows import case
+from partita.simulate.published.validate import read_rows
 from partita.spec.cluster import Cluster
 from partita.spec.hardware import share_of_links
 from validation.page import CAUSES, is_inferred

@@ -24,7 +24,7 @@ from executed import (
 )
 
 from partita.parallel.cp.rules import laid_order
-from partita.parallel.execute import Execution, execute
+from partita.parallel.exact.execute import Execution, execute
 from partita.parallel.laid import lay
 
 PLANS = [

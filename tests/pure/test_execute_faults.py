@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from executed import DROPS, GPT2, LLAMA, TIED, change_region, found_wrong, laid, regions
 
-from partita.parallel import execute_block
+from partita.parallel.exact import block as execute_block
 from partita.parallel.read import replayed
 
 ALONE = " data.bucket_bytes=1"  # every block's unit is reduced by itself

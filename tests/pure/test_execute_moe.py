@@ -18,7 +18,7 @@ from executed import (
     request,
 )
 
-from partita.parallel.execute import execute
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import problems
 from partita.parallel.read import replayed
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from executed import BLOOM, DROPS, GPT2, LLAMA, MLA, MOE, declared, difference, request
 
-from partita.parallel.execute import execute
-from partita.parallel.execute_algebra import Place
+from partita.parallel.exact.algebra import Place
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import lay, problems
 from partita.parallel.read import flops, kept_bytes
 from partita.spec.model import ModelSpec

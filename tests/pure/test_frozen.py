@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from executed import DROPS, LLAMA, MOE, TIED, declared, request, unequal
 
-from partita.parallel.execute import execute
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, state_bytes
 from partita.parallel.room import Request

@@ -9,7 +9,7 @@ from executed import BLOOM, GPT2, LLAMA, MLA, MLA_PLAIN, MOE, declared, request,
 
 from partita.base.errors import UsageError
 from partita.cost.machine import software_of
-from partita.parallel.execute import execute
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, gradient_axes
 from partita.parallel.room import Request

@@ -9,7 +9,7 @@ from executed import difference as difference_from_one
 from partita.base.errors import UsageError
 from partita.parallel.cp import halo
 from partita.parallel.cp.halo import Window
-from partita.parallel.execute import execute
+from partita.parallel.exact.execute import execute
 from partita.parallel.laid import Request, lay, problems
 from partita.parallel.read import flops, gradient_axes
 from partita.simulate.predict import simulate

@@ -11,9 +11,10 @@ from partita.cost.kernels import Kernel, kernel_seconds
 from partita.cost.machine import machine_of, software_of
 from partita.cost.pieces import BACK
 from partita.parallel.laid import lay
-from partita.simulate.published import case
-from partita.simulate.published_works import case_works, lay_case
-from partita.simulate.recipes import EAGER
+from partita.simulate.published.recipes import EAGER
+from partita.simulate.published.rows import case
+from partita.simulate.published.validate import predict, read_rows, score
+from partita.simulate.published.works import case_works, lay_case
 from partita.simulate.stage import Work, stage_time
 from partita.simulate.started import (
     host_seconds,
@@ -22,7 +23,6 @@ from partita.simulate.started import (
     started_kernels,
     unfused_kernels,
 )
-from partita.simulate.validate import predict, read_rows, score
 from partita.simulate.work import block_work
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"

@@ -14,17 +14,17 @@ from partita.cli.main import application
 from partita.cost.comm import AlphaBeta, Group
 from partita.cost.machine import machine_of, software_of, table
 from partita.parallel.laid import lay
-from partita.simulate.cells import UnpredictableError
 from partita.simulate.groups import over_one_adapter
 from partita.simulate.links import one_ahead
 from partita.simulate.memory import stage_ledger
 from partita.simulate.predict import waiting
-from partita.simulate.published import case, measured_seconds, software
-from partita.simulate.published_memory import other_lines, other_rows
-from partita.simulate.published_works import case_works, fits, fullest, in_8_bits, lay_case
-from partita.simulate.recipes import Recipe
+from partita.simulate.published.cells import UnpredictableError
+from partita.simulate.published.memory import other_lines, other_rows
+from partita.simulate.published.recipes import Recipe
+from partita.simulate.published.rows import case, measured_seconds, software
+from partita.simulate.published.validate import Scored, predict, read_rows, score, summary
+from partita.simulate.published.works import case_works, fits, fullest, in_8_bits, lay_case
 from partita.simulate.stage import call_seconds
-from partita.simulate.validate import Scored, predict, read_rows, score, summary
 from validation.grids import CAUSES, above_with_a_law, grids, ran_out
 
 FILE = Path(__file__).parents[2] / "validation" / "measurements.csv"
@@ -423,7 +423,9 @@ def test_a_table_that_is_no_text_is_told_and_excels_mark_is_read(tmp_path, rows)
 
 
 def test_where_rows_go_is_looked_at_before_the_work(monkeypatch, capsys):
-    monkeypatch.setattr("partita.simulate.validation.validation", None)  # nobody may ask it
+    monkeypatch.setattr(
+        "partita.simulate.published.validation.validation", None
+    )  # nobody may ask it
     assert main.run(["validate", str(FILE), "--rows", "no/such/rows.csv"]) == 2
     assert "the folder no/such does not exist" in capsys.readouterr().err
 

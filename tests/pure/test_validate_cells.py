@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from partita.base.errors import UsageError
 from partita.cli.main import application
 from partita.parallel.read import replayed
-from partita.simulate.cells import UnpredictableError, not_understood
-from partita.simulate.published import case
-from partita.simulate.published_works import case_works, lay_case
-from partita.simulate.validate import predict, read_rows, score, summary
+from partita.simulate.published.cells import UnpredictableError, not_understood
+from partita.simulate.published.rows import case
+from partita.simulate.published.validate import predict, read_rows, score, summary
+from partita.simulate.published.works import case_works, lay_case
 from validation.scaling import scaling_lines, slope
 
 FRESH = Path(__file__).parents[2] / "validation" / "fresh.csv"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from partita.parallel.ep.dispatch import Marks
 from partita.parallel.ep.loads import Counts, ends_of, host_of
+from partita.parallel.kernels.product import LEAST, PLAIN, Product, is_wide, little_of, times_into
 from partita.parallel.lora import LowRank, RowMasks, masked
-from partita.parallel.product import LEAST, PLAIN, Product, is_wide, little_of, times_into
 from partita.parallel.units import Weight, add_product
 
 ALIGNED = 16  # bytes that rows lie on for the kernel that takes all experts

@@ -21,7 +21,7 @@ from torch.nn.functional import one_hot
 
 from partita.parallel.ep.loads import count
 from partita.parallel.ep.log import RouterLog
-from partita.parallel.product import times
+from partita.parallel.kernels.product import times
 from partita.parallel.regions import Region
 from partita.parallel.units import Matrix, Weight
 from partita.spec.model import ModelSpec

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from partita.comm.random.triton_kernels import Kernels
-from partita.parallel.product import PLAIN, Product
+from partita.parallel.kernels.product import PLAIN, Product
 from partita.spec.plan import PrecisionPlan
 
 FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm on the tokens a rank holds; their weight gradients are then partial over tp, and
 are summed once a step with their unit. Statistics in fp32 (fp64 under fp64). Keeps x alone. A split
 backward makes the [hidden] gradients with dx, from the same statistics, and adds them in its W. RMSNorm of
-16 bits on a GPU is one kernel each way (parallel/rows_gpu.py).
+16 bits on a GPU is one kernel each way (parallel/kernels/rows_gpu.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from partita.comm.random.triton_kernels import Kernels
-from partita.parallel.chain import Link
+from partita.parallel.kernels.chain import Link
 from partita.parallel.units import Weight
 
-KERNELS = Kernels("partita.parallel.rows_gpu")
+KERNELS = Kernels("partita.parallel.kernels.rows_gpu")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle
-from partita.parallel.chain import Link
+from partita.parallel.kernels.chain import Link
 from partita.parallel.lora import LowRank
 from partita.parallel.regions import IDENTITY, Region
 from partita.parallel.units import Matrix, Weight, matrices

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from partita.parallel.product import PLAIN
+from partita.parallel.kernels.product import PLAIN
 
 
 def median_seconds(call: Callable[[], object], at_least_s: float, repetitions: int = 3) -> float:

@@ -23,12 +23,12 @@ from partita.parallel.pp.rules import schedule_of
 from partita.parallel.read import kept_bytes, state_bytes
 from partita.schedule.clock import StageCosts
 from partita.schedule.ir import Schedule
-from partita.simulate.cells import Row, UnpredictableError, method, number, value_of
 from partita.simulate.memory import kept_at_once
 from partita.simulate.pipeline import play
 from partita.simulate.predict import Timed, timed
-from partita.simulate.published import STEP_METRICS, Case, case, refusal
-from partita.simulate.published_works import case_works, fullest
+from partita.simulate.published.cells import Row, UnpredictableError, method, number, value_of
+from partita.simulate.published.rows import STEP_METRICS, Case, case, refusal
+from partita.simulate.published.works import case_works, fullest
 from partita.spec.plan import Plan
 from partita.spec.program import Block
 

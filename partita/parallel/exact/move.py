@@ -1,4 +1,4 @@
-"""Collectives in exact arithmetic, for execute_block.py: what a rank hands in, and what it has after.
+"""Collectives in exact arithmetic, for block.py: what a rank hands in, and what it has after.
 
 Parts know their global indices, so parts that leave a gap, or do not fit, are an ExecuteError.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partita.parallel.execute_algebra import ExecuteError, Local, P, meet
+from partita.parallel.exact.algebra import ExecuteError, Local, P, meet
 from partita.spec.program import Event
 
 

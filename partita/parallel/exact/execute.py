@@ -6,11 +6,11 @@ summed over and the places weights lie in make the same numbers as one device. A
 not whole is an ExecuteError; a sum left out or done twice is another number. What ranks send is recorded
 in the form Laid.traffic declares it.
 
-    execute_algebra.py     local tensors that know their global indices
-    execute_ops.py         each kind of op on one rank; execute_attention.py that one
-    execute_block.py       one block on all ranks of a stage
-    execute_state.py       what ranks store, gathers, reductions, update
-    execute.py             microbatches and steps
+    algebra.py     local tensors that know their global indices
+    ops.py         each kind of op on one rank; attention.py that one
+    block.py       one block on all ranks of a stage
+    state.py       what ranks store, gathers, reductions, update
+    execute.py     microbatches and steps
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from partita.parallel.dp.rules import zero_stage
-from partita.parallel.execute_algebra import ExecuteError, Local, P, inverse
-from partita.parallel.execute_block import BlockRun, Parts, World
-from partita.parallel.execute_state import States
+from partita.parallel.exact.algebra import ExecuteError, Local, P, inverse
+from partita.parallel.exact.block import BlockRun, Parts, World
+from partita.parallel.exact.state import States
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, tensor_bytes
 from partita.record.transfer import TrafficLine

@@ -1,4 +1,4 @@
-"""Experts in exact arithmetic, for execute_block.py.
+"""Experts in exact arithmetic, for block.py.
 
 Rows of an exchange are a sparse fold of (expert, sample, position). Here they are unfolded: a tensor of
 rows lies on those dims and is zero where no row is. Between dispatch and combine a rank may hold rows of any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.parallel.cp.halo import LANE
-from partita.parallel.execute_algebra import (
+from partita.parallel.exact.algebra import (
     ExecuteError,
     Found,
     Get,

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from partita.parallel.brgemm import BLOCK, FLAG, PLACE, SIZE, blocks, given, groups, in_rows
-from partita.parallel.paired import Call, kernels
+from partita.parallel.kernels.brgemm import BLOCK, FLAG, PLACE, SIZE, blocks, given, groups, in_rows
+from partita.parallel.kernels.paired import Call, kernels
 
 WIDTH = 2  # bytes of an element; of what is made twice as many
 

@@ -10,8 +10,8 @@ from math import prod
 
 import numpy as np
 
-from partita.parallel.execute_algebra import ExecuteError, Local, P, Values, noise
-from partita.parallel.execute_block import BlockRun, World
+from partita.parallel.exact.algebra import ExecuteError, Local, P, Values, noise
+from partita.parallel.exact.block import BlockRun, World
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES
 from partita.parallel.room import ACROSS

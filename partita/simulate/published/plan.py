@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from partita.simulate.cells import Row, UnpredictableError, method, number
+from partita.simulate.published.cells import Row, UnpredictableError, method, number
 from partita.spec.plan import Plan
 
 RAN_AGAIN = 7 / 6  # HFU over MFU: half way from a forward that is not run again to one that is
@@ -49,7 +49,7 @@ def plan_of(row: Row, batch: int) -> tuple[Plan, int]:
     if cp > 1 and row["group"].startswith(GATHERS):
         plan = plan.with_("context", method="all_gather")
     plan = _sharded(_even(plan, row), row, dp)
-    mode = "none" if row["recompute"].startswith(BUT) else recompute_of(row)  # published_works
+    mode = "none" if row["recompute"].startswith(BUT) else recompute_of(row)  # works.py
     return plan.with_("recompute", mode=mode).with_("precision", dtype=_dtype(row)), micro
 
 

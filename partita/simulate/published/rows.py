@@ -16,7 +16,7 @@ from partita.base.errors import PlanError
 from partita.cost.empirical import HOST_S
 from partita.cost.machine import Machine, machine_of, software_of
 from partita.parallel.room import Request
-from partita.simulate.cells import (
+from partita.simulate.published.cells import (
     GATED,
     PLAIN,
     Row,
@@ -29,8 +29,8 @@ from partita.simulate.cells import (
     number,
     value_of,
 )
-from partita.simulate.published_plan import plan_of, recompute_of
-from partita.simulate.recipes import EAGER, UNSTATED, Recipe, recipe_of
+from partita.simulate.published.plan import plan_of, recompute_of
+from partita.simulate.published.recipes import EAGER, UNSTATED, Recipe, recipe_of
 from partita.spec.cluster import Cluster, Link
 from partita.spec.frozen import Frozen
 from partita.spec.hardware import find_hardware
@@ -103,7 +103,7 @@ class Case:
     frozen: bool  # all weights but small adapters (LoRA): no weight gradients
     spread: bool  # embedding and head lie on all stages, cut along the vocabulary
     recompute: str  # for the FLOPs of the hw convention: none | selective | full
-    again: tuple[str, ...] = ()  # what selective recomputation names (published_works)
+    again: tuple[str, ...] = ()  # what selective recomputation names (works.py)
     spared: tuple[str, ...] = ()  # ops of layers that run again but for these
     cast_bytes: int = 0  # as the row's scales are made; 0 where it does not say
     stated: Recipe = UNSTATED  # what configurations say and no column does

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from partita.parallel import brgemm, brgemm16, paired
+from partita.parallel.kernels import brgemm, brgemm16, paired
 
 LEAST = 1 << 20  # multiplications of a product: a call of oneDNN's takes longer to begin
 LEAST_ADDED = 1 << 21  # of a weight's gradient, which is added up by a pass of its own

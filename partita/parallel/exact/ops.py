@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from partita.parallel import execute_image as image
-from partita.parallel import execute_moe as moe
-from partita.parallel.execute_algebra import (
+from partita.parallel.exact import image as image
+from partita.parallel.exact import moe as moe
+from partita.parallel.exact.algebra import (
     ExecuteError,
     Found,
     Get,
@@ -30,7 +30,7 @@ from partita.parallel.execute_algebra import (
     times,
     total,
 )
-from partita.parallel.execute_attention import attention, attention_back
+from partita.parallel.exact.attention import attention, attention_back
 from partita.spec.program import Op
 
 # Each kind: forward(op, at, get) -> what it writes; backward(op, at, get, g) -> gradients of what it read.

@@ -1,4 +1,4 @@
-"""Ops of convolutional models on one rank in exact arithmetic, for execute_ops.py.
+"""Ops of convolutional models on one rank in exact arithmetic, for ops.py.
 
 Windows lie as the real ones do: beyond the edge are zeros, and a row within it that is not there is an error.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.parallel.cp.halo import window_of
-from partita.parallel.execute_algebra import (
+from partita.parallel.exact.algebra import (
     ExecuteError,
     Found,
     Get,
@@ -23,7 +23,7 @@ from partita.parallel.execute_algebra import (
     times,
     total,
 )
-from partita.parallel.execute_move import cut_to
+from partita.parallel.exact.move import cut_to
 from partita.spec.program import Op
 
 KERNEL = ("kernel_height", "kernel_width")

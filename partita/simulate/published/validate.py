@@ -19,10 +19,10 @@ from typing import Any
 
 from partita.base.errors import PlanError, UsageError
 from partita.parallel.laid import Laid
-from partita.simulate.cells import Row, UnpredictableError, is_eager, method, value_of
 from partita.simulate.predict import timed, waiting
-from partita.simulate.published import STEP_METRICS, Case, case, measured_seconds, refusal
-from partita.simulate.published_works import case_works, lay_case
+from partita.simulate.published.cells import Row, UnpredictableError, is_eager, method, value_of
+from partita.simulate.published.rows import STEP_METRICS, Case, case, measured_seconds, refusal
+from partita.simulate.published.works import case_works, lay_case
 from partita.simulate.stage import PartTimes, Works, send_seconds, stage_time
 from partita.simulate.step import step_time
 from partita.spec.model import Convention

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.processes import limits_onednn
-from partita.parallel.brgemm import FLAG, PLACE, SIZE, in_rows, library
+from partita.parallel.kernels.brgemm import FLAG, PLACE, SIZE, in_rows, library
 
 BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 TURN_16 = "_ZN6fbgemm14transpose_simdItEEvllPKT_lPS1_l"

@@ -13,7 +13,7 @@ from partita.parallel.laid import Laid, lay
 from partita.parallel.read import bytes_of
 from partita.record.ledger import Ledger
 from partita.simulate.memory import chunk_bytes, lent_parts, stage_ledger
-from partita.simulate.published import Case
+from partita.simulate.published.rows import Case
 from partita.simulate.stage import Part, Work, Works, works_of
 from partita.spec.hardware import shown_bytes
 from partita.spec.plan import Plan

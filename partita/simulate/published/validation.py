@@ -11,9 +11,18 @@ from typing import Any
 
 from partita.cost import empirical, machine
 from partita.cost.machine import constants_of, device_class, facts, software_of, table
-from partita.simulate.cells import Row
-from partita.simulate.published_memory import BUBBLE, other_lines, other_rows
-from partita.simulate.validate import SAME, Scored, Skip, mape, read_rows, reasons, score, summary
+from partita.simulate.published.cells import Row
+from partita.simulate.published.memory import BUBBLE, other_lines, other_rows
+from partita.simulate.published.validate import (
+    SAME,
+    Scored,
+    Skip,
+    mape,
+    read_rows,
+    reasons,
+    score,
+    summary,
+)
 
 LEFT_OUT = machine.FILE.parent / "constants_left_out.toml"
 

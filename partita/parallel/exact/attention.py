@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partita.parallel.execute_algebra import (
+from partita.parallel.exact.algebra import (
     ExecuteError,
     Found,
     Get,

@@ -16,9 +16,9 @@ import numpy as np
 from partita.parallel.cp.halo import window_of
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.ep.counts import rows
-from partita.parallel.execute_algebra import ExecuteError, Get, Local, P, Place, total
-from partita.parallel.execute_moe import exchange, unfold
-from partita.parallel.execute_move import (
+from partita.parallel.exact.algebra import ExecuteError, Get, Local, P, Place, total
+from partita.parallel.exact.moe import exchange, unfold
+from partita.parallel.exact.move import (
     arrive,
     cut_to,
     elements,
@@ -27,7 +27,7 @@ from partita.parallel.execute_move import (
     scaled,
     spread,
 )
-from partita.parallel.execute_ops import BACKWARD, FORWARD
+from partita.parallel.exact.ops import BACKWARD, FORWARD
 from partita.parallel.laid import Laid
 from partita.parallel.read import BYTES, replayed, tensor_bytes
 from partita.parallel.room import axis_name

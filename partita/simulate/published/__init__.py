@@ -1,0 +1,1 @@
+"""Tables of published runs: their rows read, predicted, and held to what was measured."""
