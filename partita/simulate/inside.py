@@ -289,6 +289,7 @@ class _Walk:
         for i, op in enumerate(self.ops):
             yield i, i, sum(self.each[t] for t in op.scratch)
             for t in (*op.scratch, op.writes):
-                if self.block.tensors[t].role == "mask":
+                drawn = op.kind != "attention"  # which keys a query sees is worked out
+                if drawn and self.block.tensors[t].role == "mask":
                     elements = self.block.tensors[t].local(self.sizes)
                     yield i, i, DRAWN_BYTES * min(elements, DRAWN_AT_ONCE)
