@@ -41,7 +41,7 @@ from partita.simulate.stage import (
 )  # fmt: skip
 from partita.simulate.step import StepTime, stage_update_s, step_time
 from partita.spec.cluster import Cluster
-from partita.spec.job import Job
+from partita.spec.job import Job, require_job
 from partita.spec.program import distinct
 
 
@@ -135,6 +135,7 @@ def simulate(job: Job, machine: Machine | None = None, load: Load | None = None)
     """Predicts one step of the job, on a machine that reaches what the constants of its device say. `load`:
     what each expert gets; evenly, unless given. Never raises for an illegal plan: its problems are the
     answer."""
+    require_job(job, "simulate")
     request = request_of(job)
     found = (*job.problems(), *problems(request))
     if any(p.severity == "error" for p in found):

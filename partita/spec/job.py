@@ -27,6 +27,15 @@ ADAPTERS = Frozen(trainable=(f"*{A}", f"*{B}"))
 __all__ = ["DataSpec", "Job", "TrainSpec"]
 
 
+def require_job(given: object, what: str) -> None:
+    """Raises UsageError where a caller gave `what` something else than a Job, a path perhaps."""
+    if not isinstance(given, Job):
+        raise UsageError(
+            f"{what} takes a Job, not {type(given).__name__}: Job.load reads a job file or a table,"
+            " Job.of makes one from a model, a cluster and a plan"
+        )
+
+
 @dataclass(frozen=True)
 class Job:
     """What every verb reads. `plan` is resolved: its num_microbatches is set. `model_path` is the

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from partita.base.errors import UsageError
 from partita.comm.context import Context, Named
 from partita.comm.protocol import Where, World
 from partita.comm.random.seeds import initial_value
@@ -38,7 +37,7 @@ from partita.parallel.precision.scaler import LossScaler
 from partita.parallel.units import Unit, make_units
 from partita.simulate.away import slots
 from partita.simulate.predict import request_of
-from partita.spec.job import Job
+from partita.spec.job import Job, require_job
 from partita.spec.layout import Box, product_coordinate
 from partita.spec.lora import is_adapter
 from partita.train.data.dataset import Dataset, open_dataset
@@ -329,10 +328,7 @@ def build(job: Job, context: Context | None = None) -> tuple[Model, Update, Buil
     processes of torchrun, or one alone. A new Context, with the groups that the job's plan speaks on, is
     `data.context`. Raises PlanError for an illegal plan, DataError for bad data.
     """
-    if not isinstance(job, Job):
-        raise UsageError(
-            f"build takes a Job, not {type(job).__name__}: Job.load reads a job file or a table"
-        )
+    require_job(job, "build")
     job.require_legal()
     if context is None:
         world, where = here(job.plan, job.train.comm_timeout_s, computes_on_gpu(job))

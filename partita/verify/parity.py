@@ -20,7 +20,7 @@ from partita.parallel.laid import Laid, lay
 from partita.parallel.precision.scaler import START
 from partita.record.transfer import TrafficLine
 from partita.simulate.predict import request_of
-from partita.spec.job import Job
+from partita.spec.job import Job, require_job
 from partita.spec.plan import Plan
 from partita.train.data.dataset import Dataset
 from partita.train.devices import computes_on_gpu, shared_device
@@ -167,6 +167,7 @@ def verify(
     `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time.
     `tell` is called with what is compared next. Raises PlanError for an illegal plan, DataError for bad data.
     """
+    require_job(job, "verify")
     computes_on_gpu(job)
     job = job if plan is None else job.with_plan(plan)
     job.require_legal()

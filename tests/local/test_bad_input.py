@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import partita as pt
 from partita.base.config import to_toml
+from partita.base.errors import UsageError
 from partita.cli.main import run as command
 from partita.cli.train import _summary
 
@@ -214,3 +216,11 @@ def test_a_refusal_takes_little_time_and_memory(folder: Path) -> None:
 def test_what_a_model_writes_moves_no_terminal():
     told = _summary({"run": "runs/x", "plan": "1mb", "step": 1, "sample": "def \x1b[2J\x00\nok"})
     assert told.endswith("what it writes:\ndef \\x1b[2J\\x00\nok")
+
+
+@pytest.mark.parametrize("verb", ["simulate", "train", "verify", "build"])
+def test_a_path_is_no_job(verb):
+    with pytest.raises(
+        UsageError, match=rf"{verb} takes a Job, not str: Job\.load reads a job file"
+    ):
+        getattr(pt, verb)("job.toml")

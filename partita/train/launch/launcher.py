@@ -23,7 +23,7 @@ from partita.base.units import format_bytes
 from partita.comm.liveness.lifeline import Lifeline
 from partita.comm.processes import STOPS, UNKNOWN, end_ranks, server_is_gone, start_ranks
 from partita.planner.answers.judge import fit_error, judged
-from partita.spec.job import Job
+from partita.spec.job import Job, require_job
 from partita.train.checkpoints.checkpoint import outlook
 from partita.train.control import Control
 from partita.train.devices import computes_on_gpu
@@ -56,6 +56,7 @@ def train(
     unless `preflight` is False), DataError, CheckpointError, PeerError, NonFiniteError, WriteError,
     BusyError, StoppedError.
     """
+    require_job(job, "train")
     computes_on_gpu(job)
     prediction = judged(job)
     if any(p.severity == "error" for p in prediction.problems):
