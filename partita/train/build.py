@@ -10,6 +10,7 @@ nothing here computes a shape or chooses a collective.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -180,9 +181,18 @@ class Built:
             whole = microbatch(part, places)
             yield StepBatch(0, [self.own(whole)]), int(batch.valid.sum())
 
-    def evaluate(self, batch: StepBatch) -> float:
-        """The token mean of the loss of one held-out batch; forward only."""
-        return self.model.evaluate(batch)
+    def held_out(self) -> dict[str, float]:
+        """Token mean of the loss on held-out sequences, forward only; of images how many are known, too."""
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch, valid in self.eval_batches():
+                total += self.model.evaluate(batch) * valid
+                tokens += valid
+        mean = total / tokens if tokens else math.nan  # every held-out target is masked
+        if self.job.model.image is None:
+            return {"eval_loss": mean}
+        known = sum(n for (n,) in self.exchange((self.model.take_known(),)))
+        return {"eval_loss": mean, "eval_accuracy": known / tokens if tokens else math.nan}
 
 
 def microbatch(batch: Batch, samples: Sequence[int], step: int = 0) -> Microbatch:

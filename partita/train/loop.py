@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from partita.base.errors import CheckpointError, NonFiniteError, WriteError
 from partita.base.units import format_count, format_seconds
 from partita.parallel.ep.log import Routed
@@ -239,19 +237,9 @@ class Loop:
         return f"{loss}{extra}  {rate}  MFU {mfu:.1%}  {slow}"
 
     def evaluate(self) -> dict[str, float]:
-        """Token mean of the loss on held-out sequences, forward only; of images how many are known, too."""
-        built = self.built
-        built.context.where.activity = "evaluation"
-        total = tokens = 0.0
-        with torch.no_grad():
-            for batch, valid in built.eval_batches():
-                total += built.evaluate(batch) * valid
-                tokens += valid
-        mean = total / tokens if tokens else math.nan  # every held-out target is masked
-        if self.job.model.image is None:
-            return {"eval_loss": mean}
-        known = sum(n for (n,) in built.exchange((built.model.take_known(),)))
-        return {"eval_loss": mean, "eval_accuracy": known / tokens if tokens else math.nan}
+        """What the model makes of held-out data."""
+        self.built.context.where.activity = "evaluation"
+        return self.built.held_out()
 
     def _restore(self) -> int:
         built = self.built

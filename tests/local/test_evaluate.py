@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import image_jobs
 import numpy as np
@@ -13,15 +14,17 @@ from partita.comm.threads.local import local
 from partita.spec.job import Job
 from partita.train.build import assemble
 from partita.train.data import megatron
+from partita.train.loop import Loop
 
 
 def evaluated(world, job):
-    """(mean, tokens); a step behind it is as it was before: it drops what it dropped."""
+    """(mean, images known, tokens); a step behind it is as it was before: it drops what it dropped."""
     built = assemble(job, world)
     before = built.model.forward_backward(built.batch(0))
-    found = [(built.evaluate(batch), valid) for batch, valid in built.eval_batches()]
+    found = built.held_out()
     assert built.model.forward_backward(built.batch(0)) == before
-    return sum(x * n for x, n in found) / sum(n for _, n in found), sum(n for _, n in found)
+    tokens = sum(valid for _, valid in built.eval_batches())
+    return found["eval_loss"], found.get("eval_accuracy"), tokens
 
 
 def of_text(folder, plan):
@@ -69,11 +72,21 @@ def test_every_plan_evaluates_to_the_same_loss(made, plans, tmp_path):
         job = made(tmp_path, plan)
         with local(job.plan.world_size, 20) as ranks:
             found = ranks.run(evaluated, job)
-        assert len({loss for loss, _ in found}) == 1
+        assert len(set(found)) == 1
         results.append(found[0])
-    tokens = {n for _, n in results}
-    assert len(tokens) == 1, results
-    assert max(x for x, _ in results) - min(x for x, _ in results) < 1e-12
+    losses = [loss for loss, _, _ in results]
+    assert len({tuple(others) for _, *others in results}) == 1, results
+    assert max(losses) - min(losses) < 1e-12
+
+
+def test_what_is_held_out_is_looked_at_when_it_is_due_and_at_the_end():
+    def looked(every, held=4):
+        job = SimpleNamespace(train=SimpleNamespace(eval_every=every, steps=7))
+        built = SimpleNamespace(data=SimpleNamespace(num_eval_sequences=held))
+        loop = SimpleNamespace(job=job, built=built)
+        return [step for step in range(1, 8) if Loop._evaluates(loop, step)]
+
+    assert (looked(3), looked(0), looked(3, held=0)) == ([3, 6, 7], [7], [])
 
 
 def stepped(world, job):
