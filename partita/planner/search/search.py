@@ -42,6 +42,7 @@ FEW, FIRST = 3, 100  # meshes, and of the others parts, that are tried before th
 ALONG = 16  # devices, of which plans of one rank and along each axis alone are tried
 TRIAL_S = 0.2  # of an axis alone
 RARELY = 50_000_000  # objects made between two looks for cycles
+MANY = 200_000  # objects: a look at fewer takes less than to count what is frozen
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def rarely_collected() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # all that was made is old at once, without a look at it
+        many = gc.get_count()[0] > MANY
+        if many and not gc.get_freeze_count():  # what was made is old at once, without a look at it
             gc.freeze()
             gc.unfreeze()
         gc.set_threshold(*before)
