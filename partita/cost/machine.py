@@ -113,9 +113,7 @@ class Software:
     cast_bytes: int = 4  # moved as an element becomes one of 8 bits
     starts_each_expert: bool = False  # what experts multiply is a kernel for each of them
     fuses_experts: bool = False  # that kernel activates, and narrows what the next one reads
-    small_kernels: bool = (
-        False  # it starts those too that Megatron-Core's experts have beside the priced
-    )
+    small_kernels: bool = False  # it starts the unpriced ones of Megatron-Core's experts too
     starts_experts: bool = False  # the host does, whatever else of a layer a graph holds
     sends_rows_once: bool = False  # a token goes once to a node that holds several of its experts
     sorts_rows: bool = False  # and elsewhere rows are put by expert where they arrive
