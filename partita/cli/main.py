@@ -40,6 +40,7 @@ VERBS = {
     "checkpoint": "Inspects, verifies, exports and converts checkpoints.",
     "generate": "Continues a text with a trained model.",
     "doctor": "Preflight on the real ranks.",
+    "launch": "Writes what starts a job on Slurm, Kubernetes or Ray.",
     "validate": "Holds the simulator against published measurements.",
 }
 STARTING = {"train", "verify", "calibrate", "generate", "doctor"}  # verbs that start torch
