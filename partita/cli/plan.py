@@ -152,7 +152,11 @@ def _tell(answer: Answer, json: bool) -> None:
     if json:
         write_json(document(answer))
         return
-    lines = [ranked(answer.plans)] if answer.plans else []
+    lines = list[str]()
+    if answer.plans:
+        from partita.simulate.told import sureness
+
+        lines = [ranked(answer.plans), f"step times: {sureness(answer.plans[0])}"]
     lines += [answer.solved.text] if answer.solved else [counts(answer.found)]
     write_text("\n".join([*lines, *answer.texts]))
 

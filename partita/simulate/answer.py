@@ -42,8 +42,7 @@ def to_json(p: Prediction) -> dict[str, Any]:
     if p.step_time_s is None or p.laid is None:
         return head | deepcopy(_EMPTY)
     rate = p.tokens_per_step / p.step_time_s
-    spread = FITTED if device_class(p.device) in table()["device"] else UNFITTED
-    low, high = 1 - spread, 1 + spread
+    low, high = 1 - spread(p)[0], 1 + spread(p)[0]
     return head | {
         "step_time_s": p.step_time_s,
         "step_time_interval_s": [p.step_time_s * low, p.step_time_s * high],
@@ -58,6 +57,12 @@ def to_json(p: Prediction) -> dict[str, Any]:
         "cost": _cost(p),
         **_outlook(p),
     }
+
+
+def spread(p: Prediction) -> tuple[float, bool]:
+    """How far a step may be off, either way, and whether published runs of such devices are in the fit."""
+    fitted = device_class(p.device) in table()["device"]
+    return FITTED if fitted else UNFITTED, fitted
 
 
 def _traffic(p: Prediction) -> list[dict[str, Any]]:

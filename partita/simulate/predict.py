@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 from partita.base.errors import Problem
-from partita.base.text import table
 from partita.base.units import format_bytes, format_seconds
 from partita.cost.empirical import SLOW
 from partita.cost.machine import Machine, machine_of
@@ -101,7 +100,7 @@ class Prediction:
         return f"{self.plan} {fits}: {sizes} on the fullest rank"
 
     def head(self) -> str:
-        """The plan, its problems, and the step; the ledger follows in `str`."""
+        """The plan, its problems, and the step; the rest follows in `str`."""
         lines = [f"plan    {self.plan}"]
         lines += [f"{p.room:<8}{p.severity}: {p.message}" for p in self.problems]
         if self.step_time_s is not None:
@@ -112,14 +111,9 @@ class Prediction:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        if self.step_time_s is None:
-            return self.head()
-        worst = max(self.ledgers, key=lambda x: x.peak_bytes)
-        rows = [[k, format_bytes(v)] for k, v in worst.at_peak.items()]
-        rows.append(
-            ["total", f"{format_bytes(worst.peak_bytes)} of {format_bytes(self.limit_bytes)}"]
-        )
-        return self.head() + f"\nmemory of rank {worst.rank} (the fullest)\n" + table(rows)
+        from partita.simulate.told import told
+
+        return told(self)
 
 
 def request_of(job: Job) -> Request:
@@ -304,6 +298,12 @@ def measures(p: Prediction) -> tuple[float, int, int]:
     """Step time, bytes of the fullest rank, ranks."""
     assert p.laid is not None and p.step_time_s is not None
     return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size
+
+
+def layers_of(p: Prediction) -> tuple[int, ...]:
+    """Layers of each stage."""
+    stages = p.laid.stages if p.laid is not None else ()
+    return tuple(sum(n.startswith("blocks.") for n in s.names) for s in stages)
 
 
 def stage_costs(s: StageTime, busy: float, waits: float, update: float = 0.0) -> StageCosts:

@@ -19,7 +19,7 @@ from partita.planner.answers.solve import nothing_fits, pareto, solve, with_devi
 from partita.planner.search.nodes import Found
 from partita.planner.search.search import Search, measures, searcher
 from partita.planner.words import Words
-from partita.simulate.predict import simulate
+from partita.simulate.predict import layers_of, simulate
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.plan import Plan
@@ -72,6 +72,17 @@ def test_other_stages_have_the_balanced_split():
     others = dict(changes(job_of(4, 3e6), plan))
     assert others["pp2"].pipeline.split == others["interleaved_1f1b"].pipeline.split == ()
     assert others["zero1"].pipeline.split == plan.pipeline.split
+    assert others["split:1,2,1,0"] == plan.with_("pipeline", split=())
+    job = Job.of(
+        "llama3-8b", "8xh100", "pp4:1f1b/8mb tp2+sp bf16", global_batch_size=8, seq_len=512
+    )
+    found = {r.choice: r for r in why(job, simulate(job))}[
+        "even split"
+    ]  # the head's stage gives one
+    assert Plan.parse(found.changed.plan).pipeline.split[-1] == layers_of(simulate(job))[-1] - 1
+    assert "pp" in found.changed.plan and "split:" not in {
+        r.choice for r in why(job, simulate(job))
+    }
 
 
 def test_a_named_plan_is_told_which_change_makes_it_fastest():
@@ -117,7 +128,7 @@ def test_why_speaks_of_every_choice_of_a_plan_with_experts():
     reasons = {r.choice: r for r in why(job, best)}
     axes = {"pp2", "cp2", "tp2", "+sp", "ep4", "etp1", "dp_shard4"}
     rest = {"ring", "interleaved_1f1b", "x3", "8mb", "recompute:none", "zero1", "bf16"}
-    rest.add("order:tp,cp,dp_shard,dp_replicate,pp")
+    rest |= {"order:tp,cp,dp_shard,dp_replicate,pp", "even split"}
     assert set(reasons) == axes | rest
     for r in reasons.values():
         again = simulate(job.with_plan(r.changed.plan))

@@ -1,11 +1,13 @@
 """What must hold of every prediction, whatever its constants."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from took import least_seconds
 
 import partita as pt
+from partita.base.units import format_bytes, format_seconds
 from partita.cost.machine import machine_of
 from partita.parallel.laid import lay
 from partita.simulate.predict import request_of, simulate, timed
@@ -97,3 +99,36 @@ def test_a_cluster_of_cores_has_no_fitted_constants():
     machine = machine_of(Cluster.from_preset("laptop"))
     assert machine.rate("fp32") == machine.cluster.peak("fp32")
     assert machine.software.host_s == 0
+
+
+def test_the_text_has_the_answer_by_cause_category_axis_and_link():
+    prices = {"device_hour": 2.0, "watts": 500.0, "kwh": 0.1}
+    cluster = {"preset": "16xa100", "prices": prices}
+    plan = "pp2:1f1b/4mb dp_shard2.zero1 tp4+sp bf16 recompute:full"
+    one = pt.Job.of("llama3-8b", cluster, plan, global_batch_size=8, seq_len=1024)
+    p = pt.simulate(one)
+    text, answer = str(p), p.to_json()
+    rows = {line.split()[0]: line.split() for line in text.splitlines()}
+    causes = {f"{axis} traffic": s for axis, s in answer["time"]["exposed_comm_s"].items()}
+    causes |= {k: answer["time"][f"{k}_s"] for k in ("compute", "bubble", "optimizer")}
+    for name, seconds in causes.items():
+        told = rf"^{re.escape(name)} +{format_seconds(seconds)} +{seconds / p.step_time_s:.1%}$"
+        assert re.search(told, text, re.MULTILINE), name
+    low, high = (format_seconds(x) for x in answer["step_time_interval_s"])
+    assert f"{low} to {high}: 15% either way (published runs" in text
+    assert f"MFU {p.mfu:.1%}" in text and f"HFU {p.hfu:.1%}" in text and p.hfu > p.mfu
+    fullest = max(answer["memory"]["per_rank"], key=lambda r: r["total"])
+    for name in ("parameters", "gradients", "optimizer", "activations", "buffers"):
+        assert rows[name][1:] == format_bytes(fullest[name]).split()
+    for name, key in (
+        ("interval", "peak_interval_bytes"),
+        ("on the device", "device_interval_bytes"),
+    ):
+        assert re.search(f"{name} +" + " to ".join(map(format_bytes, answer["memory"][key])), text)
+    sends = [t for t in answer["traffic"] if (t["axis"], t["op"]) == ("tp", "all_gather")]
+    calls, sent = (sum(t[k] for t in sends) for k in ("count", "bytes"))
+    assert re.search(f"tp +all_gather +nvlink3 +{calls:,} +{format_bytes(sent)}", text)
+    assert re.search("pp +send +inter-node", text)
+    cost = answer["cost"]
+    assert f"{cost['money_per_step']:.4g} USD a step" in text
+    assert f"{1e6 * cost['energy_per_token_j'] / 3.6e6:.4g} kWh a million tokens" in text

@@ -23,7 +23,7 @@ from partita.planner.orders import another_order
 from partita.planner.search.nodes import measures
 from partita.simulate.groups import group_of
 from partita.simulate.memory import arena_ledger
-from partita.simulate.predict import Prediction, simulate
+from partita.simulate.predict import Prediction, layers_of, simulate
 from partita.spec.job import Job
 from partita.spec.mesh import divisors
 from partita.spec.plan import Plan, has_fixed_stages
@@ -90,6 +90,8 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Plan]]:
         name = "zb_h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
         other = plan.with_("pipeline", schedule=name, virtual_stages=1, costs=(), limit=0, copies=1)
         yield plan.pipeline.schedule, other if _is_one_each(plan) else _even(other)
+        if split := plan.pipeline.split:
+            yield f"split:{','.join(map(str, split))}", _even(plan)
         v = plan.pipeline.virtual_stages
         if v > 2 and not has_fixed_stages(plan.pipeline.schedule):
             yield f"x{v}", plan.with_("pipeline", virtual_stages=v - 1)
@@ -224,13 +226,28 @@ def why(
     """A reason for every choice of a plan that was simulated; memory comes first where it is the goal. Of a
     change that is better, and was not `admitted` among the plans it is chosen from, the sentence says so."""
     plan, found = Plan.parse(best.plan), list[Reason]()
-    for choice, changed in changes(job, plan):
+    for choice, changed in (*changes(job, plan), *_one_layer_moved(best, plan)):
         if changed == plan:
             continue
         told = reason(job, best, choice, changed, goal)
         out = _is_better(told.changed, best, goal) and not admitted(changed)
         found.append(replace(told, text=told.text + OUT) if out else told)
     return found
+
+
+def _one_layer_moved(best: Prediction, plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Where the split is the balanced one, a layer moved from the stage that takes longest to the one that
+    takes least. An `auto` schedule is of the split that it was made for."""
+    at, timed = layers_of(best), best.timed
+    if plan.mesh.pp == 1 or plan.pipeline.split or plan.pipeline.costs or timed is None:
+        return
+    seconds = [s.forward_s + s.backward_s for s in timed.stages]
+    stages = sorted(range(len(at)), key=lambda stage: seconds[stage])
+    giver = next((stage for stage in reversed(stages) if at[stage] > 1), None)
+    if giver is not None:
+        taker = next(stage for stage in stages if stage != giver)
+        moved = (n + (i == taker) - (i == giver) for i, n in enumerate(at))
+        yield "even split", plan.with_("pipeline", split=tuple(moved))
 
 
 def _is_better(changed: Prediction, best: Prediction, goal: str) -> bool:

@@ -21,7 +21,7 @@ from partita.planner.search.nodes import ANY, Found, Goal, Queue, measures
 from partita.planner.search.search import Search
 from partita.planner.search.uneven import count_splits, every_split, spread_out
 from partita.planner.space import MeshChoice, Shape, Tokens
-from partita.simulate.predict import Prediction
+from partita.simulate.predict import Prediction, layers_of
 from partita.spec.mesh import divisors
 from partita.spec.plan import Plan
 
@@ -130,7 +130,7 @@ def _best_split(
     search: Search, goal: Goal, best: Prediction, found: Found, end: float
 ) -> Prediction:
     """The best of the splits looked at, the plan's own first."""
-    plan, at, stages_of = Plan.parse(best.plan), _layers(best), _stages(search, best)
+    plan, at, stages_of = Plan.parse(best.plan), layers_of(best), _stages(search, best)
     if (
         plan.mesh.pp == 1
         or plan.pipeline.schedule == "auto"
@@ -154,13 +154,6 @@ def _best_split(
                 now, at = told, split
         if now is start or few:
             return now
-
-
-def _layers(prediction: Prediction) -> Split:
-    """Layers of each stage."""
-    laid = prediction.laid
-    stages = laid.stages if laid is not None else ()
-    return tuple(sum(n.startswith("blocks.") for n in s.names) for s in stages)
 
 
 Stages = Callable[[Split], tuple[list[float], float]]
