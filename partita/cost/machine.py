@@ -26,6 +26,7 @@ from partita.cost.pieces import ATTENTION, CROWDED, Seconds, between, curve, nea
 from partita.spec.cluster import Cluster
 from partita.spec.corrected import slowed
 from partita.spec.hardware import sustained
+from partita.spec.unequal import weakest_of
 
 Curve = tuple[tuple[float, float], ...]
 FILE = Path(__file__).parent / "constants.toml"
@@ -170,6 +171,19 @@ class Machine:
 
     @cached_property
     def _known(self) -> dict[str, Rates]:
+        return {}
+
+    def of_nodes(self, groups: frozenset[int]) -> Machine:
+        """What the ranks on some groups of unequal nodes reach that go at one pace."""
+        if groups not in self._parts:
+            part = weakest_of(self.cluster, groups)
+            class_ = device_class(part.device)
+            constants = self.constants if class_ == self.class_ else constants_of(class_)
+            self._parts[groups] = Machine(part, class_, constants, self.software)
+        return self._parts[groups]
+
+    @cached_property
+    def _parts(self) -> dict[frozenset[int], Machine]:
         return {}
 
     def rate(self, dtype: str) -> float:

@@ -137,7 +137,7 @@ def _saved_bytes(p: Prediction, place: int) -> int:
 
 def _memory(p: Prediction) -> dict[str, Any]:
     assert p.laid is not None
-    peak = max(x.peak_bytes for x in p.ledgers)
+    peak = p.fullest.peak_bytes
     alike: list[list[int]] = [[] for _ in p.ledgers]
     for rank in range(p.laid.mesh.world_size):
         alike[p.laid.mesh.coords(rank)["pp"]].append(rank)
@@ -154,6 +154,7 @@ def _memory(p: Prediction) -> dict[str, Any]:
                     for k in ("parameters", "gradients", "optimizer", "activations", "buffers")
                 },
                 "total": x.peak_bytes,
+                "limit_bytes": p.limits[i],
                 "host": arena_ledger(p.laid, i, "host").peak_bytes,
                 "disk": arena_ledger(p.laid, i, "disk").peak_bytes,
                 **_over_time(p, i),

@@ -20,6 +20,7 @@ from partita.schedule.order import turns
 from partita.simulate.jitter import played
 from partita.simulate.predict import Prediction
 from partita.simulate.stage import Work
+from partita.simulate.unequal import machine_at
 from partita.spec.job import Job
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def attention_seconds(work: Work, machine: Machine) -> dict[str, float]:
 def outlook(p: Prediction) -> dict[str, Any]:
     """The answer's `packed`: attention's share, and the step that its microbatches make."""
     assert p.job is not None and p.timed is not None and p.schedule is not None
-    assert p.step_time_s is not None
+    assert p.step_time_s is not None and p.laid is not None
     t, share = p.timed, microbatch_shares(p.job)
-    saved = [attention_seconds(w, t.machine) for w in t.works.stages]
+    stages = zip(t.works.stages, p.laid.stages, strict=True)
+    saved = [attention_seconds(w, machine_at(p.laid, s.places, t.machine)) for w, s in stages]
 
     def seconds(stage: int, kind: str, microbatch: int) -> Any:
         whole = t.costs.stages[stage].of(kind)

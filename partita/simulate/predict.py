@@ -10,6 +10,7 @@ the crowding in caches and memory.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +40,7 @@ from partita.simulate.stage import (
     works_of,
 )  # fmt: skip
 from partita.simulate.step import StepTime, stage_update_s, step_time
+from partita.simulate.unequal import limits, machine_at, peak_flops
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job, require_job
 from partita.spec.program import distinct
@@ -58,7 +60,8 @@ class Prediction:
     ledgers: tuple[Ledger, ...] = ()  # one for each stage
     step_time_s: float | None = None
     tokens_per_step: int = 0
-    limit_bytes: int = 0
+    limit_bytes: int = 0  # of the fullest
+    limits: tuple[int, ...] = ()  # one for each place of pp, where devices differ
     time: dict[str, Any] = field(default_factory=dict)
     mfu: float | None = None
     hfu: float | None = None
@@ -88,13 +91,20 @@ class Prediction:
         return max(sent, key=lambda lines: sum(t.bytes for t in lines))
 
     @property
+    def fullest(self) -> Ledger:
+        """That of the ranks whose devices are fullest, the first of those alike."""
+        if len(set(self.limits)) < 2:
+            return max(self.ledgers, key=lambda x: x.peak_bytes)
+        return self.ledgers[fullest_of(self.ledgers, self.limits)]
+
+    @property
     def verdict(self) -> str:
         """The answer in a line: what is wrong first, by how much the fullest rank is too full, or that it
         fits."""
         wrong = next((p for p in self.problems if p.severity == "error"), None)
         if wrong is not None:
             return f"{self.plan}: {wrong.room}: {wrong.message}"
-        peak = max(x.peak_bytes for x in self.ledgers)
+        peak = self.fullest.peak_bytes
         fits = "fits" if self.fits else "does not fit"
         sizes = f"{format_bytes(peak)} of {format_bytes(self.limit_bytes)}"
         return f"{self.plan} {fits}: {sizes} on the fullest rank"
@@ -167,11 +177,10 @@ def wrongs(job: Job) -> list[Problem]:
 
 
 def _weighed(laid: Laid, cluster: Cluster) -> Weighed:
-    limit = int(cluster.memory_limit_bytes)
-    places = range(laid.schedule.num_ranks)
+    places, room = range(laid.schedule.num_ranks), limits(laid, cluster)
     ledgers = tuple(stage_ledger(laid, p, laid.schedule, cluster) for p in places)
-    beside = _fits_beside(laid, cluster)
-    return Weighed(ledgers, all(x.peak_bytes <= limit for x in ledgers) and beside)
+    inside = all(x.peak_bytes <= most for x, most in zip(ledgers, room, strict=True))
+    return Weighed(ledgers, inside and _fits_beside(laid, cluster))
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,11 @@ def timed(laid: Laid, machine: Machine, num_microbatches: int, works: Works | No
     """Everything that takes time in a step of so many microbatches."""
     plan, works = laid.request.plan, works or works_of(laid)
     known: PartTimes = {}
-    alone = (stage_time(w, laid, machine, known) for w in works.stages)
+    own = [machine_at(laid, s.places, machine) for s in laid.stages]
+    alone = (
+        stage_time(w, laid, mine, known if mine is machine else None)
+        for w, mine in zip(works.stages, own, strict=True)
+    )
     stages = tuple(with_actions(s, machine) for s in alone)
 
     def make(m: int) -> Schedule:
@@ -240,20 +253,20 @@ def _predicted(job: Job, laid: Laid, machine: Machine, found: tuple[Problem, ...
     step_s, places = t.seconds, range(laid.schedule.num_ranks)
     held = _weighed(laid, cluster)
     tokens = job.train.global_batch_size * job.train.seq_len
-    peak = cluster.peak(job.plan.precision.dtype)
-    devices = cluster.units(job.plan.world_size)
+    peak = peak_flops(laid, cluster, job.plan.precision.dtype)
     model_flops = tokens * job.model.train_flops_per_token(job.train.seq_len, "model_causal")
     again = _replay_flops(laid) * m * job.plan.world_size
-    limit = int(cluster.memory_limit_bytes)
+    room = limits(laid, cluster)
     busy_s = sum(t.played.busy) / len(places)  # rounding may have it above the pipeline's span
     return Prediction(
         plan=str(job.plan), problems=found,
         fits=held.fits, device=cluster.device, laid=laid, schedule=laid.schedule, played=t.played,
         ledgers=held.ledgers,
-        step_time_s=step_s, tokens_per_step=tokens, limit_bytes=limit,
+        step_time_s=step_s, tokens_per_step=tokens, limits=room,
+        limit_bytes=room[fullest_of(held.ledgers, room)],
         bubble_fraction=max(t.pipeline_s - busy_s, 0.0) / step_s if step_s else 0.0,
-        time=_causes(t, laid.schedule), mfu=model_flops / (step_s * devices * peak),
-        hfu=(model_flops + again) / (step_s * devices * peak), job=job, timed=t,
+        time=_causes(t, laid.schedule), mfu=model_flops / (step_s * peak),
+        hfu=(model_flops + again) / (step_s * peak), job=job, timed=t,
     )  # fmt: skip
 
 
@@ -297,7 +310,12 @@ def _causes(t: Timed, schedule: Schedule) -> dict[str, Any]:
 def measures(p: Prediction) -> tuple[float, int, int]:
     """Step time, bytes of the fullest rank, ranks."""
     assert p.laid is not None and p.step_time_s is not None
-    return p.step_time_s, max(x.peak_bytes for x in p.ledgers), p.laid.mesh.world_size
+    return p.step_time_s, p.fullest.peak_bytes, p.laid.mesh.world_size
+
+
+def fullest_of(ledgers: Sequence[Ledger], room: Sequence[int]) -> int:
+    """The place of pp whose ranks fill most of their devices."""
+    return max(range(len(room)), key=lambda place: ledgers[place].peak_bytes / room[place])
 
 
 def layers_of(p: Prediction) -> tuple[int, ...]:

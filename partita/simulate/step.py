@@ -19,6 +19,7 @@ from partita.parallel.read import Call
 from partita.parallel.room import axis_name
 from partita.simulate.moves import is_move, update_away
 from partita.simulate.stage import StageTime, Works, call_seconds
+from partita.simulate.unequal import machine_at
 
 GRADIENT_PASSES = 4  # zeroed, measured for the norm, scaled, read by the update
 BROUGHT_PASSES = 3  # written as it comes, scaled, read
@@ -49,14 +50,14 @@ def step_time(
         blocks = sum(works.stages[i].blocks for i in mine)
         backward_s = sum(stages[i].backward_s for i in mine) * busy
         between = {c: n for c, n in once.items() if not is_move(c) and c.lane != LATE}
-        updates = updates_of(laid, place)
-        found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, machine, updates or 1)
+        updates, here = updates_of(laid, place), machine_at(laid, (place,), machine)
+        found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, here, updates or 1)
         away = sum((works.stages[i].away for i in mine), Counter())
-        beyond = update_away(away, once, machine)
+        beyond = update_away(away, once, here)
         moved = 0.0 if updates else sum(update_bytes(works.stages[i].states) for i in mine)
         if not away["optimizer"]:
             moved += BROUGHT_PASSES * away["gradients"]
-        own = update_seconds(moved, machine) if moved else 0.0
+        own = update_seconds(moved, here) if moved else 0.0
         update = max(update, own + beyond.pop("optimizer", 0.0))
         found |= beyond
         if sum(found.values()) > sum(comm.values()):
@@ -74,7 +75,9 @@ def stage_update_s(works: Works, laid: Laid, machine: Machine) -> list[float]:
     """Seconds of one U of each stage; 0 where the step ends with one update of all."""
     if "U" not in laid.schedule.kinds:
         return [0.0] * len(works.stages)
-    return [update_seconds(update_bytes(work.states), machine) for work in works.stages]
+    places = [machine_at(laid, stage.places, machine) for stage in laid.stages]
+    each = zip(works.stages, places, strict=True)
+    return [update_seconds(update_bytes(work.states), here) for work, here in each]
 
 
 def _reduction(

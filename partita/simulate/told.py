@@ -82,13 +82,14 @@ def _causes(time: dict[str, Any], step_s: float) -> list[list[str]]:
     """Rows that add up to the step."""
     axes = sorted(time["exposed_comm_s"].items(), key=lambda kv: -kv[1])
     parts = [("compute", time["compute_s"]), ("bubble", time["bubble_s"])]
+    parts = [(name, s if s > step_s * 1e-9 else 0.0) for name, s in parts]
     parts += [("optimizer", time["optimizer_s"]), *((f"{axis} traffic", s) for axis, s in axes)]
     return [[name, format_seconds(s), f"{s / step_s:.1%}"] for name, s in parts]
 
 
 def _memory(p: Prediction, memory: dict[str, Any]) -> list[str]:
     """The fullest rank's categories at its peak, when that is, and what its device will show."""
-    place = max(range(len(p.ledgers)), key=lambda i: p.ledgers[i].peak_bytes)
+    place = p.ledgers.index(p.fullest)
     worst, peak = p.ledgers[place], memory["per_rank"][place]["peak"]
     rows = [[k, format_bytes(v)] for k, v in worst.at_peak.items()]
     rows.append(["total", f"{format_bytes(worst.peak_bytes)} of {format_bytes(p.limit_bytes)}"])

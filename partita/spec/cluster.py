@@ -90,10 +90,11 @@ class Wiring:
 @dataclass(frozen=True)
 class Cluster:
     """Devices and links. Where `nodes` differ, memory and rates are those of the weakest device, which
-    is what a plan that treats ranks alike must fit. Where they were measured: `matmul_flops_per_s`, what
-    products of a stated size reach, by dtype; `piece_seconds` of pieces of layers by dtype, name and size;
-    `collective_seconds` by name, ranks and bytes handed in; `crowding`, how many times longer layers take by
-    the ranks of a node that are busy, their turns aside. Raises UsageError for what cannot be."""
+    is what a plan that treats ranks alike must fit (unequal.py: those of some of the nodes). Where they were
+    measured: `matmul_flops_per_s`, what products of a stated size reach, by dtype; `piece_seconds` of pieces
+    of layers by dtype, name and size; `collective_seconds` by name, ranks and bytes handed in; `crowding`,
+    how many times longer layers take by the ranks of a node that are busy, their turns aside. Raises
+    UsageError for what cannot be."""
 
     name: str
     devices: int

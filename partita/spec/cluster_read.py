@@ -14,6 +14,7 @@ from partita.spec.cluster import MAX_DEVICES, PRESETS, Cluster, Link, NodeGroup,
 from partita.spec.hardware import Hardware, find_hardware
 from partita.spec.prices import Prices
 from partita.spec.reliability import Jitter, Reliability
+from partita.spec.unequal import weakest_peaks
 
 T = TypeVar("T")
 
@@ -228,7 +229,7 @@ def _made(
         devices_per_node=on_node,
         device=row.name,
         memory_bytes=_or(stated.memory_bytes, memory),
-        peak_flops=_weakest_peaks(nodes, stated.peak_flops) if nodes else peaks,
+        peak_flops={**weakest_peaks(nodes), **(stated.peak_flops or {})} if nodes else peaks,
         memory_bytes_per_s=_or(stated.memory_bytes_per_s, speed),
         links=links,
         memory_limit_fraction=_or(stated.memory_limit_fraction, 1.0 if is_cpu else 0.94),
@@ -269,12 +270,6 @@ def _node(index: int, stated: _Node) -> NodeGroup:
     except UsageError as error:
         raise_all([(f"nodes[{index}].{key}", text) for key, text in error.all])
         raise
-
-
-def _weakest_peaks(nodes: tuple[NodeGroup, ...], own: dict[str, float] | None) -> dict[str, float]:
-    """For each precision that all nodes have, the lowest rate."""
-    names = set.intersection(*(set(n.peak_flops) for n in nodes))
-    return {n: min(x.peak_flops[n] for x in nodes) for n in sorted(names)} | (own or {})
 
 
 def _links(stated: _File, row: Hardware, devices: int, on_node: int) -> tuple[Link, ...]:

@@ -70,6 +70,11 @@ def counts(found: Found) -> str:
         proof += f" over {' and '.join(found.unproven)}, proven over all else"
     if found.complete and found.not_searched:
         proof += f" (not searched: {'; '.join(found.not_searched)})"
+    if found.by_rates:
+        proof = (
+            "not proven: devices differ, and this search takes each for the weakest; "
+            f"beside it {found.by_rates} plans were simulated with layers by what their devices reach"
+        )
     if found.more:
         proof = f"{len(found.plans)} plans of the front, which may have more"
     beside = (

@@ -4,12 +4,13 @@ which asks for the best."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from partita.base.errors import PlanError, UsageError
 from partita.planner.answers.explain import binds, why
 from partita.planner.answers.nearby import allowed, nearby
 from partita.planner.answers.solve import Solved, goal_of, nothing_fits, pareto, solve
+from partita.planner.answers.unequal import by_rates
 from partita.planner.search.beyond import faster_dtype, precise
 from partita.planner.search.elsewhere import widened
 from partita.planner.search.nodes import ANY, KEEP, Goal
@@ -20,6 +21,7 @@ from partita.simulate.predict import Prediction
 from partita.spec.job import Job
 from partita.spec.plan import Plan
 from partita.spec.plan_table import CHOICES
+from partita.spec.unequal import is_unequal
 
 AUTO_S = 20.0
 NEAR_S = 3.0  # of a search that ended by its budget, for what is close to its best
@@ -79,6 +81,22 @@ def searched(search: Search, goal: Goal, question: Question) -> Found:
     return finished(search, goal, top, found, budget_s - found.seconds, every=True)
 
 
+def _on_devices(job: Job, question: Question, goal: Goal, found: Found) -> Found:
+    """The same, on devices that differ with layers by what they reach."""
+    if not is_unequal(job.cluster):
+        return found
+
+    def of_pp(pp: int) -> Search | None:
+        words = (*question.fix, *([f"pp{pp}"] if pp else []))
+        try:
+            return replace(question, fix=words).search(job)
+        except UsageError:  # words that leave it out
+            return None
+
+    left = max(question.budget_s - found.seconds, question.budget_s / 4)
+    return by_rates(job, of_pp, goal, question.top, found, left)
+
+
 def _precisions(search: Search, question: Question, found: Found) -> set[str]:
     """Those that plans were searched in."""
     known = {search.space.dtype, Plan.parse(found.plans[0].plan).precision.dtype}
@@ -92,6 +110,7 @@ def resolved(job: Job, budget_s: float = AUTO_S) -> Job:
     _hold_job(job)
     question = Question(top=1, budget_s=budget_s)
     found = searched(searcher(job), ANY, question)
+    found = _on_devices(job, question, ANY, found) if found.plans else found
     if not found.plans:
         lines = nothing_fits(job, searcher, budget_s)
         raise PlanError("\n".join(['plan = "auto" found none', *lines]))
@@ -121,6 +140,7 @@ def ask(job: Job, question: Question) -> Answer:
         found = pareto(search, first, second, question.budget_s)
     else:
         found = searched(search, goal, question)
+        found = _on_devices(job, question, goal, found) if found.plans else found
     if not found.plans:
         texts = nothing_fits(job, question.search, question.budget_s)
         if not found.complete and found.considered:

@@ -58,7 +58,7 @@ def would_be_legal(found: Prediction) -> list[str]:
 
 def fit_error(job: Job, prediction: Prediction) -> PlanError:
     """Why the job does not fit: the fullest rank's ledger, what binds, and what would fit."""
-    worst = max(prediction.ledgers, key=lambda x: x.peak_bytes)
+    worst = prediction.fullest
     limit = prediction.limit_bytes
     over = worst.peak_bytes - limit
     binds = max(CATEGORIES, key=lambda c: worst.at_peak.get(c, 0))

@@ -77,6 +77,7 @@ class Found:
     made: int = 0  # the same with a schedule made for them
     unproven: tuple[str, ...] = ()  # choices whose search ended by its budget, all else proven
     not_searched: tuple[str, ...] = ()  # choices, of plans that the proof says nothing of
+    by_rates: int = 0  # simulated on devices that differ, of which the proof takes the weakest
     near: int = 0  # plans close to the best, where that is not proven
     more: bool = False  # a front may have more plans
     least_s: float = 0.0  # what no split or schedule undercuts, where not all were searched

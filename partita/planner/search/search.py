@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.base.errors import Problem, UsageError
 from partita.cost.machine import machine_of
@@ -34,6 +34,7 @@ from partita.planner.space import Space, Words, default_dtype
 from partita.simulate.predict import Prediction, simulate
 from partita.spec.job import Job
 from partita.spec.plan import OffloadPlan, Plan
+from partita.spec.unequal import levelled
 
 USUAL = ("1f1b", "interleaved_1f1b", "interleaved_zb", "zb_v", "dualpipev")
 METHODS = ("ring", "all_gather", "halo")
@@ -328,7 +329,9 @@ class Search:
 
 
 def searcher(job: Job, fix: tuple[str, ...] = (), forbid: tuple[str, ...] = ()) -> Search:
-    """A search under a user's words; precision and offload are theirs. Raises UsageError."""
+    """A search under a user's words; precision and offload are theirs. Of devices that differ it takes each
+    for the weakest. Raises UsageError."""
+    job = replace(job, cluster=levelled(job.cluster))
     words = Words.of(fix, forbid)
     offload = OffloadPlan(words.only("offload") or "none")
     words.only("order")  # raises, where there are two
