@@ -33,7 +33,7 @@ DOORS = {
     "spec/cluster.py": {"from_toml"},
     "spec/job.py": {"load", "problems"},
     "schedule/ir.py": {"__str__"},
-    "simulate/predict.py": {"to_json"},
+    "simulate/predict.py": {"to_json", "__str__"},
 }
 
 
