@@ -121,10 +121,11 @@ class Layout:
         pieces = list(self._dense(mesh, at))
         if not self.unit:
             return pieces
-        before = sum(x.stored(mesh.sizes) for x in self.unit[: self.index])
         if not self.flat:
-            return [replace(p, start=before + p.start) for p in pieces]
-        total = sum(x.stored(mesh.sizes) for x in self.unit)
+            before = sum(x.stored(mesh.sizes) for x in self.unit[: self.index])
+            return [Piece(p.box, before + p.start, p.primary) for p in pieces]
+        stored = [x.stored(mesh.sizes) for x in self.unit]
+        before, total = sum(stored[: self.index]), sum(stored)
         ways, mine = product_coordinate(mesh.sizes, at, self.flat)
         each = -(-total // ways)
         shard = (mine * each, min((mine + 1) * each, total))
@@ -132,10 +133,12 @@ class Layout:
 
     def stored(self, sizes: Sizes) -> int:
         """Elements of a rank's local storage before flat sharding, padding counted: alike on all."""
+        if not self.cuts:
+            return prod(self.shape)
         shape = list(self.shape)
         for c in self.cuts:
-            ways = prod(sizes[a] for a in c.axes)
-            shape[c.dim] = sum(s.widest(ways) for s in c.sections)
+            ways = prod([sizes[a] for a in c.axes])
+            shape[c.dim] = sum([s.widest(ways) for s in c.sections])
         return prod(shape)
 
     def _dense(self, mesh: Mesh, at: Mapping[str, int]) -> Iterator[Piece]:

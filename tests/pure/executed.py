@@ -9,7 +9,7 @@ import numpy as np
 
 from partita.parallel.ep.counts import Routing
 from partita.parallel.exact.algebra import ExecuteError
-from partita.parallel.exact.execute import Outcome, execute
+from partita.parallel.exact.execute import Execution, Outcome, execute
 from partita.parallel.laid import Laid, Request, lay
 from partita.record.transfer import TrafficLine
 from partita.spec.model import Latent, ModelSpec
@@ -97,9 +97,14 @@ def declared(whole: Laid, got: Outcome, rank: int) -> list[TrafficLine]:
 def found_wrong(spec: ModelSpec, changed: Laid, steps: int = 1, **faults: str) -> bool:
     """Whether running a changed program is noticed within a step; a stale shard shows in the second."""
     try:
-        return bool(difference(spec, execute(changed, steps, **faults), steps))
+        run = Execution(changed, **faults)
+        for step in range(steps):
+            run.train_step(step)
+            if difference(spec, run.outcome, step + 1):
+                return True
     except ExecuteError:
         return True
+    return False
 
 
 Site = tuple[str, Op]  # a block's name ('layer' for all equal ones, '' once a step), and a region

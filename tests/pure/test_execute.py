@@ -22,6 +22,7 @@ from executed import (
     model,
     request,
 )
+from turns import turn
 
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.exact.execute import Execution, execute
@@ -55,7 +56,14 @@ MODELS = {
     "shared": replace(LLAMA, hidden=24, heads=12, kv_heads=6, head_dim=2),
 }
 FULL = " recompute:full"
-CASES = [(m, p) for m in list(MODELS)[:4] for p in (*PLANS, *ZERO)]
+
+
+def halves(models: list[str], lines: list[str]) -> list[tuple[str, str]]:
+    """Every plan with half of the models, with the others at the next commit."""
+    return [(m, p) for i, p in enumerate(lines) for m in models[(i + turn(2)) % 2 :: 2]]
+
+
+CASES = halves(list(MODELS)[:4], [*PLANS, *ZERO])
 LATENT = (
     "tp2", "tp4+sp", "cp2:ring tp2+sp", "cp2:ulysses tp2", "cp4:hybrid2x2", "dp_shard2.zero3 tp2+sp 2mb",
     "pp2:zb_h1/4mb tp2+sp", "tp2+sp recompute:full recompute.collectives=keep",
@@ -86,14 +94,14 @@ CASES += [
         "dp_shard2.zero3 pp2/2mb", f"cp2:all_gather {SELECTIVE}",
     )
 ]  # fmt: skip
-CASES += [(m, p + FULL) for m in ("llama", "drops") for p in PLANS]
+CASES += halves(["llama", "drops"], [p + FULL for p in PLANS])
 CONTEXT = [
     "cp2:ring", "cp4:all_gather", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:ring tp2",
     "cp2:ulysses tp2", "cp2:ring tp2+sp", "cp2:ulysses tp2+sp", "cp2:all_gather tp2+sp",
     "dp_shard2.zero0 cp2:ring pp2/2mb", "dp_replicate2 cp2:ulysses pp2/2mb",
 ]  # fmt: skip
-CASES += [(m, p) for m in ("llama", "gpt2", "drops") for p in CONTEXT]
-CASES += [(m, p + FULL) for m in ("llama", "drops") for p in CONTEXT]
+CASES += halves(["llama", "gpt2", "drops"], CONTEXT)
+CASES += halves(["llama", "drops"], [p + FULL for p in CONTEXT])
 LESS = (
     "recompute:selective",
     "recompute:selective recompute.modules=core,norm,act",
@@ -101,9 +109,7 @@ LESS = (
     "recompute:full recompute.every=2",
     "recompute:full recompute.collectives=keep",
 )
-CASES += [
-    (m, f"{p} {r}") for m in ("llama", "drops") for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")
-]
+CASES += halves(["llama", "drops"], [f"{p} {r}" for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")])
 CASES += [("drops", f"{p} {r}") for r in LESS for p in ("cp2:ring", "cp4:hybrid2x2")]
 
 
@@ -136,8 +142,7 @@ STAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["tied", "gpt2"])
-@pytest.mark.parametrize("line", STAGES)
+@pytest.mark.parametrize(("name", "line"), halves(["tied", "gpt2"], STAGES))
 def test_stages_on_any_rank(name, line) -> None:
     """Several stages a rank, V, both ways; backward in halves: the same numbers, the declared traffic."""
     spec = model("gpt2" if name == "gpt2" else "llama", layers=4, tied=True)

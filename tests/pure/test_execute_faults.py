@@ -1,5 +1,6 @@
 """Whatever is left out of, or doubled in, a laid plan is noticed: regions, their events, gradient axes,
-tensors that are kept, ops that are replayed."""
+tensors that are kept, ops that are replayed. Of what each plan has every other is tried, the rest with the
+next commit."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from executed import DROPS, GPT2, LLAMA, TIED, change_region, found_wrong, laid, regions
+from turns import turn
 
 from partita.parallel.exact import block as execute_block
 from partita.parallel.read import replayed
@@ -33,8 +35,10 @@ def test_every_event_is_needed(spec, line, events) -> None:
     whole, tried, unneeded = laid(spec, line), 0, []
     for name, region in regions(whole):
         for event in region.events:
-            left = replace(region, events=tuple(e for e in region.events if e is not event))
             tried += 1
+            if tried % 2 != turn(2):
+                continue
+            left = replace(region, events=tuple(e for e in region.events if e is not event))
             steps = 2 if region.kind == "gather" else 1
             if not found_wrong(spec, change_region(whole, (name, region), (left,)), steps):
                 unneeded.append((name, region.name, event))
@@ -65,8 +69,10 @@ def test_every_gradient_axis_is_needed(spec, line, axes) -> None:
     whole, tried = laid(spec, line), 0
     for name, region in regions(whole):
         for axis in region.axes if region.kind == "reduce" else ():
-            left = tuple(a for a in region.axes if a != axis) or ("ep",)
             tried += 1
+            if tried % 2 != turn(2):
+                continue
+            left = tuple(a for a in region.axes if a != axis) or ("ep",)
             changed = change_region(whole, (name, region), (replace(region, axes=left),))
             assert found_wrong(spec, changed), (name, region.name, axis)
     assert tried == axes
@@ -89,7 +95,8 @@ def test_every_kept_tensor_is_needed(spec, line) -> None:
     whole = laid(spec, line)
     kept = sorted({t for b in whole.program.blocks for t in b.kept})
     assert len(kept) >= 5
-    assert [name for name in kept if not found_wrong(spec, whole, lost=name)] == []
+    tried = kept[turn(2) :: 2]
+    assert [name for name in tried if not found_wrong(spec, whole, lost=name)] == []
 
 
 @pytest.mark.parametrize("spec", [LLAMA, DROPS], ids=["llama", "gpt2"])
@@ -98,7 +105,7 @@ def test_every_replayed_op_is_needed(spec, line, monkeypatch) -> None:
     whole = laid(spec, line)
     names = sorted({op.name for b in whole.program.blocks for op in replayed(b)})
     assert len(names) >= 10
-    for name in names:
+    for name in names[turn(2) :: 2]:
         left_out = lambda b, name=name: [op for op in replayed(b) if op.name != name]  # noqa: E731
         monkeypatch.setattr(execute_block, "replayed", left_out)
         assert found_wrong(spec, whole), name

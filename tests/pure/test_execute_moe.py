@@ -1,5 +1,6 @@
 """Experts, laid and executed: equal to one device, sending what the routers' choice says; and what is
-missing is noticed."""
+missing is noticed. Of what is left out, and of slow plans, every other is tried, the rest with the next
+commit."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from executed import (
     regions,
     request,
 )
+from turns import turn
 
 from partita.parallel.exact.execute import execute
 from partita.parallel.laid import problems
@@ -38,7 +40,7 @@ LESS = (" recompute:full", " recompute:selective")
 FEW = ("dp2 tp2+sp ep2 etp2", "dp2 tp2 ep2 etp2", "dp4 ep4")
 CASES = [*PLANS, *(line + less for line in FEW for less in LESS)]
 SLOW = [line + less for line in PLANS if line not in FEW for less in LESS]
-SLOW = [pytest.param(line, marks=pytest.mark.slow) for line in SLOW]
+SLOW = [pytest.param(line, marks=pytest.mark.slow) for line in SLOW[turn(2) :: 2]]
 
 
 @pytest.mark.parametrize("line", [*CASES, *SLOW])
@@ -98,6 +100,8 @@ def test_every_event_and_gradient_axis_is_needed(line) -> None:
             changes += [replace(region, axes=axes) for axes in kept]
         for changed in changes:
             tried += 1
+            if tried % 2 != turn(2):
+                continue
             if not found_wrong(MOE, change_region(whole, (name, region), (changed,))):
                 unneeded.append((name, region.name, changed.axes, changed.events))
     assert not unneeded

@@ -7,8 +7,8 @@ never a number. The whole file runs on one rank; nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from zlib import crc32
 
 import numpy as np
@@ -81,24 +81,27 @@ class Place:
 
     def drawn(self, name: str, key: str) -> Local:
         """A local part of random numbers that depend on the element's sample and place alone."""
-        part = self.filled(name)
-        found = [np.arange(s.start, s.stop, dtype=np.int64) for s in part.spans]
-        for i, (d, s) in enumerate(zip(part.dims, part.spans, strict=True)):
+        dims, spans = self.dims(name), self.share(self.tensors[name])
+        places: list[Sequence[int]] = []
+        for d, s in zip(dims, spans, strict=True):
             if d == "batch":
-                found[i] += self.first
-            elif d in ("seq", "keys"):
-                found[i] = self.positions(s)
-        return replace(part, values=noise(f"{key} {self.step}", found))
+                places.append(range(s.start + self.first, s.stop + self.first))
+            else:
+                places.append(tuple(self.positions(s).tolist()) if d in ("seq", "keys") else s)
+        return Local(dims, spans, noise(f"{key} {self.step}", tuple(places)))
 
 
-def noise(key: str, spans: Sequence[range | Values]) -> Values:
-    """Numbers modulo P that depend on the key and the global index alone."""
+@lru_cache(maxsize=2048)
+def noise(key: str, places: tuple[Sequence[int], ...]) -> Values:
+    """Numbers modulo P that depend on the key and the global index alone; drawn once, not to be written."""
     found = np.array(crc32(key.encode()) % P, np.int64)
-    for span in spans:
-        index = np.asarray(span, np.int64)
+    for place in places:
+        index = np.asarray(place, np.int64)
         found = (found[..., None] * 48271 + (index + 1) * 1_664_525) % P
         found = (found * found + 12_345) % P
-    return (found * found + found * 69_621) % P
+    found = (found * found + found * 69_621) % P
+    found.flags.writeable = False
+    return found
 
 
 def inverse(x: Values) -> Values:
@@ -108,38 +111,73 @@ def inverse(x: Values) -> Values:
     return np.array([pow(v, -1, P) for v in x.ravel().tolist()], np.int64).reshape(x.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How tensors of given dims meet over `out` and what else they have. By tensor: its dims in order, and
+    where it has none; by dim of `out`: (tensor, dim) that has it; which (tensor, dim) are to be one; and the
+    dims behind `out`."""
+
+    views: tuple[tuple[tuple[int, ...], tuple[slice | None, ...]], ...]
+    held: tuple[tuple[int, int], ...]
+    same: tuple[tuple[int, int, int, int], ...]
+    behind: tuple[int, ...]
+
+
+@cache
+def _fit(out: tuple[str, ...], *dims: tuple[str, ...]) -> Fit:
+    first: dict[str, tuple[int, int]] = {}
+    same = []
+    for i, x in enumerate(dims):
+        for at, d in enumerate(x):
+            if d in first:
+                same.append((*first[d], i, at))
+            first.setdefault(d, (i, at))
+    order = (*out, *(d for d in first if d not in out))
+    views = [
+        (
+            tuple(x.index(d) for d in order if d in x),
+            tuple(slice(None) if d in x else None for d in order),
+        )
+        for x in dims
+    ]
+    behind = tuple(range(len(out), len(order)))
+    return Fit(tuple(views), tuple(first[d] for d in out), tuple(same), behind)
+
+
+def _met(out: tuple[str, ...], xs: Sequence[Local]) -> Fit:
+    """How they meet; raises ExecuteError where they hold other indices of a dim they share."""
+    fit = _fit(out, *(x.dims for x in xs))
+    for i, a, j, b in fit.same:
+        one, other = xs[i].spans[a], xs[j].spans[b]
+        if one is not other and one != other:
+            raise ExecuteError(f"{xs[i].dims[a]}: {one} meets {other}: a collective is missing")
+    return fit
+
+
 def meet(xs: Sequence[Local]) -> None:
     """Tensors that meet in one op hold the same indices of the dims they share."""
-    spans: dict[str, range] = {}
-    for x in xs:
-        for dim, span in zip(x.dims, x.spans, strict=True):
-            if spans.setdefault(dim, span) != span:
-                raise ExecuteError(f"{dim}: {spans[dim]} meets {span}: a collective is missing")
-
-
-def _view(x: Local, order: Sequence[str]) -> Values:
-    values = x.values.transpose([x.dims.index(d) for d in order if d in x.dims])
-    return values.reshape([len(x.span(d)) if d in x.dims else 1 for d in order])
+    _met((), xs)
 
 
 def contract(out: tuple[str, ...], *xs: Local) -> Local:
     """The product of all, summed over the dims that `out` leaves out."""
-    meet(xs)
-    spans = {d: s for x in xs for d, s in zip(x.dims, x.spans, strict=True)}
-    order = (*out, *(d for d in spans if d not in out))
-    value = reduce(lambda a, b: a * b % P, (_view(x, order) for x in xs))
-    summed = value.sum(axis=tuple(range(len(out), len(order)))) % P
-    return Local(out, tuple(spans[d] for d in out), summed)
+    fit, value = _met(out, xs), None
+    for x, (order, at) in zip(xs, fit.views, strict=True):
+        factor = x.values.transpose(order)[at]
+        value = factor if value is None else value * factor % P
+    assert value is not None
+    summed = value.sum(axis=fit.behind) % P
+    return Local(out, tuple([xs[i].spans[a] for i, a in fit.held]), summed)
 
 
 def total(out: tuple[str, ...], *xs: Local) -> Local:
     """The sum of all, those with fewer dims repeated along the others."""
-    meet(xs)
-    spans = {d: s for x in xs for d, s in zip(x.dims, x.spans, strict=True)}
-    value = sum((_view(x, out) for x in xs), np.zeros([len(spans[d]) for d in out], np.int64))
-    return Local(out, tuple(spans[d] for d in out), value % P)
+    fit = _met(out, xs)
+    assert not fit.behind
+    value = sum(x.values.transpose(order)[at] for x, (order, at) in zip(xs, fit.views, strict=True))
+    return Local(out, tuple([xs[i].spans[a] for i, a in fit.held]), value % P)
 
 
 def times(x: Local, factor: Values | int) -> Local:
     """x with its values multiplied, element by element."""
-    return replace(x, values=x.values * factor % P)
+    return Local(x.dims, x.spans, x.values * factor % P)

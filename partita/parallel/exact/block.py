@@ -185,9 +185,11 @@ class BlockRun:
             if op.is_region:
                 self._region_back(op)
             else:
-                self._made_again(op)
+                sources = self._sources(op)
+                self._made_again(sources)
+                knows = frozenset((*op.saves, *op.weights, *(o.writes for o in sources)))
                 for r in self.ranks:
-                    self._op_back(op, r)
+                    self._op_back(op, r, knows)
 
     def move(self, phase: str, leaves: bool) -> None:
         """What the block keeps goes to another arena behind F, and comes back before B, as its regions say;
@@ -211,7 +213,12 @@ class BlockRun:
     def input_gradient(self) -> dict[int, Local]:
         """The gradient of the block's input."""
         x = self.block.input
-        return {r: self.grads[r].get(x, self.places[r].filled(x)) for r in self.ranks}
+        return {r: self._gradient(r, x) for r in self.ranks}
+
+    def _gradient(self, rank: int, name: str) -> Local:
+        """A tensor's gradient, zeros where nothing came."""
+        found = self.grads[rank].get(name)
+        return self.places[rank].filled(name) if found is None else found
 
     def _keep(self, names: frozenset[str]) -> None:
         kept = names | {w.name for w in self.block.weights()}
@@ -350,14 +357,14 @@ class BlockRun:
             return
         events = [e for e in op.events if e.phase == "B" and e.gradient]
         for r in self.ranks:
-            self.grads[r].setdefault(y, self.places[r].filled(y))
+            self.grads[r][y] = self._gradient(r, y)
         got = self._move(op, events, y, x, self.grads, "B")
         for r in self.ranks:
             self._accumulate(r, x, got[r])
 
-    def _made_again(self, op: Op) -> None:
-        """Regions on what this op saved, whose result it reads, run again; if moving, as declared."""
-        for region in self._sources(op):
+    def _made_again(self, sources: Sequence[Op]) -> None:
+        """Regions on what an op saved, whose result it reads, run again; if moving, as declared."""
+        for region in sources:
             if region.writes in self.again:
                 continue
             events = [e for e in region.events if e.phase == "B" and not e.gradient]
@@ -370,10 +377,8 @@ class BlockRun:
         regions = [o for o in self.block.ops() if o.is_region and o.writes in op.reads]
         return [o for o in regions if o.writes not in op.saves and o.reads[0] in op.saves]
 
-    def _op_back(self, op: Op, rank: int) -> None:
-        place = self.places[rank]
-        g = self.grads[rank].get(op.writes, place.filled(op.writes))
-        knows = {*op.saves, *op.weights, *(o.writes for o in self._sources(op))}
+    def _op_back(self, op: Op, rank: int, knows: frozenset[str]) -> None:
+        place, g = self.places[rank], self._gradient(rank, op.writes)
         for name, x in BACKWARD[op.kind](op, place, self._get(rank, op, knows), g).items():
             t = self.block.tensors[name]
             if t.role in CARRIES and not t.frozen:

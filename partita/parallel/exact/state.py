@@ -15,8 +15,18 @@ from partita.parallel.exact.block import BlockRun, World
 from partita.parallel.laid import Laid, Unit, local_shape
 from partita.parallel.read import BYTES
 from partita.parallel.room import ACROSS
-from partita.spec.layout import Layout, Piece, product_coordinate
+from partita.spec.layout import Layout, product_coordinate
 from partita.spec.program import Block, Event, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a layout: where it is stored, the global indices there, and whether it counts."""
+
+    at: slice
+    spans: tuple[range, ...]
+    shape: tuple[int, ...]
+    primary: bool
 
 
 @dataclass
@@ -36,31 +46,25 @@ class Stored:
     whole: dict[str, Values] = field(default_factory=dict)
     shard: dict[str, Values] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.dims = {n: tuple(d.name for d in t.dims) for n, t, _ in self.unit.weights}
+        self.real = {n: tuple(slice(len(s)) for s in x) for n, (_, x) in self.boxes.items()}
+        self.ends = {n: x + prod(self.shapes[n]) for n, (x, _) in self.boxes.items()}
+
     def view(self, name: str, role: str) -> Local:
         """A weight's part of the whole, without its padding; writing to it writes to the buffer."""
         start, spans = self.boxes[name]
-        shape = self.shapes[name]
-        flat = self.whole[role][start : start + prod(shape)]
-        real = flat.reshape(shape)[tuple(slice(len(s)) for s in spans)]
-        return Local(self.dims(name), spans, real)
+        flat = self.whole[role][start : self.ends[name]]
+        return Local(self.dims[name], spans, flat.reshape(self.shapes[name])[self.real[name]])
 
-    def dims(self, name: str) -> tuple[str, ...]:
-        """Names of a weight's dims."""
-        tensor = next(t for n, t, _ in self.unit.weights if n == name)
-        return tuple(d.name for d in tensor.dims)
-
-    def held(self, name: str, role: str, pieces: list[Piece]) -> tuple[Local, ...]:
+    def held(self, name: str, role: str, pieces: list[Part]) -> tuple[Local, ...]:
         """What is stored of a weight, copied."""
-        found = []
-        for p in pieces:
-            values = self.shard[role][p.start : p.start + p.numel()].copy()
-            spans = tuple(range(a, b) for a, b in p.box)
-            found.append(Local(self.dims(name), spans, values.reshape([b - a for a, b in p.box])))
-        return tuple(found)
+        dims, shard = self.dims[name], self.shard[role]
+        return tuple([Local(dims, p.spans, shard[p.at].reshape(p.shape).copy()) for p in pieces])
 
     def fresh_gradient(self, key: str) -> Values:
         """A whole gradient of zeros, other numbers where nothing lies."""
-        self.whole["gradient"] = noise(f"padding {key}", (range(self.size),))
+        self.whole["gradient"] = noise(f"padding {key}", (range(self.size),)).copy()
         for name in self.boxes:
             self.view(name, "gradient").values[...] = 0
         return self.whole["gradient"]
@@ -71,7 +75,7 @@ class States:
 
     def __init__(self, laid: Laid, world: World) -> None:
         self.laid, self.world = laid, world
-        self._pieces: dict[tuple[int, int], list[Piece]] = {}  # by layout, which the plan holds
+        self._pieces: dict[tuple[int, int], list[Part]] = {}  # by layout, which the plan holds
         self.units = {
             (r, u.name): self._store(r, u)
             for place in range(laid.sizes["pp"])
@@ -90,7 +94,7 @@ class States:
         ways, mine = product_coordinate(self.laid.sizes, self.world.at[rank], unit.shard)
         each = -(-start // ways)
         found = Stored(unit, each * ways, slice(mine * each, (mine + 1) * each), boxes, shapes)
-        found.whole["parameter"] = noise(f"padding parameter {rank}", (range(found.size),))
+        found.whole["parameter"] = noise(f"padding parameter {rank}", (range(found.size),)).copy()
         for name, (_, spans) in boxes.items():
             found.view(name, "parameter").values[...] = noise(name, spans)
         found.shard["parameter"] = found.whole["parameter"][found.part]
@@ -104,20 +108,24 @@ class States:
             found.shard["gradient"] = found.fresh_gradient(f"{rank}")[found.part]
         return self._checked(rank, found)
 
-    def pieces(self, layout: Layout, rank: int) -> list[Piece]:
+    def pieces(self, layout: Layout, rank: int) -> list[Part]:
         """What the layout says of a rank, found once."""
         found = self._pieces.get((id(layout), rank))
         if found is None:
-            found = self._pieces[id(layout), rank] = layout.pieces(self.laid.mesh, rank)
+            found = []
+            for p in layout.pieces(self.laid.mesh, rank):
+                spans = tuple([range(a, b) for a, b in p.box])
+                at = slice(p.start, p.start + p.numel())
+                found.append(Part(at, spans, tuple(map(len, spans)), p.primary))
+            self._pieces[id(layout), rank] = found
         return found
 
     def _checked(self, rank: int, found: Stored) -> Stored:
         """The layouts say of the shard what was stored there."""
         for name, _, layout in found.unit.weights:
             for p in self.pieces(layout, rank):
-                spans = tuple(range(a, b) for a, b in p.box)
-                there = found.shard["parameter"][p.start : p.start + p.numel()]
-                if not np.array_equal(there, noise(name, spans).ravel()):
+                there = found.shard["parameter"][p.at]
+                if not np.array_equal(there, noise(name, p.spans).ravel()):
                     raise ExecuteError(f"{name} does not lie where its layout says on rank {rank}")
         return found
 
@@ -271,7 +279,7 @@ class States:
         for (r, _), stored in self.units.items():
             for _, _, layout in stored.unit.weights if r == rank and not stored.unit.frozen else ():
                 for p in self.pieces(layout, home):
-                    g = stored.shard["gradient"][p.start : p.start + p.numel()]
+                    g = stored.shard["gradient"][p.at]
                     found += int((g * g % P).sum()) if p.primary else 0
         return found % P
 
