@@ -6,10 +6,10 @@ down, so that only a few steps are measured; their peak is reported for the step
 caching allocator knows the peak of every step, and the mode only tells the categories apart.
 
 A storage is what it was claimed as (parameters, gradients, optimizer); else `activations` once
-autograd keeps it, or when it outlives the forward it was born in; else `buffers`: alive inside an
-operation, a collective or a backward. What was there before the step and nobody claims is `untagged`.
-Views of mapped files (tokens on disk, the segment that ranks share) are no allocation: their pages are the
-host's, and most are never touched.
+autograd keeps it, or when it outlives the forward it was born in, or the input half of a backward; else
+`buffers`: alive inside an operation, a collective or a backward. What was there before the step and
+nobody claims is `untagged`. Views of mapped files (tokens on disk, the segment that ranks share) are no
+allocation: their pages are the host's, and most are never touched.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.comm.protocol import Where
 from partita.record.ledger import Ledger
+
+KEEPING = ("F", "I")  # phases that leave behind what another one reads: B, or W
 
 
 def mapped_files() -> list[tuple[int, int]]:
@@ -78,7 +80,7 @@ class Allocations(TorchDispatchMode):
         self._mapped = mapped_files()
         # storage -> bytes, category, the arena's counter, weak reference
         self._live: dict[int, tuple[int, str, Counter[str], Any]] = {}
-        self._born: set[int] = set()  # in this forward, not yet kept
+        self._born: set[int] = set()  # in this forward or input half, not yet kept
         self._resized: list[Tensor] = []
 
     def resizes(self, tensors: Iterable[Tensor]) -> None:
@@ -122,8 +124,9 @@ class Allocations(TorchDispatchMode):
             yield
         self._born.clear()
 
-    def forward_over(self) -> None:
-        """A stage's forward has ended: what it made and is still there waits for its backward."""
+    def leaves_behind(self) -> None:
+        """A stage's forward, or the input half of its backward, has ended: what it made and is still there
+        waits for its backward, or its weight half."""
         for key in self._born:
             if key in self._live:
                 self._keep(key)
@@ -174,7 +177,7 @@ class Allocations(TorchDispatchMode):
             if arena is self.host and category == "buffers" and self.where.phase == "F":
                 category = "activations"  # what F has put there waits for B
             self._live[key] = (size, category, arena, gone)
-            if category == "buffers" and self.where.phase == "F" and arena is self.held:
+            if category == "buffers" and self.where.phase in KEEPING and arena is self.held:
                 self._born.add(key)
         elif known[0] != size:  # resized in place
             category, arena = known[1], known[2]

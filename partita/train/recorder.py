@@ -35,7 +35,7 @@ from partita.record.run import FOLDER, RankRecord, write_record
 from partita.record.span import Span
 from partita.record.transfer import Transfer, summarise
 from partita.schedule.ir import Action
-from partita.train.allocation import Allocations
+from partita.train.allocation import KEEPING, Allocations
 from partita.train.build import Built
 from partita.train.clock import Clock, clock_of
 
@@ -107,8 +107,8 @@ class StepRecorder:
         spans = self._spans
         start = None if spans is None else self.clock.stamp()
         yield
-        if self.where.phase == "F" and action.kind == "F":
-            self.allocations.forward_over()
+        if self.where.phase == action.kind and action.kind in KEEPING:
+            self.allocations.leaves_behind()
         else:
             self.allocations.backward_over()
         if spans is not None:

@@ -15,7 +15,9 @@ import verify_jobs
 
 from partita.comm.protocol import Where
 from partita.comm.single import SingleWorld
+from partita.comm.threads.local import LocalWorld, local
 from partita.parallel.kernels import product
+from partita.record.ledger import Ledger
 from partita.record.run import read_ranks
 from partita.simulate.predict import simulate
 from partita.spec.job import Job
@@ -68,12 +70,13 @@ def test_what_autograd_keeps_is_an_activation_until_it_is_freed() -> None:
     assert a.held["parameters"] == 400
 
 
-def test_what_outlives_its_forward_is_an_activation() -> None:
-    a = seen()
+@pytest.mark.parametrize("phase", ["F", "I"])
+def test_what_outlives_its_forward_or_input_half_is_an_activation(phase: str) -> None:
+    a = Allocations(Where(phase=phase))
     with a.watch():
         kept = torch.zeros(100)
         assert (a.held["buffers"], a.held["activations"]) == (400, 0)
-        a.forward_over()
+        a.leaves_behind()
         assert (a.held["buffers"], a.held["activations"]) == (0, 400)
     del kept
     assert a.total == 0
@@ -307,3 +310,21 @@ def test_a_narrow_swiglu_packs_its_halves_first(line: str, tmp_path: Path) -> No
     found = [x.at_peak for x in (record.ledger, simulate(job).ledgers[0])]
     measured, predicted = (x["activations"] + x["buffers"] for x in found)
     assert measured == pytest.approx(predicted, rel=0.03)
+
+
+def test_what_waits_for_its_weight_half_is_an_activation(tmp_path: Path) -> None:
+    """All that is made again, and the gradients that a weight half reads: most of what such a rank keeps."""
+    job = Job.load({
+        **TABLE, "plan": "pp2:zb_h1/4mb recompute:full", "model": {**TABLE["model"], "layers": 4},
+        "train": {**TABLE["train"], "global_batch_size": 4},
+    })  # fmt: skip
+
+    def measured(world: LocalWorld) -> Ledger:
+        record = train(assemble(job, world, world.where), tmp_path / str(world.rank)).record
+        assert record.ledger is not None
+        return record.ledger
+
+    with local(2) as ranks:
+        found = ranks.run(measured)
+    for said, real in zip(simulate(job).ledgers, found, strict=True):
+        assert real.most["activations"] == pytest.approx(said.most["activations"], rel=0.15)
