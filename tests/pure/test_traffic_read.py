@@ -143,6 +143,29 @@ def test_data_parallel_reduces_each_gradient_once_a_step() -> None:
         assert not got
 
 
+def test_neighbours_share_a_unit_as_long_as_its_gradient_fits_a_bucket() -> None:
+    """Head and table, larger than a bucket, are alone; layers pair while two of them fit to the byte."""
+    layer = 4 * (LLAMA8.parameters() - 2 * 128256 * 4096 - 4096) // 32
+    for most, each in ((2 * layer, 2), (2 * layer - 1, 1), (layer // 2, 1)):
+        whole = lay(Request(parse(f"dp_replicate8 bf16 data.bucket_bytes={most}"), LLAMA8, 8192))
+        layers = [sum(n.endswith(".attention.wq") for n, *_ in u.weights) for u in whole.units(0)]
+        assert layers == [0, *[each] * (32 // each), 0]
+
+
+@pytest.mark.parametrize(("words", "phase", "count"), [
+    ("zero3", "F", (2, 64, 2)), ("zero3", "B", (0, 64, 2)), ("zero1", "step", (1, 32, 1)),
+    ("zero3 data.reshard_after_forward=false", "step", (1, 32, 1)),
+])  # fmt: skip
+def test_no_gather_is_needless(words, phase, count) -> None:
+    """Of two microbatches: the table is looked up in forward alone, layers and head multiply in both."""
+    whole = lay(Request(parse(f"dp_shard8.{words} bf16 2mb data.bucket_bytes=1"), LLAMA8, 8192))
+    found = [t for t in whole.traffic(0) if t.site.endswith(":gather") and t.phase == phase]
+    by_block = [
+        sum(t.count for t in found if t.site.startswith(b)) for b in ("embedding", "blocks", "head")
+    ]
+    assert by_block == list(count)
+
+
 def test_pipeline_sends_the_cut_activation() -> None:
     x = 2 * 8192 * 4096
     for line, size in (("pp4/8mb bf16", x), ("pp4/8mb tp2+sp bf16", x // 2)):
