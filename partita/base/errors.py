@@ -7,7 +7,8 @@ PartitaError              70 internal
 ├── DataError             65 data         the content of a data or tokenizer file
 ├── CheckpointError       66 checkpoint
 ├── PeerError             71 peer         a rank was lost, disagreed or timed out
-│   └── CommError
+│   ├── CommError
+│   └── RankLostError                   a rank of a server is gone
 ├── NonFiniteError        72 non_finite   a loss or gradient that is not a number
 ├── WriteError            73 write        full or read-only disk
 ├── BusyError             75 busy         the run folder is taken by a live owner
@@ -131,6 +132,10 @@ class PeerError(PartitaError):
 
 class CommError(PeerError):
     """A collective that cannot complete: names rank, axis, operation and site."""
+
+
+class RankLostError(PeerError):
+    """A rank that serves a model is gone, `rank`: the others cannot answer without it."""
 
 
 class NonFiniteError(PartitaError):

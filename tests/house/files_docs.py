@@ -29,6 +29,7 @@ UNITS = {
     "model": "the layers, and the reference on one device that judges them",
     "train": "a run: data, loop, optimizer, checkpoints, faults",
     "verify": "a plan beside one device",
+    "serve": "inference under a plan: a runner of ranks over pages of keys and values",
     "tune": "measures this machine; preflight",
     "report": "one page a run",
     "cli": "one verb a file",

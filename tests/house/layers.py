@@ -12,7 +12,7 @@ TORCH_LINE = 6
 
 LEVELS = {
     "base": 0, "spec": 1, "record": 1, "schedule": 2, "cost": 2, "simulate": 4, "planner": 5,
-    "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 9, "verify": 10, "tune": 10,
+    "plots": 5, "comm": 6, "model": 8, "train": 9, "serve": 10, "verify": 10, "tune": 10,
     "report": 10, "cli": 11, "launch": 5,
 }  # fmt: skip
 ROOMS = {  # of a unit, in their order; files beside a unit's rooms stand at .2

@@ -1,0 +1,4 @@
+"""Inference from the plan line that a model was trained with: a runner of ranks, and what stands on it.
+
+`piece.py` says what a runner is asked, `runner.py` opens one.
+"""

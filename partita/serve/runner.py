@@ -1,0 +1,119 @@
+"""Opens a runner: a checkpoint or a Hugging Face folder on the ranks of a plan line.
+
+with closing(open_runner("runs/mine", pages=256)) as runner:
+    logits = runner.run([Piece(tokens=(5, 7, 9), start=0, pages=(0,))])    # [1, vocab]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from partita.base.errors import UsageError
+from partita.base.units import format_bytes
+from partita.comm.single import SingleWorld
+from partita.parallel.laid import lay
+from partita.serve.part import Opening, Part, page_bytes
+from partita.serve.piece import Pending, Piece, Room, Runner
+from partita.serve.served import request_of
+from partita.serve.weights import found
+from partita.spec.plan import Plan
+
+TOKENS = 32_768  # that pages hold, where nothing is said
+__all__ = ["Pending", "Piece", "Room", "Runner", "SingleRunner", "open_runner", "opening_of"]
+
+
+class Ready:
+    """A step that is done."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def result(self) -> Tensor:
+        """Its logits."""
+        return self._logits
+
+
+class SingleRunner:
+    """A runner of one rank, which is the thread that calls it."""
+
+    def __init__(self, opening: Opening) -> None:
+        if opening.ranks > 1:
+            raise UsageError(
+                f"{opening.request.plan} has {opening.ranks} ranks, here is one", key="plan"
+            )
+        self._room = room = opening.room
+        self.vocab, self.max_len = room.vocab, room.max_len
+        self.pages, self.page_size = room.pages, room.page_size
+        self._part: Part | None = Part(opening, SingleWorld())
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """One step; see Runner."""
+        self._room.require(pieces)
+        if self._part is None:
+            raise UsageError("the runner is closed")
+        logits = self._part.run(pieces)
+        assert logits is not None
+        return logits.cpu()
+
+    def start(self, pieces: Sequence[Piece]) -> Ready:
+        """As run, which is done at once."""
+        return Ready(self.run(pieces))
+
+    def close(self) -> None:
+        """Lets go of weights and pages."""
+        self._part = None
+
+
+def open_runner(
+    folder: str | Path,
+    plan: str | Plan = "",
+    *,
+    pages: int | None = None,
+    memory: int | None = None,
+    page_size: int = 16,
+    dtype: str = "fp32",
+    device: str = "cpu",
+) -> Runner:
+    """A model on the ranks of a plan. `pages`, or bytes of `memory` for them on every rank; left out, four
+    sequences of the model's longest, or TOKENS, whichever is less. No sequence is longer than all pages.
+
+    Raises CheckpointError for a folder that is none, UsageError and PlanError for a plan that cannot be."""
+    opening = opening_of(
+        folder, plan, pages=pages, memory=memory, page_size=page_size, dtype=dtype, device=device
+    )
+    return SingleRunner(opening)
+
+
+def opening_of(
+    folder: str | Path,
+    plan: str | Plan = "",
+    *,
+    pages: int | None = None,
+    memory: int | None = None,
+    page_size: int = 16,
+    dtype: str = "fp32",
+    device: str = "cpu",
+) -> Opening:
+    """What the ranks of `open_runner` are given."""
+    spec, weights = found(folder)
+    stated = Plan.parse(plan) if isinstance(plan, str) else plan
+    request = request_of(spec, stated, dtype)
+    if page_size < 1:
+        raise UsageError(f"a page of {page_size} tokens: it holds at least 1", key="page_size")
+    if pages is None and memory is not None:
+        one = page_bytes(lay(request), page_size)
+        pages = memory // one
+        if not pages:
+            raise UsageError(
+                f"{format_bytes(memory)} hold no page of keys and values, which takes {format_bytes(one)} on "
+                f"a rank of {request.plan}",
+                key="memory",
+            )
+    if pages is None:
+        pages = -(-min(4 * spec.max_seq_len, TOKENS) // page_size)
+    if pages < 1:
+        raise UsageError(f"{pages} pages: at least 1 is wanted", key="pages")
+    return Opening(request, weights, pages, page_size, device)

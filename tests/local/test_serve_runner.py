@@ -1,0 +1,61 @@
+"""A runner's logits, of sequences in pieces, are those of the reference on whole ones: float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from serve_models import FAMILIES, MAX_LEN, PAGES, greatest_difference, model, opening, sequences
+
+from partita.base.errors import UsageError
+from partita.serve.piece import Piece
+from partita.serve.runner import SingleRunner
+
+CLOSE = 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_equals_the_reference(family):
+    spec = model(family)
+    assert greatest_difference(SingleRunner(opening(spec)), spec) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("piece", "told"),
+    [
+        (Piece((1, 99), 0, (0,)), "token 99 is not within the vocabulary of 37"),
+        (Piece((1,), MAX_LEN, tuple(range(13))), f"position {MAX_LEN} is behind the last"),
+        (Piece((1,) * 5, 0, (0,)), "1 pages of 4 do not hold 5 tokens"),
+        (Piece((1,), 0, (PAGES,)), f"a page is not within 0 .. {PAGES - 1}"),
+        (Piece((1,), 0, (0,), want=2), "logits of 2 are wanted"),
+        (Piece((), 0, (0,), want=0), "0 tokens"),
+    ],
+)
+def test_a_piece_that_cannot_be_is_refused_before_anything_runs(piece, told):
+    runner = SingleRunner(opening(model("llama")))
+    good = Piece((3, 4), 0, (1,), 2)
+    before = runner.run([good])
+    with pytest.raises(UsageError, match=told):
+        runner.run([good, piece])
+    assert torch.equal(runner.run([good]), before)
+
+
+def test_what_pages_held_before_reaches_nobody():
+    """Not even numbers that are none, which a weight of zero would hand on."""
+    spec = model("llama")
+    runner = SingleRunner(opening(spec))
+    (ids,) = sequences(spec, 6)
+    piece = Piece(tuple(ids), 0, (2, 5), 6)
+    right = runner.run([piece])
+    for block in runner._part.blocks[1:-1]:
+        block.attention.core.keys[:PAGES].fill_(torch.nan)
+        block.attention.core.values[:PAGES].fill_(torch.nan)
+    assert torch.equal(runner.run([piece]), right)
+    beside = runner.run([Piece((1,), 0, (7,), 1), Piece(tuple(ids[:5]), 0, (5, 2), 5)])
+    assert torch.allclose(beside[1:], right[:5], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_bf16_is_near(family):
+    spec = model(family)
+    worst = greatest_difference(SingleRunner(opening(spec, dtype="bf16")), spec)
+    assert CLOSE < worst < 1.0  # of logits of about 5
