@@ -1,13 +1,17 @@
 """Opens a runner: a checkpoint or a Hugging Face folder on the ranks of a plan line.
 
-with closing(open_runner("runs/mine", pages=256)) as runner:
+with closing(open_runner("runs/mine", "tp2", pages=256)) as runner:
     logits = runner.run([Piece(tokens=(5, 7, 9), start=0, pages=(0,))])    # [1, vocab]
+
+One rank is the thread that calls it; several are threads of this process ("local") or processes of this
+host ("processes").
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,10 +21,12 @@ from partita.comm.single import SingleWorld
 from partita.parallel.laid import lay
 from partita.serve.part import Opening, Part, page_bytes
 from partita.serve.piece import Pending, Piece, Room, Runner
+from partita.serve.ranks import Processes, RanksRunner, Threads
 from partita.serve.served import request_of
 from partita.serve.weights import found
 from partita.spec.plan import Plan
 
+Backend = Literal["local", "processes"]
 TOKENS = 32_768  # that pages hold, where nothing is said
 __all__ = ["Pending", "Piece", "Room", "Runner", "SingleRunner", "open_runner", "opening_of"]
 
@@ -75,6 +81,7 @@ def open_runner(
     memory: int | None = None,
     page_size: int = 16,
     dtype: str = "fp32",
+    backend: Backend = "local",
     device: str = "cpu",
 ) -> Runner:
     """A model on the ranks of a plan. `pages`, or bytes of `memory` for them on every rank; left out, four
@@ -84,7 +91,14 @@ def open_runner(
     opening = opening_of(
         folder, plan, pages=pages, memory=memory, page_size=page_size, dtype=dtype, device=device
     )
-    return SingleRunner(opening)
+    return started(opening, backend)
+
+
+def started(opening: Opening, backend: Backend = "local") -> Runner:
+    """The runner of an opening; returns when all ranks have their weights."""
+    if opening.ranks == 1:
+        return SingleRunner(opening)
+    return RanksRunner(opening, (Threads if backend == "local" else Processes)(opening))
 
 
 def opening_of(
