@@ -72,10 +72,10 @@ class Random:
         return judge
 
 
-def opening(spec: ModelSpec, plan: str = "", dtype: str = "fp64", pages: int = PAGES) -> Opening:
+def opening(spec: ModelSpec, plan: str = "", dtype: str = "fp64", device: str = "cpu") -> Opening:
     """What ranks of a plan are given."""
     request = request_of(spec, Plan.parse(plan), dtype)
-    return Opening(request, Random(spec), pages, PAGE)
+    return Opening(request, Random(spec), PAGES, PAGE, device)
 
 
 def sequences(spec: ModelSpec, *lengths: int) -> list[list[int]]:

@@ -83,7 +83,7 @@ class Part:
         self.context = _context(self.laid, world, where or Where(), torch.device(opening.device))
         self.dtype = DTYPES[opening.request.plan.precision.dtype]
         context, at = self.context, self.context.coords
-        units = make_units(self.laid, context.rank, self.dtype, context.device)
+        self.units = units = make_units(self.laid, context.rank, self.dtype, context.device)
         opening.weights.fill(self.laid, context.rank, units)
         blocks = build_blocks(opening.request.model, self.laid, at["pp"], context, units)
         self.blocks = [b for stage in blocks.values() for b in stage]

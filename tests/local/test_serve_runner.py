@@ -59,3 +59,26 @@ def test_bf16_is_near(family):
     spec = model(family)
     worst = greatest_difference(SingleRunner(opening(spec, dtype="bf16")), spec)
     assert CLOSE < worst < 1.0  # of logits of about 5
+
+
+def test_weights_are_all_that_is_held():
+    spec = model("llama")
+    units = SingleRunner(opening(spec, dtype="bf16"))._part.units
+    held = {x.untyped_storage() for u in units for x in (u.working, u.master, u.gradient, u.sums)}
+    assert sum(x.nbytes() for x in held) == 2 * spec.parameters()
+
+
+def test_a_sequence_beside_others_differs_by_roundings_alone(tolerance):
+    spec = model("llama")
+    runner = SingleRunner(opening(spec, dtype="fp32"))
+    one, two, long = sequences(spec, 9, 9, 30)
+    alone = runner.run([Piece(tuple(one), 0, (0, 1, 2), 9)])
+    beside = runner.run(
+        [
+            Piece(tuple(long), 0, tuple(range(10, 18)), 30),
+            Piece(tuple(one), 0, (3, 4, 5), 9),
+            Piece(tuple(two), 0, (6, 7, 8), 9),
+        ]
+    )
+    bound = alone.abs().max() * tolerance("fp32", spec.hidden * spec.layers)
+    assert (beside[30:39] - alone).abs().max() < bound
