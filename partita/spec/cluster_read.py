@@ -98,7 +98,21 @@ def read_cluster(
         return found
     placed = UsageError("\n".join(x.message for x in told), file=told[0].file, key=told[0].key)
     placed.keys = tuple(key for x in told for key in x.keys)
-    raise placed
+    raise _of_path(table, folder, prefix, placed) or placed
+
+
+def _of_path(
+    table: Mapping[str, Any], folder: Path, prefix: str, wrong: UsageError
+) -> UsageError | None:
+    """The same, told of the file that `path` names, where it lies in that file."""
+    if "path" not in table:
+        return None
+    try:
+        Cluster.load(folder / table["path"])
+    except UsageError as error:
+        keys = {key.removeprefix(f"{prefix}.") for key in wrong.keys}
+        return error if keys == set(error.keys) else None
+    return None
 
 
 def _top(key: str) -> str:

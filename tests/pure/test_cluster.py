@@ -173,6 +173,16 @@ def test_inner_tiers_come_first() -> None:
         Cluster("x", 8, 4, "CPU", 10**9, {"fp32": 1e9}, 1e9, links)
 
 
+def test_what_is_wrong_in_a_file_that_a_job_names_is_told_of_that_file(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text('devics = 3\ndevice = "h100"')
+    table = {"path": "c.toml"}
+    with pytest.raises(UsageError, match=r"c\.toml: devics: unknown key"):
+        Cluster.from_toml(table, file="job.toml", folder=tmp_path)
+    (tmp_path / "c.toml").write_text('devices = 3\ndevice = "h100"')
+    with pytest.raises(UsageError, match=r"^job\.toml: cluster\.devices: 0 is not"):
+        Cluster.from_toml({**table, "devices": 0}, file="job.toml", folder=tmp_path)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path, capsys) -> None:
     file = tmp_path / "c.toml"
     wrong = {
