@@ -1,9 +1,15 @@
-"""What takes turns between commits: a suite runs a part of it, and another part with the next."""
+"""What takes turns between commits: a suite runs a part of it, and another part with the next; all where the
+environment has TURNS=all."""
 
+import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+Case = TypeVar("Case")
 
 
 @cache
@@ -14,3 +20,9 @@ def turn(parts: int) -> int:
     asked = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
     return int(done.stdout[:8] or "0", 16) % parts
+
+
+def in_turn(cases: Iterable[Case], parts: int = 2) -> list[Case]:
+    """Every other of the cases (or every so-manieth), the rest with the next commits."""
+    every = list(cases)
+    return every if os.environ.get("TURNS") == "all" else every[turn(parts) :: parts]

@@ -22,7 +22,7 @@ from executed import (
     model,
     request,
 )
-from turns import turn
+from turns import in_turn
 
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.exact.execute import Execution, execute
@@ -60,7 +60,8 @@ FULL = " recompute:full"
 
 def halves(models: list[str], lines: list[str]) -> list[tuple[str, str]]:
     """Every plan with half of the models, with the others at the next commit."""
-    return [(m, p) for i, p in enumerate(lines) for m in models[(i + turn(2)) % 2 :: 2]]
+    n = len(models)
+    return in_turn((models[(i + k) % n], p) for i, p in enumerate(lines) for k in range(n))
 
 
 CASES = halves(list(MODELS)[:4], [*PLANS, *ZERO])

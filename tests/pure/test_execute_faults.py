@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from executed import DROPS, GPT2, LLAMA, TIED, change_region, found_wrong, laid, regions
-from turns import turn
+from turns import in_turn
 
 from partita.parallel.exact import block as execute_block
 from partita.parallel.read import replayed
@@ -32,18 +32,15 @@ IDS = [line for _, line, _ in FAULTY]
 
 @pytest.mark.parametrize(("spec", "line", "events"), FAULTY, ids=IDS)
 def test_every_event_is_needed(spec, line, events) -> None:
-    whole, tried, unneeded = laid(spec, line), 0, []
-    for name, region in regions(whole):
-        for event in region.events:
-            tried += 1
-            if tried % 2 != turn(2):
-                continue
-            left = replace(region, events=tuple(e for e in region.events if e is not event))
-            steps = 2 if region.kind == "gather" else 1
-            if not found_wrong(spec, change_region(whole, (name, region), (left,)), steps):
-                unneeded.append((name, region.name, event))
+    whole, unneeded = laid(spec, line), []
+    every = [(name, region, event) for name, region in regions(whole) for event in region.events]
+    assert len(every) == events
+    for name, region, event in in_turn(every):
+        left = replace(region, events=tuple(e for e in region.events if e is not event))
+        steps = 2 if region.kind == "gather" else 1
+        if not found_wrong(spec, change_region(whole, (name, region), (left,)), steps):
+            unneeded.append((name, region.name, event))
     assert not unneeded
-    assert tried == events
 
 
 @pytest.mark.parametrize("line", ["tp2", "dp_replicate2" + ALONE])
@@ -66,16 +63,14 @@ AXES = [
 
 @pytest.mark.parametrize(("spec", "line", "axes"), AXES, ids=[line for _, line, _ in AXES])
 def test_every_gradient_axis_is_needed(spec, line, axes) -> None:
-    whole, tried = laid(spec, line), 0
-    for name, region in regions(whole):
-        for axis in region.axes if region.kind == "reduce" else ():
-            tried += 1
-            if tried % 2 != turn(2):
-                continue
-            left = tuple(a for a in region.axes if a != axis) or ("ep",)
-            changed = change_region(whole, (name, region), (replace(region, axes=left),))
-            assert found_wrong(spec, changed), (name, region.name, axis)
-    assert tried == axes
+    whole = laid(spec, line)
+    sums = [(name, op) for name, op in regions(whole) if op.kind == "reduce"]
+    every = [(name, region, axis) for name, region in sums for axis in region.axes]
+    assert len(every) == axes
+    for name, region, axis in in_turn(every):
+        left = tuple(a for a in region.axes if a != axis) or ("ep",)
+        changed = change_region(whole, (name, region), (replace(region, axes=left),))
+        assert found_wrong(spec, changed), (name, region.name, axis)
 
 
 KEPT = [
@@ -95,8 +90,7 @@ def test_every_kept_tensor_is_needed(spec, line) -> None:
     whole = laid(spec, line)
     kept = sorted({t for b in whole.program.blocks for t in b.kept})
     assert len(kept) >= 5
-    tried = kept[turn(2) :: 2]
-    assert [name for name in tried if not found_wrong(spec, whole, lost=name)] == []
+    assert [name for name in in_turn(kept) if not found_wrong(spec, whole, lost=name)] == []
 
 
 @pytest.mark.parametrize("spec", [LLAMA, DROPS], ids=["llama", "gpt2"])
@@ -105,7 +99,7 @@ def test_every_replayed_op_is_needed(spec, line, monkeypatch) -> None:
     whole = laid(spec, line)
     names = sorted({op.name for b in whole.program.blocks for op in replayed(b)})
     assert len(names) >= 10
-    for name in names[turn(2) :: 2]:
+    for name in in_turn(names):
         left_out = lambda b, name=name: [op for op in replayed(b) if op.name != name]  # noqa: E731
         monkeypatch.setattr(execute_block, "replayed", left_out)
         assert found_wrong(spec, whole), name

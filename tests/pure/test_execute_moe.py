@@ -18,7 +18,7 @@ from executed import (
     regions,
     request,
 )
-from turns import turn
+from turns import in_turn
 
 from partita.parallel.exact.execute import execute
 from partita.parallel.laid import problems
@@ -40,7 +40,7 @@ LESS = (" recompute:full", " recompute:selective")
 FEW = ("dp2 tp2+sp ep2 etp2", "dp2 tp2 ep2 etp2", "dp4 ep4")
 CASES = [*PLANS, *(line + less for line in FEW for less in LESS)]
 SLOW = [line + less for line in PLANS if line not in FEW for less in LESS]
-SLOW = [pytest.param(line, marks=pytest.mark.slow) for line in SLOW[turn(2) :: 2]]
+SLOW = [pytest.param(line, marks=pytest.mark.slow) for line in in_turn(SLOW)]
 
 
 @pytest.mark.parametrize("line", [*CASES, *SLOW])
@@ -87,7 +87,7 @@ FAULTY = [
 @pytest.mark.parametrize("line", FAULTY)
 def test_every_event_and_gradient_axis_is_needed(line) -> None:
     whole = laid(MOE, f"{line} data.bucket_bytes=1")  # every block's units by themselves
-    unneeded, tried = [], 0
+    unneeded, every = [], []
     for name, region in regions(whole):
         if name == "layer":
             continue
@@ -98,14 +98,12 @@ def test_every_event_and_gradient_axis_is_needed(line) -> None:
         if region.kind == "reduce":
             kept = (tuple(a for a in region.axes if a != axis) or ("cp",) for axis in region.axes)
             changes += [replace(region, axes=axes) for axes in kept]
-        for changed in changes:
-            tried += 1
-            if tried % 2 != turn(2):
-                continue
-            if not found_wrong(MOE, change_region(whole, (name, region), (changed,))):
-                unneeded.append((name, region.name, changed.axes, changed.events))
+        every += [(name, region, changed) for changed in changes]
+    assert len(every) >= 15
+    for name, region, changed in in_turn(every):
+        if not found_wrong(MOE, change_region(whole, (name, region), (changed,))):
+            unneeded.append((name, region.name, changed.axes, changed.events))
     assert not unneeded
-    assert tried >= 15
 
 
 @pytest.mark.parametrize("line", ["dp2 tp2+sp ep2 etp2", "tp2+sp ep2 recompute:full"])

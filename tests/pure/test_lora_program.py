@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from executed import BLOOM, GPT2, LLAMA, MLA, MLA_PLAIN, MOE, declared, request, unequal
 
 from partita.base.errors import UsageError
 from partita.cost.machine import software_of
-from partita.parallel.exact.execute import execute
+from partita.parallel.exact.execute import Outcome, execute
 from partita.parallel.laid import lay
 from partita.parallel.read import flops, gradient_axes
 from partita.parallel.room import Request
@@ -47,13 +48,18 @@ CASES = [
 ]  # fmt: skip
 
 
+@cache
+def one_device(spec, rule) -> Outcome:
+    return execute(lay(replace(request(spec, "fp32"), frozen=rule)))
+
+
 @pytest.mark.parametrize(
     ("spec", "line", "rule"), CASES, ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_a_plan_equals_one_device(spec, line, rule) -> None:
     whole = lay(replace(request(spec, line), frozen=rule))
     got = execute(whole)
-    want = execute(lay(replace(request(spec, "fp32"), frozen=rule)))
+    want = one_device(spec, rule)
     for step in range(2):
         for what in ("losses", "norms"):
             assert set(getattr(got, what)[step].values()) == {getattr(want, what)[step][0]}, what

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from drawn_plans import random_leaf, wide
+from turns import in_turn
 
 from partita.base.errors import Problem, UsageError
 from partita.parallel.laid import lay
@@ -182,12 +183,14 @@ def hold_many(search: Search, seed: int, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("model", "cluster", "batch", "count"),
-    [
-        ("llama3-8b", "32xh100", 64, 40),
-        ("mixtral-8x7b", "16xh100", 32, 40),
-        ("tiny-moe", "16xh100", 16, 60),
-        ("tiny", "laptop", 8, 100),
-    ],
+    in_turn(
+        [
+            ("llama3-8b", "32xh100", 64, 40),
+            ("mixtral-8x7b", "16xh100", 32, 40),
+            ("tiny-moe", "16xh100", 16, 60),
+            ("tiny", "laptop", 8, 100),
+        ]
+    ),
 )
 def test_no_bound_is_above_what_simulate_says(model, cluster, batch, count):
     hold_many(wide(model, cluster, batch), 7, count)

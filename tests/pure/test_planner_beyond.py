@@ -8,6 +8,7 @@ from itertools import pairwise, permutations, product
 import pytest
 from drawn_plans import wide
 from test_planner import bounds_hold, hold_many, leaves, small
+from turns import in_turn
 
 from partita.base.errors import UsageError
 from partita.planner.answers.ask import Question, ask
@@ -41,7 +42,9 @@ def others(search: Search) -> Search:
     return Search(Space(space.job, space.words, space.dtype, turned=True))
 
 
-@pytest.mark.parametrize("question", [("tiny-moe", "16xh100", 16), ("tiny", "32xh100", 8)], ids=str)
+@pytest.mark.parametrize(
+    "question", in_turn([("tiny-moe", "16xh100", 16), ("tiny", "32xh100", 8)]), ids=str
+)
 def test_no_bound_is_above_what_simulate_says_in_any_order(question):
     base = wide(*question, layers=4)
     hold_many(others(searcher(nodes_of(base.job, 4))), 5, 12)

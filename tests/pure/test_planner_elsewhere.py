@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from drawn_plans import wide
 from test_planner import bounds_hold, hold_many, leaves, small
+from turns import in_turn
 
 from partita.planner.answers.answer import counts
 from partita.planner.answers.explain import binds, why
@@ -30,7 +31,7 @@ FORBID = (
 EVERY = [OffloadPlan(to, targets) for to in ("cpu", "nvme") for targets in TARGETS]
 
 
-@pytest.mark.parametrize("offload", EVERY, ids=lambda x: f"{x.to}-{len(x.targets)}")
+@pytest.mark.parametrize("offload", in_turn(EVERY), ids=lambda x: f"{x.to}-{len(x.targets)}")
 @pytest.mark.parametrize("question", [("tiny-moe", "16xh100", 16), ("tiny", "laptop", 8)], ids=str)
 def test_no_bound_is_above_what_simulate_says(question, offload):
     base = wide(*question, layers=4)

@@ -8,6 +8,7 @@ import pytest
 from drawn_plans import random_leaf
 from test_planner import equals_brute_force, hold_many
 from test_planner_splits import splits_hold, uneven
+from turns import in_turn
 
 from partita.planner.answers.explain import why
 from partita.planner.search.nodes import Goal
@@ -34,7 +35,8 @@ def photos(
 
 
 @pytest.mark.parametrize(
-    ("cluster", "size", "batch"), [("16xh100", 227, 16), ("32xh100", 131, 64), ("laptop", 67, 8)]
+    ("cluster", "size", "batch"),
+    in_turn([("16xh100", 227, 16), ("32xh100", 131, 64), ("laptop", 67, 8)]),
 )
 def test_no_bound_of_cut_rows_is_above_what_simulate_says(cluster, size, batch):
     s = photos(cluster, size, batch)
@@ -43,12 +45,12 @@ def test_no_bound_of_cut_rows_is_above_what_simulate_says(cluster, size, batch):
     hold_many(s, 2, 12)
 
 
-@pytest.mark.parametrize("fix", [("tp2", "split2"), ("tp4", "cp2"), ("split2", "pp2")])
+@pytest.mark.parametrize("fix", in_turn([("tp2", "split2"), ("tp4", "cp2"), ("split2", "pp2")]))
 def test_no_bound_of_cut_channels_is_above_what_simulate_says(fix):
     hold_many(photos("16xh100", 131, 16, fix=fix), 3, 12)
 
 
-@pytest.mark.parametrize("axis", ["cp", "tp", "split"])
+@pytest.mark.parametrize("axis", in_turn(["cp", "tp", "split"]))
 def test_no_bound_of_uneven_stages_of_cut_images_is_above_what_simulate_says(axis):
     search = uneven(photos("16xh100", 131, 16))
     meshes = [m for m in search.space.meshes() if m.pp > 1 and getattr(m, axis) > 1]

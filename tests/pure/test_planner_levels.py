@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from drawn_plans import random_leaf, wide
+from turns import in_turn
 
 from partita.planner.search.levels import Levels
 from partita.planner.search.nodes import Node
@@ -59,7 +60,7 @@ def lost(search: Search, seed: int, count: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("model", in_turn(["tiny", "tiny-moe"]))
 def test_no_step_loses_a_plan_at_its_own_time_and_memory(model):
     assert lost(wide(model, "16xh100", 16, 4), 3, 25) == []
 

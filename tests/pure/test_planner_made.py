@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from drawn_plans import random_leaf, wide
 from test_planner import leaves, small
+from turns import in_turn
 
 import partita as pt
 from partita.base.errors import Problem, UsageError
@@ -170,7 +171,7 @@ def test_no_bound_of_a_made_schedule_is_above_what_simulate_says(model, cluster,
 FORBID = ("cp", "tp", "recompute", "dp_replicate", "zero1", "zero2")
 
 
-@pytest.mark.parametrize("memory", [1e9, 6e6])
+@pytest.mark.parametrize("memory", in_turn([1e9, 6e6]))
 def test_the_best_made_schedule_is_that_of_brute_force(memory):
     search = searcher(small(4, memory, layers=8).job, ("fp32",), FORBID)
     found = search.best(ANY)

@@ -9,6 +9,7 @@ import pytest
 from drawn_plans import random_leaf, wide
 from test_planner import leaves, small
 from test_planner_beyond import nodes_of
+from turns import in_turn
 
 from partita.base.errors import Problem
 from partita.base.units import format_seconds
@@ -119,9 +120,13 @@ def splits_hold(search: Search, node: Node, rng: random.Random) -> bool:
 @pytest.mark.parametrize(
     ("model", "cluster", "batch", "count"),
     [
-        ("llama3-8b", "16xh100", 32, 25),
-        ("tiny-moe", "16xh100", 16, 40),
-        ("tiny", "laptop", 8, 40),
+        *in_turn(
+            [
+                ("llama3-8b", "16xh100", 32, 25),
+                ("tiny-moe", "16xh100", 16, 40),
+                ("tiny", "laptop", 8, 40),
+            ]
+        ),
         pytest.param("llama3-8b", "32xh100", 64, 60, marks=pytest.mark.slow),
         pytest.param("tiny-moe", "16xh100", 16, 60, marks=pytest.mark.slow),
     ],
