@@ -20,6 +20,7 @@ import xxhash
 from partita.base.errors import DataError, UsageError
 from partita.train.data.chat import Chat, chat_beside
 from partita.train.data.sources import TextSource
+from partita.train.data.token_bytes import pieces_of
 
 END = "<|endoftext|>"
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")
@@ -75,6 +76,18 @@ class Tokenizer:
                 errors="replace"
             )
         return self._inner.decode([i for i in ids if i < self.size], skip_special_tokens=False)
+
+    @property
+    def specials(self) -> frozenset[int]:
+        """Ids that are marks, no text."""
+        known = {} if self._inner is None else self._inner.get_added_tokens_decoder()
+        return frozenset(i for i, word in known.items() if word.special)
+
+    def pieces(self) -> list[bytes]:
+        """What each id stands for, in UTF-8; of an id that has no token, nothing."""
+        if self._inner is None:
+            return [bytes([i]) for i in range(BYTES)]
+        return pieces_of(self._inner)
 
     def save(self, path: Path) -> None:
         """Writes a tokenizer.json; UsageError for bytes, which need none."""
