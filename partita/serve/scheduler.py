@@ -178,7 +178,7 @@ class Scheduler:
 
     def _give_back(self, seq: Seq) -> None:
         self.pool.release(seq.pages)
-        seq.pages, seq.computed, seq.sealed = [], 0, 0
+        seq.pages, seq.computed = [], 0
 
     def _admit(self) -> bool:
         """Takes the first that waits, where pages are free for all its tokens and one for each that runs."""

@@ -23,6 +23,7 @@ from strikes import Strike, struck
 from partita.cli.main import run as command
 from partita.train.checkpoints import checkpoint
 from partita.train.checkpoints.manifest import MANIFEST, Manifest, encode
+from partita.train.checkpoints.sample import continue_text
 
 CHECKPOINTS = faults.RUN / "checkpoints"
 METRICS = {
@@ -222,6 +223,11 @@ def test_a_checkpoint_is_converted_to_another_plan(run: Path, capfd) -> None:
     assert files == [MANIFEST, "rank-0.safetensors", "rank-1.safetensors"]
     texts = [told("generate", x, "--prompt", "the ") for x in ("runs/small", "other")]
     assert texts[0] == texts[1] and set(texts[0]) == {"format", "text", "token_ids"}
+    alone = continue_text(run, "the ", 64)  # without a cache
+    assert texts[0]["token_ids"] == alone.token_ids and texts[0]["text"] == alone.text
+    drawn = ("--prompt", "the ", "--temperature", "0.9", "--seed", "3", "--max-new-tokens", "9")
+    once, again = (told("generate", x, *drawn) for x in ("runs/small", "other"))
+    assert once == again and once["token_ids"] != alone.token_ids[:9]
     for words, code in ((["--plan", "tp3"], 1), ([], 2), (["--plan", "2mb"], 2)):
         place = "other" if words == ["--plan", "2mb"] else "third"
         assert command(["checkpoint", "convert", "runs/small", place, *words, "--json"]) == code

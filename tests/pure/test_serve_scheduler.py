@@ -73,7 +73,7 @@ class World:
         for share in shares:
             seq = share.seq
             tokens = seq.tokens[: share.start] + list(share.tokens)
-            assert len(share.tokens) == share.count > 0 and len(tokens) <= seq.most
+            assert len(share.tokens) == share.count > 0 and len(tokens) < seq.most
             for place in range(share.start):
                 assert self.cells[seq.pages[place // size]][place % size] == said(
                     tokens[: place + 1]
