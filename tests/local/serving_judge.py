@@ -5,6 +5,8 @@ Pages hold the ids themselves, so a page that was written by another, or not at 
 
 from __future__ import annotations
 
+from threading import Event
+
 import torch
 
 from partita.comm.random.seeds import initial_value
@@ -30,9 +32,12 @@ class JudgeRunner:
         self.reference.training = False
         self.cells = torch.full((pages, page_size), UNWRITTEN)
         self.closed = False
+        self.gate = Event()  # steps wait for it
+        self.gate.set()
         self.runs: list[int] = []  # tokens of each step
 
     def run(self, pieces):
+        assert self.gate.wait(30)
         self.runs.append(sum(len(p.tokens) for p in pieces))
         rows = []
         for p in pieces:

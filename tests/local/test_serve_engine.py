@@ -69,7 +69,7 @@ def greedy(reference, prompt, new) -> tuple[int, ...]:
     return tuple(ids[len(prompt) :])
 
 
-KINDS = {
+KINDS = {  # the last to come repeats itself, so that a draft holds when all others have been read
     "greedy": params(logprobs=2),
     "seeded": params(temperature=1.0, seed=5, top_p=0.9, top_k=40, logprobs=0, max_tokens=9),
     "three": params(
@@ -82,6 +82,7 @@ KINDS = {
         frequency_penalty=0.3,
         repetition_penalty=1.2,
     ),
+    "repeats": params(logit_bias={65: 100.0}, max_tokens=20),
 }
 
 
@@ -113,12 +114,16 @@ def test_greedy_is_the_reference(alone, reference):
 )
 def test_the_same_tokens_in_any_company(alone, given, runner, happens):
     """Beside others, with prefixes taken from others, after preemption, behind drafts."""
-    with engine(judge(**runner), **given) as one:
+    model = judge(**runner)
+    model.gate.clear()
+    with engine(model, **given) as one:
+        one.submit([1], params(max_tokens=1))  # the others come while it waits
         streams = {
             (name, i): one.submit(PROMPTS[i], asked)
             for i in range(len(PROMPTS))
             for name, asked in KINDS.items()
         }
+        model.gate.set()
         found = {key: stream.collect() for key, stream in streams.items()}
         stats = one.stats()
     assert getattr(stats, happens) > 0
@@ -129,7 +134,7 @@ def test_the_same_tokens_in_any_company(alone, given, runner, happens):
             for a, b in zip(output.logprobs or (), other.logprobs or (), strict=True):
                 assert a.token == b.token and a.logprob == pytest.approx(b.logprob, abs=1e-9)
     assert stats.pages_free == stats.pages and stats.running == stats.waiting == 0
-    assert stats.finished == {"length": 5 * len(PROMPTS), "stop": 0, "abort": 0, "error": 0}
+    assert stats.finished == {"length": 6 * len(PROMPTS) + 1, "stop": 0, "abort": 0, "error": 0}
 
 
 def test_choices_and_seeds_differ(alone):
