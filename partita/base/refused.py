@@ -14,6 +14,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
+SERVING = ("fastapi", "starlette", "uvicorn", "prometheus_client", "llguidance")  # of the extra
 PROC = Path("/proc/self/stat")
 
 
@@ -39,7 +40,8 @@ def not_installed(error: ModuleNotFoundError) -> PartitaError | None:
     if name in ("", "partita"):
         return None
     pip = name.replace("_", "-")
-    brings = "`pip install partita` brings all that it needs"
+    extra = "[serve]" if name in SERVING else ""
+    brings = f"`pip install 'partita{extra}'` brings all that it needs"
     return UsageError(f"{name} is not installed in {sys.prefix}: `pip install {pip}`; {brings}")
 
 

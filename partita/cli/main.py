@@ -39,11 +39,12 @@ VERBS = {
     "calibrate": "Measures this machine and writes its cluster file.",
     "checkpoint": "Inspects, verifies, exports and converts checkpoints.",
     "generate": "Continues a text with a trained model.",
+    "serve": "Serves a model to clients of OpenAI's interface.",
     "doctor": "Preflight on the real ranks.",
     "launch": "Writes what starts a job on Slurm, Kubernetes or Ray.",
     "validate": "Holds the simulator against published measurements.",
 }
-STARTING = {"train", "verify", "calibrate", "generate", "doctor"}  # verbs that start torch
+STARTING = {"train", "verify", "calibrate", "generate", "serve", "doctor"}  # verbs that start torch
 AGAIN_S = 0.2
 COMPLETION = "_PARTITA_COMPLETE"  # set by the shell while it completes a line
 

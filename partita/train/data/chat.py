@@ -27,7 +27,7 @@ from partita.base.errors import DataError
 CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 ASSISTANT = "assistant"
 Messages = Sequence[Mapping[str, Any]]
-Render = Callable[[Messages, bool], str]
+Render = Callable[..., str]  # (messages, asks), and tools where the template takes them
 
 
 class ChatError(ValueError):
@@ -52,12 +52,13 @@ def plain(messages: Messages, asks: bool) -> str:
 class Chat:
     """How messages become text. `digest` tells templates apart; `ends_records`: a chat is closed by the
     tokenizer's end of text, where no template says how it ends. `end`: what closes a record, as
-    tokenizer_config.json names it."""
+    tokenizer_config.json names it. `takes_tools`: the template tells a model of functions it may call."""
 
     render: Render = field(default=plain, compare=False)
     digest: str = "plain"
     ends_records: bool = True
     end: str = field(default="", compare=False)
+    takes_tools: bool = field(default=False, compare=False)
 
     def turns(self, messages: Messages) -> list[Turn]:
         """One for each answer, in order. Raises ChatError: a message without role and text, no answer,
@@ -115,7 +116,9 @@ def chat_beside(tokenizer: Path) -> Chat:
         return Chat(end=end)
     if not isinstance(template, str):
         raise DataError(f"{file}: chat_template is no text", file=str(file), key="data.tokenizer")
-    return Chat(_compiled(template, words, file), _digest(template, words), False, end)
+    takes_tools = re.search(r"\btools\b", template) is not None
+    render = _compiled(template, words, file)
+    return Chat(render, _digest(template, words), False, end, takes_tools)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -161,11 +164,12 @@ def _compiled(template: str, words: Mapping[str, str], file: Path) -> Render:
             key="data.tokenizer",
         ) from error
 
-    given = {"tools": None, "documents": None, **words}  # defined, as transformers has it
+    given = {"documents": None, **words}  # defined, as transformers has it
 
-    def render(messages: Messages, asks: bool) -> str:
+    def render(messages: Messages, asks: bool, tools: Messages = ()) -> str:
+        known = {**given, "tools": list(tools) or None}
         try:
-            return made.render(**given, messages=messages, add_generation_prompt=asks)
+            return made.render(**known, messages=messages, add_generation_prompt=asks)
         except Exception as error:  # a template may do anything that its sandbox lets it
             raise ChatError(f"the chat template refuses it: {error}") from error
 

@@ -54,16 +54,16 @@ class Tokenizer:
             stated = "".join(word for word in words if word not in ENDS)  # not by the file itself
             self.digest = xxhash.xxh3_128_hexdigest((inner.to_str() + stated).encode())
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; nothing is added before or after."""
-        return self.arrays([text])[0].tolist()
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`; nothing is added before or after, but where `special` what its file says."""
+        return self.arrays([text], special)[0].tolist()
 
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def arrays(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
         """Ids of each text, as arrays. Raises DataError where the tokenizer has none for some text."""
         if self._inner is None:
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         try:
-            found = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+            found = self._inner.encode_batch_fast(texts, add_special_tokens=special)
         except Exception as error:  # the library raises bare Exception
             text = f"{KEY} = {self.name!r} cannot read the text: {error}"
             raise DataError(text, file=self.name, key=KEY) from error
