@@ -9,6 +9,7 @@ What the model raises is not caught here.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from partita.base.errors import PartitaError
 from partita.serve.drafts import Lookup
 from partita.serve.grammar import State
 from partita.serve.pages import PagePool
-from partita.serve.piece import Piece, Runner
+from partita.serve.piece import Pending, Piece, Runner
 from partita.serve.request import Delta, Finish, TokenLogprob
 from partita.serve.sampler import Drawing, choose, likeliest, logprob
 from partita.serve.scheduler import Scheduler, Seq, Share, no_draft
@@ -76,7 +77,8 @@ class Core:
     ) -> None:
         self.runner, self.vocabulary = runner, vocabulary
         self.pool = PagePool(runner.pages, runner.page_size)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, runner.depth)
+        self._under_way: deque[tuple[list[Share], Pending]] = deque()
         self.counts = Counts()
         self._ends, self._speculate, self._clock = frozenset(end), speculate, clock
         self._choices: dict[Seq, Choice] = {}
@@ -125,20 +127,26 @@ class Core:
         self._end(list(self._choices.values()), finish, error)
 
     def step(self) -> None:
-        """Runs the model once, where there is anything to run, and tells what follows."""
-        shares = self.scheduler.plan(self._draft if self._speculate else no_draft)
-        if not shares:
+        """Hands the model as many steps as it works on at once, where there is anything to run; tells what
+        follows from the oldest."""
+        while len(self._under_way) < self.runner.depth:
+            shares = self.scheduler.plan(self._draft if self._speculate else no_draft)
+            if not shares:
+                break
+            pieces = [Piece(s.tokens, s.start, tuple(s.seq.pages), s.want) for s in shares]
+            self._under_way.append((shares, self.runner.start(pieces)))
+        if not self._under_way:
             assert not self.busy, "requests wait, and nothing runs"
             return
-        pieces = [Piece(s.tokens, s.start, tuple(s.seq.pages), s.want) for s in shares]
-        logits = self.runner.run(pieces)
+        shares, pending = self._under_way.popleft()
+        logits = pending.result()
         best = likeliest(logits)
         self.counts.steps += 1
         at, now = 0, self._clock()
         for share in shares:
             choice, rows = self._choices.get(share.seq), slice(at, at + share.want)
             at += share.want
-            if choice is None:  # its request ended with another choice of it
+            if choice is None or not self.scheduler.counts(share):
                 continue
             try:
                 self._score(choice, share, logits[rows])

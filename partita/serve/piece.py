@@ -44,6 +44,7 @@ class Runner(Protocol):
     max_len: int
     pages: int
     page_size: int
+    depth: int  # steps that it works on at once: stages of its pipeline
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """One step. Logits [sum of want, vocab] on the host, fp32 (fp64 under fp64), in the order of pieces.

@@ -107,6 +107,7 @@ class RanksRunner:
         self._room = room = opening.room
         self.vocab, self.max_len = room.vocab, room.max_len
         self.pages, self.page_size = room.pages, room.page_size
+        self.depth = opening.request.plan.mesh.pp
         self._way: Way | None = way
         self._lost: RankLostError | None = None
         self._handed = self._answered = 0

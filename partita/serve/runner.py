@@ -53,6 +53,7 @@ class SingleRunner:
         self._room = room = opening.room
         self.vocab, self.max_len = room.vocab, room.max_len
         self.pages, self.page_size = room.pages, room.page_size
+        self.depth = 1
         self._part: Part | None = Part(opening, SingleWorld())
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:

@@ -8,6 +8,10 @@ pages for all its tokens, and nobody overtakes: those that run always came befor
     waiting --admit--> running --finish--> gone          pages: none    held    none
        ^------preempt-----'
 
+Where the model works on several steps at once (`depth`), a step takes a part of the sequences, and of the
+tokens: those that are under way are left alone, and may be preempted or end all the same. What a step
+writes to pages that have gone to others meanwhile is written before those others' steps begin.
+
 A sequence that needs a page when none is free preempts the one that came last. That one waits with its
 tokens, in its place, and is computed again; sealed pages that nobody took meanwhile are found again. As the
 first to have come always finds pages, everything ends.
@@ -38,6 +42,7 @@ class Seq:
     sealed: int = 0
     cached: int | None = None  # tokens that were there when it was first admitted
     gone: bool = False
+    share: Share | None = None  # under way
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
 
@@ -47,7 +52,7 @@ class Seq:
         return len(self.tokens) - self.computed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """A sequence's part of a step: `count` tokens from `start` on, of which the last are the draft."""
 
@@ -80,8 +85,10 @@ def no_draft(seq: Seq, most: int) -> Sequence[int]:
 class Scheduler:
     """Sequences that wait and run, and the pages of those."""
 
-    def __init__(self, pool: PagePool, max_batch_tokens: int, max_sequences: int) -> None:
-        self.pool = pool
+    def __init__(
+        self, pool: PagePool, max_batch_tokens: int, max_sequences: int, depth: int = 1
+    ) -> None:
+        self.pool, self.depth = pool, depth
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.waiting: list[Seq] = []  # both in the order they came
         self.running: list[Seq] = []
@@ -99,26 +106,45 @@ class Scheduler:
         seq.gone = True
 
     def plan(self, drafts: Drafts = no_draft) -> list[Share]:
-        """The next step. Only empty where nothing runs or waits."""
+        """The next step, of sequences that no step under way has. Without such only empty where nothing runs
+        or waits. Each share must come back to `commit`, in the order of the steps."""
         before = self.preemptions
-        for seq in list(self.running):
-            if seq.pages and seq.left == 1:  # not preempted by one before it
-                self._room_to_write(seq)
+        writing: list[Seq] = []
+        for seq in self._still():
+            if len(writing) == self._part(len(self.running)):
+                break
+            # one before it may have preempted it
+            if seq.pages and seq.left == 1 and self._room_to_write(seq):
+                writing.append(seq)
         if self.preemptions == before:
-            while self._admit():
-                pass
-        writing = [seq for seq in self.running if seq.left == 1]
-        reading = [seq for seq in self.running if seq.left > 1]
-        room = self.max_batch_tokens - len(writing)
-        shares = self._chunks(reading, room)
+            writing += self._admitted(self._part(self.max_sequences) - len(writing))
+        reading = [seq for seq in self._still() if seq.left > 1]
+        room = self._part(self.max_batch_tokens) - len(writing)
         if writing and not reading and drafts is not no_draft:
-            return [self._with_draft(seq, room // len(writing), drafts) for seq in writing]
-        return [Share(seq, seq.computed, 1, 1) for seq in writing] + shares
+            shares = [self._with_draft(seq, room // len(writing), drafts) for seq in writing]
+        else:
+            shares = [Share(seq, seq.computed, 1, 1) for seq in writing]
+            shares += self._chunks(reading, room)
+        for share in shares:
+            share.seq.share = share
+        return shares
+
+    def _still(self) -> list[Seq]:
+        """Running sequences that no step under way has."""
+        return [seq for seq in self.running if seq.share is None]
+
+    def _part(self, whole: int) -> int:
+        return -(-whole // self.depth)
+
+    def counts(self, share: Share) -> bool:
+        """Whether what it says is wanted: its sequence has neither ended nor been preempted since."""
+        return share.seq.share is share
 
     def commit(self, share: Share) -> None:
         """A share has run, and what was chosen stands in the sequence's tokens: a draft's tokens count as
-        far as they were chosen. Full pages can be taken by others."""
+        far as they were chosen. Full pages can be taken by others. Only of one that `counts`."""
         seq = share.seq
+        seq.share = None
         seq.computed = min(share.start + share.count, len(seq.tokens) - 1)
         full = seq.computed // self.pool.page_size
         for i, key in enumerate(self._keys(seq, full)[seq.sealed :], seq.sealed):
@@ -158,8 +184,8 @@ class Scheduler:
             seq.pages += found or []
         return Share(seq, seq.computed, 1 + len(draft), 1 + len(draft), draft)
 
-    def _room_to_write(self, seq: Seq) -> None:
-        """A page for its next token; those that came last give theirs, it itself if it is the last."""
+    def _room_to_write(self, seq: Seq) -> bool:
+        """A page for its next token; those that came last give theirs, it itself if it is the last: False."""
         while self.pool.needed(len(seq.tokens)) > len(seq.pages):
             found = self.pool.allocate(1)
             if found is not None:
@@ -168,7 +194,8 @@ class Scheduler:
             last = self.running[-1]
             self._preempt(last)
             if last is seq:
-                return
+                return False
+        return True
 
     def _preempt(self, seq: Seq) -> None:
         self.running.remove(seq)
@@ -178,7 +205,14 @@ class Scheduler:
 
     def _give_back(self, seq: Seq) -> None:
         self.pool.release(seq.pages)
-        seq.pages, seq.computed = [], 0
+        seq.pages, seq.computed, seq.share = [], 0, None
+
+    def _admitted(self, most: int) -> list[Seq]:
+        """Admits what can be; of it up to `most` that can write at once."""
+        before = len(self.running)
+        while self._admit():
+            pass
+        return [seq for seq in self.running[before:] if seq.left == 1][: max(most, 0)]
 
     def _admit(self) -> bool:
         """Takes the first that waits, where pages are free for all its tokens and one for each that runs."""

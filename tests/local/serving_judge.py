@@ -17,10 +17,22 @@ UNWRITTEN = 0
 WIDE = 20  # times the weights of a new model: answers differ
 
 
+class Done:
+    """A step that has run."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def result(self):
+        return self.logits
+
+
 class JudgeRunner:
     """`run` as partita/serve/piece.py tells; `writes` counts the positions of each page that were written."""
 
-    def __init__(self, spec: ModelSpec, *, pages: int, page_size: int, seed: int = 3) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, pages: int, page_size: int, depth: int = 1, seed: int = 3
+    ) -> None:
         self.vocab, self.max_len = spec.vocab, spec.max_seq_len
         self.pages, self.page_size = pages, page_size
         weights = {
@@ -31,7 +43,7 @@ class JudgeRunner:
         self.reference = Reference(spec, {n: w.double() for n, w in weights.items()})
         self.reference.training = False
         self.cells = torch.full((pages, page_size), UNWRITTEN)
-        self.closed = False
+        self.depth, self.closed = depth, False
         self.gate = Event()  # steps wait for it
         self.gate.set()
         self.runs: list[int] = []  # tokens of each step
@@ -48,6 +60,9 @@ class JudgeRunner:
             with torch.no_grad():
                 rows.append(self.reference.logits(ids[None])[0, end - p.want : end])
         return torch.cat(rows)
+
+    def start(self, pieces):
+        return Done(self.run(pieces))
 
     def close(self):
         self.closed = True

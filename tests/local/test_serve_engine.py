@@ -108,9 +108,10 @@ def test_greedy_is_the_reference(alone, reference):
         ({}, {}, "prefix_hit_tokens"),
         ({"speculate": 4}, {}, "accepted_tokens"),
         ({"max_batch_tokens": 9}, {"pages": 17, "page_size": 3}, "preemptions"),
+        ({}, {"depth": 2, "pages": 24}, "preemptions"),
         ({"max_sequences": 1, "speculate": 2}, {"page_size": 1, "pages": 60}, "prefix_hit_tokens"),
     ],
-    ids=["together", "speculation", "preemption", "one by one"],
+    ids=["together", "speculation", "preemption", "two steps at once", "one by one"],
 )
 def test_the_same_tokens_in_any_company(alone, given, runner, happens):
     """Beside others, with prefixes taken from others, after preemption, behind drafts."""

@@ -35,9 +35,12 @@ def written(prompt: list[int], most: int) -> list[int]:
 class World:
     """A scheduler and the memory that its pages are."""
 
-    def __init__(self, pages: int, page_size: int, budget: int, most: int, drafts: bool) -> None:
+    def __init__(
+        self, pages: int, page_size: int, budget: int, most: int, drafts: bool, depth: int = 1
+    ) -> None:
         self.pool = PagePool(pages, page_size)
-        self.scheduler = Scheduler(self.pool, budget, most)
+        self.scheduler = Scheduler(self.pool, budget, most, depth)
+        self.under_way: list = []  # steps: memory has what they write, nobody knows what they say
         self.cells: list[list[bytes | None]] = [[None] * page_size for _ in range(pages)]
         self.lookups: dict[Seq, Lookup] = {}
         self.drafts = self.draft if drafts else no_draft
@@ -59,13 +62,25 @@ class World:
         return self.lookups[seq].draft(seq.tokens, min(most, 3))
 
     def step(self) -> None:
+        while len(self.under_way) < self.scheduler.depth and (shares := self.started()):
+            self.under_way.append(shares)
+        for share in self.under_way.pop(0) if self.under_way else ():
+            if self.scheduler.counts(share):
+                self.follow(share)
+
+    def started(self) -> list:
+        """A step that is handed out."""
         shares = self.scheduler.plan(self.drafts)
         s, pool, size = self.scheduler, self.pool, self.pool.page_size
         pool.check()
         running = [q.order for q in s.running]
         assert running == sorted(running) and len(running) <= s.max_sequences
         assert all(r < w.order for r in running[-1:] for w in s.waiting), "somebody overtook"
-        assert bool(shares) == bool(self.live), "nothing runs, or nothing is there"
+        assert self.under_way or bool(shares) == bool(self.live), (
+            "nothing runs, or nothing is there"
+        )
+        flying = [s.seq for step in self.under_way for s in step if self.scheduler.counts(s)]
+        assert not {share.seq for share in shares} & set(flying)
         assert sum(share.count for share in shares) <= s.max_batch_tokens
         assert len({share.seq for share in shares}) == len(shares)
         held = [p for q in s.running for p in set(q.pages)]
@@ -82,8 +97,7 @@ class World:
                 page = seq.pages[place // size]
                 assert not pool.sealed(page) and held.count(page) == 1, "a shared page is written"
                 self.cells[page][place % size] = said(tokens[: place + 1])
-        for share in shares:
-            self.follow(share)
+        return shares
 
     def follow(self, share) -> None:
         seq = share.seq
@@ -114,13 +128,14 @@ requests = st.tuples(
     st.integers(1, 5),
     st.integers(0, 12),
     st.booleans(),
+    st.integers(1, 3),
 )
 def test_every_request_ends_once_and_gives_its_pages_back(
-    asked, page_size, spare, most, extra, drafts
+    asked, page_size, spare, most, extra, drafts, depth
 ):
     """Arrivals, lengths, cancels, choices, few pages, small steps: all at random."""
     longest = max(len(prompt) + new for _, prompt, new, _, _ in asked)
-    world = World(-(-longest // page_size) + spare, page_size, most + extra, most, drafts)
+    world = World(-(-longest // page_size) + spare, page_size, most + extra, most, drafts, depth)
     cancels: dict[int, list[Seq]] = {}
     step, all_of, expected = 0, [], {}
     for number, (later, prompt, new, choices, cancelled) in enumerate(asked):
@@ -180,6 +195,17 @@ def test_the_last_to_come_is_preempted_and_first_back():
             assert first in world.scheduler.running  # the first is never the one to give way
     assert world.scheduler.preemptions > 0 and world.ended[0] is first
     assert all(q.tokens == written(q.tokens[:3], q.most) for q in world.ended)
+
+
+def test_stages_have_a_step_each():
+    world = World(pages=40, page_size=4, budget=64, most=4, drafts=False, depth=2)
+    for i in range(4):
+        world.add(alone([i % VOCAB] * 3, 12, number=i))
+    for _ in range(4):
+        world.step()
+    first, second = world.scheduler.plan(), world.under_way[0]
+    assert len(first) == len(second) == 2 and not world.scheduler.plan()
+    assert {s.seq for s in first}.isdisjoint(s.seq for s in second)
 
 
 def test_what_begins_alike_is_computed_once():
