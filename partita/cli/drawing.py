@@ -176,9 +176,7 @@ def write_csv(drawings: list[Drawing], path: Path | None) -> None:
             "schedule"
         )
     if made.is_bidirectional:
-        note(
-            "a CSV has no word for which of a stage's two ranks runs a microbatch: no reader takes it back"
-        )
+        note("torch has no stage on two ranks: its reader refuses this file, --check reads it")
 
 
 def print_drawings(drawings: list[Drawing]) -> None:

@@ -8,11 +8,21 @@ cell: ``(0F4;7B1)OVERLAP_F_B``; ``0F4+7B1``, shorter, is shown and read too, as 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from partita.base.errors import PartitaError, ScheduleError, UsageError
-from partita.schedule.ir import ACTIVATIONS, COMPUTE, KINDS, STEP, WEIGHTS, Action, Schedule
+from partita.schedule.ir import (
+    ACTIVATIONS,
+    COMPUTE,
+    KINDS,
+    STEP,
+    WEIGHTS,
+    Action,
+    Placement,
+    Schedule,
+)
 from partita.schedule.staircase import marked
 
 Program = tuple[tuple[Action, ...], ...]
@@ -78,7 +88,8 @@ def _as_torch(cell: Sequence[Action]) -> str:
 
 
 def parse_schedule(text: str, name: str = "file") -> Schedule:
-    """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off.
+    """A schedule from its CSV; the numbers of stages and microbatches and the placement are read off, or both
+    placements, where each stage lies on ranks r and p-1-r and a microbatch goes one of the two ways.
 
     Only compute actions are kept: what passes add is added again when it runs. A file in which a stage
     is updated before its last backward is asynchronous: where U stands says which weights F uses, B uses
@@ -107,13 +118,15 @@ def parse_program(text: str, name: str = "file") -> tuple[Schedule, Program | No
         )
     _hold_busy(name, ranks)
     _hold_numbers(name, ranks)
+    placement, direction = _placed(name, ranks)
     made = Schedule(
         name=name,
         num_ranks=len(ranks),
         num_stages=max(a.stage for a in actions) + 1,
         num_microbatches=max(a.microbatch for a in actions) + 1,
-        placement=_placement(name, ranks),
+        placement=placement,
         ranks=ranks,
+        direction=direction,
         paired=frozenset(paired),
         versions="stated" if any(map(_updates_early, ranks)) else "flush",
     )
@@ -192,7 +205,10 @@ def _strange(rank: int, line: str) -> str:
     raise AssertionError("a line that was refused has such a cell")
 
 
-def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+def _placed(
+    name: str, ranks: Sequence[Sequence[Action]]
+) -> tuple[Placement | tuple[Placement, Placement], tuple[int, ...] | None]:
+    """The placement; or those of two ways, and the way of each microbatch. Raises ScheduleError."""
     where: dict[int, set[int]] = {}
     for rank, actions in enumerate(ranks):
         for action in actions:
@@ -205,11 +221,43 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
         )
     for stage, found in sorted(where.items()):
         if len(found) > 1:
+            both = _two_ways(ranks, len(where))
+            if both is not None:
+                return both
             raise ScheduleError(
-                f"{name}: stage {stage} runs on ranks {', '.join(map(str, sorted(found)))}; "
-                f"in a file a stage lies on one rank\n{_stray(stage, found, ranks)}"
+                f"{name}: stage {stage} runs on ranks {', '.join(map(str, sorted(found)))}; in a file a "
+                "stage lies on one rank, or each on ranks r and p-1-r of an even p\n"
+                f"{_stray(stage, found, ranks)}"
             )
-    return tuple(min(where[stage]) for stage in sorted(where))
+    return tuple(min(where[stage]) for stage in sorted(where)), None
+
+
+def _two_ways(
+    ranks: Sequence[Sequence[Action]], stages: int
+) -> tuple[tuple[Placement, Placement], tuple[int, ...]] | None:
+    """The first whole microbatch's way and its mirror image, where the whole ones go these two and no other.
+    One that is not whole goes the way of most of its actions: what stands elsewhere is for the checker."""
+    at: dict[int, Counter[tuple[int, int]]] = {}
+    for rank, actions in enumerate(ranks):
+        for stage, kind, microbatch in actions:
+            if kind != "U":  # of both copies
+                at.setdefault(microbatch, Counter())[stage, rank] += 1
+    whole = [
+        tuple(rank for _, rank in sorted(found))
+        for _, found in sorted(at.items())
+        if [stage for stage, _ in sorted(found)] == list(range(stages))
+    ]
+    if len(ranks) % 2 or not whole:
+        return None
+    ways = whole[0], tuple(len(ranks) - 1 - rank for rank in whole[0])
+    if set(whole) != set(ways):
+        return None
+    direction = []
+    for microbatch in range(max(at) + 1):
+        found = at.get(microbatch, Counter())
+        there, back = (sum(n for (s, r), n in found.items() if way[s] == r) for way in ways)
+        direction.append(int(back > there))
+    return ways, tuple(direction)
 
 
 def _beyond(missing: int, ranks: Sequence[Sequence[Action]]) -> str:

@@ -5,6 +5,7 @@ import verify_jobs
 
 from partita.base.errors import PlanError
 from partita.parallel.pp.pieces import Remade
+from partita.schedule.make import schedule
 from partita.verify.parity import verify
 
 VEES = "pipeline.copies=2 pipeline.costs=12_12_12,10_10_10x2,15_15_15"  # half of them the other way
@@ -77,11 +78,10 @@ def test_halves_at_low_precision_with_dropout(folder):
     assert found.equal, str(found)
 
 
-def test_a_schedule_of_the_users_runs_from_a_file(folder):
-    """ZB-V's lists as CSV, stages read off them; a doubled action is refused before anything starts."""
-    from partita.schedule.make import schedule
-
-    text = str(schedule("zb_v", num_ranks=2, num_microbatches=4))
+@pytest.mark.parametrize("name", ["zb_v", "dualpipe"])
+def test_a_schedule_of_the_users_runs_from_a_file(name, folder):
+    """Lists as CSV, stages and ways read off them; a doubled action is refused before anything starts."""
+    text = str(schedule(name, num_ranks=2, num_microbatches=4))
     path = folder / "mine.csv"
     path.write_text(text)
     plan = f'pp2:"file:{path}"/4mb fp64'

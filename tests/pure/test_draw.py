@@ -96,7 +96,8 @@ def test_check_proves_a_file(capsys, tmp_path, text, code, words):
 @pytest.mark.parametrize("text, end", [
     ("0F0,0F1,0B0,0B1\n1F0,1B1,1F1,1B0\n", "ordered: rank 1 runs 1B1 before what it needs from itself"),
     ("0F0,0REDUCE,0B0\n1F0,1B0\n", "ordered: rank 0 runs 0REDUCE before the gradient of 0B0"),
-    ("0F0,0B0\n1F0,1B0\n1F1", "stage 1 runs on ranks 1, 2; in a file a stage lies on one rank"),
+    ("0F0,0B0\n1F0,1B0\n1F1", "stage 1 runs on ranks 1, 2; in a file a stage lies on one rank, or each on "
+     "ranks r and p-1-r of an even p"),
 ])  # fmt: skip
 def test_the_last_line_is_the_error_without_the_picture_below_it(capsys, tmp_path, text, end):
     path = tmp_path / "s.csv"

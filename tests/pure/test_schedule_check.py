@@ -297,6 +297,34 @@ def test_a_slip_of_the_hand_is_drawn(name, how):
     assert said and all("  rank " in text and "^-- " in text for text in said)
 
 
+@pytest.mark.parametrize("how", range(8))
+@pytest.mark.parametrize("name", ["dualpipe", "chimera"])
+def test_a_slip_in_a_file_of_both_ways_is_drawn(name, how):
+    """Where microbatches go is read off those that are whole."""
+    test_a_slip_of_the_hand_is_drawn(name, how)
+
+
+@pytest.mark.parametrize("text", [
+    "0F0,1F1,1B1,0B0\n1F0,1B0,0F1,0B1\n2F0,2B0,2F1,2B1",  # stage 2 has no second copy
+    "0F0,1F1,1B1,0B0,0F2,1F2,1B2,0B2\n0F1,1F0,1B0,0B1",  # microbatch 2 goes neither way
+])  # fmt: skip
+def test_stages_on_two_ranks_that_are_no_two_ways_are_refused(text):
+    with pytest.raises(
+        ScheduleError, match=r"stage 0 runs on ranks 0, 1.* ranks r and p-1-r of an even p"
+    ):
+        parse_schedule(text)
+
+
+def test_a_file_of_both_ways_ends_its_step_with_its_updates():
+    rows = "0F0,1F1,1B1,0B0,0U0,1U1", "0F1,1F0,1B0,0B1,0U1,1U0"
+    assert file_problems(parse_schedule("\n".join(rows))) == []
+    later = "0F2,1F3,1B3,0B2,0U2,1U3", "0F3,1F2,1B2,0B3,0U3,1U2"
+    both = "\n".join(map(",".join, zip(rows, later, strict=True)))
+    (problem,) = file_problems(parse_schedule(both))
+    assert problem.rule == "asynchronous"
+    assert "runs 0U0, and updates a stage of two copies under way" in problem.message
+
+
 ONE = "1F0,1B0,1U0,1F1,1B1,1U1"
 
 

@@ -71,6 +71,17 @@ def _ends(schedule: Schedule) -> Iterator[Problem]:
 def _stated(schedule: Schedule) -> Iterator[Problem]:
     """Of a list that updates under way: an update takes all gradients since the one before and is numbered
     after the last of them, none is left, and stages have equally many; what overlaps has one version."""
+    if schedule.is_bidirectional:
+        rank, place = next(
+            (rank, place)
+            for rank, actions in enumerate(schedule.ranks)
+            for place, action in enumerate(actions)
+            if action.kind == "U"
+        )
+        why = "an update is of both copies' gradients, which are added up when a step ends"
+        words = "updates a stage of two copies under way"
+        yield _wrong("asynchronous", rank, schedule.ranks[rank], place, words, why)
+        return
     made = Counter(a.stage for a in schedule.actions() if a.kind == "U")
     for rank, actions in enumerate(schedule.ranks):
         waiting: dict[
