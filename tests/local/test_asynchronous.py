@@ -158,24 +158,47 @@ def test_versions_and_staleness_are_the_stated(name, held, stale, tmp_path):
     assert [s for *_, s, _ in found] == stale
 
 
-def test_a_perturbed_version_changes_the_microbatches_that_use_it(tmp_path):
-    """At rate 0 all versions are equal. The stashed one of 2BW's last stage is what all of step 2 uses."""
-    made = longer(job(tmp_path, "pp2:pipedream_2bw/4mb fp64", batch=4), 4)
+def losses_by_microbatch(world, job, spoilt=-1):
+    """What the last stage's forwards return, in order; version `spoilt` is other weights once stashed."""
+    built, losses = assemble(job, world), []
+    executor, versions = built.model.executor, built.model.flow.versions
+    last, update = executor.schedule.num_stages - 1, versions.update
+    if last in executor.modules:
+        module = executor.modules[last]
+
+        def noted(x, batch):
+            losses.append(module(x, batch))
+            return losses[-1]
+
+        def spoiling(apply):
+            before = set(versions.stash)
+            update(apply)
+            if spoilt in set(versions.stash) - before:
+                versions.stash[spoilt][0].add_(0.1)
+
+        executor.modules, versions.update = {**executor.modules, last: noted}, spoiling
+    for step in range(job.train.steps):
+        built.model.forward_backward(built.batch(step, step + 1 == job.train.steps))
+        built.update.step()
+    return [loss.item() for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("plan", "spoilt", "users"),
+    [
+        ("pp2:pipedream_2bw/4mb", 1, [8, 9, 10, 11]),
+        ("pp3:pipedream/4mb pipeline.vertical_sync=true", 5, [7]),
+    ],
+)
+def test_a_perturbed_version_changes_the_microbatches_that_use_it(plan, spoilt, users, tmp_path):
+    """At rate 0 all versions are equal: losses of those that use the stashed one change, and no other."""
+    made = longer(job(tmp_path, f"{plan} fp64", batch=4), 4)
     made = replace(made, train=replace(made.train, lr=0.0, optimizer="sgd"))
-
-    def perturb(model, step):
-        if model.place == 1 and step == 1:
-            (version,) = model.flow.versions.stash
-            model.flow.versions.stash[version][0].add_(0.1)
-            return version
-        return None
-
-    with local(2, 20) as ranks:
-        plain = ranks.run(steps, made)
-        changed = ranks.run(steps, made, perturb)
-    assert changed[1][3][1] == 1  # weights after the first update: those of the third step
-    same = [a == b for a, b in zip(plain[0][0], changed[0][0], strict=True)]
-    assert same == [True, True, False, True]
+    with local(made.plan.world_size, 20) as ranks:
+        plain = ranks.run(losses_by_microbatch, made)[-1]
+        changed = ranks.run(losses_by_microbatch, made, spoilt)[-1]
+    assert len(plain) == 16
+    assert [k for k in range(16) if plain[k] != changed[k]] == users
 
 
 def test_a_drain_restarts_the_count(tmp_path):

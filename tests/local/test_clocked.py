@@ -23,6 +23,7 @@ EVERY = (
     ("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1),
     ("zb_v", 2), ("v_half", 2), ("v_min", 2), ("interleaved_zb", 2), ("dualpipe", 1), ("dualpipev", 2),
     ("chimera", 1), ("v_2_3", 2), ("pipedream", 1), ("pipedream_2bw", 1), ("forward", 1),
+    ("auto", 2),
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from partita.parallel.pp.portals import ROW, Wire
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make import schedule
+from partita.schedule.text import parse_schedule
 
 
 def in_turn(action) -> tuple[bool, int, int]:
@@ -152,6 +153,20 @@ def test_every_wrong_wire_is_named_at_once():
     assert said[0].count("identifier") == 2 and "takes a 'y' already" in said[0]
     assert "rank 1 holds stage 1 and has no module" in said[1]
     assert all("pipedream updates under way" in s for s in late)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1", "1F1 waits for 0F1"),
+        ("0F0,0F1,0B0,0B1\n1F0,1B0,1F1", "never done: 1B1"),
+    ],
+)
+def test_a_schedule_made_by_hand_is_proven_before_anything_starts(text, says):
+    """Not read from a file, so nobody has looked at it."""
+    with local(2, 20) as ranks:
+        for said in ranks.run(building, [Wire("x", 0, 1)], parse_schedule(text), (0, 1)):
+            assert says in said and ("^--" in said or "<--" in said)
 
 
 @pytest.mark.parametrize(

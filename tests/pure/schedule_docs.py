@@ -28,8 +28,8 @@ HEADER = ("schedule", "p", "m", "overhead", "steady", "peak", "peak is at most",
 BOUND = {
     "gpipe": "m", "1f1b": "min(m, p)", "interleaved_1f1b": "(2(p-1) + (v-1)p + 1)/v", "looped_bfs": "m",
     "zb_h1": "p", "zb_h2": "2p-1", "zb_v": "p", "v_half": "(p+2) div 2", "v_min": "(p+4) div 3",
-    "v_2_3": "ceil(2p/3) + 1", "interleaved_zb": "p at v=2", "dualpipe": "p+1", "dualpipev": "p + 1/2",
-    "chimera": "p", "pipedream": "min(m, p)",
+    "v_2_3": "ceil(2p/3) + 1", "interleaved_zb": "p where p divides m", "dualpipe": "p+1",
+    "dualpipev": "p + 1/2", "chimera": "p", "pipedream": "min(m, p)",
     "pipedream, vertical": "min(m, p)", "pipedream_2bw": "min(m, p)", "forward": "0",
 }  # fmt: skip
 

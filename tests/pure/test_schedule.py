@@ -5,6 +5,8 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from took import least_seconds
 
 import partita
@@ -70,6 +72,23 @@ def test_every_schedule_can_run_and_round_trips_or_names_its_floor(name):
             assert all(
                 s.rank_of(a.stage, a.microbatch) == r for r, own in enumerate(s.ranks) for a in own
             )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from([*NAMED, "v_1_3", "v_2_5", "v_1_1"]),
+    p=st.integers(1, 16),
+    m=st.integers(1, 64),
+    v=st.integers(1, 4),
+)
+def test_any_numbers_make_a_list_that_can_run_or_are_refused(name, p, m, v):
+    v = v if name in GENERATORS and GENERATORS[name].virtual else 1
+    if not exists(name, p, m):
+        with pytest.raises(ScheduleError, match=" needs "):
+            make(name, p, m, v)
+        return
+    s = make(name, p, m, v)
+    assert check(s) == [] and parse_schedule(str(s)).ranks == s.ranks
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])

@@ -80,6 +80,10 @@ def hold_all(p: int, m: int, virtual: tuple[int, ...]) -> None:
     if m % p == p % 2 == 0:
         t = 3 * m + (m // p + 1) * (p - 2)
         hold(make("chimera", p, m), t, t, p)
+    for v in virtual if m % max(1, m // p) == 0 else ():
+        rounds = max(1, m // p)
+        most = min(m * v, (v - 1) * (m // rounds) + p)
+        assert max(peak_activations(make("interleaved_zb", p, m, v))) == most
     if m % p == 0 and m >= 2 * p:
         hold(make("interleaved_zb", p, m, 2), 3 * m + (p - 1) / 2, 3 * m + (p - 1) / 2, 2 * p)
     if m >= 2 * p and p % 2 == m % 2 == 0:

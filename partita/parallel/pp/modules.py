@@ -27,6 +27,7 @@ from partita.parallel.pp.executor import Channel, Executor, StageModule
 from partita.parallel.pp.portals import ROW, Portal, Wire, wire_problems
 from partita.parallel.pp.rules import lane
 from partita.parallel.pp.stages import Stage, WiredStage, hold_kinds, unlike_signatures
+from partita.schedule.check import check
 from partita.schedule.ir import Schedule
 from partita.schedule.passes import forward_only
 
@@ -42,7 +43,7 @@ class PipelinedModules:
     its pipelines are then those of the plan's pp. `groups` are the ranks of every pipeline, else all ranks
     are one. `step` is the number of runs, which what is drawn depends on: a run that is resumed sets it.
     Raises UsageError with every wrong wire, a stage without its module or one that cannot be called with its
-    wires, copies of a stage that begin unlike, or a schedule that updates under way.
+    wires, copies of a stage that begin unlike, or a schedule that cannot run or updates under way.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class PipelinedModules:
             ]
             found += [f"rank {rank} holds stage {s} and has no module for it" for s in missing]
             found += unlike_signatures(self.modules, self.wires)
+        found += [f"{schedule.name}: {problem.message}" for problem in check(schedule)]
         if found:
             raise UsageError("this pipeline cannot be built:" + "".join(f"\n  {f}" for f in found))
 

@@ -15,8 +15,8 @@ def interleaved_zb(num_ranks: int, num_microbatches: int, virtual_stages: int = 
     a chunk microbatches go in order. Rank r runs min(mv, (v-1)q + p-1-r) forwards; then a forward, an
     input half and, once r input halves are ahead, a weight half; then what is left.
 
-    With v = 2 and p | m, m >= 2p at F=I=W: flush mt + (p-1)/2 F, t = F+I+W. Holds (v-1)p + p chunks
-    until W at v = 2: p whole shares.
+    With v = 2 and p | m, m >= 2p at F=I=W: flush mt + (p-1)/2 F, t = F+I+W. Holds min(mv, (v-1)q + p)
+    chunks until W: p whole shares where p | m, so that q = p; more where q is larger.
 
     >>> from partita.plots.timeline import draw
     >>> print(draw(interleaved_zb(2, 2, 2)))
