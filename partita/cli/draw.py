@@ -39,36 +39,51 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bound:
-    """--limit, in whole shares of a rank, or --limit-bytes."""
+    """--limit, in whole shares of a rank, or --limit-bytes; one for all ranks, or one for each."""
 
-    shares: float | None
-    size: float | None
+    shares: tuple[float, ...]
+    size: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        for name, value in (("limit", self.shares), ("limit-bytes", self.size)):
-            if value is not None and not value > 0:
-                raise UsageError(f"--{name} is {value:g}; it must be above 0", key=name)
+    @staticmethod
+    def read(shares: str, size: str) -> Bound:
+        """From what the options say. Raises UsageError."""
+        return Bound(_numbers("limit", shares), _numbers("limit-bytes", size))
 
-    def of(self, made: Schedule, costs: Prices) -> tuple[float, list[float], str]:
+    def of(
+        self, made: Schedule, costs: Prices
+    ) -> tuple[float | tuple[float, ...], list[float], str]:
         """(limit, what a microbatch holds at each stage, its unit); the limit may be infinite."""
-        if self.size is not None:
+        if self.size:
             self.hold_to_sizes(costs)
             sizes = [stage.activation_bytes for stage in costs.of(made).stages]
-            return self.size, sizes, "bytes of activations"
+            return self.limit, sizes, "bytes of activations"
         return self.limit, [1 / made.virtual_stages] * made.num_stages, "activations"
 
     @property
-    def limit(self) -> float:
-        """The one that is given; infinite where none is."""
-        given = self.shares if self.size is None else self.size
-        return math.inf if given is None else given
+    def limit(self) -> float | tuple[float, ...]:
+        """What is given, of all ranks or of each; infinite where nothing is."""
+        given = self.size or self.shares
+        return given if len(given) > 1 else max(given, default=math.inf)
 
     def hold_to_sizes(self, costs: Prices) -> None:
         """Raises UsageError where bytes are limited and the costs have none."""
         sizes = [stage.activation_bytes for stage in costs.given().stages]
-        if self.size is not None and not any(sizes):
+        if self.size and not any(sizes):
             message = "--limit-bytes needs --costs FILE.json with activation_bytes"
             raise UsageError(message, key="costs")
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    """Of an option; none where it is left out."""
+    try:
+        found = tuple(map(float, text.split(","))) if text else ()
+    except ValueError:
+        message = f"--{name} is '{text}': a number is wanted, or one for each rank, e.g. 4,3,3,4"
+        raise UsageError(message, key=name) from None
+    for value in found:
+        if not value > 0:
+            raise UsageError(f"--{name} is {value:g}; it must be above 0", key=name)
+    return found
 
 
 def register(app: typer.Typer) -> None:
@@ -100,11 +115,9 @@ def draw(
     ] = "",
     pair: Annotated[Pair, typer.Option(help="How an overlapped pair is timed.")] = "sequence",
     limit: Annotated[
-        float | None, typer.Option(help="Most activations a rank may hold, in whole shares.")
-    ] = None,
-    limit_bytes: Annotated[
-        float | None, typer.Option(help="The same in bytes; needs a cost file.")
-    ] = None,
+        str, typer.Option(help="Most shares of activations a rank may hold; or each: 4,3,3,4.")
+    ] = "",
+    limit_bytes: Annotated[str, typer.Option(help="The same in bytes; needs a cost file.")] = "",
     check_file: Annotated[
         Path | None, typer.Option("--check", help="Prove that a schedule's CSV can run.")
     ] = None,
@@ -116,7 +129,7 @@ def draw(
     ] = None,
 ) -> None:
     """Schedules and what runs recorded, as text, SVG or HTML, side by side."""
-    names, bound = _names(schedules, layers), Bound(limit, limit_bytes)
+    names, bound = _names(schedules, layers), Bound.read(limit, limit_bytes)
     runs = {name: _recorded(name) for name in names if _is_run(name)}
     first = next(iter(runs.values()), None)
     prices = Prices(costs, first and first.costs)
@@ -242,7 +255,7 @@ def _synthesised(size: Size, how: Timing, bound: Bound) -> Drawing:
     if not how.layers:
         prices.hold_to_stages(len(costs.stages), "auto", ranks, 2 * ranks)
     task = Task(
-        ranks, microbatches, costs, bound.limit, limit_in_bytes=bound.size is not None,
+        ranks, microbatches, costs, bound.limit, limit_in_bytes=bool(bound.size),
         stages=virtual, copies=1 if how.layers else 2,
     )  # fmt: skip
     if how.layers:
@@ -272,23 +285,22 @@ def _within(made: Schedule, costs: Prices, bound: Bound) -> Schedule:
     problems = over_limit(made, limit, sizes, unit)
     if problems:
         p, m = made.num_ranks, made.num_microbatches
-        others = (
-            [] if bound.size is not None else [n for n in GENERATORS if _share(n, p, m) <= limit]
-        )
+        others = [] if bound.size else [n for n in GENERATORS if _fits(n, p, m, limit)]
         hint = (
             f"within it: {', '.join(others)}" if others else "fewer microbatches or ranks hold less"
         )
-        message = f"{made.name} on {p} ranks with {m} microbatches holds more than {limit:g} {unit}"
+        most = ", ".join(f"{x:g}" for x in (limit if isinstance(limit, tuple) else (limit,)))
+        message = f"{made.name} on {p} ranks with {m} microbatches holds more than {most} {unit}"
         raise ScheduleError(f"{message}; {hint}", problems)
     return made
 
 
-def _share(name: str, p: int, m: int) -> float:
-    """The share that a schedule of a step holds; infinite where there is none for p and m."""
+def _fits(name: str, p: int, m: int, limit: float | tuple[float, ...]) -> bool:
+    """Whether a schedule of a step exists for p and m and holds no more."""
     if name == "auto":
-        return math.inf
+        return False
     try:
         made = schedule(name, num_ranks=p, num_microbatches=m)
     except ScheduleError:
-        return math.inf
-    return math.inf if made.is_forward_only else max(clocks.peak_share(made))
+        return False
+    return not made.is_forward_only and not over_limit(made, limit)

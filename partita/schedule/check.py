@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from partita.base.errors import Problem
+from partita.base.errors import Problem, ScheduleError
 from partita.schedule.clock import Costs, StageCosts, schedule_starts
 from partita.schedule.ir import COMMUNICATION, COMPUTE, Action, Schedule, makes, needs
 from partita.schedule.misplaced import misplaced
@@ -282,13 +282,25 @@ def _staircase(
     return staircase(rows, words)
 
 
+def limits_by_rank(limit: float | Sequence[float], num_ranks: int) -> list[float]:
+    """One limit for all ranks, or one for each. Raises ScheduleError where they are of another number."""
+    if isinstance(limit, int | float):
+        return [limit] * num_ranks
+    if len(limit) != num_ranks:
+        raise ScheduleError(
+            f"{len(limit)} limits ({', '.join(f'{x:g}' for x in limit)}) for {num_ranks} ranks: one for all "
+            "of them is wanted, or one for each"
+        )
+    return list(limit)
+
+
 def over_limit(
     schedule: Schedule,
-    limit: float,
+    limit: float | Sequence[float],
     sizes: Sequence[float] | None = None,
     unit: str = "activations",
 ) -> list[Problem]:
-    """Where a rank holds more than `limit`: the first action of each rank that goes beyond it.
+    """Where a rank holds more than `limit`, of all ranks or one for each: the first action that goes beyond.
 
     `sizes[stage]` is what a microbatch holds there, 1/v by default: the limit is then in whole shares.
     """
@@ -296,13 +308,14 @@ def over_limit(
     size = sizes or [1 / v] * schedule.num_stages
     problems = []
     freed = {(a.stage, a.microbatch) for a in schedule.actions() if a.kind in "BW"}
+    limits = limits_by_rank(limit, len(schedule.ranks))
     for rank, actions in enumerate(schedule.ranks):
-        held = 0.0
+        held, most = 0.0, limits[rank]
         for place, (stage, kind, microbatch) in enumerate(actions):
             held += size[stage] if kind == "F" and (stage, microbatch) in freed else 0.0
             held -= size[stage] if kind in "BW" else 0.0
-            if held > limit * (1 + 1e-12):
-                words = f"{held:.6g} {unit}, the limit is {limit:.6g}"
+            if held > most * (1 + 1e-12):
+                words = f"{held:.6g} {unit}, the limit is {most:.6g}"
                 message = f"rank {rank} holds {words}, from {actions[place]} on"
                 picture = marked(rank, actions, place, words)
                 problems.append(_problem("memory", message + _shown([picture])))

@@ -244,6 +244,22 @@ def test_what_cannot_be_is_refused_with_the_number():
         synthesise(Task(4, 8, Costs((StageCosts(),) * 3)))
 
 
+def test_each_rank_may_have_a_limit_of_its_own():
+    """A first rank that holds an embedding has less room: no worse than its limit for all, and no better than
+    the roomiest one's."""
+    times = []
+    for limit in (2.0, (2.0, 3.0, 3.0, 4.0), 4.0):
+        found = hold(Task(4, 8, limit=limit, copies=1, effort=5_000, proof=0.0))
+        times.append(found.makespan)
+    assert times == sorted(times, reverse=True) and times[0] > times[1]
+    with pytest.raises(ScheduleError, match=r"2 limits \(2, 3\) for 4 ranks"):
+        synthesise(Task(4, 8, limit=(2.0, 3.0)))
+    with pytest.raises(
+        ScheduleError, match=r"one microbatch holds 1 activations a rank, the limit is 0\.5"
+    ):
+        synthesise(Task(2, 4, limit=(1.5, 0.5)))
+
+
 def test_a_limit_in_bytes():
     stages = tuple(StageCosts(activation_bytes=100.0 if s == 0 else 10.0) for s in range(2))
     found = hold(Task(2, 4, Costs(stages), 200.0, limit_in_bytes=True, effort=5_000, proof=0.0))

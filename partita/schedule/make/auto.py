@@ -23,7 +23,7 @@ def auto(
     virtual_stages: int = 1,
     *,
     costs: Costs | None = None,
-    limit: float = math.inf,
+    limit: float | tuple[float, ...] = math.inf,
     limit_in_bytes: bool = False,
     copies: int = 1,
     seed: int = 0,
@@ -31,10 +31,11 @@ def auto(
     """The fastest schedule found on lines, vees and loops (synth/synthesis.py), at F=I=W unless told.
 
     `costs`: one entry for a rank's whole share, or one a stage, of p or 2p stages. `limit` caps the
-    activations of a rank until W, in whole shares or, with `limit_in_bytes`, in bytes. Never slower than a
-    named schedule within the limit; loops of more than two stages a rank take part where `virtual_stages`
-    asks for them. `copies` = 2 admits bidirectional ones, on lines and on vees, which hold the parameters
-    twice. `synthesise` says besides how far from the optimum it can be.
+    activations of a rank until W, one number for all or one for each, in whole shares or, with
+    `limit_in_bytes`, in bytes. Never slower than a named schedule within the limit; loops of more than two
+    stages a rank take part where `virtual_stages` asks for them. `copies` = 2 admits bidirectional ones, on
+    lines and on vees, which hold the parameters twice. `synthesise` says besides how far from the optimum
+    it can be.
 
     >>> from partita.plots.timeline import draw
     >>> print(draw(auto(2, 3, limit=2), F=2, I=2, W=2))

@@ -37,7 +37,11 @@ def shortest(flow: Flow, costs: Costs) -> Flow:
 
 
 def fastest(
-    schedules: Sequence[Schedule], costs: Costs, goal: str, limit: float, weights: list[float]
+    schedules: Sequence[Schedule],
+    costs: Costs,
+    goal: str,
+    limit: Sequence[float],
+    weights: list[float],
 ) -> tuple[float, Schedule] | None:
     """(flush time, or span where that is the goal; schedule) of the fastest with pairs that fits."""
     time = span if goal == "span" else makespan

@@ -179,7 +179,8 @@ def _balanced(task: Task, layers: Sequence[StageCosts], placement: Sequence[int]
         for stage, cost in enumerate(_stages(layers, cut)):
             ranks[placement[stage]] += cost.F + cost.I + cost.W
             holds[placement[stage]] += cost.activation_bytes
-        over = sum(max(h - task.limit, 0.0) for h in holds) if task.limit_in_bytes else 0.0
+        beyond = (max(h - most, 0.0) for h, most in zip(holds, task.limits, strict=True))
+        over = sum(beyond) if task.limit_in_bytes else 0.0
         return over, max(ranks), sum(r * r for r in ranks)
 
     while True:
@@ -206,8 +207,7 @@ def _moved(task: Task, layers: Sequence[StageCosts], split: Cut, schedule: Sched
     def time(cut: Cut) -> float:
         costs = replace(task.costs, stages=_stages(layers, cut))
         weights = task.weights_of(len(cut) // task.num_ranks, costs)
-        limits = [task.limit] * task.num_ranks
-        flow = flow_like(schedule, costs, limits, Held(weights, task.until_weights))
+        flow = flow_like(schedule, costs, task.limits, Held(weights, task.until_weights))
         orders = orders_of(flow, schedule)
         found = starts_of(flow, orders) if fits(flow, orders) else None
         return found[0] if found else math.inf

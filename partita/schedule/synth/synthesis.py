@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from partita.base.errors import ScheduleError
+from partita.schedule.check import limits_by_rank
 from partita.schedule.clock import Costs, StageCosts
 from partita.schedule.ir import Schedule
 from partita.schedule.make.families import loop_placement, wave_placement
@@ -59,17 +60,17 @@ class Task:
     """What a schedule is wanted for.
 
     `costs` is of a rank's whole share (one entry: each of v stages pays 1/v), or has one entry a stage.
-    `limit` caps the activations of a rank: in whole shares, or in bytes of the costs' activation_bytes
-    where `limit_in_bytes`; `until_weights` is the fraction of them that a weight half still needs, all by
-    default. `stages` is the most stages a rank may hold; `copies` = 2 admits bidirectional schedules,
-    `exchanged` waves of which stages changed places. `goal` is the flush time, or the span. `effort` counts
-    items placed by the search, `proof` CP-SAT's deterministic seconds.
+    `limit` caps the activations of a rank, one number for all or one for each: in whole shares, or in bytes
+    of the costs' activation_bytes where `limit_in_bytes`; `until_weights` is the fraction of them that a
+    weight half still needs, all by default. `stages` is the most stages a rank may hold; `copies` = 2 admits
+    bidirectional schedules, `exchanged` waves of which stages changed places. `goal` is the flush time, or
+    the span. `effort` counts items placed by the search, `proof` CP-SAT's deterministic seconds.
     """
 
     num_ranks: int
     num_microbatches: int
     costs: Costs = field(default_factory=lambda: Costs((StageCosts(),)))
-    limit: float = math.inf
+    limit: float | tuple[float, ...] = math.inf
     limit_in_bytes: bool = False
     until_weights: float = 1.0
     stages: int = 2
@@ -79,6 +80,11 @@ class Task:
     seed: int = 0
     effort: int | None = None
     proof: float = 5.0
+
+    @property
+    def limits(self) -> list[float]:
+        """Of each rank. Raises ScheduleError where they are of another number."""
+        return limits_by_rank(self.limit, self.num_ranks)
 
     def costs_of(self, stages: int) -> Costs | None:
         """The costs with this many stages a rank; None where they are of another number."""
@@ -193,7 +199,7 @@ def _beside(task: Task, places: list[_Place], made: Synthesis) -> Synthesis:
         if costs is not None:
             all_of = list(seeds.named(p, m, stages, task.copies, limited=False))
             weights = task.weights_of(stages, costs)
-            other = fastest(all_of, costs, task.goal, task.limit, weights)
+            other = fastest(all_of, costs, task.goal, task.limits, weights)
             if other is not None and other[0] < made.makespan * (1 - EPSILON):
                 found = replace(other[1], name="auto")
                 made = replace(made, schedule=found, costs=costs, makespan=other[0])
@@ -240,13 +246,12 @@ def _begin(task: Task, places: list[_Place]) -> int:
 
 
 def _places(task: Task) -> Iterator[_Place]:
-    p = task.num_ranks
     for stages in range(1, max(task.stages, 1) + 1):
         costs = task.costs_of(stages)
         if costs is None:
             continue
         weights = task.weights_of(stages, costs)
-        limits = [task.limit] * p
+        limits = task.limits
         found: dict[object, _Place] = {}
         for schedule in _seeds(task, stages, costs, limits, weights):
             key = schedule.placement
@@ -270,7 +275,7 @@ def _seeds(
     task: Task, stages: int, costs: Costs, limits: list[float], weights: list[float]
 ) -> Iterator[Schedule]:
     p, m = task.num_ranks, task.num_microbatches
-    yield from seeds.named(p, m, stages, task.copies, math.isfinite(task.limit))
+    yield from seeds.named(p, m, stages, task.copies, any(map(math.isfinite, limits)))
     yield seeds.one_at_a_time(p, m, (loop_placement(p, stages),))
     if stages > 1:
         yield seeds.one_at_a_time(p, m, (wave_placement(p, stages),))
@@ -330,7 +335,7 @@ def _prove(task: Task, places: list[_Place]) -> None:
 
 
 def _raise_too_small(task: Task) -> None:
-    least = []
+    least: list[tuple[float, float]] = []  # of each placement the rank that lacks most
     for stages in range(1, max(task.stages, 1) + 1):
         costs = task.costs_of(stages)
         if costs is not None:
@@ -340,14 +345,15 @@ def _raise_too_small(task: Task) -> None:
                 held = [0.0] * task.num_ranks
                 for stage, rank in enumerate(placement):
                     held[rank] += weights[stage]
-                least.append(max(held))
+                least.append(max(zip(held, task.limits, strict=True), key=lambda of: of[0] - of[1]))
     unit = "bytes of activations" if task.limit_in_bytes else "activations a rank"
     if not least:
         raise ScheduleError(
             f"auto on {task.num_ranks} ranks needs costs of {task.num_ranks} or {2 * task.num_ranks} "
             f"stages; {len(task.costs.stages)} were given"
         )
+    held_there, limit = min(least, key=lambda of: of[0] - of[1])
     raise ScheduleError(
-        f"auto on {task.num_ranks} ranks: one microbatch holds {min(least):.6g} {unit}, the limit is "
-        f"{task.limit:.6g}; no order holds less"
+        f"auto on {task.num_ranks} ranks: one microbatch holds {held_there:.6g} {unit}, the limit is "
+        f"{limit:.6g}; no order holds less"
     )
