@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from tiny_folder import tiny_folder
 
@@ -75,3 +76,25 @@ def test_what_takes_too_long_is_cut_off_and_a_taken_port_is_told(tmp_path):
                 events.extend(lines)
         assert "data: [DONE]" not in events
         assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_streams_as_failed_and_health_tells_it(tmp_path):
+    folder = tiny_folder(tmp_path / "tiny")
+    words = (folder, "--plan", "tp2", "--backend", "processes")
+    with process(*words) as (server, told), httpx.Client(base_url=told["address"]) as client:
+        body = {"prompt": "the cat", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 64}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            ranks = [p for c in psutil.Process(server.pid).children() for p in c.children()]
+            ranks[-1].kill()
+            events = [line for line in lines if line]
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_failed" and "rank" in error["message"]
+        assert "data: [DONE]" not in events
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+        server.terminate()
+        assert server.wait(30) == 0
+        assert not any(p.is_running() for p in ranks)

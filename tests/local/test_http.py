@@ -245,6 +245,7 @@ def test_an_answer_satisfies_its_schema(client):
 
 
 RIGHT = {"prompt": "a", "max_tokens": 2}
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
 HOSTILE = [
     ("completions", b"{", "no JSON"),
     ("completions", b"[]", "must be a JSON object"),
@@ -270,6 +271,7 @@ HOSTILE = [
     ("completions", {**RIGHT, "temprature": 1}, "temprature: this server knows no such field"),
     ("completions", b'{"prompt": "a", "temperature": NaN}', "finite number"),
     ("completions", {**RIGHT, "response_format": {"type": "json_schema"}}, "json_schema"),
+    ("completions", {**RIGHT, "response_format": NO_SCHEMA}, "response_format: "),
 ]
 
 

@@ -181,4 +181,5 @@ async def _left(request: Request) -> None:
 def _refusal(error: UsageError) -> ApiError:
     if isinstance(error, OverloadedError):
         return ApiError(429, str(error), code=OVERLOADED)
-    return all_of(error.all)
+    named = {"grammar": "response_format"}  # what the engine calls otherwise
+    return all_of([(named.get(key, key), text) for key, text in error.all])
