@@ -3,11 +3,13 @@
     pip install 'partita[serve]'
 
 A grammar is compiled where a request is submitted, within bounds of the library on its size; each choice has
-a state of its own. Without the library a request with a grammar is refused.
+a state of its own, and ends with an error where the library gives up or takes too long. Without the library
+a request with a grammar is refused.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from partita.base.errors import UsageError
 from partita.serve.request import Grammar
 from partita.serve.text import Vocabulary
+
+MASK_S = 0.5  # of the processor, for one token: all requests of a step wait for it
 
 
 class State(Protocol):
@@ -55,6 +59,11 @@ class Grammars:
         except ImportError as error:
             text = "a grammar needs the llguidance library: pip install 'partita[serve]'"
             raise UsageError(text, key="grammar") from error
+        if not self._end:
+            raise UsageError(
+                "a grammar needs an id that ends a text, and the tokenizer states none",
+                key="grammar",
+            )
         if self._inner is None:
             words = _Words(self._vocabulary, self._vocab, self._end)
             end = list(words.ends)
@@ -85,13 +94,26 @@ class _Text:
         return self._inner.is_stopped()
 
     def mask(self) -> Tensor:
+        began = time.thread_time()
         bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
         wide = np.unpackbits(bits, bitorder="little")[: self._vocab].astype(bool)
+        took = time.thread_time() - began
+        if took > MASK_S:
+            raise UsageError(
+                f"grammar: what may follow took {took:.2f} s to find, and {MASK_S:g} s are allowed: the "
+                "grammar is too ambiguous"
+            )
+        self._require(True, "what may follow")
         return torch.from_numpy(wide)
 
     def accept(self, token: int) -> None:
-        if not self._inner.consume_token(token):
-            raise UsageError(f"grammar: token {token} cannot follow: {self._inner.get_error()}")
+        self._require(self._inner.consume_token(token), f"token {token} cannot follow")
+
+    def _require(self, holds: bool, what: str) -> None:
+        """Raises UsageError where it does not hold, or the library has given up."""
+        if not holds or self._inner.is_error():
+            first = (self._inner.get_error().strip() or "it is over").splitlines()[0]
+            raise UsageError(f"grammar: {what}: {first}")
 
     def fresh(self) -> State:
         return _Text(self._inner.deep_copy(), self._vocab)

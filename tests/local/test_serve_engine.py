@@ -10,6 +10,7 @@ import torch
 from serving_judge import JudgeRunner
 
 from partita.base.errors import UsageError
+from partita.serve import grammar
 from partita.serve.engine import Engine
 from partita.serve.request import (
     EngineStoppedError,
@@ -326,6 +327,23 @@ def test_a_grammar_holds_at_any_temperature(speculate):
             with pytest.raises(UsageError, match="grammar"):
                 one.submit([1], params(grammar=wrong))
         assert one.stats().failed is None
+    with engine(end=()) as one, pytest.raises(UsageError, match="an id that ends a text"):
+        one.submit([1], params(grammar=digits))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_grammar_that_takes_too_much_ends_its_request(monkeypatch, slow):
+    pytest.importorskip("llguidance")
+    if slow:
+        monkeypatch.setattr(grammar, "MASK_S", 0.0)
+    wide = Grammar("regex", "[ab]*" if slow else "(a?){2000}a{2000}")
+    with engine(end=(10,)) as one:
+        bad = one.submit([1], params(grammar=wide, max_tokens=50), None)
+        good = one.submit([1, 2], params())
+        (output,) = bad.collect()
+        assert output.finish_reason == "error"
+        assert ("s to find" if slow else "too many expressions") in (output.error or "")
+        assert good.collect()[0].finish_reason == "length" and one.stats().failed is None
 
 
 def test_deltas_join_to_the_whole():
