@@ -7,11 +7,11 @@ import sys
 import pytest
 from layers import ROOT
 
-LONG = {"long_context": 170}  # seconds of two cores
+SLOW = {"long_context"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CASES = [
     pytest.param(e, id=e.stem, marks=(pytest.mark.slow, pytest.mark.timeout(200)))
-    if e.stem in LONG
+    if e.stem in SLOW
     else pytest.param(e, id=e.stem, marks=pytest.mark.timeout(200))
     for e in EXAMPLES
 ]
@@ -33,7 +33,7 @@ def test_an_example_runs(example, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
-    assert _used() - before < 2 * LONG.get(example.stem, 60)
+    assert _used() - before < 2 * 60
 
 
 def _used() -> float:
