@@ -44,6 +44,7 @@ from partita.simulate.unequal import limits, machine_at, peak_flops
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job, require_job
 from partita.spec.program import distinct
+from partita.spec.train import states_of
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Prediction:
 
 def request_of(job: Job) -> Request:
     """What the rooms are asked, from a job."""
-    words = 2 if job.train.optimizer == "adamw" else int(job.train.momentum > 0)
+    words = len(states_of(job.train.optimizer, job.train.momentum))
     return Request(
         job.plan, job.model, job.train.seq_len, job.micro_batch_size, words, job.frozen,
         packed=job.data.documents is not None,

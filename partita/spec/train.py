@@ -56,15 +56,35 @@ class DataSpec:
         return replace(self, **{f: absolute(v) for f, v in found.items() if v is not None})
 
 
+STATES = {  # element-wise optimizers of torch.optim -> what each keeps of every element, as torch names it
+    "adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "adam": ("exp_avg", "exp_avg_sq"),
+    "adamax": ("exp_avg", "exp_inf"), "radam": ("exp_avg", "exp_avg_sq"), "adagrad": ("sum",),
+    "adadelta": ("square_avg", "acc_delta"), "rmsprop": ("square_avg",),
+}  # fmt: skip
+WITH_MOMENTUM = ("sgd", "rmsprop")
+
+
+def states_of(optimizer: str, momentum: float) -> tuple[str, ...]:
+    """What an optimizer keeps of every element.
+
+    >>> states_of("rmsprop", 0.9)
+    ('square_avg', 'momentum_buffer')
+    """
+    moves = ("momentum_buffer",) if momentum and optimizer in WITH_MOMENTUM else ()
+    return STATES[optimizer] + moves
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSpec:
-    """How to train; AdamW and SGD are torch.optim's formulas, decay acts on matrices only."""
+    """How to train; optimizers are torch.optim's formulas, decay acts on matrices only."""
 
     global_batch_size: int  # sequences
     seq_len: int
     steps: int = 100
     micro_batch_size: int | None = None  # sequences; where the plan leaves num_microbatches open: 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal[
+        "adamw", "sgd", "adam", "adamax", "radam", "adagrad", "adadelta", "rmsprop"
+    ] = "adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ MOVED_BY_ROWS = ".router.balance_bias"
 
 
 def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
-    """SGD with momentum at a large rate, while it warms up; AdamW, while it falls. Decay and clipping are
+    """SGD with momentum at a large rate, while it warms up; AdamW, while it falls; then the job's own, if it
+    is another, as AdamW. Decay and clipping are
     active in both. Delayed updates have no norm to clip by, and are several a step, at smaller rates: AdamW
     turns a rounding into a whole step."""
     active = replace(train, weight_decay=0.1, clip_grad_norm=0.0 if delayed else 0.5, steps=4)
@@ -36,7 +38,9 @@ def optimizers(train: TrainSpec, delayed: bool = False) -> list[TrainSpec]:
     adamw = replace(
         active, optimizer="adamw", lr=small, warmup_steps=1, lr_schedule="cosine", min_lr=small / 10
     )
-    return [sgd, adamw]
+    if train.optimizer in ("sgd", "adamw"):
+        return [sgd, adamw]
+    return [sgd, adamw, replace(adamw, optimizer=train.optimizer, momentum=train.momentum)]
 
 
 def rate_of(train: TrainSpec, update: int) -> float:
@@ -93,6 +97,29 @@ def start_weights(job: Job, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights | {n: w.to(compute).to(dtype) for n, w in weights.items() if job.frozen.holds(n)}
 
 
+def _optimizer(
+    train: TrainSpec, groups: list[dict[str, Any]], plain: dict[str, Any]
+) -> torch.optim.Optimizer:
+    (b1, b2), eps, momentum = train.betas, train.eps, train.momentum
+    match train.optimizer:
+        case "sgd":
+            return torch.optim.SGD(groups, momentum=momentum, **plain)
+        case "adam":
+            return torch.optim.Adam(groups, betas=(b1, b2), eps=eps, **plain)
+        case "adamax":
+            return torch.optim.Adamax(groups, betas=(b1, b2), eps=eps, **plain)
+        case "radam":
+            return torch.optim.RAdam(groups, betas=(b1, b2), eps=eps, **plain)
+        case "adagrad":
+            return torch.optim.Adagrad(groups, eps=eps, **plain)
+        case "adadelta":
+            return torch.optim.Adadelta(groups, rho=b2, eps=eps, **plain)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, alpha=b2, eps=eps, momentum=momentum, **plain)
+        case _:
+            return torch.optim.AdamW(groups, betas=(b1, b2), eps=eps, **plain)
+
+
 @dataclass(frozen=True)
 class JudgeUpdate:
     """The judge's optimizer; an expert's balance bias moves by its rows instead."""
@@ -118,11 +145,7 @@ class JudgeUpdate:
             {"params": [weights[n] for n in moved if n in flat], "weight_decay": 0.0},
         ]  # fmt: skip
         groups, plain = [g for g in groups if g["params"]], {"lr": 0.0, "foreach": False}
-        if train.optimizer == "sgd":
-            made: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=train.momentum, **plain)
-        else:
-            made = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, **plain)
-        return JudgeUpdate(job, weights, biases, frozen, made)
+        return JudgeUpdate(job, weights, biases, frozen, _optimizer(train, groups, plain))
 
     def restart(self, weights: dict[str, Tensor]) -> None:
         """Goes on from these weights."""

@@ -176,9 +176,11 @@ def verify(
     data = open_data(small, job)
     own = job.plan.precision.dtype
     trials: list[Trial] = []
-    sgd, adamw = optimizers(small.train, is_delayed(small))
-    both = {"fp64": [sgd, adamw]} | {own: [sgd, adamw]}
-    for dtype, each in ({"fp64": [sgd], own: [adamw]} if brief and own != "fp64" else both).items():
+    sgd, adamw, *other = optimizers(small.train, is_delayed(small))
+    both = {"fp64": [sgd, adamw, *other]}
+    if own != "fp64":
+        both = {"fp64": [sgd, *other], own: [adamw]} if brief else both | {own: [sgd, adamw]}
+    for dtype, each in both.items():
         for train in each:
             tell(f"{dtype} {train.optimizer}")
             at = replace(small, plan=small.plan.with_("precision", dtype=dtype), train=train)

@@ -10,6 +10,7 @@ from partita.base.errors import UsageError
 from partita.model.reference import weight_shapes
 from partita.train.optimizer import optim, slots
 from partita.verify.judge import vectors
+from partita.verify.parity import verify
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,25 @@ def gradients(step, shapes, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "train",
-    [Train(), Train(optimizer="sgd"), Train(optimizer="sgd", momentum=0.9)],
-    ids=["adamw", "sgd", "momentum"],
+    [
+        *(Train(optimizer=n) for n in optim.KINDS),
+        Train(optimizer="sgd", momentum=0.9),
+        Train(optimizer="rmsprop", momentum=0.9),
+    ],
+    ids=[*optim.KINDS, "momentum", "rmsprop momentum"],
 )
 def test_flat_shards_step_as_torch_steps_whole_tensors(train, dtype):
     shapes = [(6, 4), (5,), (3, 7)]
     whole = [torch.nn.Parameter(x) for x in gradients(99, shapes, dtype)]
-    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.SGD
-    extra = {"betas": train.betas} if kind is torch.optim.AdamW else {"momentum": train.momentum}
+    kind, own = optim.KINDS[train.optimizer]
+    extra = {
+        "betas": train.betas,
+        "alpha": 0.95,
+        "rho": 0.95,
+        "momentum": train.momentum,
+        "eps": train.eps,
+    }
+    extra = {name: value for name, value in extra.items() if name in own}
     oracle = kind(
         [
             {"params": [whole[0], whole[2]], "weight_decay": 0.1},
@@ -80,7 +92,11 @@ def test_flat_shards_step_as_torch_steps_whole_tensors(train, dtype):
     torch.testing.assert_close(shards[2], whole[1].detach(), **close)
 
 
-@pytest.mark.parametrize("train", [Train(), Train(optimizer="sgd", momentum=0.9)])
+@pytest.mark.parametrize(
+    "train",
+    [*(Train(optimizer=n) for n in optim.KINDS), Train(optimizer="sgd", momentum=0.9)],
+    ids=[*optim.KINDS, "momentum"],
+)
 def test_a_restored_optimizer_goes_on_bit_for_bit(train):
     def run(steps, p, optimizer):
         for s in steps:
@@ -141,7 +157,22 @@ def test_what_has_one_dim_does_not_decay(tmp_path):
 
 
 def test_unknown_words_are_named():
-    with pytest.raises(UsageError, match="adamw, sgd"):
+    with pytest.raises(UsageError, match="adamw, sgd, adam, adamax"):
         optim.make_optimizer([("p", torch.zeros(1), True)], Train(optimizer="lion"))
     with pytest.raises(UsageError, match="constant, cosine"):
         optim.learning_rate(Train(lr_schedule="linear"), 1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "optimizer"),
+    [
+        ("dp_shard2.zero3 tp2 2mb", "rmsprop"), ("pp2:1f1b/2mb dp_shard2.zero1 offload:nvme", "adagrad"),
+        ("2mb bf16 precision.rounding=stochastic", "adadelta"),
+    ],
+)  # fmt: skip
+def test_a_plan_equals_one_device_under_the_jobs_own_optimizer(plan, optimizer, tmp_path):
+    job = verify_jobs.job(tmp_path, plan, layers=2)
+    train = replace(job.train, optimizer=optimizer, momentum=0.9)
+    found = verify(replace(job, train=train), brief=True)
+    assert found.equal and found.traffic_equal, str(found)
+    assert optimizer in [t.job.train.optimizer for t in found.trials]

@@ -16,7 +16,7 @@ from partita.parallel.offload.cpu import GRADIENT, MASTER, WORKING, Away, Chunk,
 from partita.parallel.offload.nvme import DiskGradients, DiskStream
 from partita.parallel.units import Away as Gradients
 from partita.parallel.units import Unit
-from partita.train.optimizer.optim import PartOptimizer, state_names
+from partita.train.optimizer.optim import PartOptimizer, first_count, state_names
 from partita.train.optimizer.places import Places
 from partita.train.optimizer.slots import Slot
 from partita.train.optimizer.stochastic import Rounding
@@ -182,7 +182,6 @@ def make_away(
             own = {n: t[part] for n, t in states.items()}
             for n in own if second else ():
                 places.follow(own[n], states[n], part)
-            count = {"step": torch.tensor(0.0)} if train.optimizer == "adamw" else {}
-            optimizer.state[slot.master] = own | count
+            optimizer.state[slot.master] = own | first_count(train)
     parts = PartOptimizer(train, aways[0].unit.gradient.dtype)
     return AwayUpdate(arenas.stream(aways), slots, optimizer, parts, rounding, places)

@@ -1,4 +1,4 @@
-"""The update: torch.optim's AdamW and SGD over flat master buffers, the learning rate, the clip.
+"""The update: torch.optim's element-wise optimizers over flat master buffers, the learning rate, the clip.
 
 The optimizer sees one flat tensor a unit (or a shard of one); it is element-wise, so cutting
 changes nothing. Decay acts on tensors of two or more dims only: each flat tensor states whether it
@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from partita.base.errors import UsageError
+from partita.spec.train import states_of
 
 if TYPE_CHECKING:
     from partita.spec.job import TrainSpec
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 FUSED_DEVICES = ("cpu", "cuda")
+KINDS: dict[
+    str, tuple[Any, tuple[str, ...]]
+] = {  # torch's class, and what of a job's [train] it takes
+    "adamw": (torch.optim.AdamW, ("betas", "eps", "fused")),
+    "sgd": (torch.optim.SGD, ("momentum", "fused")),
+    "adam": (torch.optim.Adam, ("betas", "eps", "fused")),
+    "adamax": (torch.optim.Adamax, ("betas", "eps")),
+    "radam": (torch.optim.RAdam, ("betas", "eps")),
+    "adagrad": (torch.optim.Adagrad, ("eps",)),
+    "adadelta": (torch.optim.Adadelta, ("rho", "eps")),
+    "rmsprop": (torch.optim.RMSprop, ("alpha", "eps", "momentum")),
+}
 
 
 def make_optimizer(
     params: Sequence[tuple[str, Tensor, bool]], train: TrainSpec
 ) -> torch.optim.Optimizer:
-    """torch.optim's AdamW or SGD, fused, over `params`: (name, flat master tensor, decays).
+    """torch.optim's optimizer, fused where it can be, over `params`: (name, flat master tensor, decays).
 
     Masters are fp32, or fp64 under fp64; their states take the same dtype. There are two groups,
     with weight decay and without; each keeps the order of `params`, and group["names"] lists their
@@ -42,21 +55,25 @@ def make_optimizer(
     fused = _can_fuse([p for _, p in decay + plain])
     if not groups:  # a rank whose shards are all empty still steps
         groups = [{"params": [torch.zeros(0)], "names": [], "weight_decay": 0.0}]
-    if train.optimizer == "adamw":
-        b1, b2 = train.betas
-        return torch.optim.AdamW(groups, lr=train.lr, betas=(b1, b2), eps=train.eps, fused=fused)
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=fused)
-    raise UsageError(
-        f"train.optimizer is {train.optimizer!r}; accepted: adamw, sgd", key="train.optimizer"
-    )
+    if train.optimizer not in KINDS:
+        text = f"train.optimizer is {train.optimizer!r}; accepted: {', '.join(KINDS)}"
+        raise UsageError(text, key="train.optimizer")
+    kind, own = KINDS[train.optimizer]
+    said = {
+        "betas": tuple(train.betas), "alpha": train.betas[1], "rho": train.betas[1], "eps": train.eps,
+        "momentum": train.momentum, "fused": fused,
+    }  # fmt: skip
+    return kind(groups, lr=train.lr, **{name: said[name] for name in own})
 
 
 def state_names(train: TrainSpec) -> tuple[str, ...]:
     """The states the optimizer keeps for every element, as torch names them."""
-    if train.optimizer == "adamw":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if train.momentum else ()
+    return states_of(train.optimizer, train.momentum)
+
+
+def first_count(train: TrainSpec) -> dict[str, Tensor]:
+    """What an optimizer that counts its updates keeps of a parameter besides: none yet."""
+    return {} if train.optimizer == "sgd" else {"step": torch.tensor(0.0)}
 
 
 def state_tensor(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tensor | None:
@@ -73,7 +90,7 @@ def restore_state(
     if not param.numel() or not (updates or fresh):
         return
     state: dict[str, Tensor] = dict(states)
-    if isinstance(optimizer, torch.optim.AdamW):
+    if not isinstance(optimizer, torch.optim.SGD):
         state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=param.device)
     optimizer.state[param] = state
 

@@ -28,7 +28,7 @@ from partita.parallel.laid import Laid
 from partita.parallel.offload.rules import CHUNK
 from partita.parallel.units import Shards, Unit
 from partita.spec.layout import range_boxes
-from partita.train.optimizer.optim import PartOptimizer, state_names
+from partita.train.optimizer.optim import PartOptimizer, first_count, state_names
 from partita.train.optimizer.places import Places
 from partita.train.optimizer.slots import Slot
 
@@ -121,8 +121,7 @@ class StochasticUpdate:
                     n: torch.zeros_like(slot.gradient, device=device)
                     for n in state_names(self.train)
                 }
-                count = {"step": torch.tensor(0.0)} if self.train.optimizer == "adamw" else {}
-                self.optimizer.state[slot.master] = {**count, **moments}
+                self.optimizer.state[slot.master] = {**first_count(self.train), **moments}
 
     def run(
         self, slots: Sequence[Slot], draw: int, lr: float, factor: float,
