@@ -146,7 +146,7 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
 
 def test_that_nothing_fits_is_told_on_the_last_line_and_images_need_no_length(capsys):
     words = "plan alexnet laptop --global-batch-size 8 --fix 1mb --fix recompute:full --forbid cp"
-    words += " --fix pp2:1f1b --budget 40 --json"
+    words += " --forbid split --fix pp2:1f1b --budget 40 --json"
     assert run(words.split()) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["plans"] == []
