@@ -4,12 +4,14 @@ environment has TURNS=all."""
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+ALL = os.environ.get("TURNS") == "all"
 Case = TypeVar("Case")
+Other = TypeVar("Other")
 
 
 @cache
@@ -25,4 +27,10 @@ def turn(parts: int) -> int:
 def in_turn(cases: Iterable[Case], parts: int = 2) -> list[Case]:
     """Every other of the cases (or every so-manieth), the rest with the next commits."""
     every = list(cases)
-    return every if os.environ.get("TURNS") == "all" else every[turn(parts) :: parts]
+    return every if ALL else every[turn(parts) :: parts]
+
+
+def halves(lines: Iterable[Case], others: Sequence[Other]) -> list[tuple[Case, Other]]:
+    """Every line with half of the others, a chessboard; the other fields with the next commits."""
+    n = len(others)
+    return in_turn((x, others[(i + k) % n]) for i, x in enumerate(lines) for k in range(n))

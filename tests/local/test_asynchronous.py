@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import verify_jobs
+from turns import halves, in_turn
 
 from partita.base.errors import PlanError, UsageError
 from partita.comm.threads.local import local
@@ -32,8 +33,13 @@ MORE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
+@pytest.mark.parametrize(
+    ("plan", "family"),
+    [
+        pytest.param(p, f, marks=[pytest.mark.slow] * (p in MORE))
+        for p, f in halves([*PLANS, *MORE], ["llama", "gpt2"])
+    ],
+)
 def test_delayed_updates_equal_a_plain_loop(plan, family, tmp_path):
     layers = 3 if "pp2" in plan else 5
     found = verify(job(tmp_path, f"{plan} fp64", family, layers=layers))
@@ -54,7 +60,7 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", in_turn(MANY))
 def test_delayed_updates_of_what_steps_share(name, tmp_path):
     """A table on two stages, masks and routers of two steps under way, sharded states, low precision."""
     plan, family, model = MANY[name]

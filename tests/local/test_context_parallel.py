@@ -7,6 +7,7 @@ import pytest
 import torch
 import verify_jobs
 from comm_contract import best_of
+from turns import halves
 
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.threads.local import local
@@ -322,8 +323,7 @@ WITH = ("tp2+sp", "dp2", "pp2/2mb", "recompute:full")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", WITH)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "other"), halves(PLANS, WITH))
 def test_with_every_other_room(plan, other, folder):
     """Eight heads and 16 tokens, so that every rank has some; the families take turns."""
     turn = (PLANS.index(plan) + WITH.index(other)) % 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 import verify_jobs
 from torch.utils.flop_counter import FlopCounterMode
+from turns import halves
 
 from partita.comm.threads.local import local
 from partita.model.core import Explicit
@@ -136,12 +137,19 @@ def test_recomputing_keeps_what_is_declared(less, family, model, tmp_path):
                 assert [(r[0], r[1]) for r in rows] == [(r[0], r[2]) for r in rows]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family, model", CASES)
+KEPT = [(p, *case) for p in (*PLANS, *CONTEXT, *LONG) for case in CASES]
+
+
 @pytest.mark.parametrize(
-    "plan", [*PLANS, *CONTEXT, *(pytest.param(p, marks=pytest.mark.slow) for p in LONG)]
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=[pytest.mark.slow] * (case[0] in LONG))
+        for case, dtype in halves(KEPT, ["fp32", "bf16"])
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)),
 )
-def test_kept_storages_and_flops_are_the_declared(plan, family, model, dtype, tmp_path):
+def test_kept_storages_and_flops_are_the_declared(case, dtype, tmp_path):
+    plan, family, model = case
     layers = 5 if "pp4" in plan else 3  # equal ones are one object; of pp2 the stages are uneven
     job = verify_jobs.job(tmp_path, f"{plan} {dtype}", family, **{"layers": layers, **model})
     job = job if "pp" in plan or "mb" in plan else job.with_plan(f"{plan} 2mb {dtype}")
@@ -186,13 +194,16 @@ def test_latent_attention_keeps_and_computes_what_is_declared(plan, tmp_path):
                 assert "recompute" in plan or flops == declared_flops, (name, flops, declared_flops)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("less", ["", "recompute:selective recompute.modules=norm,act"])
+EXPERTS = ("2mb", "dp2 tp2+sp ep2 etp2 2mb", "tp2 etp2 2mb", "tp4+sp ep2 2mb")
+FEW = ("", "recompute:selective recompute.modules=norm,act")
+
+
 @pytest.mark.parametrize(
-    "plan", ["2mb", "dp2 tp2+sp ep2 etp2 2mb", "tp2 etp2 2mb", "tp4+sp ep2 2mb"]
+    ("case", "dtype"), halves([(p, r) for p in EXPERTS for r in FEW], ["fp32", "bf16"])
 )
-def test_experts_keep_and_compute_what_the_chosen_rows_say(plan, less, dtype, tmp_path):
+def test_experts_keep_and_compute_what_the_chosen_rows_say(case, dtype, tmp_path):
     """Dropless, and on tp4 with a capacity."""
+    plan, less = case
     limit = {"capacity_factor": 0.75} if "tp4" in plan else {}
     job = verify_jobs.job(tmp_path, f"{plan} {less} {dtype}", **verify_jobs.EXPERTS, **limit)
     with local(job.plan.world_size, 20) as ranks:
@@ -235,8 +246,7 @@ ZERO = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("plan", ZERO)
+@pytest.mark.parametrize(("plan", "tied"), halves(ZERO, [False, True]))
 def test_sites_and_bytes_of_cut_states_are_the_declared(plan, tied, tmp_path):
     job = verify_jobs.job(tmp_path, f"{plan} bf16", "llama", tied=tied)
     with local(job.plan.world_size, 20) as ranks:

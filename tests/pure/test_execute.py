@@ -22,7 +22,7 @@ from executed import (
     model,
     request,
 )
-from turns import in_turn
+from turns import halves
 
 from partita.parallel.cp.rules import laid_order
 from partita.parallel.exact.execute import Execution, execute
@@ -58,13 +58,7 @@ MODELS = {
 FULL = " recompute:full"
 
 
-def halves(models: list[str], lines: list[str]) -> list[tuple[str, str]]:
-    """Every plan with half of the models, with the others at the next commit."""
-    n = len(models)
-    return in_turn((models[(i + k) % n], p) for i, p in enumerate(lines) for k in range(n))
-
-
-CASES = halves(list(MODELS)[:4], [*PLANS, *ZERO])
+CASES = [(m, p) for p, m in halves([*PLANS, *ZERO], list(MODELS)[:4])]
 LATENT = (
     "tp2", "tp4+sp", "cp2:ring tp2+sp", "cp2:ulysses tp2", "cp4:hybrid2x2", "dp_shard2.zero3 tp2+sp 2mb",
     "pp2:zb_h1/4mb tp2+sp", "tp2+sp recompute:full recompute.collectives=keep",
@@ -95,14 +89,14 @@ CASES += [
         "dp_shard2.zero3 pp2/2mb", f"cp2:all_gather {SELECTIVE}",
     )
 ]  # fmt: skip
-CASES += halves(["llama", "drops"], [p + FULL for p in PLANS])
+CASES += [(m, p + FULL) for p, m in halves(PLANS, ["llama", "drops"])]
 CONTEXT = [
     "cp2:ring", "cp4:all_gather", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:ring tp2",
     "cp2:ulysses tp2", "cp2:ring tp2+sp", "cp2:ulysses tp2+sp", "cp2:all_gather tp2+sp",
     "dp_shard2.zero0 cp2:ring pp2/2mb", "dp_replicate2 cp2:ulysses pp2/2mb",
 ]  # fmt: skip
-CASES += halves(["llama", "gpt2", "drops"], CONTEXT)
-CASES += halves(["llama", "drops"], [p + FULL for p in CONTEXT])
+CASES += [(m, p) for p, m in halves(CONTEXT, ["llama", "gpt2", "drops"])]
+CASES += [(m, p + FULL) for p, m in halves(CONTEXT, ["llama", "drops"])]
 LESS = (
     "recompute:selective",
     "recompute:selective recompute.modules=core,norm,act",
@@ -110,7 +104,8 @@ LESS = (
     "recompute:full recompute.every=2",
     "recompute:full recompute.collectives=keep",
 )
-CASES += halves(["llama", "drops"], [f"{p} {r}" for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")])
+FOR = [f"{p} {r}" for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")]
+CASES += [(m, p) for p, m in halves(FOR, ["llama", "drops"])]
 CASES += [("drops", f"{p} {r}") for r in LESS for p in ("cp2:ring", "cp4:hybrid2x2")]
 
 
@@ -143,8 +138,8 @@ STAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "line"), halves(["tied", "gpt2"], STAGES))
-def test_stages_on_any_rank(name, line) -> None:
+@pytest.mark.parametrize(("line", "name"), halves(STAGES, ["tied", "gpt2"]))
+def test_stages_on_any_rank(line, name) -> None:
     """Several stages a rank, V, both ways; backward in halves: the same numbers, the declared traffic."""
     spec = model("gpt2" if name == "gpt2" else "llama", layers=4, tied=True)
     whole = lay(request(spec, line))
