@@ -9,11 +9,13 @@ from turns import in_turn
 
 from partita.planner.answers.answer import counts
 from partita.planner.answers.explain import binds, why
-from partita.planner.search.elsewhere import NO_BETTER, TARGETS, widened
+from partita.planner.search.elsewhere import NO_BETTER, TARGETS, offloads, widened
+from partita.planner.search.nodes import Found
 from partita.planner.search.search import ANY, Goal, Node, Search, measures, searcher
 from partita.planner.space import Leaf, MeshChoice, Shape, Space, Tokens, Words
 from partita.simulate.moves import STATE_PASSES, host_memory_rate
 from partita.simulate.predict import simulate
+from partita.spec.job import Job
 from partita.spec.plan import OffloadPlan
 
 FORBID = (
@@ -112,6 +114,15 @@ def test_more_devices_search_it_where_nothing_else_fits_or_it_is_asked_for():
         assert (f"offload:{to}" in reasons) == bool(to) and "the its" not in binds(one, best)
     forbidden = searcher(one, words, ("cp", "recompute", "offload"))
     assert not widened(forbidden, ANY, 1, forbidden.best(ANY), 30.0).plans
+
+
+def test_ranks_of_a_cpu_have_no_other_memory_to_offload_to():
+    plans = Found(plans=small(4, 1e9, fix=("1mb",)).best(ANY).plans)
+    job = Job.of("tiny", "laptop", "", global_batch_size=8, seq_len=64)
+    host = replace(job, cluster=replace(job.cluster, host_memory_bytes=10**9))
+    asked = searcher(job), searcher(host), searcher(job, ("offload:cpu",))
+    assert [bool(list(offloads(search, plans))) for search in asked] == [False, True, True]
+    assert list(offloads(asked[0], Found()))  # where nothing fits without
 
 
 def test_offload_that_no_time_is_left_for_is_said():

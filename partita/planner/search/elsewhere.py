@@ -1,7 +1,8 @@
 """Offload among the choices: states and activations in host memory or in files, where that can help.
 
     needed      nothing fits with all of it on the device
-    small       at most SMALL devices: it may also buy a better plan than the best that fits without
+    small       at most SMALL devices: it may also buy a better plan than the best that fits without; not of
+                CPU ranks, whose memory is their host's, unless the cluster states what the host has beside
     devices     the fewest are looked for
 
 Each way to offload is a space of its own, with the bounds of bound.py over what stays on the device; a plan
@@ -14,9 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from partita.cost.machine import device_class
 from partita.planner.search.nodes import ANY, Found, Goal
 from partita.planner.search.search import Search
 from partita.planner.space import Space
+from partita.spec.cluster import Cluster
 from partita.spec.plan import OffloadPlan, Plan
 
 SMALL = 16
@@ -26,11 +29,18 @@ TARGETS = ((), ("activations", *STATES), ("activations", *STATES, "parameters"))
 NO_BETTER = "files where the host has room"
 
 
+def is_always(cluster: Cluster) -> bool:
+    """Whether offload is among the choices where plans fit without it."""
+    own = device_class(cluster.device) != "CPU" or cluster.host_memory_bytes is not None
+    return own and cluster.devices <= SMALL
+
+
 def offloads(search: Search, found: Found, goal: Goal = ANY) -> Iterator[OffloadPlan]:
     """The ways to offload that are worth a search, files behind host memory; for fewer devices all are."""
-    words, devices = search.space.words, search.job.cluster.devices
+    words = search.space.words
     stated = search.space.offload.to != "none"
-    if found.plans and devices > SMALL and goal.name != "devices":
+    always = is_always(search.job.cluster) or (stated and search.job.cluster.devices <= SMALL)
+    if found.plans and not always and goal.name != "devices":
         return
     for to in ("cpu", "nvme"):
         wanted = search.space.offload.to == to if stated else words.admit("offload", to)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from partita.planner.bounds.columns import TIMES
 from partita.planner.bounds.table import Table
 from partita.planner.search.beyond import SMALL, SPARSE, turned
+from partita.planner.search.elsewhere import is_always
 from partita.planner.search.gap import least_seconds
 from partita.planner.search.made import FEW as MANY
 from partita.planner.search.made import made
@@ -97,7 +98,7 @@ def not_searched(search: Search, every: bool) -> tuple[str, ...]:
         found.append("parts of a sequence that do not divide it")
     if admit("offload", "cpu"):
         beside = ["other orders"] * turns + ["other splits"] * splits + ["auto"] * auto
-        if not few:
+        if not few or not is_always(cluster):
             found.append("offload where a plan fits without")
         elif beside:
             found.append(f"offload beside {', '.join(beside)} but as the best plan has it")
