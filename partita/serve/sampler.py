@@ -1,26 +1,24 @@
 """From logits to a token: a function of one row, the request and what it has so far; never of the batch.
 
-    logits --mask, bias, penalties--> --temperature--> --top_k, top_p, min_p--> --noise--> token
+    logits --mask, bias, penalties--> --temperature--> --top_k, top_p, min_p--> --draw--> token
 
-Drawn as the largest of logits / temperature + Gumbel noise (Maddison et al. 2014) among the kept ids; the
-noise is counted by (seed, choice, number of the token, id), so it is the same in any batch, after a
-preemption and behind any draft. All arithmetic is in float64 on the host.
+Drawn by the inverse of the distribution over the kept ids in their order, at a number in [0, 1) that is a
+function of (seed, choice, number of the token): the same in any batch, after a preemption and behind any
+draft. All arithmetic is in float64 on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from partita.base.errors import NonFiniteError
-from partita.comm.random.seeds import uniform
 from partita.serve.request import SamplingParams, TokenLogprob
 
-LEAST = 2.0**-33  # noise is of a uniform from here to 1 - LEAST
-REACH = 26.1  # between the largest noise, 22.9, and the least, -3.1: nothing so far below the best is drawn
 FEW = 1024  # likeliest ids, which mostly hold top_p
 
 
@@ -53,7 +51,9 @@ def choose(logits: Tensor, drawing: Drawing, number: int, allowed: Tensor | None
     Raises NonFiniteError where nothing can be chosen: a logit is no number, or all are ruled out.
     """
     params = drawing.params
-    scores = changed(logits.double(), params, drawing.prompt, drawing.counts)
+    scores = logits.double()
+    if params.changes:
+        scores = changed(scores, params, drawing.prompt, drawing.counts)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     best = scores.max()
@@ -64,10 +64,15 @@ def choose(logits: Tensor, drawing: Drawing, number: int, allowed: Tensor | None
         return int(scores.argmax())
     scores = (scores - best) / params.temperature
     ids = kept(scores, params)
-    ids = ids[scores[ids] > -REACH]
-    name = f"sample.{drawing.index}" if drawing.index else "sample"
-    u = uniform(drawing.seed, name, ids + number * len(scores)).clamp(LEAST, 1 - LEAST)
-    return int(ids[(scores[ids] - torch.log(-torch.log(u))).argmax()])
+    reached = scores[ids].exp().cumsum(0)
+    place = torch.searchsorted(reached, at(drawing, number) * reached[-1], right=True)
+    return int(ids[min(int(place), len(ids) - 1)])
+
+
+def at(drawing: Drawing, number: int) -> float:
+    """The number in [0, 1), of 53 bits, by which the `number`-th token of a choice is drawn."""
+    named = f"{drawing.seed} {drawing.index} {number}".encode()
+    return (int.from_bytes(blake2b(named, digest_size=8).digest()) >> 11) * 2.0**-53
 
 
 def changed(
