@@ -33,6 +33,7 @@ FAMILIES = {
     "latent": {
         **LLAMA, "kv_heads": 4, "head_dim": 12, "latent": Latent(kv=8, rope=4, v=6, q=10),
     },
+    "lora": {**LLAMA, "lora_rank": 2, "lora_dropout": 0.5},
     "moe": MOE,
     "switch": {**MOE, "top_k": 1, "capacity_factor": 8.0, "shared_experts": 1, "balance_loss": 0.01},
 }  # fmt: skip

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from partita.model.core import Flash
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.split import CAUSAL, FULL, Tile
-from partita.parallel.cp.tile import Merged, attend
+from partita.parallel.cp.tile import Merged, attend, plain
 from partita.parallel.cp.visible import Tokens, visible
 from partita.serve.piece import Piece
 
@@ -65,7 +65,8 @@ class Few:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A chunk of one sequence, `n` tokens from position `start` at `first` of the row."""
+    """A chunk of one sequence, `n` tokens from position `start` at `first` of the row; `table`: the pages of
+    what stands before it."""
 
     first: int
     n: int
@@ -172,7 +173,8 @@ def _group(
     n = len(pieces[0].tokens)
     held = [p.pages[: -(-p.end // page_size)] for p in pieces]
     if n > FEW:
-        table = torch.tensor(held[0], device=device)
+        before = held[0][: -(-pieces[0].start // page_size)]
+        table = torch.tensor(before, dtype=torch.int64, device=device)
         return Prompt(first, n, pieces[0].start, table)
     longest = max(map(len, held))
     table = torch.tensor([[*h, *[scratch] * (longest - len(h))] for h in held], device=device)
@@ -232,7 +234,11 @@ class Paged:
         mine = mine.reshape(many, kv, heads // kv * n, -1)
         k, v = (self._gathered(t, group) for t in (self.keys, self.values))
         mask = group.mask(self, (kv, heads // kv), q.dtype)
-        a = scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=self.scale)
+        if mask.dtype != q.dtype and q.device.type != "cpu":
+            # ALiBi's are fp32, which a GPU's kernels read as if they were of 16 bits
+            a = plain(mine, k, v, mask, False, self.scale)[0]
+        else:
+            a = scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=self.scale)
         return a.reshape(many, heads, n, -1).transpose(1, 2).flatten(0, 1)
 
     def _gathered(self, held: Tensor, group: Few) -> Tensor:

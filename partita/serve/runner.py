@@ -97,6 +97,8 @@ def open_runner(
 
 def started(opening: Opening, backend: Backend = "local") -> Runner:
     """The runner of an opening; returns when all ranks have their weights."""
+    if backend not in ("local", "processes"):
+        raise UsageError(f"'{backend}' is neither local nor processes", key="backend")
     if opening.ranks == 1:
         return SingleRunner(opening)
     return RanksRunner(opening, (Threads if backend == "local" else Processes)(opening))
