@@ -26,6 +26,7 @@ from partita.parallel.cp.tile import wide
 from partita.parallel.laid import Laid, lay
 from partita.parallel.room import Request
 from partita.parallel.units import Unit, make_units
+from partita.serve.latent import OverLatents
 from partita.serve.paged import Paged, Step
 from partita.serve.piece import Piece, Room
 from partita.spec.model import ModelSpec
@@ -102,14 +103,18 @@ class Part:
         assert isinstance(attention, Attention | LatentAttention)
         assert isinstance(attention.core, Flash)
         opening = self.opening
-        shapes = kept_shapes(opening.request.model, self.laid)
+        spec, many = opening.request.model, (opening.pages + 1, opening.page_size)
         keys, values = (
-            torch.zeros(
-                opening.pages + 1, opening.page_size, *shape, dtype=self.dtype, device=self.context.device
-            )
-            for shape in shapes
-        )  # fmt: skip
-        block.attention = replace(attention, core=Paged.like(attention.core, keys, values))
+            torch.zeros(*many, *shape, dtype=self.dtype, device=self.context.device)
+            for shape in kept_shapes(spec, self.laid)
+        )
+        if keeps_latents(spec):
+            values = keys[..., : spec.latent.kv]  # type: ignore[union-attr]
+        core = Paged.like(attention.core, keys, values)
+        if keeps_latents(spec):
+            block.attention = OverLatents(attention, core)  # type: ignore[assignment]
+        else:
+            block.attention = replace(attention, core=core)
         if block.beside is not None:
             block.beside = replace(block.beside, attention=block.attention)
         if isinstance(block.mlp, MoE) and self.laid.sizes["dp_shard"] > 1:
@@ -174,8 +179,15 @@ class Spread:
         return self.comm.all_gather(made, site="combine:gather", dim=1)[:, :tokens]
 
 
+def keeps_latents(spec: ModelSpec) -> bool:
+    """Whether pages hold latents: else, where adapters stand beside what makes keys, every head's."""
+    return spec.latent is not None and not spec.lora_rank
+
+
 def kept_shapes(spec: ModelSpec, laid: Laid) -> tuple[tuple[int, int], tuple[int, int]]:
     """(kv heads here, dim) of a token's keys and of its values in one layer."""
+    if spec.latent is not None and keeps_latents(spec):
+        return (1, spec.latent.kv + spec.latent.rope), (1, 0)  # values are a part of the keys
     block = next(
         b
         for s in laid.stages

@@ -26,6 +26,7 @@ PLANS = [
     ("tp2+sp", "gpt2", {}),
     ("tp2", "bloom", {}),
     ("tp2", "latent", {}),
+    ("tp2+sp", "latent", {}),
     ("pp2", "neox", {}),
     ("pp2", "qwen2", {}),  # tied: both stages hold the table
     ("tp2 pp2", "qwen3", {}),

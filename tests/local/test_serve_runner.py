@@ -7,6 +7,8 @@ import torch
 from serve_models import FAMILIES, MAX_LEN, PAGES, greatest_difference, model, opening, sequences
 
 from partita.base.errors import UsageError
+from partita.parallel.laid import lay
+from partita.serve.part import page_bytes
 from partita.serve.piece import Piece
 from partita.serve.runner import SingleRunner
 
@@ -66,6 +68,15 @@ def test_weights_are_all_that_is_held():
     units = SingleRunner(opening(spec, dtype="bf16"))._part.units
     held = {x.untyped_storage() for u in units for x in (u.working, u.master, u.gradient, u.sums)}
     assert sum(x.nbytes() for x in held) == 2 * spec.parameters()
+
+
+def test_of_latent_attention_the_latent_is_kept():
+    spec = model("latent")
+    core = SingleRunner(opening(spec))._part.blocks[1].attention.core
+    assert core.keys.shape[2:] == (1, 8 + 4) and core.values.shape[2:] == (1, 8)
+    assert core.values.untyped_storage().data_ptr() == core.keys.untyped_storage().data_ptr()
+    laid = lay(opening(spec).request)
+    assert page_bytes(laid, 4) == 2 * 4 * 12 * 8  # layers, tokens, numbers, bytes
 
 
 def test_a_sequence_beside_others_differs_by_roundings_alone(tolerance):
