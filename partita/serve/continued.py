@@ -21,11 +21,13 @@ PAGE = 16  # tokens
 
 @dataclass(frozen=True)
 class Source:
-    """What a folder says of its text: `window` is how many tokens its model has learned to see."""
+    """What a folder says of its text: `window` is how many tokens its model has learned to see; `special`,
+    whether a prompt begins as the tokenizer's file says (a <s>, mostly): not in runs of ours."""
 
     tokenizer: Tokenizer
     window: int
     device: str
+    special: bool = False
 
 
 def source_of(folder: Path) -> Source:
@@ -33,7 +35,7 @@ def source_of(folder: Path) -> Source:
     files have it. Raises UsageError where there is no tokenizer."""
     spec, weights = found(folder)
     if not isinstance(weights, StepWeights):
-        return Source(open_tokenizer(str(folder), vocab=spec.vocab), spec.max_seq_len, "cpu")
+        return Source(open_tokenizer(str(folder), vocab=spec.vocab), spec.max_seq_len, "cpu", True)
     job = job_of(weights.folder)
     tokenizer = open_job_data(job).tokenizer
     if tokenizer is None:
@@ -46,7 +48,7 @@ def continued(folder: Path, prompt: str, params: SamplingParams, plan: str = "")
     """`params.max_tokens` tokens behind a prompt, whatever they are; a text longer than the model sees is
     continued by its end, computed again for each token."""
     source = source_of(folder)
-    ids = source.tokenizer.encode(prompt)
+    ids = source.tokenizer.encode(prompt, source.special)
     if not ids:
         raise UsageError("the prompt is empty: give at least one character", key="prompt")
     whole = len(ids) + params.max_tokens

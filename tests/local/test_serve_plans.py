@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 import torch
 from serve_models import Random, model, opening, sequences
 
+from partita.model.families.export import export
+from partita.serve.continued import continued
 from partita.serve.engine import Engine
 from partita.serve.part import Part
 from partita.serve.request import EngineStoppedError, SamplingParams
@@ -44,6 +47,30 @@ def test_tokens_are_the_references(family, plan):
             assert mine == pytest.approx(right, abs=1e-9)
         stats = engine.stats()
     assert stats.pages_free == stats.pages and stats.finished["length"] == 4
+
+
+def test_a_hugging_face_folder_is_continued_behind_its_mark(tmp_path):
+    """Beyond what the model sees, too: by the end of the text."""
+    spec = model("llama", vocab=258, max_seq_len=16)
+    export(tmp_path, spec, Random(spec).values().__getitem__, dtype=torch.float64)
+    words = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    found = continued(tmp_path, "a cat", SamplingParams(max_tokens=14, temperature=0.0), "tp2")
+    judge, ids = (
+        Random(spec).reference(),
+        [256, *inner.encode("a cat", add_special_tokens=False).ids],
+    )
+    for _ in range(14):
+        with torch.no_grad():
+            ids.append(int(judge.logits(torch.tensor([ids[-15:]]))[0, -1].argmax()))
+    assert found.token_ids == ids[6:] and found.text == inner.decode(ids[6:], False)
 
 
 def test_a_lost_rank_ends_every_stream(monkeypatch):
