@@ -139,7 +139,9 @@ def test_images_that_fit_nowhere_are_told_how_much_they_need():
     job = Job.of("alexnet", "laptop", "", global_batch_size=8, seq_len=1)
     fix, forbid = ("1mb", "recompute:full", "pp2:1f1b"), ("tp", "split", "cp")
     lines = nothing_fits(job, lambda j: searcher(j, fix=fix, forbid=forbid), 120.0)
-    assert len(lines) == 1 and "of 29 MB a rank" in lines[0], lines
+    assert "of 29 MB a rank" in lines[0], lines
+    none = "no plan was found on less than 2,097,152 devices"
+    assert lines[1:] == [f"how many devices would do was not found: {none}"]
     with pytest.raises(UsageError, match="images"):
         solve(job, "layers", searcher, 1.0)
 
@@ -253,9 +255,12 @@ def test_solve_layers_finds_the_edge():
         solve(job, "heads", makes, 1)
 
 
-def test_nothing_fits_says_by_how_much_and_what_would():
+def test_nothing_fits_says_by_how_much_and_what_would(monkeypatch):
     lines = nothing_fits(job_of(2, 6e5), makes, 20)
     assert "times)" in lines[0] and any("devices" in line for line in lines[1:])
+    monkeypatch.setattr("partita.planner.answers.solve.MOST_DEVICES", 1)
+    none = "how many devices would do was not found: no plan was found on less than 2 devices"
+    assert nothing_fits(job_of(2, 6e5), makes, 8)[1].startswith(none)
 
 
 def table(memory: int) -> dict:

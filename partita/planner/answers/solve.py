@@ -98,14 +98,10 @@ def _devices(job: Job, makes: Makes, budget_s: float, seconds: float) -> Solved:
                 text += f"; {_unknown('fewer', budget_s)}"
             return Solved("devices", world, 1, found, found.complete, text)
         devices *= 2
-    return Solved(
-        "devices",
-        None,
-        1,
-        Found(),
-        False,
-        f"no plan was found on less than {devices:,} devices; {_unknown('more', budget_s)}",
-    )
+    text = f"no plan was found on less than {devices:,} devices"
+    if devices <= MOST_DEVICES:
+        text += f"; {_unknown('more', budget_s)}"
+    return Solved("devices", None, 1, Found(), False, text)
 
 
 def _unknown(what: object, budget_s: float) -> str:
@@ -362,6 +358,8 @@ def nothing_fits(job: Job, makes: Makes, budget_s: float) -> list[str]:
         solved = solve(job, field, makes, budget_s, QUARTER)
         if solved.value is not None:
             lines.append(f"would fit: {solved.text}")
+        elif field == "devices" and least.plans:
+            lines.append(f"how many devices would do was not found: {solved.text}")
     return lines
 
 
