@@ -193,7 +193,7 @@ def test_from_parts() -> None:
         ("train.lr=-1", "train.lr", "not within"),
         ("train.steps=many", "train.steps", "expected 'int', got 'str'"),
         ("train.betas=[0.9, 1.0]", "train.betas", "beta < 1"),
-        ("train.optimizer=adam", "train.optimizer", "did you mean 'adamw'"),
+        ("train.optimizer=adamww", "train.optimizer", "did you mean 'adamw'"),
         ("train.keep_last=0", "train.keep_last", "not within"),
         ("model.layers=1000000000000", "model.layers", "not within"),
         ("model.heads=-1", "model.heads", "not within"),
