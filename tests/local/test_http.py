@@ -18,7 +18,7 @@ from partita.serve.engine import Engine
 from partita.serve.http.app import create_app
 from partita.serve.http.server import address_of, bound
 from partita.serve.http.words import Words, words_of
-from partita.serve.runner import open_runner
+from partita.serve.runner import Ready, open_runner
 from partita.train.data.tokenizer import Tokenizer
 
 CANARY = {"prompt": "the cat", "max_tokens": 8, "temperature": 0}
@@ -70,17 +70,24 @@ def folder(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
-class Slow:
-    """A runner whose steps may be made to last, so that what they compute is still under way."""
+class Paced:
+    """A runner that waits once `left` steps are done, so that what they are part of is still under way."""
 
     def __init__(self, inner) -> None:
-        self.inner, self.step_s = inner, 0.0
+        self.inner, self.left, self.changed = inner, None, threading.Condition()
         self.vocab, self.max_len = inner.vocab, inner.max_len
-        self.pages, self.page_size = inner.pages, inner.page_size
+        self.pages, self.page_size, self.depth = inner.pages, inner.page_size, inner.depth
 
-    def run(self, pieces):
-        time.sleep(self.step_s)
-        return self.inner.run(pieces)
+    def allow(self, steps) -> None:
+        with self.changed:
+            self.left = steps
+            self.changed.notify_all()
+
+    def start(self, pieces):
+        with self.changed:
+            self.changed.wait_for(lambda: self.left is None or self.left > 0)
+            self.left = None if self.left is None else self.left - 1
+        return self.inner.start(pieces)
 
     def close(self) -> None:
         self.inner.close()
@@ -88,7 +95,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def runner(folder):
-    with closing(Slow(open_runner(folder, pages=64))) as made:
+    with closing(Paced(open_runner(folder, pages=64))) as made:
         yield made
 
 
@@ -102,11 +109,11 @@ def served(folder, runner):
 
 
 @pytest.fixture
-def slow(runner):
-    """A long request is still under way when a client has left, however busy the machine is."""
-    runner.step_s = 0.05
-    yield
-    runner.step_s = 0.0
+def paced(runner):
+    """Three steps may be done, and no more until the test allows them."""
+    runner.allow(3)
+    yield runner
+    runner.allow(None)
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +315,9 @@ def test_other_refusals(served):
     assert form.status_code == 400 and "application/json" in form.json()["error"]["message"]
     long = served.raw.post("/v1/completions", content=iter([b"a" * (1 << 20)] * 9))
     assert long.status_code == 413 and "error" in long.json()
+    many = served.raw.post("/v1/completions", json={**RIGHT, "n": 41})  # of 40 that may wait
+    assert many.status_code == 429 and many.headers["Retry-After"] == "1"
+    assert many.json()["error"]["code"] == "overloaded"
 
 
 LONG = {"prompt": "the cat", "max_tokens": 240, "ignore_eos": True}
@@ -317,31 +327,37 @@ def aborted(served) -> float:
     return served.number('partita_finished_total{reason="abort"}')
 
 
-def test_who_leaves_a_stream_frees_what_he_held(served, slow):
+def test_who_leaves_a_stream_frees_what_he_held(served, paced):
     before = aborted(served)
     with served.raw.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
         next(stream.iter_lines())
         assert served.number("partita_pages_free") < served.number("partita_pages")
+    served.waits(lambda: not served.number("partita_http_open"))
+    paced.allow(None)
     served.settles()
     assert aborted(served) == before + 1
 
 
-def test_who_leaves_a_plain_reply_frees_what_he_held(served, slow):
+def test_who_leaves_a_plain_reply_frees_what_he_held(served, paced):
     before = aborted(served)
     body = json.dumps({**LONG, "n": 3})
     head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with closing(socket.create_connection(served.listener.getsockname())) as connection:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}{body}".encode())
-        served.waits(lambda: served.number("partita_requests_running"))
+        served.waits(lambda: served.number("partita_http_open"))
+    served.waits(lambda: not served.number("partita_http_open"))
+    paced.allow(None)
     served.settles()
     assert aborted(served) == before + 3
 
 
-def test_a_request_is_cancelled_by_its_id(served, client, slow):
+def test_a_request_is_cancelled_by_its_id(served, client, paced):
     chunks = client.completions.create(model="tiny", prompt="a", max_tokens=240, stream=True)
     key = next(chunks).id
     assert served.raw.post(f"/v1/requests/{key}/cancel").json()["cancelled"]
+    paced.allow(None)
     assert [c.choices[0].finish_reason for c in chunks][-1] == "abort"
+    served.waits(lambda: not served.number("partita_http_open"))
     assert served.raw.post(f"/v1/requests/{key}/cancel").status_code == 404
     served.settles()
 
@@ -358,48 +374,48 @@ def test_health_and_metrics(served):
 
 
 class Faulty:
-    """A runner that waits before a step while it is held, and fails once it is broken."""
+    """A runner that always says "a", until it is broken."""
 
     def __init__(self) -> None:
-        self.vocab, self.max_len, self.pages, self.page_size = 256, 64, 16, 4
-        self.free, self.broken = threading.Event(), ""
-        self.free.set()
+        self.vocab, self.max_len, self.pages, self.page_size, self.depth = 256, 64, 16, 4, 1
+        self.broken = ""
 
-    def run(self, pieces):
-        self.free.wait()
+    def start(self, pieces):
         if self.broken:
             raise RuntimeError(self.broken)
-        return (
-            torch.nn.functional.one_hot(torch.tensor([97] * sum(p.want for p in pieces)), 256) * 1.0
-        )
+        rows = torch.tensor([97] * sum(p.want for p in pieces))
+        return Ready(torch.nn.functional.one_hot(rows, 256) * 1.0)
 
     def close(self) -> None:
-        self.free.set()
+        """Nothing is held."""
 
 
-def test_a_lost_model_never_ends_a_stream_as_if_it_were_whole(served):
-    runner = Faulty()
+def test_a_lost_model_never_ends_a_stream_as_if_it_were_whole():
+    faulty = Faulty()
+    runner = Paced(faulty)
     tokenizer = Tokenizer("byte")
     engine = Engine(runner, tokenizer, max_batch_tokens=16, max_sequences=2)
-    app = create_app(engine, "x", Words("x", tokenizer, False, ()), api_key="open", stalled_s=0.1)
-    with closing(Server(app)) as server:
+    words = Words("x", tokenizer, False, ())
+    with closing(Server(create_app(engine, "x", words, api_key="open", stalled_s=0.2))) as server:
         assert server.raw.get("/v1/models").status_code == 401
         assert server.raw.get("/health").status_code == 200
         server.raw.headers["Authorization"] = "Bearer open"
         assert server.raw.get("/v1/models").status_code == 200
-        runner.free.clear()
+        runner.allow(0)
         assert server.raw.get("/health/decode").json()["status"] == "stalled"
-        runner.free.set()
-        assert server.raw.get("/health/decode").status_code == 200
+        runner.allow(None)
+        server.waits(lambda: server.raw.get("/health/decode").status_code == 200)
+        server.settles()
+        runner.allow(3)
         body = {"prompt": "a", "max_tokens": 60, "stream": True}
         with server.raw.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
-            runner.broken = "rank 1 was lost"
+            faulty.broken = "rank 1 was lost"
+            runner.allow(None)
             events = [line for line in lines if line]
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "engine_failed"
         assert "data: [DONE]" not in events
         assert server.raw.get("/health").status_code == 503
         assert server.raw.get("/health/decode").status_code == 503
         assert server.raw.post("/v1/completions", json=RIGHT).status_code == 503
-    runner.close()

@@ -6,6 +6,7 @@ status  type                    code                when
 404     invalid_request_error   model_not_found     another model; an id that does not run
 404/405 invalid_request_error                       no such path or method
 413     invalid_request_error                       a body longer than the server reads
+429     invalid_request_error   overloaded          as many requests wait as may
 500     server_error                                our own fault
 503     server_error            engine_failed       a rank was lost, or the engine has ended
 """
@@ -22,6 +23,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 SERVER_FAULT = 500
+HEADERS: dict[int, dict[str, str]] = {
+    HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
+    HTTPStatus.TOO_MANY_REQUESTS: {"Retry-After": "1"},
+}
 
 
 class ApiError(Exception):
@@ -56,8 +61,7 @@ def all_of(problems: Sequence[tuple[str, str]]) -> ApiError:
 
 def reply(error: ApiError) -> JSONResponse:
     """The refusal as a reply."""
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, HEADERS.get(error.status))
 
 
 def install(app: FastAPI) -> None:

@@ -67,15 +67,19 @@ class Numbers(Collector):
         yield from _gauges(stats, self._service.name)
         yield from _counters(stats, self._service.name)
         yield from _histograms(stats, self._service.name)
-        yield self._http()
+        yield from self._http()
 
-    def _http(self) -> Metric:
+    def _http(self) -> Iterator[Metric]:
+        live = len(self._service.live)
+        yield GaugeMetricFamily(
+            "partita_http_open", "Requests that a client waits for.", value=live
+        )
         family = CounterMetricFamily(
             "partita_http_replies", "Replies by route and status.", labels=("path", "status")
         )
         for (path, status), count in self._replies.copy().items():
             family.add_metric((path, str(status)), count)
-        return family
+        yield family
 
 
 def _names(own: str, other: str | None) -> list[tuple[str, tuple[str, ...]]]:
