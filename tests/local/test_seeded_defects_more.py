@@ -113,16 +113,16 @@ def test_the_rate_of_the_update_before_or_averages_swapped_are_the_optimizers_fa
     judged, monkeypatch
 ):
     """Faults in the very lines that make the optimizer: the judge has its own."""
-    rate, adamw = optim.learning_rate, torch.optim.AdamW
+    rate, (adamw, takes) = optim.learning_rate, optim.KINDS["adamw"]
     with monkeypatch.context() as patch:
         patch.setattr(optim, "learning_rate", lambda train, update: rate(train, update - 1))
         at = judged("dp2 fp64")
         assert at.phase == "optimizer" and "update 1" in at.message
 
     def swapped(groups, betas, **more):
-        return adamw(groups, betas=betas[::-1] if more.get("fused") else betas, **more)
+        return adamw(groups, betas=betas[::-1], **more)
 
-    monkeypatch.setattr(torch.optim, "AdamW", swapped)
+    monkeypatch.setitem(optim.KINDS, "adamw", (swapped, takes))
     assert judged("dp2 fp64").phase == "optimizer"
 
 
