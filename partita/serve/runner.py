@@ -28,7 +28,7 @@ from partita.spec.plan import Plan
 
 Backend = Literal["local", "processes"]
 TOKENS = 32_768  # that pages hold, where nothing is said
-__all__ = ["Pending", "Piece", "Room", "Runner", "SingleRunner", "open_runner", "opening_of"]
+__all__ = ["Pending", "Piece", "Room", "Runner", "SingleRunner", "open_runner"]
 
 
 class Ready:
@@ -89,32 +89,6 @@ def open_runner(
     sequences of the model's longest, or TOKENS, whichever is less. No sequence is longer than all pages.
 
     Raises CheckpointError for a folder that is none, UsageError and PlanError for a plan that cannot be."""
-    opening = opening_of(
-        folder, plan, pages=pages, memory=memory, page_size=page_size, dtype=dtype, device=device
-    )
-    return started(opening, backend)
-
-
-def started(opening: Opening, backend: Backend = "local") -> Runner:
-    """The runner of an opening; returns when all ranks have their weights."""
-    if backend not in ("local", "processes"):
-        raise UsageError(f"'{backend}' is neither local nor processes", key="backend")
-    if opening.ranks == 1:
-        return SingleRunner(opening)
-    return RanksRunner(opening, (Threads if backend == "local" else Processes)(opening))
-
-
-def opening_of(
-    folder: str | Path,
-    plan: str | Plan = "",
-    *,
-    pages: int | None = None,
-    memory: int | None = None,
-    page_size: int = 16,
-    dtype: str = "fp32",
-    device: str = "cpu",
-) -> Opening:
-    """What the ranks of `open_runner` are given."""
     spec, weights = found(folder)
     stated = Plan.parse(plan) if isinstance(plan, str) else plan
     request = request_of(spec, stated, dtype)
@@ -133,4 +107,13 @@ def opening_of(
         pages = -(-min(4 * spec.max_seq_len, TOKENS) // page_size)
     if pages < 1:
         raise UsageError(f"{pages} pages: at least 1 is wanted", key="pages")
-    return Opening(request, weights, pages, page_size, device)
+    return started(Opening(request, weights, pages, page_size, device), backend)
+
+
+def started(opening: Opening, backend: Backend = "local") -> Runner:
+    """The runner of an opening; returns when all ranks have their weights."""
+    if backend not in ("local", "processes"):
+        raise UsageError(f"'{backend}' is neither local nor processes", key="backend")
+    if opening.ranks == 1:
+        return SingleRunner(opening)
+    return RanksRunner(opening, (Threads if backend == "local" else Processes)(opening))

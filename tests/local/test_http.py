@@ -367,6 +367,7 @@ def test_health_and_metrics(served):
     before = served.number("partita_generated_tokens_total")
     assert served.raw.get("/health/decode").json() == {"status": "ok"}
     assert served.number("partita_generated_tokens_total") == before + 1
+    assert served.raw.post("/v1/completions", json={}).status_code == 400
     text = served.raw.get("/metrics").text
     for name in ("num_requests_running", "kv_cache_usage_perc", "generation_tokens_total"):
         assert f'vllm:{name}{{model_name="tiny"}}' in text
