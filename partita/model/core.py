@@ -7,7 +7,7 @@ head_dim] -> [batch, heads, seq, head_dim].
                      parallel/cp/ring.py, and parallel/cp/ulysses.py goes around any
 
 A query sees the keys of its own document that are not behind it, the last `window` of them where there is
-a window. Grouped-query heads are not copied.
+a window; where `causal` is false those behind it too, as many. Grouped-query heads are not copied.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ class Flash:
     window: int = 0
     scale: float | None = None  # of products; None: head_dim^-0.5
     slopes: Tensor | None = None  # of these heads, where scores fall off with distance
+    causal: bool = True
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
-        """Causal without a mask where nothing else hides a key."""
+        """Without a mask where at most the upper half is hidden."""
         mask = self._mask(q.shape[-2], batch, q.device)
-        return Tiled.apply(q, k, v, mask, self.scale)  # type: ignore[return-value]
+        return Tiled.apply(q, k, v, mask, self.scale, self.causal)  # type: ignore[return-value]
 
     def link(self, seq: int, batch: Any, device: torch.device) -> Link:
         """The same of `seq` tokens as a link of a chain."""
-        return Tiled, self._mask(seq, batch, device), self.scale
+        return Tiled, self._mask(seq, batch, device), self.scale, self.causal
 
     def _mask(self, seq: int, batch: Any, device: torch.device) -> Callable[[], Tensor] | None:
-        """What makes the mask; None where attention is causal and nothing else."""
+        """What makes the mask; None where attention is causal, or full, and nothing else."""
         if batch.documents is None and not 0 < self.window < seq and self.slopes is None:
             return None
         documents = batch.documents  # alone: a link that is kept shall hold no batch
@@ -67,14 +68,15 @@ class Flash:
             tokens = Tokens.first(seq, documents, device)
             if self.slopes is not None:
                 return biased(self.slopes, tokens, tokens, self.window)
-            return visible(tokens, tokens, self.window).unsqueeze(1)
+            return visible(tokens, tokens, self.window, self.causal).unsqueeze(1)
 
         return mask
 
 
 class Tiled(torch.autograd.Function):
     """Flash by a device's kernels as they are (parallel/cp/tile.py), whose backward begins with the output
-    and its lse alone: a mask is not kept. Causal where there is none; backward makes it again."""
+    and its lse alone: a mask is not kept, backward makes it again. `causal` says whether the
+    upper half is hidden where there is none."""
 
     @staticmethod
     def forward(
@@ -84,11 +86,13 @@ class Tiled(torch.autograd.Function):
         v: Tensor,
         mask: Callable[[], Tensor] | None,
         scale: float | None,
+        causal: bool,
     ) -> Tensor:
         """One tile."""
-        out, lse = attend(q, k, v, mask and mask(), mask is None, scale)
+        upper = causal and mask is None
+        out, lse = attend(q, k, v, mask and mask(), upper, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.mask, ctx.scale, ctx.upper = mask, scale, upper
         return out
 
     @staticmethod
@@ -97,7 +101,8 @@ class Tiled(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         mask = ctx.mask
         seen = mask and mask()
-        return *attend_back(g, (q, k, v), out, lse, seen, mask is None, ctx.scale), None, None
+        found = attend_back(g, (q, k, v), out, lse, seen, ctx.upper, ctx.scale)
+        return *found, None, None, None
 
 
 class Merge(torch.autograd.Function):
@@ -117,25 +122,26 @@ class Merge(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Explicit:
-    """Probabilities are made whole, so that they can be dropped. `future` is True above the diagonal;
-    `again`: backward makes them from q, k, v."""
+    """Probabilities are made whole, so that they can be dropped. `future` is True where a key is hidden:
+    above the diagonal, or nowhere; `again`: backward makes them from q, k, v."""
 
     drop: Dropout
     future: Tensor
     window: int = 0
     again: bool = False
+    causal: bool = True
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
         """softmax(q k) dropped, times v."""
         if not training:
-            return Flash(self.window)(q, k, v, batch, step, training)
+            return Flash(self.window, causal=self.causal)(q, k, v, batch, step, training)
         s = q.shape[-2]
         hidden = self.future[:s, :s]
         if batch.documents is not None or 0 < self.window < s:
             tokens = Tokens.first(s, batch.documents, q.device)
-            hidden = ~visible(tokens, tokens, self.window).unsqueeze(1)
+            hidden = ~visible(tokens, tokens, self.window, self.causal).unsqueeze(1)
 
         def explicit(q: Tensor, k: Tensor, v: Tensor, replay: bool = False) -> Tensor:
             group = q.shape[1] // k.shape[1]

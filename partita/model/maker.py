@@ -121,7 +121,7 @@ class Maker:
         return Dropout(self.context.seed, name, probability, shape, box, laid)
 
     def core(self, future: Tensor | None, again: bool) -> Core:
-        """Attention proper, by the regions the laid block has around it; `future` is the causal mask of
+        """Attention proper, by the regions the laid block has around it; `future` is the mask of
         explicit probabilities, which backward makes `again` or not."""
         window = self.spec.sliding_window
         drop = self.dropout("attention.core", "p_mask")
@@ -134,10 +134,10 @@ class Maker:
             shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls)
             found = shared if drop is None else SharedExplicit(shared, drop, again)
         elif drop is None:
-            found = Flash(window, scale, falls)
+            found = Flash(window, scale, falls, self.spec.causal)
         else:
             assert future is not None
-            found = Explicit(drop, future, window, again)
+            found = Explicit(drop, future, window, again, self.spec.causal)
         turns = self.regions.of("exchange")
         if not turns:
             return found

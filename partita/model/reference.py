@@ -123,7 +123,7 @@ class Reference:
     def attention(
         self, name: str, x: Tensor, documents: Tensor | None, samples: Tensor | None
     ) -> Tensor:
-        """Norm, q k v, positions, causal attention within documents, output projection."""
+        """Norm, q k v, positions, attention within documents, output projection."""
         s = self.spec
         h = self.norm(f"{name}.attention.norm", x)
         if s.latent is not None:
@@ -140,7 +140,9 @@ class Reference:
             q, k = turned(q, cos, sin), turned(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        if s.causal or s.sliding_window:
+            mask = mask.tril(0 if s.causal else s.sliding_window - 1)
         if s.sliding_window:
             mask = mask.triu(1 - s.sliding_window)
         if documents is not None:
@@ -152,7 +154,12 @@ class Reference:
             plain = documents is None and not s.sliding_window and not s.alibi
             mask = self.falling(mask) if s.alibi else mask
             a = scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else mask, is_causal=plain, scale=s.softmax_scale
+                q,
+                k,
+                v,
+                None if plain else mask,
+                is_causal=plain and s.causal,
+                scale=s.softmax_scale,
             )
         wo = self.weight(f"{name}.attention.wo").flatten(1)
         a = a.transpose(1, 2).flatten(2)

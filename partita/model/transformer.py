@@ -167,7 +167,7 @@ def build_blocks(
     future = None
     if spec.dropout > 0 and spec.image is None:
         size = laid.request.laid_len
-        future = torch.ones(size, size, dtype=torch.bool, device=context.device).triu_(1)
+        future = torch.full((size, size), spec.causal, device=context.device).triu_(1)
     found: dict[int, list[Any]] = {}
     for s in laid.stages_of(place):
         row = found[s.index] = []

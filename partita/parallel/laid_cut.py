@@ -44,7 +44,7 @@ def whole(request: Request) -> Program:
     found = freeze(family_program(request.model, batch, request.laid_len), request.frozen)
     if request.laid_len > request.seq_len:
         found = found.map(lambda block: _limited(block, request))
-    return found.map(_masked) if request.packed else found
+    return found.map(_masked) if request.masks_samples else found
 
 
 def _limited(block: Block, request: Request) -> Block:

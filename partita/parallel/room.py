@@ -57,13 +57,18 @@ class Request:
     def laid_len(self) -> int:
         """Tokens of a sequence as it is laid: filled up behind its end until it divides by the ranks that cut
         it, and of a ring that balances its shares by two chunks for each. What fills up has no target, and
-        as attention is causal nobody sees it."""
+        nobody sees it: attention is causal, or it is a document of its own."""
         mesh, ring = self.plan.mesh, self.plan.sizes["cp"]
         if self.model.image is not None:
             return self.seq_len
-        balanced = ring > 1 and self.plan.context.method != "all_gather"
+        balanced = ring > 1 and self.plan.context.method != "all_gather" and self.model.causal
         unit = lcm(mesh.cp * (mesh.tp if mesh.sp else 1), 2 * ring if balanced else 1)
         return -(-self.seq_len // unit) * unit
+
+    @property
+    def masks_samples(self) -> bool:
+        """Whether each sample has a mask of its own: documents, or what fills it up and would be seen."""
+        return self.packed or (not self.model.causal and self.laid_len > self.seq_len)
 
 
 class Room(Protocol):

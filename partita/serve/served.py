@@ -55,6 +55,9 @@ def _require(spec: ModelSpec, plan: Plan, dtype: str) -> None:
     mesh = plan.mesh
     if spec.image is not None:
         raise UsageError("a model of images writes no text: there is nothing to serve", key="model")
+    if not spec.causal:
+        text = "an encoder (causal = false) writes no text: its tokens see what follows them, so none is next"
+        raise UsageError(text, key="model")
     if dtype not in DTYPES:
         raise UsageError(f"'{dtype}' is none of {', '.join(DTYPES)}", key="dtype")
     for axis, why in (

@@ -1,8 +1,9 @@
 """Packed documents: attention within each document only, so every microbatch costs what its documents do.
 
     share of a sequence = sum over its documents of l (l + 1) / 2   over   L (L + 1) / 2
+    where tokens attend both ways                     of l^2         over   L^2
 
-of fused causal attention's seconds, forward and backward; the rest of the step does not change. The first
+of fused attention's seconds, forward and backward; the rest of the step does not change. The first
 step's microbatches are played with their own durations on every replica; replicas meet at its end. Under
 context parallelism the share is taken to lie evenly over the ranks. Explicit attention computes its whole
 square whatever the documents are.
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def sequence_shares(documents: np.ndarray, seq_len: int) -> np.ndarray:
-    """The share of full causal attention of each sequence of so many tokens, from the documents' ids by
+def sequence_shares(documents: np.ndarray, seq_len: int, causal: bool = True) -> np.ndarray:
+    """The share of whole attention of each sequence of so many tokens, from the documents' ids by
     token, in order."""
     import numpy as np
 
@@ -38,7 +39,9 @@ def sequence_shares(documents: np.ndarray, seq_len: int) -> np.ndarray:
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = np.arange(seq_len)
     first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
-    return (place - first + 1).sum(axis=1) / (seq_len * (seq_len + 1) / 2)
+    before = (place - first).sum(axis=1)  # pairs of two tokens; each way one
+    ways = 1 if causal else 2
+    return (ways * before + seq_len) / (seq_len + ways * (seq_len * (seq_len - 1) / 2))
 
 
 def microbatch_shares(job: Job) -> np.ndarray:
@@ -53,7 +56,7 @@ def microbatch_shares(job: Job) -> np.ndarray:
     length, batch = job.train.seq_len, job.train.global_batch_size
     sequences = max((len(documents) - 1) // length, 1)
     needed = np.asarray(documents[: min(sequences, batch) * length])
-    share = sequence_shares(needed, length)
+    share = sequence_shares(needed, length, job.model.causal)
     if not len(share):
         raise DataError(f"{path}: {len(documents)} tokens are less than one sequence of {length}")
     each = share[np.arange(batch) % len(share)]

@@ -6,13 +6,14 @@
     bloom    gpt2 with ALiBi (attention's scores fall off with distance) and a norm behind the token table
     alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
-A llama may have biases on q, k, v (Qwen2), norms of each head of q and k (Qwen3), keys and values made of a
-latent (DeepSeek), and experts in place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what
-follows.
+Llama, GPT-2 and GPT-NeoX attend both ways where `causal` is false. A llama may have biases on q, k, v
+(Qwen2), norms of each head of q and k (Qwen3), keys and values made of a latent (DeepSeek), and experts in
+place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
 
 FLOPs count matrix products only, two for each multiply-add, under one of three conventions:
 
-    model_causal    attention's two products count half, as causal attention needs only half of them
+    model_causal    attention's two products count half, as causal attention needs only half of them, and
+                    whole where tokens see those that follow too (`causal = false`)
     model_full      attention's two products count whole (PaLM appendix B, Megatron)
     hw              model_full, and what recompute runs a second time
 """
@@ -132,7 +133,8 @@ class ModelSpec(ModelSizes):
         if convention != "model_causal":
             return per_key * seq_len
         w = min(self.sliding_window or seq_len, seq_len)
-        return per_key * (w - w * w / (2.0 * seq_len))
+        seen = w - w * w / (2.0 * seq_len)
+        return per_key * (seen if self.causal else 2.0 * seen)
 
     def forward_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"

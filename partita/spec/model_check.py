@@ -57,8 +57,10 @@ def _alone(spec: ModelSizes) -> Wrong:
     if (spec.image is not None) != (spec.family == "alexnet"):
         yield "image", f"family {spec.family} has {'no' if spec.image else 'an'} [model.image]"
     for name, (nothing, families) in OF_FAMILIES.items():
-        if getattr(spec, name) != nothing and spec.family not in families:
-            yield name, f"family {spec.family} has no {name}"
+        value = getattr(spec, name)
+        if value != nothing and spec.family not in families:
+            what = name if nothing is not True else f"{name} = false"
+            yield name, f"family {spec.family} has no {what}"
 
 
 def _sizes(spec: ModelSizes) -> Wrong:
@@ -76,6 +78,7 @@ OF_FAMILIES = {  # field -> what says nothing, and the families that may say mor
     "dropout": (0.0, ("gpt2", "alexnet")), "qkv_bias": (False, ("llama",)), "qk_norm": (False, ("llama",)),
     "latent": (None, ("llama",)), "rope_scaling": (None, ("llama",)), "rotary_pct": (1.0, ("gpt_neox",)),
     "parallel_residual": (False, ("gpt_neox",)), "gelu": ("tanh", ("gpt_neox",)),
+    "causal": (True, ("llama", "gpt2", "gpt_neox")),
 }  # fmt: skip
 
 

@@ -37,7 +37,10 @@ class ModelSizes:
     qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
     qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
     latent: Latent | None = None  # llama: what keys and values are made of
-    sliding_window: int = 0  # keys a query sees, itself among them (Mistral); 0: all before it
+    causal: bool = (
+        True  # a token sees itself and what is before it; false: what follows too (an encoder)
+    )
+    sliding_window: int = 0  # keys a query sees, itself among them (Mistral), to each side; 0: all
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
     experts: int = 0  # 0: dense; llama
     top_k: int = 0  # experts a token is sent to

@@ -171,6 +171,7 @@ class Op:
         tuple[tuple[Dim, ...], float], ...
     ] = ()  # LoRA: spaces more, backward over forward
     window: tuple[int, ...] = ()  # of convolution and pooling: kernel, stride, padding
+    causal: bool = True  # of attention: no query sees what is behind it
 
     def over(self, change: Callable[[tuple[Dim, ...]], tuple[Dim, ...]]) -> Op:
         """The same over what `change` makes of its spaces; itself where that is nothing."""
@@ -181,7 +182,7 @@ class Op:
         return Op(  # `replace` takes thrice as long
             self.name, self.kind, self.reads, self.writes, self.weights, self.sums, self.whole,
             self.saves, self.scratch, space, self.flops_per_point, self.cheap, self.axes, self.events,
-            self.lane, self.frozen, extra, self.window,
+            self.lane, self.frozen, extra, self.window, self.causal,
         )  # fmt: skip
 
     @property

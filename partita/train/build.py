@@ -94,7 +94,7 @@ class Built:
         request = self.model.laid.request
         if request.model.image is not None:
             return whole  # pixels are cut where they are read
-        whole = filled(whole, request.laid_len)
+        whole = filled(whole, request.laid_len, request.model.causal)
         if ways == 1:
             return whole
         split = self._split if whole.documents is None else self._split_of(whole.documents)
@@ -201,11 +201,14 @@ def microbatch(batch: Batch, samples: Sequence[int], step: int = 0) -> Microbatc
     return Microbatch(batch.ids, batch.targets, batch.valid, batch.documents, places, step=step)
 
 
-def filled(batch: Microbatch, length: int) -> Microbatch:
-    """The same of `length` tokens a sample: what is added has no target, and is a document of its own."""
+def filled(batch: Microbatch, length: int, causal: bool = True) -> Microbatch:
+    """The same of `length` tokens a sample: what is added has no target, and is a document of its own where
+    there are such, or where attention would see it else."""
     more, documents = length - batch.ids.shape[1], batch.documents
     if not more:
         return batch
+    if documents is None and not causal:
+        documents = torch.zeros_like(batch.ids)
     if documents is not None:
         documents = pad(documents, (0, more), value=int(documents.min()) - 1)
     ids, targets, valid = (pad(t, (0, more)) for t in (batch.ids, batch.targets, batch.valid))

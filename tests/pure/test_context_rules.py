@@ -44,6 +44,22 @@ def test_how_many_keys_a_position_sees() -> None:
         sum(documents[j] == documents[i] and i - j < 4 for j in range(i + 1)) for i in range(6)
     ]
     assert seen(documents, 4).tolist() == brute
+    assert seen(documents, causal=False).tolist() == [4, 4, 4, 2, 2, 4]
+    near = [[abs(i - j) < 3 and documents[i] == documents[j] for j in range(6)] for i in range(6)]
+    assert seen(documents, 3, causal=False).tolist() == np.array(near).sum(1).tolist()
+
+
+def test_where_tokens_attend_both_ways_shares_are_neighbours_of_equal_work() -> None:
+    assert order(12, 3, causal=False).rows == ((0, 1, 2),)
+    encoder = replace(LLAMA8, causal=False)
+    ring = parse("cp4:ring bf16")
+    assert Request(ring, encoder, 100).laid_len == 100 < Request(ring, LLAMA8, 100).laid_len
+    lengths = [700, 100, 20, 204]
+    documents = np.repeat(np.arange(4), lengths)[None]
+    held = order(1024, 4, documents, causal=False).positions[0]
+    area = seen(documents[0], causal=False)
+    assert area.sum() == sum(n * n for n in lengths)
+    assert area[held].reshape(4, -1).sum(1).max() < 1.1 * area.sum() / 4
 
 
 def test_packed_documents_are_cut_by_area() -> None:

@@ -52,6 +52,8 @@ MODELS = {
     "mla plain": MLA_PLAIN,
     "neox": NEOX,
     "bloom": BLOOM,
+    "encoder": replace(LLAMA, causal=False),
+    "drops both ways": replace(DROPS, causal=False),
     "few words": replace(LLAMA, vocab=3),
     "shared": replace(LLAMA, hidden=24, heads=12, kv_heads=6, head_dim=2),
 }
@@ -89,6 +91,10 @@ CASES += [
         "dp_shard2.zero3 pp2/2mb", f"cp2:all_gather {SELECTIVE}",
     )
 ]  # fmt: skip
+CASES += [
+    ("encoder", p)
+    for p in ("cp2:ring tp2+sp", "cp4:hybrid2x2", "cp2:all_gather pp2/2mb", "cp2:ulysses" + FULL)
+] + [("drops both ways", "cp2:ring")]
 CASES += [(m, p + FULL) for p, m in halves(PLANS, ["llama", "drops"])]
 CONTEXT = [
     "cp2:ring", "cp4:all_gather", "cp2:ulysses", "cp4:ulysses", "cp4:hybrid2x2", "cp2:ring tp2",

@@ -13,6 +13,7 @@ from partita.spec.model import ModelSpec
 
 SEQ = 5  # of the models' five positions: what fills up has none
 LIMITED = replace(MOE, capacity_factor=1.0)
+ENCODER = replace(LLAMA, causal=False)
 
 
 def asked(spec: ModelSpec, line: str, seq: int = SEQ):
@@ -23,6 +24,7 @@ CASES = [
     (LLAMA, "cp4:hybrid2x2", 8), (LLAMA, "pp2:zb_h1/4mb tp4+sp", 8), (GPT2, "cp2:ring tp2+sp", 8),
     (DROPS, "cp2:all_gather recompute:full", 6), (DROPS, "tp2+sp", 6), (BLOOM, "cp2:ulysses tp2+sp", 8),
     (MLA, "cp2:ring dp_shard2.zero3", 8), (MOE, "cp2:ring ep2 recompute:full", 8), (MOE, "tp2+sp ep2", 6),
+    (ENCODER, "cp2:ring tp2+sp", 8), (ENCODER, "cp4:hybrid2x2", 8), (ENCODER, "tp2+sp", 6),
     (LIMITED, "cp2:ulysses ep2 expert.chunks=2", 6), (LIMITED, "cp2:ring dp_shard2.zero3 ep4", 8),
 ]  # fmt: skip
 

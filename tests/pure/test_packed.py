@@ -30,6 +30,7 @@ def test_shares_are_counted_pairs():
     whole = LENGTH * (LENGTH + 1) / 2
     half = LENGTH // 2 * (LENGTH // 2 + 1)
     assert sequence_shares(ids, LENGTH) == pytest.approx([1.0, half / whole, LENGTH / whole])
+    assert sequence_shares(ids, LENGTH, False) == pytest.approx([1.0, 0.5, 1 / LENGTH])
 
 
 def test_microbatches_and_replicas_are_those_of_the_sample_order(tmp_path):

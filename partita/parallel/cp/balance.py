@@ -7,6 +7,8 @@ Llama 3 (2407.21783, sec. 3.3.2) and others: rank r of n holds chunks r and 2n-1
     one document, ring of 2       chunk    0  1  2  3
                                   area     1  3  5  7      rank 0: 0 3     rank 1: 1 2
 
+Where tokens attend both ways every token of a document sees as many keys: shares are neighbours.
+
 The sequence in that order, rank after rank, is the *laid* sequence: everything that cuts seq cuts it, and
 only what needs positions (data, RoPE, masks, dropout) asks where a token comes from. Packed documents make
 another order for each sample. An order is data: it is in no weight's layout.
@@ -54,15 +56,19 @@ class Order:
         return [(int(held[a]), int(held[b - 1]) + 1) for a, b in pairwise(ends) if b > a]
 
 
-def order(seq_len: int, ring: int, documents: Ints | None = None, window: int = 0) -> Order:
+def order(
+    seq_len: int, ring: int, documents: Ints | None = None, window: int = 0, causal: bool = True
+) -> Order:
     """The laid order for a ring of `ring` ranks; `documents` [samples, seq] where they are packed."""
     if ring == 1:
         return Order(seq_len, ((0,),))
     if documents is None:
+        if not causal:
+            return Order(seq_len // ring, (tuple(range(ring)),))
         return _plain(seq_len, ring, window)
     chunk = seq_len // chunks(seq_len, ring, packed=True)
-    rows = (_row(seen(row, window).reshape(-1, chunk).sum(1).tolist(), ring) for row in documents)
-    return Order(chunk, tuple(rows))
+    areas = (seen(row, window, causal).reshape(-1, chunk).sum(1).tolist() for row in documents)
+    return Order(chunk, tuple(_row(area, ring) for area in areas))
 
 
 @cache
@@ -85,15 +91,19 @@ def chunks(seq_len: int, ring: int, packed: bool = False) -> int:
     return 2 * ring * fine
 
 
-def seen(documents: Ints, window: int = 0) -> Ints:
-    """How many keys each position sees: earlier ones of its own document and itself, at most `window`."""
+def seen(documents: Ints, window: int = 0, causal: bool = True) -> Ints:
+    """How many keys each position sees: earlier ones of its own document and itself, at most `window`; where
+    attention is not causal, as many later ones."""
     import numpy as np
 
     found = np.empty(len(documents), np.int64)
     for document in np.unique(documents):
         at = np.flatnonzero(documents == document)
         first = np.searchsorted(at, at - window + 1) if window else 0
-        found[at] = np.arange(1, len(at) + 1) - first
+        end = np.arange(1, len(at) + 1)
+        if not causal:
+            end = np.searchsorted(at, at + window) if window else len(at)
+        found[at] = end - first
     return found
 
 

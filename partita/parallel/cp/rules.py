@@ -91,7 +91,7 @@ def _nearest(job: Request) -> str:
 def laid_order(job: Request) -> Order:
     """Which position lies at each place of the laid sequence where no documents are packed."""
     ring = 1 if job.model.image is not None else job.plan.sizes["cp"]
-    return order(job.laid_len, ring, window=job.model.sliding_window)
+    return order(job.laid_len, ring, window=job.model.sliding_window, causal=job.model.causal)
 
 
 def lay(job: Request, program: Program) -> Program:

@@ -57,12 +57,13 @@ class Split:
     def of(request: Request, documents: Tensor | None = None) -> Split:
         """`documents` [samples, seq] in the sequence's own order."""
         ring, window = request.plan.sizes["cp"], request.model.sliding_window
+        causal = request.model.causal
         packed = None if documents is None else documents.numpy()
-        made = order(request.laid_len, ring, packed, window)
+        made = order(request.laid_len, ring, packed, window, causal)
         positions = torch.from_numpy(made.positions)
         if documents is not None:
             documents = documents.gather(1, positions.expand(documents.shape))
-        return Split(made, Tokens(positions, documents), ring, window)
+        return Split(made, Tokens(positions, documents), ring, window, causal)
 
     def to(self, device: torch.device) -> Split:
         """The same with positions and documents on a device; tiles are found before, on the host."""

@@ -1,4 +1,5 @@
-"""Which keys a query sees: those of its own document that are not behind it, the last `window` of them.
+"""Which keys a query sees: those of its own document that are not behind it, the last `window` of them;
+where attention is not causal those behind it too, as many.
 
 position   0 1 2 3 4 5 6 7      window 3, two documents of 5 and 3 tokens: query 4 sees 2 3 4,
 document   a a a a a b b b      query 6 sees 5 6

@@ -69,13 +69,15 @@ class Heads:
         return _spread(x, heads[self.at.dims(self.op.writes).index("heads")], self.group)
 
     def scores(self) -> Local:
-        """q . k, zero for keys behind the query."""
+        """q . k, zero for keys that the query does not see."""
         q, k = self.get(self.op.reads[0]), self.kv(self.op.reads[1])
         s = contract(self.GRID, q, k)
         seq, keys = (self.at.positions(s.span(d)) for d in ("seq", "keys"))
-        return times(
-            s, (keys[None, :] <= seq[:, None]).astype(np.int64) * self.falling(s, seq, keys)
-        )
+        if self.op.causal:
+            seen = keys[None, :] <= seq[:, None]
+        else:  # what fills a sequence up sees all, and is seen by none but its like
+            seen = (keys[None, :] < self.at.tokens) | (seq[:, None] >= self.at.tokens)
+        return times(s, seen.astype(np.int64) * self.falling(s, seq, keys))
 
     def falling(self, s: Local, seq: Values, keys: Values) -> Values | int:
         """ALiBi as a factor that each head and distance has of its own."""

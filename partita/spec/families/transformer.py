@@ -138,6 +138,7 @@ class Family:
             saves=f"{q} {k} {v} a lse",
             scratch=scratch,
             cheap=True,
+            causal=self.spec.causal,
         )
 
     def softmax(self, w: Writer, q: str, k: str, v: str) -> str:
@@ -152,6 +153,7 @@ class Family:
             space=GRID,
             saves=f"{q} {k} p",
             cheap=True,
+            causal=self.spec.causal,
         )
         w.op("attention.drop_mask", "mask", "", ("p_mask", p), role="mask", cheap=True)
         w.op("attention.dropout", "map", "p p_mask", ("pd", p), saves="p_mask", cheap=True)

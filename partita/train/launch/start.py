@@ -211,7 +211,7 @@ def with_text(job: Job, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]
     entropy = data.unigram_entropy()
     found = {**metrics, "unigram_entropy": entropy}
     newest = newest_complete(folder / CHECKPOINTS, allow_fallback=True)
-    if data.tokenizer is not None and newest is not None:
+    if job.model.causal and data.tokenizer is not None and newest is not None:
         written = continue_text(newest, PROMPT, SAMPLE_TOKENS, TEMPERATURE)
         found["sample"] = PROMPT + written.text
         (folder / "sample.txt").write_text(found["sample"] + "\n", encoding="utf-8")
