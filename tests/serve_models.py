@@ -13,8 +13,8 @@ from torch import Tensor
 from partita.model.reference import Reference, weight_shapes
 from partita.serve.part import Opening
 from partita.serve.piece import Piece
-from partita.serve.served import request_of
 from partita.serve.weights import fill_from
+from partita.simulate.serving.served import request_of
 from partita.spec.model import ModelSpec
 from partita.spec.model_parts import Latent
 from partita.spec.plan import Plan

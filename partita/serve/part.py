@@ -29,7 +29,7 @@ from partita.parallel.units import Unit, make_units
 from partita.serve.latent import OverLatents
 from partita.serve.paged import Paged, Step
 from partita.serve.piece import Piece, Room
-from partita.spec.model import ModelSpec
+from partita.simulate.serving.kept import keeps_latents, kept_shapes
 
 LANE = "serve"
 DTYPES = {
@@ -177,38 +177,6 @@ class Spread:
         mine = filled[:, self.comm.rank * each : (self.comm.rank + 1) * each]
         made = self.moe(mine.contiguous(), batch, *rest)
         return self.comm.all_gather(made, site="combine:gather", dim=1)[:, :tokens]
-
-
-def keeps_latents(spec: ModelSpec) -> bool:
-    """Whether pages hold latents: else, where adapters stand beside what makes keys, every head's."""
-    return spec.latent is not None and not spec.lora_rank
-
-
-def kept_shapes(spec: ModelSpec, laid: Laid) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(kv heads here, dim) of a token's keys and of its values in one layer."""
-    if spec.latent is not None and keeps_latents(spec):
-        return (1, spec.latent.kv + spec.latent.rope), (1, 0)  # values are a part of the keys
-    block = next(
-        b
-        for s in laid.stages
-        for n, b in zip(s.names, s.blocks, strict=True)
-        if n.startswith("blocks.")
-    )
-    core = next(op for op in block.ops() if op.name == "attention.core")
-    found = []
-    for name in core.reads[1:3]:
-        dims = {d.name: d.local(laid.sizes) for d in block.tensors[name].dims}
-        found.append(dims)
-    heads = found[0]["kv_heads"] if "kv_heads" in found[0] else found[0]["heads"]
-    return (heads, spec.head_dim), (heads, spec.v_dim)
-
-
-def page_bytes(laid: Laid, page_size: int) -> int:
-    """Of one page on the rank that has the most layers."""
-    keys, values = kept_shapes(laid.request.model, laid)
-    layers = max(sum(n.startswith("blocks.") for n in s.names) for s in laid.stages)
-    size = DTYPES[laid.request.plan.precision.dtype].itemsize
-    return layers * page_size * keys[0] * (keys[1] + values[1]) * size
 
 
 def _context(laid: Laid, world: World, where: Where, device: torch.device) -> Context:

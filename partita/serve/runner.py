@@ -19,11 +19,12 @@ from partita.base.errors import UsageError
 from partita.base.units import format_bytes
 from partita.comm.single import SingleWorld
 from partita.parallel.laid import lay
-from partita.serve.part import Opening, Part, page_bytes
+from partita.serve.part import Opening, Part
 from partita.serve.piece import Pending, Piece, Room, Runner
 from partita.serve.ranks import Processes, RanksRunner, Threads
-from partita.serve.served import request_of
 from partita.serve.weights import found
+from partita.simulate.serving.kept import page_bytes
+from partita.simulate.serving.served import request_of
 from partita.spec.plan import Plan
 
 Backend = Literal["local", "processes"]

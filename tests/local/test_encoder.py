@@ -8,7 +8,7 @@ import verify_jobs
 import partita as pt
 from partita.base.errors import UsageError
 from partita.model.core import Tiled
-from partita.serve.served import request_of
+from partita.simulate.serving.served import request_of
 from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.verify.parity import verify

@@ -8,9 +8,9 @@ from serve_models import FAMILIES, MAX_LEN, PAGES, greatest_difference, model, o
 
 from partita.base.errors import UsageError
 from partita.parallel.laid import lay
-from partita.serve.part import page_bytes
 from partita.serve.piece import Piece
 from partita.serve.runner import SingleRunner
+from partita.simulate.serving.kept import page_bytes
 
 CLOSE = 1e-9
 

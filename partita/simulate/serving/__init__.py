@@ -1,0 +1,1 @@
+"""What serving a plan costs: memory, time of a step, tokens a second."""
