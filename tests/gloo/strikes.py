@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -22,7 +23,8 @@ class Strike:
 
     how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
     # full: no file may grow any more; fill: writes until the current disk is full; server: kills what
-    # started it
+    # started it; hold: the interpreter's lock, in C; fault: reads address 0; eat: all memory of the
+    # cgroup that the file `group` names
     at: str
     step: int = 3
     rank: int = 1
@@ -41,6 +43,14 @@ class Strike:
         elif self.how == "server":
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
+        elif self.how == "hold":
+            ctypes.PyDLL(None).sleep(60)
+        elif self.how == "fault":
+            ctypes.string_at(0)
+        elif self.how == "eat":
+            Path(Path("group").read_text(), "cgroup.procs").write_text(str(os.getpid()))
+            ballast = [b"x" * (1 << 20) for _ in range(1 << 12)]
+            raise AssertionError(f"{len(ballast)} MB were there")
         elif self.how == "exit":
             os._exit(0)
         elif self.how == "full":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import faults
@@ -17,6 +18,7 @@ from partita.comm.processes import start_ranks
 from partita.spec.job import Job
 from partita.train.checkpoints import checkpoint
 from partita.train.control import Control
+from partita.train.launch import oom
 from partita.train.launch.launcher import GRACE_S, Launcher, Stops
 from partita.train.launch.rank import Report, RunSpec, new_scratch
 
@@ -61,7 +63,13 @@ def check_after(
     assert f"in step {what.step} ({what.at})" in last
     assert "Traceback" not in err
     told = faults.failure()
-    assert set(told) == {"rank", "phase", "step", "site", "message", "secondary"}
+    assert set(told) == {"rank", "phase", "step", "site", "message", "secondary", "stack"}
+    tells = what.how in ("hold", "stop", "fault") and what.step > 0  # before that nobody listens
+    if tells:
+        inner = next(x for x in told["stack"] if "/strikes.py:" in x)
+        assert f", at {told['stack'][0]} < " in last and inner.endswith(" hit")
+        assert any(x.startswith("partita/") for x in told["stack"]), told
+    assert tells or not told["stack"]
     assert (told["rank"], told["phase"], told["step"]) == (what.rank, what.at, what.step)
     assert last.removeprefix("partita: ") == told["message"]
     other = 1 - what.rank
@@ -123,6 +131,45 @@ def test_a_rank_that_leaves_in_order_is_named(what, small, unhurt, monkeypatch, 
 
 
 @pytest.mark.slow
+def test_a_rank_that_crashes_tells_where(small, unhurt, monkeypatch, capfd):
+    what = Strike("fault", "backward", call=1)
+    assert strike(monkeypatch, what) < GRACE_S + faults.SLACK_S
+    check_after(what, capfd.readouterr().err, unhurt, "was killed by SIGSEGV (11)", small)
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A memory cgroup of 48 MB."""
+    own = oom.own_group()
+    made = None if own is None else own / f"partita-{os.getpid()}"
+    try:
+        assert made is not None
+        made.mkdir()
+        limit = next(made / name for name in oom.LIMITS if (made / name).exists())
+        limit.write_text(str(48 << 20))
+    except (AssertionError, OSError, StopIteration) as error:
+        if made is not None and made.exists():
+            made.rmdir()
+        pytest.skip(
+            f"no memory cgroup can be made here ({error!r}): it takes root and a writable one"
+        )
+    yield made
+    made.rmdir()
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_is_told_as_that(group, small, unhurt, monkeypatch, capfd):
+    Path("group").write_text(str(group))
+    monkeypatch.setattr("partita.train.launch.launcher.own_group", lambda: group)
+    what = Strike("eat", "backward", call=1)
+    assert strike(monkeypatch, what) < GRACE_S + faults.SLACK_S
+    err = capfd.readouterr().err
+    assert f" on each of 2 ranks; {group} allows 50.3 MB; " in err
+    assert "cluster.memory_bytes=25165824" in err
+    check_after(what, err, unhurt, "was killed by the out-of-memory killer (SIGKILL)", small)
+
+
+@pytest.mark.slow
 def test_the_end_of_the_fork_server_is_told_as_that(small, unhurt, monkeypatch, capfd):
     what = Strike("server", "backward", rank=0)
     assert strike(monkeypatch, what) < GRACE_S + faults.SLACK_S
@@ -132,7 +179,7 @@ def test_the_end_of_the_fork_server_is_told_as_that(small, unhurt, monkeypatch, 
 @pytest.mark.parametrize(
     "what",
     [
-        Strike("sleep", "data"),
+        Strike("hold", "data"),
         pytest.param(Strike("stop", "backward", call=1), marks=pytest.mark.slow),
         pytest.param(Strike("stop", "checkpoint", step=4), marks=pytest.mark.slow),
         pytest.param(Strike("stop", "starting", step=0), marks=pytest.mark.slow),

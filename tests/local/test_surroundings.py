@@ -24,6 +24,7 @@ from partita.model.reference import weight_shapes
 from partita.spec.job import Job
 from partita.train.checkpoints import checkpoint, pieces
 from partita.train.launch import launcher as launch
+from partita.train.launch import oom
 from partita.train.launch.rank import _named
 from partita.train.launch.start import _changed, run_folder
 
@@ -164,6 +165,36 @@ def test_a_library_that_a_rank_lacks_is_told_as_the_users_to_mend(name):
     assert (told.exit_code == 70) == (name == "partita.x")
     lacks = "rank 1: a_b is not installed" in told.message and "pip install a-b" in told.message
     assert lacks == (name != "partita.x")
+
+
+@pytest.mark.parametrize(
+    ("line", "counts", "limit"),
+    [
+        ("0::/job/ranks", "memory.events", "memory.max"),
+        ("4:memory:/elsewhere", "memory.oom_control", "memory.limit_in_bytes"),
+    ],
+    ids=["v2", "v1 from inside"],
+)
+def test_what_the_out_of_memory_killer_took_is_told(line, counts, limit, tmp_path):
+    own, host = tmp_path / "own", tmp_path / "vmstat"
+    own.write_text(f"1:name=systemd:/\n{line}\n")
+    host.write_text("nr_free_pages 1\noom_kill 7\n")
+    group = tmp_path / "job/ranks" if line.startswith("0") else tmp_path / "memory"
+    group.mkdir(parents=True)
+    for folder in {group, group.parent} - {tmp_path}:
+        (folder / counts).write_text("oom_kill 1\nunder_oom 0\n")
+        (folder / limit).write_text("max" if folder.name == "ranks" else str(3 << 30))
+    before = oom.Killed.now(oom.own_group(own, tmp_path), host)
+    assert before == oom.Killed(group, 1, 7) and before.limit_bytes == 3 << 30
+    assert before.since(host) == ""
+    host.write_text("oom_kill 8\n")
+    assert before.since(host) == oom.HOST_STRUCK
+    (group / counts).write_text("oom_kill 2\n")
+    assert before.since(host) == oom.STRUCK
+    told = oom.advice(before, 3, 10**9)
+    assert "expects 1 GB on each of 3 ranks" in told and "allows 3.2" in told
+    assert "cluster.memory_bytes=1073741824" in told
+    assert oom.own_group(tmp_path / "none", tmp_path) is None
 
 
 def test_a_piece_that_cannot_be_read_is_a_bad_checkpoint(tmp_path, monkeypatch):

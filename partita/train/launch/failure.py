@@ -12,7 +12,8 @@ FILE = "failure.json"
 
 @dataclass(frozen=True)
 class Failure:
-    """The first cause, and in `secondary` what followed from it."""
+    """The first cause, and in `secondary` what followed from it; `stack` of a rank that hangs or crashed,
+    the innermost frame first."""
 
     rank: int
     phase: str
@@ -20,6 +21,7 @@ class Failure:
     site: str
     message: str
     secondary: list[str] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
 
     def write(self, folder: Path, replace: bool = True) -> None:
         """Into the run folder; without `replace` only where no other rank has told its cause. On a

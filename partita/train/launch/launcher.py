@@ -30,7 +30,9 @@ from partita.train.devices import computes_on_gpu
 from partita.train.launch.examine import needs_of
 from partita.train.launch.failure import Failure
 from partita.train.launch.lock import RunLock
+from partita.train.launch.oom import Killed, advice, own_group
 from partita.train.launch.rank import Report, RunSpec, run_rank
+from partita.train.launch.stacks import asked, crashed, short, size_of
 from partita.train.launch.start import answer, finished, prepare, run_folder, with_text
 from partita.train.launch.torchrun import train_as_rank
 
@@ -130,6 +132,10 @@ class Launcher:
         stops.control = self.control  # from now on a stop only asks: what is made is cleared away
         self.reports: dict[int, Report] = {}  # in the order they came
         self.dead: dict[int, int] = {}  # rank -> exit code, without a report
+        self.stacks: dict[int, list[str]] = {}  # of ranks that hang or have crashed
+        self._places: dict[int, tuple[int, str]] = {}  # of those that hang, before they were asked
+        self.killed = Killed.now(own_group())
+        self._logged = [size_of(spec.log_of(r)) for r in range(self.world)]
 
     def run(self) -> dict[str, Any]:
         """Returns the last metrics, or raises the first cause."""
@@ -138,6 +144,7 @@ class Launcher:
             self.stops.check()
             ranks = start_ranks(self.world, run_rank, (self.spec,))
             self._wait(ranks)
+            self._ask(ranks)
         except StoppedError as stopped:
             number = stopped.exit_code - 128
             raise self._stopped(number, f"at once, in step {self._last_step()}") from None
@@ -170,6 +177,16 @@ class Launcher:
             if time.monotonic() > deadline:
                 return
 
+    def _ask(self, ranks: list[tuple[BaseProcess, Connection]]) -> None:
+        """For the stacks of those that hang, where that is why the run ends. A signal may end the call in
+        which one hangs, so where it was is read before."""
+        if self.dead or any(x.error and not x.error.echoes for x in self.reports.values()):
+            return
+        for rank, (process, _) in enumerate(ranks):
+            if rank not in self.reports and process.is_alive() and process.pid is not None:
+                self._places[rank] = self.control.where(rank)
+                self.stacks[rank] = asked(process.pid, self.spec.log_of(rank))
+
     def _heard(self, rank: int, process: BaseProcess, reader: Connection) -> bool:
         """Takes a report; True when nothing more can come from the rank."""
         try:
@@ -193,6 +210,9 @@ class Launcher:
             raise self._stopped(stopped, f"after step {self._last_step()}")
         return self.reports[0].metrics
 
+    def _where(self, rank: int) -> tuple[int, str]:
+        return self._places.get(rank) or self.control.where(rank)
+
     def _last_step(self) -> int:
         return max(self.control.where(r)[0] for r in range(self.world))
 
@@ -213,7 +233,7 @@ class Launcher:
             rank, error = next(iter(own.items()))
         elif self.dead:
             rank, code = min(self.dead.items(), key=lambda x: (x[1] != -signal.SIGKILL, x[0]))
-            error = self._lost(rank, _end(code))
+            error = self._ended(rank, code)
         elif silent:
             waited_for = [e.rank for e in errors.values() if e.rank is not None]
             rank = next((r for r in waited_for if r in silent), min(silent))
@@ -223,16 +243,29 @@ class Launcher:
         else:
             return None
         rank = rank if error.rank is None else error.rank
-        step, activity = self.control.where(rank)
+        step, activity = self._where(rank)
         site = error.key or next((e.key for e in errors.values() if e.key), "")
         others = [f"rank {r}: {e.message}" for r, e in errors.items() if e is not error]
-        Failure(rank, activity, step, site or "", error.message, others).write(self.spec.folder)
+        stack = self.stacks.get(rank, [])
+        failure = Failure(rank, activity, step, site or "", error.message, others, stack)
+        failure.write(self.spec.folder)
         return error
 
-    def _lost(self, rank: int, how: str) -> PeerError:
-        step, activity = self.control.where(rank)
+    def _ended(self, rank: int, code: int) -> PeerError:
+        """A rank that ended without a word: by a signal that tells where it stood, or for want of memory."""
+        self.stacks[rank] = crashed(self.spec.log_of(rank), self._logged[rank])
+        struck = self.killed.since() if code == -signal.SIGKILL else ""
+        if not struck:
+            return self._lost(rank, _end(code))
+        job = self.spec.job
+        planned = needs_of(job, judged(job)).memory_bytes
+        return self._lost(rank, struck, advice(self.killed, self.world, planned))
+
+    def _lost(self, rank: int, how: str, more: str = "") -> PeerError:
+        step, activity = self._where(rank)
+        at = short(self.stacks.get(rank, []))
         return PeerError(
-            f"rank {rank} {how} in step {step} ({activity}); the other ranks were stopped; "
+            f"rank {rank} {how} in step {step} ({activity}){at}{more}; the other ranks were stopped; "
             f"{self._outlook()}"
         )
 

@@ -32,6 +32,7 @@ from partita.train.devices import computes_on_gpu, device_of
 from partita.train.launch.examine import Needs, at_start
 from partita.train.launch.heap import keep_freed_memory
 from partita.train.launch.preflight import preflight
+from partita.train.launch.stacks import tell_stacks
 from partita.train.loop import Loop
 from partita.train.metrics import log_to
 
@@ -65,6 +66,10 @@ class RunSpec:
     def control_path(self) -> Path:
         """The mapped file between launcher and ranks."""
         return self.scratch / CONTROL
+
+    def log_of(self, rank: int) -> Path:
+        """Where a rank logs."""
+        return self.folder / "logs" / f"rank-{rank}.log"
 
     def clean_after_joining(self) -> None:
         """All have mapped what they share: a run that is killed from now on leaves nothing. Gloo and nccl go
@@ -139,7 +144,8 @@ def _run(rank: int, spec: RunSpec, control: Control, where: Where) -> Report:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Each torch.empty is written before it is read
     torch.utils.deterministic.fill_uninitialized_memory = False
-    log_to(spec.folder / "logs" / f"rank-{rank}.log")
+    log_to(spec.log_of(rank))
+    tell_stacks(spec.log_of(rank))
     for notice in spec.notices:
         logging.warning("%s", notice)
     for number in STOPS if spec.takes_ctrl_c else (signal.SIGTERM,):

@@ -28,6 +28,7 @@ from partita.train.launch.examine import Needs, needs_of
 from partita.train.launch.failure import Failure
 from partita.train.launch.lock import RunLock
 from partita.train.launch.rank import Report, RunSpec, new_scratch, run_rank
+from partita.train.launch.stacks import leave_stacks
 from partita.train.launch.start import answer, finished, prepare, run_folder, with_text
 
 KEY = "partita/start"
@@ -120,7 +121,8 @@ def _note(line: Lifeline, folder: Path, lost: Lost) -> None:
 
 
 def _end(line: Lifeline, spec: RunSpec, lost: Lost) -> None:
-    """The same of a rank that has begun."""
+    """The same of a rank that has begun; where it stands is in its log."""
+    leave_stacks(spec.log_of(line.rank))
     spec.clean()
     _note(line, spec.folder, lost)
 
