@@ -14,7 +14,7 @@ from torch import Tensor
 from partita.model.core import Core, Flash, Merge
 from partita.model.dropout import Dropout
 from partita.model.rope import Rotate, SplitRotate, apart
-from partita.parallel.kernels.chain import Residual, Segment
+from partita.parallel.kernels.chain import Residual, Segment, call
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -49,7 +49,7 @@ class Attention:
         """x + attention(norm(x)); `replay`: only what backward needs is made (see Row)."""
         links = self.links(x, batch, replay)
         if links:
-            return Residual.apply(x, links)  # type: ignore[return-value]
+            return call(Residual, x, links)  # type: ignore[return-value]
         return x + self.made(x, batch, step, training, replay)
 
     def made(
@@ -71,14 +71,14 @@ class Attention:
         tables = self._tables(qkv.shape[1], batch)
         if tables and self.qk_norms is None:
             tables = tuple(t.unsqueeze(-2) for t in tables)
-            return SplitRotate.apply(qkv, (self.heads, self.kv_heads), *tables)  # type: ignore[return-value]
+            return call(SplitRotate, qkv, (self.heads, self.kv_heads), *tables)  # type: ignore[return-value]
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, -2)
         if self.qk_norms is not None:  # copies: the norms keep q and k, and a view would keep v too
             q, k, v = (apart(t) for t in (q, k, v))
             q, k = self.qk_norms[0](q), self.qk_norms[1](k)
         if tables:
-            q, k = Rotate.apply(q, *tables), Rotate.apply(k, *tables)
+            q, k = call(Rotate, q, *tables), call(Rotate, k, *tables)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # type: ignore[union-attr]
 
     def links(self, x: Tensor, batch: Any, replay: bool = False) -> Segment:

@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, silu
 
 from partita.comm.random.triton_kernels import Kernels
 from partita.model.dropout import Dropout
-from partita.parallel.kernels.chain import Residual, Segment
+from partita.parallel.kernels.chain import Residual, Segment, call
 from partita.parallel.recompute.replay import made_again
 from partita.parallel.sp.norm import Norm
 from partita.parallel.tp.linear import Column, Row
@@ -39,7 +39,7 @@ class MLP:
         """x + mlp(norm(x)); `replay`: only what backward needs is made (see Row)."""
         links = self.links(replay)
         if links:
-            return Residual.apply(x, links)  # type: ignore[return-value]
+            return call(Residual, x, links)  # type: ignore[return-value]
         return x + self.made(x, batch, step, training, replay)
 
     def links(self, replay: bool = False) -> Segment:
@@ -66,7 +66,7 @@ class MLP:
     def activate(self, h: Tensor) -> Tensor:
         """SwiGLU of (gate, up), or GELU."""
         if self.gated:
-            return SwiGLU.apply(h)  # type: ignore[return-value]
+            return call(SwiGLU, h)  # type: ignore[return-value]
         return gelu(h, approximate="tanh" if self.gelu == "tanh" else "none")
 
 

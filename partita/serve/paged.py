@@ -43,6 +43,7 @@ class Few:
     table: Tensor
     positions: Tensor
     run: tuple[int, int] | None
+    pages: Tensor  # the table's, one sequence's behind the other's
     _mask: Tensor | None = None
 
     def mask(self, core: Paged, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -182,7 +183,7 @@ def _group(
     only, run = held[0], None
     if len(held) == 1 and only == tuple(range(only[0], only[0] + len(only))):
         run = only[0], only[0] + len(only)
-    return Few(first, n, table, positions, run)
+    return Few(first, n, table, positions, run, table.flatten())
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,8 +245,8 @@ class Paged:
     def _gathered(self, held: Tensor, group: Few) -> Tensor:
         """[sequences, kv_heads, keys, dim]."""
         run = group.run
-        found = held[group.table] if run is None else held[slice(*run)].unsqueeze(0)
-        return found.flatten(1, 2).transpose(1, 2)
+        found = held.index_select(0, group.pages) if run is None else held[run[0] : run[1]]
+        return found.view(len(group.table), -1, *held.shape[2:]).transpose(1, 2)
 
     def _prompt(self, q: Tensor, k: Tensor, v: Tensor, chunk: Prompt) -> Tensor:
         """[tokens, heads, dim] of a chunk."""

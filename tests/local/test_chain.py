@@ -9,7 +9,7 @@ import torch
 import verify_jobs
 
 from partita.comm.single import SingleWorld
-from partita.parallel.kernels.chain import Residual
+from partita.parallel.kernels.chain import Residual, call
 from partita.train.build import assemble
 
 
@@ -40,6 +40,16 @@ def test_links_are_run_in_order_and_each_is_given_back_what_it_kept():
     assert y.tolist() == [9.0] * 3 and x.grad.tolist() == [9.0] * 3
     before = [x.data_ptr(), *made[:-1]]
     assert alive == [list(pair) for pair in zip(before[::-1], made[::-1], strict=True)]
+
+
+def test_without_a_graph_a_function_is_its_forward(monkeypatch):
+    made, alive = [], []
+    x = torch.ones(3, requires_grad=True)
+    assert call(Double, x, made, alive).grad_fn is not None
+    monkeypatch.setattr(Double, "apply", None)
+    with torch.no_grad():
+        assert call(Double, x, made, alive).tolist() == [2.0] * 3
+    assert len(made) == 2 and not alive
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

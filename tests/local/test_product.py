@@ -253,6 +253,21 @@ def test_experts_of_few_rows(dtype, little, monkeypatch):
     near(gradients, 1 + torch.stack([dy.t() @ x for _, x, dy in each]))
 
 
+@pytest.mark.parametrize("tokens", [3, 8, 33])
+def test_a_large_weight_is_not_turned_for_few_tokens(tokens, monkeypatch):
+    """The same product, in rows, by operators that are counted."""
+    monkeypatch.setattr(product, "has_mkls_kernels", lambda: True)
+    monkeypatch.setattr(product, "has_wider_kernels", lambda: False)
+    x, w = torch.randn(tokens, 2, 520)[:, 1], torch.randn(520, 520)
+    assert product.is_turned(x, w) and not product.is_turned(x, w.t())
+    assert not product.is_turned(x, w[:500]) and not product.is_turned(x.double(), w.double())
+    counter = FlopCounterMode(display=False)
+    with counter:
+        found = PLAIN.forward(x.view(1, tokens, 520), w)
+    assert found.is_contiguous() and counter.get_total_flops() == 2 * tokens * 520 * 520
+    near(found[0], x.double() @ w.double().t())
+
+
 def test_a_step_that_is_measured_computes_as_any_other(little):
     """Who counts operators sees torch's; who looks at storages, or at another thread, changes nothing."""
     x, w = torch.randn(48, 128), torch.randn(88, 128)

@@ -48,6 +48,13 @@ class Kept:
 Done = tuple[Any, Kept, int, int]  # a Function, its ctx, how many tensors it reads and saves
 
 
+def call(function: Any, *given: Any) -> Any:
+    """function.apply; its forward alone where no graph is made: a node takes as long as a small kernel."""
+    if torch.is_grad_enabled():
+        return function.apply(*given)
+    return function.forward(Kept(), *given)
+
+
 def _below() -> Any:
     """Where operators do not ask autograd, which records nothing inside a Function. Who watches them sees
     them in parts, as autograd hands them on."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.random.triton_kernels import Kernels
-from partita.parallel.kernels.chain import Link
+from partita.parallel.kernels.chain import Link, call
 from partita.parallel.units import Weight
 
 KERNELS = Kernels("partita.parallel.kernels.rows_gpu")
@@ -41,7 +41,7 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalises over the last dim."""
         kind, layer = self.link
-        return kind.apply(x, layer)
+        return call(kind, x, layer)
 
 
 def _wide(x: Tensor) -> Tensor:

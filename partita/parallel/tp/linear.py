@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.protocol import Handle
-from partita.parallel.kernels.chain import Link
+from partita.parallel.kernels.chain import Link, call
 from partita.parallel.lora import LowRank
 from partita.parallel.regions import IDENTITY, Region
 from partita.parallel.units import Matrix, Weight, matrices
@@ -64,7 +64,7 @@ class Column:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Moves x by the region and multiplies."""
-        return _Column.apply(x, self)  # type: ignore[return-value]
+        return call(_Column, x, self)
 
     def begin(self) -> Column:
         """The same for one pass."""
@@ -185,8 +185,8 @@ class Row:
     def __call__(self, x: Tensor, replay: bool = False) -> Tensor:
         """Multiplies and moves; a bias comes after the sum. `replay`: backward only needs x kept, so
         neither the matmul nor its region runs, and the values are arbitrary."""
-        y = _Row.apply(x, self, replay)
-        return y if self.bias is None else AddBias.apply(y, self.bias)  # type: ignore[return-value]
+        y = call(_Row, x, self, replay)
+        return y if self.bias is None else call(AddBias, y, self.bias)  # type: ignore[return-value]
 
 
 class _Row(torch.autograd.Function):
