@@ -23,6 +23,7 @@ from partita.spec.model import ModelSpec
 from partita.spec.plan import Plan
 from partita.spec.train import DataSpec, TrainSpec
 
+MLM = 0.15  # of an encoder's tokens, where a job says nothing: BERT's
 ADAPTERS = Frozen(trainable=(f"*{A}", f"*{B}"))
 __all__ = ["DataSpec", "Job", "TrainSpec"]
 
@@ -79,6 +80,12 @@ class Job:
             return self.train.micro_batch_size
         ways = self.plan.num_microbatches * self.plan.data_parallel_size
         return max(self.train.global_batch_size // ways, 1)
+
+    @property
+    def mlm_probability(self) -> float:
+        """The share of tokens that are guessed from those around them; 0: each token's next one is."""
+        stated = self.data.mlm_probability
+        return (0.0 if self.model.causal else MLM) if stated is None else stated
 
     @property
     def frozen(self) -> Frozen:

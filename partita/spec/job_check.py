@@ -17,7 +17,7 @@ def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
     found = [
         *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_frozen(job),
-        *_held_out(job),
+        *_held_out(job), *_objective(job),
     ]  # fmt: skip
     return sorted(found, key=lambda p: p.severity != "error")
 
@@ -144,6 +144,25 @@ def _held_out(job: Job) -> Iterator[Problem]:
     asked = f"{data.eval_fraction:g}"
     message = f"data.eval_fraction {asked} holds nothing out: {why}"
     yield Problem("data", "eval_fraction", message, asked=asked, limit="0", severity="warning")
+
+
+def _objective(job: Job) -> Iterator[Problem]:
+    """Next tokens are no task for tokens that see them."""
+    if job.model.causal and job.mlm_probability:
+        asked = f"{job.mlm_probability:g}"
+        message = (
+            f"data.mlm_probability {asked} masks tokens of a causal model, which guesses them from what "
+            "stands before them alone; model.causal = false sees both sides"
+        )
+        yield Problem("data", "mlm", message, asked=asked, limit="0", severity="warning")
+    if not job.model.causal and not job.mlm_probability:
+        message = (
+            "next tokens are the targets (data.mlm_probability = 0), and with model.causal = false each "
+            "token sees its own: mask tokens, or let the model be causal"
+        )
+        yield Problem(
+            "data", "mlm", message, asked="0", limit="data.mlm_probability > 0, e.g. 0.15"
+        )
 
 
 def _line(plan: Plan | None) -> str | None:

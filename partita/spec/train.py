@@ -18,7 +18,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 class DataSpec:
     """Where tokens come from. `source` is python-stdlib, a path or glob of .txt .jsonl .parquet, a
     Megatron .bin/.idx prefix, tokens:FILE.npy or hf:NAME[:SPLIT]; of images digits or images:FILE.npz;
-    `tokenizer` is byte, train:N or a path; `documents` a FILE.npy, or "idx" for those of a Megatron index."""
+    `tokenizer` is byte, train:N or a path; `documents` a FILE.npy, or "idx" for those of a Megatron index.
+    `mlm_...`: tokens that are guessed from those around them (masked language modelling)."""
 
     source: str = "python-stdlib"
     tokenizer: str = "byte"
@@ -26,12 +27,24 @@ class DataSpec:
     eval_source: str | None = None
     mask: str | None = None
     documents: str | None = None
+    mlm_probability: float | None = None  # None: 0.15 of an encoder, else 0, next tokens
+    mlm_as: tuple[float, float, float] = (0.8, 0.1, 0.1)  # the mask token, any token, itself
+    mlm_token: int | None = (
+        None  # None: the tokenizer's mask token, or the first id that it leaves free
+    )
 
     def __post_init__(self) -> None:
         if self.eval_fraction is None:
             share = 0.0 if self.source.startswith("tokens:") or self.eval_source else 0.05
             object.__setattr__(self, "eval_fraction", share)
         _within(self, "eval_fraction", 0.0, 0.9)
+        if self.mlm_probability is not None:
+            _within(self, "mlm_probability", 0.0, 1.0)
+        if self.mlm_token is not None:
+            _within(self, "mlm_token", 0, 10**9)
+        if min(self.mlm_as) < 0 or abs(sum(self.mlm_as) - 1) > 1e-6:
+            text = f"{list(self.mlm_as)}: three shares that add up to 1: the mask token, any token, itself"
+            raise UsageError(text, key="mlm_as")
         if not self.source:
             raise UsageError("an empty source; python-stdlib is always at hand", key="source")
         if self.tokenizer.startswith("train:"):

@@ -325,10 +325,10 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
 
 def open_job_data(job: Job) -> Dataset:
     """The job's data, with the tokenizer's cache shared by all ranks of the host; one thread at a time."""
-    spec = job.model
+    spec, data = job.model, replace(job.data, mlm_probability=job.mlm_probability)
     with _OPENING:
         return open_dataset(
-            job.data, job.train, vocab=spec.vocab, seed=job.seed, cache=CACHE, image=spec.image
+            data, job.train, vocab=spec.vocab, seed=job.seed, cache=CACHE, image=spec.image
         )
 
 

@@ -92,11 +92,12 @@ def _run(job: Job, prediction: Prediction, steps: int, scratch: Path, stops: Sto
         train, dice = job.train, np.random.default_rng(0)
         count = 4 * train.global_batch_size * train.seq_len + 1
         np.save(tokens, dice.integers(0, job.model.vocab, count))
+    held = replace(job.data, source=f"tokens:{tokens}", eval_fraction=0.0, eval_source=None)
     short = replace(
         job.with_plan(plan),
         name="measure",
         auto=False,
-        data=replace(job.data, source=f"tokens:{tokens}", eval_fraction=0.0, eval_source=None),
+        data=replace(held, mlm_token=held.mlm_token or 0),
         train=replace(job.train, steps=steps, eval_every=0, checkpoint_every=0),
     )
     folder = scratch / plan.slug

@@ -22,9 +22,14 @@ from partita.train.step import Microbatch, StepBatch
 
 
 def open_data(job: Job, original: Job) -> Dataset:
-    """The job's data; ids are folded into a shrunk vocabulary when they are used."""
+    """The job's data; ids are folded into a shrunk vocabulary when they are used. Where tokens are masked
+    half of them are at least: of few tokens none may be."""
     data = open_job_data(replace(original, train=job.train))
-    return replace(data, seq_len=job.train.seq_len, global_batch_size=job.train.global_batch_size)
+    masking = data.masking
+    if masking is not None:
+        masking = replace(masking, probability=max(masking.probability, 0.5))
+    size = job.train.global_batch_size
+    return replace(data, seq_len=job.train.seq_len, global_batch_size=size, masking=masking)
 
 
 def samples_of(data: Dataset, job: Job, step: int, samples: Sequence[int]) -> Microbatch:

@@ -27,6 +27,7 @@ class Data:
     eval_source: str | None = None
     mask: str | None = None
     documents: str | None = None
+    mlm_probability: float = 0.0
 
 
 @dataclass(frozen=True)

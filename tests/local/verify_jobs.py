@@ -64,7 +64,8 @@ def job(
             "model": {**spec, **model},
             "cluster": {"preset": "laptop", "devices": 64, "memory_bytes": 1e9},
             "data": {"source": f"tokens:{tokens(folder)}"}
-            | ({"documents": str(documents(folder))} if packed else {}),
+            | ({"documents": str(documents(folder))} if packed else {})
+            | ({} if model.get("causal", True) else {"mlm_token": 126}),
             "train": {"steps": 2, "global_batch_size": batch, "seq_len": seq, "comm_timeout_s": 20},
         }
     )

@@ -6,6 +6,7 @@ Sample i of step s (from 0) is position q = s * B + i of the run. Which sequence
     text, Megatron's   epoch e, place r = divmod(q, num_sequences); k = permutation_e(r)
 
 The permutation is computed, not stored, from (seed, epoch): no rank, microbatch or plan enters it.
+A sequence whose tokens are guessed from those around them is masked by q and the seed (masked.py).
 Text is tokenized once and cached; every rank maps the same file to memory.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ import xxhash
 
 from partita.base.errors import DataError, UsageError
 from partita.train.data.images import Images, is_images, open_images
+from partita.train.data.masked import Masking
 from partita.train.data.megatron import prefix_of
 from partita.train.data.sources import Part, TextSource, open_text
 from partita.train.data.streams import TOKENS, Batch, Stream, open_megatron, open_tokens
@@ -49,6 +51,7 @@ class Dataset:
     seed: int
     shuffled: bool
     identity: dict[str, object]
+    masking: Masking | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -72,7 +75,10 @@ class Dataset:
         at = [self.sample(step, i) for i in samples]
         if isinstance(self.train, Images) and not pictures:
             return self.train.labelled(at)
-        return self.train.batch(at, self.seq_len)
+        whole = self.train.batch(at, self.seq_len)
+        if self.masking is None:
+            return whole
+        return self.masking(whole, [step * self.global_batch_size + i for i in samples])
 
     def eval_batches(
         self, size: int, *, limit: int | None = None, part: tuple[int, int] = (0, 1)
@@ -88,7 +94,8 @@ class Dataset:
         count = min(self.num_eval_sequences, limit if limit is not None else 2**63)
         for first in range(0, count, size):
             mine = range(first + rank, min(first + size, count), world)
-            yield self.held_out.batch(mine, self.seq_len)
+            whole = self.held_out.batch(mine, self.seq_len)
+            yield whole if self.masking is None else self.masking(whole, mine, "held out")
 
     def unigram_entropy(self) -> float:
         """Nats a token, of the held-out targets' own frequencies (the training ones, if none are
@@ -118,13 +125,18 @@ def open_dataset(
         return _open_images(data, train, vocab, seed, image)
     with _told_of("data.source"):
         opened = _opened(data, vocab, cache)
-        stream, held_out, tokenizer = opened.train, opened.held_out, opened.tokenizer
+        tokenizer = opened.tokenizer
+        masking = Masking.of(data, tokenizer, vocab, seed)
+        ahead = 1 if masking is None else 0
+        stream, held_out = _aligned(opened.train, ahead), _aligned(opened.held_out, ahead)
+        assert stream is not None
         _check(stream, vocab, train.seq_len, "data.source", data.source)
         if held_out is not None:
             held_out.check_ids(vocab, data.source)
     if data.eval_source:
         with _told_of("data.eval_source"):
-            held_out = _eval_stream(data.eval_source, tokenizer, cache)
+            held_out = _aligned(_eval_stream(data.eval_source, tokenizer, cache), ahead)
+            assert held_out is not None
             _check(held_out, vocab, train.seq_len, "data.eval_source", data.eval_source)
     identity: dict[str, object] = {
         "seq_len": train.seq_len,
@@ -139,8 +151,14 @@ def open_dataset(
         train.global_batch_size,
         seed,
         shuffled=opened.shuffled,
-        identity=identity | opened.identity,
+        identity=identity | opened.identity | ({} if masking is None else masking.identity),
+        masking=masking,
     )
+
+
+def _aligned(stream: Stream | None, ahead: int) -> Stream | None:
+    """The stream with targets that lie so many tokens behind inputs."""
+    return None if stream is None else replace(stream, ahead=ahead)
 
 
 @contextmanager
@@ -159,7 +177,10 @@ def _check(stream: Stream, vocab: int, length: int, key: str, source: str) -> No
     stream.check_ids(vocab, file)
     text, use = "", " to train on" if key == "data.source" else ""
     if stream.num_sequences(length) == 0:
-        text = f"{len(stream.ids)} tokens{use}; one sequence needs train.seq_len + 1 = {length + 1}"
+        needed = (
+            f"train.seq_len + 1 = {length + 1}" if stream.ahead else f"train.seq_len = {length}"
+        )
+        text = f"{len(stream.ids)} tokens{use}; one sequence needs {needed}"
     elif stream.mask is not None and not stream.mask.any():
         text = "no target that is counted: completions or answers of all its records are empty"
     if text:
@@ -176,10 +197,11 @@ def _open_images(
         or data.mask
         or data.documents
         or data.eval_source
+        or data.mlm_probability
     ):
         text = (
-            "family alexnet reads digits or images:FILE.npz, without mask, documents and eval_source; other "
-            f"families read text or tokens; data.source is {data.source!r}"
+            "family alexnet reads digits or images:FILE.npz, without mask, documents, mlm_probability and "
+            f"eval_source; other families read text or tokens; data.source is {data.source!r}"
         )
         raise UsageError(text, key="data.source")
     fraction = data.eval_fraction or 0.0

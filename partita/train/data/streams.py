@@ -1,13 +1,14 @@
 """A stream: one long row of token ids, its counted targets and documents, cut into sequences.
 
-Sequence k of length L is tokens[k*L : k*L + L + 1]: inputs the first L, targets the last L. A target is
-counted unless its mask is 0, it is -100, or its document differs from its input's.
+Sequence k of length L is tokens[k*L : k*L + L + 1]: inputs the first L, targets the last L; where tokens are
+guessed from those around them (masked.py) it is L tokens, inputs and targets alike. A target is counted
+unless its mask is 0, it is -100, or its document differs from its input's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Batch:
     """Sequences [b, S]: ids and targets int64, `valid` bool where a target is counted.
 
     Targets that are not counted are 0. `documents` int64 [b, S] holds each input's document, or
-    None where attention is only causal.
+    None where there is one alone.
     """
 
     ids: Tensor
@@ -61,11 +62,13 @@ class Spans:
 
 @dataclass(frozen=True)
 class Stream:
-    """Ids [n] (any integer type, perhaps a file mapped to memory), mask and documents [n] or None."""
+    """Ids [n] (any integer type, perhaps a file mapped to memory), mask and documents [n] or None; targets
+    lie `ahead` tokens behind inputs, 1 or 0."""
 
     ids: np.ndarray
     mask: np.ndarray | None = None
     documents: np.ndarray | Spans | None = None
+    ahead: int = 1
 
     def split(self, at: int) -> tuple[Stream, Stream]:
         """The first `at` tokens, and the others."""
@@ -76,27 +79,29 @@ class Stream:
         else:
             before, after = _cut(held, at)
         (a, b), (mask_a, mask_b) = _cut(self.ids, at), _cut(self.mask, at)
-        return Stream(a, mask_a, before), Stream(b, mask_b, after)
+        first = replace(self, ids=a, mask=mask_a, documents=before)
+        return first, replace(self, ids=b, mask=mask_b, documents=after)
 
     def num_sequences(self, length: int) -> int:
-        """floor((n - 1) / length)."""
-        return max(0, len(self.ids) - 1) // length
+        """floor((n - ahead) / length)."""
+        return max(0, len(self.ids) - self.ahead) // length
 
     def batch(self, sequences: Sequence[int], length: int) -> Batch:
         """The sequences of these numbers, in this order."""
         first = np.asarray(sequences, np.int64)[:, None] * length
-        window = first + np.arange(length + 1)
+        ahead = self.ahead
+        window = first + np.arange(length + ahead)
         raw = self.ids[window].astype(np.int64)
-        valid = raw[:, 1:] != IGNORED
+        valid = raw[:, ahead:] != IGNORED
         if self.mask is not None:
-            valid &= self.mask[window[:, 1:]] != 0
+            valid &= self.mask[window[:, ahead:]] != 0
         documents = None
         if self.documents is not None:
             held = self.documents[window].astype(np.int64)
-            valid &= held[:, 1:] == held[:, :-1]
-            documents = torch.from_numpy(np.ascontiguousarray(held[:, :-1]))
-        ids = np.where(raw[:, :-1] == IGNORED, 0, raw[:, :-1])
-        targets = np.where(valid, raw[:, 1:], 0)
+            valid &= held[:, ahead:] == held[:, :length]
+            documents = torch.from_numpy(np.ascontiguousarray(held[:, :length]))
+        ids = np.where(raw[:, :length] == IGNORED, 0, raw[:, :length])
+        targets = np.where(valid, raw[:, ahead:], 0)
         return Batch(
             torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(valid), documents
         )

@@ -83,6 +83,11 @@ class Tokenizer:
         known = {} if self._inner is None else self._inner.get_added_tokens_decoder()
         return frozenset(i for i, word in known.items() if word.special)
 
+    def id_of(self, words: Sequence[str]) -> int | None:
+        """The id of the first of these words that it has as one token."""
+        ids = () if self._inner is None else map(self._inner.token_to_id, words)
+        return next((i for i in ids if i is not None), None)
+
     def pieces(self) -> list[bytes]:
         """What each id stands for, in UTF-8; of an id that has no token, nothing."""
         if self._inner is None:
