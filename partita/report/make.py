@@ -49,6 +49,10 @@ def _facts(run: RunSummary) -> list[tuple[str, str]]:
         found.append((format_seconds(run.step_time_s), "a step, measured (median)"))
     if run.last("tokens_per_s"):
         found.append((f"{format_count(run.last('tokens_per_s'))} tokens/s", "newest step"))
+    for rank, (steps, ratio) in sorted(run.stragglers.items()):
+        found.append(
+            (f"rank {rank}, {ratio:.1f} x", f"slower than ranks with its work, {steps} steps")
+        )
     measured = [r.ledger.peak_bytes for r in run.ranks if r.ledger]
     if measured:
         found.append((format_bytes(max(measured)), "peak of the fullest rank, measured"))

@@ -66,6 +66,17 @@ class RunSummary:
         it computes nothing. On a GPU of the host's thread. Waits of older records, without an axis: ''."""
         return max((exposed(r) for r in self.ranks), key=lambda e: sum(e.values()), default={})
 
+    @cached_property
+    def stragglers(self) -> dict[int, tuple[int, float]]:
+        """Ranks that were named as slow: in how many steps as the slowest, and at most how many times as
+        slow as ranks with their work."""
+        found: dict[int, tuple[int, float]] = {}
+        for m in self.metrics:
+            if m.get("straggler") is not None:
+                steps, ratio = found.get(m["straggler"], (0, 0.0))
+                found[m["straggler"]] = steps + 1, max(ratio, m["straggler_ratio"])
+        return found
+
     def last(self, key: str) -> Any:
         """The newest value of a metric."""
         return next((m[key] for m in reversed(self.metrics) if m.get(key) is not None), None)
@@ -89,6 +100,10 @@ class RunSummary:
                 "predicted": dict(self.forecast.time.get("exposed_comm_s", {})) if self.forecast else None,
                 "measured": self.exposed_comm_s if self.ranks else None,
             },
+            "stragglers": [
+                {"rank": r, "steps": steps, "ratio": ratio}
+                for r, (steps, ratio) in sorted(self.stragglers.items())
+            ],
             "memory": {
                 "limit_bytes": self.job.cluster.memory_limit_bytes,
                 "predicted": [_ledger(r) for r in self.predicted],

@@ -101,9 +101,13 @@ class Control:
 
     def slowest(self) -> tuple[int, float]:
         """The rank that was busy longest in its newest step, and its seconds."""
-        busy = [self.busy_ms(r) for r in range(self.num_ranks)]
+        busy = self.busy_s()
         rank = max(range(self.num_ranks), key=lambda r: busy[r])
-        return rank, busy[rank] / 1000
+        return rank, busy[rank]
+
+    def busy_s(self) -> list[float]:
+        """Every rank's seconds, as they were last reported."""
+        return [self.busy_ms(r) / 1000 for r in range(self.num_ranks)]
 
     def note(self, rank: int, step: int, activity: str) -> None:
         """Where a rank is: what a launcher says of one that died without a word."""

@@ -27,6 +27,7 @@ from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
 from partita.train.step import StepBatch
+from partita.train.stragglers import Stragglers
 from partita.train.track import tracking
 
 
@@ -53,6 +54,9 @@ class Loop:
     def __post_init__(self) -> None:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
         self.behind = Behind()
+        mesh, unequal = self.built.context.mesh, bool(self.job.cluster.nodes)
+        places = [(mesh.coords(r)["pp"], unequal and r) for r in range(mesh.world_size)]
+        self.stragglers = Stragglers(places)
         self._drained, self._leaves = True, False
         self._open: tuple[dict[str, Any], StepBatch] | None = None  # a step whose loss is not known
 
@@ -78,6 +82,7 @@ class Loop:
                 for line in lines:
                     outcome.metrics = line
                     if context.rank == 0:
+                        line |= self._slow()
                         metrics.write(line)
                         bar.update(line["step"], self._facts(line))
                         track.log(line)
@@ -227,9 +232,24 @@ class Loop:
             "expert_load": routed.load,
         }
 
+    def _slow(self) -> dict[str, float]:
+        """The slowest of the ranks that hold the others up, if any does; told as that changes."""
+        if self.control.num_ranks == 1:
+            return {}
+        named, through = self.stragglers.see(self.control.busy_s())
+        for found in named:
+            rows = ", or its experts get more rows" if self.job.model.experts else ""
+            logging.warning("%s: its host is slow or does other work%s", found, rows)
+        for rank in through:
+            logging.warning("rank %d is no slower than ranks with its work any more", rank)
+        worst = self.stragglers.worst
+        return {"straggler": worst.rank, "straggler_ratio": worst.ratio} if worst else {}
+
     def _facts(self, line: dict[str, Any]) -> str:
         rank, busy = self.control.slowest()
         slow = f"slowest rank {rank} ({format_seconds(busy)})" if self.control.num_ranks > 1 else ""
+        if "straggler" in line:
+            slow = f"rank {line['straggler']} takes {line['straggler_ratio']:.1f} x its peers' time"
         extra = f"  eval {line['eval_loss']:.4f}" if "eval_loss" in line else ""
         rate = f"{format_count(line['tokens_per_s'])} tokens/s"
         mfu = self.built.mfu(line["tokens_per_s"])

@@ -24,7 +24,7 @@ class Strike:
     how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
     # full: no file may grow any more; fill: writes until the current disk is full; server: kills what
     # started it; hold: the interpreter's lock, in C; fault: reads address 0; eat: all memory of the
-    # cgroup that the file `group` names
+    # cgroup that the file `group` names; slow: sleeps a little from this step on
     at: str
     step: int = 3
     rank: int = 1
@@ -51,6 +51,8 @@ class Strike:
             Path(Path("group").read_text(), "cgroup.procs").write_text(str(os.getpid()))
             ballast = [b"x" * (1 << 20) for _ in range(1 << 12)]
             raise AssertionError(f"{len(ballast)} MB were there")
+        elif self.how == "slow":
+            time.sleep(0.2)
         elif self.how == "exit":
             os._exit(0)
         elif self.how == "full":
@@ -125,7 +127,8 @@ def _arm(strike: Strike) -> None:
     def moved(self: NotedWhere, name: str, value: object) -> None:
         before(self, name, value)
         if name == "activity":
-            place["here"] = self.step == strike.step and value == strike.at
+            later = strike.how == "slow" and self.step > strike.step
+            place["here"] = (later or self.step == strike.step) and value == strike.at
             if place["here"] and not strike.call:
                 strike.hit()
 

@@ -15,12 +15,16 @@ from strikes import Strike, struck
 
 from partita.base.errors import CommError, PeerError
 from partita.comm.processes import start_ranks
+from partita.record.run import read_metrics
+from partita.report.make import report_page
+from partita.report.summary import read_run
 from partita.spec.job import Job
 from partita.train.checkpoints import checkpoint
 from partita.train.control import Control
 from partita.train.launch import oom
 from partita.train.launch.launcher import GRACE_S, Launcher, Stops
 from partita.train.launch.rank import Report, RunSpec, new_scratch
+from partita.train.stragglers import RATIO
 
 LOG = faults.RUN / "logs" / "rank-0.log"
 pytestmark = pytest.mark.timeout(90)
@@ -194,6 +198,18 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(what, small, unhurt, monk
     check_after(what, capfd.readouterr().err, unhurt, "hangs", small)
     if not what.reports:  # else no rank waits for it, only the launcher
         assert f"did not {'join' if what.step == 0 else 'come'}" in LOG.read_text()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_and_changes_no_number(small, unhurt, monkeypatch, capfd):
+    strike(monkeypatch, Strike("slow", "forward", step=4), "train.steps=14", code=0)
+    assert faults.metrics()[:5] == unhurt
+    lines = read_metrics(faults.RUN / "metrics.jsonl")
+    assert "straggler" not in lines[6] and lines[-1]["straggler"] == 1
+    assert lines[-1]["straggler_ratio"] > RATIO
+    assert LOG.read_text().count("rank 1 takes ") == 1
+    told = read_run(faults.RUN)
+    assert set(told.stragglers) == {1} and "slower than ranks with" in report_page(told)
 
 
 def test_who_is_waited_for_is_named_before_who_has_not_spoken(small):
