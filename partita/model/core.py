@@ -26,6 +26,7 @@ from partita.parallel.cp.tile import attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.kernels.chain import Link
 from partita.parallel.recompute.replay import Again
+from partita.parallel.regions import Tape
 
 
 class Core(Protocol):
@@ -123,12 +124,12 @@ class Merge(torch.autograd.Function):
 @dataclass(frozen=True)
 class Explicit:
     """Probabilities are made whole, so that they can be dropped. `future` is True where a key is hidden:
-    above the diagonal, or nowhere; `again`: backward makes them from q, k, v."""
+    above the diagonal, or nowhere; `again`: backward makes them from q, k, v, and what that tape has."""
 
     drop: Dropout
     future: Tensor
     window: int = 0
-    again: bool = False
+    again: Tape | None = None
     causal: bool = True
 
     def __call__(
@@ -143,7 +144,7 @@ class Explicit:
             tokens = Tokens.first(s, batch.documents, q.device)
             hidden = ~visible(tokens, tokens, self.window, self.causal).unsqueeze(1)
 
-        def explicit(q: Tensor, k: Tensor, v: Tensor, replay: bool = False) -> Tensor:
+        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             group = q.shape[1] // k.shape[1]
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -152,8 +153,8 @@ class Explicit:
             added = scores.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             return self.drop((scores + added).softmax(-1), step, batch) @ v
 
-        if self.again and torch.is_grad_enabled():
-            return Again.apply(explicit, q, k, v)  # type: ignore[return-value]
+        if self.again is not None and torch.is_grad_enabled():
+            return Again.apply(explicit, self.again, q, k, v)  # type: ignore[return-value]
         return explicit(q, k, v)
 
 
@@ -163,7 +164,7 @@ class SharedExplicit:
 
     flash: SharedKeys
     drop: Dropout
-    again: bool = False
+    again: Tape | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -173,10 +174,10 @@ class SharedExplicit:
             return self.flash(q, k, v, batch, step, training)
         hidden = ~batch.split.mask(self.flash.travel.rank)
 
-        def explicit(q: Tensor, k: Tensor, v: Tensor, replay: bool = False) -> Tensor:
+        def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             probs: Any = Probabilities.apply(q, k, hidden, self.flash)
-            return Use.apply(self.drop(probs, step, batch), v, self.flash, replay)  # type: ignore[return-value]
+            return Use.apply(self.drop(probs, step, batch), v, self.flash)  # type: ignore[return-value]
 
-        if self.again and torch.is_grad_enabled():
-            return Again.apply(explicit, q, k, v)  # type: ignore[return-value]
+        if self.again is not None and torch.is_grad_enabled():
+            return Again.apply(explicit, self.again, q, k, v)  # type: ignore[return-value]
         return explicit(q, k, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -26,10 +27,10 @@ from partita.parallel.ep.log import RouterLog
 from partita.parallel.ep.router import Router
 from partita.parallel.laid import Laid
 from partita.parallel.lora import Drop, LowRank, Now
-from partita.parallel.read import replayed
-from partita.parallel.regions import Region, Regions
+from partita.parallel.read import is_run_again, replayed
+from partita.parallel.regions import Region, Regions, Unplayed
 from partita.parallel.sp.norm import Norm
-from partita.parallel.tp.linear import IDENTITY, Column, Row
+from partita.parallel.tp.linear import IDENTITY, Column, Partly, Row
 from partita.parallel.units import Weight
 from partita.spec.families.moe import capacity
 from partita.spec.lora import GROUPS, A, B
@@ -48,6 +49,8 @@ class Maker:
         self.spec: ModelSpec = laid.request.model
         self.regions = Regions(block, name, context)
         self.now = Now()  # of adapters that drop
+        self.again = frozenset(op.name for op in replayed(block))
+        self.recomputes = is_run_again(block)
         self._weights = weights
 
     def weight(self, name: str) -> Weight:
@@ -74,7 +77,23 @@ class Maker:
         for name, w in zip(names, weights, strict=True):
             low += [self.low_rank(name, rows)] if self.adapts(name) else []
             rows += prod(w.shape[:-1])
-        return Column.of(weights, region, biases, low)
+        return replace(Column.of(weights, region, biases, low), replay=self._partly(names, weights))
+
+    def _partly(self, names: Sequence[str], weights: Sequence[Weight]) -> Partly | None:
+        """How much of linears side by side a replay makes, where it is not all."""
+        if not self.recomputes or all(n in self.again for n in names):
+            return None
+        each = [(n, prod(w.shape[:-1])) for n, w in zip(names, weights, strict=True)]
+        while each and each[-1][0] not in self.again:
+            each.pop()
+        return Partly(self.regions.tape, sum(rows for _, rows in each))
+
+    def unplayed(self, name: str) -> Unplayed | None:
+        """An op that a replay leaves out; None where it runs it again, or nothing is replayed."""
+        if not self.again or name in self.again:
+            return None
+        op = next(op for op in self.block.ops() if op.name == name)
+        return Unplayed(self.regions.tape, self.recomputes and op.writes in self.block.kept)
 
     def row(self, name: str) -> Row:
         """A linear and the region behind it."""
@@ -123,7 +142,7 @@ class Maker:
     def core(self, future: Tensor | None, again: bool) -> Core:
         """Attention proper, by the regions the laid block has around it; `future` is the mask of
         explicit probabilities, which backward makes `again` or not."""
-        window = self.spec.sliding_window
+        window, tape = self.spec.sliding_window, self.regions.tape if again else None
         drop = self.dropout("attention.core", "p_mask")
         scale = self.spec.softmax_scale if self.spec.latent else None
         falls = self.slopes() if self.spec.alibi else None
@@ -131,18 +150,19 @@ class Maker:
         found: Core
         if moves:
             travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
-            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls)
-            found = shared if drop is None else SharedExplicit(shared, drop, again)
+            out = self.unplayed("attention.core")
+            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls, out)
+            found = shared if drop is None else SharedExplicit(shared, drop, tape)
         elif drop is None:
             found = Flash(window, scale, falls, self.spec.causal)
         else:
             assert future is not None
-            found = Explicit(drop, future, window, again, self.spec.causal)
+            found = Explicit(drop, future, window, tape, self.spec.causal)
         turns = self.regions.of("exchange")
         if not turns:
             return found
-        wanted = any(op.name == "attention.core:exchange" for op in replayed(self.block))
-        return Turned(found, turns, self.regions.tape, wanted)  # type: ignore[arg-type]
+        back = self.unplayed("attention.core:exchange")
+        return Turned(found, turns, back)  # type: ignore[arg-type]
 
     def slopes(self) -> Tensor:
         """ALiBi's, of the heads that the core sees here: behind exchanges, where there are any."""
@@ -218,6 +238,7 @@ class Maker:
             at("experts.down"), at("experts.back"), at("router.choose"),
             None if spec.capacity_factor is None else capacity(spec, self.laid.request.seq_len),
             self.laid.request.plan.expert.chunks, at("dispatch.mark"), at("dispatch.marked"),
+            self.unplayed("dispatch.limit") if spec.capacity_factor is not None else None,
         )  # fmt: skip
         shared = None
         if spec.shared_experts:
@@ -232,6 +253,10 @@ class Maker:
 
     def grouped(self, name: str) -> Grouped:
         """A linear of every expert here."""
+        found = self._grouped(name)
+        return replace(found, unplayed=self.unplayed(name)) if self.recomputes else found
+
+    def _grouped(self, name: str) -> Grouped:
         if not self.adapts(name):
             return Grouped.of(self.weight(name))
         if not self.spec.lora_dropout:

@@ -27,7 +27,6 @@ from partita.parallel.ep.log import RouterLog
 from partita.parallel.kernels.chain import Segment
 from partita.parallel.laid import Laid
 from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
-from partita.parallel.read import replayed
 from partita.parallel.recompute.replay import Began, Recomputed, read_again, written
 from partita.parallel.tp.linear import AddBias, Column
 from partita.parallel.tp.loss import CrossEntropy
@@ -47,9 +46,8 @@ class LayerBlock:
         gated = spec.family == "llama"
         self.beside: Beside | None = None  # both segments, where they read one x
         self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
-        again = frozenset(op.name for op in replayed(make.block))
-        self.recomputes, self.tape = "attention.wq" in again, make.regions.tape
-        remakes = frozenset() if self.recomputes else again
+        self.recomputes, self.tape = make.recomputes, make.regions.tape
+        remakes = frozenset() if self.recomputes else make.again
         self.attention = make.attention(rope, future, remakes)
         self.log: RouterLog | None = None  # of its router
         if "chosen" in make.block.tensors:
@@ -84,19 +82,20 @@ class LayerBlock:
         """In pieces where others run between them, or as a whole."""
         begins: Live = ()
         if isinstance(self.mlp, MoE):
-            remade = Remade(x, partial(self._again, batch))
+            told: list[Any] = []
+            remade = Remade(x, partial(self._again, batch, told))
             begins = yield remade
         if not begins:
             return Recomputed.apply(x, self, batch)  # type: ignore[return-value]
         brought: list[Tensor] = []
-        around = partial(written, self.tape, brought)
+        around = partial(written, self.tape, brought, told)
         y = yield from within(self._segments(begins[0], batch), around)
         return Began.apply(begins[0], y, remade.begin, *brought)  # type: ignore[return-value]
 
-    def _again(self, batch: Any, saved: Live) -> tuple[Tensor, Flow]:
+    def _again(self, batch: Any, told: list[Any], saved: Live) -> tuple[Tensor, Flow]:
         """The replay of a microbatch from what its forward saved."""
         x, brought = saved[0].detach().requires_grad_(), list(saved[1:])
-        around = partial(read_again, self.tape, brought)
+        around = partial(read_again, self.tape, brought, list(told))
         return x, within(self._segments(x, batch, True), around)
 
     def _segments(self, x: Tensor, batch: Any, replay: bool = False) -> Flow:

@@ -129,6 +129,11 @@ def replayed(block: Block) -> list[Op]:
     return [op for op in block.ops() if op.name in found]
 
 
+def is_run_again(block: Block) -> bool:
+    """Whether backward makes it again as one, its linears too."""
+    return any(op.kind == "linear" for op in replayed(block))
+
+
 def traffic(block: Block, sizes: Sizes) -> list[Call]:
     """Every collective of the block, in the order of phases F, B (replay first), step. F and B are of
     one microbatch."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,55 @@ OF_ROWS = ("halo", "gather_map")  # kinds of cp/rows.py, which stand beside othe
 
 @dataclass(eq=False)
 class Tape:
-    """Results of one block's regions, kept so that a replay need not move them again.
+    """Results of one block's regions, kept so that a replay need not move them again; numbers that the host
+    was told are beside them.
 
-    `brought` is written while `writing`, read in the same order while `reading`."""
+    `brought` and `told` are written while `writing`, read in the same order while `reading`."""
 
     brought: list[Tensor] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
     writing: bool = False
     reading: bool = False
+
+    def known(self, bring: Callable[[], Tensor]) -> Tensor:
+        """What was kept, or what `bring` brings, which is kept."""
+        if self.reading:
+            return self.brought.pop(0)
+        y = bring()
+        if self.writing:
+            self.brought.append(y)
+        return y
+
+    def answer(self, ask: Callable[[], Any]) -> Any:
+        """The same of numbers."""
+        if self.reading:
+            return self.told.pop(0)
+        found = ask()
+        if self.writing:
+            self.told.append(found)
+        return found
+
+
+@dataclass(frozen=True)
+class Unplayed:
+    """An op that a replay of its layer leaves out: what it made is `kept` on the tape, or nobody wants it."""
+
+    tape: Tape
+    kept: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a replay asks for what was kept."""
+        return self.kept and self.tape.reading
+
+    @property
+    def is_needless(self) -> bool:
+        """Whether a replay asks, and may be given anything."""
+        return not self.kept and self.tape.reading
+
+    def made(self, make: Callable[[], Tensor]) -> Tensor:
+        """What it made."""
+        return self.tape.known(make) if self.kept else make()
 
 
 @dataclass(frozen=True)
@@ -63,14 +106,11 @@ class Region:
 
     def known(self, bring: Callable[[], Tensor]) -> Tensor:
         """What was kept of what it brought, or what it brings, which is kept where the plan says so."""
-        if self.tape is None:
-            return bring()
-        if self.tape.reading:
-            return self.tape.brought.pop(0)
-        y = bring()
-        if self.tape.writing:
-            self.tape.brought.append(y)
-        return y
+        return bring() if self.tape is None else self.tape.known(bring)
+
+    def told(self, ask: Callable[[], Any]) -> Any:
+        """The same of numbers for the host."""
+        return ask() if self.tape is None else self.tape.answer(ask)
 
     def start_forward(self, x: Tensor) -> Handle:
         """Starts to move a value."""

@@ -24,7 +24,14 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from partita.parallel.read import BYTES, bytes_of, once_inside, once_of_segments, replayed
+from partita.parallel.read import (
+    BYTES,
+    bytes_of,
+    is_run_again,
+    once_inside,
+    once_of_segments,
+    replayed,
+)
 from partita.spec.program import (
     DRAWN_AT_ONCE,
     LITTLE_HELD,
@@ -185,7 +192,7 @@ class _Walk:
         held = (
             {t for op in self.ops for t in op.saves if t not in self.block.kept} if made else set()
         )
-        if any(op.kind == "linear" for op in made):
+        if self._whole:
             return dict.fromkeys(held, self.count - 1)
         ends = dict[str, int]()
         for op in reversed(made):  # what follows from a piece is made with it
@@ -282,7 +289,7 @@ class _Walk:
     @cached_property
     def _whole(self) -> bool:
         """Whether the layer is made again as one."""
-        return any(op.kind == "linear" for op in replayed(self.block))
+        return is_run_again(self.block)
 
     def beside(self) -> Iterable[Span]:
         """What lives inside an op alone, forward and backward."""

@@ -46,6 +46,7 @@ ROLES = (
     "aux",  # an auxiliary loss: a second output of its block, where backward starts too
     "constant",  # a float without a gradient: a running maximum
     "route",  # integers the block computes: which experts a token goes to
+    "told",  # numbers that the host has
     "mask",
     "index",
     "label",

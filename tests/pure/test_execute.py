@@ -112,6 +112,7 @@ LESS = (
 )
 FOR = [f"{p} {r}" for r in LESS for p in ("tp2+sp", "pp2/2mb tp2")]
 CASES += [(m, p) for p, m in halves(FOR, ["llama", "drops"])]
+CASES += [(m, f"cp4:hybrid2x2 tp2+sp {LESS[-1]}") for m in ("llama", "qwen")]
 CASES += [("drops", f"{p} {r}") for r in LESS for p in ("cp2:ring", "cp4:hybrid2x2")]
 
 

@@ -63,6 +63,8 @@ CAPACITY = replace(MOE, capacity_factor=0.75)
         "dp2 tp2 ep2 etp2",
         "cp2:ring ep2",
         "cp4:hybrid2x2 ep2 etp2",
+        "cp4:hybrid2x2 ep2 etp2 recompute:full recompute.collectives=keep",
+        "tp2 dp2 ep2 etp2 recompute:full recompute.collectives=keep",
     ],
 )
 def test_rows_beyond_the_capacity_are_dropped_as_on_one_device(line) -> None:

@@ -7,6 +7,7 @@ all-reduces a layer and direction, a loss that never gathers logits; ZeRO (1910.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -115,6 +116,19 @@ def test_what_replayed_regions_brought_may_be_kept() -> None:
             for more in ("", " recompute:full recompute.collectives=keep")
         )
         assert sent(plain, "blocks.1.") == sent(kept, "blocks.1.")
+    experts = replace(LLAMA8, experts=8, top_k=2, expert_ffn_hidden=1024, capacity_factor=1.25)
+    for line in (
+        "cp4:ring",
+        "cp4:ulysses tp2+sp",
+        "cp8:hybrid4x2",
+        "cp2:all_gather",
+        "cp2 dp4 tp2+sp ep4 etp2",
+    ):
+        plain, again, held = (
+            lay(Request(parse(f"{line} bf16{more}"), experts if "ep" in line else LLAMA8, SEQ))
+            for more in ("", " recompute:full", " recompute:full recompute.collectives=keep")
+        )
+        assert sent(plain, "blocks.1.") == sent(held, "blocks.1.") != sent(again, "blocks.1."), line
     x = 2 * SEQ * 6144
     brought = kept_bytes(kept.program.blocks[1], kept.sizes) - x / 8
     assert brought == 2 * x + x / 8  # two gathered tensors, one scattered

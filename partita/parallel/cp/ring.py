@@ -10,8 +10,9 @@ round for the scores, values for their use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,19 +22,21 @@ from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.split import CAUSAL, Split, Tile
 from partita.parallel.cp.tile import Merged, attend, attend_back, wide
 from partita.parallel.cp.travel import Travel
-from partita.parallel.regions import Region
+from partita.parallel.regions import Region, Unplayed
 
 
 @dataclass(frozen=True)
 class SharedKeys:
     """A core (model/core.py) for the shares of a ring or gather; `regions` move k and v. q [batch, heads,
     share, head_dim], k and v [batch, kv_heads, share, head_dim]; `scale` as tile.py has it, `slopes` of
-    this rank's heads where scores fall off with distance (alibi.py)."""
+    this rank's heads where scores fall off with distance (alibi.py); `unplayed`, where a replay leaves what
+    reads values out."""
 
     travel: Travel
     regions: tuple[Region, Region]
     scale: float | None = None
     slopes: Tensor | None = None
+    unplayed: Unplayed | None = None
 
     def _seen(self, split: Split, tile: Tile, mine: int, owner: int) -> tuple[Tensor | None, bool]:
         """A tile's mask, and whether its upper half is hidden."""
@@ -46,6 +49,16 @@ class SharedKeys:
     ) -> Tensor:
         """Exact attention over the whole sequence."""
         return _Flash.apply(q, k, v, self, batch.split)  # type: ignore[return-value]
+
+    def known(self, q: Tensor, k: Tensor, v: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+        """(output, lse), or those that were kept."""
+        at = self.unplayed
+        if at is not None and at.is_known:
+            return at.tape.brought.pop(0), at.tape.brought.pop(0)
+        found = self.forward(q, k, v, split)
+        if at is not None and at.kept and at.tape.writing:
+            at.tape.brought += found
+        return found
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, split: Split) -> tuple[Tensor, Tensor]:
         """(output, lse) of this rank's queries."""
@@ -98,7 +111,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, core: SharedKeys, split: Split) -> Tensor:
         """Merged over all shares."""
-        out, lse = core.forward(q, k, v, split)
+        out, lse = core.known(q, k, v, split)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.core, ctx.split = core, split
         return out
@@ -109,15 +122,31 @@ class _Flash(torch.autograd.Function):
         return *ctx.core.backward(g, ctx.saved_tensors, ctx.split), None, None
 
 
+def _keys(k: Tensor, core: SharedKeys) -> Iterator[tuple[int, Tensor]]:
+    """(owner, its keys) as they travel; of all, where the plan keeps them."""
+    region, travel = core.regions[0], core.travel
+
+    def shares() -> Iterator[tuple[int, Tensor]]:
+        return ((owner, keys) for owner, (keys,) in travel.shares((region,), _laid(k), "F"))
+
+    if region.tape is None:
+        return shares()
+    every = region.known(
+        lambda: torch.cat([keys for _, keys in sorted(shares(), key=itemgetter(0))], 1)
+    )
+    return iter(enumerate(every.chunk(region.comm.size, 1)))
+
+
 class Probabilities(torch.autograd.Function):
-    """softmax(q k / sqrt(d)) over all keys, in laid order; keeps q, k and itself. k goes round."""
+    """softmax(q k / sqrt(d)) over all keys, in laid order; keeps q, k and itself. k goes round, where it
+    is not known all of it."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, hidden: Tensor, core: SharedKeys) -> Tensor:
         """Scores share by share, then the softmax."""
         b, heads, s, dim = q.shape
         scores = q.new_empty(b, heads, s, hidden.shape[-1])
-        for owner, (keys,) in core.travel.shares(core.regions[:1], _laid(k), "F"):
+        for owner, keys in _keys(k, core):
             block = q @ keys.permute(0, 2, 3, 1)
             scores[..., owner * s : (owner + 1) * s] = block * dim**-0.5
         probs = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
@@ -143,16 +172,23 @@ class Probabilities(torch.autograd.Function):
 
 
 class Use(torch.autograd.Function):
-    """Dropped probabilities times values; keeps both. v goes round, but not for a replay."""
+    """Dropped probabilities times values; keeps both. v goes round, but not where a replay leaves it out."""
 
     @staticmethod
-    def forward(ctx, probs: Tensor, v: Tensor, core: SharedKeys, replay: bool) -> Tensor:
-        """Added up share by share, wide."""
+    def forward(ctx, probs: Tensor, v: Tensor, core: SharedKeys) -> Tensor:
+        """As `made`, unless it is known or nobody wants it."""
         ctx.save_for_backward(probs, v)
-        ctx.core = core
-        s, b, heads = v.shape[2], *v.shape[:2]
-        if replay:
+        ctx.core, at = core, core.unplayed
+        if at is None:
+            return Use.made(probs, v, core)
+        if at.is_needless:
             return v.new_empty(*probs.shape[:-1], v.shape[-1])
+        return at.made(lambda: Use.made(probs, v, core))
+
+    @staticmethod
+    def made(probs: Tensor, v: Tensor, core: SharedKeys) -> Tensor:
+        """Added up share by share, wide."""
+        s, b, heads = v.shape[2], *v.shape[:2]
         out = v.new_zeros(b, s, heads, v.shape[-1], dtype=wide(v.dtype)).transpose(1, 2)
         for owner, (values,) in core.travel.shares(core.regions[1:], _laid(v), "F"):
             out += probs[..., owner * s : (owner + 1) * s] @ values.transpose(1, 2)
@@ -170,4 +206,4 @@ class Use(torch.autograd.Function):
             slope[..., at] = g @ values.permute(0, 2, 3, 1)
             dv = (probs[..., at].transpose(-1, -2) @ g).transpose(1, 2)
             gradients.add(owner, [dv.to(wide(v.dtype)).contiguous()])
-        return slope, gradients.home()[0].transpose(1, 2).to(v.dtype), None, None
+        return slope, gradients.home()[0].transpose(1, 2).to(v.dtype), None

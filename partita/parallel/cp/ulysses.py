@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from partita.parallel.cp.tile import wide
-from partita.parallel.regions import Region, Tape
+from partita.parallel.regions import Region, Unplayed
 
 Core = Callable[[Tensor, Tensor, Tensor, Any, int, bool], Tensor]
 
@@ -31,8 +31,7 @@ class Turned:
 
     inner: Core
     regions: tuple[Region, Region, Region, Region]
-    tape: Tape
-    again: bool  # whether a replay wants what the last exchange brings
+    unplayed: Unplayed | None  # where a replay leaves the last exchange out
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
@@ -40,7 +39,7 @@ class Turned:
         """Attention of this rank's heads over what its ring's rank holds."""
         turned = (_ToHeads.apply(x, r) for x, r in zip((q, k, v), self.regions, strict=False))
         out = self.inner(*turned, batch, step, training)  # type: ignore[arg-type]
-        wanted = self.again or not self.tape.reading
+        wanted = self.unplayed is None or not self.unplayed.is_needless
         return _ToSequence.apply(out, self.regions[3], wanted)  # type: ignore[return-value]
 
 
@@ -74,7 +73,8 @@ class _ToHeads(torch.autograd.Function):
     def forward(ctx, x: Tensor, region: Region) -> Tensor:
         """Each head as often as it is needed."""
         ctx.region, ctx.heads = region, x.shape[1]
-        return to_heads(x.repeat_interleave(copies(x.shape[1], region.comm.size), 1), region)
+        times = copies(x.shape[1], region.comm.size)
+        return region.known(lambda: to_heads(x.repeat_interleave(times, 1), region))
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
@@ -95,7 +95,7 @@ class _ToSequence(torch.autograd.Function):
         """This rank's tokens with all heads; where they are not wanted, any numbers of that shape."""
         ctx.region, n = region, region.comm.size
         if wanted:
-            return to_sequence(x, region)
+            return region.known(lambda: to_sequence(x, region))
         b, heads, s, dim = x.shape
         return x.new_zeros(b, heads * n, s // n, dim)
 

@@ -25,7 +25,7 @@ from torch.nn.functional import embedding_bag, one_hot
 from partita.comm.protocol import Done, Handle
 from partita.parallel.ep.counts import experts_of
 from partita.parallel.ep.loads import Counts, Loads, count, is_told_late
-from partita.parallel.regions import IDENTITY, Region
+from partita.parallel.regions import IDENTITY, Region, Unplayed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Exchange:
     chunks: int = 1  # of a rank's tokens, that travel one after the other
     mark: Region = IDENTITY  # dispatch.mark:all_to_all, over ep
     marked: Region = IDENTITY  # dispatch.marked:gather_rows, over etp
+    limit: Unplayed | None = None  # what admits rows, where a replay leaves it out
 
     def plan(
         self, chosen: Tensor, positions: Tensor | None = None, real: Tensor | None = None
@@ -56,8 +57,7 @@ class Exchange:
         pick over what cuts seq."""
         flat = chosen.flatten()
         if self.capacity is not None:
-            kept = self._admitted(chosen, self.capacity, positions)
-            flat = flat.masked_fill(~kept.flatten(), self.experts)  # behind all experts
+            flat = self._limited(chosen, self.capacity, positions).flatten()
         if real is not None:
             none = ~real.unsqueeze(-1).expand_as(chosen)
             flat = flat.masked_fill(none.flatten(), self.experts)
@@ -66,7 +66,8 @@ class Exchange:
         if alone and is_told_late(chosen.device):
             return [self._alone(part) for part in parts]
         mine = [count(p, self.experts + 1)[: self.experts] for p in parts]
-        table = self.count.comm.counts(torch.cat(mine), site=self.count.site)
+        comm, site = self.count.comm, self.count.site
+        table = self.count.told(lambda: comm.counts(torch.cat(mine), site=site))
         found = []
         for i, part in enumerate(parts):
             each = [row[i * self.experts : (i + 1) * self.experts] for row in table]
@@ -79,6 +80,15 @@ class Exchange:
         sorted_, order = chosen.int().sort(stable=True)
         loads = Loads.of_sorted(sorted_, self.experts)
         return Rows(self, order, chosen.numel(), [], [], alone=loads)
+
+    def _limited(self, chosen: Tensor, capacity: int, positions: Tensor | None) -> Tensor:
+        """The experts of each token; where one's row is dropped, a number behind all."""
+
+        def made() -> Tensor:
+            kept = self._admitted(chosen, capacity, positions)
+            return chosen.masked_fill(~kept, self.experts)
+
+        return made() if self.limit is None else self.limit.made(made)
 
     def _admitted(self, chosen: Tensor, capacity: int, positions: Tensor | None) -> Tensor:
         """bool [batch, seq, top_k]: rows of earlier positions first, up to the capacity."""
@@ -161,10 +171,20 @@ class Rows:
 
         Communicates: 8 bytes a row over ep, then over etp where peers have other rows."""
         exchange = self.exchange
-        mine = tokens.index_select(0, self.order // exchange.top_k)
-        here = self._all_to_all(mine, exchange.mark, back=False).wait()
-        here = self._gather(self._by_expert(here), exchange.marked)
-        return replace(self, marks=Marks(step, here))
+
+        def bring() -> Tensor:
+            mine = tokens.index_select(0, self.order // exchange.top_k)
+            here = self._all_to_all(mine, exchange.mark, back=False).wait()
+            return self._gather(self._by_expert(here), exchange.marked)
+
+        last = exchange.mark if exchange.marked.tape is None else exchange.marked
+        return replace(self, marks=Marks(step, last.known(bring)))
+
+    @property
+    def arrival(self) -> Region:
+        """Of those that bring rows to the experts the one whose result a plan may keep."""
+        into = self.exchange.receive
+        return into if into.kind == "gather_rows" and into.tape is not None else self.exchange.send
 
     def start(self, x: Tensor, region: Region, back: bool) -> None:
         """all_to_all over ep: to the experts, or back."""
@@ -223,6 +243,11 @@ class Rows:
 
     def exit(self, made: Tensor, conjugate: bool = False) -> Tensor:
         """What experts made, added up over etp -> this rank's rows. `conjugate`: as in `enter`."""
+        if conjugate or self.exchange.leave.kind != "scatter_rows":
+            return self._exit(made, conjugate)
+        return self.exchange.leave.known(lambda: self._exit(made, conjugate))
+
+    def _exit(self, made: Tensor, conjugate: bool) -> Tensor:
         region = self.exchange.receive if conjugate else self.exchange.leave
         if region.comm.size == 1:
             return made
@@ -232,9 +257,8 @@ class Rows:
         spread = self.regroup(made, blocks, True, most)
         found = region.comm.reduce_scatter(spread, site=region.site)
         mine = sum(blocks[region.comm.rank])
-        return (
-            found if mine == most else found[:mine].clone()
-        )  # which may be kept, without the padding
+        # which may be kept, without the padding
+        return found if mine == most else found[:mine].clone()
 
     def _peers(self) -> tuple[list[list[int]], int]:
         """Rows of each etp peer by local expert, and the most that one has."""
@@ -248,10 +272,16 @@ class Rows:
 
     def at_experts(self, conjugate: bool = False) -> Tensor:
         """They are there, by expert."""
-        return self.enter(self._by_expert(self.arrived()), conjugate)
+        if conjugate:
+            return self.enter(self._by_expert(self.arrived()), conjugate)
+        if self.exchange.receive.kind == "copy_to":
+            return self.enter(self.arrival.known(lambda: self._by_expert(self.arrived())))
+        return self.arrival.known(lambda: self.enter(self._by_expert(self.arrived())))
 
     def start_to_tokens(self, made: Tensor, conjugate: bool = False) -> None:
         """Rows by expert leave for their tokens. `conjugate`: gradients, through `send`."""
+        if not conjugate and self.exchange.back.is_known:
+            return
         mine = self.exit(made, conjugate)
         region = self.exchange.send if conjugate else self.exchange.back
         self.start(self._by_expert(mine, back=True), region, back=True)
@@ -270,7 +300,8 @@ class Dispatch(torch.autograd.Function):
         """Sorts and starts to send."""
         ctx.save_for_backward(rows.order)
         ctx.rows = rows
-        rows.start_to_experts(x.index_select(0, rows.order // rows.exchange.top_k))
+        if not rows.arrival.is_known:
+            rows.start_to_experts(x.index_select(0, rows.order // rows.exchange.top_k))
         return _token(x)
 
     @staticmethod
@@ -319,7 +350,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, travelling: Tensor, gates: Tensor, rows: Rows) -> Tensor:
         """Adds rows up in the gates' dtype."""
-        back = rows.arrived()
+        back = rows.exchange.back.known(rows.arrived)
         ctx.save_for_backward(back, gates, rows.order)
         ctx.rows = rows
         return _by_token(back, rows.order, rows, gates)

@@ -18,6 +18,7 @@ from partita.parallel.ep.dispatch import Marks
 from partita.parallel.ep.loads import Counts, ends_of, host_of
 from partita.parallel.kernels.product import LEAST, PLAIN, Product, is_wide, little_of, times_into
 from partita.parallel.lora import LowRank, RowMasks, masked
+from partita.parallel.regions import Unplayed
 from partita.parallel.units import Weight, add_product
 
 ALIGNED = 16  # bytes that rows lie on for the kernel that takes all experts
@@ -28,12 +29,13 @@ MOST = 1023  # experts that it takes
 class Grouped:
     """x [rows, columns], by expert -> [rows, the expert's rows]. `weight` [experts, ..., columns] are the
     local experts', `products` how each multiplies, `low` what LoRA has beside each, `masks` what drops
-    elements of what that reads."""
+    elements of what that reads; `unplayed`, where a replay leaves it out."""
 
     weight: Weight
     products: tuple[Product, ...]
     low: tuple[LowRank, ...] = ()
     masks: RowMasks | None = None
+    unplayed: Unplayed | None = None
 
     @staticmethod
     def of(weight: Weight, low: LowRank | None = None, masks: RowMasks | None = None) -> Grouped:
@@ -178,6 +180,8 @@ class Multiply(torch.autograd.Function):
         """An expert after the other, or all at once."""
         ctx.save_for_backward(x if layer.trains else None, tokens)
         ctx.layer, ctx.counts, ctx.step = layer, counts, step
+        if layer.unplayed is not None and layer.unplayed.tape.reading:
+            return x.new_empty((x.shape[0], prod(layer.weight.shape[1:-1])))
         y = layer.multiply(x, counts, back=False)
         if not layer.low:  # views of so many rows cost as much as a product
             return y

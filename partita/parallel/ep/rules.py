@@ -163,7 +163,7 @@ def _lay_block(block: Block, sizes: Sizes) -> Block:
         whole = (replace(d, cut=()) if d.name == "seq" else d for d in t["chosen"].dims)
         new["every"] = replace(t["chosen"], name="every", dims=tuple(whole))
     members = Dim("members", sizes["ep"] * (1 if replicated else sizes["etp"]))
-    new["table"] = Tensor("table", (members, *t["loads"].dims), "route")
+    new["table"] = Tensor("table", (members, *t["loads"].dims), "told")
 
     block = rewrite(block, lambda op: (op.over(view),))
     block = rewrite(block, _Exchange(etp, replicated, names, seq), new)

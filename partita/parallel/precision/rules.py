@@ -42,7 +42,7 @@ def dtypes(dtype: str) -> dict[str, str]:
     return {
         "value": dtype, "data": dtype, "weight": dtype, "parameter": dtype, "whole_parameter": dtype,
         "stat": wide, "constant": wide, "gradient": wide, "whole_gradient": wide, "optimizer": wide,
-        "aux": wide, "route": "int64",
+        "aux": wide, "route": "int64", "told": "",
         "mask": "bool", "label": "bool", "index": "int64", "buffer": "", "count": "int64", "sum": "fp64",
     }  # fmt: skip
 

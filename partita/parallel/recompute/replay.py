@@ -23,7 +23,8 @@ class Recomputed(torch.autograd.Function):
     def forward(ctx, x: Tensor, block: Any, batch: Any) -> Tensor:
         """Runs without a graph."""
         brought: list[Tensor] = []
-        with written(block.tape, brought):
+        ctx.told = []
+        with written(block.tape, brought, ctx.told):
             y = block.run(x, batch)
         ctx.save_for_backward(x, *brought)
         ctx.block, ctx.batch = block, batch
@@ -34,7 +35,7 @@ class Recomputed(torch.autograd.Function):
         """Runs again with a graph, then through it."""
         x, *brought = ctx.saved_tensors
         again = x.detach().requires_grad_()
-        with read_again(ctx.block.tape, brought):
+        with read_again(ctx.block.tape, brought, list(ctx.told)):
             y = ctx.block.run(again, ctx.batch, replay=True)
         with torch.enable_grad():
             torch.autograd.backward(y, dy)
@@ -66,45 +67,49 @@ class Began(torch.autograd.Function):
 
 
 @contextmanager
-def written(tape: Tape, brought: list[Tensor]) -> Iterator[None]:
-    """Regions add to `brought` what the replay is not to move again; no graph is made."""
-    tape.brought, tape.writing = brought, True
+def written(tape: Tape, brought: list[Tensor], told: list[Any]) -> Iterator[None]:
+    """Regions add to both what the replay is not to move, or ask, again; no graph is made."""
+    tape.brought, tape.told, tape.writing = brought, told, True
     try:
         with torch.no_grad():
             yield
     finally:
-        tape.brought, tape.writing = [], False
+        tape.brought, tape.told, tape.writing = [], [], False
 
 
 @contextmanager
-def read_again(tape: Tape, brought: list[Tensor]) -> Iterator[None]:
-    """Regions take from `brought` what they brought before; a graph is made."""
-    tape.brought, tape.reading = brought, True
+def read_again(tape: Tape, brought: list[Tensor], told: list[Any]) -> Iterator[None]:
+    """Regions take from both what they brought before; a graph is made."""
+    tape.brought, tape.told, tape.reading = brought, told, True
     try:
         with torch.enable_grad():
             yield
     finally:
-        tape.brought, tape.reading = [], False
+        tape.brought, tape.told, tape.reading = [], [], False
 
 
 class Again(torch.autograd.Function):
-    """function(*tensors, replay) without weights, of which its inputs alone are kept. `replay`: backward
-    wants what it saves, its value may be any."""
+    """function(*tensors) without weights, of which its inputs are kept, and what the tape keeps. A replay is
+    there for what backward wants of what it saves: its value may be any."""
 
     @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx, function: Callable[..., Tensor], tape: Tape, *tensors: Tensor) -> Tensor:
         """Runs without a graph."""
-        ctx.save_for_backward(*tensors)
-        ctx.function = function
-        return function(*tensors, replay=False)
+        brought: list[Tensor] = []
+        with written(tape, brought, []):
+            y = function(*tensors)
+        ctx.save_for_backward(*tensors, *brought)
+        ctx.function, ctx.tape, ctx.inputs = function, tape, len(tensors)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Runs again with a graph, then through it."""
-        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        with torch.enable_grad():
-            y = ctx.function(*leaves, replay=True)
-        return None, *torch.autograd.grad(y, leaves, dy)
+        saved = list(ctx.saved_tensors)
+        leaves = [t.detach().requires_grad_() for t in saved[: ctx.inputs]]
+        with read_again(ctx.tape, saved[ctx.inputs :], []):
+            y = ctx.function(*leaves)
+        return None, None, *torch.autograd.grad(y, leaves, dy)
 
 
 def made_again(

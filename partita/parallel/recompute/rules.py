@@ -10,7 +10,14 @@ makes the rest again.
 
 What that makes backward run again, regions too, is read off the program (read.replayed): what lies
 between kept and saved tensors, so the last matmul of a block and its reduction are not replayed.
-`collectives=keep` keeps what replayed regions brought: memory for traffic.
+`collectives=keep` keeps what replayed regions brought: memory for traffic. Of what one op reads and nobody
+saves it keeps what the op makes of it, where that is less:
+
+    ring, all_gather   not the shares of all ranks, but attention's output and its log-sum-exp, which backward
+                       wants; attention is not run again either. Probabilities made whole, with dropout, are
+                       the larger: then the keys that came
+    gather_picks       not what all ranks' tokens chose, but which rows of this rank's are admitted
+    counts             numbers of rows: the host has them
 """
 
 from __future__ import annotations
@@ -23,8 +30,12 @@ from partita.parallel.room import Request, error
 from partita.spec.plan import RecomputePlan
 from partita.spec.program import Block, Op, Program
 
-# regions whose results `keep` keeps
-REMEMBERED = ("reduce_from", "gather_from", "scatter_to", "halo", "gather_map")
+# regions whose results `keep` keeps, and those of which it keeps what is made of them
+REMEMBERED = (
+    "reduce_from", "gather_from", "scatter_to", "halo", "gather_map", "exchange", "all_to_all",
+    "gather_rows", "scatter_rows",
+)  # fmt: skip
+USED = ("ring", "all_gather", "gather_picks")
 
 
 def problems(job: Request) -> list[Problem]:
@@ -88,8 +99,21 @@ def _module(op: Op) -> str:
 
 def _remember(block: Block) -> Block:
     """Adds the results of replayed regions, those that a shorter replay still wants."""
-    brought = {op.writes for op in replayed(block) if op.kind in REMEMBERED and op.events}
+    again = [op for op in replayed(block) if op.events]
+    brought = {op.writes for op in again if op.kind in REMEMBERED}
+    for op in again:
+        if op.kind in USED:
+            brought |= _made_of(block, op.writes)
+    told = {op.writes for op in again if op.kind == "counts"}
     shorter = block.keeping(block.kept | brought)
     wanted = {t for op in replayed(shorter) for t in op.reads}
     wanted |= {t for op in block.ops() for t in op.saves}
-    return block.keeping(block.kept | (brought & wanted))
+    return block.keeping(block.kept | (brought & wanted) | told)
+
+
+def _made_of(block: Block, x: str) -> set[str]:
+    """What the op that reads x makes of it; x itself, where it makes a number for every query and key."""
+    reader = next(op for op in block.ops() if x in op.reads)
+    written = {op.writes for op in block.ops()}
+    made = {reader.writes, *(t for t in reader.saves if t not in written)}
+    return {x} if any(d.name == "keys" for t in made for d in block.tensors[t].dims) else made

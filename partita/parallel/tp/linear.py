@@ -21,8 +21,16 @@ from torch import Tensor
 from partita.comm.protocol import Handle
 from partita.parallel.kernels.chain import Link, call
 from partita.parallel.lora import LowRank
-from partita.parallel.regions import IDENTITY, Region
+from partita.parallel.regions import IDENTITY, Region, Tape
 from partita.parallel.units import Matrix, Weight, matrices
+
+
+@dataclass(frozen=True)
+class Partly:
+    """A replay that wants of linears side by side the first `rows` alone, while its tape is read."""
+
+    tape: Tape
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Column:
     biases: tuple[Weight, ...]
     region: Region
     low: tuple[LowRank, ...] = ()
+    replay: Partly | None = None
 
     @staticmethod
     def of(
@@ -54,7 +63,7 @@ class Column:
     @cached_property
     def is_plain(self) -> bool:
         """Whether it is one matrix and nothing else."""
-        alone = len(self.matrices) == 1 and not (self.low or self.biases)
+        alone = len(self.matrices) == 1 and not (self.low or self.biases or self.replay)
         return alone and self.region.kind == "identity"
 
     @property
@@ -77,6 +86,22 @@ class Column:
         for low in self.low:
             low.add(y, x)
         if self.biases:
+            y += torch.cat([b.value.reshape(-1) for b in self.biases])
+        return y
+
+    def first(self, x: Tensor, rows: int) -> Tensor:
+        """As `multiply`, of the first rows alone; the others are any."""
+        y = x.new_empty(*x.shape[:-1], sum(m.shape[0] for m in self.matrices))
+        at = 0
+        for m in self.matrices:
+            here = min(m.shape[0], rows - at)
+            if here > 0:
+                y[..., at : at + here] = m.product.forward(x, m.value[:here])
+            at += m.shape[0]
+        for low in self.low:
+            if low.first < rows:
+                low.add(y, x)
+        if self.biases and rows:
             y += torch.cat([b.value.reshape(-1) for b in self.biases])
         return y
 
@@ -122,7 +147,13 @@ class _Column(torch.autograd.Function):
             ctx.layer = layer
             return layer.matrices[0].multiply(x)
         ctx.layer = layer = layer.begin()
-        return layer.multiply(layer.region.forward(x))
+        part = layer.replay
+        if part is None or not part.tape.reading:
+            return layer.multiply(layer.region.forward(x))
+        if part.rows:
+            return layer.first(layer.region.forward(x), part.rows)
+        shape = layer.region.shape_after(x.shape)[:-1]
+        return x.new_empty(*shape, sum(m.shape[0] for m in layer.matrices))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
