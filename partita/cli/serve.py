@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from partita.serve.http.opening import Opened
 
 
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="PARTITA_API_KEY", help="What clients of /v1/ must send."),
+]
+MaxWaiting = Annotated[
+    int, typer.Option(min=1, help="Answers that may wait; more are told to ask again later.")
+]
+Speculate = Annotated[
+    int, typer.Option(min=0, help="Tokens guessed ahead where a text repeats itself.")
+]
+Pages = Annotated[int | None, typer.Option(min=1, help="Pages of keys and values, 16 tokens each.")]
+Memory = Annotated[
+    float | None, typer.Option(min=0.001, help="GiB of each rank for pages, instead.")
+]
+StepTimeout = Annotated[
+    float, typer.Option(min=0.1, help="Seconds another waits for a rank before it is lost.")
+]
+DrainTimeout = Annotated[
+    int, typer.Option(min=0, help="Seconds that requests have to end in once it is stopped.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
     app.command("serve", help=serve.__doc__)(serve)
@@ -32,21 +54,13 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="The model's name; left out, the folder's.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="PARTITA_API_KEY", help="What clients of /v1/ must send."),
-    ] = None,
+    api_key: ApiKey = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
-    speculate: Annotated[
-        int, typer.Option(min=0, help="Tokens guessed ahead where a text repeats itself.")
-    ] = 0,
-    pages: Annotated[
-        int | None, typer.Option(min=1, help="Pages of keys and values, 16 tokens each.")
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option(min=0.001, help="GiB of each rank for pages, instead.")
-    ] = None,
+    max_waiting: MaxWaiting = 1024,
+    speculate: Speculate = 0,
+    pages: Pages = None,
+    memory: Memory = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp64.")] = "fp32",
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; left out, the run's where it is here.")
@@ -54,9 +68,12 @@ def serve(
     backend: Annotated[
         Literal["local", "processes"], typer.Option(help="Ranks are threads or processes.")
     ] = "local",
-    drain_timeout: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests have to end in once it is stopped.")
-    ] = 30,
+    step_timeout: StepTimeout = 60.0,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="A certificate: serves https.")] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Its key, where it is not in it.")
+    ] = None,
+    drain_timeout: DrainTimeout = 30,
     json: Json = False,
 ) -> None:
     """Serves a model to clients of OpenAI's interface until SIGTERM or Ctrl-C."""
@@ -64,21 +81,22 @@ def serve(
         raise UsageError("--pages and --memory both say how many pages there are: give one")
     from partita.serve.http.app import create_app
     from partita.serve.http.opening import Wanted, opened
-    from partita.serve.http.server import address_of, bound
+    from partita.serve.http.server import Secret, address_of, bound
     from partita.serve.http.server import serve as answer
 
     wanted = Wanted(
         plan or "", pages, memory, dtype, device, backend,
-        max_batch_tokens, max_sequences, speculate,
+        max_batch_tokens, max_sequences, speculate, max_waiting, step_timeout,
     )  # fmt: skip
+    secret = Secret.of(ssl_certfile, ssl_keyfile)
     with closing(bound(host, port)) as listener:
         with waiting(f"loading {checkpoint}", json):
             found = opened(checkpoint, wanted)
         with closing(found):
             app = create_app(found.engine, name or found.words.name, found.words, api_key=api_key)
             listener.listen()
-            _tell(address_of(listener), name or found.words.name, found, json)
-            answer(app, listener, drain_timeout)
+            _tell(address_of(listener, secret), name or found.words.name, found, json)
+            answer(app, listener, drain_timeout, secret)
     note("stopped")
 
 

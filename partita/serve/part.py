@@ -32,6 +32,7 @@ from partita.serve.piece import Piece, Room
 from partita.simulate.serving.kept import keeps_latents, kept_shapes
 
 LANE = "serve"
+STEP_S = 60.0  # a step takes no longer: 512 tokens of 7B on a core of 120 GFLOP/s
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
@@ -54,6 +55,7 @@ class Opening:
     pages: int
     page_size: int
     device: str = "cpu"
+    step_s: float = STEP_S  # that a rank waits for another
 
     @property
     def room(self) -> Room:

@@ -6,7 +6,9 @@ step to end before the next is handed out, so that stages of a pipeline work on 
     caller --pieces--> rank 0 ... rank n-1          collectives among them as the laid program says
            <--logits-- the answering rank
 
-A rank that raises or dies ends the runner: the caller is told which, and the others are ended.
+A rank that raises, dies or hangs ends the runner: the caller is told which, and the others are ended. Who
+waits for another longer than a step may take says for whom and where; where nobody does, the caller stops
+waiting after twice that.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from partita.base.errors import PartitaError, RankLostError, UsageError
+from partita.base.errors import CommError, PartitaError, RankLostError, UsageError
 from partita.comm.processes import end_ranks, start_ranks
 from partita.comm.protocol import Where, World
 from partita.comm.shm import shm
@@ -35,7 +37,7 @@ from partita.comm.threads.local import LocalRanks, LocalWorld
 from partita.serve.part import Opening, Part
 from partita.serve.piece import Piece
 
-TIMEOUT_S = 300.0  # that a rank waits for another in a collective: a long prompt on slow cores
+JOIN_S = 300.0  # for all ranks to come, on slow cores and disks
 GRACE_S = 0.3  # for a rank's death to be seen, where another has told of it
 CLOSE_S = 2.0  # for ranks to leave by themselves
 PRELOAD = ("torch", "partita.serve.ranks")
@@ -58,9 +60,12 @@ class Failed:
 
     @property
     def lost(self) -> RankLostError:
-        """As the caller is told while it serves."""
-        error = RankLostError(f"rank {self.rank} is lost: {self.error.message}")
-        error.rank = self.rank
+        """As the caller is told while it serves: of one that did not come by who waited for it."""
+        text = self.error.message
+        if not isinstance(self.error, CommError):
+            text = f"rank {self.rank} is lost: {text}"
+        error = RankLostError(text)
+        error.rank = self.rank if self.error.rank is None else self.error.rank
         return error
 
 
@@ -182,7 +187,10 @@ class Threads:
 
     def answer(self) -> Tensor:
         """What the answering rank says."""
-        found = self._outbox.get()
+        try:
+            found = self._outbox.get(timeout=2 * self._opening.step_s)
+        except queue.Empty:
+            raise LostError(_silent(self._opening)) from None
         if isinstance(found, Failed):
             raise LostError(found)
         return found
@@ -195,7 +203,9 @@ class Threads:
 
     def _enter(self) -> None:
         with suppress(Exception):  # each rank has told its own
-            LocalRanks(self._opening.ranks, TIMEOUT_S, lambda world: world).run(self._rank)
+            LocalRanks(self._opening.ranks, self._opening.step_s, lambda world: world).run(
+                self._rank
+            )
 
     def _rank(self, world: LocalWorld) -> None:
         try:
@@ -216,7 +226,7 @@ class Processes:
     missing, nccl what GPUs send. They leave when this process dies."""
 
     def __init__(self, opening: Opening) -> None:
-        self._answers = opening.answers
+        self._opening, self._answers = opening, opening.answers
         self._scratch = Path(tempfile.mkdtemp(prefix=SCRATCH))
         pipes = [Pipe(duplex=False) for _ in range(opening.ranks)]
         readers = [reader for reader, _ in pipes]
@@ -248,13 +258,15 @@ class Processes:
 
     def answer(self) -> Tensor:
         """What the answering rank says."""
-        return self._hear(self._answers)
+        return self._hear(self._answers, 2 * self._opening.step_s)
 
-    def _hear(self, rank: int) -> Any:
+    def _hear(self, rank: int, limit_s: float | None = None) -> Any:
         """What a rank says next, while all live; nobody else is listened to before it has ended. Raises
-        LostError where one has failed or is dead."""
+        LostError where one has failed or is dead, or nothing happens."""
         ends: dict[Any, int] = {process.sentinel: r for r, (process, _) in enumerate(self.ranks)}
-        ready = wait([self.ranks[rank][1], *ends])
+        ready = wait([self.ranks[rank][1], *ends], limit_s)
+        if not ready:
+            raise LostError(_silent(self._opening))
         for r in sorted(ends[e] for e in ready if e in ends):
             raise LostError(self._dead(r))
         try:
@@ -323,6 +335,12 @@ class Processes:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
+def _silent(opening: Opening) -> Failed:
+    """Of the rank that answers, where nobody said that he waits for another."""
+    text = f"it did not answer within {2 * opening.step_s:g} s, and no rank waits for another"
+    return Failed(opening.answers, RankLostError(text))
+
+
 def serve_rank(
     rank: int, writer: Connection, opening: Opening, scratch: Path, inboxes: Sequence[Connection]
 ) -> None:
@@ -335,6 +353,8 @@ def serve_rank(
     try:
         world = _join(rank, opening, scratch, where)
         part = Part(opening, world, where)
+        if isinstance(world, shm.ShmWorld):
+            world.timeout_s = opening.step_s
         writer.send("ready")
         while (pieces := inboxes[rank].recv()) is not None:
             logits = part.run(pieces)
@@ -353,10 +373,10 @@ def _join(rank: int, opening: Opening, scratch: Path, where: Where) -> World:
     """The world of this rank."""
     size, gpus = opening.ranks, opening.device != "cpu"
     if shm.available() and not gpus:
-        return shm.ShmWorld(rank, size, scratch / SEGMENT, timeout_s=TIMEOUT_S, where=where)
+        return shm.ShmWorld(rank, size, scratch / SEGMENT, timeout_s=JOIN_S, where=where)
     from partita.comm.distributed.torch import TorchWorld
 
     if gpus:
         torch.cuda.set_device(rank)
     path = scratch / "rendezvous"
-    return TorchWorld(rank, size, path, timeout_s=TIMEOUT_S, where=where, gpus=gpus)
+    return TorchWorld(rank, size, path, timeout_s=opening.step_s, where=where, gpus=gpus)

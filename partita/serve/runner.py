@@ -19,7 +19,7 @@ from partita.base.errors import UsageError
 from partita.base.units import format_bytes
 from partita.comm.single import SingleWorld
 from partita.parallel.laid import lay
-from partita.serve.part import Opening, Part
+from partita.serve.part import STEP_S, Opening, Part
 from partita.serve.piece import Pending, Piece, Room, Runner
 from partita.serve.ranks import Processes, RanksRunner, Threads
 from partita.serve.weights import found
@@ -85,9 +85,11 @@ def open_runner(
     dtype: str = "fp32",
     backend: Backend = "local",
     device: str = "cpu",
+    step_s: float = STEP_S,
 ) -> Runner:
     """A model on the ranks of a plan. `pages`, or bytes of `memory` for them on every rank; left out, four
     sequences of the model's longest, or TOKENS, whichever is less. No sequence is longer than all pages.
+    `step_s`: a rank for which another waits longer is lost.
 
     Raises CheckpointError for a folder that is none, UsageError and PlanError for a plan that cannot be."""
     spec, weights = found(folder)
@@ -108,7 +110,7 @@ def open_runner(
         pages = -(-min(4 * spec.max_seq_len, TOKENS) // page_size)
     if pages < 1:
         raise UsageError(f"{pages} pages: at least 1 is wanted", key="pages")
-    return started(Opening(request, weights, pages, page_size, device), backend)
+    return started(Opening(request, weights, pages, page_size, device, step_s), backend)
 
 
 def started(opening: Opening, backend: Backend = "local") -> Runner:

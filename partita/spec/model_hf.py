@@ -33,7 +33,8 @@ diversity_penalty temperature top_k top_p typical_p repetition_penalty length_pe
 no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values
 exponential_decay_length_penalty is_decoder summary_type summary_use_proj summary_activation
 summary_proj_to_labels summary_first_dropout gradient_checkpointing use_bfloat16 torchscript
-tf_legacy_loss _num_labels is_llama_config max_sequence_length
+tf_legacy_loss _num_labels is_llama_config max_sequence_length _model_name_or_path _commit_hash
+transformers.js_config unsloth_version unsloth_fixed trust_remote_code _flash_attn_2_enabled
 """
 _NEUTRAL = frozenset(_NEUTRAL_WORDS.split())
 # of RoPE's table; finetuned says how its factor was chosen

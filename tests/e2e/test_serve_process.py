@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ import httpx
 import psutil
 import pytest
 from tiny_folder import tiny_folder
+
+from partita.base.errors import UsageError
+from partita.serve.http.server import Secret
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +60,26 @@ def test_a_stop_lets_requests_end(tmp_path):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{told['address']}/health")
         assert server.wait(30) == 0, server.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_it_serves_https(tmp_path):
+    folder, key, certificate = tiny_folder(tmp_path / "tiny"), tmp_path / "key", tmp_path / "pem"
+    line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    made = [*line, *names, "-keyout", key, "-out", certificate]
+    subprocess.run(made, check=True, capture_output=True)
+    with pytest.raises(UsageError, match="no certificate and its key"):
+        Secret.of(certificate, None)
+    with process(folder, "--ssl-certfile", certificate, "--ssl-keyfile", key) as (server, told):
+        assert told["address"].startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=certificate)
+        body = {"prompt": "the cat", "max_tokens": 2}
+        reply = httpx.post(f"{told['address']}/v1/completions", json=body, verify=trusted)
+        assert reply.json()["usage"]["completion_tokens"] == 2
+        server.terminate()
+        assert server.wait(30) == 0
 
 
 @pytest.mark.slow

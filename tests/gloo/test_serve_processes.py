@@ -14,7 +14,7 @@ from serve_models import PAGE, PAGES, Random, greatest_difference, model, sequen
 from partita.base.errors import CheckpointError, RankLostError
 from partita.comm.processes import is_alive
 from partita.model.families.export import export
-from partita.serve.ranks import TIMEOUT_S
+from partita.serve.part import STEP_S
 from partita.serve.runner import open_runner
 
 
@@ -35,12 +35,33 @@ def test_processes_answer_until_one_is_killed(tmp_path):
             RankLostError, match=r"rank 1 is lost: its process ended .killed by signal 9"
         ):
             runner.run(step)
-        assert time.monotonic() - start < TIMEOUT_S / 5  # not by waiting in vain
+        assert time.monotonic() - start < STEP_S / 2  # not by waiting in vain
     finally:
         runner.close()
     assert not any(map(is_alive, pids))
     assert not scratch.exists()
     assert not list(Path("/dev/shm").glob(f"*{scratch.name}*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named(tmp_path):
+    """By who waits for it."""
+    spec = model("llama")
+    export(tmp_path / "hf", spec, Random(spec).values().__getitem__, dtype=torch.float64)
+    sizes = {"pages": PAGES, "page_size": PAGE, "step_s": 1.0}
+    runner = open_runner(tmp_path / "hf", "tp2", backend="processes", dtype="fp64", **sizes)
+    pids = [process.pid for process, _ in runner._way.ranks]
+    try:
+        (step,) = walk(sequences(spec, 3), sizes=(3,))
+        runner.run(step)
+        os.kill(pids[1], signal.SIGSTOP)
+        told = r"rank 1 did not come within 1 s: tp all_reduce .*embedding"
+        with pytest.raises(RankLostError, match=told) as error:
+            runner.run(step)
+        assert error.value.rank == 1
+    finally:
+        runner.close()
+    assert not any(map(is_alive, pids))
 
 
 def test_a_rank_that_cannot_load_is_the_error(tmp_path):

@@ -208,6 +208,17 @@ def test_seeds_and_choices(client):
     assert len({c.text for c in first}) == 3
 
 
+def test_a_text_and_its_ids(served):
+    told = served.raw.post("/tokenize", json={"prompt": "the cat é"}).json()
+    assert told["count"] == len(told["tokens"]) > 0 and told["max_model_len"] == MAX_LEN
+    back = served.raw.post("/detokenize", json={"tokens": told["tokens"]})
+    assert back.json() == {"prompt": "the cat é"}
+    used = served.raw.post("/v1/completions", json=CANARY).json()["usage"]["prompt_tokens"]
+    assert used == served.raw.post("/tokenize", json={"prompt": CANARY["prompt"]}).json()["count"]
+    wrong = served.raw.post("/detokenize", json={"tokens": [1, 1 << 40]})
+    assert wrong.status_code == 400 and "none of the model's" in wrong.json()["error"]["message"]
+
+
 def test_logprobs_of_completions(client):
     asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 6, "temperature": 0}
     choice = client.completions.create(**asked, logprobs=2).choices[0]
@@ -399,6 +410,7 @@ def test_a_lost_model_never_ends_a_stream_as_if_it_were_whole():
     words = Words("x", tokenizer, False, ())
     with closing(Server(create_app(engine, "x", words, api_key="open", stalled_s=0.2))) as server:
         assert server.raw.get("/v1/models").status_code == 401
+        assert server.raw.post("/tokenize", json={"prompt": "a"}).status_code == 401
         assert server.raw.get("/health").status_code == 200
         server.raw.headers["Authorization"] = "Bearer open"
         assert server.raw.get("/v1/models").status_code == 200

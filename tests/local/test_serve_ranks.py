@@ -3,8 +3,9 @@ says which."""
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from serve_models import PAGE, PAGES, Random, greatest_difference, model, openin
 
 from partita.base.errors import CheckpointError, RankLostError, UsageError
 from partita.model.families.export import export
+from partita.serve import ranks
 from partita.serve.part import Part
 from partita.serve.runner import SingleRunner, open_runner, started
 from partita.train.checkpoints import checkpoint as saved
@@ -118,6 +120,27 @@ def test_a_rank_that_raises_is_named(monkeypatch):
     assert told.value.rank == 1
     with pytest.raises(RankLostError, match="rank 1"):
         runner.run(first)
+    runner.close()
+
+
+def test_a_rank_that_hangs_is_named_with_what_the_other_waits_in(monkeypatch):
+    spec, right, goes = model("llama"), Part.run, threading.Event()
+    monkeypatch.setattr(ranks, "CLOSE_S", 0.1)
+
+    def run(part, pieces):
+        if part.context.rank == 1 and pieces[0].start:
+            goes.wait(30)
+        return right(part, pieces)
+
+    monkeypatch.setattr(Part, "run", run)
+    runner = started(replace(opening(spec, "tp2"), step_s=0.5))
+    first, second = list(walk(sequences(spec, 8), sizes=(4,)))
+    runner.run(first)
+    with pytest.raises(
+        RankLostError, match=r"rank 1 did not come within 0.5 s: tp all_reduce .*embedding"
+    ):
+        runner.run(second)
+    goes.set()
     runner.close()
 
 

@@ -272,7 +272,11 @@ def test_hugging_face_llama(tmp_path: Path) -> None:
 
 
 def test_hugging_face_gpt2(tmp_path: Path) -> None:
-    said = {"_num_labels": 1, "task_specific_params": {"text-generation": {"do_sample": True}}}
+    said = {
+        "_num_labels": 1,
+        "_model_name_or_path": "gpt2",
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+    }
     model = ModelSpec.load(write(tmp_path, GPT2 | said))
     assert model == ModelSpec(
         family="gpt2", layers=2, hidden=32, heads=2, vocab=50, max_seq_len=16, name=tmp_path.name

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 
 import partita
 from partita.serve.engine import Engine
-from partita.serve.http import chat, completions, errors, health, metrics
+from partita.serve.http import chat, completions, errors, health, metrics, tokens
 from partita.serve.http.errors import ApiError
 from partita.serve.http.gate import Gate
 from partita.serve.http.replies import Service
@@ -52,6 +52,7 @@ def create_app(
         _models(service),
         completions.router(service),
         chat.router(service),
+        tokens.router(service),
         health.router(service, stalled_s),
         metrics.router(service, replies),
     ):

@@ -10,14 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from partita.serve.http.errors import ApiError, reply
 
-GUARDED = "/v1/"  # health and metrics hold no text of anybody's
+GUARDED = ("/v1/", "/tokenize", "/detokenize")  # health and metrics hold no text of anybody's
 MAX_BODY_BYTES = 8 << 20
 TOO_LONG = f"a body has at most {MAX_BODY_BYTES} bytes"
 
 
 class Gate:
-    """Refuses /v1/ without the key, where there is one, and counts replies by (route, status), "other"
-    where no route was found."""
+    """Refuses what is guarded without the key, where there is one, and counts replies by (route, status),
+    "other" where no route was found."""
 
     def __init__(self, app: ASGIApp, key: str | None, counts: Counter[tuple[str, int]]) -> None:
         self.app, self.counts = app, counts

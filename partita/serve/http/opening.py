@@ -25,6 +25,8 @@ class Wanted:
     max_batch_tokens: int = 512
     max_sequences: int = 64
     speculate: int = 0
+    max_waiting: int = 1024
+    step_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ def opened(folder: Path, wanted: Wanted) -> Opened:
         dtype=wanted.dtype,
         device=wanted.device or words.device,
         backend=wanted.backend,
+        step_s=wanted.step_s,
     )
     engine = Engine(
         runner,
         words.tokenizer,
         max_batch_tokens=wanted.max_batch_tokens,
         max_sequences=wanted.max_sequences,
+        max_waiting=wanted.max_waiting,
         speculate=wanted.speculate,
         end=words.ends,
     )

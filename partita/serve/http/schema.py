@@ -196,10 +196,41 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(Strict):
-    """What both routes take."""
+class Texts(Strict):
+    """A body whose texts are Unicode."""
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            text = "a text holds half a character (a lone surrogate, \\ud800 to \\udfff)"
+            raise ValueError(text) from None
+        except RecursionError:
+            raise ValueError("the body is nested too deeply") from None
+        return value
+
+
+class TokenizeRequest(Texts):
+    """POST /tokenize."""
+
+    prompt: str
+
+
+class DetokenizeRequest(Texts):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
+class Request(Texts):
+    """What both routes of answers take."""
+
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: AtLeastOne | None = None
@@ -222,20 +253,6 @@ class Request(Strict):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            text = "a text holds half a character (a lone surrogate, \\ud800 to \\udfff)"
-            raise ValueError(text) from None
-        except RecursionError:
-            raise ValueError("the body is nested too deeply") from None
-        return value
 
     @model_validator(mode="after")
     def _streams(self) -> Request:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,6 +17,29 @@ from partita.base.errors import UsageError
 
 BACKLOG = 2048
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """What https needs: a certificate (PEM, its chain behind it) and its key."""
+
+    certificate: Path
+    key: Path | None = None
+
+    @staticmethod
+    def of(certificate: Path | None, key: Path | None) -> Secret | None:
+        """None without a certificate. Raises UsageError for files that are no such pair."""
+        if certificate is None:
+            if key is not None:
+                raise UsageError("--ssl-keyfile goes with --ssl-certfile", key="ssl_certfile")
+            return None
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+        except (OSError, ValueError) as error:
+            files = certificate if key is None else f"{certificate} and {key}"
+            text = f"{files}: no certificate and its key in PEM without a password: {error}"
+            raise UsageError(text, key="ssl_certfile") from None
+        return Secret(certificate, key)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -34,18 +60,22 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def address_of(listener: socket.socket) -> str:
-    """http://HOST:PORT."""
+def address_of(listener: socket.socket, secret: Secret | None = None) -> str:
+    """http://HOST:PORT, or https."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    kind = "http" if secret is None else "https"
+    return f"{kind}://[{host}]:{port}" if ":" in host else f"{kind}://{host}:{port}"
 
 
-def serve(app: FastAPI, listener: socket.socket, drain_s: int) -> None:
+def serve(
+    app: FastAPI, listener: socket.socket, drain_s: int, secret: Secret | None = None
+) -> None:
     """Answers until SIGTERM or Ctrl-C; then takes no connections, gives requests `drain_s` seconds to end
     and cuts off the rest. A second Ctrl-C does not wait."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=drain_s,
         backlog=BACKLOG, server_header=False,
+        ssl_certfile=secret and secret.certificate, ssl_keyfile=secret and secret.key,
     )  # fmt: skip
     with _taken():
         uvicorn.Server(config).run(sockets=[listener])
