@@ -24,7 +24,9 @@ LLAMA = {"family": "llama", "kv_heads": 2, "ffn_hidden": 36}
 MOE = {**LLAMA, "experts": 4, "top_k": 2, "expert_ffn_hidden": 12}
 FAMILIES = {
     "llama": LLAMA,
-    "sliding": {**LLAMA, "sliding_window": 7},
+    "sliding": {
+        **LLAMA, "layers": 3, "sliding_window": 7, "attention_pattern": "sfn", "local_rope_theta": 50.0,
+    },
     "qwen2": {**LLAMA, "qkv_bias": True, "tied": True},
     "qwen3": {**LLAMA, "qk_norm": True},
     "gpt2": {"family": "gpt2"},

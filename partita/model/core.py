@@ -172,7 +172,7 @@ class SharedExplicit:
         """softmax(q k) dropped, times v."""
         if not training:
             return self.flash(q, k, v, batch, step, training)
-        hidden = ~batch.split.mask(self.flash.travel.rank)
+        hidden = ~batch.split.of_window(self.flash.window).mask(self.flash.travel.rank)
 
         def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             probs: Any = Probabilities.apply(q, k, hidden, self.flash)

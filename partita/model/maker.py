@@ -53,6 +53,11 @@ class Maker:
         self.recomputes = is_run_again(block)
         self._weights = weights
 
+    @property
+    def layer(self) -> int:
+        """The number of its layer, of a block that is one."""
+        return int(self.name.rpartition(".")[2])
+
     def weight(self, name: str) -> Weight:
         """A weight by its name within the block."""
         return self._weights[self.laid.full_name(self.name, name)]
@@ -142,7 +147,8 @@ class Maker:
     def core(self, future: Tensor | None, again: bool) -> Core:
         """Attention proper, by the regions the laid block has around it; `future` is the mask of
         explicit probabilities, which backward makes `again` or not."""
-        window, tape = self.spec.sliding_window, self.regions.tape if again else None
+        window = self.spec.window_of(self.layer)
+        tape = self.regions.tape if again else None
         drop = self.dropout("attention.core", "p_mask")
         scale = self.spec.softmax_scale if self.spec.latent else None
         falls = self.slopes() if self.spec.alibi else None
@@ -151,7 +157,7 @@ class Maker:
         if moves:
             travel = (Ring if moves[0].kind == "ring" else Gather)(moves[0].comm)
             out = self.unplayed("attention.core")
-            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls, out)
+            shared = SharedKeys(travel, (moves[0], moves[1]), scale, falls, out, window)
             found = shared if drop is None else SharedExplicit(shared, drop, tape)
         elif drop is None:
             found = Flash(window, scale, falls, self.spec.causal)
@@ -192,7 +198,7 @@ class Maker:
             self.local("k", "kv_heads"),
             spec.head_dim,
             rope,
-            self.places("qr" if spec.rotates else "q"),
+            self.places("q" if rope is None else "qr"),
             self.core(future, "attention.softmax" in remakes),
             self.dropout("attention.residual", "ao_mask"),
             remakes,

@@ -135,23 +135,25 @@ class Reference:
                 self.norm(f"{name}.attention.q_norm", q),
                 self.norm(f"{name}.attention.k_norm", k),
             )
-        if s.rotates and s.latent is None:
-            cos, sin = (t.to(x.device) for t in turns(s, h.shape[1], self.dtype))
+        layer = int(name.rpartition(".")[2])
+        window = s.sliding_window if s.sees(layer) == "s" else 0
+        if s.rotates and s.latent is None and s.sees(layer) != "n":
+            cos, sin = self.turns(layer, h)
             q, k = turned(q, cos, sin), turned(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-        if s.causal or s.sliding_window:
-            mask = mask.tril(0 if s.causal else s.sliding_window - 1)
-        if s.sliding_window:
-            mask = mask.triu(1 - s.sliding_window)
+        if s.causal or window:
+            mask = mask.tril(0 if s.causal else window - 1)
+        if window:
+            mask = mask.triu(1 - window)
         if documents is not None:
             mask = (mask & (documents.unsqueeze(-1) == documents.unsqueeze(-2))).unsqueeze(1)
         if s.dropout and self.training:
             scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
             a = self.drop(f"{name}.attention.core", scores.softmax(-1), samples) @ v
         else:
-            plain = documents is None and not s.sliding_window and not s.alibi
+            plain = documents is None and not window and not s.alibi
             mask = self.falling(mask) if s.alibi else mask
             a = scaled_dot_product_attention(
                 q,
@@ -165,6 +167,11 @@ class Reference:
         a = a.transpose(1, 2).flatten(2)
         y = self.adapted(f"{name}.attention.wo", a, self.linear(a, wo))
         return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
+
+    def turns(self, layer: int, x: Tensor) -> list[Tensor]:
+        """cos and sin of the positions of x [batch, seq, ...]; one with a window may have its own base."""
+        local = self.spec.local_rope_theta > 0 and self.spec.sees(layer) == "s"
+        return [t.to(x.device) for t in turns(self.spec, x.shape[1], self.dtype, local)]
 
     def falling(self, mask: Tensor) -> Tensor:
         """What ALiBi adds to scores, -inf where `mask` hides a key."""
@@ -184,7 +191,7 @@ class Reference:
         latent = self.norm(f"{name}.kv_norm", self.dense(f"{name}.kv_a", h), eps)
         k, v = self.heads(f"{name}.wk", latent), self.heads(f"{name}.wv", latent)
         k_pe = self.dense(f"{name}.k_pe", h).unsqueeze(1)
-        cos, sin = (t.to(h.device) for t in turns(self.spec, h.shape[1], self.dtype))
+        cos, sin = self.turns(int(name.split(".")[1]), h)
         q, q_pe = q.split([k.shape[-1], made.rope], -1)
         q_pe, k_pe = (turned(pairs_apart(x), cos, sin) for x in (q_pe, k_pe))
         k_pe = k_pe.expand(-1, k.shape[1], -1, -1)

@@ -3,6 +3,7 @@ slopes, one head after the other. No line of rope.py or cp/alibi.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil, floor, log, pi
 
@@ -13,8 +14,13 @@ from partita.spec.model import ModelSpec
 
 
 @lru_cache(maxsize=8)  # of a model, for each of its layers and steps
-def turns(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [seq, rope_dim / 2] of the angles of each position, times what YaRN scales them by."""
+def turns(
+    spec: ModelSpec, seq_len: int, dtype: torch.dtype, local: bool = False
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [seq, rope_dim / 2] of the angles of each position, times what YaRN scales them by;
+    `local`: where layers with a window have a base of their own, which nothing scales."""
+    if local:
+        spec = replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=None)
     each = torch.tensor([_turn(spec, i) for i in range(spec.rope_dim // 2)], dtype=torch.float64)
     around = torch.polar(torch.ones(seq_len, len(each), dtype=torch.float64),
                          torch.arange(seq_len, dtype=torch.float64)[:, None] * each)  # fmt: skip

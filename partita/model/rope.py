@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 VECTOR = 32  # 16-bit numbers: rows of fewer are added up one by one on a CPU, twenty times slower
 
 
-def frequencies(spec: ModelSpec) -> Tensor:
-    """[rope_dim / 2] angles a position, fp64."""
+def frequencies(spec: ModelSpec, local: bool = False) -> Tensor:
+    """[rope_dim / 2] angles a position, fp64; `local`: those of local_rope_theta."""
     steps = torch.arange(0, spec.rope_dim, 2, dtype=torch.float64) / spec.rope_dim
+    if local:
+        return 1.0 / spec.local_rope_theta**steps
     found = 1.0 / spec.rope_theta**steps
     scaling = spec.rope_scaling
     if scaling is None:
@@ -57,10 +59,13 @@ def _yarn(spec: ModelSpec, scaling: RopeScaling, plain: Tensor) -> Tensor:
     return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
-def tables(spec: ModelSpec, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [seq, rope_dim / 2] in `dtype`; angles are computed in fp64."""
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies(spec))
-    size = 1.0 if spec.rope_scaling is None else spec.rope_scaling.rotation
+def tables(
+    spec: ModelSpec, seq_len: int, dtype: torch.dtype, local: bool = False
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, [seq, rope_dim / 2] in `dtype`; angles are computed in fp64. `local`: of layers whose RoPE
+    is that of local_rope_theta."""
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies(spec, local))
+    size = 1.0 if local or spec.rope_scaling is None else spec.rope_scaling.rotation
     return (angles.cos() * size).to(dtype), (angles.sin() * size).to(dtype)
 
 

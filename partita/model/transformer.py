@@ -159,10 +159,11 @@ def build_blocks(
 ) -> dict[int, list[Any]]:
     """The blocks of each stage on a place of pp, in order, on views of its units."""
     weights = {n: w for unit in units for n, w in unit.weights().items()}
-    rope = None
+    ropes: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether they are those of local_rope_theta
     if spec.rotates:
-        made = tables(spec, laid.request.laid_len, _dtype(units))
-        rope = made[0].to(context.device), made[1].to(context.device)
+        for local in dict.fromkeys(map(spec.local_rope, range(spec.layers))):
+            made = tables(spec, laid.request.laid_len, _dtype(units), local)
+            ropes[local] = made[0].to(context.device), made[1].to(context.device)
     future = None
     if spec.dropout > 0 and spec.image is None:
         size = laid.request.laid_len
@@ -179,6 +180,8 @@ def build_blocks(
             elif name == "head":
                 row.append(HeadBlock(make))
             else:
+                i = make.layer
+                rope = ropes[spec.local_rope(i)] if spec.rotates_at(i) else None
                 row.append(LayerBlock(make, rope, future))
     return found
 

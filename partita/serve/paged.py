@@ -44,24 +44,24 @@ class Few:
     positions: Tensor
     run: tuple[int, int] | None
     pages: Tensor  # the table's, one sequence's behind the other's
-    _mask: Tensor | None = None
+    _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, core: Paged, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """What is added to scores [sequences, kv heads or 1, heads of each * n, keys]; all layers of a model
-        have the same."""
-        if self._mask is None:
+        """What is added to scores [sequences, kv heads or 1, heads of each * n, keys]; all layers of one
+        window have the same."""
+        if core.window not in self._masks:
             kv, each = groups
             keys = torch.arange(self.table.shape[1] * core.page_size, device=self.table.device)
             k, q = Tokens(keys.unsqueeze(0)), Tokens(self.positions)
             if core.slopes is not None:
                 found = biased(core.slopes, q, k, core.window)
-                self._mask = found.unflatten(1, (kv, each)).flatten(2, 3)
+                found = found.unflatten(1, (kv, each)).flatten(2, 3)
             else:
                 hidden = ~visible(q, k, core.window)
                 found = torch.zeros(hidden.shape, dtype=dtype, device=keys.device)
-                found = found.masked_fill_(hidden, -torch.inf).unsqueeze(1)
-                self._mask = found.repeat(1, 1, each, 1)
-        return self._mask
+                found = found.masked_fill_(hidden, -torch.inf).unsqueeze(1).repeat(1, 1, each, 1)
+            self._masks[core.window] = found
+        return self._masks[core.window]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Step:
     documents: None = None
     samples: None = None
     step: int = 0
-    _tables: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def split(self) -> Step:
@@ -103,10 +103,10 @@ class Step:
         return self
 
     def tables(self, rope: tuple[Tensor, Tensor], *places: int) -> tuple[Tensor, Tensor]:
-        """RoPE's tables [1, tokens, rope_dim / 2]; all layers have the same."""
-        if self._tables is None:
-            self._tables = rope[0][self.positions], rope[1][self.positions]
-        return self._tables
+        """RoPE's tables [1, tokens, rope_dim / 2]; layers of one RoPE have the same."""
+        if id(rope) not in self._tables:
+            self._tables[id(rope)] = rope[0][self.positions], rope[1][self.positions]
+        return self._tables[id(rope)]
 
     def part(self, first: int, end: int) -> Tokens:
         """The share of the row that stands at laid places first .. end - 1."""

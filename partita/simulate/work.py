@@ -3,9 +3,10 @@
     linear      a matmul; linears side by side that read one tensor are one. Backward: one for the input
                 (I), one for the weight (W), which adds to the stored gradient. A convolution is one, its
                 windows as rows; it reads each element of its input once
-    attention   fused (three reads): half of its square where it is causal; backward 2.5 times. Explicit:
-                batched matmuls over the whole square, and the probabilities pass through memory; what heads
-                made is copied to lie token by token, the gradients of q, k and v to lie side by side
+    attention   fused (three reads): half of its square where it is causal, of a window what it sees of that;
+                backward 2.5 times. Explicit: batched matmuls over the whole square, and the probabilities
+                pass through memory; what heads made is copied to lie token by token, the gradients of q, k
+                and v to lie side by side
     elementwise neighbours (bias, map, mask, relu) are one kernel: it reads what comes from outside,
                 writes its end
     cast        what a linear of 8 bits or fewer reads, and the gradient it is handed, become such
@@ -228,8 +229,10 @@ def _attention(
     moved = _bytes((*op.reads, op.writes), block, sizes)
     dtype = block.tensors[op.reads[0]].dtype
     if len(op.reads) == 3:
+        keys = local["keys"]
         square = points if op.causal else 2 * points  # that a causal mask halves: the same work
-        flops, keys = square * op.flops_per_point / 2, local["keys"]
+        square *= _seen_share(op, keys)
+        flops = square * op.flops_per_point / 2
         handed = float(sum(block.tensors[n].local(sizes) for n in op.reads))
         there, back_ = _both((ATTENTION, square), ("split", handed))
         fused = Kernel("attention", moved, k=keys, flops=flops, dtype=dtype, pieces=there)
@@ -256,6 +259,12 @@ def _attention(
         [Kernel("softmax", 3 * scores, m=count), *back, joined],
         [],
     )
+
+
+def _seen_share(op: Op, keys: int) -> float:
+    """Of a causal square's half what a window sees: w keys a query, fewer at the beginning."""
+    w = min(op.window[0], keys) / keys if op.window else 1.0
+    return w * (2 - w)
 
 
 def _elementwise(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from partita.spec.model import ModelSpec
 
@@ -19,7 +19,8 @@ class Kind:
     `names`: field -> key of its config.json; `only`: key -> the values under which ModelSpec describes
     the same model, the first of which is written; `defaults`: field -> what transformers fills in where a
     config.json is silent; `fixed`: field -> what every model of the kind has; `neutral`: keys that change
-    nothing; `aliases`: other keys for those of `names`.
+    nothing; `aliases`: other keys for those of `names`; `windows`: which layers have sliding_window where
+    layer_types is silent (hf_layers.py): all, the late ones, all but every so many-th; or which have no RoPE.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     neutral: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    windows: Literal["", "all", "late", "no_rope", "2", "6"] = ""
 
 
 _LLAMA = {
@@ -100,9 +102,7 @@ _SILU: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (1.0,),
 }
-_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 _NO_LOGITS: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
-_WINDOWS = frozenset({"sliding_window", "max_window_layers"})  # of a window that is not used
 _NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
 _LATENT: dict[str, tuple[Any, ...]] = {
     **_NO_BIAS, "moe_layer_freq": (1,), "output_router_logits": (False,),
@@ -114,7 +114,8 @@ seq_aux aux_loss_alpha num_nextn_predict_layers num_mtp_layers n_group topk_grou
 """
 _LATENT_KEYS = frozenset(_LATENT_WORDS.split())
 _NO_HEAD_DIM = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
-_QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False}
+_QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False, "sliding_window": 4096}
+_WINDOW = {"sliding_window": "sliding_window"}
 
 
 def _experts(count: int, each: int, width: int = 0) -> dict[str, int]:
@@ -129,33 +130,40 @@ KINDS: dict[str, Kind] = {
         {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False},
     ),
     "mistral": Kind(
-        "MistralForCausalLM", "llama", _LLAMA | {"sliding_window": "sliding_window"}, _SILU,
+        "MistralForCausalLM", "llama", _LLAMA | _WINDOW, _SILU,
         {"max_seq_len": 131072, "norm_eps": 1e-6, "tied": False, "kv_heads": 8, "sliding_window": 4096},
+        windows="all",
     ),
     "mixtral": Kind(
         "MixtralForCausalLM", "llama", _LLAMA | _MIXTRAL,
         _SILU | {"router_jitter_noise": (0.0,), "output_router_logits": (False,)},
         {"max_seq_len": 131072, "norm_eps": 1e-5, "tied": False, "rope_theta": 1e6} | _experts(8, 2),
+        windows="all",
     ),
     "qwen2": Kind(
-        "Qwen2ForCausalLM", "llama", _LLAMA, _SILU | _NO_WINDOW, _QWEN, {"qkv_bias": True},
-        _WINDOWS,
+        "Qwen2ForCausalLM", "llama", _LLAMA | _WINDOW, _SILU, _QWEN, {"qkv_bias": True}, windows="late",
     ),
     "qwen3": Kind(
-        "Qwen3ForCausalLM", "llama", _LLAMA, _SILU | _NO_WINDOW | _NO_BIAS, _QWEN | {"head_dim": 128},
-        {"qk_norm": True}, _WINDOWS,
+        "Qwen3ForCausalLM", "llama", _LLAMA | _WINDOW, _SILU | _NO_BIAS, _QWEN | {"head_dim": 128},
+        {"qk_norm": True}, windows="late",
     ),
     "qwen2_moe": Kind(
-        "Qwen2MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | {"qkv_bias": "qkv_bias"},
-        _SILU | _NO_WINDOW | _NO_LOGITS,
+        "Qwen2MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | _WINDOW | {"qkv_bias": "qkv_bias"},
+        _SILU | _NO_LOGITS,
         _QWEN | {"normalise_top_k": False, "qkv_bias": True} | _experts(60, 4, 1408),
-        {"shared_gate": True}, _WINDOWS,
+        {"shared_gate": True}, windows="late",
     ),
     "qwen3_moe": Kind(
-        "Qwen3MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE,
-        _SILU | _NO_WINDOW | _NO_LOGITS | _NO_BIAS,
+        "Qwen3MoeForCausalLM", "llama", _LLAMA | _QWEN_MOE | _WINDOW,
+        _SILU | _NO_LOGITS | _NO_BIAS,
         _QWEN | {"normalise_top_k": False} | _experts(128, 8, 768),
-        {"qk_norm": True}, _WINDOWS,
+        {"qk_norm": True}, windows="late",
+    ),
+    "smollm3": Kind(
+        "SmolLM3ForCausalLM", "llama", _LLAMA,
+        _SILU | _NO_BIAS | {"mlp_bias": (False,), "use_sliding_window": (False,)},
+        {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": True, "kv_heads": 4, "rope_theta": 2e6},
+        neutral=frozenset({"sliding_window", "max_window_layers"}), windows="no_rope",
     ),
     "deepseek_v2": Kind(
         "DeepseekV2ForCausalLM", "llama", _NO_HEAD_DIM | _DEEPSEEK,
@@ -219,6 +227,8 @@ def kind_of(spec: ModelSpec) -> str:
     if spec.experts:
         qwen = "qwen3_moe" if spec.qk_norm else "qwen2_moe"
         return qwen if spec.qk_norm or spec.shared_gate else "mixtral"
+    if "n" in spec.attention_pattern:
+        return "smollm3"
     if spec.qk_norm or spec.qkv_bias:
         return "qwen3" if spec.qk_norm else "qwen2"
     return "mistral" if spec.sliding_window else "llama"

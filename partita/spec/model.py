@@ -20,6 +20,7 @@ FLOPs count matrix products only, two for each multiply-add, under one of three 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,13 @@ class ModelSpec(ModelSizes):
     def attention_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal"
     ) -> float:
-        """FLOPs of the two products QK' and PV of one layer, a token, forward."""
+        """FLOPs of the two products QK' and PV, a token, forward: of a layer in the mean of all."""
         per_key = 2.0 * self.heads * (self.head_dim + self.v_dim)
         if convention != "model_causal":
             return per_key * seq_len
-        w = min(self.sliding_window or seq_len, seq_len)
-        seen = w - w * w / (2.0 * seq_len)
+        windows = Counter(map(self.window_of, range(self.layers)))
+        each = ((min(w or seq_len, seq_len), n / self.layers) for w, n in windows.items())
+        seen = sum(n * (w - w * w / (2.0 * seq_len)) for w, n in each)
         return per_key * (seen if self.causal else 2.0 * seen)
 
     def forward_flops_per_token(

@@ -52,6 +52,7 @@ def _alone(spec: ModelSizes) -> Wrong:
         yield "dropout", f"{spec.dropout} is not within 0 <= dropout < 1"
     if not 0 <= spec.sliding_window <= LIMITS["max_seq_len"]:
         yield "sliding_window", f"{spec.sliding_window} is absurd"
+    yield from _pattern(spec)
     if not 0.0 < spec.norm_eps < 1.0:
         yield "norm_eps", f"{spec.norm_eps} is not within 0 < norm_eps < 1"
     if (spec.image is not None) != (spec.family == "alexnet"):
@@ -61,6 +62,28 @@ def _alone(spec: ModelSizes) -> Wrong:
         if value != nothing and spec.family not in families:
             what = name if nothing is not True else f"{name} = false"
             yield name, f"family {spec.family} has no {what}"
+
+
+def _pattern(spec: ModelSizes) -> Wrong:
+    """Layers that attend in several ways: letters, and what they need."""
+    pattern, window = spec.attention_pattern, spec.sliding_window
+    if pattern.strip("sfn"):
+        yield "attention_pattern", f"'{pattern}' has letters beside s, f and n"
+    elif len(pattern) > max(spec.layers, 1):
+        yield "attention_pattern", f"{len(pattern)} letters for {spec.layers} layers"
+    elif pattern and ("s" in pattern) != (window > 0):
+        text = f"'{pattern}' with sliding_window {window}: s stands for layers that have the window"
+        yield "attention_pattern", text
+    if "n" in pattern and (not spec.rotates or spec.latent is not None):
+        yield (
+            "attention_pattern",
+            "n leaves RoPE out: a family that has it, and no latent, is wanted",
+        )
+    if spec.local_rope_theta and not (spec.rotates and window):
+        text = f"{spec.local_rope_theta}: RoPE's base in layers with a window, which this model has not"
+        yield "local_rope_theta", text
+    elif spec.local_rope_theta and spec.local_rope_theta < 1.0:
+        yield "local_rope_theta", f"{spec.local_rope_theta} is less than 1"
 
 
 def _sizes(spec: ModelSizes) -> Wrong:
@@ -106,6 +129,7 @@ def _image(spec: ModelSizes, image: ImageSpec) -> Wrong:
         ("tied", not spec.tied, "an image model ties nothing"),
         ("rope_scaling", spec.rope_scaling is None, "an image model has no positions"),
         ("sliding_window", not spec.sliding_window, "an image model has no attention"),
+        ("attention_pattern", not spec.attention_pattern, "an image model has no attention"),
     )
     yield from (
         (name, f"{getattr(spec, name)}: {text}") for name, holds, text in rules if not holds

@@ -15,11 +15,19 @@ from typing import Any
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
 from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, Kind
+from partita.spec.hf_layers import of_type, read_layers, refuse
 from partita.spec.model import ModelSpec
 
 _READ = {"model_type", "rope_theta", "rope_scaling", "rope_parameters"}
 _READ |= {"resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_types", "mlp_only_layers"}
 _READ |= {"num_local_experts", "shared_expert_intermediate_size"}
+_OF_LAYERS = {
+    "use_sliding_window",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+}
+_OF_LAYERS |= {"no_rope_layers", "no_rope_layer_interval"}
 _NEUTRAL_WORDS = """
 architectures auto_map transformers_version _name_or_path name_or_path torch_dtype dtype
 _attn_implementation attn_implementation _attn_implementation_autoset use_cache initializer_range
@@ -66,7 +74,7 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     config = {k: v for k, v in config.items() if k not in kind.aliases} | other
     for key, accepted in kind.only.items():
         if config.get(key) is not None and config[key] not in accepted:
-            raise _refuse(file, key, config[key], accepted)
+            raise refuse(file, key, config[key], accepted)
     _all_known(config, kind, file)
     table: dict[str, Any] = {
         ours: config[theirs]
@@ -77,7 +85,8 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
     table |= _neox(config, file) if kind.family == "gpt_neox" else {}
-    table |= _layers(config, file) | _experts(config, table, file) | _latent(config, file)
+    table |= read_layers(config, table, kind, file) | _dense(config, file)
+    table |= _experts(config, table, file) | _latent(config, file)
     try:
         return decode(ModelSpec, table)
     except UsageError as error:
@@ -108,23 +117,11 @@ def _in_its_words(
     return found
 
 
-def _of_type(config: Mapping[str, Any], key: str, kind: type, file: Path) -> Any:
-    """The value of a key; None where there is none. Raises UsageError for one of another type."""
-    value = config.get(key)
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
-        return value
-    what = {list: "a list", int: "a whole number"}[kind]
-    raise UsageError(f"{file}: {key}: {what} is wanted, not {value!r}", file=str(file), key=key)
-
-
-def _layers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """All layers attend alike; those without experts come first."""
-    kinds = _of_type(config, "layer_types", list, file) or []
-    if any(k != "full_attention" for k in kinds):
-        raise _refuse(file, "layer_types", kinds, ("full_attention",))
-    dense = _of_type(config, "mlp_only_layers", list, file) or []
+def _dense(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Layers without experts come first."""
+    dense = of_type(config, "mlp_only_layers", list, file) or []
     if dense != list(range(len(dense))):
-        raise _refuse(file, "mlp_only_layers", dense, ([], [0], [0, 1], "..."))
+        raise refuse(file, "mlp_only_layers", dense, ([], [0], [0, 1], "..."))
     return {"dense_layers": len(dense)} if dense else {}
 
 
@@ -136,7 +133,7 @@ def _latent(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     made = published | {n: config[k] for n, k in _LATENT.items() if config.get(k) is not None}
     found: dict[str, Any] = {"latent": made}
     if isinstance(made["rope"], int):
-        plain = _of_type(config, "qk_nope_head_dim", int, file)
+        plain = of_type(config, "qk_nope_head_dim", int, file)
         found["head_dim"] = (128 if plain is None else plain) + made["rope"]
     if config.get("topk_method") == "group_limited_greedy":
         found |= {
@@ -151,9 +148,7 @@ def _neox(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     act, rope = config.get("hidden_act", "gelu"), config.get("rope_parameters") or {}
     kinds = [kind for kind, theirs in GELUS.items() if act in theirs]
     if not kinds:
-        raise _refuse(
-            file, "hidden_act", act, tuple(a for theirs in GELUS.values() for a in theirs)
-        )
+        raise refuse(file, "hidden_act", act, tuple(a for theirs in GELUS.values() for a in theirs))
     theta = rope.get("rope_theta", config.get("rotary_emb_base") or 10_000.0)
     turned = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     return {"gelu": kinds[0], "rope_theta": theta, "rotary_pct": turned}
@@ -165,13 +160,11 @@ def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) ->
     stated = any(config.get(k) is not None for k in ("num_experts", "n_routed_experts"))
     if config.get("num_local_experts") is not None and not stated:
         found["experts"] = config["num_local_experts"]
-    width = _of_type(config, "shared_expert_intermediate_size", int, file)
+    width = of_type(config, "shared_expert_intermediate_size", int, file)
     each = table.get("expert_ffn_hidden")
     if width and isinstance(each, int) and each > 0:
         if width % each:
-            raise _refuse(
-                file, "shared_expert_intermediate_size", width, (f"a multiple of {each}",)
-            )
+            raise refuse(file, "shared_expert_intermediate_size", width, (f"a multiple of {each}",))
         found["shared_experts"] = width // each
     return found
 
@@ -179,6 +172,7 @@ def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) ->
 def _all_known(config: Mapping[str, Any], kind: Kind, file: Path) -> None:
     """Raises UsageError for keys that nothing reads and that are on."""
     known = {*kind.names.values(), *kind.only, *kind.neutral} | _READ | _NEUTRAL
+    known |= _OF_LAYERS if kind.windows else set()
     strange = sorted(
         k for k, v in config.items() if k not in known and v not in (None, False, 0, "", [], {})
     )
@@ -198,12 +192,6 @@ def _strange(config: Mapping[str, Any], key: str, kind: Kind) -> str:
     return _ADVICE.get(key, plain)
 
 
-def _refuse(file: Path, key: str, value: Any, accepted: tuple[Any, ...]) -> UsageError:
-    known = ", ".join(map(repr, accepted)) or "null"
-    text = f"{file}: {key}: {value!r} is not supported; accepted: {known}"
-    return UsageError(text, file=str(file), key=key)
-
-
 def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -217,18 +205,18 @@ def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         table["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or (kind != "default" and kind not in SCALINGS):
-        raise _refuse(file, "rope_scaling.rope_type", kind, ("default", *SCALINGS))
+        raise refuse(file, "rope_scaling.rope_type", kind, ("default", *SCALINGS))
     if config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _refuse(
+        raise refuse(
             file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
         )
     for key, only in (("attention_factor", None), ("truncate", True)):
         if rope.get(key) not in (None, only):
-            raise _refuse(file, f"rope_scaling.{key}", rope[key], (only,))
+            raise refuse(file, f"rope_scaling.{key}", rope[key], (only,))
     names = SCALINGS.get(kind, {})
     for key in rope.keys() - _ROPE - set(names.values()):
         if rope[key] not in (None, False):
-            raise _refuse(file, f"rope_scaling.{key}", rope[key], ())
+            raise refuse(file, f"rope_scaling.{key}", rope[key], ())
     if kind != "default":
         scaling = {ours: rope.get(theirs) for ours, theirs in names.items()}
         if scaling.get("original_max_seq_len", 0) is None:

@@ -41,6 +41,10 @@ class ModelSizes:
         True  # a token sees itself and what is before it; false: what follows too (an encoder)
     )
     sliding_window: int = 0  # keys a query sees, itself among them (Mistral), to each side; 0: all
+    attention_pattern: str = (
+        ""  # a letter a layer, over and over: s window, f all keys, n all, no RoPE
+    )
+    local_rope_theta: float = 0.0  # RoPE's base, unscaled, in layers with the window; 0: rope_theta
     dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
     experts: int = 0  # 0: dense; llama
     top_k: int = 0  # experts a token is sent to
@@ -103,6 +107,28 @@ class ModelSizes:
     def rope_dim(self) -> int:
         """Numbers of a head that RoPE turns."""
         return self.latent.rope if self.latent else int(self.head_dim * self.rotary_pct)
+
+    def sees(self, layer: int) -> str:
+        """What a layer (from 0) attends to: the letter of attention_pattern, or what all layers do."""
+        pattern = self.attention_pattern or ("s" if self.sliding_window else "f")
+        return pattern[layer % len(pattern)]
+
+    def window_of(self, layer: int) -> int:
+        """Keys that a query of a layer sees; 0: all before it."""
+        return self.sliding_window if self.sees(layer) == "s" else 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Those of all layers, each once."""
+        return tuple(dict.fromkeys(map(self.window_of, range(self.layers))))
+
+    def rotates_at(self, layer: int) -> bool:
+        """Whether a layer rotates positions in."""
+        return self.rotates and self.sees(layer) != "n"
+
+    def local_rope(self, layer: int) -> bool:
+        """Whether a layer's RoPE is that of local_rope_theta."""
+        return self.local_rope_theta > 0 and self.sees(layer) == "s"
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts in place of its mlp."""

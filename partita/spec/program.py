@@ -171,7 +171,8 @@ class Op:
     extra: tuple[
         tuple[tuple[Dim, ...], float], ...
     ] = ()  # LoRA: spaces more, backward over forward
-    window: tuple[int, ...] = ()  # of convolution and pooling: kernel, stride, padding
+    # of convolution and pooling: kernel, stride, padding; of attention the keys that a query sees
+    window: tuple[int, ...] = ()
     causal: bool = True  # of attention: no query sees what is behind it
 
     def over(self, change: Callable[[tuple[Dim, ...]], tuple[Dim, ...]]) -> Op:

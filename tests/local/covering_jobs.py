@@ -42,7 +42,10 @@ def job(folder, row):
     if family == "gpt2":
         model["dropout"] = 0.1
     if row["sees"] == "window":
-        model["sliding_window"] = 3
+        model |= {"sliding_window": 3, "attention_pattern": "sf"}
+        if family in ("llama", "gpt_neox"):
+            pattern = "sf" if "latent" in model else "sfn"
+            model |= {"attention_pattern": pattern, "local_rope_theta": 50.0}
     if row["trains"] == "lora":
         targets = ("wq", "wo", *(("expert_gate_up", "expert_down") if "experts" in model else ()))
         model |= {"lora_rank": 2, "lora_targets": targets, "lora_dropout": 0.1}

@@ -22,6 +22,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 from transformers.loss import loss_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -36,6 +37,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 SEQ = 24
 BALANCE = "e_score_correction_bias"  # a buffer there; its gradient here are counts
@@ -79,6 +81,7 @@ ISLANDS: list[Island] = [
     *llama_islands(qwen3, "Qwen3"),
     *llama_islands(qwen2_moe, "Qwen2Moe"),
     *llama_islands(qwen3_moe, "Qwen3Moe"),
+    *llama_islands(smollm3, "SmolLM3"),
     (qwen2_moe.Qwen2MoeTopKRouter, "forward", QWEN_ROUTER),
     (qwen3_moe.Qwen3MoeTopKRouter, "forward", QWEN_ROUTER),
     (mixtral.MixtralTopKRouter, "forward", ((".float()", 1, ".double()"),)),
@@ -204,7 +207,17 @@ CONFIGS = {
     ),
     "mistral": lambda: llama_config(MistralConfig, sliding_window=7),
     "mixtral": lambda: moe_config(intermediate_size=20, sliding_window=None),
-    "qwen2": lambda: llama_config(Qwen2Config, head_dim=8, rope_parameters=LONG),
+    "qwen2": lambda: llama_config(
+        Qwen2Config,
+        head_dim=8,
+        rope_parameters=LONG,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
+    "smollm3": lambda: llama_config(
+        SmolLM3Config, head_dim=8, no_rope_layer_interval=2, pad_token_id=None
+    ),
     "qwen3": lambda: llama_config(Qwen3Config, tie_word_embeddings=True),
     "qwen2-moe": lambda: moe_config(
         Qwen2MoeConfig,

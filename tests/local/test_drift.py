@@ -29,7 +29,17 @@ CONTEXT = ("cp2:ring", "cp2:ulysses tp2", "cp2:all_gather", "cp4:hybrid2x2", "cp
 LATENT = {**verify_jobs.MLA, "layers": 2}
 CASES = [
     ("llama", {}),
-    ("llama", {"tied": True, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
+    (
+        "llama",
+        {
+            "tied": True,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "sliding_window": 3,
+            "attention_pattern": "sfn",
+            "local_rope_theta": 50.0,
+        },
+    ),
     ("gpt2", {}),
     ("gpt2", {"dropout": 0.1, "sliding_window": 3}),
 ]
@@ -56,6 +66,8 @@ def flops_of(model, op, split, sizes):
     narrower than keys are padded for the kernel, which then computes as many of them."""
     found = op_flops(op, sizes)
     if op.kind == "attention" and len(op.reads) == 3:
+        window = op.window[0] if op.window else 0
+        split = split and split.of_window(window)
         spec, found = model.laid.request.model, found * seen_share(model, split)
         found = Fraction(found) * Fraction(2 * spec.head_dim, spec.head_dim + spec.v_dim)
     return found

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from partita.base.errors import UsageError
+from partita.simulate.work import block_work
+from partita.spec.families import program
 from partita.spec.model import PRESETS, ModelSpec, RopeScaling
 from partita.spec.model_hf import model_of
+from partita.spec.program import Block
 
 TINY: dict[str, Any] = {
     "family": "llama",
@@ -143,6 +146,56 @@ def test_a_window_bounds_the_keys_a_query_sees() -> None:
     per_pair = 4 * whole.hidden
     assert narrow.attention_flops_per_token(64) == per_pair * (16 * 64 - 16**2 / 2) / 64
     assert replace(whole, sliding_window=64).attention_flops_per_token(64) == per_pair * 32
+
+
+def test_layers_that_differ_are_blocks_of_their_own_at_their_own_price() -> None:
+    """Seven layers, two letters over and over: each kind one block; kernels of a window are shorter, and
+    those without RoPE have no such op."""
+    sizes = {**TINY, "layers": 7, "max_seq_len": 64}
+    model = ModelSpec(**sizes, sliding_window=16, attention_pattern="sn", local_rope_theta=100.0)
+    assert model.windows == (16, 0) and [model.rotates_at(i) for i in range(3)] == [
+        True,
+        False,
+        True,
+    ]
+    blocks = program(model, 1, 64).blocks[1:-1]
+    assert [b is blocks[i % 2] for i, b in enumerate(blocks)] == [True] * 7
+    assert [any(op.name == "attention.rope_q" for op in b.ops()) for b in blocks[:2]] == [
+        True,
+        False,
+    ]
+    narrow, full = (
+        next(k for k in block_work(typed(b), {}).forward if k.kind == "attention")
+        for b in blocks[:2]
+    )
+    assert narrow.flops / full.flops == 0.25 * (2 - 0.25)
+    mean = model.attention_flops_per_token(64) * 7
+    each = (replace(model, **ONE, sliding_window=w).attention_flops_per_token(64) for w in (16, 0))
+    assert mean == pytest.approx(sum(n * x for n, x in zip((4, 3), each, strict=True)))
+
+
+ONE: dict[str, Any] = {"attention_pattern": "", "local_rope_theta": 0.0}
+
+
+def typed(block: Block) -> Block:
+    """Every tensor in fp32."""
+    return replace(block, tensors={n: t.typed("fp32") for n, t in block.tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"attention_pattern": "sx", "sliding_window": 4}, "letters beside s, f and n"),
+        ({"attention_pattern": "sf"}, "'sf' with sliding_window 0"),
+        ({"attention_pattern": "f", "sliding_window": 4}, "'f' with sliding_window 4"),
+        ({"attention_pattern": "fff"}, "3 letters for 2 layers"),
+        ({"local_rope_theta": 100.0}, "a window, which this model has not"),
+        ({"family": "gpt2", "attention_pattern": "n"}, "n leaves RoPE out"),
+    ],
+)
+def test_a_pattern_that_cannot_be(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)):
+        ModelSpec(**{**TINY, **changes})
 
 
 def test_flops_are_six_times_parameters() -> None:

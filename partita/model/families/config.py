@@ -10,6 +10,7 @@ import torch
 from partita.base.config import encode
 from partita.base.errors import UsageError
 from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, kind_of
+from partita.spec.hf_layers import written_layers
 from partita.spec.model import ModelSpec
 from partita.spec.model_hf import model_of
 
@@ -38,8 +39,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
         config["hidden_act"] = GELUS[spec.gelu][0]
     elif spec.rotates:
         config |= {"rope_theta": spec.rope_theta, "rope_scaling": _rope(spec)}
-    if "sliding_window" in config:
-        config["sliding_window"] = spec.sliding_window or None
+    config |= written_layers(spec, kind)
     if name == "mixtral":
         config["intermediate_size"] = spec.expert_ffn_hidden
     if "decoder_sparse_step" in config:

@@ -30,13 +30,14 @@ class SharedKeys:
     """A core (model/core.py) for the shares of a ring or gather; `regions` move k and v. q [batch, heads,
     share, head_dim], k and v [batch, kv_heads, share, head_dim]; `scale` as tile.py has it, `slopes` of
     this rank's heads where scores fall off with distance (alibi.py); `unplayed`, where a replay leaves what
-    reads values out."""
+    reads values out; `window` where it is not the split's."""
 
     travel: Travel
     regions: tuple[Region, Region]
     scale: float | None = None
     slopes: Tensor | None = None
     unplayed: Unplayed | None = None
+    window: int | None = None
 
     def _seen(self, split: Split, tile: Tile, mine: int, owner: int) -> tuple[Tensor | None, bool]:
         """A tile's mask, and whether its upper half is hidden."""
@@ -48,7 +49,8 @@ class SharedKeys:
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
         """Exact attention over the whole sequence."""
-        return _Flash.apply(q, k, v, self, batch.split)  # type: ignore[return-value]
+        split = batch.split.of_window(self.window)
+        return _Flash.apply(q, k, v, self, split)  # type: ignore[return-value]
 
     def known(self, q: Tensor, k: Tensor, v: Tensor, split: Split) -> tuple[Tensor, Tensor]:
         """(output, lse), or those that were kept."""

@@ -31,6 +31,7 @@ from partita.parallel.room import (
     region,
     sum_rule,
 )
+from partita.spec.model_sizes import ModelSizes
 from partita.spec.plan import Plan
 from partita.spec.program import Block, Dim, Event, Op, Program, Tensor, rewrite
 
@@ -91,7 +92,13 @@ def _nearest(job: Request) -> str:
 def laid_order(job: Request) -> Order:
     """Which position lies at each place of the laid sequence where no documents are packed."""
     ring = 1 if job.model.image is not None else job.plan.sizes["cp"]
-    return order(job.laid_len, ring, window=job.model.sliding_window, causal=job.model.causal)
+    window = balanced_window(job.model)
+    return order(job.laid_len, ring, window=window, causal=job.model.causal)
+
+
+def balanced_window(model: ModelSizes) -> int:
+    """What all layers see, which shares are balanced for; 0 where some see all: those weigh most."""
+    return min(model.windows) if model.image is None else 0
 
 
 def lay(job: Request, program: Program) -> Program:

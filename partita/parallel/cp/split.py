@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from partita.parallel.cp.balance import Order, order
+from partita.parallel.cp.rules import balanced_window
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.room import Request
 
@@ -50,20 +51,32 @@ class Split:
     window: int = 0
     causal: bool = True
     _known: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict)
-    _tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _tables: dict[tuple[int, int, int], tuple[Tensor, Tensor, object]] = field(default_factory=dict)
+    _windows: dict[int, Split] = field(default_factory=dict)
     _moved: dict[torch.device, Split] = field(default_factory=dict)
 
     @staticmethod
     def of(request: Request, documents: Tensor | None = None) -> Split:
         """`documents` [samples, seq] in the sequence's own order."""
-        ring, window = request.plan.sizes["cp"], request.model.sliding_window
+        ring, window = request.plan.sizes["cp"], balanced_window(request.model)
         causal = request.model.causal
         packed = None if documents is None else documents.numpy()
         made = order(request.laid_len, ring, packed, window, causal)
         positions = torch.from_numpy(made.positions)
         if documents is not None:
             documents = documents.gather(1, positions.expand(documents.shape))
-        return Split(made, Tokens(positions, documents), ring, window, causal)
+        found = Split(made, Tokens(positions, documents), ring, window, causal)
+        for other in request.model.windows:
+            found.of_window(other)
+        return found
+
+    def of_window(self, window: int | None) -> Split:
+        """The same tokens where queries see so many keys; itself where that is None."""
+        if window is None or window == self.window:
+            return self
+        if window not in self._windows:
+            self._windows[window] = Split(self.order, self.tokens, self.ring, window, self.causal)
+        return self._windows[window]
 
     def to(self, device: torch.device) -> Split:
         """The same with positions and documents on a device; tiles are found before, on the host."""
@@ -75,9 +88,9 @@ class Split:
             documents = None if packed is None else packed.to(device)
             there = Tokens(self.tokens.positions.to(device), documents)
             known = self._known
-            self._moved[device] = Split(
-                self.order, there, self.ring, self.window, self.causal, known
-            )
+            moved = Split(self.order, there, self.ring, self.window, self.causal, known)
+            moved._windows |= {w: other.to(device) for w, other in self._windows.items()}
+            self._moved[device] = moved
         return self._moved[device]
 
     @property
@@ -97,10 +110,11 @@ class Split:
 
     def tables(self, rope: tuple[Tensor, Tensor], first: int, end: int) -> tuple[Tensor, Tensor]:
         """RoPE's tables [samples or 1, places, head_dim / 2] at laid places first .. end - 1."""
-        if (first, end) not in self._tables:
+        key = first, end, id(rope)
+        if key not in self._tables:
             at = self.tokens.positions[:, first:end]
-            self._tables[first, end] = rope[0][at], rope[1][at]
-        return self._tables[first, end]
+            self._tables[key] = rope[0][at], rope[1][at], rope  # whose id stays its own
+        return self._tables[key][:2]
 
     def tiles(self, mine: int, other: int) -> tuple[Tile, ...]:
         """What queries of rank `mine` see of the keys of rank `other`."""

@@ -85,11 +85,13 @@ def _less(block: Block, r: RecomputePlan) -> Block:
 
 def _selective(block: Block, modules: tuple[str, ...]) -> frozenset[str]:
     """Kept but for what a norm or an activation writes, and what of the core has a number for every pair
-    of a query and a key. Flash attention makes no such thing."""
+    of a query and a key. Flash attention makes no such thing, and what it begins with stays: norms of heads
+    that no RoPE stands behind."""
     core = [op for op in block.ops() if op.cheap] if "core" in modules else []
     made = {t for op in core for t in (op.writes, *op.saves)}
     dropped = {t for t in made if any(d.name == "keys" for d in block.tensors[t].dims)}
-    dropped |= {op.writes for op in block.ops() if _module(op) in modules}
+    begun = {t for op in block.ops() if op.kind == "attention" for t in op.saves}
+    dropped |= {op.writes for op in block.ops() if _module(op) in modules} - begun
     return block.kept - dropped
 
 

@@ -90,11 +90,11 @@ class Family:
         own = " ".join(d for d in out[1].split() if d in weight.split())
         return w.bias(name, y, out, own)
 
-    def attention(self, w: Writer, x: str) -> str:
+    def attention(self, w: Writer, x: str, sees: str) -> str:
         """Projections, positions, attention and the output projection. The three projections' weights
         lie side by side, so that one matmul can serve them; their biases follow."""
         if self.spec.latent is not None:
-            a = self.flash(w, *latent_heads(self.spec, w, x))
+            a = self.flash(w, *latent_heads(self.spec, w, x), sees)
             return w.linear("attention.wo", a, ("ao", X), "hidden heads v_dim", "heads v_dim")
         biased = self.biased or self.spec.qkv_bias
         mm = ".mm" if biased else ""
@@ -109,18 +109,19 @@ class Family:
         if self.spec.qk_norm:
             q = self.norm(w, "attention.q_norm", q, "qn", Q)
             k = self.norm(w, "attention.k_norm", k, "kn", KV)
-        if self.spec.rotates:
+        if self.spec.rotates and sees != "n":
             q = w.op("attention.rope_q", "map", q, ("qr", Q))
             k = w.op("attention.rope_k", "map", k, ("kr", KV))
-        a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v)
+        a = self.softmax(w, q, k, v) if self.drops else self.flash(w, q, k, v, sees)
         return self.linear(
             w, "attention.wo", a, ("ao", X), "hidden heads head_dim", "heads head_dim"
         )
 
-    def flash(self, w: Writer, q: str, k: str, v: str) -> str:
-        """FLOPs are those of the full square: 4 a point (model_full), 2 where values are narrower."""
+    def flash(self, w: Writer, q: str, k: str, v: str, sees: str) -> str:
+        """FLOPs are those of the full square: 4 a point (model_full), 2 where values are narrower; `window`
+        tells how much of it is seen."""
         w.tensor("lse", "batch seq heads", "stat")
-        scratch = ""
+        scratch, window = "", self.spec.sliding_window
         if self.spec.alibi:  # what is added to scores, and how far keys lie behind
             scratch = w.tensor("falls", "heads seq keys", "constant")
             scratch += f" {w.tensor('behind', 'seq keys', 'route')}"
@@ -139,6 +140,7 @@ class Family:
             scratch=scratch,
             cheap=True,
             causal=self.spec.causal,
+            window=(window,) if sees == "s" and window < self.seq else (),
         )
 
     def softmax(self, w: Writer, q: str, k: str, v: str) -> str:
@@ -180,13 +182,14 @@ class Family:
         act = w.op("mlp.act", "map", up, ("act", "batch seq ffn"), saves=up)
         return self.linear(w, "mlp.fc2", act, ("mo", X), "hidden ffn", "ffn")
 
-    def layer(self, experts: bool = False) -> Block:
-        """One transformer layer: an attention segment and an mlp segment, or those of experts (moe.py)."""
+    def layer(self, experts: bool = False, sees: str = "f") -> Block:
+        """One transformer layer: an attention segment and an mlp segment, or those of experts (moe.py);
+        `sees` is its letter of attention_pattern."""
         w = self.writer("moe_layer" if experts else "layer")
         if experts:
             w.sizes = {**w.sizes, **expert_sizes(self.spec, self.batch, self.seq)}
         x = w.tensor("x", X)
-        ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"))
+        ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"), sees)
         if self.spec.parallel_residual:
             return w.block(x, self.beside(w, x, ao))
         x1 = self.residual(w, "attention", x, ao, "x1")
@@ -255,8 +258,9 @@ class Family:
 def transformer_program(spec: ModelSpec, batch: int, seq_len: int) -> Program:
     """Embedding, the layers (equal ones are one object), head."""
     family = Family(spec, batch, seq_len)
-    kinds = {moe: family.layer(moe) for moe in {spec.has_experts(i) for i in range(spec.layers)}}
-    layers = [kinds[spec.has_experts(i)] for i in range(spec.layers)]
+    keys = [(spec.has_experts(i), spec.sees(i)) for i in range(spec.layers)]
+    kinds = {key: family.layer(*key) for key in dict.fromkeys(keys)}
+    layers = [kinds[key] for key in keys]
     names = ("embedding", *(f"blocks.{i}" for i in range(spec.layers)), "head")
     tied = ("embedding.table",) if spec.tied else ()
     return Program((family.embedding(), *layers, family.head()), names, tied)
