@@ -20,6 +20,7 @@ from partita.cli.jobs import (
     from_words,
 )
 from partita.cli.out import hold_place, note, waiting, write_file, write_json, write_text
+from partita.cli.plan_serve import ServeOptions, answer_of_server, hold_apart
 from partita.planner.answers.judge import fit_error, judged, would_be_legal
 from partita.simulate.predict import Prediction
 from partita.spec.job import Job
@@ -50,7 +51,9 @@ def plan(
     seq_len: SeqLen = None,
     micro_batch_size: MicroBatchSize = None,
     top: Annotated[int, typer.Option(min=1, help="Plans in the answer.")] = 5,
-    goal: Annotated[str, typer.Option(help="time, memory, devices, cost.")] = "time",
+    goal: Annotated[
+        str, typer.Option(help="time, memory, devices, cost; served: throughput, latency.")
+    ] = "time",
     fix: Annotated[list[str] | None, typer.Option(help="What the plan must have: tp8.")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="What it must not: cp.")] = None,
     precision: Annotated[str, typer.Option(help="To choose from: bf16,fp8.")] = "",
@@ -67,9 +70,33 @@ def plan(
     ] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the plans as one page.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="A plan to serve, not to train.")] = False,
+    prompt_len: Annotated[
+        int | None, typer.Option(min=1, help="Served: tokens of a prompt.")
+    ] = None,
+    output_len: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once.")] = None,
+    max_ttft: Annotated[float | None, typer.Option(help="Seconds to the first token.")] = None,
+    max_itl: Annotated[float | None, typer.Option(help="Seconds from token to token.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a step.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="partita, or graphs: kernels that no host starts.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Searches for the best plan of a model on a cluster; with --plan judges that one."""
+    served = ServeOptions(
+        prompt_len, output_len, concurrency, max_ttft, max_itl, max_batch_tokens, server
+    )
+    training = {
+        "global_batch_size": global_batch_size, "seq_len": seq_len,
+        "micro_batch_size": micro_batch_size, "fix": fix, "forbid": forbid, "pareto": pareto,
+        "solve": solve, "measure": measure, "html": html, "save": save,
+    }  # fmt: skip
+    hold_apart(serve, served, training)
+    if serve:
+        answer_of_server(words, line, served, goal, top, precision, json)
+        return
     batch = {
         "global_batch_size": global_batch_size,
         "seq_len": seq_len,

@@ -368,16 +368,16 @@ def _measured_seconds(
 
 
 def send_seconds(laid: Laid, works: Sequence[Work], machine: Machine) -> tuple[float, float]:
-    """Seconds of the dearest message between neighbouring stages, and those of them in which the link out of
-    its rank carries nothing else. Tensors that tp ranks hold alike are sent in shares where the software does
-    so, and gathered over the inner link."""
+    """Of the dearest message between neighbouring stages, as `send_s`."""
     return max(
-        (_send(call, i, laid, machine) for i, work in enumerate(works) for call in work.sends),
+        (send_s(call, i, laid, machine) for i, work in enumerate(works) for call in work.sends),
         default=(0.0, 0.0),
     )
 
 
-def _send(call: Call, stage: int, laid: Laid, machine: Machine) -> tuple[float, float]:
+def send_s(call: Call, stage: int, laid: Laid, machine: Machine) -> tuple[float, float]:
+    """Seconds of a message, and those in which the link out of its rank carries nothing else. What tp ranks
+    hold alike is sent in shares where the software does so, and gathered over the inner link."""
     places = (laid.stages[s].places[0] for s in (stage, _peer(call, stage)))
     ranks = [laid.mesh.rank_of({"pp": place}) for place in places]
     if ranks[0] == ranks[1]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from partita.parallel.laid import Laid
@@ -27,13 +28,14 @@ LANE = "serve"
 @dataclass(frozen=True)
 class Shape:
     """What a step runs: `decode` sequences that write a token each, with `context` tokens before it in the
-    mean; `chunk` tokens of prompts, with `before` tokens before the chunk; logits of `wanted` tokens."""
+    mean; `chunk` tokens of so many `prompts`, with `before` tokens before each; logits of `wanted` tokens."""
 
     decode: int = 0
     context: float = 0.0
     chunk: int = 0
     before: float = 0.0
     wanted: int = 0
+    prompts: int = 1
 
     @property
     def tokens(self) -> int:
@@ -59,17 +61,23 @@ class Piece:
 def pieces(laid: Laid, stage: int, tokens: int, wanted: int) -> list[Piece]:
     """What a stage runs in a step of so many tokens, of which logits of `wanted` are asked for."""
     own, found = laid.stages[stage], list[Piece]()
-    ways = laid.sizes["tp"] if laid.request.plan.mesh.sp else 1
-    row = -(-tokens // ways) * ways
     for block, _ in distinct(own.blocks):
         names = tuple(n for n, b in zip(own.names, own.blocks, strict=True) if b is block)
-        if "head" in names:
-            found += _head(block, laid, row, wanted)
-        elif "sent" in block.tensors and laid.sizes["dp_shard"] > 1:
-            found += _spread(block, names, laid, row)
-        else:
-            found.append(Piece(_at(block, block.ops(), laid, row), names))
+        found += pieces_of(block, names, laid, tokens, wanted)
     return found
+
+
+def pieces_of(
+    block: Block, names: tuple[str, ...], laid: Laid, tokens: int, wanted: int
+) -> list[Piece]:
+    """The same of equal blocks alone, under their names."""
+    ways = laid.sizes["tp"] if laid.request.plan.mesh.sp else 1
+    row = -(-tokens // ways) * ways
+    if block.name == "head":
+        return _head(block, laid, row, wanted)
+    if "sent" in block.tensors and laid.sizes["dp_shard"] > 1:
+        return _spread(block, names, laid, row)
+    return [Piece(_at(block, block.ops(), laid, row), names)]
 
 
 def _head(block: Block, laid: Laid, row: int, wanted: int) -> list[Piece]:
@@ -102,18 +110,26 @@ def _spread(block: Block, names: tuple[str, ...], laid: Laid, row: int) -> list[
 
 
 def _at(block: Block, ops: Sequence[Op], laid: Laid, row: int) -> Block:
-    """Some ops of a block, with so many places of the laid sequence."""
+    """Some ops of a block, with so many places of the laid sequence, and the tensors of their forward."""
     whole = laid.request.laid_len
 
     def dims(of: tuple[Dim, ...]) -> tuple[Dim, ...]:
-        return tuple(
-            replace(d, size=d.size // whole * row) if d.name == "seq" or "seq" in d.of else d
-            for d in of
-        )
+        return _resized(of, whole, row)
 
-    tensors = {n: t.with_dims(dims(t.dims)) for n, t in block.tensors.items()}
+    moved = (n for op in ops for e in op.events if e.phase == "F" for n in (e.of, *e.beside))
+    named = {n for op in ops for n in (*op.reads, op.writes, *op.weights)}
+    names = {block.input, block.output, *named, *moved} & block.tensors.keys()
+    tensors = {n: block.tensors[n].with_dims(dims(block.tensors[n].dims)) for n in names}
     kept = segments_of(op.over(dims) for op in ops)
     return replace(block, segments=kept, tensors=tensors, regions=(), kept=frozenset())
+
+
+@lru_cache(maxsize=65_536)
+def _resized(of: tuple[Dim, ...], whole: int, row: int) -> tuple[Dim, ...]:
+    return tuple(
+        replace(d, size=d.size // whole * row) if d.name == "seq" or "seq" in d.of else d
+        for d in of
+    )
 
 
 def calls_of(piece: Piece, laid: Laid) -> list[Call]:

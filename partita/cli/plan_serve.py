@@ -1,0 +1,129 @@
+"""`partita plan --serve`: the best plan to serve a model on a cluster, or the prediction of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import typer
+
+from partita.base.errors import UsageError
+from partita.base.text import did_you_mean
+from partita.cli.jobs import from_words
+from partita.cli.out import note, waiting, write_json, write_text
+from partita.spec.cluster import Cluster
+from partita.spec.plan import Plan
+
+NEAR = 16  # tokens of a sequence of a job that only says its model and cluster
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `plan --serve` is told; None: its default."""
+
+    prompt_len: int | None = None
+    output_len: int | None = None
+    concurrency: int | None = None
+    max_ttft: float | None = None
+    max_itl: float | None = None
+    max_batch_tokens: int | None = None
+    server: str | None = None
+
+    @property
+    def stated(self) -> list[str]:
+        """Names of those that were given."""
+        return [name for name, value in vars(self).items() if value is not None]
+
+
+def hold_apart(serve: bool, options: ServeOptions, of_training: Mapping[str, Any]) -> None:
+    """Raises UsageError where options of a server and of a training job stand together."""
+    if not serve and options.stated:
+        name = options.stated[0].replace("_", "-")
+        raise UsageError(f"--{name} is of a server: it goes with --serve", key=options.stated[0])
+    for name, value in of_training.items():
+        if serve and value:
+            text = f"--{name.replace('_', '-')} is of a training job: it does not go with --serve"
+            raise UsageError(text, key=name)
+
+
+def answer_of_server(
+    words: list[str], line: str | None, options: ServeOptions, goal: str, top: int, precision: str,
+    json: bool,
+) -> None:  # fmt: skip
+    """Writes the best plans, or what becomes of `line`; exits with 1 where none does."""
+    from partita.planner.serving.search import BATCH_TOKENS, Wanted
+    from partita.simulate.serving.predict import Asked, Load
+    from partita.simulate.serving.works import SERVERS
+
+    name = options.server or "partita"
+    if name not in SERVERS:
+        raise UsageError(f"no server '{name}'{did_you_mean(name, list(SERVERS))}", key="server")
+    job = from_words(words, None, {"global_batch_size": 1, "seq_len": NEAR})
+    load = Load(options.prompt_len or 1024, options.output_len or 256, options.concurrency or 16)
+    dtype = precision or _dtype(line, job.cluster)
+    sizes = (options.max_batch_tokens,) if options.max_batch_tokens else BATCH_TOKENS
+    wanted = Wanted(
+        "throughput" if goal == "time" else goal, options.max_ttft, options.max_itl, sizes
+    )
+    asked = Asked(job.model, job.cluster, load, dtype, SERVERS[name])
+    if line is None:
+        _search(asked, wanted, top, json)
+    else:
+        _judge(asked, wanted, Plan.parse(line), json)
+
+
+def _dtype(line: str | None, cluster: Cluster) -> str:
+    """What the line says, else 16 bits where the device is faster in them."""
+    stated = Plan.parse(line).precision.dtype if line else "fp32"
+    if stated != "fp32":
+        return stated
+    return "bf16" if cluster.peak("bf16") > cluster.peak("fp32") else "fp32"
+
+
+def _search(asked: Any, wanted: Any, top: int, json: bool) -> None:
+    from partita.planner.serving.search import search
+    from partita.planner.serving.why import counts, document, ranked, why, would_do
+
+    with waiting("plan --serve  predicting every plan", quiet=json):
+        found = search(asked, wanted)
+    plans = found.plans[:top]
+    texts = why(found, wanted) if plans else would_do(asked, wanted, found)
+    if json:
+        write_json(document(plans, found, texts))
+    else:
+        write_text("\n".join([*([ranked(plans)] if plans else []), counts(found), *texts]))
+    if not plans:
+        note(f"partita: {texts[0]}")
+        raise typer.Exit(1)
+
+
+def _judge(asked: Any, wanted: Any, plan: Plan, json: bool) -> None:
+    from partita.planner.serving.search import FoundServing
+    from partita.planner.serving.why import document, would_do
+    from partita.simulate.serving.predict import predict
+    from partita.simulate.serving.told import told
+
+    every = [
+        predict(replace(asked, load=replace(asked.load, max_batch_tokens=n)), plan)
+        for n in wanted.batch_tokens
+    ]
+    fits = [p for p in every if p.rates is not None]
+    kept = [p for p in fits if not wanted.late(p)]
+    best = min(kept or fits, key=wanted.key, default=every[0])
+    texts = []
+    if not kept:
+        limits = f"slower than --{wanted.late(best)} allows" if fits else best.problems[0].message
+        texts = [limits]
+        if not fits and best.problems[0].room == "memory":
+            texts += would_do(asked, wanted, FoundServing(too_big=[best]))[1:]
+    if json:
+        alone = FoundServing(considered=1, plans=[best])
+        if not kept:
+            alone.rejected[wanted.late(best) if fits else "memory" if best.held else "plan"] = 1
+        write_json(document([best], alone, texts))
+    else:
+        write_text("\n".join([told(best), *texts]))
+    if not kept:
+        note(f"partita: {best.line}: {texts[0]}")
+        raise typer.Exit(1)
