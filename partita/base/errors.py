@@ -11,6 +11,7 @@ PartitaError              70 internal
 │   └── RankLostError                   a rank of a server is gone
 ├── NonFiniteError        72 non_finite   a loss or gradient that is not a number
 ├── WriteError            73 write        full or read-only disk
+├── CorruptError          74 corrupt      a device computed, or holds, wrong numbers
 ├── BusyError             75 busy         the run folder is taken by a live owner
 └── StoppedError     130/143 stopped      Ctrl-C, SIGTERM
 """
@@ -148,6 +149,12 @@ class WriteError(PartitaError):
     """The disk is full or read-only; the last good checkpoint is kept."""
 
     exit_code, kind = 73, "write"
+
+
+class CorruptError(PartitaError):
+    """A rank computes or holds other bits than it should: its device is not to be trusted."""
+
+    exit_code, kind = 74, "corrupt"
 
 
 class BusyError(PartitaError):

@@ -7,7 +7,7 @@ not transfers are kept, so that a slow rank can be told from one that waits for 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class Recorder:
     transfers: list[Transfer] = field(default_factory=list)
     origin_s: float = field(default_factory=time.perf_counter)
     waits: list[tuple[str, float, float]] = field(default_factory=list)
+    watch: Callable[[Where, str, Tensor], None] | None = None  # sees what is handed in, as it is
     _wait_s: float = 0.0
 
     def waited(self, seconds: float) -> None:
@@ -85,6 +86,12 @@ class RecordingComm:
         self.axis, self.lane = inner.axis, inner.lane
         self.ranks, self.rank, self.size = inner.ranks, inner.rank, inner.size
 
+    def _begin(self, x: Tensor, site: str) -> float:
+        """A call begins: now."""
+        if self.recorder.watch is not None:
+            self.recorder.watch(self.where, site, x)
+        return time.perf_counter()
+
     def _record(self, op: str, x: Tensor, site: str, start: float) -> None:
         if not site.startswith("checkpoint:"):
             size = x.numel() * x.element_size()
@@ -96,21 +103,21 @@ class RecordingComm:
 
     def all_reduce(self, x: Tensor, *, site: str, op: ReduceOp = "sum") -> Tensor:
         """Recorded as all_reduce, bytes of x."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.all_reduce(x, site=site, op=op)
         self._done("all_reduce", x, site, start)
         return out
 
     def all_gather(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
         """Recorded as all_gather, bytes of the shard."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.all_gather(x, site=site, dim=dim)
         self._done("all_gather", x, site, start)
         return out
 
     def reduce_scatter(self, x: Tensor, *, site: str, dim: int = 0) -> Tensor:
         """Recorded as reduce_scatter, bytes of the whole input."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.reduce_scatter(x, site=site, dim=dim)
         self._done("reduce_scatter", x, site, start)
         return out
@@ -124,7 +131,7 @@ class RecordingComm:
         receive_counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Recorded as all_to_all, bytes of the send buffer."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.all_to_all(
             x, site=site, send_counts=send_counts, receive_counts=receive_counts
         )
@@ -133,14 +140,14 @@ class RecordingComm:
 
     def counts(self, x: Tensor, *, site: str) -> list[list[int]]:
         """Recorded as all_gather, bytes of x."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.counts(x, site=site)
         self._done("all_gather", x, site, start)
         return out
 
     def broadcast(self, x: Tensor, *, site: str, root: int = 0) -> Tensor:
         """Recorded as broadcast by every rank of the group, bytes of x."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         out = self.inner.broadcast(x, site=site, root=root)
         self._done("broadcast", x, site, start)
         return out
@@ -157,7 +164,7 @@ class RecordingComm:
         self, x: Tensor, *, site: str, op: ReduceOp = "sum", out: Tensor | None = None
     ) -> Handle:
         """Recorded when started."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         handle = self.inner.start_all_reduce(x, site=site, op=op, out=out)
         self._record("all_reduce", x, site, start)
         return _Timed(handle, self.recorder, self.axis)
@@ -166,7 +173,7 @@ class RecordingComm:
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
         """Recorded when started."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         handle = self.inner.start_all_gather(x, site=site, dim=dim, out=out)
         self._record("all_gather", x, site, start)
         return _Timed(handle, self.recorder, self.axis)
@@ -175,7 +182,7 @@ class RecordingComm:
         self, x: Tensor, *, site: str, dim: int = 0, out: Tensor | None = None
     ) -> Handle:
         """Recorded when started."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         handle = self.inner.start_reduce_scatter(x, site=site, dim=dim, out=out)
         self._record("reduce_scatter", x, site, start)
         return _Timed(handle, self.recorder, self.axis)
@@ -184,7 +191,7 @@ class RecordingComm:
         self, x: Tensor, *, site: str, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Handle:
         """Recorded when started."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         handle = self.inner.start_all_to_all(
             x, site=site, send_counts=send_counts, receive_counts=receive_counts
         )
@@ -193,7 +200,7 @@ class RecordingComm:
 
     def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
         """Recorded as send, bytes of x."""
-        start = time.perf_counter()
+        start = self._begin(x, site)
         handle = self.inner.send(x, to, key=key, site=site)
         self._record("send", x, site, start)
         return handle

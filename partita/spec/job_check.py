@@ -16,7 +16,7 @@ from partita.spec.plan import ASYNCHRONOUS, AXES, Plan
 def problems_of_job(job: Job) -> list[Problem]:
     """Every problem at once, errors before warnings."""
     found = [
-        *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_frozen(job),
+        *_auto(job), *_ranks(job), *_batch(job), *_sequence(job), *_clip(job), *_replay(job), *_frozen(job),
         *_held_out(job), *_objective(job),
     ]  # fmt: skip
     return sorted(found, key=lambda p: p.severity != "error")
@@ -107,6 +107,22 @@ def _clip(job: Job) -> Iterator[Problem]:
             asked=f"train.clip_grad_norm={limit:g}",
             limit="train.clip_grad_norm=0",
             nearest=str(job.plan.with_("pipeline", schedule="1f1b", vertical_sync=False)),
+        )
+
+
+def _replay(job: Job) -> Iterator[Problem]:
+    """A step is computed twice from the same weights."""
+    pipeline, every = job.plan.pipeline, job.train.replay_every
+    asynchronous = job.plan.mesh.pp > 1 and pipeline.schedule in ASYNCHRONOUS
+    if every and (asynchronous or pipeline.post_validation):
+        what = pipeline.schedule if asynchronous else "pipeline.post_validation"
+        yield Problem(
+            "pp",
+            "replay_every",
+            f"{what} updates weights within the step, which so cannot be computed twice; "
+            f"train.replay_every is {every}",
+            asked=f"train.replay_every={every}",
+            limit="train.replay_every=0",
         )
 
 

@@ -111,6 +111,7 @@ class TrainSpec:
     checkpoint_every: int = 0  # 0: only at the end
     keep_last: int = 2
     comm_timeout_s: float = 60.0
+    replay_every: int = 0  # steps between two that are computed twice and compared; 0: never
     track: tuple[str, ...] = ()  # of TRACKERS
     frozen: tuple[str, ...] = ()  # patterns of weights' names that are not trained
     trainable: tuple[str, ...] = ()  # patterns: no other weight is trained
@@ -127,7 +128,7 @@ class TrainSpec:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UsageError(f"{list(self.betas)}: each is within 0 <= beta < 1", key="betas")
         _within(self, "eps", 1e-30, 1.0)
-        for name in ("warmup_steps", "eval_every", "checkpoint_every"):
+        for name in ("warmup_steps", "eval_every", "checkpoint_every", "replay_every"):
             _within(self, name, 0, 10**12)
         _within(self, "keep_last", 1, 10**6)
         _within(self, "comm_timeout_s", 0.1, 1e6)

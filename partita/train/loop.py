@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from partita.base.errors import CheckpointError, NonFiniteError, WriteError
+from partita.base.errors import CheckpointError, CorruptError, NonFiniteError, WriteError
 from partita.base.units import format_count, format_seconds
 from partita.parallel.ep.log import Routed
 from partita.spec.job import Job
@@ -26,6 +26,7 @@ from partita.train.control import Control
 from partita.train.finite import check_weights, explained
 from partita.train.metrics import Bar, MetricsFile
 from partita.train.recorder import StepRecorder
+from partita.train.replay import Replay
 from partita.train.step import StepBatch
 from partita.train.stragglers import Stragglers
 from partita.train.track import tracking
@@ -54,6 +55,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.recorder = StepRecorder(self.built, self.folder, self.job.train.steps)
         self.behind = Behind()
+        self.replay = Replay(self.built, self.job.train.replay_every, self.control.shared)
         mesh, unequal = self.built.context.mesh, bool(self.job.cluster.nodes)
         places = [(mesh.coords(r)["pp"], unequal and r) for r in range(mesh.world_size)]
         self.stragglers = Stragglers(places)
@@ -153,11 +155,13 @@ class Loop:
         built.waited()  # what was waited for between steps is no step's
         where.step, where.phase = step + 1, "step"
         where.activity = "data"
+        self._rehearse(step)
         with self.recorder.step(step):
             with self.recorder.span("data", "data"):
                 batch = built.batch(step, self._drained)
             try:
                 loss = built.model.forward_backward(batch)
+                self.replay.compare(loss)
                 done = self._closed()
                 with self.recorder.span("U", "optimizer"):
                     norm = built.update.step()
@@ -166,6 +170,9 @@ class Loop:
                 found = explained(error, built.model, bad, built.exchange)
                 self._advance(wait=True)  # all ranks end here: what is in flight is worth the wait
                 raise found from None
+            except CorruptError:
+                self._advance(wait=True)
+                raise
         end = time.perf_counter()
         self.control.report_busy(built.context.rank, end - begin - built.waited())
         tokens = job.train.global_batch_size * job.train.seq_len
@@ -184,6 +191,16 @@ class Loop:
             return [*done, line]
         self._open = line, batch
         return done
+
+    def _rehearse(self, step: int) -> None:
+        """A step that is to be computed twice, for the first time."""
+        if not self.replay.is_due(step + 1):
+            return
+        batch = self.built.batch(step)
+        try:
+            self.replay.rehearse(batch)
+        except NonFiniteError as error:
+            raise explained(error, self.built.model, batch, self.built.exchange) from None
 
     def _seen(self, step: int, loss: float | None, norm: float, lr: float) -> dict[str, Any]:
         """Of a step; `loss` None where no target is counted."""

@@ -24,7 +24,8 @@ class Strike:
     how: str  # kill stop exit sleep; nan: in the first number of the last weight, or of its gradient;
     # full: no file may grow any more; fill: writes until the current disk is full; server: kills what
     # started it; hold: the interpreter's lock, in C; fault: reads address 0; eat: all memory of the
-    # cgroup that the file `group` names; slow: sleeps a little from this step on
+    # cgroup that the file `group` names; slow: sleeps a little from this step on;
+    # flip: a bit of a weight, when the step is computed for the second time
     at: str
     step: int = 3
     rank: int = 1
@@ -117,9 +118,27 @@ def _poison(strike: Strike) -> None:
     Model.begin, Model.finish_loss = begun, finished  # type: ignore[method-assign]
 
 
+def _flip(strike: Strike) -> None:
+    """A bit of the rank's first weight that every token meets."""
+    from partita.train.step import Model
+
+    begin, times = Model.begin, []
+
+    def begun(self: Model, batch: Any) -> None:
+        begin(self, batch)
+        if batch.step + 1 == strike.step:
+            times.append(batch.step)
+            if len(times) == 2:
+                places = ((u, at) for u in self.units for n, at, _ in u.places if "attention" in n)
+                unit, at = next(places)
+                unit.working[at : at + 1] *= 2
+
+    Model.begin = begun  # type: ignore[method-assign]
+
+
 def _arm(strike: Strike) -> None:
-    if strike.how == "nan":
-        _poison(strike)
+    if strike.how in ("nan", "flip"):
+        (_poison if strike.how == "nan" else _flip)(strike)
         return
     before = NotedWhere.__setattr__
     place = {"here": False}

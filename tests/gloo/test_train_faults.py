@@ -266,6 +266,25 @@ def test_a_number_that_is_none_stops_before_the_update(
 
 
 @pytest.mark.slow
+def test_a_flipped_bit_ends_the_run_and_steps_computed_twice_are_the_same_run(
+    small, unhurt, monkeypatch, capfd
+):
+    words = ("train.replay_every=1",)
+    strike(monkeypatch, Strike("flip", "forward"), *words, code=74)
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        "partita: step 3, computed twice, gives two answers: the first is what rank 1"
+    )
+    told = faults.failure()
+    assert told["rank"] == 1 and told["step"] == 3 and told["site"] in last
+    newest = checkpoint.newest_complete(faults.RUN / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+    assert faults.train(*words) == 0
+    assert faults.metrics() == unhurt
+    assert read_run(faults.RUN).traffic_equal  # of a step that was computed twice
+
+
+@pytest.mark.slow
 def test_an_overflow_names_the_block_it_began_in(small, capfd):
     hot = ["train.optimizer=sgd", "train.lr=1e6", "train.clip_grad_norm=0", "plan=pp2/2mb"]
     assert faults.train(*hot) == 72
