@@ -100,9 +100,9 @@ class Scheduler:
         self.waiting.append(seq)
 
     def finish(self, seq: Seq) -> None:
-        """It ends, wherever it stands; its pages are free."""
-        (self.running if seq in self.running else self.waiting).remove(seq)
+        """It ends, wherever it stands; its pages are free, and only then is it gone for who looks on."""
         self._give_back(seq)
+        (self.running if seq in self.running else self.waiting).remove(seq)
         seq.gone = True
 
     def plan(self, drafts: Drafts = no_draft) -> list[Share]:

@@ -145,7 +145,7 @@ def test_a_stream_says_what_a_plain_reply_says(client, prompt):
     assert len({(c.id, c.model, c.created) for c in chunks}) == 1
     *told, last = chunks
     ends = [c.choices[0].finish_reason for c in told]
-    assert ends == [None] * (len(told) - 1) + ["length"]
+    assert ends == [None] * (len(told) - 1) + ["length"] and told[-1].choices[0].text == ""
     assert last.choices == [] and last.usage.completion_tokens == 40
     assert last.usage.prompt_tokens == plain.usage.prompt_tokens
     assert {c.usage for c in told} == {None}
@@ -158,6 +158,7 @@ def test_a_chat_streams_who_speaks_once(client):
     deltas = [c.choices[0].delta for c in chunks]
     assert [d.role for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert "".join(d.content or "" for d in deltas) == plain.content
+    assert deltas[-1].content is None and chunks[-1].choices[0].finish_reason == "length"
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     other = {**asked, "messages": [{"role": "user", "content": parts}]}
     assert client.chat.completions.create(**other).choices[0].message == plain
@@ -319,7 +320,8 @@ def test_all_problems_are_told_at_once(served):
 
 def test_other_refusals(served):
     assert served.raw.get("/nothing").json()["error"]["message"].startswith("GET /nothing")
-    assert served.raw.get("/v1/completions").status_code == 405
+    other = served.raw.get("/v1/completions")
+    assert (other.status_code, other.headers["Allow"]) == (405, "POST")
     form = served.raw.post(
         "/v1/completions", content='{"prompt": "a"}'
     )  # another site's page can send it
@@ -341,7 +343,8 @@ def aborted(served) -> float:
 def test_who_leaves_a_stream_frees_what_he_held(served, paced):
     before = aborted(served)
     with served.raw.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # an iterator that is let go of closes the connection
+        next(lines)
         assert served.number("partita_pages_free") < served.number("partita_pages")
     served.waits(lambda: not served.number("partita_http_open"))
     paced.allow(None)
@@ -371,6 +374,22 @@ def test_a_request_is_cancelled_by_its_id(served, client, paced):
     served.waits(lambda: not served.number("partita_http_open"))
     assert served.raw.post(f"/v1/requests/{key}/cancel").status_code == 404
     served.settles()
+
+
+def test_the_document_says_what_replies_are(served):
+    """Refusals of every kind, streams, and text that is no JSON; what a fuzzer would hold replies to."""
+    paths = served.raw.get("/openapi.json").json()["paths"]
+    assert len(paths) == 10
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert {"200", "400", "401", "404", "429", "503"} < operation["responses"].keys()
+            assert "422" not in operation["responses"], path
+    kinds = {
+        path: paths[path]["post" if "v1" in path else "get"]
+        for path in ("/v1/completions", "/metrics")
+    }
+    found = [operation["responses"]["200"]["content"].keys() for operation in kinds.values()]
+    assert found == [{"application/json", "text/event-stream"}, {"text/plain"}]
 
 
 def test_health_and_metrics(served):

@@ -45,6 +45,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=life,
+        responses=errors.EVERY,
     )
     errors.install(app)
     app.add_middleware(Gate, key=api_key, counts=replies)
@@ -57,6 +58,8 @@ def create_app(
         metrics.router(service, replies),
     ):
         app.include_router(made)
+    told = errors.document(app)
+    app.openapi = lambda: told
     return app
 
 

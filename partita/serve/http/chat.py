@@ -24,7 +24,7 @@ def router(service: Service) -> APIRouter:
     """The route over `service`."""
     made = APIRouter(tags=["OpenAI"])
 
-    @made.post("/v1/chat/completions")
+    @made.post("/v1/chat/completions", responses=sse.STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers the messages `n` times; a stream of chunks where asked for."""
         service.require_model(body.model)
@@ -60,7 +60,7 @@ class _Answer:
         return self.replies.head("chat.completion") | {"choices": choices} | usage
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
-        """A choice's first chunk says who speaks; usage comes last, where asked for."""
+        """A choice's first chunk says who speaks, its last how it ended; usage is behind them, if wanted."""
         head = self.replies.head("chat.completion.chunk")
         begun: set[int] = set()
         async for news in self.replies.deltas():
@@ -73,7 +73,8 @@ class _Answer:
                 yield head | {"choices": [_first(number)]}
             choice = self.choices[number]
             told = {"index": number, "delta": choice.said(delta), **self._about(choice, delta)}
-            yield head | {"choices": [told]}
+            for part in sse.apart(told, {"delta": {}}, bool(told["delta"] or delta.token_ids)):
+                yield head | {"choices": [part]}
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield head | {"choices": [], "usage": self.replies.usage()}
 

@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
     """The route over `service`."""
     made = APIRouter(tags=["OpenAI"])
 
-    @made.post("/v1/completions")
+    @made.post("/v1/completions", responses=sse.STREAMED)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continues each prompt `n` times; a stream of chunks where asked for."""
         service.require_model(body.model)
@@ -69,7 +69,9 @@ class _Answer:
             if self.body.echo and number not in echoed:
                 echoed.add(number)
                 yield self.head | {"choices": [self._echo(number)]}
-            yield self.head | {"choices": [self._choice(number, delta)]}
+            told = self._choice(number, delta)
+            for part in sse.apart(told, {"text": ""}, bool(delta.text or delta.token_ids)):
+                yield self.head | {"choices": [part]}
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield self.head | {"choices": [], "usage": self.replies.usage()}
 

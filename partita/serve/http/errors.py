@@ -15,17 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 SERVER_FAULT = 500
 HEADERS: dict[int, dict[str, str]] = {
     HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
     HTTPStatus.TOO_MANY_REQUESTS: {"Retry-After": "1"},
+}
+
+
+class Said(BaseModel):
+    """What is wrong; `param` is the first field at fault, `code` is for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class Refused(BaseModel):
+    """The body of every refusal."""
+
+    error: Said
+
+
+# as the OpenAPI document has them
+EVERY: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refused, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 404, 413, 429, 500, 503)
 }
 
 
@@ -80,11 +104,24 @@ def install(app: FastAPI) -> None:
         what = f"{request.method} {request.url.path}: {error.detail}"
         if error.status_code == HTTPStatus.BAD_REQUEST:  # of a body alone
             what = "the body cannot be read as JSON: too deep, a number too long, or no UTF-8"
-        return reply(ApiError(error.status_code, what))
+        made = reply(ApiError(error.status_code, what))
+        made.headers.update(error.headers or {})  # which methods there are
+        return made
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
         return reply(ApiError(SERVER_FAULT, f"our own fault: {type(error).__name__}"))
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document; what a framework refuses by itself is refused as all else is."""
+    made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for path in made["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        made["components"]["schemas"].pop(name, None)
+    return made
 
 
 def problems_of(errors: Sequence[Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from partita.serve.http.replies import Service
 from partita.serve.stats import Histogram, Stats
@@ -141,7 +141,7 @@ def router(service: Service, replies: Counter[tuple[str, int]]) -> APIRouter:
     registry = CollectorRegistry()
     registry.register(Numbers(service, replies))
 
-    @made.get("/metrics")
+    @made.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers in Prometheus' text form."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -225,7 +225,7 @@ class TokenizeRequest(Texts):
 class DetokenizeRequest(Texts):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 class Request(Texts):

@@ -17,12 +17,24 @@ from partita.serve.http.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
 ALIVE = b": alive\n\n"  # a comment: proxies see that the connection lives
+STREAMED: dict[int | str, dict[str, Any]] = {  # beside JSON, in the OpenAPI document
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 def event(value: Any) -> bytes:
     """One event of one JSON value."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def apart(choice: dict[str, Any], nothing: dict[str, Any], says: bool) -> list[dict[str, Any]]:
+    """A choice of a chunk that `says` something, and how it ends in one of its own with `nothing` new: many
+    clients read text until there is a finish_reason."""
+    if choice["finish_reason"] is None or not says:
+        return [choice]
+    open_end = {"finish_reason": None, "stop_reason": None}
+    return [choice | open_end, choice | nothing | {"logprobs": None}]
 
 
 def respond(
