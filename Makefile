@@ -36,7 +36,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(PYTEST) tests/house tests/pure -m "not slow" --ignore=tests/house/test_examples.py $(TOGETHER)
+	TURNS=few $(PYTEST) tests/house tests/pure -m "not slow" $(LATER) $(TOGETHER)
+
+# What examples and pages run is left to `make test`
+LATER := --ignore=tests/house/test_examples.py --deselect=tests/house/test_docs.py::test_python_blocks_run \
+	--deselect=tests/house/test_docs.py::test_readmes_commands_run
 
 # Thread ranks of one process share a core, and ranks that are processes wait much: two workers. (Three took a
 # third more where two cores are two threads of one.) What holds real time to stated time (the mark `timed`)

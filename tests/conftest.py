@@ -4,12 +4,14 @@ import gc
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import hypothesis  # noqa: F401 (what it registers must be there before objects are frozen)
 import pytest
+from turns import diagonal
 
 # Seconds a test of each folder may take; a mark on the test itself goes before.
 DEADLINES = {"house": 60, "pure": 60, "local": 60, "scale": 60, "gloo": 120, "e2e": 300}
@@ -41,7 +43,8 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    leave_to_other_commits(config, items)
     here = Path(__file__).parent
 
     def folder_of(item) -> str:
@@ -53,6 +56,23 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("timeout") is None:
             least = SLOW if item.get_closest_marker("slow") else 60
             item.add_marker(pytest.mark.timeout(max(DEADLINES.get(folder, 60), least)))
+
+
+def leave_to_other_commits(config, items):
+    """Of a grid, or of tests that name one group, with the mark `turns(n)` or `turns(n, group)` one case in n
+    stays; all where cases are asked for by name."""
+    if any("[" in word for word in config.args):
+        return
+    grids = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("turns"):
+            parts, *group = mark.args
+            grids[parts, *(group or (item.module, item.originalname))].append(item)
+    kept = {item for (parts, *_), cases in grids.items() for item in diagonal(cases, parts)}
+    left = {item for cases in grids.values() for item in cases} - kept
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 def pytest_collection_finish():

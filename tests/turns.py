@@ -1,5 +1,5 @@
 """What takes turns between commits: a suite runs a part of it, and another part with the next; all where the
-environment has TURNS=all."""
+environment has TURNS=all, and half of the part where it has TURNS=few, as `make check` does."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-ALL = os.environ.get("TURNS") == "all"
+ALL, FEW = (os.environ.get("TURNS") == word for word in ("all", "few"))
 Case = TypeVar("Case")
 Other = TypeVar("Other")
 
@@ -26,8 +26,15 @@ def turn(parts: int) -> int:
 
 def in_turn(cases: Iterable[Case], parts: int = 2) -> list[Case]:
     """Every other of the cases (or every so-manieth), the rest with the next commits."""
-    every = list(cases)
+    every, parts = list(cases), 2 * parts if FEW else parts
     return every if ALL else every[turn(parts) :: parts]
+
+
+def diagonal(cases: Iterable[Case], parts: int = 2) -> list[Case]:
+    """As many as `in_turn` has, a step further in each row: of a product no column is left out."""
+    every, parts = list(cases), 2 * parts if FEW else parts
+    now = turn(parts)
+    return every if ALL else [x for k, x in enumerate(every) if (k + k // parts) % parts == now]
 
 
 def halves(lines: Iterable[Case], others: Sequence[Other]) -> list[tuple[Case, Other]]:

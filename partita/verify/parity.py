@@ -159,13 +159,15 @@ def verify(
     plan: str | Plan | None = None,
     backend: str = "local",
     brief: bool = False,
+    only: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Runs the plan on thread ranks (or processes) and the judge on one device, and compares. Thread ranks
     compute on the job's device, a GPU that they share where it is one; the judge on the CPU.
 
-    `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time.
-    `tell` is called with what is compared next. Raises PlanError for an illegal plan, DataError for bad data.
+    `brief`: of a plan below float64, SGD in float64 and AdamW at its own precision alone, in half the time;
+    `only`: of these "fp64" or "plan", its own. `tell` is called with what is compared next. Raises PlanError
+    for an illegal plan, DataError for bad data.
     """
     require_job(job, "verify")
     computes_on_gpu(job)
@@ -180,6 +182,8 @@ def verify(
     both = {"fp64": [sgd, adamw, *other]}
     if own != "fp64":
         both = {"fp64": [sgd, *other], own: [adamw]} if brief else both | {own: [sgd, adamw]}
+    chosen = {"": both, "fp64": ("fp64",), "plan": (own,)}[only]
+    both = {dtype: both[dtype] for dtype in chosen}
     for dtype, each in both.items():
         for train in each:
             tell(f"{dtype} {train.optimizer}")

@@ -56,6 +56,7 @@ def test_a_run_measures_what_was_declared(
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
 def test_what_weight_halves_wait_for_is_declared(
     schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys

@@ -90,6 +90,7 @@ def test_it_is_the_same_run(agents) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun restarts")
 def test_a_killed_rank_is_told_and_a_restart_goes_on(agents, scratch: Path) -> None:
     agent = start(agents, *ONE_HOST, "--max-restarts", "1", *JOB, "train.steps=80")
     ranks_of(agent)[1].kill()
@@ -102,6 +103,7 @@ def test_a_killed_rank_is_told_and_a_restart_goes_on(agents, scratch: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun ends")
 def test_a_killed_rank_without_restarts(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, LONG)
     ranks = ranks_of(agent)
@@ -118,6 +120,7 @@ def test_a_killed_rank_without_restarts(agents) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun ends")
 def test_sigterm_to_the_agent_saves_and_leaves(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, LONG)
     ranks_of(agent)
@@ -130,6 +133,7 @@ def test_sigterm_to_the_agent_saves_and_leaves(agents) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun ends")
 def test_a_killed_agent_leaves_no_orphans(agents) -> None:
     agent = start(agents, *ONE_HOST, *JOB, LONG)
     family = ranks_of(agent)
@@ -145,6 +149,7 @@ for name in ("once", "again"):
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun ends")
 def test_a_program_may_train_twice(agents) -> None:
     Path("twice.py").write_text(TWICE)
     agent = start(agents, *ONE_HOST, "twice.py")
@@ -160,6 +165,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2, "torchrun restarts")
 def test_two_agents_are_two_hosts(agents, monkeypatch) -> None:
     """Ranks under two agents share no memory: gloo carries them, and the numbers are nearly those. One that
     dies is started anew with the others, though each agent counts that by itself."""

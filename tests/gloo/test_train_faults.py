@@ -113,9 +113,10 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "what", [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)], ids=str
-)
+LATER = (pytest.mark.slow, pytest.mark.turns(3))
+
+
+@pytest.mark.parametrize("what", [*FAST, *(pytest.param(x, marks=LATER) for x in SLOW)], ids=str)
 def test_a_killed_rank_is_named_and_the_next_start_goes_on(what, small, unhurt, monkeypatch, capfd):
     assert strike(monkeypatch, what) < GRACE_S + faults.SLACK_S
     check_after(what, capfd.readouterr().err, unhurt, "was killed by SIGKILL (9)", small)
@@ -185,9 +186,9 @@ def test_the_end_of_the_fork_server_is_told_as_that(small, unhurt, monkeypatch, 
     [
         Strike("hold", "data"),
         pytest.param(Strike("stop", "backward", call=1), marks=pytest.mark.slow),
-        pytest.param(Strike("stop", "checkpoint", step=4), marks=pytest.mark.slow),
-        pytest.param(Strike("stop", "starting", step=0), marks=pytest.mark.slow),
-        pytest.param(Strike("stop", "finished", step=5), marks=pytest.mark.slow),
+        pytest.param(Strike("stop", "checkpoint", step=4), marks=LATER),
+        pytest.param(Strike("stop", "starting", step=0), marks=LATER),
+        pytest.param(Strike("stop", "finished", step=5), marks=LATER),
         Strike("stop", "finished", step=5, reports=True),
     ],
     ids=str,

@@ -129,6 +129,7 @@ def test_a_killed_launcher_leaves_nothing_that_hurts(launched, scratch, capfd, c
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("gap", [0.0, 0.05, 0.3])
 def test_two_signals_to_the_whole_group_are_a_stop(gap, launched, scratch):
     os.killpg(launched.pid, signal.SIGTERM)

@@ -65,7 +65,8 @@ def test_delayed_updates_of_what_steps_share(name, tmp_path):
     """A table on two stages, masks and routers of two steps under way, sharded states, low precision."""
     plan, family, model = MANY[name]
     found = verify(
-        job(tmp_path, plan if "8" in plan or "bf16" in plan else f"{plan} fp64", family, **model)
+        job(tmp_path, plan if "8" in plan or "bf16" in plan else f"{plan} fp64", family, **model),
+        brief=True,
     )
     assert found.equal, str(found)
 
@@ -85,6 +86,7 @@ def listed(folder, name, words="fp64"):
     return f'pp2:"file:{path}"/4mb {words}'
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("name", "words", "model"),
     [
@@ -98,7 +100,7 @@ def listed(folder, name, words="fp64"):
 )  # fmt: skip
 def test_a_list_of_ones_own_equals_a_plain_loop(name, words, model, tmp_path):
     """Updates of one microbatch and of two, weight halves behind the next update, two stages a rank."""
-    found = verify(job(tmp_path, listed(tmp_path, name, words), **model))
+    found = verify(job(tmp_path, listed(tmp_path, name, words), **model), brief=True)
     assert found.equal, str(found)
     assert found.traffic_equal and found.to_json()["reference"] == "delayed"
 

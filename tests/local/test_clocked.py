@@ -89,6 +89,7 @@ def test_clocked_stages_keep_the_order_and_are_never_faster_than_the_clock(name,
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("p", [2, 4, 8])
 @pytest.mark.parametrize(("name", "v"), EVERY)

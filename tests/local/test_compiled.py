@@ -44,7 +44,7 @@ CALLS = {"gpt_neox": 8, "gpt2": 9}
 CASES = [("tp2+sp", f) for f in ("llama", "gpt2", "gpt_neox", "bloom")]
 
 
-@pytest.mark.parametrize(("axes", "family"), in_turn([*CASES, ("", "gpt_neox")]))
+@pytest.mark.parametrize(("axes", "family"), in_turn([*CASES, ("", "gpt_neox")], 3))
 def test_a_layer_compiles(axes, family):
     own = {
         "llama": {"kv_heads": 2, "sliding_window": 8}, "gpt_neox": {"parallel_residual": True},

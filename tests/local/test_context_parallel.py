@@ -7,7 +7,6 @@ import pytest
 import torch
 import verify_jobs
 from comm_contract import best_of
-from turns import halves
 
 from partita.comm.clocked import ClockedWorld, Link
 from partita.comm.threads.local import local
@@ -312,6 +311,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_equals_one_device_with_documents(plan, family, folder):
@@ -322,8 +322,10 @@ def test_a_plan_equals_one_device_with_documents(plan, family, folder):
 WITH = ("tp2+sp", "dp2", "pp2/2mb", "recompute:full")
 
 
+@pytest.mark.turns(4)
 @pytest.mark.slow
-@pytest.mark.parametrize(("plan", "other"), halves(PLANS, WITH))
+@pytest.mark.parametrize("other", WITH)
+@pytest.mark.parametrize("plan", PLANS)
 def test_with_every_other_room(plan, other, folder):
     """Eight heads and 16 tokens, so that every rank has some; the families take turns."""
     turn = (PLANS.index(plan) + WITH.index(other)) % 2
@@ -331,7 +333,7 @@ def test_with_every_other_room(plan, other, folder):
     job = verify_jobs.job(
         folder, f"{plan} {other} fp64", family, heads=8, seq=16, layers=2, **model
     )
-    found = verify(job)
+    found = verify(job, brief=True)
     assert found.equal, str(found)
 
 
@@ -339,7 +341,7 @@ def test_with_every_other_room(plan, other, folder):
 def test_a_hybrid_wider_one_way_than_the_other(plan, folder):
     """Two kv heads on four ranks of Ulysses; a ring of four."""
     job = verify_jobs.job(folder, f"{plan} fp64", batch=2, seq=16, layers=1, packed="4x2" in plan)
-    found = verify(job)
+    found = verify(job, brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -353,7 +355,8 @@ def test_a_hybrid_wider_one_way_than_the_other(plan, folder):
 )
 def test_composed_with_dropout_and_documents(plan, folder):
     found = verify(
-        verify_jobs.job(folder, f"{plan} fp64", "gpt2", packed=True, dropout=0.2, layers=2)
+        verify_jobs.job(folder, f"{plan} fp64", "gpt2", packed=True, dropout=0.2, layers=2),
+        brief=True,
     )
     assert found.equal, str(found)
 
@@ -362,7 +365,7 @@ def test_composed_with_dropout_and_documents(plan, folder):
     "plan", ["cp2:ring bf16", slow("cp2:ulysses bf16"), slow("cp2:all_gather fp32")]
 )
 def test_at_its_own_precision_and_with_a_window(plan, folder):
-    found = verify(verify_jobs.job(folder, plan, sliding_window=3, layers=2))
+    found = verify(verify_jobs.job(folder, plan, sliding_window=3, layers=2), brief=True)
     assert found.equal, str(found)
 
 
@@ -380,7 +383,7 @@ def test_at_its_own_precision_and_with_a_window(plan, folder):
 def test_a_sequence_that_does_not_divide_is_filled_up(plan, family, model, folder):
     """7 tokens laid as 8: nobody sees, routes or drops the last one, which has no position of its own."""
     job = verify_jobs.job(folder, f"{plan} fp64", family, batch=2, seq=7, **{"layers": 2, **model})
-    found = verify(job)
+    found = verify(job, brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -392,5 +395,7 @@ def test_odd_sizes(folder):
     assert verify(verify_jobs.job(folder, "cp3:all_gather fp64", seq=9, layers=2)).equal
     more = {"heads": 12, "hidden": 48, "layers": 2}
     for plan, kv_heads in (("cp6:ulysses fp64", 4), ("cp4:hybrid2x2 tp2 fp64", 6)):
-        found = verify(verify_jobs.job(folder, plan, packed=True, kv_heads=kv_heads, **more))
+        found = verify(
+            verify_jobs.job(folder, plan, packed=True, kv_heads=kv_heads, **more), brief=True
+        )
         assert found.equal and found.traffic_equal, str(found)

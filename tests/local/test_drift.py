@@ -267,6 +267,7 @@ def test_sites_and_bytes_of_cut_states_are_the_declared(plan, tied, tmp_path):
             assert sorted(c for c in first if c[1] in "FB") == sorted(calls)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("recompute", ["", "recompute:full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(

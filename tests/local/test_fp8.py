@@ -140,7 +140,7 @@ def test_a_plan_by_the_kernel_computes_what_one_device_does(monkeypatch, tmp_pat
     """The weight gradient's tokens are no sixteens here: that product is emulated."""
     calls = kernel_calls(monkeypatch)
     job = verify_jobs.job(tmp_path, "tp2+sp 2mb fp8", layers=2, hidden=32, ffn_hidden=32, seq=12)
-    found = verify(job)
+    found = verify(job, brief=True)
     assert found.equal, str(found)
     assert len(calls) > 50 and all(k % 16 == n % 16 == 0 for _, k, n in calls)
 
@@ -216,6 +216,7 @@ def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
         assert torch.equal(eight.input_gradient(top, weight), top)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -227,7 +228,7 @@ def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
     ],
 )
 def test_a_plan_computes_what_one_device_does_in_fp8(plan, tmp_path):
-    found = verify(verify_jobs.job(tmp_path, plan, "llama", layers=3))
+    found = verify(verify_jobs.job(tmp_path, plan, "llama", layers=3), brief=True)
     assert found.equal, str(found)
 
 

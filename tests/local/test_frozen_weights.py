@@ -45,9 +45,10 @@ def job(folder, plan, family="llama", rule=ATTENTION, **changes):
     return replace(made, train=replace(made.train, **rule, **changes))
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(("plan", "family", "rule"), CASES)
 def test_a_plan_equals_one_device(plan, family, rule, tmp_path):
-    found = verify(job(tmp_path, plan, family, rule))
+    found = verify(job(tmp_path, plan, family, rule), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 

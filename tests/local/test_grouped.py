@@ -100,6 +100,7 @@ def test_a_step_is_that_of_one_expert_after_the_other(plan, folder, request):
         assert off <= 2 * near * gradient.abs().max(), name
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(("plan", "model"), PLANS, ids=[plan for plan, _ in PLANS])
 def test_a_plan_equals_one_device(plan, model, folder, as_a_gpu):
     found = verify(verify_jobs.job(folder, f"{plan} bf16", **{**SIZES, **model}), brief=True)

@@ -22,6 +22,7 @@ LOW = {"lora_rank": 2, "lora_targets": ["linear", "kernel"], "lora_dropout": 0.3
 ODD = {"kernels": [5, 3, 4, 1], "strides": [2, 1, 1, 1], "paddings": [3, 2, 2, 1], "pools": [4]}
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("plan, image", [
     ("cp3:halo tp2 2mb recompute:full recompute.collectives=keep fp16", ODD),
     ("cp2:halo dp_shard2.zero2 recompute:full fp8", {}),
@@ -31,7 +32,7 @@ ODD = {"kernels": [5, 3, 4, 1], "strides": [2, 1, 1, 1], "paddings": [3, 2, 2, 1
 def test_rows_on_cp_equal_one_device(plan, image, tmp_path):
     """Of maps of 9, 9, 4, 4 and 1 rows, or with strides and paddings of many sizes: no cut divides them, and
     of the last some ranks hold none."""
-    found = verify(image_jobs.job(tmp_path, plan, image))
+    found = verify(image_jobs.job(tmp_path, plan, image), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -40,6 +41,7 @@ def test_halos_of_strides_and_paddings_come_from_more_than_the_next_rank(tmp_pat
     assert found.equal and found.traffic_equal, str(found)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("plan", [
     "2mb recompute:full fp16", "tp2 split2 2mb fp64",
     "cp2:halo split2 offload:nvme offload.targets=activations,gradients,optimizer 2mb bf16",
@@ -47,7 +49,7 @@ def test_halos_of_strides_and_paddings_come_from_more_than_the_next_rank(tmp_pat
 ])  # fmt: skip
 def test_lora_beside_convolutions_equals_one_device(plan, tmp_path):
     """Groups apart, groups that join, colors."""
-    found = verify(image_jobs.job(tmp_path, plan, **LOW))
+    found = verify(image_jobs.job(tmp_path, plan, **LOW), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 

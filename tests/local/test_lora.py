@@ -59,12 +59,13 @@ def job(folder, plan, family="llama", **model):
 LATER = (5, 8)  # in test-slow: what other cases hold a part of
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("plan", "family", "model"),
     [pytest.param(*c, marks=pytest.mark.slow if i in LATER else []) for i, c in enumerate(CASES)],
 )
 def test_a_plan_equals_one_device(plan, family, model, tmp_path):
-    found = verify(job(tmp_path, plan, family, **model))
+    found = verify(job(tmp_path, plan, family, **model), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 

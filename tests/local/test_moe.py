@@ -42,6 +42,7 @@ def job(folder, plan, **model):
     return verify_jobs.job(folder, plan, **{**verify_jobs.EXPERTS, **model})
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
 def test_a_plan_equals_one_device(plan, folder):
     found = verify(job(folder, f"{plan} fp64"))
@@ -59,7 +60,7 @@ def test_five_dimensions(replicas, folder):
 
 def test_a_plan_equals_one_device_at_its_own_precision(folder):
     """Others are in the covering array (test_composition.py)."""
-    found = verify(job(folder, "dp2 tp2+sp ep2 etp2 2mb bf16"))
+    found = verify(job(folder, "dp2 tp2+sp ep2 etp2 2mb bf16"), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -83,6 +84,7 @@ def test_a_choice_that_is_wrong_at_low_precision_alone_is_seen(folder, monkeypat
     assert found.precision == {"fp64": True, "plan": False}, str(found)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "model",
     [
@@ -97,6 +99,7 @@ def test_other_routers_equal_one_device(model, folder):
     assert found.equal and found.traffic_equal, str(found)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -116,7 +119,7 @@ def test_a_capacity_drops_the_same_rows_under_every_plan(plan, folder):
 def test_a_balance_loss_over_the_batch_is_of_a_microbatch_on_all_ranks(plan, folder):
     """Only by name, with a warning: other microbatches are another loss."""
     made = job(folder, f"{plan} fp64", balance_over="batch")
-    found = verify(made)
+    found = verify(made, brief=True)
     assert found.equal and found.traffic_equal, str(found)
     assert [p.severity for p in problems(request_of(made)) if p.rule == "balance"] == ["warning"]
 
@@ -137,7 +140,7 @@ def test_a_published_plan_is_shrunk_with_its_experts(folder):
     """Mixtral with tp+sp and folded ep; Switch's dp8 ep8; TED."""
     for plan in ("dp8 tp4+sp ep8 2mb fp64", "dp8 ep8 1mb fp64", "dp2 tp4 ep2 etp4 2mb fp64"):
         big = {"hidden": 512, "heads": 16, "expert_ffn_hidden": 2048, "experts": 16, "layers": 5}
-        found = verify(job(folder, plan, batch=16, **big))
+        found = verify(job(folder, plan, batch=16, **big), brief=True)
         assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
 
 
@@ -145,7 +148,7 @@ def test_a_published_plan_is_shrunk_with_its_experts(folder):
 def test_deepseek_v3_at_its_plan_is_shrunk_and_verified(folder):
     """Pipeline stages, experts and ZeRO 1, no tensor parallelism; latent attention, groups of experts."""
     made = job(folder, "pp16:dualpipe/32mb dp_shard128.zero1 ep64 fp64", batch=4096)
-    found = verify(replace(made, model=ModelSpec.from_preset("deepseek-v3")))
+    found = verify(replace(made, model=ModelSpec.from_preset("deepseek-v3")), brief=True)
     assert found.equal and found.shrunk is not None and "ep2" in found.shrunk, str(found)
 
 

@@ -89,13 +89,14 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(nvme, "CHUNK", 1024)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("plan, model", PLANS)
 def test_states_elsewhere_equal_one_device_and_move_as_declared(
     plan, model, tmp_path, short_chunks
 ):
     job = verify_jobs.job(tmp_path, plan, **model)
     clips = 0.0 if "pipedream" in plan else job.train.clip_grad_norm
-    found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
+    found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)), brief=True)
     assert found.equal, str(found)
     assert {t.axis for t in found.recorded} >= {"host", *(["disk"] if "nvme" in plan else [])}
 
@@ -111,7 +112,7 @@ def test_states_elsewhere_equal_one_device_and_move_as_declared(
 def test_parts_of_one_token_leave_without_their_neighbours(plan, model, tmp_path):
     """Of more tokens a part of a product is no contiguous tensor; of one it is, and a view of all of it."""
     line = f"{plan} 2mb fp64 offload:cpu {KEPT}"
-    found = verify(verify_jobs.job(tmp_path, line, batch=2, seq=2, layers=2, **model))
+    found = verify(verify_jobs.job(tmp_path, line, batch=2, seq=2, layers=2, **model), brief=True)
     assert found.equal, str(found)
 
 
@@ -122,7 +123,7 @@ def test_a_shard_of_padding_alone_moves_as_others_do(plan, tmp_path):
     """head.norm's five elements on four ranks: two, two, one, none."""
     size = {"hidden": 5, "heads": 1, "kv_heads": 1, "head_dim": 4, "layers": 1, "tied": True}
     line = f"dp_shard4.zero3 2mb fp64 offload:{plan}"
-    found = verify(verify_jobs.job(tmp_path, line, **size))
+    found = verify(verify_jobs.job(tmp_path, line, **size), brief=True)
     assert found.equal, str(found)
 
 
@@ -140,7 +141,7 @@ def test_a_slow_disk_is_waited_for(targets, tmp_path, short_chunks, monkeypatch)
     monkeypatch.setattr(nvme.File, "read", late(read))
     monkeypatch.setattr(nvme.File, "write", late(write))
     line = f"dp_shard2.zero3 2mb fp64 offload:nvme offload.targets={targets}"
-    found = verify(verify_jobs.job(tmp_path, line, layers=4))
+    found = verify(verify_jobs.job(tmp_path, line, layers=4), brief=True)
     assert found.equal, str(found)
 
 
@@ -177,7 +178,7 @@ def test_a_resumed_run_has_every_bit_wherever_the_states_lie(to, tmp_path, short
     half = trained(SingleWorld(), away, tmp_path / "half", 2)[0]
     again = tensors(trained(SingleWorld(), away, tmp_path / "again", 4, half)[0])
     device = tensors(trained(SingleWorld(), plain, tmp_path / "device", 4, half)[0])
-    assert whole.keys() == again.keys() == device.keys() and len(whole) > 100
+    assert whole.keys() == again.keys() == device.keys() and len(whole) > 60
     for key, value in whole.items():
         assert value.equal(again[key]), key
         assert value.allclose(device[key], rtol=1e-6, atol=1e-9), key
@@ -249,7 +250,7 @@ def test_a_model_three_times_the_limit_trains(tmp_path, monkeypatch):
 @pytest.mark.parametrize("to", ["cpu", "nvme"])
 def test_kept_tensors_away_change_no_bit_and_free_what_is_declared(to, tmp_path):
     """What is measured falls by what is predicted, and lies where it is declared."""
-    size = {"hidden": 64, "ffn_hidden": 192, "seq": 32}
+    size = {"hidden": 64, "ffn_hidden": 192, "seq": 32, "layers": 5}
     here = verify_jobs.job(tmp_path, "2mb bf16", **size)
     away = here.with_plan(f"2mb bf16 offload:{to} {KEPT}")
     gc.collect()

@@ -42,7 +42,7 @@ def test_they_are_the_plans(monkeypatch):
 
 
 def wider(seed, name, *rest, real=seeds.initial_value, **more):
-    return real(seed, name, *rest, **more) * (1.01 if name == "blocks.3.mlp.fc2" else 1)
+    return real(seed, name, *rest, **more) * (1.01 if name == "blocks.2.mlp.fc2" else 1)
 
 
 def without_step(seed, step, *rest, real=seeds.dropout_box, **more):
@@ -52,7 +52,7 @@ def without_step(seed, step, *rest, real=seeds.dropout_box, **more):
 @pytest.mark.parametrize(
     ("module", "name", "fault", "where"),
     [
-        (build, "initial_value", wider, "blocks.3.mlp"),
+        (build, "initial_value", wider, "blocks.2.mlp"),
         (dropout, "dropout_box", without_step, "embedding"),
     ],
 )

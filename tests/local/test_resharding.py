@@ -142,7 +142,8 @@ def held(path):
 def test_a_run_handed_from_plan_to_plan_is_one_device_s(chain, tmp_path):
     model, *lines = CHAINS[chain]
     jobs = image_jobs if chain == "images" else verify_jobs
-    job = jobs.job(tmp_path, "2mb fp64", **model)
+    deep = {} if chain == "images" else {"layers": 5}  # for every plan's stages
+    job = jobs.job(tmp_path, "2mb fp64", **{**deep, **model})
     last = len(lines) + 2
     train = replace(job.train, lr=1e-2, steps=last, warmup_steps=2, lr_schedule="cosine")
     if chain == "images":  # as AlexNet's were trained

@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("schedules")
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.slow) for p in MORE)])
 def test_a_schedule_equals_one_device(plan, family, folder):
@@ -52,7 +53,7 @@ def test_layers_that_run_again_take_turns(more, folder, monkeypatch):
 
     monkeypatch.setattr(Remade, "backward", noted)
     plan = f"dp_shard2.zero3 ep2 pp2:dualpipev/4mb {more} fp64"
-    found = verify(verify_jobs.job(folder, plan, **verify_jobs.EXPERTS | {"layers": 4}))
+    found = verify(verify_jobs.job(folder, plan, **verify_jobs.EXPERTS | {"layers": 4}), brief=True)
     assert found.equal and found.traffic_equal, str(found)
     assert begun
 
@@ -70,11 +71,13 @@ def test_layers_that_run_again_take_turns(more, folder, monkeypatch):
 def test_a_tied_table_at_both_ends(plan, folder):
     """On one rank (V), on both ends twice (both ways; a microbatch comes to one of its holders there), on two
     ranks (a line)."""
-    assert verify(verify_jobs.job(folder, plan, tied=True)).equal
+    assert verify(verify_jobs.job(folder, plan, tied=True), brief=True).equal
 
 
 def test_halves_at_low_precision_with_dropout(folder):
-    found = verify(verify_jobs.job(folder, "tp2+sp pp2:zb_v/4mb bf16", "gpt2", dropout=0.2))
+    found = verify(
+        verify_jobs.job(folder, "tp2+sp pp2:zb_v/4mb bf16", "gpt2", dropout=0.2), brief=True
+    )
     assert found.equal, str(found)
 
 

@@ -229,7 +229,7 @@ def test_15_a_bias_added_tp_times(judged, monkeypatch):
     assert (at.phase, at.module) == ("forward", "blocks.0.attention")
 
 
-@pytest.mark.parametrize("name", ["blocks.2.attention.norm", "blocks.3.mlp.down", "head.table"])
+@pytest.mark.parametrize("name", ["blocks.1.attention.norm", "blocks.2.mlp.down", "head.table"])
 def test_16_one_gradient_times_one_and_a_millionth(judged, monkeypatch, name):
     finish = Reducer.finish
 

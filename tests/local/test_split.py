@@ -28,9 +28,10 @@ PLANS = (
 )  # fmt: skip
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_split_equals_one_device(plan, tmp_path):
-    found = verify(image_jobs.job(tmp_path, plan))
+    found = verify(image_jobs.job(tmp_path, plan), brief=True)
     assert found.equal, str(found)
     assert all(s.loss > 0.1 for t in found.trials for s in t.judge)
 
@@ -46,7 +47,7 @@ def test_a_rank_in_the_middle_norms_what_lies_on_both_sides(tmp_path):
     "plan", ["2mb fp64", "tp2 split2 2mb fp32", "pp2/2mb split4 dp_shard2.zero3 fp64"]
 )
 def test_lora_of_fully_connected_layers_equals_one_device(plan, tmp_path):
-    found = verify(image_jobs.job(tmp_path, plan, lora_rank=2, lora_dropout=0.3))
+    found = verify(image_jobs.job(tmp_path, plan, lora_rank=2, lora_dropout=0.3), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 
@@ -96,7 +97,7 @@ def knows(world, job):
 def test_kernels_may_be_frozen(plan, tmp_path):
     job = image_jobs.job(tmp_path, plan)
     train = replace(job.train, frozen=("embedding.*", "blocks.*.conv.kernel"))
-    found = verify(replace(job, train=train))
+    found = verify(replace(job, train=train), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 

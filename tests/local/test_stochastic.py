@@ -60,6 +60,7 @@ def test_a_box_has_the_bits_of_the_whole():
         assert not torch.equal(whole, rounded_box(x, *other, (12, 10), ((0, 12), (0, 10))))
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("plan", "model"),
     [
@@ -103,7 +104,7 @@ def test_a_plan_equals_one_device(plan, model, tmp_path, monkeypatch):
     monkeypatch.setattr(stochastic, "CHUNK", 1000)
     job = verify_jobs.job(tmp_path, plan, **model)
     clips = 0.0 if "pipedream" in plan else job.train.clip_grad_norm
-    found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)))
+    found = verify(replace(job, train=replace(job.train, clip_grad_norm=clips)), brief=True)
     assert found.equal and found.traffic_equal, str(found)
 
 

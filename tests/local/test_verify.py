@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import verify_jobs
+from turns import halves
 
 from partita.parallel.regions import Region
 from partita.verify.parity import verify
@@ -30,17 +31,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("verify")
 
 
-@pytest.mark.parametrize(
-    "family, recompute",
-    [
-        ("llama", ""),
-        ("gpt2", "recompute:full"),
-        pytest.param("llama", "recompute:full", marks=pytest.mark.slow),
-        pytest.param("gpt2", "", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("plan", PLANS)
-def test_a_plan_equals_one_device(plan, family, recompute, folder):
+AGAIN = "recompute:full"
+FORMS = [("llama", ""), ("llama", AGAIN), ("gpt2", AGAIN), ("gpt2", "")]
+
+
+@pytest.mark.parametrize(("plan", "form"), halves(PLANS, FORMS), ids=str)
+def test_a_plan_equals_one_device(plan, form, folder):
+    family, recompute = form
     found = verify(verify_jobs.job(folder, f"{plan} {recompute} fp64", family))
     assert found.equal, str(found)
     assert found.traffic_equal and found.precision["fp64"]
@@ -50,6 +47,7 @@ CUT = [("llama", True, p) for p in ZERO] + [("gpt2", True, p) for p in ZERO[2:6]
 CUT += [("llama", False, p) for p in (ZERO[1], ZERO[6], ZERO[9])]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("family, tied, plan", CUT)
 def test_states_cut_over_ranks_change_nothing(plan, family, tied, folder):
     batch = 6 if "shard3" in plan else 8
@@ -59,10 +57,11 @@ def test_states_cut_over_ranks_change_nothing(plan, family, tied, folder):
 
 @pytest.mark.parametrize("plan", ["dp_shard2.zero1 tp2", "dp_shard2.zero2", "dp_shard4.zero3"])
 def test_states_cut_over_ranks_at_low_precision(plan, folder):
-    found = verify(verify_jobs.job(folder, f"{plan} bf16", "llama"))
+    found = verify(verify_jobs.job(folder, f"{plan} bf16", "llama"), brief=True)
     assert found.equal, str(found)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "plan",
     ["dp2 tp2+sp pp2:1f1b/4mb bf16", "tp4+sp bf16", "pp2/8mb fp32", "dp2 tp2+sp pp2/2mb fp16"],
@@ -98,12 +97,13 @@ LESS = (
 )  # fmt: skip
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("less", LESS)
 @pytest.mark.parametrize("family, model", [("llama", {}), ("gpt2", {"dropout": 0.2})])
 def test_less_kept_changes_no_number(less, family, model, folder):
     found = verify(verify_jobs.job(folder, f"pp2/2mb tp2+sp {less} fp64", family, **model))
     assert found.equal, str(found)
-    found = verify(verify_jobs.job(folder, f"tp2 2mb {less} bf16", family, **model))
+    found = verify(verify_jobs.job(folder, f"tp2 2mb {less} bf16", family, **model), brief=True)
     assert found.equal, str(found)
 
 

@@ -56,7 +56,7 @@ def test_a_tied_table_stays_while_either_of_its_blocks_uses_it(tmp_path):
 def test_without_resharding_all_blocks_stay_until_the_last_backward(tmp_path):
     line = "dp_shard2.zero3 2mb data.reshard_after_forward=false"
     with local(2, 20) as ranks:
-        assert ranks.run(gathered, verify_jobs.job(tmp_path, line, tied=False)) == [(7, 0)] * 2
+        assert ranks.run(gathered, verify_jobs.job(tmp_path, line, tied=False)) == [(5, 0)] * 2
 
 
 def stored(world, job):
@@ -126,7 +126,7 @@ def test_any_plan_loads_what_any_plan_saved(tmp_path):
         else:
             whole.append(None)
     first, again = whole[3], whole[5]
-    assert first.keys() == again.keys() and len(first) > 100
+    assert first.keys() == again.keys() and len(first) > 60
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
@@ -147,8 +147,8 @@ def test_reduction_starts_before_the_last_backward_ends(prefetch, moves, tmp_pat
     job = verify_jobs.job(tmp_path, f"dp_shard2.zero3 2mb data.prefetch={prefetch}", tied=False)
     with local(2, 20) as ranks:
         (sites, other) = ranks.run(order, job)
-    backward = sites[7:]  # behind the gathers of seven blocks
-    names = ["head", *(f"blocks.{i}" for i in range(4, -1, -1))]
+    backward = sites[5:]  # behind the gathers of five blocks
+    names = ["head", *(f"blocks.{i}" for i in range(2, -1, -1))]
     want = [f"{n}.unit[dp_shard]:{k}" for n in names for k in ("gather", "scatter")]
     assert backward == [*want, "embedding.unit[dp_shard]:scatter"]
     assert sites == other

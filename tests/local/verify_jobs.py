@@ -9,10 +9,12 @@ import numpy as np
 
 from partita.comm.single import SingleWorld
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 
 __all__ = ["EXPERTS", "MLA", "QWEN", "SEQ", "SingleWorld", "job", "tokens"]
 
 SEQ = 8
+ONE_STAGE = ("1f1b", "gpipe", "zb_h1", "zb_h2", "pipedream", "pipedream_2bw")  # of each rank
 MLA: dict[str, Any] = {
     "kv_heads": 4, "head_dim": 6, "latent": {"q": 7, "kv": 9, "rope": 4, "v": 5, "norm_eps": 1e-5},
 }  # fmt: skip
@@ -40,6 +42,13 @@ def documents(folder: Path) -> Path:
     return path
 
 
+def few_layers(plan: str) -> int:
+    """3: a first, a middle, a last one, and two stages that differ; 5 where there are more stages."""
+    read = Plan.parse(plan)
+    few = read.mesh.pp == 1 or (read.mesh.pp == 2 and read.pipeline.schedule in ONE_STAGE)
+    return 3 if few else 5
+
+
 def job(
     folder: Path,
     plan: str,
@@ -49,10 +58,10 @@ def job(
     seq: int = SEQ,
     **model,
 ) -> Job:
-    """kv_heads 2 (fewer than tp4), vocab 127 and ffn 23 (padded), 5 layers (uneven stages)."""
+    """kv_heads 2 (fewer than tp4), vocab 127 and ffn 23 (padded), 3 or 5 layers (uneven stages)."""
     spec = {
-        "family": family, "layers": 5, "hidden": 16, "heads": 4, "ffn_hidden": 23, "vocab": 127,
-        "max_seq_len": seq, "tied": family in ("gpt2", "bloom"),
+        "family": family, "layers": few_layers(plan), "hidden": 16, "heads": 4, "ffn_hidden": 23,
+        "vocab": 127, "max_seq_len": seq, "tied": family in ("gpt2", "bloom"),
     }  # fmt: skip
     if family == "llama":
         spec["kv_heads"] = 2

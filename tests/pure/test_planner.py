@@ -202,6 +202,7 @@ def test_schedules_that_are_fixed_alone_have_bounds(word):
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 @pytest.mark.parametrize(("model", "seed"), [("tiny", 1), ("tiny-moe", 2)])
 def test_no_bound_of_many_plans_is_above_what_simulate_says(model, seed):
     hold_many(wide(model, "32xh100", 32), seed, 100)
@@ -347,6 +348,7 @@ def sparse(devices: int, memory: float, **words: tuple[str, ...]) -> Search:
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     "search",
     [

@@ -25,6 +25,7 @@ from partita.spec.cluster import Cluster
 from partita.spec.job import Job
 from partita.spec.plan import DEFAULT_ORDER, Plan
 
+LATER = (pytest.mark.slow, pytest.mark.turns(2))
 FORBID = ("recompute", "v_half", "v_min", "gpipe", "zb_h1", "zb_v", "dualpipe", "dualpipev")
 ORDERS = list(permutations(DEFAULT_ORDER))
 
@@ -54,8 +55,8 @@ def test_no_bound_is_above_what_simulate_says_in_any_order(question):
     ("devices", "each", "fix"),
     [
         (4, 2, ("4mb", "fp32")),
-        pytest.param(8, 4, ("1mb", "fp32"), marks=pytest.mark.slow),
-        pytest.param(8, 2, ("1mb", "fp32"), marks=pytest.mark.slow),
+        pytest.param(8, 4, ("1mb", "fp32"), marks=LATER),
+        pytest.param(8, 2, ("1mb", "fp32"), marks=LATER),
     ],
 )
 def test_the_best_of_all_orders_is_that_of_brute_force(devices, each, fix):
@@ -118,10 +119,10 @@ def every_split(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
     ("words", "layers", "memory"),
     [
         (("pp2:1f1b", "4mb", "fp32"), 6, 1e9),
-        pytest.param(("pp4:zb_h1", "8mb", "fp32"), 7, 1e9, marks=pytest.mark.slow),
+        pytest.param(("pp4:zb_h1", "8mb", "fp32"), 7, 1e9, marks=LATER),
         (("pp2:interleaved_1f1bx2", "4mb", "fp32"), 5, 1e9),
         (("pp4:1f1b", "2mb", "fp32"), 5, 1e8),
-        pytest.param(("pp4:gpipe", "8mb", "fp32"), 6, 5.4e6, marks=pytest.mark.slow),
+        pytest.param(("pp4:gpipe", "8mb", "fp32"), 6, 5.4e6, marks=LATER),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else str(x),
 )

@@ -18,6 +18,7 @@ from partita.simulate.predict import simulate
 from partita.spec.job import Job
 from partita.spec.plan import OffloadPlan
 
+LATER = (pytest.mark.slow, pytest.mark.turns(2))
 FORBID = (
     "cp",
     "recompute",
@@ -44,9 +45,9 @@ def test_no_bound_is_above_what_simulate_says(question, offload):
 @pytest.mark.parametrize(
     ("memory", "host", "helps"),
     [
-        pytest.param(1.5e6, None, True, marks=pytest.mark.slow),
+        pytest.param(1.5e6, None, True, marks=LATER),
         (2.3e6, 8e6, True),
-        pytest.param(1e9, None, False, marks=pytest.mark.slow),
+        pytest.param(1e9, None, False, marks=LATER),
     ],
 )
 def test_the_best_is_that_of_brute_force_wherever_states_lie(memory, host, helps):

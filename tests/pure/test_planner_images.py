@@ -59,6 +59,7 @@ def test_no_bound_of_uneven_stages_of_cut_images_is_above_what_simulate_says(axi
     assert sum(node is not None and splits_hold(search, node, dice) for node in nodes) >= 10
 
 
+LATER = (pytest.mark.slow, pytest.mark.turns(2))
 FEW = ("recompute", "zero1", "zero2", "v_min", "v_half", "interleaved_zb")
 
 
@@ -69,12 +70,8 @@ FEW = ("recompute", "zero1", "zero2", "v_min", "v_half", "interleaved_zb")
         (photos("4xh100", 67, 8, 1.2e6, fix=("cp2",), forbid=FEW), "memory"),
         (photos("4xh100", 67, 8, 6e5, fix=("split2",), forbid=FEW), "time"),
         (photos("8xh100", 67, 8, 6e5, fix=("tp2", "1mb"), forbid=(*FEW, "cp")), "time"),
-        pytest.param(
-            photos("8xh100", 67, 8, 7e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            photos("16xh100", 131, 8, 9e5, fix=("1mb",), forbid=FEW), "time", marks=pytest.mark.slow
-        ),
+        pytest.param(photos("8xh100", 67, 8, 7e5, fix=("1mb",), forbid=FEW), "time", marks=LATER),
+        pytest.param(photos("16xh100", 131, 8, 9e5, fix=("1mb",), forbid=FEW), "time", marks=LATER),
     ],
     ids=["4", "cp2-memory", "split2", "tp2", "8", "16"],
 )

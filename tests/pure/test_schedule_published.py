@@ -72,6 +72,7 @@ def test_the_zero_bubble_papers_rates(row):
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("row", rows("zb-t5", large=True), ids=lambda row: row["id"])
 def test_the_zero_bubble_papers_rates_of_many_ranks(row):

@@ -106,6 +106,7 @@ def test_the_table_anywhere(p, m, v):
 
 
 @pytest.mark.slow
+@pytest.mark.turns(2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("p", range(1, 17))
 def test_the_table_everywhere(p):
