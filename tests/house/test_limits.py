@@ -83,6 +83,17 @@ def public(tree: ast.Module):
             yield from (n for n in inner if isinstance(n, kinds) and not n.name.startswith("_"))
 
 
+TELLS_TIME = {  # and nothing waits by: when an answer was made, clocks side by side, how old a leftover is
+    "serve/http/app.py", "serve/http/replies.py", "train/launch/preflight.py", "comm/shm/shm.py",
+}  # fmt: skip
+
+
+def test_what_waits_does_so_by_a_clock_that_nobody_sets():
+    wall = re.compile(r"\btime\.(time|time_ns|localtime|gmtime)\(|datetime\.(now|utcnow|today)")
+    found = {str(f.relative_to(PACKAGE)) for f in files() if wall.search(f.read_text())}
+    assert found == TELLS_TIME, found
+
+
 def test_what_is_public_has_a_docstring():
     bare = [
         f"{file.relative_to(ROOT)}: {getattr(node, 'name', 'module')}"

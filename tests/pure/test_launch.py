@@ -37,7 +37,7 @@ lr = 1e-3
 """
 PLAN = "dp_shard2.zero1 tp2+sp 4mb"
 STANDINS = {  # of Slurm's commands: each says what it was given
-    "srun": 'printf "%s\\n" "$@" > srun.args; exec sleep ${SRUN_S:-0}',
+    "srun": 'printf "%s\\n" "$@" > srun.args; [ "$SRUN_RC" ] && exit $SRUN_RC; exec sleep ${SRUN_S:-0}',
     "scontrol": 'if [ "$1" = show ]; then echo n1; echo n2; else echo "$@" > scontrol.args; fi',
     "scancel": 'echo "$@" > scancel.args; pkill -P "$(cat bash.pid)" sleep',
 }
@@ -83,6 +83,20 @@ def test_slurm_starts_torchrun_on_every_host(job: Path):
         "-m", "partita", "train", str(job), "train.lr=2e-3", f"plan={PLAN}",
     ]  # fmt: skip
     assert not (job.parent / "scontrol.args").exists()  # it ended by itself
+
+
+def test_a_job_that_fails_each_time_it_starts_ends(job: Path):
+    """Kubernetes waits longer each time; only a time limit queues it again."""
+    assert bash(job, written(job, "slurm"), SRUN_RC="71", SLURM_RESTART_COUNT="1").wait(20) == 71
+    assert not (job.parent / "scontrol.args").exists()
+    *_, made = yaml.safe_load_all(written(job, "kubernetes", "image=i", "claim=c", "failures=4"))
+    pod = made["spec"]["template"]["spec"]
+    assert (made["spec"]["backoffLimit"], pod["restartPolicy"]) == (4, "Never")
+    assert "--max-restarts=3" in pod["containers"][0]["command"]
+    ray = written(job, "ray", "restarts=2")
+    assert (
+        "HOSTS, RANKS, RESTARTS, GRACE_S = 2, 2, 2, 120" in ray and ray.count("start.remote(") == 1
+    )
 
 
 @pytest.mark.parametrize(("attempt", "again"), [("0", True), ("10", False)])
