@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partita.comm.blocking import Blocking
-from partita.comm.protocol import Comm, Done, Handle, Key, ReduceOp, World
+from partita.comm.protocol import Comm, Done, Handle, Key, ReduceOp, Sent, World
 
 
 @dataclass
@@ -87,6 +87,18 @@ class _Timed:
             self.value = self.inner.wait()
             self.link.end(self.ends())
         return self.value
+
+
+@dataclass
+class _TimedSent(_Timed):
+    """A message under way."""
+
+    inner: Sent
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether its time is over too."""
+        return self.inner.has_gone and time.perf_counter() >= self.ends()
 
 
 class ClockedComm(Blocking):
@@ -170,12 +182,12 @@ class ClockedComm(Blocking):
         self._timed(x, Done(x)).wait()
         return found
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Under way; the receiver hears when it will be there."""
         start, duration = self.link.begin(x)
         sent = self.inner.send(x, to, key=key, site=site)
         self._tell(start + duration, to, key)
-        return _Timed(sent, lambda: start + duration, self.link)
+        return _TimedSent(sent, lambda: start + duration, self.link)
 
     def receive(self, like: Tensor, source: int, *, key: Key, site: str) -> Handle:
         """There when the sender's link has carried it; takes nothing of this rank's link."""

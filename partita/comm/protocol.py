@@ -76,11 +76,25 @@ class Handle(Protocol):
         ...
 
 
+class Sent(Handle, Protocol):
+    """A message under way, which holds what was sent until it is waited for."""
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether nothing need be held any longer and `wait` returns at once; asks, never waits."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """A handle of work that is already done."""
 
     value: Tensor
+
+    @property
+    def has_gone(self) -> bool:
+        """It is."""
+        return True
 
     def wait(self) -> Tensor:
         """The result."""
@@ -163,7 +177,7 @@ class Comm(Protocol):
         """As all_to_all with counts, under way."""
         ...
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Sends to the group's rank `to` without waiting for it; recorded as op 'send'."""
         ...
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from partita.comm.protocol import Comm, Handle, Key, ReduceOp, Where
+from partita.comm.protocol import Comm, Handle, Key, ReduceOp, Sent, Where
 from partita.record.transfer import Transfer
 
 
@@ -198,7 +198,7 @@ class RecordingComm:
         self._record("all_to_all", x, site, start)
         return _Timed(handle, self.recorder, self.axis)
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Recorded as send, bytes of x."""
         start = self._begin(x, site)
         handle = self.inner.send(x, to, key=key, site=site)

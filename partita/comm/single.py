@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from partita.comm.protocol import Comm, Done, Handle, Key, ReduceOp
+from partita.comm.protocol import Comm, Done, Handle, Key, ReduceOp, Sent
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SingleComm:
         """x, done."""
         return Done(x)
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """A rank alone has nobody to send to."""
         raise AssertionError(f"{site}: a group of one sends to rank {to}")
 

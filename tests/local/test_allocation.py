@@ -312,11 +312,13 @@ def test_a_narrow_swiglu_packs_its_halves_first(line: str, tmp_path: Path) -> No
     assert measured == pytest.approx(predicted, rel=0.03)
 
 
-def test_what_waits_for_its_weight_half_is_an_activation(tmp_path: Path) -> None:
-    """All that is made again, and the gradients that a weight half reads: most of what such a rank keeps."""
+@pytest.mark.parametrize("line", ["pp2:zb_h1/4mb recompute:full", "pp2:1f1b/16mb recompute:full"])
+def test_what_waits_for_its_weight_half_is_an_activation(line: str, tmp_path: Path) -> None:
+    """All that is made again, and the gradients that a weight half reads: most of what such a rank keeps.
+    What was sent is not held beside it: of 16 microbatches it would be an eighth of the peak."""
     job = Job.load({
-        **TABLE, "plan": "pp2:zb_h1/4mb recompute:full", "model": {**TABLE["model"], "layers": 4},
-        "train": {**TABLE["train"], "global_batch_size": 4},
+        **TABLE, "plan": line, "model": {**TABLE["model"], "layers": 4},
+        "train": {**TABLE["train"], "steps": 3, "global_batch_size": 16 if "16mb" in line else 4},
     })  # fmt: skip
 
     def measured(world: LocalWorld) -> Ledger:
@@ -327,4 +329,6 @@ def test_what_waits_for_its_weight_half_is_an_activation(tmp_path: Path) -> None
     with local(2) as ranks:
         found = ranks.run(measured)
     for said, real in zip(simulate(job).ledgers, found, strict=True):
-        assert real.most["activations"] == pytest.approx(said.most["activations"], rel=0.15)
+        assert real.peak_bytes == pytest.approx(said.peak_bytes, rel=0.05)
+        if "zb" in line:
+            assert real.most["activations"] == pytest.approx(said.most["activations"], rel=0.10)

@@ -34,7 +34,7 @@ from partita.comm.distributed.calls import CallPages, page_bytes
 from partita.comm.distributed.torch import TorchWorld
 from partita.comm.distributed.torch_comm import TorchComm
 from partita.comm.distributed.turns import InTurn, Unseen
-from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, World, message_of
+from partita.comm.protocol import Comm, Handle, Key, Message, ReduceOp, Sent, World, message_of
 from partita.comm.shm.shm import ShmWorld, available
 from partita.comm.shm.shm_comm import LOW, ShmComm
 
@@ -378,7 +378,7 @@ class HierarchicalComm(Blocking):
         mine = self.mates
         return (self._now.inside, mine.index(peer)) if peer in mine else (self._whole, peer)
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Inside where the receiver is of this host."""
         comm, place = self._way(to)
         return comm.send(x, place, key=key, site=site)

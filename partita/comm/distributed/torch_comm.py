@@ -22,7 +22,7 @@ from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.board import Board
 from partita.comm.distributed.calls import RING, CallPages
-from partita.comm.protocol import Handle, Key, Message, ReduceOp, Where, message_of
+from partita.comm.protocol import Handle, Key, Message, ReduceOp, Sent, Where, message_of
 from partita.comm.table import Status, describe
 
 LOW = (torch.bfloat16, torch.float16)
@@ -66,6 +66,11 @@ class _Work:
     note: tuple[Message, int]
     keeps: Any = None
     value: Tensor | None = None
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether torch's work is over."""
+        return self.work is None or self.work.is_completed()
 
     def wait(self) -> Tensor:
         """Waits, and says who was missing when that fails."""
@@ -292,7 +297,7 @@ class TorchComm(Blocking):
 
     # Point to point ------------------------------------------------------------------------------
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Tagged by its key, so that orders may differ."""
         note = self._enter("send", x, site)
         source, group = x.detach().contiguous(), self._way(self.rank, to)

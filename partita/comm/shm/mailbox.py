@@ -24,7 +24,7 @@ from torch import Tensor
 
 from partita.base.errors import CommError
 from partita.comm.board import Board
-from partita.comm.protocol import Done, Handle, Key, Message, Where, message_of
+from partita.comm.protocol import Done, Handle, Key, Message, Sent, Where, message_of
 from partita.comm.shm.futex import Words
 
 CHUNK, CHUNKS = 1 << 18, 64  # 16 MB in flight a pair; pages exist once they are touched
@@ -122,7 +122,7 @@ class Mailbox:
         self._partial: dict[int, Tensor] = {}
         self._exchanges = 0
 
-    def send(self, x: Tensor, to: int, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, key: Key, site: str) -> Sent:
         """Queues a copy and moves what fits; the handle does not hold x."""
         self.comm.enter("send", x, site)
         data = x.detach().contiguous()

@@ -22,7 +22,7 @@ from torch import Tensor
 from partita.base.errors import CommError
 from partita.comm.blocking import Blocking
 from partita.comm.patience import Patience
-from partita.comm.protocol import Handle, Key, Message, ReduceOp, message_of
+from partita.comm.protocol import Handle, Key, Message, ReduceOp, Sent, message_of
 from partita.comm.shm.futex import Words
 from partita.comm.shm.mailbox import Host, Mailbox, ring_bytes
 from partita.spec.hardware import SHARED_CHUNK_BYTES
@@ -349,7 +349,7 @@ class ShmComm(Blocking):
         parts = x.detach().split(list(send_counts))
         return self.mailbox.exchange(parts, receive_counts, site)
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Copies into the pair's ring, or keeps it until there is room; never waits."""
         return self.mailbox.send(x, to, key, site)
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
@@ -27,7 +28,17 @@ from torch import Tensor
 from partita.base.errors import CommError, PartitaError
 from partita.comm.blocking import Blocking
 from partita.comm.patience import Patience
-from partita.comm.protocol import Comm, Done, Handle, Key, Message, ReduceOp, Where, message_of
+from partita.comm.protocol import (
+    Comm,
+    Done,
+    Handle,
+    Key,
+    Message,
+    ReduceOp,
+    Sent,
+    Where,
+    message_of,
+)
 from partita.comm.single import SingleComm
 from partita.comm.threads.meeting import (
     DEADLINE_S,
@@ -39,6 +50,9 @@ from partita.comm.threads.meeting import (
 )
 
 LOOK_S = 0.5  # between two looks at a wait
+
+# no mode sees what runs within it
+_UNSEEN: Any = getattr(torch._C, "_DisableTorchDispatch", nullcontext)
 
 
 class LocalWorld:
@@ -240,12 +254,13 @@ class LocalComm(Blocking):
 
     # Point to point ------------------------------------------------------------------------------
 
-    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Handle:
+    def send(self, x: Tensor, to: int, *, key: Key, site: str) -> Sent:
         """Leaves a copy in the receiver's mailbox; never waits."""
         meeting = self.world.meeting
         target = self.ranks[to]
         place = self._place(self.world.rank, target, key)
-        copy = x.detach().clone()
+        with _UNSEEN():  # it is the receiver's, whoever watches what this rank makes
+            copy = x.detach().clone()
         with meeting.lock:
             self._raise_failure()
             self._note(message_of("send", x.shape, x.dtype, site), -1)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from partita.base.errors import NonFiniteError
-from partita.comm.protocol import Comm, Handle, Key, Where
+from partita.comm.protocol import Comm, Handle, Key, Sent, Where
 from partita.parallel.deferred import WeightQueue
 from partita.parallel.pp.pieces import Cuts, Flow, backward_in_pieces, forward_in_pieces
 from partita.schedule.ir import COMPUTE, Action, Schedule
@@ -149,7 +149,7 @@ class Executor:
     _ready: dict[MessageKey, tuple[Tensor, str]] = field(
         default_factory=dict
     )  # made in which phase
-    _sent: dict[MessageKey, Handle] = field(default_factory=dict)
+    _sent: dict[MessageKey, Sent] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         every = with_communication(self.schedule)
@@ -241,6 +241,11 @@ class Executor:
         self._dropped.clear()
         self._sent.clear()
 
+    def _let_go(self) -> None:
+        """Of what was sent and has gone out, which would be held until the step ends."""
+        for key in [k for k, sent in self._sent.items() if sent.has_gone]:
+            self._sent.pop(key).wait()
+
     def _discard(self, taken: Mapping[MessageKey, Tensor]) -> None:
         """Forgets the forwards so far. What others have sent in their own warm-ups comes again: it is taken
         in and dropped. What they sent later was right and comes no more: it stays, and so does a receive
@@ -273,6 +278,7 @@ class Executor:
                     del turns[one]
 
     def _at(self, action: Action) -> None:
+        self._let_go()
         where = self.where
         where.stage, where.microbatch = action.stage, action.microbatch
         if action.kind in ACTIVITIES:
@@ -310,8 +316,6 @@ class Executor:
     def _backward_pieces(self, action: Action) -> Iterator[None]:
         stage, kind, microbatch = action
         held = self._held.pop((stage, microbatch))
-        if ("F", stage + 1, microbatch) in self._sent:  # its gradient is back: it has arrived
-            self._sent.pop(("F", stage + 1, microbatch)).wait()
         last = stage == self.schedule.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
         if self.weights is not None:
