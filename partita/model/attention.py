@@ -27,7 +27,7 @@ class Attention:
     model/core.py); `drop_residual` is set where the model drops; `remakes` are the ops that backward
     runs again."""
 
-    norm: Norm
+    norm: Norm | None  # None: x comes normalised (post_norm.py)
     qkv: Column
     wo: Row
     heads: int
@@ -65,9 +65,13 @@ class Attention:
 
     def _heads(self, x: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each [batch, its heads, seq, head_dim], normalised and at their positions."""
-        h = self.norm(x)
-        with made_again(h, lambda: self.norm(x), "attention.norm" in self.remakes):
-            qkv = self.qkv(h)
+        norm = self.norm
+        if norm is None:
+            qkv = self.qkv(x)
+        else:
+            h = norm(x)
+            with made_again(h, lambda: norm(x), "attention.norm" in self.remakes):
+                qkv = self.qkv(h)
         tables = self._tables(qkv.shape[1], batch)
         if tables and self.qk_norms is None:
             tables = tuple(t.unsqueeze(-2) for t in tables)
@@ -84,6 +88,7 @@ class Attention:
     def links(self, x: Tensor, batch: Any, replay: bool = False) -> Segment:
         """All of it on x, or what has its shape, as links of one node; none where it cannot be one."""
         parts = self.rope is None or self.qk_norms is not None or bool(self.remakes)
+        parts = parts or self.norm is None
         if parts or not self.chained or not isinstance(self.core, Flash):
             return ()
         seq = self.qkv.region.shape_after(x.shape)[1]
@@ -97,6 +102,7 @@ class Attention:
     def _links(self, x: Tensor, seq: int, batch: Any, replay: bool) -> Segment:
         """The same of `seq` tokens, where x is."""
         tables = (t.unsqueeze(-2) for t in self._tables(seq, batch))
+        assert self.norm is not None
         return (
             self.norm.link,
             self.qkv.link,

@@ -26,6 +26,7 @@ from torch._opaque_base import OpaqueBase
 from partita.model.attention import Attention
 from partita.model.mlp import MLP, SwiGLU
 from partita.model.parallel_residual import Beside, Joined
+from partita.model.post_norm import Behind
 from partita.model.transformer import LayerBlock
 from partita.parallel.kernels.chain import Kept
 from partita.parallel.lora import Now
@@ -152,6 +153,9 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     found, attention, mlp = copy(block), block.attention, block.mlp
     if not isinstance(attention, Attention) or not isinstance(mlp, MLP):
         raise ValueError("a layer with latent attention or experts is not compiled")
+    if isinstance(block.beside, Behind):
+        raise ValueError("a layer whose norms stand behind its sums is not compiled")
+    assert attention.norm is not None and mlp.norm is not None
     make, norms = _Maker(Called(Pass())), attention.qk_norms
     found.attention = replace(
         attention, norm=make.norm(attention.norm), qkv=make.column(attention.qkv), wo=make.row(attention.wo),

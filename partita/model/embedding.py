@@ -1,4 +1,5 @@
-"""The first block: the token table, and what a family has behind it: a norm, learned positions, dropout."""
+"""The first block: the token table, and behind it what a family has: learned positions, types, a norm,
+dropout."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ class EmbeddingBlock:
         at = make.regions.at("embedding.lookup")
         self.lookup = Lookup(make.weight("embedding.table"), first, at)
         self.norm = make.norm("embedding.norm") if spec.embedding_norm else None
+        self.type = make.weight("embedding.type") if spec.token_types else None
         self.position: Weight | None = None
         if spec.has_positions:
             self.position = make.weight("embedding.position")
@@ -33,15 +35,18 @@ class EmbeddingBlock:
         self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """Table, norm, positions, dropout. x, where given, is empty: a place for backward to end at."""
+        """Table, positions, types, norm, dropout. x, where given, is empty: a place for backward to
+        end at."""
         h = self.lookup(batch.ids, x)
-        if self.norm is not None:
-            h = self.norm(h)
         if self.position is not None:
             if batch.split is None and not self._filled:
                 h = AddPosition.apply(h, self.position, self._span[0])
             else:
                 h = AddPositions.apply(h, self.position, self._positions(batch, h.device))
+        if self.type is not None:  # of one sentence, whose tokens have the first
+            h = AddPositions.apply(h, self.type, h.new_zeros((1, h.shape[1]), dtype=torch.int64))
+        if self.norm is not None:
+            h = self.norm(h)
         if self.drop is not None and self.training:
             h = self.drop(h, batch.step, batch)
         return h

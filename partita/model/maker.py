@@ -190,9 +190,10 @@ class Maker:
         norms = None
         if spec.qk_norm:
             norms = self.norm("attention.q_norm"), self.norm("attention.k_norm")
+        before = "input" if spec.post_norm else "attention.norm"
         return Attention(
-            self.norm("attention.norm"),
-            self.column("attention.norm", "attention.wq", "attention.wk", "attention.wv"),
+            None if spec.post_norm else self.norm("attention.norm"),
+            self.column(before, "attention.wq", "attention.wk", "attention.wv"),
             self.row("attention.wo"),
             self.local("q", "heads"),
             self.local("k", "kv_heads"),

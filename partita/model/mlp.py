@@ -24,7 +24,7 @@ KERNELS = Kernels("partita.parallel.kernels.rows_gpu")
 class MLP:
     """norm -> up -> SwiGLU (gate and up in one matmul) or GELU -> down, added to x."""
 
-    norm: Norm
+    norm: Norm | None  # None: x comes normalised (post_norm.py)
     up: Column
     down: Row
     gated: bool
@@ -45,7 +45,7 @@ class MLP:
     def links(self, replay: bool = False) -> Segment:
         """All of it as links of one node; none where it cannot be one."""
         whole = self.gated and self.drop_residual is None and not self.remakes
-        if not (self.chained and whole):
+        if not (self.chained and whole) or self.norm is None:
             return ()
         return self.norm.link, self.up.link, (SwiGLU,), *self.down.links(replay)
 
@@ -53,9 +53,13 @@ class MLP:
         self, x: Tensor, batch: Any, step: int, training: bool, replay: bool = False
     ) -> Tensor:
         """mlp(norm(x))."""
-        n = self.norm(x)
-        with made_again(n, lambda: self.norm(x), "mlp.norm" in self.remakes):
-            h = self.up(n)
+        norm = self.norm
+        if norm is None:
+            h = self.up(x)
+        else:
+            n = norm(x)
+            with made_again(n, lambda: norm(x), "mlp.norm" in self.remakes):
+                h = self.up(n)
         a = self.activate(h)
         with made_again(a, lambda: self.activate(h), "mlp.act" in self.remakes):
             y = self.down(a, replay)

@@ -1,4 +1,5 @@
-"""The judge: Llama (with experts or without), GPT-2, GPT-NeoX and BLOOM in plain PyTorch, on one device.
+"""The judge: Llama (with experts or without), GPT-2, GPT-NeoX, BLOOM and BERT in plain PyTorch, on one
+device.
 
 Weights are a dict of logical tensors by full name ('blocks.3.attention.wq' [heads, head_dim, hidden]; see
 docs/map.md). Under bf16 it makes the casts that every plan makes, and no others:
@@ -85,10 +86,12 @@ class Reference:
         """[batch, seq, hidden] before the head."""
         s, self.auxiliary, self.samples = self.spec, Auxiliary(), samples
         x = self.weight("embedding.table")[ids.clamp(min=0)]
-        if s.embedding_norm:
-            x = self.norm("embedding.norm", x)
         if s.has_positions:
             x = x + self.weight("embedding.position")[: ids.shape[1]]
+        if s.token_types:
+            x = x + self.weight("embedding.type")[0]
+        if s.embedding_norm:
+            x = self.norm("embedding.norm", x)
         x = self.drop("embedding.dropout", x, samples)
         self.see("embedding", x)
         for i in range(s.layers):
@@ -96,10 +99,14 @@ class Reference:
             x = x + self.drop(
                 f"{name}.attention.residual", self.attention(name, x, documents, samples), samples
             )
-            if not s.parallel_residual:
+            if s.post_norm:
+                read = x = self.norm(f"{name}.attention.norm", x)
+            elif not s.parallel_residual:
                 self.see(f"{name}.attention", x)
                 read = x
             x = x + self.drop(f"{name}.mlp.residual", self.mlp(name, read), samples)
+            if s.post_norm:
+                x = self.norm(f"{name}.mlp.norm", x)
             self.see(f"{name}.mlp", x)
         return x
 
@@ -110,8 +117,17 @@ class Reference:
         if self.spec.image is not None:
             self.auxiliary, self.samples = Auxiliary(), samples
             return image_logits(self, ids, samples)
-        x = self.norm("head.norm", self.hidden(ids, documents, samples))
-        return x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()
+        x = self.hidden(ids, documents, samples)
+        if self.spec.post_norm:
+            x = x @ self.weight("head.transform").t() + self.weight("head.transform_bias")
+            x = self.gelu(x)
+        x = self.norm("head.norm", x)
+        x = x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()
+        return x + self.weight("head.project_bias") if self.spec.post_norm else x
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The exact one, or by tanh."""
+        return gelu(x, approximate="none" if self.spec.gelu == "erf" else "tanh")
 
     def loss(self, batch: Batch, total_valid: int) -> Tensor:
         """Sum of the valid tokens' losses over `total_valid`, in fp32 (fp64 under fp64)."""
@@ -125,7 +141,7 @@ class Reference:
     ) -> Tensor:
         """Norm, q k v, positions, attention within documents, output projection."""
         s = self.spec
-        h = self.norm(f"{name}.attention.norm", x)
+        h = x if s.post_norm else self.norm(f"{name}.attention.norm", x)
         if s.latent is not None:
             q, k, v = self.latent_heads(f"{name}.attention", h)
         else:
@@ -207,15 +223,14 @@ class Reference:
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         """Norm, then experts, SwiGLU, or GELU with biases."""
-        h = self.norm(f"{name}.mlp.norm", x)
+        h = x if self.spec.post_norm else self.norm(f"{name}.mlp.norm", x)
         if self.spec.has_experts(int(name.rpartition(".")[2])):
             return moe(self, name, h)
         if self.spec.family == "llama":
             gate, up = (self.dense(f"{name}.mlp.gate_up", h, i) for i in (0, 1))
             return self.dense(f"{name}.mlp.down", silu(gate) * up)
         h = self.dense(f"{name}.mlp.fc1", h) + self.weight(f"{name}.mlp.fc1_bias")
-        exact = self.spec.gelu == "erf"
-        h = self.dense(f"{name}.mlp.fc2", gelu(h, approximate="none" if exact else "tanh"))
+        h = self.dense(f"{name}.mlp.fc2", self.gelu(h))
         return h + self.weight(f"{name}.mlp.fc2_bias")
 
     def dense(self, name: str, x: Tensor, part: int | None = None) -> Tensor:

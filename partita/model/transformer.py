@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from partita.comm.context import Context
 from partita.model.attention import Attention
@@ -22,15 +23,16 @@ from partita.model.maker import Maker
 from partita.model.mlp import MLP
 from partita.model.moe import MoE
 from partita.model.parallel_residual import Beside
+from partita.model.post_norm import Behind
 from partita.model.rope import tables
 from partita.parallel.ep.log import RouterLog
 from partita.parallel.kernels.chain import Segment
 from partita.parallel.laid import Laid
 from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
 from partita.parallel.recompute.replay import Began, Recomputed, read_again, written
-from partita.parallel.tp.linear import AddBias, Column
+from partita.parallel.tp.linear import IDENTITY, AddBias, Column
 from partita.parallel.tp.loss import CrossEntropy
-from partita.parallel.units import Unit
+from partita.parallel.units import Unit, Weight
 from partita.spec.model import ModelSpec
 
 
@@ -44,7 +46,7 @@ class LayerBlock:
         spec = make.spec
         self.now = make.now if spec.lora_dropout else None
         gated = spec.family == "llama"
-        self.beside: Beside | None = None  # both segments, where they read one x
+        self.beside: Beside | Behind | None = None  # both segments, where they are no two
         self.tables = tuple(t for t in (*(rope or ()), future) if t is not None)
         self.recomputes, self.tape = make.recomputes, make.regions.tape
         remakes = frozenset() if self.recomputes else make.again
@@ -56,8 +58,8 @@ class LayerBlock:
             return
         up, down = ("mlp.gate_up", "mlp.down") if gated else ("mlp.fc1", "mlp.fc2")
         self.mlp: MLP | MoE = MLP(
-            make.norm("mlp.norm"),
-            make.column("mlp.norm", up),
+            None if spec.post_norm else make.norm("mlp.norm"),
+            make.column("attention.norm" if spec.post_norm else "mlp.norm", up),
             make.row(down),
             gated,
             make.dropout("mlp.residual", "mo_mask") if spec.dropout > 0 else None,
@@ -66,6 +68,9 @@ class LayerBlock:
         )
         if spec.parallel_residual:
             self.beside = Beside(cast(Attention, self.attention), self.mlp, make.joined())
+        elif spec.post_norm:
+            norms = make.norm("attention.norm"), make.norm("mlp.norm")
+            self.beside = Behind(cast(Attention, self.attention), self.mlp, norms, remakes)
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """One layer, all at once."""
@@ -139,13 +144,21 @@ class HeadBlock:
         self.training, self.total_valid, self.loss_scale = True, 1, 1.0
         table = "embedding.table" if make.spec.tied else "head.table"
         self.norm = make.norm("head.norm")
-        self.project = Column.of([make.weight(table)], make.regions.at("head.norm"))
+        self.transform: Column | None = None
+        biases: list[Weight] = []
+        if make.spec.post_norm:
+            self.transform = make.side_by_side(IDENTITY, "head.transform")
+            biases = [make.weight("head.project_bias")]
+        self.gelu = "tanh" if make.spec.gelu == "tanh" else "none"
+        self.project = Column.of([make.weight(table)], make.regions.at("head.norm"), biases)
         first, rows = make.vocab_range(table)
         at = make.regions.at
         self.loss = CrossEntropy(first, rows, at("loss.max"), at("loss.sum"), at("loss.pick"))
 
     def logits(self, x: Tensor) -> Tensor:
         """[batch, seq, local vocab], padding included."""
+        if self.transform is not None:
+            x = gelu(self.transform(x), approximate=self.gelu)
         return self.project(self.norm(x))
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:

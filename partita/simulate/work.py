@@ -39,6 +39,7 @@ FULL_PASSES = {"norm": (2, 4), "lookup": (2, 3)}  # of the activation: forward, 
 # elementwise ops by the last part of their names; an act of (gate, up) is a gate
 PIECES = {
     "rope_q": "rotate", "rope_k": "rotate", "act": "gelu", "residual": "add", "add_position": "add",
+    "add_type": "add",
     "dropout": "",
 }  # fmt: skip
 TOGETHER = ("bias", "rotate")  # neighbours that run as one

@@ -71,6 +71,14 @@ _BLOOM = {
 }
 GELUS = {"erf": ("gelu",), "tanh": ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")}  # of hidden_act
 _NO_DROPOUT: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "hidden_dropout": (0.0,)}
+_BERT = {n: k for n, k in _GPT_NEOX.items() if n != "parallel_residual"} | {
+    "token_types": "type_vocab_size"
+}
+BERT_DROPS = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # one rate
+_BERT_WORDS = """
+hidden_act classifier_dropout directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+pooler_size_per_head pooler_type
+"""  # read as one, or of what stands behind another head
 # how kernels of its training and its tokenizer were set
 _BLOOM_WORDS = """
 slow_but_exact masked_softmax_fusion attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv offset_alibi
@@ -206,6 +214,12 @@ KINDS: dict[str, Kind] = {
         _NO_DROPOUT | {"apply_residual_connection_post_layernorm": (False,), "n_inner": ()},
         {"max_seq_len": 2048}, neutral=frozenset(_BLOOM_WORDS.split()),
         aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+    ),
+    "bert": Kind(
+        "BertForMaskedLM", "bert", _BERT,
+        {"position_embedding_type": ("absolute",), "add_cross_attention": (False,), "is_decoder": (False,)},
+        {"max_seq_len": 512, "norm_eps": 1e-12, "tied": True, "token_types": 2}, {"causal": False},
+        frozenset({*_BERT_WORDS.split(), *BERT_DROPS}),
     ),
 }  # fmt: skip
 

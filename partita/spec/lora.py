@@ -175,6 +175,10 @@ PEFT = {  # the modules of transformers that a target is
     "gpt2": {"wo": ("attn.c_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)},
     "gpt_neox": {"wo": ("attention.dense",), **_FUSED},
     "bloom": {"wo": ("self_attention.dense",), **_FUSED},
+    "bert": {  # fc2 has the end of wo's name, by which peft knows it
+        "wq": ("query",), "wk": ("key",), "wv": ("value",), "wo": ("attention.output.dense",),
+        "fc1": ("intermediate.dense",),
+    },
 }  # fmt: skip
 
 
@@ -208,7 +212,8 @@ def peft_config(spec: ModelSizes, base: str) -> dict[str, Any]:
             raise UsageError(text, key="lora_targets")
         modules += known[target]
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.lora_rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if spec.causal else None,
+        "base_model_name_or_path": base, "r": spec.lora_rank,
         "lora_alpha": spec.lora_alpha, "target_modules": modules, "fan_in_fan_out": spec.family == "gpt2",
         "use_rslora": False, "inference_mode": True, "init_lora_weights": True, **NEUTRAL,
         "lora_dropout": spec.lora_dropout,

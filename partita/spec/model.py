@@ -4,6 +4,8 @@
     gpt2     LayerNorm, learned positions, GELU (tanh), biases everywhere, dropout, tied or not
     gpt_neox gpt2 with RoPE of a part of each head, attention and mlp on one input or not, GELU of both kinds
     bloom    gpt2 with ALiBi (attention's scores fall off with distance) and a norm behind the token table
+    bert     gpt2 with norms behind the sums, token types, and a head that transforms what it reads; attends
+             both ways
     alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
 Llama, GPT-2 and GPT-NeoX attend both ways where `causal` is false. A llama may have biases on q, k, v
@@ -53,7 +55,9 @@ class ModelSpec(ModelSizes):
             "head_dim": self.head_dim or self.hidden // self.heads,
             "ffn_hidden": self.ffn_hidden
             or {"llama": 0, "alexnet": 1}.get(self.family, 4) * self.hidden,
-            "tied": self.family in ("gpt2", "bloom") if self.tied is None else self.tied,
+            "tied": self.family in ("gpt2", "bloom", "bert") if self.tied is None else self.tied,
+            "causal": self.family != "bert" if self.causal is None else self.causal,
+            "token_types": self.token_types or 2 * (self.family == "bert"),
         }
         if self.experts:
             derived["expert_ffn_hidden"] = self.expert_ffn_hidden or derived["ffn_hidden"]
@@ -119,6 +123,8 @@ class ModelSpec(ModelSizes):
             found += self.layers * (linears + 2 * self.hidden) + self.hidden
         if self.embedding_norm:
             found += 2 * self.hidden
+        if self.post_norm:
+            found += (self.token_types + self.hidden + 1) * self.hidden + self.vocab
         return found + low
 
     @property
@@ -146,7 +152,8 @@ class ModelSpec(ModelSizes):
             return float(sum(self.image.forward_flops(self.hidden, self.vocab)))
         attention = self.attention_flops_per_token(seq_len, convention)
         layers = 2.0 * self.matmul_weights() + self.layers * attention
-        return layers + 2.0 * self.vocab * self.hidden
+        head = self.vocab + (self.hidden if self.post_norm else 0)
+        return layers + 2.0 * head * self.hidden
 
     def train_flops_per_token(
         self, seq_len: int, convention: Convention = "model_causal", recompute: str = "none"

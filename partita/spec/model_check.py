@@ -60,8 +60,13 @@ def _alone(spec: ModelSizes) -> Wrong:
     for name, (nothing, families) in OF_FAMILIES.items():
         value = getattr(spec, name)
         if value != nothing and spec.family not in families:
-            what = name if nothing is not True else f"{name} = false"
-            yield name, f"family {spec.family} has no {what}"
+            yield name, f"family {spec.family} has no {name}"
+    if spec.causal is False and spec.family not in ENCODE:
+        yield "causal", f"family {spec.family} has no causal = false"
+    if spec.causal and spec.family == "bert":
+        yield "causal", "family bert has no causal = true"
+    if spec.token_types < 0:
+        yield "token_types", f"{spec.token_types} is less than 0"
 
 
 def _pattern(spec: ModelSizes) -> Wrong:
@@ -97,11 +102,13 @@ def _sizes(spec: ModelSizes) -> Wrong:
         yield "kv_heads" if spec.kv_heads != spec.heads else "head_dim", text
 
 
+ENCODE = ("llama", "gpt2", "gpt_neox", "bert")  # families whose tokens may see later ones
 OF_FAMILIES = {  # field -> what says nothing, and the families that may say more
-    "dropout": (0.0, ("gpt2", "alexnet")), "qkv_bias": (False, ("llama",)), "qk_norm": (False, ("llama",)),
+    "dropout": (0.0, ("gpt2", "bert", "alexnet")), "qkv_bias": (False, ("llama",)),
+    "qk_norm": (False, ("llama",)),
     "latent": (None, ("llama",)), "rope_scaling": (None, ("llama",)), "rotary_pct": (1.0, ("gpt_neox",)),
-    "parallel_residual": (False, ("gpt_neox",)), "gelu": ("tanh", ("gpt_neox",)),
-    "causal": (True, ("llama", "gpt2", "gpt_neox")),
+    "parallel_residual": (False, ("gpt_neox",)), "gelu": ("tanh", ("gpt_neox", "bert")),
+    "token_types": (0, ("bert",)),
 }  # fmt: skip
 
 

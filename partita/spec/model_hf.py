@@ -14,7 +14,7 @@ from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, Kind
+from partita.spec.hf_kinds import BERT_DROPS, GELUS, KINDS, SCALINGS, Kind
 from partita.spec.hf_layers import of_type, read_layers, refuse
 from partita.spec.model import ModelSpec
 
@@ -85,6 +85,7 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
     table |= _neox(config, file) if kind.family == "gpt_neox" else {}
+    table |= _bert(config, file) if kind.family == "bert" else {}
     table |= read_layers(config, table, kind, file) | _dense(config, file)
     table |= _experts(config, table, file) | _latent(config, file)
     try:
@@ -145,13 +146,32 @@ def _latent(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 def _neox(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Which GELU, and how much of a head is rotated: transformers 4 writes rotary_pct and rotary_emb_base."""
-    act, rope = config.get("hidden_act", "gelu"), config.get("rope_parameters") or {}
-    kinds = [kind for kind, theirs in GELUS.items() if act in theirs]
-    if not kinds:
-        raise refuse(file, "hidden_act", act, tuple(a for theirs in GELUS.values() for a in theirs))
+    rope = config.get("rope_parameters") or {}
     theta = rope.get("rope_theta", config.get("rotary_emb_base") or 10_000.0)
     turned = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    return {"gelu": kinds[0], "rope_theta": theta, "rotary_pct": turned}
+    return {"gelu": _gelu(config, file), "rope_theta": theta, "rotary_pct": turned}
+
+
+def _gelu(config: Mapping[str, Any], file: Path) -> str:
+    """Which of the two."""
+    act = config.get("hidden_act", "gelu")
+    for kind, theirs in GELUS.items():
+        if act in theirs:
+            return kind
+    known = tuple(a for theirs in GELUS.values() for a in theirs)
+    raise refuse(file, "hidden_act", act, known)
+
+
+def _bert(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Which GELU; dropout is one rate."""
+    rates = [config.get(key, 0.1) for key in BERT_DROPS]
+    if rates[0] != rates[1]:
+        text = (
+            f"{file}: {BERT_DROPS[1]}: {rates[1]!r} differs from {BERT_DROPS[0]} ({rates[0]!r}), and dropout "
+            "is one rate here: make them equal (0 for evaluation)"
+        )
+        raise UsageError(text, file=str(file), key=BERT_DROPS[1])
+    return {"gelu": _gelu(config, file), "dropout": rates[0]}
 
 
 def _experts(config: Mapping[str, Any], table: Mapping[str, Any], file: Path) -> dict[str, Any]:

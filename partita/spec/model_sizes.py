@@ -11,14 +11,14 @@ from typing import Literal
 from partita.spec.image import ImageSpec
 from partita.spec.model_parts import Latent, RopeScaling
 
-BIASED = ("gpt2", "gpt_neox", "bloom")  # families with LayerNorm, GELU, biases everywhere
+BIASED = ("gpt2", "gpt_neox", "bloom", "bert")  # families with LayerNorm, GELU, biases everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
     """Sizes of a model as they were stated, unchecked: ModelSpec checks them and fills in what follows."""
 
-    family: Literal["llama", "gpt2", "gpt_neox", "bloom", "alexnet"]
+    family: Literal["llama", "gpt2", "gpt_neox", "bloom", "bert", "alexnet"]
     layers: int
     hidden: int
     heads: int
@@ -27,25 +27,24 @@ class ModelSizes:
     kv_heads: int = 0  # 0: heads
     head_dim: int = 0  # 0: hidden / heads
     ffn_hidden: int = 0  # 0: 4 * hidden, not in llama
-    tied: bool = None  # type: ignore[assignment]  # None: gpt2, bloom
+    tied: bool = None  # type: ignore[assignment]  # None: gpt2, bloom, bert
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # llama, gpt_neox
     rotary_pct: float = 1.0  # gpt_neox: RoPE turns the first so much of each head
     parallel_residual: bool = False  # gpt_neox: x + attention(norm(x)) + mlp(norm'(x))
-    gelu: Literal["tanh", "erf"] = "tanh"  # gpt_neox may have the exact one, erf
+    gelu: Literal["tanh", "erf"] = "tanh"  # gpt_neox, bert may have the exact one, erf
     rope_scaling: RopeScaling | None = None  # llama
     qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
     qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
     latent: Latent | None = None  # llama: what keys and values are made of
-    causal: bool = (
-        True  # a token sees itself and what is before it; false: what follows too (an encoder)
-    )
+    causal: bool = None  # type: ignore[assignment]  # a token sees no later one; None: but of bert
     sliding_window: int = 0  # keys a query sees, itself among them (Mistral), to each side; 0: all
     attention_pattern: str = (
         ""  # a letter a layer, over and over: s window, f all keys, n all, no RoPE
     )
     local_rope_theta: float = 0.0  # RoPE's base, unscaled, in layers with the window; 0: rope_theta
-    dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2
+    token_types: int = 0  # bert: rows of a table of which all tokens have the first; 0: 2
+    dropout: float = 0.0  # on embeddings and on the output of each sub-block; gpt2, bert
     experts: int = 0  # 0: dense; llama
     top_k: int = 0  # experts a token is sent to
     expert_ffn_hidden: int = 0  # 0: ffn_hidden
@@ -81,7 +80,7 @@ class ModelSizes:
     @property
     def has_positions(self) -> bool:
         """Whether positions are learned (max_seq_len rows)."""
-        return self.family == "gpt2"
+        return self.family in ("gpt2", "bert")
 
     @property
     def rotates(self) -> bool:
@@ -95,8 +94,13 @@ class ModelSizes:
 
     @property
     def embedding_norm(self) -> bool:
-        """Whether a norm stands behind the token table."""
-        return self.family == "bloom"
+        """Whether a norm stands behind what the first block looks up."""
+        return self.family in ("bloom", "bert")
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms stand behind the sums of layers, and the head transforms what it reads."""
+        return self.family == "bert"
 
     @property
     def v_dim(self) -> int:

@@ -21,7 +21,13 @@ TOLD = {  # room and rule of an error -> words of README's list
     "tp heads": "query heads", "tp kv_heads": "key/value heads", "mesh world": "ranks than devices",
     "data batch": "a batch or",
 }  # fmt: skip
-JOBS = {"plan auto", "model seq_len", "model frozen", "model trainable"}  # not the plan's
+JOBS = {
+    "plan auto",
+    "model seq_len",
+    "model frozen",
+    "model trainable",
+    "data mlm",
+}  # not the plan's
 
 
 def refusals() -> set[str]:

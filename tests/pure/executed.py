@@ -35,6 +35,7 @@ GPT2 = model("gpt2")
 DROPS = model("gpt2", dropout=0.1, tied=False)
 NEOX = model("gpt_neox", parallel_residual=True)
 BLOOM = model("bloom")
+BERT = model("bert")
 MOE = model(
     experts=4, top_k=2, expert_ffn_hidden=3, shared_experts=1, dense_layers=1, router_bias=True,
     balance_loss=0.1, z_loss=0.1, shared_gate=True,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from executed import (
+    BERT,
     BLOOM,
     DROPS,
     GPT2,
@@ -52,6 +53,7 @@ MODELS = {
     "mla plain": MLA_PLAIN,
     "neox": NEOX,
     "bloom": BLOOM,
+    "bert": BERT,
     "encoder": replace(LLAMA, causal=False),
     "drops both ways": replace(DROPS, causal=False),
     "few words": replace(LLAMA, vocab=3),
@@ -89,6 +91,13 @@ CASES += [
     for p in (
         "tp4+sp", "cp2:ulysses tp2", "cp4:hybrid2x2", "cp2:ring tp2+sp recompute:full",
         "dp_shard2.zero3 pp2/2mb", f"cp2:all_gather {SELECTIVE}",
+    )
+]  # fmt: skip
+CASES += [
+    ("bert", p)
+    for p in (
+        "tp4+sp dp_shard2.zero3", "cp4:hybrid2x2" + FULL, f"cp2:ring tp2+sp {SELECTIVE}", "pp2:zb_h1/4mb tp2",
+        "tp2+sp recompute:full recompute.collectives=keep",
     )
 ]  # fmt: skip
 CASES += [

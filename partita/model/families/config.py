@@ -9,7 +9,7 @@ import torch
 
 from partita.base.config import encode
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import GELUS, KINDS, SCALINGS, kind_of
+from partita.spec.hf_kinds import BERT_DROPS, GELUS, KINDS, SCALINGS, kind_of
 from partita.spec.hf_layers import written_layers
 from partita.spec.model import ModelSpec
 from partita.spec.model_hf import model_of
@@ -36,6 +36,9 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
         config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), spec.dropout)
     elif spec.family == "gpt_neox":
         config |= {"rotary_pct": spec.rotary_pct, "rotary_emb_base": spec.rope_theta}
+        config["hidden_act"] = GELUS[spec.gelu][0]
+    elif spec.family == "bert":
+        config |= dict.fromkeys(BERT_DROPS, spec.dropout)
         config["hidden_act"] = GELUS[spec.gelu][0]
     elif spec.rotates:
         config |= {"rope_theta": spec.rope_theta, "rope_scaling": _rope(spec)}

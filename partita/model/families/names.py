@@ -20,6 +20,10 @@ gpt_neox, bloom attention.wq, wk, wv                    *.query_key_value [heads
                                                         head's q, k, v behind each other, weights and biases
                 mlp.fc1, fc2                            mlp.dense_h_to_4h, dense_4h_to_h
 bloom           embedding.norm [hidden]                 word_embeddings_layernorm
+bert            attention.wq                            attention.self.query [heads * head_dim, hidden]
+                attention.norm, mlp.norm                attention.output.LayerNorm, output.LayerNorm
+                head.transform, head.norm               cls.predictions.transform.dense, transform.LayerNorm
+                head.project_bias [vocab]               cls.predictions.bias (not tied: decoder.bias)
 """
 
 from __future__ import annotations
@@ -33,28 +37,40 @@ from partita.base.errors import UsageError
 from partita.spec.hf_kinds import kind_of
 from partita.spec.model import ModelSpec
 
-# What older releases of transformers saved though it is no weight: masks, rotary tables.
+# What older releases of transformers saved though it is no weight: masks, rotary tables; and what BERT has
+# for sentences, or a second time.
 NO_WEIGHTS = re.compile(
     r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias|rotary_emb\.inv_freq)$"
+    r"|^bert\.(pooler\.|embeddings\.position_ids$)|^cls\.(seq_relationship\.|predictions\.(decoder\.)?bias$)"
 )
+OLD_NORMS = {".gamma": ".weight", ".beta": ".bias"}  # as BERT's first files call what norms have
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What a family calls what stands around its layers."""
+    """What a family calls what stands around its layers: behind `prefix` the table, the positions and the
+    norm of the first block; by their whole names the last norm, the output and, by its beginning, what else
+    stands `beside` those with the prefix."""
 
     prefix: str
     table: str
     norm: str
     output: str = "lm_head.weight"
+    first_norm: str = "word_embeddings_layernorm"
+    position: str = "wpe"
+    beside: str = "lm_head."
 
 
 WORDS = {
-    "llama": Words("model.", "embed_tokens", "norm"),
-    "gpt2": Words("transformer.", "wte", "ln_f"),
-    "gpt_neox": Words("gpt_neox.", "embed_in", "final_layer_norm", "embed_out.weight"),
-    "bloom": Words("transformer.", "word_embeddings", "ln_f"),
-}
+    "llama": Words("model.", "embed_tokens", "model.norm"),
+    "gpt2": Words("transformer.", "wte", "transformer.ln_f"),
+    "gpt_neox": Words("gpt_neox.", "embed_in", "gpt_neox.final_layer_norm", "embed_out.weight"),
+    "bloom": Words("transformer.", "word_embeddings", "transformer.ln_f"),
+    "bert": Words(
+        "bert.", "embeddings.word_embeddings", "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder.weight", "embeddings.LayerNorm", "embeddings.position_embeddings", "cls.",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +116,32 @@ def names(spec: ModelSpec) -> tuple[Source, ...]:
     prefix, layer = words.prefix, LAYERS[spec.family]
     found = [Source("embedding.table", f"{prefix}{words.table}.weight", tables, 1)]
     if spec.embedding_norm:
-        found += _norm(spec, "embedding.norm", f"{prefix}word_embeddings_layernorm")
+        found += _norm(spec, "embedding.norm", f"{prefix}{words.first_norm}")
     if spec.has_positions:
         shape = (spec.max_seq_len, hidden)
-        found.append(Source("embedding.position", f"{prefix}wpe.weight", shape, 1))
+        found.append(Source("embedding.position", f"{prefix}{words.position}.weight", shape, 1))
+    if spec.token_types:
+        shape, name = (spec.token_types, hidden), f"{prefix}embeddings.token_type_embeddings.weight"
+        found.append(Source("embedding.type", name, shape, 1))
     for i in range(spec.layers):
         found += layer(spec, i)
-    found += _norm(spec, "head.norm", f"{prefix}{words.norm}")
+    if spec.post_norm:
+        found += _transform(spec)
+    found += _norm(spec, "head.norm", words.norm)
     if not spec.tied:
         found.append(Source("head.table", words.output, tables, 1))
     return tuple(found)
+
+
+def _transform(spec: ModelSpec) -> list[Source]:
+    """What BERT's head makes of what it reads, and the biases of the output."""
+    h, dense = spec.hidden, "cls.predictions.transform.dense"
+    bias = "cls.predictions.bias" if spec.tied else "cls.predictions.decoder.bias"
+    return [
+        Source("head.transform", f"{dense}.weight", (h, h), 1),
+        Source("head.transform_bias", f"{dense}.bias", (h,), 1),
+        Source("head.project_bias", bias, (spec.vocab,), 1),
+    ]
 
 
 def _norm(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
@@ -268,9 +300,23 @@ def _fused_layer(spec: ModelSpec, i: int) -> list[Source]:
     return found + _norm(spec, f"{ours}mlp.norm", f"{theirs}post_attention_layernorm")
 
 
+def _bert_layer(spec: ModelSpec, i: int) -> list[Source]:
+    ours, theirs = f"blocks.{i}.", f"bert.encoder.layer.{i}."
+    head, found = (spec.heads, spec.head_dim), []
+    for w, name in (("wq", "query"), ("wk", "key"), ("wv", "value")):
+        file = f"{theirs}attention.self.{name}"
+        found.append(Source(f"{ours}attention.{w}", f"{file}.weight", (*head, spec.hidden), 2))
+        found.append(Source(f"{ours}attention.{w}_bias", f"{file}.bias", head, 2))
+    linears = ("attention.output.dense", "intermediate.dense", "output.dense")
+    found += _biased(spec, ours, [f"{theirs}{n}" for n in linears])
+    found += _norm(spec, f"{ours}attention.norm", f"{theirs}attention.output.LayerNorm")
+    return found + _norm(spec, f"{ours}mlp.norm", f"{theirs}output.LayerNorm")
+
+
 LAYERS = {
     "llama": _llama_layer,
     "gpt2": _gpt2_layer,
     "gpt_neox": _fused_layer,
     "bloom": _fused_layer,
+    "bert": _bert_layer,
 }

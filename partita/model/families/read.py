@@ -19,7 +19,7 @@ from torch import Tensor
 
 from partita.base.config import load_json
 from partita.base.errors import CheckpointError, UsageError
-from partita.model.families.names import NO_WEIGHTS, WORDS, Source, names
+from partita.model.families.names import NO_WEIGHTS, OLD_NORMS, WORDS, Source, names
 from partita.spec.layout import Box
 from partita.spec.model import ModelSpec
 
@@ -177,7 +177,9 @@ def _is_plain(file: str) -> bool:
 def _full_name(name: str, spec: ModelSpec) -> str:
     """Bare models are saved without the prefix of the model with a head."""
     words = WORDS[spec.family]
-    whole = name == words.output or name.startswith(words.prefix)
+    for old, new in OLD_NORMS.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    whole = name == words.output or name.startswith((words.prefix, words.beside))
     return name if whole else words.prefix + name
 
 

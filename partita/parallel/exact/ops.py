@@ -38,10 +38,16 @@ from partita.spec.program import Op
 
 def linear(op: Op, at: Place, get: Get) -> Found:
     """Needs its input for the weight's gradient; LoRA's B A x is added."""
-    out, x = at.dims(op.writes), get(op.reads[0])
+    out, x = at.dims(op.writes), _read(op, get)
     y = contract(out, x, get(op.weights[0]))
     low = [contract(out, x, *_masks(op, at, get), *map(get, op.weights[1:]))] if op.extra else []
     return {op.writes: total(out, y, *low)}
+
+
+def _read(op: Op, get: Get) -> Local:
+    """What a linear reads; its last dim may be the summed one by another name."""
+    x = get(op.reads[0])
+    return x if op.sums[0] in x.dims else replace(x, dims=(*x.dims[:-1], op.sums[0]))
 
 
 def _masks(op: Op, at: Place, get: Get) -> list[Local]:
@@ -60,8 +66,9 @@ def _masks(op: Op, at: Place, get: Get) -> list[Local]:
 def linear_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     """Two contractions; of frozen weights one."""
     x, w = op.reads[0], op.weights[0]
-    dx = contract(at.dims(x), g, get(w))
-    found: Found = {} if op.frozen else {w: contract(at.dims(w), g, get(x))}
+    like = at.dims(x) if op.sums[0] in at.dims(x) else (*at.dims(x)[:-1], op.sums[0])
+    dx = replace(contract(like, g, get(w)), dims=at.dims(x))
+    found: Found = {} if op.frozen else {w: contract(at.dims(w), g, _read(op, get))}
     if op.extra:
         (a, b), masks = op.weights[1:], _masks(op, at, get)
         dx = total(at.dims(x), dx, contract(at.dims(x), g, *masks, get(a), get(b)))
@@ -128,7 +135,11 @@ def elementwise(op: Op, at: Place, get: Get) -> Found:
         x = get(name)
         x = times(x, x.values + 1) if name in op.saves else x
         parts.append(contract(out, x, *_extra(op, at, name), *map(get, masks)))
-    parts += [_rows(get(w), at, parts[0].span("seq")) for w in op.weights]
+    for w in op.weights:
+        table = get(w)
+        first = replace(table, dims=table.dims[1:], spans=table.spans[1:], values=table.values[0])
+        typed = table.dims[0] == "types"  # of which all tokens have the first
+        parts.append(first if typed else _rows(table, at, parts[0].span("seq")))
     return {op.writes: total(out, *parts)}
 
 
@@ -141,7 +152,8 @@ def elementwise_back(op: Op, at: Place, get: Get, g: Local) -> Found:
     for w in op.weights:
         whole, seq = at.filled(w), g.span("seq")
         rows = contract(("seq", *whole.dims[1:]), g)
-        places = np.minimum(at.positions(seq), at.tokens - 1)
+        typed = whole.dims[0] == "types"
+        places = np.minimum(at.positions(seq), 0 if typed else at.tokens - 1)
         np.add.at(whole.values, places, rows.values)
         found[w] = whole
     return found

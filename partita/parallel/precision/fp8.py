@@ -215,9 +215,9 @@ class Products:
 
 
 def product_of(precision: PrecisionPlan, weight: str) -> Product:
-    """How a weight is multiplied under a plan: plainly, or of fp8 inputs; tables, the classes of images and
-    LoRA's stay as they are."""
-    plain = weight.endswith((".table", "head.project", "_lora_a", "_lora_b"))
+    """How a weight is multiplied under a plan: plainly, or of fp8 inputs; tables, the heads of images and
+    of BERT and LoRA's stay as they are."""
+    plain = weight.endswith((".table", "head.project", "head.transform", "_lora_a", "_lora_b"))
     eight = precision.dtype == "fp8" and not plain
     return Eight(precision) if eight else PLAIN
 

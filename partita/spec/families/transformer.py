@@ -1,5 +1,5 @@
 """Llama (RMSNorm, RoPE, grouped-query attention, SwiGLU), GPT-2 (LayerNorm, learned positions, GELU,
-biases, dropout) and what differs from it, GPT-NeoX and BLOOM, as Programs. docs/map.md has the table of
+biases, dropout) and what differs from it, GPT-NeoX, BLOOM and BERT, as Programs. docs/map.md has the table of
 ops, tensors and weights.
 
 With dropout 0 attention is one op (flash: keeps q, k, v, its output and the log-sum-exp); with dropout
@@ -59,6 +59,8 @@ class Family:
                 "ffn": s.ffn_hidden,
                 "vocab": s.vocab,
                 "positions": s.max_seq_len,
+                "types": s.token_types,
+                "transformed": s.hidden,
                 "pair": 2,
                 **(latent_sizes(s) if s.latent else {}),
             },
@@ -189,6 +191,8 @@ class Family:
         if experts:
             w.sizes = {**w.sizes, **expert_sizes(self.spec, self.batch, self.seq)}
         x = w.tensor("x", X)
+        if self.spec.post_norm:
+            return w.block(x, self.behind(w, x, sees))
         ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"), sees)
         if self.spec.parallel_residual:
             return w.block(x, self.beside(w, x, ao))
@@ -197,6 +201,13 @@ class Family:
         if experts:
             return w.block(x, self.residual(w, "combine", x1, moe(self.spec, w, n2), "x2"))
         return w.block(x, self.residual(w, "mlp", x1, self.mlp(w, n2), "x2"))
+
+    def behind(self, w: Writer, x: str, sees: str) -> str:
+        """Both segments, and a norm behind each sum."""
+        s1 = self.residual(w, "attention", x, self.attention(w, x, sees), "s1")
+        x1 = self.norm(w, "attention.norm", s1, "x1")
+        s2 = self.residual(w, "mlp", x1, self.mlp(w, x1), "s2")
+        return self.norm(w, "mlp.norm", s2, "x2")
 
     def beside(self, w: Writer, x: str, ao: str) -> str:
         """The mlp on attention's input: what both make is added up, then their biases and x."""
@@ -208,7 +219,7 @@ class Family:
         return self.residual(w, "mlp", x, y, "x2")
 
     def embedding(self) -> Block:
-        """Token table; for GPT-2 positions and dropout, for BLOOM a norm."""
+        """Token table; for GPT-2 positions and dropout, for BLOOM a norm, for BERT all that and types."""
         w = self.writer("embedding")
         ids = w.tensor("ids", "batch seq", "index")
         x = w.op(
@@ -220,8 +231,6 @@ class Family:
             sums=("vocab",),
             saves=ids,
         )
-        if self.spec.embedding_norm:
-            x = self.norm(w, "embedding.norm", x, "en")
         if self.spec.has_positions:
             x = w.op(
                 "embedding.add_position",
@@ -230,6 +239,11 @@ class Family:
                 ("ep", X),
                 weights={"embedding.position": "positions hidden"},
             )
+        if self.spec.token_types:
+            types = {"embedding.type": "types hidden"}
+            x = w.op("embedding.add_type", "map", x, ("et", X), weights=types)
+        if self.spec.embedding_norm:
+            x = self.norm(w, "embedding.norm", x, "en")
         if self.drops:
             w.op("embedding.mask", "mask", "", ("e_mask", X), role="mask")
             x = w.op("embedding.dropout", "map", f"{x} e_mask", ("ed", X), saves="e_mask")
@@ -237,21 +251,30 @@ class Family:
 
     def head(self) -> Block:
         """Final norm, output projection and cross-entropy by parts, so that logits stay cut: the
-        maximum, the sum of exponentials and the target's logit are each [batch, seq]."""
+        maximum, the sum of exponentials and the target's logit are each [batch, seq]. BERT's
+        transforms what it reads first."""
         w = self.writer("head")
         x = w.tensor("x", X)
-        n = self.norm(w, "head.norm", x, "n")
+        read, dims = x, X
+        if self.spec.post_norm:
+            dims = "batch seq transformed"
+            read = self.linear(w, "head.transform", x, ("t", dims), "transformed hidden", "hidden")
+            read = w.op("head.act", "map", read, ("ta", dims), saves=read)
+        n = self.norm(w, "head.norm", read, "n", dims)
+        logits = "logits.mm" if self.spec.post_norm else "logits"
         table = "embedding.table" if self.spec.tied else "head.table"
         y = w.op(
             "head.project",
             "linear",
             n,
-            ("logits", "batch seq vocab"),
+            (logits, "batch seq vocab"),
             weights={table: "vocab hidden"},
             sums=("hidden",),
             space="batch seq vocab hidden",
             saves=n,
         )
+        if self.spec.post_norm:
+            y = w.bias("head.project", y, ("logits", "batch seq vocab"), "vocab")
         return w.block(x, loss(w, y, "batch seq"))
 
 
