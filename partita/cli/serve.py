@@ -97,7 +97,8 @@ def serve(
             listener.listen()
             _tell(address_of(listener, secret), name or found.words.name, found, json)
             answer(app, listener, drain_timeout, secret)
-    note("stopped")
+            measured = found.forecast.beside(found.engine.stats().between_tokens)
+    note(f"stopped{'; ' * bool(measured)}{measured}")
 
 
 def _tell(address: str, name: str, found: Opened, json: bool) -> None:
@@ -108,8 +109,12 @@ def _tell(address: str, name: str, found: Opened, json: bool) -> None:
             "max_len": found.engine.max_len,
             "pages": runner.pages,
             "page_size": runner.page_size,
+            "weights_bytes": found.forecast.weights,
+            "pages_bytes": found.forecast.pages,
+            "predicted_itl_s": found.forecast.itl_s,
         }
         write_json({"address": address, "model": name, **told})
         return
     room = f"{runner.pages} pages of {runner.page_size} tokens"
     write_text(f"{name} at {address}/v1, {room}; Ctrl-C lets requests end and stops")
+    write_text(str(found.forecast))

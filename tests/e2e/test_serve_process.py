@@ -42,6 +42,7 @@ def test_a_stop_lets_requests_end(tmp_path):
         httpx.Client(base_url=told["address"]) as client,
     ):
         assert (told["format"], told["model"], told["pages"]) == (1, "tiny", 64)
+        assert told["pages_bytes"] > 0 < told["weights_bytes"] and "predicted_itl_s" in told
         page = (ROOT / "docs" / "serve.md").read_text()
         block = re.search(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
         code = block.replace("http://127.0.0.1:8000", told["address"])

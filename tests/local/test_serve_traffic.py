@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from serve_models import PAGE, PAGES, model, opening, sequences, walk
+import torch
+from serve_models import PAGE, PAGES, Random, model, opening, sequences, walk
 
 from partita.comm.threads.local import LocalRanks
+from partita.model.families.export import export
 from partita.model.transformer import LayerBlock
 from partita.parallel.laid import lay
 from partita.record.transfer import summarise
+from partita.serve import forecast as foretelling
 from partita.serve.part import Part
+from partita.serve.runner import open_runner
+from partita.serve.stats import Times
 from partita.simulate.serving.cut import Shape, traffic_of
 from partita.simulate.serving.memory import held
 from partita.simulate.serving.works import SERVERS
+from partita.spec.cluster import Cluster
 
 ALL = {"top_k": 4}  # every token goes to every expert: what routers choose changes nothing
 PLANS = [
@@ -67,3 +74,30 @@ def memory(part):
     }
     weights = sum(u.master.nbytes for u in part.units)
     return weights, sum(x.nbytes() for x in pages.values())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_server_says_what_it_holds(tmp_path, monkeypatch, known):
+    """Weights and pages of the fullest rank; seconds where the machine was measured, and beside them what
+    tokens took."""
+    spec = model("qwen2", tied=False)
+    export(tmp_path, spec, Random(spec).values().__getitem__, dtype=torch.float32)
+    measured = replace(Cluster.load("laptop"), piece_seconds={} if known else None)
+    monkeypatch.setattr(foretelling, "calibrated", lambda cluster: measured)
+    with closing(open_runner(tmp_path, "tp2", dtype="fp32", pages=PAGES, page_size=PAGE)) as runner:
+        told = foretelling.forecast(tmp_path, "tp2", "fp32", runner, "cpu")
+        alone = foretelling.forecast(tmp_path, "", "fp32", runner, "cpu")
+    assert told.weights < alone.weights == 4 * spec.parameters()
+    assert (
+        2 * told.pages == alone.pages == 2 * (PAGES + 1) * PAGE * 2 * 2 * 8 * 4
+    )  # layers; k, v; heads
+    tokens = Times()
+    assert not told.beside(tokens.seen())
+    tokens.add(0.5)
+    seen = told.beside(tokens.seen())
+    assert (
+        (told.itl_s is not None)
+        == known
+        == ("a token every 500 ms" in seen)
+        == ("token" in str(told))
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partita.serve.engine import Engine
+from partita.serve.forecast import Forecast, forecast
 from partita.serve.http.words import Words, words_of
 from partita.serve.runner import Backend, Runner, open_runner
 
@@ -36,6 +37,7 @@ class Opened:
     engine: Engine
     runner: Runner
     words: Words
+    forecast: Forecast
 
     def close(self) -> None:
         """Ends what runs, and the ranks."""
@@ -46,13 +48,14 @@ def opened(folder: Path, wanted: Wanted) -> Opened:
     """Loads the model. Raises CheckpointError for a folder that is none, PlanError and UsageError for a plan
     that cannot be, UsageError where it has no tokenizer."""
     words = words_of(folder)
+    device = wanted.device or words.device
     runner = open_runner(
         folder,
         wanted.plan,
         pages=wanted.pages,
         memory=None if wanted.memory_gib is None else int(wanted.memory_gib * GIB),
         dtype=wanted.dtype,
-        device=wanted.device or words.device,
+        device=device,
         backend=wanted.backend,
         step_s=wanted.step_s,
     )
@@ -65,4 +68,5 @@ def opened(folder: Path, wanted: Wanted) -> Opened:
         speculate=wanted.speculate,
         end=words.ends,
     )
-    return Opened(engine, runner, words)
+    seen = forecast(folder, wanted.plan, wanted.dtype, runner, device)
+    return Opened(engine, runner, words, seen)
