@@ -246,6 +246,13 @@ def test_logprobs_of_chats_join_to_the_content(client):
     half_ends = codecs.getincrementaldecoder("utf-8")("replace")  # no text, where the limit cuts it
     assert half_ends.decode(joined) == found.message.content
     assert all(len(t.top_logprobs) == 2 for t in found.logprobs.content)
+    chunks = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=20, temperature=0, logprobs=True, stream=True
+    )
+    told = [c.choices[0] for c in chunks if c.choices[0].finish_reason is None][1:]
+    assert "".join(c.delta.content or "" for c in told) == found.message.content
+    ids = [t.bytes for c in told for t in c.logprobs.content]
+    assert ids == [t.bytes for t in found.logprobs.content]
 
 
 def test_an_answer_satisfies_its_schema(client):
