@@ -73,6 +73,7 @@ STATES = {  # element-wise optimizers of torch.optim -> what each keeps of every
     "adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "adam": ("exp_avg", "exp_avg_sq"),
     "adamax": ("exp_avg", "exp_inf"), "radam": ("exp_avg", "exp_avg_sq"), "adagrad": ("sum",),
     "adadelta": ("square_avg", "acc_delta"), "rmsprop": ("square_avg",),
+    "nadam": ("exp_avg", "exp_avg_sq"), "asgd": ("ax",), "rprop": ("prev", "step_size"),
 }  # fmt: skip
 WITH_MOMENTUM = ("sgd", "rmsprop")
 
@@ -96,7 +97,17 @@ class TrainSpec:
     steps: int = 100
     micro_batch_size: int | None = None  # sequences; where the plan leaves num_microbatches open: 1
     optimizer: Literal[
-        "adamw", "sgd", "adam", "adamax", "radam", "adagrad", "adadelta", "rmsprop"
+        "adamw",
+        "sgd",
+        "adam",
+        "adamax",
+        "radam",
+        "adagrad",
+        "adadelta",
+        "rmsprop",
+        "nadam",
+        "asgd",
+        "rprop",
     ] = "adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)

@@ -19,7 +19,7 @@ The step's loss, and what routers did, are known with the norm: a batch that dra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Saved:
             s.master: {name: torch.empty_like(s.master, dtype=s.gradient.dtype) for name in names}
             for s in update.slots if not s.balances
         }  # fmt: skip
-        self._steps: dict[Tensor, Any] = {}
+        self._steps: dict[Tensor, dict[str, Tensor]] = {}
 
     def tensors(self) -> list[Tensor]:
         """All copies, which live as long as the run."""
@@ -69,7 +69,8 @@ class Saved:
         for copy, x in zip(self._copies, self._changed, strict=True):
             copy.copy_(x)
         states = update.optimizer.state
-        self._steps = {x: _count(states[x]) for x in self._states if states.get(x)}
+        names = state_names(update.train)
+        self._steps = {x: _whole(states[x], names) for x in self._states if states.get(x)}
         for master in self._steps:
             for name, copy in self._states[master].items():
                 copy.copy_(states[master][name])
@@ -92,16 +93,17 @@ class Saved:
                 continue
             for name, copy in copies.items():
                 states[master][name].copy_(copy)
-            if self._steps[master] is not None:
-                states[master]["step"].fill_(self._steps[master])
+            for name, x in self._steps[master].items():
+                states[master][name].copy_(x)
         update.updates, update.made, update.lr = self._counts
         if self._scaler is not None:
             assert update.model.scaler is not None
             update.model.scaler.restore(self._scaler)
 
 
-def _count(state: dict[str, Any]) -> float | None:
-    return float(state["step"]) if "step" in state else None
+def _whole(state: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of what is kept of a whole parameter: how many updates it has had, and what follows from it."""
+    return {n: x.clone() for n, x in state.items() if n not in names and isinstance(x, Tensor)}
 
 
 @dataclass(frozen=True)

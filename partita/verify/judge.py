@@ -116,6 +116,12 @@ def _optimizer(
             return torch.optim.Adadelta(groups, rho=b2, eps=eps, **plain)
         case "rmsprop":
             return torch.optim.RMSprop(groups, alpha=b2, eps=eps, momentum=momentum, **plain)
+        case "nadam":
+            return torch.optim.NAdam(groups, betas=(b1, b2), eps=eps, **plain)
+        case "asgd":
+            return torch.optim.ASGD(groups, **plain)
+        case "rprop":
+            return torch.optim.Rprop(groups, **plain)
         case _:
             return torch.optim.AdamW(groups, betas=(b1, b2), eps=eps, **plain)
 

@@ -109,7 +109,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(train):
     q = p.clone()
     resumed = optim.make_optimizer([("p", q, True)], train)
     states = {n: optim.state_tensor(through, p, n).clone() for n in optim.state_names(train)}
-    optim.restore_state(resumed, q, states, 3)
+    optim.restore_state(resumed, q, states, 3, train)
     run(range(3, 6), p, through)
     run(range(3, 6), q, resumed)
     assert torch.equal(p, q)
@@ -167,7 +167,9 @@ def test_unknown_words_are_named():
     ("plan", "optimizer"),
     [
         ("dp_shard2.zero3 tp2 2mb", "rmsprop"), ("pp2:1f1b/2mb dp_shard2.zero1 offload:nvme", "adagrad"),
-        ("2mb bf16 precision.rounding=stochastic", "adadelta"),
+        ("2mb bf16 precision.rounding=stochastic", "adadelta"), ("dp_shard2.zero2 tp2+sp 2mb", "nadam"),
+        ("pp2:1f1b/2mb dp_shard2.zero3 offload:cpu", "rprop"),
+        ("pp2:zb_h1/2mb dp_shard2.zero1 pipeline.post_validation=true", "asgd"),
     ],
 )  # fmt: skip
 def test_a_plan_equals_one_device_under_the_jobs_own_optimizer(plan, optimizer, tmp_path):

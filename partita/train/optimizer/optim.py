@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ KINDS: dict[
     "adagrad": (torch.optim.Adagrad, ("eps",)),
     "adadelta": (torch.optim.Adadelta, ("rho", "eps")),
     "rmsprop": (torch.optim.RMSprop, ("alpha", "eps", "momentum")),
+    "nadam": (torch.optim.NAdam, ("betas", "eps")),
+    "asgd": (torch.optim.ASGD, ()),
+    "rprop": (torch.optim.Rprop, ()),  # which decays nothing
 }
 
 
@@ -83,16 +88,43 @@ def state_tensor(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> 
 
 def restore_state(
     optimizer: torch.optim.Optimizer, param: Tensor, states: dict[str, Tensor], updates: int,
-    fresh: bool = False,
+    train: TrainSpec, fresh: bool = False,
 ) -> None:  # fmt: skip
     """Puts the optimizer where it was after `updates` updates of `param`, by the states it had. `fresh`:
     before the first one too, by zeros that are there already."""
     if not param.numel() or not (updates or fresh):
         return
-    state: dict[str, Tensor] = dict(states)
-    if not isinstance(optimizer, torch.optim.SGD):
-        state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=param.device)
-    optimizer.state[param] = state
+    rate = learning_rate(train, updates) if updates else optimizer.param_groups[0]["lr"]
+    if not updates and "step_size" in states:
+        states["step_size"].fill_(rate)
+    scalars = _scalars(optimizer, updates, rate)
+    optimizer.state[param] = {**states, **{n: x.to(param.device) for n, x in scalars.items()}}
+
+
+def _scalars(optimizer: torch.optim.Optimizer, updates: int, rate: float) -> dict[str, Tensor]:
+    """What torch keeps of a whole parameter after `updates` updates, the last with that rate: their number,
+    and what follows from it."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {}
+    found, group = {"step": float(updates)}, optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.NAdam):
+        found["mu_product"] = _mu_product(group["betas"][0], group["momentum_decay"], updates)
+    if isinstance(optimizer, torch.optim.ASGD):
+        less = (1 + group["lambd"] * rate * updates) ** group["alpha"]
+        found["eta"] = rate / less
+        found["mu"] = 1 / max(1.0, updates - group["t0"])
+    return {name: torch.tensor(x, dtype=torch.float32) for name, x in found.items()}
+
+
+@lru_cache(maxsize=4)  # every part of every parameter asks for the same
+def _mu_product(beta: float, decay: float, updates: int) -> float:
+    """NAdam's product of momenta, each rounded to fp32 as torch rounds it; zero from some update on."""
+    product = np.float32(1)
+    for t in range(1, updates + 1):
+        product *= np.float32(beta * (1.0 - 0.5 * 0.96 ** (t * decay)))
+        if not product:
+            break
+    return float(product)
 
 
 class PartOptimizer:
@@ -101,7 +133,7 @@ class PartOptimizer:
     def __init__(
         self, train: TrainSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        decays = (True, False)
+        decays, self._train = (True, False), train
         self._params = {d: torch.zeros(1, dtype=dtype, device=device) for d in decays}
         named = [(str(decays), p, decays) for decays, p in self._params.items()]
         self._optimizer = make_optimizer(named, train)
@@ -114,7 +146,7 @@ class PartOptimizer:
         param, optimizer = self._params[decays], self._optimizer
         set_learning_rate(optimizer, lr)
         param.data, param.grad = master, gradient
-        restore_state(optimizer, param, states, updates, fresh=True)
+        restore_state(optimizer, param, states, updates, self._train, fresh=True)
         optimizer.step()
         optimizer.state.clear()
         param.grad = None
