@@ -60,7 +60,10 @@ def answer_of_server(
     if name not in SERVERS:
         raise UsageError(f"no server '{name}'{did_you_mean(name, list(SERVERS))}", key="server")
     job = from_words(words, None, {"global_batch_size": 1, "seq_len": NEAR})
-    load = Load(options.prompt_len or 1024, options.output_len or 256, options.concurrency or 16)
+    most = job.model.max_seq_len
+    output = options.output_len or min(256, max(most // 4, 1))
+    prompt = options.prompt_len or min(1024, max(most - output, 1))
+    load = Load(prompt, output, options.concurrency or 16)
     dtype = precision or _dtype(line, job.cluster)
     sizes = (options.max_batch_tokens,) if options.max_batch_tokens else BATCH_TOKENS
     wanted = Wanted(
@@ -82,12 +85,12 @@ def _dtype(line: str | None, cluster: Cluster) -> str:
 
 
 def _search(asked: Any, wanted: Any, top: int, json: bool) -> None:
-    from partita.planner.serving.search import search
+    from partita.planner.serving.search import of_each_plan, search
     from partita.planner.serving.why import counts, document, ranked, why, would_do
 
     with waiting("plan --serve  predicting every plan", quiet=json):
         found = search(asked, wanted)
-    plans = found.plans[:top]
+    plans = of_each_plan(found.plans)[:top]
     texts = why(found, wanted) if plans else would_do(asked, wanted, found)
     if json:
         write_json(document(plans, found, texts))

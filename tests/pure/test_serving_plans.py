@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from partita.cli.main import run
-from partita.planner.serving.search import Wanted, meshes, search
+from partita.planner.serving.search import Wanted, meshes, of_each_plan, search
 from partita.serve.pages import PagePool
 from partita.serve.scheduler import Scheduler, Seq
 from partita.simulate.serving.cut import Shape
@@ -116,6 +116,14 @@ def test_what_more_of_something_does():
         assert 0 < x.mfu < 1 and 0 < x.mbu < 1
 
 
+def test_engines_of_a_node_share_its_cores():
+    laptop = replace(asked("tiny", "laptop", Load(32, 16, 4)), dtype="fp32")
+    one = predict(replace(laptop, load=Load(32, 16, 1)), Plan.parse(""))
+    four = predict(laptop, Plan.parse("dp_replicate4"))  # on two cores
+    assert four.rates.itl_s == pytest.approx(2 * one.rates.itl_s)
+    assert four.tokens_per_s == pytest.approx(2 * one.tokens_per_s)
+
+
 def test_the_best_of_all_plans():
     question = asked(load=Load(256, 64, 24))
     found = search(question, Wanted(batch_tokens=(512,)))
@@ -127,6 +135,12 @@ def test_the_best_of_all_plans():
     limit = sorted(p.rates.itl_s for p in found.plans)[3]
     quick = search(question, Wanted(max_itl_s=limit, batch_tokens=(512,)))
     assert len(quick.plans) == 4 and all(p.rates.itl_s <= limit for p in quick.plans)
+    sizes = search(question, Wanted(batch_tokens=(512, 64)))
+    lines = [p.line for p in of_each_plan(sizes.plans)]
+    assert (
+        len(sizes.plans) == 2 * len(legal) == 2 * len(set(lines))
+        and lines[0] == sizes.plans[0].line
+    )
     fewest = search(question, Wanted("devices", batch_tokens=(512,)))
     assert fewest.plans[0].plan.world_size == 1
 

@@ -68,6 +68,7 @@ class FoundServing:
     late: list[Serving] = field(default_factory=list)
     too_big: list[Serving] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
+    wrong: str = ""  # of the first that is refused
     considered: int = 0
     seconds: float = 0.0
 
@@ -80,6 +81,7 @@ def search(asked: Asked, wanted: Wanted) -> FoundServing:
         if wrong:
             found.considered += 1
             found.rejected[f"{wrong[0].room} {wrong[0].rule}"] += 1
+            found.wrong = found.wrong or wrong[0].message
             continue
         steps = steps_of(asked, plan)
         for tokens in wanted.batch_tokens:
@@ -89,6 +91,14 @@ def search(asked: Asked, wanted: Wanted) -> FoundServing:
     found.plans.sort(key=wanted.key)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def of_each_plan(plans: Sequence[Serving]) -> list[Serving]:
+    """Each plan with its best size of a step, in their order."""
+    found: dict[str, Serving] = {}
+    for p in plans:
+        found.setdefault(p.line, p)
+    return list(found.values())
 
 
 def _sort_in(p: Serving, wanted: Wanted, found: FoundServing) -> None:

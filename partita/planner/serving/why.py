@@ -12,6 +12,7 @@ from partita.planner.answers.solve import with_devices
 from partita.planner.serving.search import FoundServing, Wanted, search
 from partita.simulate.serving.predict import Asked, Serving, engine
 from partita.simulate.serving.told import says, to_json
+from partita.spec.plan import Plan
 
 HEADER = (
     "", "plan", "step", "first token", "then each", "tokens/s", "a device", "memory", "requests", "MFU",
@@ -76,15 +77,16 @@ def _beside(best: Serving, other: Serving, wanted: Wanted) -> str:
     else:
         a, b = format_count(best.tokens_per_s or 0), format_count(other.tokens_per_s or 0)
         text = f"{a} tokens/s, under {stated} {b}"
-    return f"{text}, where {says(other.binds)} bind{'s' if ' ' not in says(other.binds) else ''}"
+    return f"{text}, most of a step {says(other.binds)}"
 
 
 def start(p: Serving) -> str:
     """How its engine is started."""
     line = str(engine(p.plan))
     assert p.rates is not None
+    stated = f'--plan "{line}" ' if engine(p.plan) != Plan() else ""
     words = (
-        f'partita serve FOLDER --plan "{line}" --dtype {p.asked.dtype} --pages {p.pages} '
+        f"partita serve FOLDER {stated}--dtype {p.asked.dtype} --pages {p.pages} "
         f"--max-sequences {p.rates.running} --max-batch-tokens {p.asked.load.max_batch_tokens}"
     )
     return f"start: {words}" + (f", {p.engines} times" if p.engines > 1 else "")
@@ -94,7 +96,7 @@ def would_do(asked: Asked, wanted: Wanted, found: FoundServing) -> list[str]:
     """Where no plan does: by how much the nearest fails, and what would."""
     texts = list(_missed(wanted, found))
     if not texts:
-        return [f"no plan is legal: {', '.join(found.rejected)}"]
+        return [f"no plan is legal: {found.wrong}"]
     if asked.dtype == "fp32" and search(replace(asked, dtype="bf16"), wanted).plans:
         texts.append("in bf16 a plan does (--precision bf16)")
     for devices in _more_devices(asked):

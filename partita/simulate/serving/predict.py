@@ -145,6 +145,7 @@ def predict(asked: Asked, plan: Plan, steps: Steps | None = None) -> Serving:
         if wrong:
             return replace(found, problems=tuple(wrong))
         steps = steps_of(asked, plan)
+    steps = replace(steps, engines=found.engines)  # what is known of blocks is shared
     laid, load = steps.laid, asked.load
     found = _with_room(found, laid, None)
     running = min(found.each, found.most_sequences)

@@ -62,11 +62,12 @@ class Step:
 
 @dataclass
 class Steps:
-    """Prices steps of a laid plan on a machine, and remembers them."""
+    """Prices steps of one of so many engines of a laid plan on a machine, and remembers them."""
 
     laid: Laid
     machine: Machine
     server: Server
+    engines: int = 1
     known: dict[object, StageStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Steps:
             self.machine = replace(self.machine, software=era)
 
     def step(self, shape: Shape, under_way: float = 1.0) -> Step:
-        """A step, while others are at other stages."""
+        """A step, while others are at other stages, and other engines at theirs."""
         busy = self._busy(under_way)
         stages = tuple(self._stage(i, shape, busy) for i in range(len(self.laid.stages)))
         sends = tuple(self._send_s(i, shape) for i in range(len(stages) - 1))
@@ -132,8 +133,10 @@ class Steps:
         cluster, plan = self.machine.cluster, self.laid.request.plan
         if not cluster.cores_shared:
             return 1.0
-        alike = self.laid.mesh.world_size / plan.mesh.pp * min(under_way, plan.mesh.pp)
-        ranks = min(alike, cluster.devices_per_node)
+        own = self.laid.mesh.world_size
+        alike = own / plan.mesh.pp * min(under_way, plan.mesh.pp)
+        beside = min(self.engines, max(cluster.devices_per_node // own, 1))
+        ranks = min(alike * beside, cluster.devices_per_node)
         return cluster.crowded(round(ranks)) * max(ranks / cluster.cores_shared, 1.0)
 
 
