@@ -27,6 +27,11 @@ FAMILIES = {
     "sliding": {
         **LLAMA, "layers": 3, "sliding_window": 7, "attention_pattern": "sfn", "local_rope_theta": 50.0,
     },
+    "gemma": {
+        **LLAMA, "sliding_window": 7, "attention_pattern": "sf", "norm_placement": "both", "gate": "gelu",
+        "attention_softcap": 1.5, "logit_softcap": 2.0, "query_scalar": 7, "embedding_scale": 4.0,
+        "tied": True,
+    },
     "qwen2": {**LLAMA, "qkv_bias": True, "tied": True},
     "qwen3": {**LLAMA, "qk_norm": True},
     "gpt2": {"family": "gpt2"},

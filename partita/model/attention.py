@@ -25,7 +25,7 @@ class Attention:
     """norm -> qkv -> norms of heads -> rope -> core -> wo, added to x. `rope` holds (cos, sin) or None;
     `places` is this rank's share of the laid sequence; `core` is chosen by the laid program (see
     model/core.py); `drop_residual` is set where the model drops; `remakes` are the ops that backward
-    runs again."""
+    runs again; `post_norm` stands behind wo, with a norm before it or alone."""
 
     norm: Norm | None  # None: x comes normalised (post_norm.py)
     qkv: Column
@@ -39,6 +39,7 @@ class Attention:
     drop_residual: Dropout | None = None
     remakes: frozenset[str] = frozenset()
     qk_norms: tuple[Norm, Norm] | None = None
+    post_norm: Norm | None = None
     chained: bool = True  # one node of autograd, where its parts allow it
     _known: dict[int, Segment] = field(default_factory=dict, init=False, compare=False, repr=False)
     # its links by tokens, where all microbatches have the same
@@ -58,7 +59,9 @@ class Attention:
         """attention(norm(x))."""
         q, k, v = self._heads(x, batch)
         a = self.core(q, k, v, batch, step, training).transpose(1, 2).flatten(2)
-        y = self.wo(a, replay)
+        y = self.wo(a, replay and self.post_norm is None)  # which keeps what it reads
+        if self.post_norm is not None:
+            y = self.post_norm(y)
         if self.drop_residual is not None and training:
             y = self.drop_residual(y, step, batch)
         return y
@@ -91,6 +94,8 @@ class Attention:
         parts = parts or self.norm is None
         if parts or not self.chained or not isinstance(self.core, Flash):
             return ()
+        if self.norm is None or self.post_norm is not None:
+            return ()
         seq = self.qkv.region.shape_after(x.shape)[1]
         if replay or batch.split is not None or batch.documents is not None:
             return self._links(x, seq, batch, replay)
@@ -101,6 +106,7 @@ class Attention:
 
     def _links(self, x: Tensor, seq: int, batch: Any, replay: bool) -> Segment:
         """The same of `seq` tokens, where x is."""
+        assert self.norm is not None
         tables = (t.unsqueeze(-2) for t in self._tables(seq, batch))
         assert self.norm is not None
         return (

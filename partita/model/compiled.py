@@ -24,7 +24,7 @@ from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from partita.model.attention import Attention
-from partita.model.mlp import MLP, SwiGLU
+from partita.model.mlp import GATES, MLP
 from partita.model.parallel_residual import Beside, Joined
 from partita.model.post_norm import Behind
 from partita.model.transformer import LayerBlock
@@ -136,14 +136,15 @@ class Opaque:
 
 @dataclass(frozen=True)
 class _GatedMLP(MLP):
-    """SwiGLU's backward writes into parts of a buffer, which dynamo does not trace."""
+    """A gate's backward writes into parts of a buffer, which dynamo does not trace."""
 
     def activate(self, h: Tensor) -> Tensor:
         """As one operator."""
-        return Opaque(SWIGLU, ANY, lambda s: [*s[:-1], s[-1] // 2])(h)
+        return Opaque(BOUND[self.gate], ANY, lambda s: [*s[:-1], s[-1] // 2])(h)
 
 
-SWIGLU, ANY = Bound(SwiGLU), Called(Pass())
+BOUND = {name: Bound(function) for name, function in GATES.items()}
+ANY = Called(Pass())
 
 
 def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tensor]:
@@ -158,15 +159,22 @@ def compiled(block: LayerBlock, **options: Any) -> Callable[[Tensor, Any], Tenso
     assert attention.norm is not None and mlp.norm is not None
     make, norms = _Maker(Called(Pass())), attention.qk_norms
     found.attention = replace(
-        attention, norm=make.norm(attention.norm), qkv=make.column(attention.qkv), wo=make.row(attention.wo),
+        attention, norm=make.norm(attention.norm), post_norm=make.norm(attention.post_norm),
+        qkv=make.column(attention.qkv), wo=make.row(attention.wo),
         qk_norms=None if norms is None else (make.norm(norms[0]), make.norm(norms[1])), chained=False,
     )  # fmt: skip
     parts: dict[str, Any] = {
-        "norm": make.norm(mlp.norm), "up": make.column(mlp.up), "down": make.row(mlp.down),
+        "norm": make.norm(mlp.norm), "post_norm": make.norm(mlp.post_norm),
+        "up": make.column(mlp.up), "down": make.row(mlp.down),
     }  # fmt: skip
     kind = _GatedMLP if mlp.gated else MLP
     found.mlp = kind(
-        **parts, gated=mlp.gated, drop_residual=mlp.drop_residual, gelu=mlp.gelu, chained=False
+        **parts,
+        gated=mlp.gated,
+        drop_residual=mlp.drop_residual,
+        gelu=mlp.gelu,
+        gate=mlp.gate,
+        chained=False,
     )
     if block.beside is not None:
         join = make.join(cast(Joined, block.beside.join))
@@ -189,7 +197,9 @@ class _Maker:
 
     called: Called
 
-    def norm(self, norm: Norm) -> Any:
+    def norm(self, norm: Norm | None) -> Any:
+        if norm is None:
+            return None
         part = Bound(_RMSNorm if norm.bias is None else _LayerNorm, norm)
         return Opaque(part, self.called, list)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from partita.model.dropout import Dropout
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
-from partita.parallel.cp.tile import attend, attend_back
+from partita.parallel.cp.tile import Scale, attend, attend_back
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.kernels.chain import Link
 from partita.parallel.recompute.replay import Again
@@ -44,7 +44,7 @@ class Flash:
     """The kernel that keeps no probabilities (Dao et al. 2022)."""
 
     window: int = 0
-    scale: float | None = None  # of products; None: head_dim^-0.5
+    scale: Scale = None  # of products; None: head_dim^-0.5
     slopes: Tensor | None = None  # of these heads, where scores fall off with distance
     causal: bool = True
 
@@ -86,7 +86,7 @@ class Tiled(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Callable[[], Tensor] | None,
-        scale: float | None,
+        scale: Scale,
         causal: bool,
     ) -> Tensor:
         """One tile."""

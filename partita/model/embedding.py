@@ -22,6 +22,7 @@ class EmbeddingBlock:
         first, _ = make.vocab_range("embedding.table")
         at = make.regions.at("embedding.lookup")
         self.lookup = Lookup(make.weight("embedding.table"), first, at)
+        self.scale = spec.embedding_scale
         self.norm = make.norm("embedding.norm") if spec.embedding_norm else None
         self.type = make.weight("embedding.type") if spec.token_types else None
         self.position: Weight | None = None
@@ -35,9 +36,11 @@ class EmbeddingBlock:
         self.drop = make.dropout("dropout", "e_mask") if spec.dropout else None
 
     def __call__(self, x: Tensor | None, batch: Any) -> Tensor:
-        """Table, positions, types, norm, dropout. x, where given, is empty: a place for backward to
+        """Table, scale, positions, types, norm, dropout. x, where given, is empty: a place for backward to
         end at."""
         h = self.lookup(batch.ids, x)
+        if self.scale != 1.0:
+            h = h * self.scale
         if self.position is not None:
             if batch.split is None and not self._filled:
                 h = AddPosition.apply(h, self.position, self._span[0])

@@ -18,7 +18,7 @@ from partita.model.moe import MoE, Shared
 from partita.model.parallel_residual import Joined
 from partita.parallel.cp.alibi import slopes
 from partita.parallel.cp.ring import SharedKeys
-from partita.parallel.cp.tile import wide
+from partita.parallel.cp.tile import Capped, Scale, wide
 from partita.parallel.cp.travel import Gather, Ring
 from partita.parallel.cp.ulysses import Turned
 from partita.parallel.ep.dispatch import Exchange
@@ -70,6 +70,10 @@ class Maker:
         """A norm and its weights."""
         epsilon = self.spec.norm_eps if eps is None else eps
         return Norm.of(self.weight(name), self.bias(name), epsilon)
+
+    def norm_of(self, name: str) -> Norm | None:
+        """A norm, where the block has it."""
+        return self.norm(name) if name in self.block.tensors else None
 
     def column(self, after: str, *names: str) -> Column:
         """Linears that read what `after` wrote."""
@@ -150,7 +154,10 @@ class Maker:
         window = self.spec.window_of(self.layer)
         tape = self.regions.tape if again else None
         drop = self.dropout("attention.core", "p_mask")
-        scale = self.spec.softmax_scale if self.spec.latent else None
+        own = self.spec.latent is not None or self.spec.query_scalar
+        scale: Scale = self.spec.softmax_scale if own else None
+        if self.spec.attention_softcap:
+            scale = Capped(self.spec.softmax_scale, self.spec.attention_softcap)
         falls = self.slopes() if self.spec.alibi else None
         moves = self.regions.of("ring") or self.regions.of("all_gather")
         found: Core
@@ -190,9 +197,10 @@ class Maker:
         norms = None
         if spec.qk_norm:
             norms = self.norm("attention.q_norm"), self.norm("attention.k_norm")
-        before = "input" if spec.post_norm else "attention.norm"
+        bare = spec.post_norm or spec.norm_placement == "post"
+        before = "input" if bare else "attention.norm"
         return Attention(
-            None if spec.post_norm else self.norm("attention.norm"),
+            None if spec.post_norm else self.norm_of("attention.norm"),
             self.column(before, "attention.wq", "attention.wk", "attention.wv"),
             self.row("attention.wo"),
             self.local("q", "heads"),
@@ -204,6 +212,7 @@ class Maker:
             self.dropout("attention.residual", "ao_mask"),
             remakes,
             norms,
+            self.norm_of("attention.post_norm"),
         )
 
     def _latent(

@@ -85,7 +85,7 @@ class Reference:
     def hidden(self, ids: Tensor, documents: Tensor | None, samples: Tensor | None) -> Tensor:
         """[batch, seq, hidden] before the head."""
         s, self.auxiliary, self.samples = self.spec, Auxiliary(), samples
-        x = self.weight("embedding.table")[ids.clamp(min=0)]
+        x = self.weight("embedding.table")[ids.clamp(min=0)] * s.embedding_scale
         if s.has_positions:
             x = x + self.weight("embedding.position")[: ids.shape[1]]
         if s.token_types:
@@ -123,7 +123,10 @@ class Reference:
             x = self.gelu(x)
         x = self.norm("head.norm", x)
         x = x @ self.weight("embedding.table" if self.spec.tied else "head.table").t()
-        return x + self.weight("head.project_bias") if self.spec.post_norm else x
+        if self.spec.post_norm:
+            x = x + self.weight("head.project_bias")
+        cap = self.spec.logit_softcap
+        return (x / cap).tanh() * cap if cap else x
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact one, or by tanh."""
@@ -141,7 +144,8 @@ class Reference:
     ) -> Tensor:
         """Norm, q k v, positions, attention within documents, output projection."""
         s = self.spec
-        h = x if s.post_norm else self.norm(f"{name}.attention.norm", x)
+        bare = s.post_norm or s.norm_placement == "post"
+        h = x if bare else self.norm(f"{name}.attention.norm", x)
         if s.latent is not None:
             q, k, v = self.latent_heads(f"{name}.attention", h)
         else:
@@ -168,6 +172,8 @@ class Reference:
         if s.dropout and self.training:
             scores = (q @ k.transpose(-1, -2) * s.head_dim**-0.5).masked_fill(~mask, -torch.inf)
             a = self.drop(f"{name}.attention.core", scores.softmax(-1), samples) @ v
+        elif s.attention_softcap:
+            a = self.capped(q, k, v, mask)
         else:
             plain = documents is None and not window and not s.alibi
             mask = self.falling(mask) if s.alibi else mask
@@ -182,7 +188,17 @@ class Reference:
         wo = self.weight(f"{name}.attention.wo").flatten(1)
         a = a.transpose(1, 2).flatten(2)
         y = self.adapted(f"{name}.attention.wo", a, self.linear(a, wo))
-        return y + self.weight(f"{name}.attention.wo_bias") if s.has_biases else y
+        y = y + self.weight(f"{name}.attention.wo_bias") if s.has_biases or s.wo_bias else y
+        return y if s.norm_placement == "pre" else self.norm(f"{name}.attention.post_norm", y)
+
+    def capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention whose scores go through a tanh, made whole in the wide dtype."""
+        cap, dtype = self.spec.attention_softcap, torch.float32
+        q, k, values = (
+            t.to(torch.float64 if self.dtype == torch.float64 else dtype) for t in (q, k, v)
+        )
+        scores = cap * torch.tanh(q @ k.transpose(-1, -2) * self.spec.softmax_scale / cap)
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).to(v.dtype)
 
     def turns(self, layer: int, x: Tensor) -> list[Tensor]:
         """cos and sin of the positions of x [batch, seq, ...]; one with a window may have its own base."""
@@ -223,12 +239,17 @@ class Reference:
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         """Norm, then experts, SwiGLU, or GELU with biases."""
-        h = x if self.spec.post_norm else self.norm(f"{name}.mlp.norm", x)
+        bare = self.spec.post_norm or self.spec.norm_placement == "post"
+        h = x if bare else self.norm(f"{name}.mlp.norm", x)
         if self.spec.has_experts(int(name.rpartition(".")[2])):
             return moe(self, name, h)
         if self.spec.family == "llama":
             gate, up = (self.dense(f"{name}.mlp.gate_up", h, i) for i in (0, 1))
-            return self.dense(f"{name}.mlp.down", silu(gate) * up)
+            made = silu(gate) if self.spec.gate == "silu" else gelu(gate, approximate="tanh")
+            y = self.dense(f"{name}.mlp.down", made * up)
+            if self.spec.mlp_bias:
+                y = y + self.weight(f"{name}.mlp.down_bias")
+            return y if self.spec.norm_placement == "pre" else self.norm(f"{name}.mlp.post_norm", y)
         h = self.dense(f"{name}.mlp.fc1", h) + self.weight(f"{name}.mlp.fc1_bias")
         h = self.dense(f"{name}.mlp.fc2", self.gelu(h))
         return h + self.weight(f"{name}.mlp.fc2_bias")
@@ -236,7 +257,10 @@ class Reference:
     def dense(self, name: str, x: Tensor, part: int | None = None) -> Tensor:
         """A matrix, or the `part` of a pair of them, with its adapter."""
         w = self.weight(name)
-        return self.adapted(name, x, self.linear(x, w if part is None else w[part]), part)
+        y = self.adapted(name, x, self.linear(x, w if part is None else w[part]), part)
+        if self.spec.mlp_bias and name.endswith("mlp.gate_up"):
+            y = y + self.weight(f"{name}_bias")[part]
+        return y
 
     def adapted(
         self,

@@ -26,7 +26,7 @@ from partita.model.parallel_residual import Beside
 from partita.model.post_norm import Behind
 from partita.model.rope import tables
 from partita.parallel.ep.log import RouterLog
-from partita.parallel.kernels.chain import Segment
+from partita.parallel.kernels.chain import Segment, call
 from partita.parallel.laid import Laid
 from partita.parallel.pp.pieces import Flow, Live, Remade, run, within
 from partita.parallel.recompute.replay import Began, Recomputed, read_again, written
@@ -56,15 +56,19 @@ class LayerBlock:
             moe = make.moe(remakes)
             self.mlp, self.log = moe, moe.log
             return
+        before = "attention.norm" if spec.post_norm else "mlp.norm"
+        before = "attention.residual" if spec.norm_placement == "post" else before
         up, down = ("mlp.gate_up", "mlp.down") if gated else ("mlp.fc1", "mlp.fc2")
         self.mlp: MLP | MoE = MLP(
-            None if spec.post_norm else make.norm("mlp.norm"),
-            make.column("attention.norm" if spec.post_norm else "mlp.norm", up),
+            None if spec.post_norm else make.norm_of("mlp.norm"),
+            make.column(before, up),
             make.row(down),
             gated,
             make.dropout("mlp.residual", "mo_mask") if spec.dropout > 0 else None,
             remakes,
             spec.gelu,
+            gate=spec.gate,
+            post_norm=make.norm_of("mlp.post_norm"),
         )
         if spec.parallel_residual:
             self.beside = Beside(cast(Attention, self.attention), self.mlp, make.joined())
@@ -143,7 +147,7 @@ class HeadBlock:
     def __init__(self, make: Maker) -> None:
         self.training, self.total_valid, self.loss_scale = True, 1, 1.0
         table = "embedding.table" if make.spec.tied else "head.table"
-        self.norm = make.norm("head.norm")
+        self.norm, self.cap = make.norm("head.norm"), make.spec.logit_softcap
         self.transform: Column | None = None
         biases: list[Weight] = []
         if make.spec.post_norm:
@@ -159,12 +163,34 @@ class HeadBlock:
         """[batch, seq, local vocab], padding included."""
         if self.transform is not None:
             x = gelu(self.transform(x), approximate=self.gelu)
-        return self.project(self.norm(x))
+        return self.capped(self.project(self.norm(x)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """cap tanh(logits / cap), where the model has a cap."""
+        return call(SoftCap, logits, self.cap) if self.cap else logits
 
     def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """Sum of the valid tokens' losses over the step's valid tokens."""
         logits = self.logits(x)
         return self.loss(logits, batch.targets, batch.valid, self.total_valid, self.loss_scale)
+
+
+class SoftCap(torch.autograd.Function):
+    """cap tanh(x / cap) (Gemma 2, 2408.00118); keeps what it makes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cap: float) -> Tensor:
+        """Elementwise."""
+        y = (x / cap).tanh() * cap
+        ctx.save_for_backward(y)
+        ctx.cap = cap
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        """dy (1 - (y / cap)^2)."""
+        (y,) = ctx.saved_tensors
+        return dy * (1 - (y / ctx.cap).square()), None
 
 
 def build_blocks(

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from partita.model.core import Flash
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.split import CAUSAL, FULL, Tile
-from partita.parallel.cp.tile import Merged, attend, plain
+from partita.parallel.cp.tile import Capped, Merged, Scale, attend, plain
 from partita.parallel.cp.visible import Tokens, visible
 from partita.serve.piece import Piece
 
@@ -194,7 +194,7 @@ class Paged:
     keys: Tensor  # [pages and a scratch page, page_size, kv_heads, head_dim]
     values: Tensor
     window: int = 0
-    scale: float | None = None
+    scale: Scale = None
     slopes: Tensor | None = None
 
     @staticmethod
@@ -235,7 +235,8 @@ class Paged:
         mine = mine.reshape(many, kv, heads // kv * n, -1)
         k, v = (self._gathered(t, group) for t in (self.keys, self.values))
         mask = group.mask(self, (kv, heads // kv), q.dtype)
-        if mask.dtype != q.dtype and q.device.type != "cpu":
+        wide = mask.dtype != q.dtype and q.device.type != "cpu"
+        if isinstance(self.scale, Capped) or wide:
             # ALiBi's are fp32, which a GPU's kernels read as if they were of 16 bits
             a = plain(mine, k, v, mask, False, self.scale)[0]
         else:

@@ -156,7 +156,7 @@ class Part:
             x = region.forward(head.norm(x))[:, wanted]
         else:
             x = head.norm(x[:, wanted])
-        logits = head.project.multiply(x)[0]
+        logits = head.capped(head.project.multiply(x)[0])
         tp = self.context.comm("tp", lane=LANE)
         if tp.size > 1:
             logits = tp.all_gather(logits, site="head.logits", dim=-1)

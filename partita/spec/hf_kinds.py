@@ -122,8 +122,23 @@ seq_aux aux_loss_alpha num_nextn_predict_layers num_mtp_layers n_group topk_grou
 """
 _LATENT_KEYS = frozenset(_LATENT_WORDS.split())
 _NO_HEAD_DIM = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
-_QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False, "sliding_window": 4096}
 _WINDOW = {"sliding_window": "sliding_window"}
+GEMMAS = ("gemma2", "gemma3_text")  # whose norms multiply by 1 + weight
+_GEMMA = {
+    **_LLAMA, **_WINDOW, "query_scalar": "query_pre_attn_scalar",
+    "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",
+}  # fmt: skip
+_GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,), "attention_dropout": (0.0,), "use_bidirectional_attention": (False,),
+}  # fmt: skip
+_GEMMA_SILENT = {
+    "norm_eps": 1e-6, "tied": True, "heads": 8, "kv_heads": 4, "head_dim": 256, "query_scalar": 256,
+    "sliding_window": 4096,
+}  # fmt: skip
+_GEMMA_IS = {"norm_placement": "both", "gate": "gelu"}
+_CACHE = frozenset({"cache_implementation"})
+_QWEN = {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": False, "sliding_window": 4096}
 
 
 def _experts(count: int, each: int, width: int = 0) -> dict[str, int]:
@@ -133,8 +148,8 @@ def _experts(count: int, each: int, width: int = 0) -> dict[str, int]:
 
 KINDS: dict[str, Kind] = {
     "llama": Kind(
-        "LlamaForCausalLM", "llama", _LLAMA,
-        _SILU | _NO_BIAS | {"mlp_bias": (False,), "sliding_window": ()},
+        "LlamaForCausalLM", "llama", _LLAMA | {"mlp_bias": "mlp_bias", "wo_bias": "attention_bias"},
+        _SILU | {"sliding_window": ()},
         {"max_seq_len": 2048, "norm_eps": 1e-6, "tied": False},
     ),
     "mistral": Kind(
@@ -172,6 +187,24 @@ KINDS: dict[str, Kind] = {
         _SILU | _NO_BIAS | {"mlp_bias": (False,), "use_sliding_window": (False,)},
         {"max_seq_len": 32768, "norm_eps": 1e-6, "tied": True, "kv_heads": 4, "rope_theta": 2e6},
         neutral=frozenset({"sliding_window", "max_window_layers"}), windows="no_rope",
+    ),
+    "gemma2": Kind(
+        "Gemma2ForCausalLM", "llama", _GEMMA, _GEMMA_ONLY,
+        _GEMMA_SILENT | {"max_seq_len": 8192, "attention_softcap": 50.0, "logit_softcap": 30.0},
+        _GEMMA_IS, _CACHE, windows="2",
+    ),
+    "gemma3_text": Kind(
+        "Gemma3ForCausalLM", "llama", _GEMMA, _GEMMA_ONLY,
+        _GEMMA_SILENT | {"max_seq_len": 131072, "rope_theta": 1e6}, _GEMMA_IS | {"qk_norm": True},
+        _CACHE | {"rope_local_base_freq"},
+        windows="6",
+    ),
+    "phi3": Kind(
+        "Phi3ForCausalLM", "llama", _LLAMA | _WINDOW,
+        {k: v for k, v in _SILU.items() if k != "partial_rotary_factor"} | _NO_BIAS
+        | {"resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
+        {"max_seq_len": 4096, "tied": False}, {"layout": "phi3"},
+        frozenset({"partial_rotary_factor", "original_max_position_embeddings"}), windows="all",
     ),
     "deepseek_v2": Kind(
         "DeepseekV2ForCausalLM", "llama", _NO_HEAD_DIM | _DEEPSEEK,
@@ -241,8 +274,14 @@ def kind_of(spec: ModelSpec) -> str:
     if spec.experts:
         qwen = "qwen3_moe" if spec.qk_norm else "qwen2_moe"
         return qwen if spec.qk_norm or spec.shared_gate else "mixtral"
+    if spec.norm_placement == "both":
+        return "gemma3_text" if spec.qk_norm else "gemma2"
+    if spec.layout:
+        return spec.layout
     if "n" in spec.attention_pattern:
         return "smollm3"
+    if spec.wo_bias:
+        return "llama"
     if spec.qk_norm or spec.qkv_bias:
         return "qwen3" if spec.qk_norm else "qwen2"
     return "mistral" if spec.sliding_window else "llama"

@@ -190,6 +190,8 @@ def _modules(spec: ModelSizes) -> dict[str, tuple[str, ...]]:
     else:
         found = PEFT["latent"] | ({} if spec.latent.q else {"wq": ("q_proj",)})
     held = ("gate_up", "down") if spec.experts else ()
+    if spec.layout:  # where they share one matrix
+        held = (*held, "wq", "wk", "wv", "gate_up")
     return {target: modules for target, modules in found.items() if target not in held}
 
 

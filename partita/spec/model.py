@@ -9,8 +9,10 @@
     alexnet  convolutions in groups and fully connected layers over images (image.py); seq_len is 1
 
 Llama, GPT-2 and GPT-NeoX attend both ways where `causal` is false. A llama may have biases on q, k, v
-(Qwen2), norms of each head of q and k (Qwen3), keys and values made of a latent (DeepSeek), and experts in
-place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3): `experts` and what follows.
+(Qwen2) and elsewhere, norms of each head of q and k (Qwen3), norms behind its segments, soft caps and another
+gate (Gemma), layers that see a window, or have no RoPE, beside others that do not (`attention_pattern`), keys
+and values made of a latent (DeepSeek), and experts in place of its mlps (Mixtral, Qwen3-MoE, DeepSeek-V3):
+`experts` and what follows.
 
 FLOPs count matrix products only, two for each multiply-add, under one of three conventions:
 
@@ -75,7 +77,7 @@ class ModelSpec(ModelSizes):
         scaling = self.rope_scaling
         wide = scaling is not None and self.latent is not None and scaling.mscale_all_dim
         grown = scaling.magnitude(scaling.mscale_all_dim) if scaling is not None and wide else 1.0
-        return self.head_dim**-0.5 * grown * grown
+        return (self.query_scalar or self.head_dim) ** -0.5 * grown * grown
 
     @property
     def _attention_weights(self) -> int:
@@ -106,7 +108,12 @@ class ModelSpec(ModelSizes):
         if self.image is not None:
             return self.image.parameters(self.hidden, self.vocab) + low
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
-        found = tables + self.matmul_weights(active=False) + (2 * self.layers + 1) * self.hidden
+        found = tables + self.matmul_weights(active=False) + self.hidden
+        found += self.norms_of_segments * self.layers * self.hidden
+        if self.wo_bias:
+            found += self.layers * self.hidden
+        if self.mlp_bias:
+            found += (self.layers - self.expert_layers) * (2 * self.ffn_hidden + self.hidden)
         if self.router_bias:
             found += self.expert_layers * self.experts
         if self.qk_norm:

@@ -53,6 +53,11 @@ def _alone(spec: ModelSizes) -> Wrong:
     if not 0 <= spec.sliding_window <= LIMITS["max_seq_len"]:
         yield "sliding_window", f"{spec.sliding_window} is absurd"
     yield from _pattern(spec)
+    for name in ("query_scalar", "attention_softcap", "logit_softcap"):
+        if not 0.0 <= getattr(spec, name) < 1e9:
+            yield name, f"{getattr(spec, name)} is not 0 or more"
+    if not 0.0 < spec.embedding_scale < 1e9:
+        yield "embedding_scale", f"{spec.embedding_scale} is not larger than 0"
     if not 0.0 < spec.norm_eps < 1.0:
         yield "norm_eps", f"{spec.norm_eps} is not within 0 < norm_eps < 1"
     if (spec.image is not None) != (spec.family == "alexnet"):
@@ -106,9 +111,14 @@ ENCODE = ("llama", "gpt2", "gpt_neox", "bert")  # families whose tokens may see 
 OF_FAMILIES = {  # field -> what says nothing, and the families that may say more
     "dropout": (0.0, ("gpt2", "bert", "alexnet")), "qkv_bias": (False, ("llama",)),
     "qk_norm": (False, ("llama",)),
-    "latent": (None, ("llama",)), "rope_scaling": (None, ("llama",)), "rotary_pct": (1.0, ("gpt_neox",)),
+    "latent": (None, ("llama",)), "rope_scaling": (None, ("llama",)),
+    "rotary_pct": (1.0, ("gpt_neox", "llama")),
     "parallel_residual": (False, ("gpt_neox",)), "gelu": ("tanh", ("gpt_neox", "bert")),
     "token_types": (0, ("bert",)),
+    "wo_bias": (False, ("llama",)), "mlp_bias": (False, ("llama",)), "gate": ("silu", ("llama",)),
+    "norm_placement": ("pre", ("llama",)), "query_scalar": (0, ("llama",)),
+    "attention_softcap": (0.0, ("llama",)), "logit_softcap": (0.0, ("llama",)),
+    "embedding_scale": (1.0, ("llama",)), "layout": ("", ("llama",)),
 }  # fmt: skip
 
 
@@ -161,9 +171,13 @@ def _latent(spec: ModelSizes) -> Wrong:
     if spec.kv_heads != spec.heads:
         text = f"{spec.kv_heads} differs from heads {spec.heads}: a latent makes keys of every head"
         yield "kv_heads", text
-    for name in ("qkv_bias", "qk_norm"):
+    for name in ("qkv_bias", "wo_bias", "qk_norm", "query_scalar", "attention_softcap"):
         if getattr(spec, name):
             yield name, f"a latent has no {name}"
+    if spec.rotary_pct != 1.0:
+        yield "rotary_pct", f"{spec.rotary_pct}: a latent says what RoPE turns"
+    if spec.norm_placement != "pre":
+        yield "norm_placement", f"{spec.norm_placement}: a latent's norms stand before it"
 
 
 EXPERT_FIELDS = {
@@ -183,6 +197,9 @@ def _experts(spec: ModelSizes) -> Wrong:
     if spec.family != "llama":
         yield "experts", f"family {spec.family} has no experts"
         return
+    for name, usual in (("norm_placement", "pre"), ("gate", "silu"), ("mlp_bias", False)):
+        if getattr(spec, name) != usual:
+            yield name, f"{getattr(spec, name)}: experts have {usual}"
     groups, top = spec.router_groups, spec.router_top_groups
     inside = groups > 0 and spec.experts % groups == 0
     rules = (

@@ -14,7 +14,7 @@ from typing import Any
 
 from partita.base.config import decode, load_json
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import BERT_DROPS, GELUS, KINDS, SCALINGS, Kind
+from partita.spec.hf_kinds import BERT_DROPS, GELUS, GEMMAS, KINDS, SCALINGS, Kind
 from partita.spec.hf_layers import of_type, read_layers, refuse
 from partita.spec.model import ModelSpec
 
@@ -84,9 +84,13 @@ def model_of(config: Mapping[str, Any], file: Path, name: str = "") -> ModelSpec
     silent = {n: v for n, v in kind.defaults.items() if kind.names.get(n) not in config}
     table = silent | table | dict(kind.fixed) | {"family": kind.family, "name": name}
     table |= _dropout(config, file) if kind.family == "gpt2" else _rope(config, file)
+    table |= _gemma(config, table) if model_type in GEMMAS else {}
+    table |= {"qkv_bias": table["wo_bias"]} if model_type == "llama" and "wo_bias" in table else {}
     table |= _neox(config, file) if kind.family == "gpt_neox" else {}
     table |= _bert(config, file) if kind.family == "bert" else {}
     table |= read_layers(config, table, kind, file) | _dense(config, file)
+    if not table.get("sliding_window"):
+        table.pop("local_rope_theta", None)
     table |= _experts(config, table, file) | _latent(config, file)
     try:
         return decode(ModelSpec, table)
@@ -142,6 +146,31 @@ def _latent(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
             "router_top_groups": config.get("topk_group"),
         }
     return found
+
+
+def _gemma(config: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the token table times the root of their length; a scalar that is head_dim says nothing."""
+    found: dict[str, Any] = {}
+    if isinstance(table.get("hidden"), int):
+        found["embedding_scale"] = max(table["hidden"], 1) ** 0.5
+    if table.get("query_scalar") == table.get("head_dim"):
+        found["query_scalar"] = 0
+    return found
+
+
+def _of_kinds(config: Mapping[str, Any], file: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """A config.json whose RoPE is that of layers which see all, and the base of the others (Gemma 3):
+    transformers 4 writes rope_local_base_freq, transformers 5 a table for each kind of layer."""
+    if config["model_type"] != "gemma3_text":
+        return config, {}
+    rope = config.get("rope_parameters") or {}
+    local: Any = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
+    if isinstance(rope, Mapping) and {"sliding_attention", "full_attention"} & rope.keys():
+        config = {**config, "rope_parameters": rope.get("full_attention")}
+        local |= rope.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise refuse(file, "rope_parameters.sliding_attention", local["rope_type"], ("default",))
+    return config, {"local_rope_theta": local["rope_theta"]}
 
 
 def _neox(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -214,19 +243,23 @@ def _strange(config: Mapping[str, Any], key: str, kind: Kind) -> str:
 
 def _rope(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    config, local = _of_kinds(config, file)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UsageError(
             f"{file}: rope_scaling: an object is wanted", file=str(file), key="rope_scaling"
         )
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = dict(local)
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
         table["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or (kind != "default" and kind not in SCALINGS):
         raise refuse(file, "rope_scaling.rope_type", kind, ("default", *SCALINGS))
-    if config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if config["model_type"] == "phi3":
+        given = config.get("partial_rotary_factor") or 1.0
+        table["rotary_pct"] = rope.get("partial_rotary_factor", given)
+    elif config["model_type"] != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refuse(
             file, "rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], (1.0,)
         )

@@ -35,6 +35,18 @@ class ModelSizes:
     gelu: Literal["tanh", "erf"] = "tanh"  # gpt_neox, bert may have the exact one, erf
     rope_scaling: RopeScaling | None = None  # llama
     qkv_bias: bool = False  # llama: q, k, v have biases (gpt2 always has)
+    wo_bias: bool = False  # llama: the output projection has a bias
+    mlp_bias: bool = False  # llama: gate, up and down have biases
+    gate: Literal["silu", "gelu"] = (
+        "silu"  # llama: what the mlp's gate goes through; gelu is tanh's
+    )
+    norm_placement: Literal["pre", "post", "both"] = (
+        "pre"  # llama: before a segment, behind it, both
+    )
+    query_scalar: int = 0  # llama: products of q and k are divided by its root; 0: head_dim
+    attention_softcap: float = 0.0  # llama: scores s become c tanh(s / c); 0: as they are
+    logit_softcap: float = 0.0  # llama: logits too
+    embedding_scale: float = 1.0  # llama: what rows of the token table are multiplied by
     qk_norm: bool = False  # llama: each head of q and k is normalised before RoPE
     latent: Latent | None = None  # llama: what keys and values are made of
     causal: bool = None  # type: ignore[assignment]  # a token sees no later one; None: but of bert
@@ -70,12 +82,23 @@ class ModelSizes:
     lora_alpha: float = 0.0  # 0: lora_rank
     lora_targets: tuple[str, ...] = ()  # linears of a layer by name; empty: wq, wv
     lora_dropout: float = 0.0  # on what an adapter reads
+    layout: Literal["", "phi3"] = ""  # of Hugging Face, where nothing else tells it: fused weights
     name: str = ""
 
     @property
     def has_biases(self) -> bool:
         """Whether linear layers and norms have biases."""
         return self.family in BIASED
+
+    def bias_of(self, linear: str) -> bool:
+        """Whether a linear of a layer, 'attention.wo' or one of its mlp, has a bias."""
+        own = self.wo_bias if linear == "attention.wo" else self.mlp_bias
+        return self.has_biases or own
+
+    @property
+    def norms_of_segments(self) -> int:
+        """Norms on the residual stream of a layer."""
+        return 4 if self.norm_placement == "both" else 2
 
     @property
     def has_positions(self) -> bool:

@@ -13,11 +13,14 @@ from transformers import (
     BloomConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -29,10 +32,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom import modeling_bloom as bloom
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
@@ -68,6 +74,12 @@ def llama_islands(module: Any, prefix: str) -> list[Island]:
     return [(norm, "forward", WIDE), *rotary_islands(module, prefix)]
 
 
+def gemma_islands(module: Any, prefix: str) -> list[Island]:
+    """Of a model written after Gemma's, whose norms multiply in float32."""
+    norm = getattr(module, f"{prefix}RMSNorm")
+    return [(norm, "forward", ((".float()", 2, ".double()"),)), *rotary_islands(module, prefix)]
+
+
 GELU_BACK = (  # digits of sqrt(2 / pi), and 3 * 0.044715 of them
     ("0.79788456 *", 1, "0.7978845608028654 *"), ("(0.79788456 +", 1, "(0.7978845608028654 +"),
     ("0.1070322243 *", 1, "(0.134145 * 0.7978845608028654) *"),
@@ -82,6 +94,9 @@ ISLANDS: list[Island] = [
     *llama_islands(qwen2_moe, "Qwen2Moe"),
     *llama_islands(qwen3_moe, "Qwen3Moe"),
     *llama_islands(smollm3, "SmolLM3"),
+    *llama_islands(phi3, "Phi3"),
+    *gemma_islands(gemma2, "Gemma2"),
+    *gemma_islands(gemma3, "Gemma3"),
     (qwen2_moe.Qwen2MoeTopKRouter, "forward", QWEN_ROUTER),
     (qwen3_moe.Qwen3MoeTopKRouter, "forward", QWEN_ROUTER),
     (mixtral.MixtralTopKRouter, "forward", ((".float()", 1, ".double()"),)),
@@ -198,9 +213,40 @@ def deepseek_config(config, **changes):
     return llama_config(config, **own | changes)
 
 
+GEMMA3 = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+}
+
+
+def gemma_config(config, **changes):
+    """The root of its width is a whole number: transformers has it in float32."""
+    own = {
+        "hidden_size": 36, "sliding_window": 5, "query_pre_attn_scalar": 7, "tie_word_embeddings": True,
+        "pad_token_id": None,
+    }  # fmt: skip
+    return llama_config(config, **own | changes)
+
+
 CONFIGS = {
     "llama": llama_config,
     "llama-tied": lambda: llama_config(tie_word_embeddings=True),
+    "llama-biased": lambda: llama_config(attention_bias=True, mlp_bias=True),
+    "gemma2": lambda: gemma_config(
+        Gemma2Config, attn_logit_softcapping=0.5, final_logit_softcapping=0.7
+    ),
+    "gemma3": lambda: gemma_config(
+        Gemma3TextConfig, layer_types=GEMMA3, rope_parameters=GEMMA3_ROPE
+    ),
+    "phi3": lambda: llama_config(
+        Phi3Config,
+        head_dim=8,
+        hidden_size=32,
+        pad_token_id=None,
+        sliding_window=7,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
     "llama3-rope": lambda: llama_config(rope_parameters=LLAMA3),
     "llama-linear": lambda: llama_config(
         rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

@@ -21,9 +21,9 @@ from partita.spec.model import ModelSpec
 from partita.train.step import Microbatch
 
 KINDS = list(hf_models.CONFIGS)
-STOCK = {
-    "qwen3-moe": 3e-6
-}  # its fp32 islands, norms of heads among them, leave 1.2e-6 in one expert
+STOCK = {  # their fp32 islands, norms of heads among them, leave as much in one weight
+    "qwen3-moe": 3e-6, "llama-biased": 3e-6, "gemma2": 3e-6, "gemma3": 1e-5,
+}  # fmt: skip
 
 
 def whole(shape):
@@ -75,7 +75,9 @@ def ours(folder, documents=None):
 
 
 def as_theirs(spec, gradients, tmp_path):
-    """Gradients under the names and shapes of the file: an export is linear."""
+    """Gradients under the names and shapes of the file: an export is linear, but for what it takes off."""
+    for source in names(spec):
+        gradients[source.name] = gradients[source.name] + source.plus
     export(tmp_path / "gradients", spec, gradients.__getitem__, dtype=torch.float64)
     return load_file(tmp_path / "gradients" / "model.safetensors")
 

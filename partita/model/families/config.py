@@ -9,7 +9,7 @@ import torch
 
 from partita.base.config import encode
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import BERT_DROPS, GELUS, KINDS, SCALINGS, kind_of
+from partita.spec.hf_kinds import BERT_DROPS, GELUS, GEMMAS, KINDS, SCALINGS, kind_of
 from partita.spec.hf_layers import written_layers
 from partita.spec.model import ModelSpec
 from partita.spec.model_hf import model_of
@@ -43,6 +43,17 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
     elif spec.rotates:
         config |= {"rope_theta": spec.rope_theta, "rope_scaling": _rope(spec)}
     config |= written_layers(spec, kind)
+    if name in GEMMAS:
+        caps = {
+            "attn_logit_softcapping": spec.attention_softcap,
+            "final_logit_softcapping": spec.logit_softcap,
+        }
+        config |= {key: cap or None for key, cap in caps.items()}
+        config["query_pre_attn_scalar"] = spec.query_scalar or spec.head_dim
+    if name == "gemma3_text":
+        config["rope_local_base_freq"] = spec.local_rope_theta or spec.rope_theta
+    if name == "phi3":
+        config["partial_rotary_factor"] = spec.rotary_pct
     if name == "mixtral":
         config["intermediate_size"] = spec.expert_ffn_hidden
     if "decoder_sparse_step" in config:

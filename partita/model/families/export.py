@@ -122,6 +122,7 @@ def _join(sources: list[Source], get: Callable[[str], Tensor]) -> Tensor:
     for source in sorted(sources, key=lambda s: s.offset):
         value = get(source.name).detach()
         value = value[source.part]
+        value = value - source.plus if source.plus else value
         heads = source.dims[0] if source.step else 1
         parts.append(value.reshape(heads, source.num_rows // heads, -1))
     whole = torch.cat(parts, 1).flatten(0, 1)

@@ -14,6 +14,8 @@ deepseek        attention.q_a, wq [heads, head_dim, q]  self_attn.q_a_proj, q_b_
                 attention.kv_a [kv, hidden], k_pe       self_attn.kv_a_proj_with_mqa [kv + rope, hidden]
                 attention.wk, wv [heads, ..., kv]       self_attn.kv_b_proj [heads * (nope + v), kv]
                 router.balance_bias [experts]           mlp.gate.e_score_correction_bias
+gemma           attention.norm + 1 and the like         input_layernorm; pre_feedforward_layernorm, post_*
+phi3            attention.wq, wk, wv; mlp.gate_up       self_attn.qkv_proj; mlp.gate_up_proj, rows joined
 gpt2 (Conv1D)   attention.wq, wk, wv                    attn.c_attn [hidden, 3 * hidden], transposed
                 mlp.fc1 [ffn, hidden]                   mlp.c_fc [hidden, ffn], transposed
 gpt_neox, bloom attention.wq, wk, wv                    *.query_key_value [heads * 3 * head_dim, hidden]: each
@@ -34,7 +36,7 @@ from dataclasses import dataclass
 from math import prod
 
 from partita.base.errors import UsageError
-from partita.spec.hf_kinds import kind_of
+from partita.spec.hf_kinds import GEMMAS, kind_of
 from partita.spec.model import ModelSpec
 
 # What older releases of transformers saved though it is no weight: masks, rotary tables; and what BERT has
@@ -80,7 +82,8 @@ class Source:
     `dims` are the logical sizes that it holds. The first `rows` of them fold into its rows, the others
     into its columns; rows = len(dims) makes a vector. A `transposed` matrix lies with its columns
     first. Ours starts at row `offset` of `total` where several share one file tensor; with `step` each
-    index of the first dim begins so many rows behind the one before, and others lie between.
+    index of the first dim begins so many rows behind the one before, and others lie between. Ours are
+    theirs `plus` a number (Gemma multiplies by 1 + weight).
     """
 
     name: str
@@ -92,6 +95,7 @@ class Source:
     total: int = 0
     part: tuple[int, ...] = ()
     step: int = 0
+    plus: float = 0.0
 
     @property
     def num_rows(self) -> int:
@@ -106,6 +110,21 @@ class Source:
             return (rows,)
         columns = prod(self.dims[self.rows :])
         return (columns, rows) if self.transposed else (rows, columns)
+
+
+_BEHIND = {
+    "attention.post_norm": "post_attention_layernorm",
+    "mlp.post_norm": "post_feedforward_layernorm",
+}
+NORMS = {  # by where they stand
+    "pre": {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"},
+    "post": _BEHIND,
+    "both": {
+        "attention.norm": "input_layernorm",
+        "mlp.norm": "pre_feedforward_layernorm",
+        **_BEHIND,
+    },
+}
 
 
 def names(spec: ModelSpec) -> tuple[Source, ...]:
@@ -144,9 +163,14 @@ def _transform(spec: ModelSpec) -> list[Source]:
     ]
 
 
+def _plus(spec: ModelSpec) -> float:
+    """What a norm multiplies by, beside its weight."""
+    return 1.0 if spec.family == "llama" and kind_of(spec) in GEMMAS else 0.0
+
+
 def _norm(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
     """Scales, and biases where the family has them."""
-    found = [Source(ours, f"{theirs}.weight", (spec.hidden,), 1)]
+    found = [Source(ours, f"{theirs}.weight", (spec.hidden,), 1, plus=_plus(spec))]
     if spec.has_biases:
         found.append(Source(f"{ours}_bias", f"{theirs}.bias", (spec.hidden,), 1))
     return found
@@ -156,15 +180,47 @@ def _llama_layer(spec: ModelSpec, i: int) -> list[Source]:
     ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
     attention = f"{theirs}self_attn."
     heads = _heads if spec.latent is None else _latent
-    found = [
-        Source(f"{ours}attention.norm", f"{theirs}input_layernorm.weight", (spec.hidden,), 1),
-        *heads(spec, f"{ours}attention.", attention),
-        Source(f"{ours}mlp.norm", f"{theirs}post_attention_layernorm.weight", (spec.hidden,), 1),
-    ]
+    heads = _fused_heads if spec.layout == "phi3" else heads
+    found = heads(spec, f"{ours}attention.", attention)
+    for norm, name in NORMS[spec.norm_placement].items():
+        found += _norm(spec, f"{ours}{norm}", f"{theirs}{name}")
     if spec.has_experts(i):
         return found + _experts(spec, ours, theirs)
-    names = (f"{theirs}mlp.{n}_proj" for n in ("gate", "up", "down"))
-    return found + _swiglu(spec, f"{ours}mlp", tuple(names), spec.ffn_hidden)
+    names = tuple(f"{theirs}mlp.{n}_proj" for n in ("gate", "up", "down"))
+    if spec.layout == "phi3":
+        return found + _fused_mlp(spec, f"{ours}mlp", f"{theirs}mlp.")
+    found += _swiglu(spec, f"{ours}mlp", names, spec.ffn_hidden)
+    if spec.mlp_bias:
+        for name, at in ((names[0], (0,)), (names[1], (1,))):
+            found.append(
+                Source(f"{ours}mlp.gate_up_bias", f"{name}.bias", (spec.ffn_hidden,), 1, part=at)
+            )
+        found.append(Source(f"{ours}mlp.down_bias", f"{names[2]}.bias", (spec.hidden,), 1))
+    return found
+
+
+def _fused_mlp(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    """Phi-3: gate and up share a file tensor."""
+    wide, file = (spec.ffn_hidden, spec.hidden), f"{theirs}gate_up_proj.weight"
+    halves = [
+        Source(f"{ours}.gate_up", file, wide, 1, offset=i * wide[0], total=2 * wide[0], part=(i,))
+        for i in (0, 1)
+    ]
+    return [*halves, Source(f"{ours}.down", f"{theirs}down_proj.weight", wide[::-1], 1)]
+
+
+def _fused_heads(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
+    """Phi-3: all heads' queries, then keys, then values in one file tensor."""
+    counts = {"wq": spec.heads, "wk": spec.kv_heads, "wv": spec.kv_heads}
+    total, at, found = sum(counts.values()) * spec.head_dim, 0, []
+    for w, heads in counts.items():
+        dims = (heads, spec.head_dim, spec.hidden)
+        found.append(
+            Source(f"{ours}{w}", f"{theirs}qkv_proj.weight", dims, 2, offset=at, total=total)
+        )
+        at += heads * spec.head_dim
+    wo = (spec.hidden, spec.heads, spec.head_dim)
+    return [*found, Source(f"{ours}wo", f"{theirs}o_proj.weight", wo, 1)]
 
 
 def _latent(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
@@ -214,9 +270,11 @@ def _heads(spec: ModelSpec, ours: str, theirs: str) -> list[Source]:
     if spec.qkv_bias:
         for n, dims in (("q", q[:2]), ("k", kv[:2]), ("v", kv[:2])):
             found.append(Source(f"{ours}w{n}_bias", f"{theirs}{n}_proj.bias", dims, 2))
+    if spec.wo_bias:
+        found.append(Source(f"{ours}wo_bias", f"{theirs}o_proj.bias", (spec.hidden,), 1))
     if spec.qk_norm:
         for n in ("q_norm", "k_norm"):
-            found.append(Source(f"{ours}{n}", f"{theirs}{n}.weight", kv[1:2], 1))
+            found.append(Source(f"{ours}{n}", f"{theirs}{n}.weight", kv[1:2], 1, plus=_plus(spec)))
     return found
 
 

@@ -40,7 +40,8 @@ class Reader:
             self._sources[source.name].append(source)
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The elements of `box` of the logical tensor, in the file's dtype, shaped like the box."""
+        """The elements of `box` of the logical tensor, in the file's dtype, shaped like the box; where ours
+        are theirs and a number, in fp32 or fp64."""
         parts = {s.part: s for s in self._sources[name]}
         size = [b - a for a, b in box]
         if prod(size) == 0:
@@ -67,6 +68,8 @@ class Reader:
         found = _pick(found, 0, rows)
         if columns is not None:
             found = _pick(found, 1, columns)
+        if source.plus:
+            found = (found if found.dtype == torch.float64 else found.float()) + source.plus
         return found.reshape([b - a for a, b in box])
 
 

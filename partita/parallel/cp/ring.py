@@ -20,7 +20,7 @@ from torch import Tensor
 
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.split import CAUSAL, Split, Tile
-from partita.parallel.cp.tile import Merged, attend, attend_back, wide
+from partita.parallel.cp.tile import Merged, Scale, attend, attend_back, wide
 from partita.parallel.cp.travel import Travel
 from partita.parallel.regions import Region, Unplayed
 
@@ -34,7 +34,7 @@ class SharedKeys:
 
     travel: Travel
     regions: tuple[Region, Region]
-    scale: float | None = None
+    scale: Scale = None
     slopes: Tensor | None = None
     unplayed: Unplayed | None = None
     window: int | None = None

@@ -14,6 +14,7 @@ may be narrower (latent attention): the kernel is then given v with zeros to the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,17 +40,31 @@ def is_short(q: Tensor) -> bool:
     return low and q.device.type == "cpu" and q.shape[-2] <= SHORT and q.shape[-1] <= NARROW
 
 
+@dataclass(frozen=True, slots=True)
+class Capped:
+    """What scores become: s = `scale` q k, then `cap` tanh(s / cap) (Gemma 2, 2408.00118). No kernel has it:
+    scores are made whole."""
+
+    scale: float
+    cap: float
+
+
+Scale = float | Capped | None  # None: head_dim^-0.5
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are held in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
     """(output, lse) of one tile; lse is -inf where a query sees none of the keys. `seen` bool [batch or 1,
     1, queries, keys], or all, or what is added to scores [batch or 1, heads, queries, keys] (alibi.py), -inf
     where nothing is seen; `causal`: the upper half is hidden."""
+    if isinstance(scale, Capped):
+        return plain(q, k, v, seen, causal, scale)
     if q.device.type != "cpu":
         own = fused.attend if fused.takes(q) else plain
         return own(q, k, v, seen, causal, scale)
@@ -70,9 +85,11 @@ def attend_back(
     lse: Tensor,
     seen: Tensor | None,
     causal: bool,
-    scale: float | None = None,
+    scale: Scale = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one tile, from its rows' final output and lse."""
+    if isinstance(scale, Capped):
+        return plain_back(g, qkv, out, lse, seen, causal, scale)
     if g.device.type != "cpu":
         own = fused.attend_back if fused.takes(g) else plain_back
         return own(g, qkv, out, lse, seen, causal, scale)
@@ -123,7 +140,7 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
     """attend without a kernel: scores are made whole, in the wide dtype."""
     scores = _scores(q, k, seen, causal, scale)
@@ -140,16 +157,19 @@ def plain_back(
     lse: Tensor,
     seen: Tensor | None,
     causal: bool,
-    scale: float | None = None,
+    scale: Scale = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attend_back without a kernel."""
     q, k, v = qkv
     kv = k.shape[1]
-    probs = (_scores(q, k, seen, causal, scale) - lse.unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
+    scores = _scores(q, k, seen, causal, scale)
+    probs = (scores - lse.unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
     wide_q, wide_g, wide_out = (t.to(probs.dtype).unflatten(1, (kv, -1)) for t in (q, g, out))
     wide_k, wide_v = k.to(probs.dtype), v.to(probs.dtype)
     slope = torch.einsum("bkgqd,bksd->bkgqs", wide_g, wide_v)
     slope = probs * (slope - (wide_g * wide_out).sum(-1, keepdim=True)) * _scale(q, scale)
+    if isinstance(scale, Capped):  # hidden scores have no slope, whatever they are
+        slope *= 1 - (scores.clamp(min=-scale.cap) / scale.cap).square()
     dq = torch.einsum("bkgqs,bksd->bkgqd", slope, wide_k).flatten(1, 2)
     dk = torch.einsum("bkgqs,bkgqd->bksd", slope, wide_q)
     return dq, dk, torch.einsum("bkgqs,bkgqd->bksd", probs, wide_g)
@@ -162,19 +182,24 @@ def _added(seen: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
+def _scale(q: Tensor, scale: Scale) -> float:
+    if isinstance(scale, Capped):
+        return scale.scale
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, seen: Tensor | None, causal: bool, scale: Scale) -> Tensor:
     """[batch, kv_heads, group, queries, keys], hidden ones -inf."""
     dtype = wide(q.dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, k.to(dtype)) * _scale(q, scale)
+    if isinstance(scale, Capped):
+        scores = (scores / scale.cap).tanh() * scale.cap
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
     elif seen is not None and seen.dtype != torch.bool:
-        return scores + seen.unflatten(1, (k.shape[1], -1))
+        alike = seen.shape[1] == 1
+        return scores + (seen.unsqueeze(1) if alike else seen.unflatten(1, (k.shape[1], -1)))
     elif seen is not None:
         seen = seen.unsqueeze(1)
     return scores if seen is None else scores.masked_fill(~seen, -torch.inf)

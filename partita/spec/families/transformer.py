@@ -86,7 +86,7 @@ class Family:
         """A linear, and behind it its bias over the dims of its output that the weight has; of what is added
         up before biases are, behind the sum."""
         late = self.spec.parallel_residual and out[0] in ("ao", "mo")
-        if late or not self.biased:
+        if late or not self.spec.bias_of(name):
             return w.linear(name, x, out, weight, sums)
         y = w.linear(name, x, (f"{out[0]}.mm", out[1]), weight, sums)
         own = " ".join(d for d in out[1].split() if d in weight.split())
@@ -127,6 +127,9 @@ class Family:
         if self.spec.alibi:  # what is added to scores, and how far keys lie behind
             scratch = w.tensor("falls", "heads seq keys", "constant")
             scratch += f" {w.tensor('behind', 'seq keys', 'route')}"
+        if self.spec.attention_softcap:  # no kernel has it: scores are made whole
+            for name in ("scores", "slopes"):
+                scratch += f" {w.tensor(name, 'batch heads seq keys', 'stat')}"
         out, grid, flops = Q, GRID, 4
         if self.spec.latent is not None:
             out, grid, flops = "batch seq heads v_dim", "batch heads seq keys qk_v", 2
@@ -177,9 +180,9 @@ class Family:
         """SwiGLU, or two linears with a GELU between."""
         if not self.biased:
             out = ("gu", "batch seq pair ffn")
-            gu = w.linear("mlp.gate_up", x, out, "pair ffn hidden", "hidden")
+            gu = self.linear(w, "mlp.gate_up", x, out, "pair ffn hidden", "hidden")
             act = w.op("mlp.act", "map", gu, ("act", "batch seq ffn"), saves=gu)
-            return w.linear("mlp.down", act, ("mo", X), "hidden ffn", "ffn")
+            return self.linear(w, "mlp.down", act, ("mo", X), "hidden ffn", "ffn")
         up = self.linear(w, "mlp.fc1", x, ("up", "batch seq ffn"), "ffn hidden", "hidden")
         act = w.op("mlp.act", "map", up, ("act", "batch seq ffn"), saves=up)
         return self.linear(w, "mlp.fc2", act, ("mo", X), "hidden ffn", "ffn")
@@ -193,14 +196,26 @@ class Family:
         x = w.tensor("x", X)
         if self.spec.post_norm:
             return w.block(x, self.behind(w, x, sees))
-        ao = self.attention(w, self.norm(w, "attention.norm", x, "n1"), sees)
+        ao = self.attention(w, self.before(w, "attention", x, "n1"), sees)
         if self.spec.parallel_residual:
             return w.block(x, self.beside(w, x, ao))
-        x1 = self.residual(w, "attention", x, ao, "x1")
-        n2 = self.norm(w, "mlp.norm", x1, "n2")
+        x1 = self.residual(w, "attention", x, self.added(w, "attention", ao), "x1")
+        n2 = self.before(w, "mlp", x1, "n2")
         if experts:
             return w.block(x, self.residual(w, "combine", x1, moe(self.spec, w, n2), "x2"))
-        return w.block(x, self.residual(w, "mlp", x1, self.mlp(w, n2), "x2"))
+        mo = self.added(w, "mlp", self.mlp(w, n2))
+        return w.block(x, self.residual(w, "mlp", x1, mo, "x2"))
+
+    def before(self, w: Writer, segment: str, x: str, out: str) -> str:
+        """What a segment reads: x normalised, or x."""
+        behind = self.spec.norm_placement == "post"
+        return x if behind else self.norm(w, f"{segment}.norm", x, out)
+
+    def added(self, w: Writer, segment: str, y: str) -> str:
+        """What is added to the residual stream: what a segment made, or that normalised."""
+        if self.spec.norm_placement == "pre":
+            return y
+        return self.norm(w, f"{segment}.post_norm", y, f"{y}n")
 
     def behind(self, w: Writer, x: str, sees: str) -> str:
         """Both segments, and a norm behind each sum."""
@@ -231,6 +246,8 @@ class Family:
             sums=("vocab",),
             saves=ids,
         )
+        if self.spec.embedding_scale != 1.0:
+            x = w.op("embedding.scale", "map", x, ("es", X))
         if self.spec.has_positions:
             x = w.op(
                 "embedding.add_position",
@@ -261,8 +278,9 @@ class Family:
             read = self.linear(w, "head.transform", x, ("t", dims), "transformed hidden", "hidden")
             read = w.op("head.act", "map", read, ("ta", dims), saves=read)
         n = self.norm(w, "head.norm", read, "n", dims)
-        logits = "logits.mm" if self.spec.post_norm else "logits"
         table = "embedding.table" if self.spec.tied else "head.table"
+        capped = self.spec.logit_softcap > 0
+        logits = "logits.mm" if capped or self.spec.post_norm else "logits"
         y = w.op(
             "head.project",
             "linear",
@@ -275,6 +293,8 @@ class Family:
         )
         if self.spec.post_norm:
             y = w.bias("head.project", y, ("logits", "batch seq vocab"), "vocab")
+        if capped:
+            y = w.op("head.cap", "map", y, ("logits", "batch seq vocab"), saves="logits")
         return w.block(x, loss(w, y, "batch seq"))
 
 
