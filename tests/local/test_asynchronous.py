@@ -86,7 +86,6 @@ def listed(folder, name, words="fp64"):
     return f'pp2:"file:{path}"/4mb {words}'
 
 
-@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     ("name", "words", "model"),
     [

@@ -216,7 +216,6 @@ def test_a_scale_that_looks_back_at_the_largest_number_is_finite():
         assert torch.equal(eight.input_gradient(top, weight), top)
 
 
-@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "plan",
     [

@@ -84,7 +84,6 @@ def test_a_choice_that_is_wrong_at_low_precision_alone_is_seen(folder, monkeypat
     assert found.precision == {"fp64": True, "plan": False}, str(found)
 
 
-@pytest.mark.turns(2)
 @pytest.mark.parametrize(
     "model",
     [
