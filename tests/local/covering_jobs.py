@@ -46,6 +46,8 @@ def job(folder, row):
         if family in ("llama", "gpt_neox"):
             pattern = "sf" if "latent" in model else "sfn"
             model |= {"attention_pattern": pattern, "local_rope_theta": 50.0}
+    if row["sees"] == "documents" and ("qk_norm" in model or family == "gpt_neox"):
+        model["causal"] = False  # an encoder, of masked tokens
     if row["trains"] == "lora":
         targets = ("wq", "wo", *(("expert_gate_up", "expert_down") if "experts" in model else ()))
         model |= {"lora_rank": 2, "lora_targets": targets, "lora_dropout": 0.1}
