@@ -103,7 +103,7 @@ def _search(asked: Any, wanted: Any, top: int, json: bool) -> None:
 
 def _judge(asked: Any, wanted: Any, plan: Plan, json: bool) -> None:
     from partita.planner.serving.search import FoundServing
-    from partita.planner.serving.why import document, would_do
+    from partita.planner.serving.why import curve, curve_table, document, would_do
     from partita.simulate.serving.predict import predict
     from partita.simulate.serving.told import told
 
@@ -126,7 +126,8 @@ def _judge(asked: Any, wanted: Any, plan: Plan, json: bool) -> None:
             alone.rejected[wanted.late(best) if fits else "memory" if best.held else "plan"] = 1
         write_json(document([best], alone, texts))
     else:
-        write_text("\n".join([told(best), *texts]))
+        more = [curve_table(curve(best))] if fits else []
+        write_text("\n".join([told(best), *more, *texts]))
     if not kept:
         note(f"partita: {best.line}: {texts[0]}")
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -111,6 +112,8 @@ def test_what_more_of_something_does():
     assert at("tp2", concurrency=1).rates.itl_s < one.rates.itl_s
     four, single = at("dp_replicate4", concurrency=128), at(concurrency=32)
     assert four.tokens_per_s == pytest.approx(4 * single.tokens_per_s)
+    five, six = at("dp_replicate2", concurrency=5), at("dp_replicate2", concurrency=6)
+    assert five.tokens_per_s == pytest.approx(5 / 6 * six.tokens_per_s)
     assert at("pp2", concurrency=32).tokens_per_s > at("pp2", concurrency=1).tokens_per_s
     for x in (one, many, four):
         assert 0 < x.mfu < 1 and 0 < x.mbu < 1
@@ -160,6 +163,9 @@ def test_the_verb(capsys):
     assert run([*words, "--concurrency", "4", "--goal", "latency"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["plans"][0]["why"] and told["complete"] and told["simulated"] == 4
+    by = told["plans"][0]["by_concurrency"]
+    assert [x["concurrency"] for x in by] == [1, 2, 4, 8]
+    assert all(a["tokens_per_s"] < b["tokens_per_s"] for a, b in pairwise(by))
     assert {"ttft_s", "itl_s", "tokens_per_s", "binds", "memory", "mbu"} <= told["plans"][0].keys()
     big = ["plan", "llama3-405b", "8xh100", "--serve", "--plan", "tp8", "--max-batch-tokens", "512"]
     assert run([*big, "--json"]) == 1

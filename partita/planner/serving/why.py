@@ -10,7 +10,7 @@ from partita.base.text import table
 from partita.base.units import format_bytes, format_count, format_seconds
 from partita.planner.answers.solve import with_devices
 from partita.planner.serving.search import FoundServing, Wanted, search
-from partita.simulate.serving.predict import Asked, Serving, engine
+from partita.simulate.serving.predict import Asked, Serving, engine, predict, steps_of
 from partita.simulate.serving.told import says, to_json
 from partita.spec.plan import Plan
 
@@ -43,6 +43,37 @@ def ranked(plans: Sequence[Serving]) -> str:
         cells = format_seconds(r.ttft_s), format_seconds(r.itl_s), *rates, held
         rows.append([str(i + 1), p.line, step, *cells, str(p.most_sequences * p.engines), *shares])
     return table(rows, header=HEADER)
+
+
+def curve(best: Serving) -> list[Serving]:
+    """The plan with other numbers of requests at once: powers of two up to twice what is asked."""
+    asked, steps = best.asked, steps_of(best.asked, engine(best.plan))
+    found, many = list[Serving](), 1
+    while many <= 2 * asked.load.concurrency:
+        load = replace(asked.load, concurrency=many)
+        p = predict(replace(asked, load=load), best.plan, steps)
+        found += [p] if p.rates is not None and p.rates.running == p.each else []
+        many *= 2
+    return found
+
+
+def curve_table(plans: Sequence[Serving]) -> str:
+    """One line a number of requests."""
+    rows = []
+    for p in plans:
+        assert p.rates is not None and p.tokens_per_s is not None
+        times = format_seconds(p.rates.ttft_s), format_seconds(p.rates.itl_s)
+        rates = format_count(p.tokens_per_s), f"{p.mfu:.1%}", f"{p.mbu:.0%}", says(p.binds)
+        rows.append([str(p.asked.load.concurrency), *times, *rates])
+    header = ("at once", "first token", "then each", "tokens/s", "MFU", "memory's rate", "binds")
+    return table(rows, header=header)
+
+
+def curve_json(plans: Sequence[Serving]) -> list[dict[str, Any]]:
+    """The same as data."""
+    fields = ("ttft_s", "itl_s", "tokens_per_s", "mfu", "mbu", "binds")
+    every = ((p.asked.load.concurrency, to_json(p)) for p in plans)
+    return [{"concurrency": n, **{f: told[f] for f in fields}} for n, told in every]
 
 
 def counts(found: FoundServing) -> str:
@@ -147,4 +178,6 @@ def document(plans: Sequence[Serving], found: FoundServing, texts: list[str]) ->
         "complete": True,
         "seconds": found.seconds,
     }
+    if plans and plans[0].rates is not None:
+        told["plans"][0]["by_concurrency"] = curve_json(curve(plans[0]))
     return told if plans else told | {"why": texts}

@@ -92,11 +92,19 @@ class Serving:
         return max(self.kv_tokens, 0) // self.asked.load.page_size
 
     @property
+    def _requests_per_s(self) -> float:
+        """Of all engines: one that has fewer requests than another ends as many fewer."""
+        assert self.rates is not None
+        shared = self.asked.load.concurrency / (self.each * self.engines)
+        full = self.rates.running < self.each
+        return self.engines * self.rates.requests_per_s * (1.0 if full else shared)
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Tokens that are written a second, by all engines."""
         if self.rates is None:
             return None
-        return self.engines * self.rates.requests_per_s * self.asked.load.output_len
+        return self._requests_per_s * self.asked.load.output_len
 
     @property
     def tokens_per_s_per_device(self) -> float | None:
@@ -118,7 +126,7 @@ class Serving:
         load, model, cluster = self.asked.load, self.asked.model, self.asked.cluster
         each = FORWARD * model.train_flops_per_token(load.tokens, "model_causal") * load.tokens
         peak = cluster.peak(self.asked.dtype) * self.plan.world_size
-        return self.engines * self.rates.requests_per_s * each / peak
+        return self._requests_per_s * each / peak
 
     @property
     def mbu(self) -> float | None:
