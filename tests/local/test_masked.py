@@ -1,7 +1,10 @@
 """Masked tokens as data: which they are, what stands there, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import partita as pt
@@ -80,6 +83,27 @@ def test_what_is_asked_of_whom(tmp_path):
     assert causal.mlm_probability == 0 and open_job_data(causal).masking is None
     (found,) = job(tmp_path, {"causal": True}, mlm_probability=0.3).problems()
     assert found.severity == "warning"
+
+
+def test_a_tokenizer_says_what_masks_and_what_is_a_mark(tmp_path):
+    """BERT's: records end with [SEP], which is never chosen; [MASK] stands for what is."""
+    marks = ["[PAD]", "[SEP]", "[MASK]"]
+    words = {word: i for i, word in enumerate([*marks, *map(str, range(50))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[PAD]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(marks)
+    made.save(str(tmp_path / "tokenizer.json"))
+    lines = [{"text": " ".join(str((7 * i + k) % 50) for k in range(9))} for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = {"source": str(tmp_path / "t.jsonl"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    source |= {"mlm_probability": 1.0, "mlm_as": [1.0, 0.0, 0.0], "eval_fraction": 0.0}
+    whole = job(tmp_path, {"vocab": 53}).to_table()
+    del whole["data"]
+    data = open_job_data(pt.Job.load({**whole, "data": source}))
+    batch = data.microbatch(0, [0])
+    assert data.masking is not None and data.masking.token == 2
+    assert set(batch.ids[0].tolist()) == {1, 2}
+    assert batch.valid.equal(batch.ids == 2) and int((batch.ids == 1).sum()) == L // 10
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def tokenize(
     """The tokens of one part of a text source; of the ranks that share `cache` one does the work."""
     if cache is None:
         return Stream(*_tokenized(source, tokenizer, part))
-    what = f"{source.digest} {source.eval_fraction} {tokenizer.digest} {tokenizer.chat.digest} {part} 3"
+    what = f"{source.digest} {source.eval_fraction} {tokenizer.digest} {tokenizer.chat.digest} {part} 4"
     name = xxhash.xxh3_128_hexdigest(what.encode())
     folder = cache / "tokens"
     paths = folder / f"{name}.ids.npy", folder / f"{name}.mask.npy"

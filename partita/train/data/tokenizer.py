@@ -23,7 +23,7 @@ from partita.train.data.sources import TextSource
 from partita.train.data.token_bytes import pieces_of
 
 END = "<|endoftext|>"
-ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")
+ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 BYTES = 256
 SMALLEST = BYTES + 1  # every byte, and the end of a record
 OLDER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # what folders held before
