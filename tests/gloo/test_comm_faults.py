@@ -61,9 +61,10 @@ HOWS = ("killed", "exits 0", "stopped", "stuck in data loading")
 SLOW = [(how, kind) for how in HOWS for kind in KINDS if (how, kind) not in FAST]
 
 
-@pytest.mark.parametrize(
-    ("how", "kind"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)]
-)
+LATER = (pytest.mark.slow, pytest.mark.turns(2))
+
+
+@pytest.mark.parametrize(("how", "kind"), [*FAST, *(pytest.param(*x, marks=LATER) for x in SLOW)])
 def test_a_missing_rank_is_in_the_first_line(how, kind, tmp_path):
     gone = how in ("killed", "exits 0")
     told = gone and kind != "hosts"  # by the system

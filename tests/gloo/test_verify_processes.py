@@ -30,6 +30,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("row", "backend"), each)
 
 
+@pytest.mark.turns(2)
 @pytest.mark.timeout(120)
 def test_a_third_of_the_plans_of_many_features_equals_one_device_on_processes(
     row, backend, tmp_path

@@ -17,6 +17,7 @@ CASES = [
 ]
 
 
+@pytest.mark.turns(2)
 @pytest.mark.parametrize("example", CASES)
 def test_an_example_runs(example, tmp_path):
     """Under torchrun where its docstring says so; within a minute of two cores, which other tests may

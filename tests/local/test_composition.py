@@ -25,20 +25,18 @@ def test_the_page_names_every_plan_and_what_refuses_the_rest(tmp_path):
     assert covering_docs.PAGE.read_text() == made, "python tests/local/covering_docs.py writes it"
 
 
-@pytest.mark.parametrize("row", covering.third(covering_jobs.ROWS, 0), ids=covering.name)
-def test_a_plan_of_many_features_equals_one_device(row, tmp_path):
-    found = verify(covering_jobs.job(tmp_path, row), brief=True)
-    assert found.equal, str(found)
-
-
 ONLY = ("fp64", "plan")
-WAYS = [(row, way) for row in covering.third(covering_jobs.ROWS, 1) for way in ONLY]
+WAYS = [
+    pytest.param(row, way, marks=pytest.mark.slow if part else [])
+    for part in range(2)
+    for row in covering.third(covering_jobs.ROWS, part)
+    for way in ONLY
+]
 
 
-@pytest.mark.slow
 @pytest.mark.turns(2)
 @pytest.mark.parametrize(("row", "only"), WAYS, ids=lambda x: x if x in ONLY else covering.name(x))
-def test_the_other_plans_equal_one_device_in_one_of_two_ways(row, only, tmp_path):
+def test_a_plan_of_many_features_equals_one_device(row, only, tmp_path):
     """In float64 one half of them, at its own precision the other, as they take turns."""
     found = verify(covering_jobs.job(tmp_path, row), brief=True, only=only)
     assert found.equal, str(found)

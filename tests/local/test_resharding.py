@@ -136,8 +136,11 @@ def held(path):
     return found
 
 
+LATER = (pytest.mark.slow, pytest.mark.turns(2))
+
+
 @pytest.mark.parametrize(
-    "chain", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CHAINS]
+    "chain", [c if c in QUICK else pytest.param(c, marks=LATER) for c in CHAINS]
 )
 def test_a_run_handed_from_plan_to_plan_is_one_device_s(chain, tmp_path):
     model, *lines = CHAINS[chain]
