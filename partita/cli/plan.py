@@ -28,7 +28,7 @@ from partita.spec.job import Job
 if TYPE_CHECKING:
     from partita.planner.answers.ask import Answer
 
-OF_SEARCH = ("solve", "pareto", "fix", "forbid", "precision")
+OF_SEARCH = ("solve", "pareto", "fix", "forbid", "precision", "survive")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ def plan(
     ] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the plans as one page.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the job with its plan.")] = None,
+    survive: Annotated[
+        int, typer.Option(min=0, help="Losses of a node (or a device) to have a plan for each.")
+    ] = 0,
     serve: Annotated[bool, typer.Option("--serve", help="A plan to serve, not to train.")] = False,
     prompt_len: Annotated[
         int | None, typer.Option(min=1, help="Served: tokens of a prompt.")
@@ -92,6 +95,7 @@ def plan(
         "global_batch_size": global_batch_size, "seq_len": seq_len,
         "micro_batch_size": micro_batch_size, "fix": fix, "forbid": forbid, "pareto": pareto,
         "solve": solve, "measure": measure, "html": html, "save": save,
+        "survive": survive,
     }  # fmt: skip
     hold_apart(serve, served, training)
     if serve:
@@ -106,7 +110,7 @@ def plan(
     hold_place(save)
     words_of = (tuple(fix or ()), tuple(forbid or ()))
     if line is not None:
-        asked = (solve, pareto, *words_of, precision)
+        asked = (solve, pareto, *words_of, precision, survive)
         _hold_alone(dict(zip(OF_SEARCH, asked, strict=True)))
         _judge(from_words(words, line, batch), goal, Files(html, save), measure, json)
         return
@@ -125,11 +129,22 @@ def plan(
     if measure and answer.plans:
         answer = _measured(job, answer, measure)
     if answer.plans:
+        if survive:
+            answer = _with_survivors(job, answer, survive, budget)
         _write(job, answer, Files(html, save))
     _tell(answer, json)
     if not answer.plans:
         note(f"partita: {next(iter(answer.texts), 'no plan fits')}")
         raise typer.Exit(1)
+
+
+def _with_survivors(job: Job, answer: Answer, losses: int, budget: float) -> Answer:
+    """With plans for what losses leave of the best plan's ranks."""
+    from partita.planner.answers.survive import survivors, told
+
+    best = answer.plans[0]
+    found = survivors(job.with_plan(best.plan), losses, budget)
+    return replace(answer, survive=found, texts=(*answer.texts, *told(found, best)))
 
 
 def _hold_alone(asked: dict[str, Any]) -> None:
@@ -143,7 +158,9 @@ def _hold_alone(asked: dict[str, Any]) -> None:
 def _write(job: Job, answer: Answer, files: Files) -> None:
     """What the user asked for of plans that were found, the best first."""
     if files.save is not None:
-        write_file(files.save, job.with_plan(answer.plans[0].plan).to_toml())
+        kept = tuple(p.plan for p in answer.survive.values() if p is not None)
+        saved = replace(job.with_plan(answer.plans[0].plan), survive=kept or job.survive)
+        write_file(files.save, saved.to_toml())
     if files.html is not None:
         write_file(files.html, _page(job, answer))
 

@@ -57,8 +57,11 @@ class Job:
     adapter_path: str | None = None
     file: str | None = field(default=None, compare=False)
     auto: bool = False
+    survive: tuple[str, ...] = ()  # plans for fewer ranks, where some are lost
 
     def __post_init__(self) -> None:
+        for line in self.survive:
+            _plan_of(line, "survive")
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", self.name):
             text = f"{self.name[:100]!r} names a folder: letters, digits, dot, dash and underscore"
             raise UsageError(text, key="name")
@@ -129,6 +132,13 @@ class Job:
         """The same job under another plan."""
         return replace(self, plan=_plan_of(plan), auto=False)
 
+    def for_ranks(self, ranks: int) -> Job:
+        """The same job under the first plan of `survive` that has so many ranks; itself where its own has
+        them, or none does."""
+        lines = () if ranks == self.plan.world_size else self.survive
+        plans = (_plan_of(line, "survive") for line in lines)
+        return next((self.with_plan(p) for p in plans if p.world_size == ranks), self)
+
     def problems(self) -> list[Problem]:
         """What the job's arithmetic alone shows; the rooms find the rest."""
         from partita.spec.job_check import problems_of_job
@@ -153,6 +163,7 @@ class Job:
             "seed": self.seed,
             "device": self.device,
             "plan": "auto" if self.auto else str(self.plan),
+            **({"survive": list(self.survive)} if self.survive else {}),
             "model": model,
             "cluster": self.cluster.to_toml(),
             "data": encode(self.data),
@@ -164,12 +175,12 @@ class Job:
         return to_toml(self.to_table())
 
 
-def _plan_of(stated: Plan | str) -> Plan:
-    """A plan, or that of a line. Raises UsageError under the key `plan`."""
+def _plan_of(stated: Plan | str, key: str = "plan") -> Plan:
+    """A plan, or that of a line. Raises UsageError under the key."""
     if isinstance(stated, Plan):
         return stated
     try:
         return Plan.parse(stated)
     except UsageError as error:
-        error.key = "plan"
+        error.key = key
         raise

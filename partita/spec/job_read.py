@@ -33,6 +33,7 @@ class _File:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     plan: str | dict[str, Any] = ""
+    survive: tuple[str, ...] = ()
     cluster: dict[str, Any] = field(default_factory=lambda: {"preset": "laptop"})
     data: DataSpec = field(default_factory=DataSpec)
 
@@ -56,6 +57,7 @@ def read_job(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -
             train=stated.train,
             plan=plan,
             auto=stated.plan == "auto",
+            survive=stated.survive,
             data=stated.data.in_folder(folder),
             name=_name(file) if stated.name is None else stated.name,
             seed=stated.seed,

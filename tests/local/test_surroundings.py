@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from partita.base.refused import refused, require_proc
 from partita.model.families import export
 from partita.model.reference import weight_shapes
 from partita.spec.job import Job
+from partita.spec.plan import Plan
 from partita.train.checkpoints import checkpoint, pieces
 from partita.train.launch import launcher as launch
 from partita.train.launch import oom
 from partita.train.launch.rank import _named
 from partita.train.launch.start import _changed, run_folder
+from partita.train.launch.torchrun import for_started, hold_world
 
 DRAW = [sys.executable, "-m", "partita", "draw", "1f1b", "-p", "2", "-m", "2"]
 WRONG = [sys.executable, "-m", "partita", "simulate", "nowhere.toml"]
@@ -126,6 +129,22 @@ def test_a_start_that_updates_otherwise_says_so(tmp_path):
     assert _changed(longer, before) == "" == _changed(again, tmp_path / "nowhere.toml")
     cosine = Job.load(tmp_path / "job.toml", "train.steps=9", 'train.lr_schedule="cosine"')
     assert _changed(cosine, before).endswith("(it was constant), train.steps = 9 (it was 1)")
+
+
+def test_so_many_ranks_as_torchrun_started_take_the_plan_that_is_kept_for_them(
+    tmp_path, monkeypatch, caplog
+):
+    job = replace(_job(tmp_path), survive=("tp2", "dp_replicate3", "dp_shard3")).with_plan("tp4")
+    assert for_started(job) is job
+    for ranks, plan in ((4, "tp4"), (3, "dp_replicate3"), (2, "tp2"), (1, "tp4")):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        found = for_started(job)
+        assert found.plan.mesh == Plan.parse(plan).mesh and found.train == job.train
+    told = [record.message.split(": ")[0] for record in caplog.records]
+    assert told == ["3 of 4 ranks are there", "2 of 4 ranks are there"]
+    with pytest.raises(UsageError, match=r"started 1 ranks.* and no plan of survive has 1: change"):
+        hold_world(for_started(job), 1)
 
 
 def test_what_the_system_refuses_is_told_with_what_mends_it(tmp_path, monkeypatch):

@@ -27,6 +27,11 @@ def document(answer: Answer) -> dict[str, Any]:
         "not_searched": list(found.not_searched),
         "seconds": found.seconds,
     }
+    if answer.survive:
+        told["survive"] = [
+            {"ranks": n, "plan": p and p.plan, "step_time_s": p and p.step_time_s}
+            for n, p in answer.survive.items()
+        ]
     if answer.measured:
         told["others"] = answer.others
     if solved is not None:

@@ -58,7 +58,8 @@ class Question:
 class Answer:
     """What was found, and sentences: why the best plan, or why none fits and what would. `measured`: seconds
     of a step and bytes of the fullest rank by the line of a plan that was run; `others`: cores that other
-    work took meanwhile, None where nobody counts."""
+    work took meanwhile, None where nobody counts; `survive`: by the ranks that are left when some are lost,
+    the best plan."""
 
     found: Found
     plans: tuple[Prediction, ...]
@@ -66,6 +67,7 @@ class Answer:
     solved: Solved | None = None
     measured: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     others: float | None = None
+    survive: Mapping[int, Prediction | None] = field(default_factory=dict)
 
 
 def searched(search: Search, goal: Goal, question: Question) -> Found:

@@ -34,7 +34,7 @@ from partita.train.launch.oom import Killed, advice, own_group
 from partita.train.launch.rank import Report, RunSpec, run_rank
 from partita.train.launch.stacks import asked, crashed, short, size_of
 from partita.train.launch.start import answer, finished, prepare, run_folder, with_text
-from partita.train.launch.torchrun import train_as_rank
+from partita.train.launch.torchrun import for_started, train_as_rank
 
 GRACE_S = 2.0  # for the others to say what they saw, once one has failed
 TOGETHER_S = 0.2  # signals closer than that are one: `timeout` sends its own to the launcher and to its group
@@ -59,6 +59,7 @@ def train(
     BusyError, StoppedError.
     """
     require_job(job, "train")
+    job = for_started(job)
     computes_on_gpu(job)
     prediction = judged(job)
     if any(p.severity == "error" for p in prediction.problems):

@@ -55,11 +55,24 @@ class _Told:
     scratch: str | None  # on one host the folder of what its ranks share
 
 
+def for_started(job: Job) -> Job:
+    """The job under the plan that it keeps for as many ranks as torchrun started, if its own has more; each
+    rank finds the same. Rank 0 says so."""
+    rank, world, _ = torchrun_rank() or (0, job.plan.world_size, 0)
+    found = job.for_ranks(world)
+    if found is not job and rank == 0:
+        logging.getLogger("partita").warning(
+            "%d of %d ranks are there: trains under %s", world, job.plan.world_size, found.plan
+        )
+    return found
+
+
 def hold_world(job: Job, started: int) -> None:
     """Raises UsageError where torchrun started more or fewer ranks than the plan has."""
     if started != job.plan.world_size:
+        kept = f", and no plan of survive has {started}" if job.survive else ""
         raise UsageError(
-            f"torchrun started {started} ranks, the plan {job.plan} needs {job.plan.world_size}: "
+            f"torchrun started {started} ranks, the plan {job.plan} needs {job.plan.world_size}{kept}: "
             "change --nproc-per-node or --nnodes, or the plan"
         )
 
