@@ -14,6 +14,7 @@ TOLD = {  # room and rule of an error -> words of README's list
     "pp layers": "fewer layers than stages", "pp split": "`pipeline.split`", "pp costs": "are `auto`'s",
     "pp copies": "`copies`", "pp schedule": "does not exist for these numbers", "sp seq_len": "`+sp` and",
     "pp zero_stage": "no ZeRO 2 or 3", "pp precision": "no fp16", "pp clip_grad_norm": "no clipping",
+    "pp replay_every": "no `train.replay_every`",
     "pp tied": "no tied table", "pp microbatches": "does not exist for these numbers",
     "precision rounding": "under fp32", "split channels": "`split`, `halo` on sequences",
     "split groups": "groups and channels", "split axes": "without experts",
