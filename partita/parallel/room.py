@@ -42,7 +42,8 @@ class Request:
 
     `state_words` is the number of fp32 values an optimizer keeps for a parameter (AdamW 2; SGD 1 with
     momentum, else 0); masters are the precision room's. `frozen` says which weights have no gradient;
-    `packed`, that samples are packed of documents, so that each has a mask of its own.
+    `packed`, that samples are packed of documents, so that each has a mask of its own. `update_passes`: what
+    an optimizer without a fused kernel reads and writes of a parameter, in fp32 values.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Request:
     state_words: int = 2
     frozen: Frozen = field(default_factory=Frozen)
     packed: bool = False
+    update_passes: int = 0
 
     @property
     def laid_len(self) -> int:

@@ -44,7 +44,7 @@ from partita.simulate.unequal import limits, machine_at, peak_flops
 from partita.spec.cluster import Cluster
 from partita.spec.job import Job, require_job
 from partita.spec.program import distinct
-from partita.spec.train import states_of
+from partita.spec.train import passes_of, states_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def request_of(job: Job) -> Request:
     return Request(
         job.plan, job.model, job.train.seq_len, job.micro_batch_size, words, job.frozen,
         packed=job.data.documents is not None,
+        update_passes=passes_of(job.train.optimizer, job.train.momentum),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def step_time(
         found = _reduction(laid, between, backward_s * (blocks - 1) / blocks, here, updates or 1)
         away = sum((works.stages[i].away for i in mine), Counter())
         beyond = update_away(away, once, here)
-        moved = 0.0 if updates else sum(update_bytes(works.stages[i].states) for i in mine)
+        moved = 0.0 if updates else sum(moved_bytes(works.stages[i].states, laid) for i in mine)
         if not away["optimizer"]:
             moved += BROUGHT_PASSES * away["gradients"]
         own = update_seconds(moved, here) if moved else 0.0
@@ -77,7 +77,7 @@ def stage_update_s(works: Works, laid: Laid, machine: Machine) -> list[float]:
         return [0.0] * len(works.stages)
     places = [machine_at(laid, stage.places, machine) for stage in laid.stages]
     each = zip(works.stages, places, strict=True)
-    return [update_seconds(update_bytes(work.states), here) for work, here in each]
+    return [update_seconds(moved_bytes(work.states, laid), here) for work, here in each]
 
 
 def _reduction(
@@ -101,6 +101,20 @@ def update_seconds(moved: float, machine: Machine) -> float:
     """Seconds of an update that moves so many bytes, on the device: as measured, or by the memory's rate."""
     measured = machine.piece("update", "fp32")
     return on_curve(moved, measured) if measured else moved / machine.memory_rate
+
+
+def moved_bytes(states: Mapping[str, int], laid: Laid) -> float:
+    """Bytes that the job's own update moves: by one kernel, or operator by operator, where gradients are
+    passed over three times before it."""
+    passes = laid.request.update_passes
+    if not passes:
+        return update_bytes(states)
+    blocks = (b for b in laid.program.blocks for t in b.tensors.values() if t.role == "optimizer")
+    held = [t for t in next(blocks).tensors.values() if t.role == "optimizer"]
+    unit = held[0].name.rpartition(".")[0]
+    words = sum(t.dims[0].size for t in held if t.name.rpartition(".")[0] == unit)
+    before = states["parameters"] + (GRADIENT_PASSES - 1) * states["gradients"]
+    return before + passes * states["optimizer"] / words
 
 
 def update_bytes(states: Mapping[str, int]) -> float:

@@ -76,6 +76,12 @@ STATES = {  # element-wise optimizers of torch.optim -> what each keeps of every
     "nadam": ("exp_avg", "exp_avg_sq"), "asgd": ("ax",), "rprop": ("prev", "step_size"),
 }  # fmt: skip
 WITH_MOMENTUM = ("sgd", "rmsprop")
+PASSES = {  # those without a fused kernel -> numbers of an element that torch's operators read and write,
+    # one after the other (torch/optim/*.py, _single_tensor_*, with decay): adagrad's are the gradient and
+    # decay 3, sum 3, root 2, eps 2, the weight 4
+    "adamax": 19, "radam": 29, "nadam": 25, "adagrad": 14, "adadelta": 30, "rmsprop": 16, "asgd": 10,
+    "rprop": 34,
+}  # fmt: skip
 
 
 def states_of(optimizer: str, momentum: float) -> tuple[str, ...]:
@@ -86,6 +92,15 @@ def states_of(optimizer: str, momentum: float) -> tuple[str, ...]:
     """
     moves = ("momentum_buffer",) if momentum and optimizer in WITH_MOMENTUM else ()
     return STATES[optimizer] + moves
+
+
+def passes_of(optimizer: str, momentum: float) -> int:
+    """Numbers of an element that an update reads and writes operator by operator; 0: one fused kernel.
+
+    >>> passes_of("rmsprop", 0.9), passes_of("adamw", 0.0)
+    (21, 0)
+    """
+    return PASSES.get(optimizer, 0) + 5 * bool(momentum and optimizer == "rmsprop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,15 @@ def test_a_slow_host_is_waited_for():
     assert timed(laid, slow, 16).seconds > 2 * timed(laid, machine, 16).seconds
 
 
+def test_an_update_without_a_fused_kernel_passes_operator_by_operator():
+    """Of an element asgd moves 10 numbers, adagrad 14, adadelta 30, whatever they keep."""
+    plain = job("dp2 1mb fp32")
+    names = ("adagrad", "asgd", "adadelta")
+    made = (replace(plain, train=replace(plain.train, optimizer=name)) for name in names)
+    adagrad, asgd, adadelta = (simulate(of).time["optimizer_s"] for of in made)
+    assert adadelta - adagrad == pytest.approx(4 * (adagrad - asgd), rel=0.01)
+
+
 def test_sixteen_thousand_ranks_take_a_moment():
     one = pt.Job.of("llama3-405b", "16384xh100", "pp16:1f1b/16mb dp_replicate128 tp8+sp bf16",
                     global_batch_size=2048, seq_len=8192)  # fmt: skip
