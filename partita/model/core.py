@@ -22,7 +22,7 @@ from torch import Tensor
 from partita.model.dropout import Dropout
 from partita.parallel.cp.alibi import biased
 from partita.parallel.cp.ring import Probabilities, SharedKeys, Use
-from partita.parallel.cp.tile import Scale, attend, attend_back
+from partita.parallel.cp.tile import Scale, attend, attend_back, wide
 from partita.parallel.cp.visible import Tokens, visible
 from partita.parallel.kernels.chain import Link
 from partita.parallel.recompute.replay import Again
@@ -52,31 +52,52 @@ class Flash:
         self, q: Tensor, k: Tensor, v: Tensor, batch: Any, step: int, training: bool
     ) -> Tensor:
         """Without a mask where at most the upper half is hidden."""
-        mask = self._mask(q.shape[-2], batch, q.device)
-        return Tiled.apply(q, k, v, mask, self.scale, self.causal)  # type: ignore[return-value]
+        seq = q.shape[-2]
+        mask = self._mask(seq, batch, q.device)
+        bands = bands_of(seq, self.window, self.causal)
+        return Tiled.apply(q, k, v, mask, self.scale, bands, self.causal)  # type: ignore[return-value]
 
     def link(self, seq: int, batch: Any, device: torch.device) -> Link:
         """The same of `seq` tokens as a link of a chain."""
-        return Tiled, self._mask(seq, batch, device), self.scale, self.causal
+        bands = bands_of(seq, self.window, self.causal)
+        return Tiled, self._mask(seq, batch, device), self.scale, bands, self.causal
 
-    def _mask(self, seq: int, batch: Any, device: torch.device) -> Callable[[], Tensor] | None:
-        """What makes the mask; None where attention is causal, or full, and nothing else."""
+    def _mask(self, seq: int, batch: Any, device: torch.device) -> Callable[[Band], Tensor] | None:
+        """What makes the mask of a band; None where attention is causal, or full, and nothing else."""
         if batch.documents is None and not 0 < self.window < seq and self.slopes is None:
             return None
         documents = batch.documents  # alone: a link that is kept shall hold no batch
 
-        def mask() -> Tensor:
+        def mask(band: Band) -> Tensor:
             tokens = Tokens.first(seq, documents, device)
+            q, k = tokens.part(*band[:2]), tokens.part(*band[2:])
             if self.slopes is not None:
-                return biased(self.slopes, tokens, tokens, self.window)
-            return visible(tokens, tokens, self.window, self.causal).unsqueeze(1)
+                return biased(self.slopes, q, k, self.window)
+            return visible(q, k, self.window, self.causal).unsqueeze(1)
 
         return mask
 
 
+Band = tuple[int, int, int, int]  # first query and behind the last, first key and behind the last
+BAND = 256  # queries of a band, at least
+
+
+def bands_of(seq: int, window: int, causal: bool = True) -> tuple[Band, ...]:
+    """Queries side by side, each with all keys that any of them sees: what no window reaches is not computed.
+    One band where that would be less than half of the sequence's queries, or there is no window."""
+    size = max(window, BAND)
+    if not window or seq < 2 * size:
+        return ((0, seq, 0, seq),)
+    ahead = 0 if causal else window - 1
+    firsts = range(0, seq, size)
+    return tuple(
+        (a, min(a + size, seq), max(a - window + 1, 0), min(a + size + ahead, seq)) for a in firsts
+    )
+
+
 class Tiled(torch.autograd.Function):
-    """Flash by a device's kernels as they are (parallel/cp/tile.py), whose backward begins with the output
-    and its lse alone: a mask is not kept, backward makes it again. `causal` says whether the
+    """Flash by a device's kernels as they are (parallel/cp/tile.py), a tile a band, whose backward begins
+    with the output and its lse alone: a mask is not kept, backward makes it again. `causal` says whether the
     upper half is hidden where there is none."""
 
     @staticmethod
@@ -85,25 +106,45 @@ class Tiled(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Callable[[], Tensor] | None,
+        mask: Callable[[Band], Tensor] | None,
         scale: Scale,
+        bands: tuple[Band, ...],
         causal: bool,
     ) -> Tensor:
-        """One tile."""
+        """A band after the other; each sees all that its queries see."""
         upper = causal and mask is None
-        out, lse = attend(q, k, v, mask and mask(), upper, scale)
+        if len(bands) == 1:
+            out, lse = attend(q, k, v, mask and mask(bands[0]), upper, scale)
+        else:
+            assert mask is not None
+            b, heads, s, _ = q.shape
+            out = v.new_empty(b, s, heads, v.shape[-1]).transpose(1, 2)
+            lse = q.new_empty(b, heads, s, dtype=wide(q.dtype))
+            for band in bands:
+                rows, keys = slice(*band[:2]), slice(*band[2:])
+                own = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+                out[:, :, rows], lse[:, :, rows] = attend(*own, mask(band), False, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale, ctx.upper = mask, scale, upper
+        ctx.mask, ctx.scale, ctx.upper, ctx.bands = mask, scale, upper, bands
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         """Scores are made again."""
         q, k, v, out, lse = ctx.saved_tensors
-        mask = ctx.mask
-        seen = mask and mask()
-        found = attend_back(g, (q, k, v), out, lse, seen, ctx.upper, ctx.scale)
-        return *found, None, None, None
+        mask, nothing = ctx.mask, (None, None, None, None)
+        if len(ctx.bands) == 1:
+            seen = mask and mask(ctx.bands[0])
+            return *attend_back(g, (q, k, v), out, lse, seen, ctx.upper, ctx.scale), *nothing
+        whole = [torch.zeros_like(t, dtype=wide(t.dtype)) for t in (q, k, v)]
+        for band in ctx.bands:
+            rows, keys = slice(*band[:2]), slice(*band[2:])
+            own = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            held = out[:, :, rows], lse[:, :, rows]
+            found = attend_back(g[:, :, rows], own, *held, mask(band), False, ctx.scale)
+            for total, at, part in zip(whole, (rows, keys, keys), found, strict=True):
+                total[:, :, at] += part
+        return *(t.to(q.dtype) for t in whole), *nothing
 
 
 class Merge(torch.autograd.Function):

@@ -3,11 +3,16 @@ gate, biases. Each equals one device, sends what is declared, and keeps and comp
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import test_drift
+import torch
 import verify_jobs
 
 from partita.comm.threads.local import local
+from partita.model import core
+from partita.parallel.cp.tile import Capped
 from partita.verify.parity import verify
 
 CAPS = {"attention_softcap": 1.5, "logit_softcap": 2.0, "query_scalar": 7, "embedding_scale": 4.0}
@@ -45,3 +50,26 @@ def test_a_variant_keeps_and_computes_what_is_declared(name, less, tmp_path):
             for of, kept, declared, flops, planned in rows:
                 assert kept == declared, (of, kept, declared)
                 assert less or flops == planned, (of, flops, planned)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "scale"), [(True, None), (False, None), (True, Capped(0.3, 1.5))]
+)
+def test_a_window_in_bands_is_the_masked_square(causal, scale, packed, monkeypatch):
+    """23 tokens in bands of 5: output and gradients; no band has keys that none of its queries sees."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, 23, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+        for h in (4, 2, 2)
+    )
+    documents = torch.arange(23).div(9, rounding_mode="floor").expand(2, -1) if packed else None
+    batch, found = SimpleNamespace(documents=documents), []
+    for size in (1000, 5):
+        monkeypatch.setattr(core, "BAND", size)
+        out = core.Flash(4, scale, causal=causal)(q, k, v, batch, 0, True)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
+    assert core.bands_of(23, 4, causal)[1] == (5, 10, 2, 10 if causal else 13)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
