@@ -99,7 +99,7 @@ def plan(
     }  # fmt: skip
     hold_apart(serve, served, training)
     if serve:
-        answer_of_server(words, line, served, goal, top, precision, json)
+        answer_of_server(words, line, served, goal, top, precision, budget, json)
         return
     batch = {
         "global_batch_size": global_batch_size,

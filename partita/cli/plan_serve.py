@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from partita.cli.out import note, waiting, write_json, write_text
 from partita.spec.cluster import Cluster
 from partita.spec.plan import Plan
 
+FP32 = re.compile(r"\bfp32\b", re.IGNORECASE)
 NEAR = 16  # tokens of a sequence of a job that only says its model and cluster
 
 
@@ -35,6 +37,13 @@ class ServeOptions:
         """Names of those that were given."""
         return [name for name, value in vars(self).items() if value is not None]
 
+    def require(self) -> None:
+        """Raises UsageError for limits that are no time."""
+        for name, value in (("max_ttft", self.max_ttft), ("max_itl", self.max_itl)):
+            if value is not None and not value > 0:
+                text = f"--{name.replace('_', '-')} {value:g}: seconds above 0 are wanted"
+                raise UsageError(text, key=name)
+
 
 def hold_apart(serve: bool, options: ServeOptions, of_training: Mapping[str, Any]) -> None:
     """Raises UsageError where options of a server and of a training job stand together."""
@@ -49,13 +58,15 @@ def hold_apart(serve: bool, options: ServeOptions, of_training: Mapping[str, Any
 
 def answer_of_server(
     words: list[str], line: str | None, options: ServeOptions, goal: str, top: int, precision: str,
-    json: bool,
+    budget: float, json: bool,
 ) -> None:  # fmt: skip
-    """Writes the best plans, or what becomes of `line`; exits with 1 where none does."""
+    """Writes the best plans, or what becomes of `line`; exits with 1 where none does, and looks no longer
+    than `budget` seconds for what would."""
     from partita.planner.serving.search import BATCH_TOKENS, Wanted
     from partita.simulate.serving.predict import Asked, Load
     from partita.simulate.serving.works import SERVERS
 
+    options.require()
     name = options.server or "partita"
     if name not in SERVERS:
         raise UsageError(f"no server '{name}'{did_you_mean(name, list(SERVERS))}", key="server")
@@ -64,34 +75,40 @@ def answer_of_server(
     output = options.output_len or min(256, max(most // 4, 1))
     prompt = options.prompt_len or min(1024, max(most - output, 1))
     load = Load(prompt, output, options.concurrency or 16)
-    dtype = precision or _dtype(line, job.cluster)
+    dtype = _dtype(line, precision, job.cluster)
     sizes = (options.max_batch_tokens,) if options.max_batch_tokens else BATCH_TOKENS
     wanted = Wanted(
         "throughput" if goal == "time" else goal, options.max_ttft, options.max_itl, sizes
     )
     asked = Asked(job.model, job.cluster, load, dtype, SERVERS[name])
     if line is None:
-        _search(asked, wanted, top, json)
+        _search(asked, wanted, top, budget, json)
     else:
-        _judge(asked, wanted, Plan.parse(line), json)
+        _judge(asked, wanted, Plan.parse(line), budget, json)
 
 
-def _dtype(line: str | None, cluster: Cluster) -> str:
-    """What the line says, else 16 bits where the device is faster in them."""
+def _dtype(line: str | None, precision: str, cluster: Cluster) -> str:
+    """What the line or the option says, else 16 bits where the device is faster in them. Raises UsageError
+    where they differ."""
     stated = Plan.parse(line).precision.dtype if line else "fp32"
-    if stated != "fp32":
-        return stated
+    if stated == "fp32" and not FP32.search(line or ""):
+        stated = ""
+    if stated and precision and stated != precision:
+        text = f"--precision {precision} and the plan's {stated} differ: state one of them"
+        raise UsageError(text, key="precision")
+    if stated or precision:
+        return stated or precision
     return "bf16" if cluster.peak("bf16") > cluster.peak("fp32") else "fp32"
 
 
-def _search(asked: Any, wanted: Any, top: int, json: bool) -> None:
+def _search(asked: Any, wanted: Any, top: int, budget: float, json: bool) -> None:
     from partita.planner.serving.search import of_each_plan, search
     from partita.planner.serving.why import counts, document, ranked, why, would_do
 
     with waiting("plan --serve  predicting every plan", quiet=json):
         found = search(asked, wanted)
     plans = of_each_plan(found.plans)[:top]
-    texts = why(found, wanted) if plans else would_do(asked, wanted, found)
+    texts = why(found, wanted) if plans else would_do(asked, wanted, found, budget)
     if json:
         write_json(document(plans, found, texts))
     else:
@@ -101,7 +118,7 @@ def _search(asked: Any, wanted: Any, top: int, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _judge(asked: Any, wanted: Any, plan: Plan, json: bool) -> None:
+def _judge(asked: Any, wanted: Any, plan: Plan, budget: float, json: bool) -> None:
     from partita.planner.serving.search import FoundServing
     from partita.planner.serving.why import curve, curve_table, document, would_do
     from partita.simulate.serving.predict import predict
@@ -119,7 +136,7 @@ def _judge(asked: Any, wanted: Any, plan: Plan, json: bool) -> None:
         limits = f"slower than --{wanted.late(best)} allows" if fits else best.problems[0].message
         texts = [limits]
         if not fits and best.problems[0].room == "memory":
-            texts += would_do(asked, wanted, FoundServing(too_big=[best]))[1:]
+            texts += would_do(asked, wanted, FoundServing(too_big=[best]), budget)[1:]
     if json:
         alone = FoundServing(considered=1, plans=[best])
         if not kept:

@@ -117,6 +117,9 @@ def test_what_more_of_something_does():
     assert at("pp2", concurrency=32).tokens_per_s > at("pp2", concurrency=1).tokens_per_s
     for x in (one, many, four):
         assert 0 < x.mfu < 1 and 0 < x.mbu < 1
+    read = [at(output_len=1, concurrency=4, max_batch_tokens=n) for n in (2048, 8192)]
+    assert read[0].tokens_per_s == read[1].tokens_per_s  # no step has more than all prompts
+    assert read[0].tokens_per_s * read[0].rates.ttft_s <= 1.5 * 4
 
 
 def test_engines_of_a_node_share_its_cores():
@@ -175,5 +178,14 @@ def test_the_verb(capsys):
         ["--prompt-len", "4"],
         ["--serve", "--seq-len", "4"],
         ["--serve", "--goal", "speed"],
+        ["--serve", "--max-itl", "nan"],
+        ["--serve", "--plan", "tp2 bf16", "--precision", "fp32"],
     ):
         assert run(["plan", "llama3-8b", "8xh100", *wrong]) == 2
+    capsys.readouterr()
+    one = ["plan", "llama3-8b", "8xh100", "--serve", "--max-batch-tokens", "512", "--json"]
+    assert run([*one, "--plan", "tp2 fp32"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["plan"] == "tp2"
+    slow = [*one, "--max-itl", "1e-6", "--budget", "0"]
+    assert run(slow) == 1
+    assert "such devices" not in capsys.readouterr().out

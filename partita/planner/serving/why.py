@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -123,29 +124,37 @@ def start(p: Serving) -> str:
     return f"start: {words}" + (f", {p.engines} times" if p.engines > 1 else "")
 
 
-def would_do(asked: Asked, wanted: Wanted, found: FoundServing) -> list[str]:
-    """Where no plan does: by how much the nearest fails, and what would."""
+def would_do(
+    asked: Asked, wanted: Wanted, found: FoundServing, budget_s: float = 60.0
+) -> list[str]:
+    """Where no plan does: by how much the nearest fails, and what would, looked for in so many seconds."""
     texts = list(_missed(wanted, found))
     if not texts:
         return [f"no plan is legal: {found.wrong}"]
     if asked.dtype == "fp32" and search(replace(asked, dtype="bf16"), wanted).plans:
         texts.append("in bf16 a plan does (--precision bf16)")
-    for devices in _more_devices(asked):
+    tried = 0
+    for devices in _more_devices(asked, budget_s):
         grown = replace(asked, cluster=with_devices(asked.cluster, devices))
         more = search(grown, replace(wanted, goal="devices"))
         if more.plans:
             p = more.plans[0]
             texts.append(f"{p.plan.world_size} such devices do: {p.line}")
-            break
+            return texts
+        tried = devices
+    if tried:
+        texts.append(f"up to {tried} such devices no plan does that holds all requests at once")
     return texts
 
 
-def _more_devices(asked: Asked) -> Iterator[int]:
+def _more_devices(asked: Asked, budget_s: float) -> Iterator[int]:
+    """Twice as many, over and over; a search of twice the devices takes as long as all before it."""
     if asked.cluster.nodes or not asked.cluster.links:
         return
     devices = asked.cluster.devices
     most = min(1024, devices * MORE)
-    while (devices := 2 * devices) <= most:
+    begin = time.perf_counter()
+    while (devices := 2 * devices) <= most and 2 * (time.perf_counter() - begin) < budget_s:
         yield devices
 
 

@@ -68,7 +68,8 @@ def rates(steps: Steps, load: Load, running: int) -> Rates:
     under_way = min(float(depth), max(writing, 1.0)) if after else float(min(depth, running))
     each = max(round(writing / under_way), 1) if after else 0
     left = max(room - each, 1)
-    asked = writing / under_way * load.prompt_len / after if after else float(left)
+    ready = writing / after if after else float(running)  # prompts to read in a cycle
+    asked = ready / under_way * load.prompt_len
     chunk = max(min(max(min(load.prompt_len, left), round(asked)), left), 1)
     share = min(asked / chunk, 1.0)
     mixed = _shape(load, each, chunk)
