@@ -11,6 +11,7 @@ import pytest
 
 from partita.cli.main import run
 from partita.planner.serving.search import Wanted, meshes, of_each_plan, search
+from partita.planner.serving.why import start
 from partita.serve.pages import PagePool
 from partita.serve.scheduler import Scheduler, Seq
 from partita.simulate.serving.cut import Shape
@@ -159,6 +160,15 @@ def test_replicas_and_what_serves_nothing():
         assert to_json(found)["tokens_per_s"] is None
     long = replace(question, load=Load(8000, 500))
     assert predict(long, Plan.parse("")).problems[0].rule == "length"
+
+
+def test_how_an_engine_is_started():
+    """Its ranks on devices of their own, and no more sequences than a step has tokens."""
+    found = predict(asked(load=Load(512, 128, 18, max_batch_tokens=4)), Plan.parse("tp2 dp2"))
+    told = start(found)
+    assert '--plan "tp2" --backend processes ' in told and "2 times, each on devices" in told
+    assert "--max-sequences 4 --max-batch-tokens 4" in told
+    assert "--plan" not in start(predict(asked(), Plan.parse("")))
 
 
 def test_the_verb(capsys):

@@ -113,15 +113,17 @@ def _beside(best: Serving, other: Serving, wanted: Wanted) -> str:
 
 
 def start(p: Serving) -> str:
-    """How its engine is started."""
-    line = str(engine(p.plan))
+    """How its engine is started: ranks that are threads would share one device."""
+    own, step = engine(p.plan), p.asked.load.max_batch_tokens
     assert p.rates is not None
-    stated = f'--plan "{line}" ' if engine(p.plan) != Plan() else ""
+    stated = f'--plan "{own}" ' if own != Plan() else ""
+    stated += "--backend processes " if own.world_size > 1 else ""
     words = (
         f"partita serve FOLDER {stated}--dtype {p.asked.dtype} --pages {p.pages} "
-        f"--max-sequences {p.rates.running} --max-batch-tokens {p.asked.load.max_batch_tokens}"
+        f"--max-sequences {min(p.rates.running, step)} --max-batch-tokens {step}"
     )
-    return f"start: {words}" + (f", {p.engines} times" if p.engines > 1 else "")
+    more = f", {p.engines} times, each on devices of its own" if p.engines > 1 else ""
+    return f"start: {words}{more}"
 
 
 def would_do(
