@@ -11,6 +11,7 @@ import typer
 
 from partita.base.errors import UsageError
 from partita.base.text import did_you_mean
+from partita.base.units import format_seconds
 from partita.cli.jobs import from_words
 from partita.cli.out import note, waiting, write_json, write_text
 from partita.spec.cluster import Cluster
@@ -118,6 +119,14 @@ def _search(asked: Any, wanted: Any, top: int, budget: float, json: bool) -> Non
         raise typer.Exit(1)
 
 
+def _slower(wanted: Any, p: Any) -> str:
+    name = wanted.late(p)
+    first = name == "max-ttft"
+    what = "the first token comes after" if first else "a token comes every"
+    took, most = (p.rates.ttft_s, wanted.max_ttft_s) if first else (p.rates.itl_s, wanted.max_itl_s)
+    return f"{what} {format_seconds(took)}, --{name} allows {format_seconds(most)}"
+
+
 def _judge(asked: Any, wanted: Any, plan: Plan, budget: float, json: bool) -> None:
     from partita.planner.serving.search import FoundServing
     from partita.planner.serving.why import curve, curve_table, document, would_do
@@ -133,8 +142,7 @@ def _judge(asked: Any, wanted: Any, plan: Plan, budget: float, json: bool) -> No
     best = min(kept or fits, key=wanted.key, default=every[0])
     texts = []
     if not kept:
-        limits = f"slower than --{wanted.late(best)} allows" if fits else best.problems[0].message
-        texts = [limits]
+        texts = [_slower(wanted, best) if fits else best.problems[0].message]
         if not fits and best.problems[0].room == "memory":
             texts += would_do(asked, wanted, FoundServing(too_big=[best]), budget)[1:]
     if json:

@@ -196,6 +196,8 @@ def test_the_verb(capsys):
     one = ["plan", "llama3-8b", "8xh100", "--serve", "--max-batch-tokens", "512", "--json"]
     assert run([*one, "--plan", "tp2 fp32"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["plan"] == "tp2"
+    assert run([*one, "--plan", "tp2", "--max-ttft", "1e-3"]) == 1
+    assert ", --max-ttft allows 1 ms" in capsys.readouterr().err
     slow = [*one, "--max-itl", "1e-6", "--budget", "0"]
     assert run(slow) == 1
     assert "such devices" not in capsys.readouterr().out
