@@ -28,7 +28,8 @@ def test_each_loss_has_the_best_plan_of_all_that_are_left():
         assert plan.world_size == ranks and plan.precision == job.plan.precision
         assert not [p for p in job.with_plan(plan).problems() if p.severity == "error"]
     text = "\n".join(told({**found, 5: None}, simulate(job)))
-    assert found[3].plan in text and "no plan of as many ranks fits" in text
+    assert found[3].plan in text and "no plan of as many ranks fits" in text and "goes on" in text
+    assert "goes on" not in "\n".join(told({5: None}, simulate(job)))
     with pytest.raises(UsageError, match="4 losses of 1 of 4 ranks leave none; 3 can"):
         survivors(job, 4, 1.0)
 

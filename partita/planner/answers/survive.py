@@ -56,5 +56,7 @@ def told(found: Mapping[int, Prediction | None], whole: Prediction) -> list[str]
         else:
             share = f"{whole.step_time_s / p.step_time_s:.0%}"
             rows.append([ranks, p.plan, format_seconds(p.step_time_s), share])
-    text = "every one of them goes on from any checkpoint of the run"
-    return [table(rows, ["ranks left", "plan", "step", "of the speed"]), text]
+    texts = [table(rows, ["ranks left", "plan", "step", "of the speed"])]
+    if any(found.values()):
+        texts.append("every one of them goes on from any checkpoint of the run")
+    return texts
