@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -337,7 +338,8 @@ class Processes:
 
 def _silent(opening: Opening) -> Failed:
     """Of the rank that answers, where nobody said that he waits for another."""
-    text = f"it did not answer within {2 * opening.step_s:g} s, and no rank waits for another"
+    text = f"it did not answer within {2 * opening.step_s:g} s, and no rank waits for another; "
+    text += f"--step-timeout says how long a step may take ({opening.step_s:g} s)"
     return Failed(opening.answers, RankLostError(text))
 
 
@@ -379,4 +381,8 @@ def _join(rank: int, opening: Opening, scratch: Path, where: Where) -> World:
     if gpus:
         torch.cuda.set_device(rank)
     path = scratch / "rendezvous"
-    return TorchWorld(rank, size, path, timeout_s=opening.step_s, where=where, gpus=gpus)
+    world = TorchWorld(
+        rank, size, path, timeout_s=max(JOIN_S, opening.step_s), where=where, gpus=gpus
+    )
+    world.timeout = timedelta(seconds=opening.step_s)  # of the groups to come
+    return world
