@@ -178,3 +178,10 @@ def test_a_plan_equals_one_device_under_the_jobs_own_optimizer(plan, optimizer, 
     found = verify(replace(job, train=train), brief=True)
     assert found.equal and found.traffic_equal, str(found)
     assert optimizer in [t.job.train.optimizer for t in found.trials]
+
+
+def test_averaged_sgd_goes_on_at_the_rate_of_its_last_step():
+    train, param = Train(optimizer="asgd", warmup_steps=10), torch.zeros(2)
+    made = optim.make_optimizer([("p", param, True)], train)
+    optim.restore_state(made, param, {"ax": torch.zeros(2)}, 6, train, step=3)  # two updates a step
+    assert made.state[param]["eta"] == pytest.approx(train.lr * 0.3, rel=1e-3)

@@ -244,6 +244,7 @@ def load_run(checkpoint: Path, job: Job, model: Model, update: Update, data: dic
         _look_back(model, checkpoint, manifest)
     update.updates, update.made = manifest.step, state.get("made", manifest.step)
     for slot in update.slots:
-        restore_state(update.optimizer, slot.master, states[slot.name], update.made, job.train)
+        own, made = states[slot.name], update.made
+        restore_state(update.optimizer, slot.master, own, made, job.train, step=manifest.step)
     model.parameters.refresh()
     return manifest.step

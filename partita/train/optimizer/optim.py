@@ -88,13 +88,15 @@ def state_tensor(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> 
 
 def restore_state(
     optimizer: torch.optim.Optimizer, param: Tensor, states: dict[str, Tensor], updates: int,
-    train: TrainSpec, fresh: bool = False,
+    train: TrainSpec, fresh: bool = False, step: int | None = None,
 ) -> None:  # fmt: skip
-    """Puts the optimizer where it was after `updates` updates of `param`, by the states it had. `fresh`:
-    before the first one too, by zeros that are there already."""
+    """Puts the optimizer where it was after `updates` updates of `param`, by the states it had; the last was
+    of step `step` (None: a step is one update). `fresh`: before the first one too, by zeros that are there
+    already."""
     if not param.numel() or not (updates or fresh):
         return
-    rate = learning_rate(train, updates) if updates else optimizer.param_groups[0]["lr"]
+    last = updates if step is None else step
+    rate = learning_rate(train, last) if updates else optimizer.param_groups[0]["lr"]
     if not updates and "step_size" in states:
         states["step_size"].fill_(rate)
     scalars = _scalars(optimizer, updates, rate)
