@@ -69,7 +69,7 @@ class _Work:
 
     @property
     def has_gone(self) -> bool:
-        """Whether torch's work is over."""
+        """Whether torch's work is over, which gloo says of no send before it is waited for."""
         return self.work is None or self.work.is_completed()
 
     def wait(self) -> Tensor:

@@ -316,6 +316,9 @@ class Executor:
     def _backward_pieces(self, action: Action) -> Iterator[None]:
         stage, kind, microbatch = action
         held = self._held.pop((stage, microbatch))
+        sent = ("F", stage + 1, microbatch)
+        if sent in self._sent:  # its gradient is back; gloo says of no send that it has gone
+            self._sent.pop(sent).wait()
         last = stage == self.schedule.num_stages - 1
         gradient = None if last else self._take("B", stage, microbatch)
         if self.weights is not None:
